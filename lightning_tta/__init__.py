@@ -1,0 +1,75 @@
+"""lightning_tta: test-time adaptation of image classifiers in PyTorch Lightning.
+
+Three lines of PyTorch::
+
+    method = lightning_tta.adapt(model, "zerosiam")
+    logits = method(images)  # pixels in [0, 1]; adapts on the way
+    method.reset()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_tta._version import __version__
+from lightning_tta.errors import (
+    ConfigError,
+    DataError,
+    LightningTTAError,
+    NotPreparedError,
+    UnsupportedModelError,
+    WeightsError,
+)
+
+if TYPE_CHECKING:
+    from lightning_tta.api import adapt
+    from lightning_tta.backbones import Backbone, create_backbone
+    from lightning_tta.data import DigitsData, FolderData, Protocol, ShiftedDataModule
+    from lightning_tta.methods import TTAMethod, available_methods
+    from lightning_tta.modules import SourceClassifier, TestTimeAdaptation
+
+_LAZY = {  # imported on first use: `import lightning_tta` stays fast
+    "adapt": "api",
+    "Backbone": "backbones",
+    "create_backbone": "backbones",
+    "DigitsData": "data",
+    "FolderData": "data",
+    "Protocol": "data",
+    "ShiftedDataModule": "data",
+    "TTAMethod": "methods",
+    "available_methods": "methods",
+    "SourceClassifier": "modules",
+    "TestTimeAdaptation": "modules",
+}
+
+__all__ = [
+    "Backbone",
+    "ConfigError",
+    "DataError",
+    "DigitsData",
+    "FolderData",
+    "LightningTTAError",
+    "NotPreparedError",
+    "Protocol",
+    "ShiftedDataModule",
+    "SourceClassifier",
+    "TTAMethod",
+    "TestTimeAdaptation",
+    "UnsupportedModelError",
+    "WeightsError",
+    "__version__",
+    "adapt",
+    "available_methods",
+    "create_backbone",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

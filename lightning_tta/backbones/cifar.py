@@ -1,0 +1,233 @@
+"""The small nets of the CIFAR literature, with the parameter names of their public checkpoints.
+
+Input: images (B, C, H, W), normalised by the caller (32 x 32 in the papers; any size from 8 x 8 works, the last
+pooling is global). Output: logits (B, num_classes).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_tta.errors import ConfigError, check_range
+
+
+def _conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
+
+
+def _pad_channels(x: Tensor, before: int, after: int) -> Tensor:
+    """Add zero channels in front and behind: (B, C, H, W) to (B, before + C + after, H, W)."""
+    return F.pad(x, (0, 0, 0, 0, before, after))
+
+
+def _blocks_per_stage(depth: int, layers: int, extra: int) -> int:
+    """Solve ``depth = layers * n + extra`` for a whole number ``n`` of blocks, or raise :class:`ConfigError`."""
+    check_range("depth", depth, low=layers + extra, integer=True)
+    if (depth - extra) % layers:
+        raise ConfigError(f"depth must be {layers} n + {extra} for a whole number n of blocks a stage; got {depth}.")
+    return (depth - extra) // layers
+
+
+def _initialise(net: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
+    """He initialisation of the convolutions; norm layers start as the identity, the classifier's bias at zero."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+class _BasicBlock(nn.Module):
+    """Two convolutions, post-activation; option-A shortcut: every ``stride``-th pixel, zeros in the new channels."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_planes, planes, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = _conv3x3(planes, planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.stride = stride
+        self.new_planes = planes - in_planes
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        half = self.new_planes // 2
+        shortcut = _pad_channels(x[:, :, :: self.stride, :: self.stride], half, self.new_planes - half)
+        return F.relu(out + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """ResNet-20/32/44/56 with BatchNorm and parameter-free option-A shortcuts (He et al. 2016, arXiv 1512.03385, 4.2).
+
+    Args:
+        depth: Number of weight layers, 6 n + 2.
+        num_classes: Number of logits K.
+        in_chans: Channels of the input.
+    """
+
+    def __init__(self, depth: int = 20, num_classes: int = 10, in_chans: int = 3) -> None:
+        super().__init__()
+        n = _blocks_per_stage(depth, 6, 2)
+        self.conv1 = _conv3x3(in_chans, 16)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(_BasicBlock(16, 16, 1) for _ in range(n)))
+        self.layer2 = nn.Sequential(*(_BasicBlock(32 if i else 16, 32, 1 if i else 2) for i in range(n)))
+        self.layer3 = nn.Sequential(*(_BasicBlock(64 if i else 32, 64, 1 if i else 2) for i in range(n)))
+        self.linear = nn.Linear(64, num_classes)
+        _initialise(self, "fan_in")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, K)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
+
+
+class _GroupNormBlock(nn.Module):
+    """Norm, ReLU, convolution, twice; shortcut: average pooling by ``stride``, zeros behind the old channels."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int, groups: int) -> None:
+        super().__init__()
+        self.bn1 = nn.GroupNorm(groups, in_planes)
+        self.conv1 = _conv3x3(in_planes, planes, stride)
+        self.bn2 = nn.GroupNorm(groups, planes)
+        self.conv2 = _conv3x3(planes, planes)
+        self.stride = stride
+        self.new_planes = planes - in_planes
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv1(F.relu(self.bn1(x)))
+        out = self.conv2(F.relu(self.bn2(out)))
+        if self.stride > 1:
+            x = F.avg_pool2d(x, self.stride)
+        return out + _pad_channels(x, 0, self.new_planes)
+
+
+class GroupNormResNet(nn.Module):
+    """Pre-activation ResNet with GroupNorm, as in test-time training and MEMO (arXiv 1909.13231, 2110.09506).
+
+    Args:
+        depth: Number of weight layers, 6 n + 2; 26 in the papers.
+        num_classes: Number of logits K.
+        in_chans: Channels of the input.
+        groups: Groups of each GroupNorm, a divisor of 16 (the width of the first stage).
+    """
+
+    def __init__(self, depth: int = 26, num_classes: int = 10, in_chans: int = 3, groups: int = 8) -> None:
+        super().__init__()
+        n = _blocks_per_stage(depth, 6, 2)
+        check_range("groups", groups, low=1, high=16, integer=True)
+        if 16 % groups:
+            raise ConfigError(f"groups must divide 16, the channels of the first stage; got {groups}.")
+        self.conv1 = _conv3x3(in_chans, 16)
+        self.layer1 = nn.Sequential(*(_GroupNormBlock(16, 16, 1, groups) for _ in range(n)))
+        self.layer2 = nn.Sequential(*(_GroupNormBlock(32 if i else 16, 32, 1 if i else 2, groups) for i in range(n)))
+        self.layer3 = nn.Sequential(*(_GroupNormBlock(64 if i else 32, 64, 1 if i else 2, groups) for i in range(n)))
+        self.bn = nn.GroupNorm(groups, 64)
+        self.fc = nn.Linear(64, num_classes)
+        _initialise(self, "fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, K)."""
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        logits: Tensor = self.fc(F.relu(self.bn(x)).mean(dim=(2, 3)))
+        return logits
+
+
+class _WideBlock(nn.Module):
+    """BatchNorm, ReLU, convolution, twice; a 1 x 1 convolution of the activated input where the width changes."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int, drop_rate: float) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = _conv3x3(in_planes, planes, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = _conv3x3(planes, planes)
+        self.dropout = nn.Dropout(drop_rate)
+        changes = in_planes != planes or stride != 1
+        self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = F.relu(self.bn1(x))
+        out: Tensor = F.relu(self.bn2(self.conv1(activated)))
+        out = self.conv2(self.dropout(out))
+        shortcut: Tensor = x if self.convShortcut is None else self.convShortcut(activated)
+        return shortcut + out
+
+
+class _WideStage(nn.Module):
+    """``n`` wide blocks under the name ``layer``, the first one with the stride."""
+
+    def __init__(self, n: int, in_planes: int, planes: int, stride: int, drop_rate: float) -> None:
+        super().__init__()
+        blocks = (_WideBlock(planes if i else in_planes, planes, 1 if i else stride, drop_rate) for i in range(n))
+        self.layer = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+
+class WideResNet(nn.Module):
+    """Wide ResNet, WRN-``depth``-``widen_factor``, with BatchNorm (Zagoruyko and Komodakis 2016, arXiv 1605.07146).
+
+    Args:
+        depth: Number of weight layers, 6 n + 4.
+        widen_factor: Width of the stages in units of (16, 32, 64) channels.
+        num_classes: Number of logits K.
+        in_chans: Channels of the input.
+        drop_rate: Dropout probability between the two convolutions of a block, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        depth: int = 28,
+        widen_factor: int = 10,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        n = _blocks_per_stage(depth, 6, 4)
+        check_range("widen_factor", widen_factor, low=1, integer=True)
+        check_range("drop_rate", drop_rate, low=0, high=1)
+        width = 16 * widen_factor
+        self.conv1 = _conv3x3(in_chans, 16)
+        self.block1 = _WideStage(n, 16, width, 1, drop_rate)
+        self.block2 = _WideStage(n, width, 2 * width, 2, drop_rate)
+        self.block3 = _WideStage(n, 2 * width, 4 * width, 2, drop_rate)
+        self.bn1 = nn.BatchNorm2d(4 * width)
+        self.fc = nn.Linear(4 * width, num_classes)
+        _initialise(self, "fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, K)."""
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        logits: Tensor = self.fc(F.relu(self.bn1(x)).mean(dim=(2, 3)))
+        return logits
+
+
+@dataclass(frozen=True)
+class CifarNet:
+    """A named net: its class, the arguments that the name fixes, and the mean and std its checkpoints expect."""
+
+    build: Callable[..., nn.Module]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # akamaster's CIFAR nets use these too
+
+CIFAR_NETS: dict[str, CifarNet] = {
+    **{f"resnet{depth}": CifarNet(CifarResNet, {"depth": depth}, **_IMAGENET) for depth in (20, 32, 44, 56)},
+    "resnet26_gn": CifarNet(GroupNormResNet, {}, mean=(0.5,), std=(0.5,)),
+    # RobustBench's "Standard" WRN-28-10 takes pixels in [0, 1] as they are; AugMix's WRN-40-2 a mean and std of 0.5.
+    "wrn_28_10": CifarNet(WideResNet, {"depth": 28, "widen_factor": 10}),
+    "wrn_40_2": CifarNet(WideResNet, {"depth": 40, "widen_factor": 2}, mean=(0.5,), std=(0.5,)),
+}

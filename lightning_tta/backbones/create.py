@@ -1,0 +1,251 @@
+"""Build classifiers by name from timm, torchvision and the CIFAR literature, with their normalisation inside.
+
+timm and torchvision are imported when a net of theirs is asked for: both take seconds.
+"""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tta.backbones.families import FAMILIES, Built, build, names, resolve, torchvision_weights
+from lightning_tta.backbones.weights import Normalisation, check_weights_file, fit_state, read_state_dict, state_digest
+from lightning_tta.errors import ConfigError, DataError, UnsupportedModelError, check_choice, check_range
+
+_TOLERANCE = 1e-4  # between two ways of writing the same mean
+
+
+class Backbone(nn.Module):
+    """A classifier that takes pixels: ``net((images - mean) / std)``.
+
+    Views, corruptions and data sets stay in pixels, and the weights' own mean and std cannot be forgotten. ``mean``
+    and ``std`` are non-persistent buffers (1, C, 1, 1): the state dict is the net's, each name with ``net.`` before it.
+
+    Args:
+        net: Any module from (B, C, H, W) to logits (B, K).
+        mean: Mean per channel in units of pixels in [0, 1], length C or 1.
+        std: Standard deviation per channel, positive, length C or 1.
+        in_chans: Number of channels C.
+        name: The net's name in :attr:`info`.
+        num_classes: Number of logits K, if known.
+        weights: What the weights are: a file's name, an enum or tag, "random".
+        pretrained: Whether the weights came with timm or torchvision.
+        preprocessing: ``input_size``, ``interpolation`` and ``crop_pct`` the weights were trained for.
+        config: Keyword arguments with which :func:`create_backbone` rebuilds the architecture.
+
+    Raises:
+        ConfigError: ``mean`` or ``std`` has a wrong length or value.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        net: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        in_chans: int = 3,
+        name: str = "custom",
+        num_classes: int | None = None,
+        weights: str = "random",
+        pretrained: bool = False,
+        preprocessing: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.name = name
+        self.num_classes = num_classes
+        self.weights = weights
+        self.pretrained = pretrained
+        self._mean = _channels("mean", mean, in_chans)
+        self._std = _channels("std", std, in_chans)
+        self._preprocessing = dict(preprocessing or {})
+        self._config = dict(config or {})
+        self.register_buffer("mean", torch.tensor(self._mean).view(1, in_chans, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self._std).view(1, in_chans, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, K) of ``images`` (B, C, H, W), floats in [0, 1].
+
+        Raises:
+            DataError: Wrong number of dimensions or channels, or integer pixels.
+        """
+        channels = self.mean.shape[1]
+        if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
+            raise DataError(
+                f"{self.name} takes float images (B, {channels}, H, W) in [0, 1]; got {images.dtype} "
+                f"{tuple(images.shape)}. Convert with torchvision's to_dtype(scale=True), or build with in_chans."
+            )
+        out = self.net((images - self.mean) / self.std)
+        out = getattr(out, "logits", out)  # torchvision's GoogLeNet and Inception in train mode
+        if not isinstance(out, Tensor):
+            raise UnsupportedModelError(f"{self.name} must return a logits tensor; it returns {type(out).__name__}.")
+        return out
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """``mean``, ``std``, ``input_size`` (C, H, W), ``interpolation`` and ``crop_pct``, as primitives."""
+        rest = {key: self._preprocessing.get(key) for key in ("input_size", "interpolation", "crop_pct")}
+        return {"mean": list(self._mean), "std": list(self._std), **rest}
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """``name``, ``num_classes``, ``pretrained``, ``weights`` and the ``digest`` of the present values."""
+        return {
+            "name": self.name,
+            "num_classes": self.num_classes,
+            "pretrained": self.pretrained,
+            "weights": self.weights,
+            "digest": state_digest(self),
+        }
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Primitive arguments: ``create_backbone(**config)`` rebuilds the architecture, with random weights."""
+        return {**copy.deepcopy(self._config), "mean": list(self._mean), "std": list(self._std)}
+
+    def normalises_with(self, mean: Sequence[float], std: Sequence[float]) -> bool:
+        """Return whether this backbone applies ``mean`` and ``std`` (length C or 1), up to rounding."""
+        return _close(self._mean, mean) and _close(self._std, std)
+
+
+def create_backbone(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **options: Any,
+) -> Backbone:
+    """Build a classifier by name; pixels in [0, 1] go in, logits come out.
+
+    Args:
+        name: ``timm/resnet50``, ``torchvision/resnet50``, ``cifar/resnet20``, ...; the family may be left out where
+            only one has the name. See :func:`list_backbones`.
+        num_classes: Number of logits, 2 or more; ``None`` takes the net's own (1000; 10 for the CIFAR nets).
+        pretrained: Whether to download the weights of timm or torchvision.
+        weights: A weights file (see :func:`load_weights`), or the name of torchvision weights ("IMAGENET1K_V2").
+        mean: Mean per channel, length C or 1; ``None`` takes the weights' own: what the file carries beside them, else
+            timm's ``pretrained_cfg``, torchvision's transforms or the convention of the CIFAR net.
+        std: Standard deviation per channel, positive; ``None`` as for ``mean``.
+        options: Passed to the net's constructor (``img_size=32``, ``in_chans=1``, ``drop_rate=0.1``); primitives only.
+
+    Raises:
+        ConfigError: Unknown or ambiguous name, wrong or contradicting options.
+        WeightsError: The file is missing or damaged, or does not fit the net.
+    """
+    if num_classes is not None:
+        check_range("num_classes", num_classes, low=2, integer=True)
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None:
+            _channels(key, values, options.get("in_chans"))
+    if pretrained and weights is not None:
+        raise ConfigError(f"Give either pretrained=True or weights={str(weights)!r}, not both.")
+    for key, value in options.items():
+        if not _is_primitive(value):
+            raise ConfigError(
+                f"Option {key} must be a primitive (number, string, list, dict), so that a checkpoint can store it; "
+                f"got {type(value).__name__}. For anything else wrap your own net: Backbone(net, mean, std)."
+            )
+    family, arch = resolve(name)
+    enum = torchvision_weights(arch, pretrained, weights) if family == "torchvision" else None
+    path = None if weights is None or enum is not None else check_weights_file(weights)
+    state = None if path is None else read_state_dict(path)
+
+    built = build(family, arch, num_classes, pretrained, enum, options)
+    carried = None
+    if path is not None and state is not None:
+        fit = fit_state(built.net, state, str(path))
+        built.net.load_state_dict(fit.tensors, strict=False)
+        built.weights = path.name
+        carried = fit.normalisation
+    downloaded = pretrained or enum is not None
+    mean, std = _normalisation(built, carried, downloaded, mean, std)
+    return Backbone(
+        built.net,
+        mean,
+        std,
+        in_chans=built.input_size[0],
+        name=f"{family}/{arch}",
+        num_classes=built.num_classes,
+        weights=built.weights,
+        pretrained=downloaded,
+        preprocessing={
+            "input_size": list(built.input_size),
+            "interpolation": built.interpolation,
+            "crop_pct": built.crop_pct,
+        },
+        config={"name": f"{family}/{arch}", "num_classes": built.num_classes, **options},
+    )
+
+
+def list_backbones(family: str | None = None) -> list[str]:
+    """Return the qualified names that :func:`create_backbone` knows, of one family or of all.
+
+    Args:
+        family: "cifar", "torchvision" or "timm".
+    """
+    if family is not None:
+        check_choice("family", family, FAMILIES)
+    return [f"{f}/{arch}" for f in FAMILIES if family in (None, f) for arch in names(f)]
+
+
+def _normalisation(
+    built: Built,
+    carried: Normalisation | None,
+    downloaded: bool,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Choose mean and std: what was given, else the weights' own; warn where both are known and differ."""
+    own_mean, own_std = (carried.mean, carried.std) if carried else (built.mean, built.std)
+    chosen: list[Sequence[float]] = []
+    for key, given, own in (("mean", mean, own_mean), ("std", std, own_std)):
+        if given is not None and (downloaded or carried) and not _close(given, own):
+            warnings.warn(
+                f"{key}={list(given)} differs from the {key} {list(own)} that the weights ({built.weights}) were "
+                "trained with; accuracy will suffer unless this is meant.",
+                stacklevel=3,
+            )
+        if given is None and len(own) not in (1, built.input_size[0]):
+            raise ConfigError(
+                f"The net takes {built.input_size[0]} channels, but its own {key} has {len(own)}: {list(own)}. Give "
+                "mean and std of length 1 or of that many channels."
+            )
+        chosen.append(own if given is None else given)
+    return chosen[0], chosen[1]
+
+
+def _channels(key: str, values: Sequence[float], in_chans: int | None) -> tuple[float, ...]:
+    """Check a mean or std and return it with one value a channel; ``None`` channels: as many as there are."""
+    is_list = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+    if not is_list or len(values) not in (1, in_chans or len(values)):
+        raise ConfigError(f"{key} must be a list of 1 or {in_chans or 3} numbers, one a channel; got {values!r}.")
+    for value in values:
+        check_range(key, value, low=0 if key == "std" else None, low_open=key == "std")
+    return tuple(float(value) for value in values) * ((in_chans or len(values)) // len(values))
+
+
+def _close(one: Sequence[float], other: Sequence[float]) -> bool:
+    length = max(len(one), len(other))
+    if any(len(values) not in (1, length) for values in (one, other)):
+        return False
+    pairs = zip(list(one) * (length // len(one)), list(other) * (length // len(other)), strict=True)
+    return all(abs(a - b) <= _TOLERANCE for a, b in pairs)
+
+
+def _is_primitive(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_primitive(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_primitive(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)

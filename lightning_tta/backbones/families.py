@@ -1,0 +1,162 @@
+"""Where nets come from: the names and builders of timm, torchvision and the CIFAR literature.
+
+timm and torchvision are imported when a net or a name of theirs is asked for: both take seconds.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_tta.backbones.cifar import CIFAR_NETS
+from lightning_tta.errors import ConfigError, WeightsError
+
+FAMILIES = ("cifar", "torchvision", "timm")
+
+
+@dataclass
+class Built:
+    """A net and what its family knows about its input and weights; ``input_size`` is (C, H, W) in pixels."""
+
+    net: nn.Module
+    num_classes: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    input_size: tuple[int, int, int]
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
+    weights: str = "random"
+
+
+def names(family: str) -> list[str]:
+    """Return the names of a family's nets, sorted."""
+    if family == "cifar":
+        return sorted(CIFAR_NETS)
+    if family == "torchvision":
+        from torchvision import models
+
+        return sorted(models.list_models(module=models))
+    import timm
+
+    return sorted(timm.list_models())
+
+
+def resolve(name: str) -> tuple[str, str]:
+    """Split a name into family and architecture; raise :class:`ConfigError` with what else it may mean."""
+    family, _, arch = name.rpartition("/")
+    if family and family not in FAMILIES:
+        raise ConfigError(f"Unknown family {family!r} in {name!r}; families: {', '.join(FAMILIES)}.")
+    known = {f: names(f) for f in ((family,) if family else FAMILIES)}
+    untagged = arch.partition(".")[0]  # a name of timm may end in the tag of its weights: resnet50.a1_in1k
+    found = [f for f in known if (untagged if f == "timm" else arch) in known[f]]
+    if len(found) == 1:
+        return found[0], arch
+    if found:
+        raise ConfigError(f"{name!r} is ambiguous; say which: {', '.join(f'{f}/{arch}' for f in found)}.")
+    close = [f"{f}/{arch_}" for f in known for arch_ in difflib.get_close_matches(untagged, known[f], n=3)]
+    raise ConfigError(f"Unknown backbone {name!r}; similar: {', '.join(close) or 'none'}. See list_backbones().")
+
+
+def torchvision_weights(arch: str, pretrained: bool, weights: str | Path | None) -> Any:
+    """Return the weights enum member that the arguments name, or ``None`` where ``weights`` is a file or not given."""
+    from torchvision import models
+
+    members = models.get_model_weights(arch).__members__
+    if pretrained:
+        return members["DEFAULT"]
+    if isinstance(weights, str) and weights in members:
+        return members[weights]
+    if isinstance(weights, str) and not Path(weights).suffix and not Path(weights).exists():
+        raise ConfigError(
+            f"weights={weights!r} is neither a file nor a name of weights of torchvision/{arch}: {', '.join(members)}."
+        )
+    return None
+
+
+def build(
+    family: str, arch: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]
+) -> Built:
+    """Construct a net; ``enum`` is a member of torchvision's weights or ``None``.
+
+    Raises:
+        ConfigError: The constructor does not accept the options.
+        WeightsError: The pretrained weights cannot be fetched.
+    """
+    try:
+        if family == "cifar":
+            return _build_cifar(arch, num_classes, pretrained, options)
+        if family == "torchvision":
+            return _build_torchvision(arch, num_classes, enum, options)
+        return _build_timm(arch, num_classes, pretrained, options)
+    except ConfigError:
+        raise
+    except OSError as error:  # what the download clients raise without a network
+        raise WeightsError(
+            f"The pretrained weights of {family}/{arch} cannot be fetched ({error}). Fetch them where there is a "
+            "network, and give the file as weights=..."
+        ) from error
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
+        raise ConfigError(f"{family}/{arch} cannot be built with {given}: {error}") from error
+
+
+def _build_cifar(arch: str, num_classes: int | None, pretrained: bool, options: Mapping[str, Any]) -> Built:
+    if pretrained:
+        raise ConfigError(f"cifar/{arch} has no weights to download: give a file as weights=...")
+    spec = CIFAR_NETS[arch]
+    classes = 10 if num_classes is None else num_classes
+    net = spec.build(num_classes=classes, **spec.fixed, **options)
+    return Built(net, classes, spec.mean, spec.std, (options.get("in_chans", 3), 32, 32))
+
+
+def _build_torchvision(arch: str, num_classes: int | None, enum: Any, options: Mapping[str, Any]) -> Built:
+    from torchvision import models
+
+    # Without weights: the input that the first weights published for the net were trained with.
+    recipe = enum or next(iter(models.get_model_weights(arch)))
+    if not recipe.meta.get("categories"):
+        raise ConfigError(f"{recipe} has features only, no classifier; choose other weights.")
+    classes = len(recipe.meta["categories"])
+    if enum is not None and num_classes not in (None, classes):
+        raise ConfigError(
+            f"{enum} has {classes} classes, not {num_classes}. Leave num_classes out, or fine-tune timm's net of this "
+            "kind, which gets a new classifier."
+        )
+    classes = num_classes or classes
+    net = models.get_model_builder(arch)(weights=enum, num_classes=classes, **options)
+    transforms = recipe.transforms()
+    size = options.get("image_size", transforms.crop_size[0])
+    return Built(
+        net,
+        classes,
+        tuple(transforms.mean),
+        tuple(transforms.std),
+        (3, size, size),
+        str(transforms.interpolation.value),
+        round(transforms.crop_size[0] / transforms.resize_size[0], 4),
+        enum.name if enum is not None else "random",
+    )
+
+
+def _build_timm(arch: str, num_classes: int | None, pretrained: bool, options: Mapping[str, Any]) -> Built:
+    import timm
+
+    arguments = dict(options) if num_classes is None else {"num_classes": num_classes, **options}
+    net: Any = timm.create_model(arch, pretrained=pretrained, **arguments)
+    recipe = net.pretrained_cfg
+    channels, height, width = recipe["input_size"]
+    size = options.get("img_size") or (height, width)
+    height, width = (size, size) if isinstance(size, int) else size
+    return Built(
+        net,
+        net.num_classes,
+        tuple(recipe["mean"]),
+        tuple(recipe["std"]),
+        (options.get("in_chans", channels), height, width),
+        recipe["interpolation"],
+        recipe["crop_pct"],
+        (recipe.get("tag") or "pretrained") if pretrained else "random",
+    )

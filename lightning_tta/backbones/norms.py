@@ -1,0 +1,162 @@
+"""Normalisation layers of any net: finding them by type, and choosing which statistics BatchNorm uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from lightning_tta.errors import UnsupportedModelError, check_range
+
+NORM_TYPES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+"""The norm layers torch knows: BatchNorm (SyncBatchNorm too), InstanceNorm, GroupNorm, LayerNorm, RMSNorm."""
+
+StatisticsRule = Callable[[str, _BatchNorm, Tensor], "tuple[Tensor, Tensor] | None"]
+"""Given (layer name, layer, input): the mean and variance (C,) to normalise with, or None for the batch's own."""
+
+
+def is_norm_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is a normalisation layer.
+
+    That is one of :data:`NORM_TYPES` (subclasses included), or a user's own layer that has "norm" in its class name
+    and whose own parameters are one-dimensional.
+    """
+    if isinstance(module, NORM_TYPES):
+        return True
+    own = [p for p in module.parameters(recurse=False)]
+    return bool(own) and "norm" in type(module).__name__.lower() and all(p.ndim == 1 for p in own)
+
+
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All normalisation layers of ``model`` by module name, in the net's own order."""
+    return {name: module for name, module in model.named_modules() if is_norm_layer(module)}
+
+
+def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The affine weight and bias of every normalisation layer, by parameter name; a shared parameter once.
+
+    Raises:
+        UnsupportedModelError: If the net has no affine normalisation layer.
+    """
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for layer_name, layer in norm_layers(model).items():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{layer_name}.{name}" if layer_name else name] = parameter
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no normalisation layer with affine parameters, which this method adapts. "
+            "Allowed: nets with BatchNorm, GroupNorm, LayerNorm, InstanceNorm (affine) or RMSNorm layers. "
+            "Use method 'source' (no adaptation) for this net, or put normalisation layers into it."
+        )
+    return found
+
+
+def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """All BatchNorm layers (any dimension, subclasses and SyncBatchNorm included) by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def batch_moments(x: Tensor, *, unbiased: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and variance per channel of ``x`` (B, C, ...), in at least float32; each (C,)."""
+    x = x if x.dtype == torch.float64 else x.float()
+    var, mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=int(unbiased))
+    return mean, var
+
+
+class _Swap:
+    """Forward hooks of one BatchNorm layer: other statistics while it runs, its own afterwards."""
+
+    def __init__(self, name: str, rule: StatisticsRule) -> None:
+        self.name = name
+        self.rule = rule
+        self.kept: tuple[Tensor | None, Tensor | None] | None = None
+
+    def before(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, _BatchNorm)
+        x = inputs[0]
+        if layer.running_mean is not None and x.numel() == x.shape[1]:
+            return  # one value a channel has no variance: this layer keeps its source statistics
+        statistics = self.rule(self.name, layer, x)
+        self.kept = (layer.running_mean, layer.running_var)
+        self._set(layer, *(statistics or (None, None)))
+
+    def after(self, layer: nn.Module, inputs: object, output: object) -> None:
+        if self.kept is not None:
+            self._set(layer, *self.kept)
+            self.kept = None
+
+    @staticmethod
+    def _set(layer: nn.Module, mean: Tensor | None, var: Tensor | None) -> None:
+        layer.running_mean = mean  # type: ignore[assignment]  # a buffer may be None: batch statistics in eval mode
+        layer.running_var = var  # type: ignore[assignment]
+
+
+@contextmanager
+def bn_statistics(model: nn.Module, rule: StatisticsRule) -> Iterator[None]:
+    """While active, every BatchNorm layer of ``model`` (in eval mode) normalises with what ``rule`` returns.
+
+    The layer's own running statistics are never written and are back in place after each call, also after an error.
+    Works with any subclass of torch's BatchNorm (fused activations, SyncBatchNorm) because the layer's own forward
+    runs. A layer that sees one value per channel (batch of 1 at 1x1 pixels) keeps its source statistics, for a
+    variance of one value does not exist.
+
+    Args:
+        model: Any net; one without BatchNorm is left as it is.
+        rule: Called with (layer name, layer, input); see :data:`StatisticsRule`. Gradients do not flow into a
+            returned mean and variance; they do flow through the batch's own (``None``).
+    """
+    handles = []
+    swaps: list[tuple[_Swap, _BatchNorm]] = []
+    try:
+        for name, layer in batch_norm_layers(model).items():
+            swap = _Swap(name, rule)
+            swaps.append((swap, layer))
+            handles.append(layer.register_forward_pre_hook(swap.before))
+            handles.append(layer.register_forward_hook(swap.after, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for swap, layer in swaps:  # hooks do not run after a KeyboardInterrupt inside the layer
+            swap.after(layer, None, None)
+
+
+def batch_statistics(
+    model: nn.Module, source_weight: float = 0.0, *, unbiased: bool = False
+) -> AbstractContextManager[None]:
+    """BatchNorm with the current batch's statistics, or with a mixture of source and batch.
+
+    ``mean = w * source + (1 - w) * batch``, variance likewise (no cross term), ``w = source_weight``. With ``w = 0``
+    the layers run as in training mode, gradients through the statistics included; a mixture is detached.
+
+    Args:
+        model: Any net in eval mode; one without BatchNorm is left as it is.
+        source_weight: Weight on the source statistics, in [0, 1].
+        unbiased: Whether a mixture takes the batch variance with the n - 1 denominator.
+
+    Returns:
+        A context manager, see :func:`bn_statistics`.
+    """
+    check_range("source_weight", source_weight, 0, 1)
+
+    def rule(name: str, layer: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        if source_weight == 0:
+            return None
+        if layer.running_mean is None or layer.running_var is None:
+            raise UnsupportedModelError(
+                f"BatchNorm layer '{name}' keeps no running statistics (track_running_stats=False), so there is no "
+                "source to mix with. Use source_weight=0."
+            )
+        mean, var = batch_moments(x.detach(), unbiased=unbiased)
+        return (
+            torch.lerp(mean.to(layer.running_mean), layer.running_mean, source_weight),
+            torch.lerp(var.to(layer.running_var), layer.running_var, source_weight),
+        )
+
+    return bn_statistics(model, rule)

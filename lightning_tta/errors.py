@@ -1,0 +1,64 @@
+"""Errors a user can act on. Each message says what was given, what is allowed and what to do."""
+
+import math
+
+
+class LightningTTAError(Exception):
+    """Base of the errors that this package raises on purpose."""
+
+
+class ConfigError(LightningTTAError, ValueError):
+    """An option has a wrong name, type or range."""
+
+
+class UnsupportedModelError(LightningTTAError, TypeError):
+    """A method cannot run on this net, for example because it has no normalisation layers."""
+
+
+class NotPreparedError(LightningTTAError, RuntimeError):
+    """A method needs source data first: call ``prepare(source_batches)`` before the stream."""
+
+
+class WeightsError(LightningTTAError, ValueError):
+    """A weights file cannot be read, or does not fit the net."""
+
+
+class DataError(LightningTTAError, ValueError):
+    """A data set is missing, damaged or not what the configuration says."""
+
+
+def check_range(
+    name: str,
+    value: float,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    low_open: bool = False,
+    integer: bool = False,
+) -> None:
+    """Raise :class:`ConfigError` unless ``low <= value <= high`` and ``value`` is finite.
+
+    Args:
+        name: The option's name, for the message.
+        value: What was given.
+        low: Smallest allowed value; ``None`` for no bound.
+        high: Largest allowed value; ``None`` for no bound.
+        low_open: Whether ``low`` itself is excluded.
+        integer: Whether only whole numbers are allowed.
+    """
+    wrong_type = (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or (integer and not isinstance(value, int))
+    )
+    too_low = not wrong_type and low is not None and not (value > low if low_open else value >= low)
+    too_high = not wrong_type and high is not None and not value <= high
+    if wrong_type or too_low or too_high or not math.isfinite(value):
+        left = "(-inf" if low is None else f"{'(' if low_open else '['}{low}"
+        right = "inf)" if high is None else f"{high}]"
+        kind = "a whole number" if integer else "a number"
+        raise ConfigError(f"{name} must be {kind} in {left}, {right}; got {value!r}.")
+
+
+def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")

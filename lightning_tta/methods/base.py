@@ -1,0 +1,286 @@
+"""The contract of every method: a plain module that wraps a classifier and adapts it while it predicts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_tta.backbones.split import as_logits
+from lightning_tta.errors import ConfigError, NotPreparedError, check_range
+from lightning_tta.methods._inputs import at_least_float32, check_images, zero_rows
+from lightning_tta.methods._optimizers import OptimizerName, make_optimizer
+from lightning_tta.metrics import collapse_measures
+
+
+class TTAMethod(nn.Module, ABC):
+    """Wraps a classifier; ``forward(images) -> logits`` adapts it on the way.
+
+    A method writes only the tensors it declared (:meth:`declare`), and a snapshot of these alone makes
+    :meth:`reset` exact. ``state_dict()`` is complete: net, snapshot, optimizers. The net stays in eval mode,
+    whatever mode the method is put in. A method sees images only: no labels, domains, trainer or device names.
+
+    To write one: call ``super().__init__(model)``, declare what it may change, and implement :meth:`adapt`.
+
+    Args:
+        model: Pixels (B, C, H, W) in [0, 1] -> logits (B, K). Used and changed in place;
+            :func:`lightning_tta.adapt` makes a copy first.
+        steps: Adaptation steps per batch, at least 1. The logits are those of the last step.
+
+    Attributes:
+        stats: Floats that describe the last batch (loss, entropy, passes, collapse measures, skipped steps).
+        returns: Whether the logits come from before or after the batch's own update.
+        needs_source: Whether :meth:`prepare` must run before the stream.
+    """
+
+    returns: ClassVar[Literal["before the step", "after the step"]] = "before the step"
+    needs_source: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, *, steps: int = 1) -> None:
+        super().__init__()
+        check_range("steps", steps, 1, integer=True)
+        if hasattr(model, "_orig_mod"):  # torch.compile: its graph would not see the statistics change
+            warnings.warn("A compiled model is adapted through its original module, uncompiled.", stacklevel=3)
+            model = cast(nn.Module, model._orig_mod)
+        self.model = model.eval().requires_grad_(False)
+        self.steps = steps
+        self.stats: dict[str, float] = {}
+        self.optimizers: dict[str, Optimizer] = {}
+        self.prepared = not self.needs_source
+        self._snapshot: dict[str, Tensor] = {}
+        self._declared: dict[str, Tensor] = {}
+        self._reference_batch: int | None = None
+        self._batch_size = 0
+        self._counts: dict[str, int] = {}
+        self._record: dict[str, Tensor] = {}
+
+    # What a method implements ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def adapt(self, images: Tensor) -> Tensor:
+        """One adaptation step on finite images (B, C, H, W); returns logits (B, K). Gradients are enabled."""
+
+    def infer(self, images: Tensor) -> Tensor:
+        """The net's logits as this method predicts, without adapting. Override where that is not a plain pass."""
+        return as_logits(self.model(images))
+
+    def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Collect what the method needs from source data, once, before the stream. Most need nothing."""
+        self.prepared = True
+
+    # What a method uses ----------------------------------------------------------------------------------------------
+
+    def declare(self, tensors: Mapping[str, Tensor], prefix: str = "model.") -> list[Tensor]:
+        """Register tensors (by name under ``prefix``) that the method may change, and keep their source values."""
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(True)
+            self._declared[prefix + name] = tensor
+            self._snapshot[prefix + name] = tensor.detach().clone()
+        return list(tensors.values())
+
+    def add_optimizer(
+        self,
+        name: str,
+        parameters: Iterable[Tensor],
+        kind: OptimizerName,
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Add an optimizer over declared parameters. ``momentum`` is SGD's, or Adam's first beta (second: 0.999)."""
+        optimizer = make_optimizer(kind, parameters, lr, momentum=momentum, weight_decay=weight_decay)
+        self.optimizers[name] = optimizer
+
+    def scale_lr_by_batch(self, reference: int | None) -> None:
+        """Multiply every learning rate by (images in the batch) / ``reference``; ``None`` leaves them as given."""
+        if reference is not None:
+            check_range("lr_batch_size", reference, 1, integer=True)
+        self._reference_batch = reference
+
+    def record(self, **values: Tensor) -> None:
+        """Put scalars of this step into :attr:`stats`."""
+        self._record.update({name: value.detach() for name, value in values.items()})
+
+    def step(self, loss: Tensor) -> bool:
+        """Differentiate ``loss`` and step every optimizer, unless the loss or a gradient is not finite.
+
+        Returns:
+            Whether the step was taken. A skipped step changes nothing and is counted in ``stats``.
+        """
+        self.record(loss=loss)
+        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        parameters = [p for group in groups for p in group["params"]]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        self._counts["backwards"] += 1
+        norm = nn.utils.get_total_norm([g for g in gradients if g is not None], error_if_nonfinite=False)
+        if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
+            self._counts["skipped_steps"] += 1
+            return False
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        scale = 1.0 if self._reference_batch is None else self._batch_size / self._reference_batch
+        for group in groups:
+            group["lr"] = group["initial_lr"] * scale
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return True
+
+    # What users call -------------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Adapt on a batch and predict it.
+
+        Images with non-finite pixels are left out of the adaptation and get zero logits (the uniform distribution);
+        ``stats["nonfinite_images"]`` counts them. Works under ``no_grad`` and ``inference_mode`` too.
+
+        Args:
+            images: (B, C, H, W), floating point, pixels in [0, 1], B >= 1.
+
+        Returns:
+            Logits (B, K), at least float32, detached.
+
+        Raises:
+            ConfigError: If the input is no batch of images in [0, 1].
+            NotPreparedError: If the method needs source data and has not seen any.
+        """
+        if not self.prepared:
+            raise NotPreparedError(
+                f"{type(self).__name__} must see source data before the stream: call prepare(source_batches) with "
+                "batches {'image': (B, C, H, W) in [0, 1], 'label': (B,)} from the training set."
+            )
+        finite = check_images(images)
+        self._counts = dict.fromkeys(("forwards", "backwards", "skipped_steps"), 0)
+        self._counts["nonfinite_images"] = int((~finite).sum())
+        self._record = {}
+        with self._grad_enabled(images) as images, self._counting():
+            usable = images if self._counts["nonfinite_images"] == 0 else images[finite]
+            self._batch_size = len(usable)
+            if len(usable):
+                for _ in range(self.steps):
+                    logits = self.adapt(usable).detach()
+            else:
+                logits = self._no_logits(images)
+            logits = at_least_float32(logits)
+        self._update_stats(logits)
+        return zero_rows(logits, finite)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of the net as adapted so far; changes nothing. Same input and errors as :meth:`forward`."""
+        finite = check_images(images)
+        usable = images.to(self._dtype())[finite]
+        logits = self.infer(usable) if len(usable) else self._no_logits(images)
+        return zero_rows(at_least_float32(logits), finite)
+
+    def reset(self) -> None:
+        """Back to the source: every declared tensor and every optimizer, exactly as at construction."""
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in self._declared.items():
+                tensor.copy_(self._snapshot[name])
+            for optimizer in self.optimizers.values():
+                optimizer.state.clear()
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"]
+        self.stats = {}
+
+    @property
+    def name(self) -> str:
+        """The name to ask for: the file's name in this package, or the class name of a method from elsewhere."""
+        package, _, file = type(self).__module__.rpartition(".")
+        return file if package == __package__ else type(self).__name__
+
+    @property
+    def adaptable(self) -> dict[str, Tensor]:
+        """The tensors this method may change, by their name in ``state_dict()``."""
+        return dict(self._declared)
+
+    def train(self, mode: bool = True) -> TTAMethod:
+        """Record ``mode`` on the method; the net inside stays in eval mode (no dropout, no drop path)."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What is neither parameter nor buffer: the snapshot and the optimizers. Safe for ``weights_only`` loading."""
+        return {
+            "snapshot": dict(self._snapshot),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "prepared": self.prepared,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Counterpart of :meth:`get_extra_state`.
+
+        Raises:
+            ConfigError: If the state was written by a method that adapts other tensors.
+        """
+        expected = (set(self._snapshot), set(self.optimizers))
+        if (set(state["snapshot"]), set(state["optimizers"])) != expected:
+            raise ConfigError(
+                f"This state does not fit {type(self).__name__}: it adapts {sorted(state['snapshot'])[:3]}... with "
+                f"optimizers {sorted(state['optimizers'])}, here {sorted(expected[0])[:3]}... with "
+                f"{sorted(expected[1])}. Build the method with the options that the state was saved with."
+            )
+        with torch.inference_mode(False), torch.no_grad():  # else the optimizers could not step afterwards
+            for name, value in state["snapshot"].items():
+                self._snapshot[name].copy_(value)
+            for name, value in state["optimizers"].items():
+                self.optimizers[name].load_state_dict(copy.deepcopy(value))  # it would share the tensors
+        self.prepared = state["prepared"]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TTAMethod:
+        # Parameters are moved in place, so optimizers keep them; buffers are replaced.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._snapshot = {name: fn(value) for name, value in self._snapshot.items()}
+        modules = dict(self.named_modules())
+        for name in self._declared:
+            owner, _, leaf = name.rpartition(".")
+            self._declared[name] = getattr(modules[owner], leaf)
+        for optimizer in self.optimizers.values():
+            optimizer.load_state_dict(optimizer.state_dict())  # brings momentum to the parameters' device and dtype
+        return self
+
+    # Internals -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _no_logits(self, images: Tensor) -> Tensor:
+        """Logits (0, K): what is left when every image is left out."""
+        return self.infer(torch.zeros_like(images[:1], dtype=self._dtype()))[:0]
+
+    def _dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    @contextmanager
+    def _grad_enabled(self, images: Tensor) -> Iterator[Tensor]:
+        """Gradients on, whatever the caller's mode; inference tensors cannot be saved for backward, so clone them."""
+        with torch.inference_mode(False), torch.enable_grad():
+            images = images.clone() if images.is_inference() else images.detach()
+            yield images.to(self._dtype())
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        def count(module: nn.Module, inputs: object) -> None:
+            self._counts["forwards"] += 1
+
+        handle = self.model.register_forward_pre_hook(count)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _update_stats(self, logits: Tensor) -> None:
+        values = {**self._record, **(collapse_measures(logits) if len(logits) else {})}
+        floats = torch.stack([v.double() for v in values.values()]).tolist() if values else []  # one device sync
+        self.stats = {**dict(zip(values, floats, strict=True)), **{k: float(v) for k, v in self._counts.items()}}

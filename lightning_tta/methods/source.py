@@ -1,0 +1,26 @@
+"""No adaptation: the baseline of every comparison."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tta.methods.base import TTAMethod
+
+
+class Source(TTAMethod):
+    """Minimises nothing: the source model as it is, BatchNorm with its source statistics.
+
+    Parameters touched: none. State: none. Per batch: one forward pass.
+
+    Args:
+        model: Any classifier.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+
+    @torch.no_grad()
+    def adapt(self, images: Tensor) -> Tensor:
+        """A plain forward pass."""
+        return self.infer(images)

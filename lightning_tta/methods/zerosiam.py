@@ -1,0 +1,132 @@
+"""ZeroSiam: asymmetric entropy minimisation that does not collapse."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tta.backbones.norms import batch_norm_layers, batch_statistics, norm_layers, norm_parameters
+from lightning_tta.backbones.split import HeadSplit, as_logits
+from lightning_tta.errors import check_choice, check_range
+from lightning_tta.losses import entropy, symmetric_kl
+from lightning_tta.methods.base import TTAMethod
+
+Predictor = Literal["learned", "identity", "random"]
+
+
+def default_learning_rates(model: nn.Module) -> tuple[float, float]:
+    """The authors' learning rates (norm parameters, predictor) at batch 64 for the kind of net ``model`` is.
+
+    Told apart by structure: GroupNorm (their ResNet50-GN) 2.5e-3, 2.5e-2; LayerNorm of one width (ViT) from 768 up
+    (Base) 5e-3, 5e-3, else (Small) 1e-3, 1e-2; LayerNorm of several widths with attention (Swin-T) 5e-4, 2.5e-3, and
+    without (ConvNeXt-T) 2.5e-4, 2.5e-3. For BatchNorm nets the authors give none: the GroupNorm ratio with Tent's
+    ImageNet rate, 2.5e-4 and 2.5e-3, is our choice.
+    """
+    if batch_norm_layers(model):
+        return 2.5e-4, 2.5e-3
+    layers = list(norm_layers(model).values())
+    if any(isinstance(layer, nn.GroupNorm) for layer in layers):
+        return 2.5e-3, 2.5e-2
+    widths = {p.shape[0] for layer in layers for p in layer.parameters(recurse=False)}
+    if len(widths) <= 1:
+        return (5e-3, 5e-3) if widths and min(widths) >= 768 else (1e-3, 1e-2)
+    attention = any(
+        isinstance(m, nn.MultiheadAttention) or (isinstance(m, nn.Linear) and m.out_features == 3 * m.in_features)
+        for m in model.modules()
+    )
+    return (5e-4, 2.5e-3) if attention else (2.5e-4, 2.5e-3)
+
+
+class ZeroSiam(TTAMethod):
+    """Minimises the entropy of an online branch plus its symmetric KL divergence to a stop-gradient reference branch.
+
+    With features z, frozen head g and a predictor h (linear, no bias, identity at the start)::
+
+        u = g(z)    t = stopgrad(u)    o = g(h(z))
+        L = mean_b [ H(p_o) + alpha * (KL(p_t || p_o) + KL(p_o || p_t)) ]
+
+    Parameters touched: weight and bias of every normalisation layer, and h, by two SGD optimizers; BatchNorm uses
+    batch statistics. State: these. Per batch and step: one forward and one backward pass (the second branch is the
+    head only). Returns u, the reference branch before the step.
+
+    ``stats`` has the collapse measures, and ``predictor_distance``, the Frobenius distance of h from the identity.
+
+    Args:
+        model: A classifier with normalisation layers that ends in one linear layer.
+        lr: Learning rate of the norm parameters at ``lr_batch_size`` images, >= 0; ``None``: by architecture, see
+            :func:`default_learning_rates`.
+        predictor_lr: Same for h.
+        alpha: Weight of the alignment term, >= 0.
+        momentum: Momentum of both optimizers, in [0, 1).
+        steps: Steps per batch, >= 1.
+        predictor: ``learned``; controls: ``identity`` (h fixed: Tent) or ``random`` (h fixed at a seeded orthogonal
+            matrix).
+        predictor_seed: Seed of ``random``.
+        lr_batch_size: Learning rates are multiplied by (batch size / this); ``None`` takes them as given.
+        head: Name of the last linear layer where the search finds another.
+
+    Raises:
+        UnsupportedModelError: If the net has no affine normalisation layer, or does not end in a linear layer.
+
+    Source: ZeroSiam, ICLR 2026, arXiv 2509.23183. Differs from the authors' first code: :meth:`reset` restores norm
+    parameters, h and both optimizers, not h alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float | None = None,
+        predictor_lr: float | None = None,
+        alpha: float = 1.0,
+        momentum: float = 0.9,
+        steps: int = 1,
+        predictor: Predictor = "learned",
+        predictor_seed: int = 0,
+        lr_batch_size: int | None = 64,
+        head: str | None = None,
+    ) -> None:
+        super().__init__(model, steps=steps)
+        check_range("alpha", alpha, 0)
+        check_choice("predictor", predictor, ("learned", "identity", "random"))
+        self.alpha = alpha
+        self.split = HeadSplit(self.model, head)
+        default_lr, default_predictor_lr = default_learning_rates(self.model)
+        self.predictor = self._build_predictor(predictor, predictor_seed)
+        parameters = self.declare(norm_parameters(self.model))
+        self.add_optimizer("model", parameters, "sgd", default_lr if lr is None else lr, momentum=momentum)
+        if predictor == "learned":
+            weight = self.declare({"weight": self.predictor.weight}, prefix="predictor.")
+            predictor_lr = default_predictor_lr if predictor_lr is None else predictor_lr
+            self.add_optimizer("predictor", weight, "sgd", predictor_lr, momentum=momentum)
+        self.scale_lr_by_batch(lr_batch_size)
+
+    def _build_predictor(self, kind: Predictor, seed: int) -> nn.Linear:
+        width, like = self.split.num_features, self.split.head.weight
+        predictor = nn.Linear(width, width, bias=False, device="meta").to_empty(device=like.device).to(like.dtype)
+        matrix = torch.eye(width)
+        if kind == "random":
+            matrix = nn.init.orthogonal_(matrix, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            predictor.weight.copy_(matrix)
+        return predictor.requires_grad_(False)
+
+    def infer(self, images: Tensor) -> Tensor:
+        """The reference branch: a forward pass with batch statistics."""
+        with batch_statistics(self.model):
+            return as_logits(self.model(images))
+
+    def adapt(self, images: Tensor) -> Tensor:
+        """One step of the asymmetric objective on every image of the batch."""
+        with batch_statistics(self.model):
+            features, logits = self.split(images)
+        online = self.split.head(self.predictor(features))
+        online_entropy = entropy(online).mean()
+        alignment = symmetric_kl(logits.detach(), online).mean()
+        self.step(online_entropy + self.alpha * alignment)
+        identity = torch.eye(self.split.num_features, device=online.device, dtype=self.predictor.weight.dtype)
+        distance = (self.predictor.weight - identity).norm()
+        self.record(online_entropy=online_entropy, alignment=alignment, predictor_distance=distance)
+        return logits

@@ -1,0 +1,64 @@
+"""Cases of the shared tests: every method with every net. A new method file is found by itself."""
+
+import copy
+
+import pytest
+import torch
+from nets import KINDS, make_images, make_net
+
+from lightning_tta import UnsupportedModelError, adapt, available_methods
+
+# Options that make a method's updates visible on the small nets, one entry a variant; a method not named: one, {}.
+VARIANTS = {
+    "norm": [{}, {"source_weight": 0.5}, {"momentum": 0.3}],
+    "tent": [{"lr": 1e-2}, {"lr": 1e-2, "optimizer": "sgd", "steps": 2, "lr_batch_size": 8}],
+    "zerosiam": [{"lr": 0.5, "predictor_lr": 0.5}, {"lr": 0.5, "predictor": "random", "steps": 2}],
+}
+
+SETTINGS = [(name, options) for name in available_methods() for options in VARIANTS.get(name, [{}])]
+
+
+def build(name, options, kind, *, seed=0, prepare=True, net=None, in_place=True, **more):
+    """A method around its own net, or around ``net``, with source data where it needs them."""
+    net = make_net(kind, seed=seed) if net is None else net
+    method = adapt(net, name, in_place=in_place, **{**options, **more})
+    if prepare and method.needs_source:
+        label = torch.arange(8) % 5
+        method.prepare([{"image": make_images(8, seed=50 + i), "label": label} for i in range(2)])
+    return method
+
+
+def refusal(name, options, kind):
+    try:
+        build(name, options, kind, prepare=False)
+    except UnsupportedModelError as error:
+        return str(error)
+    except Exception:
+        return None  # taken as supported: its tests fail and show it
+    return None
+
+
+def case_id(name, options, kind):
+    return "-".join([name, *(f"{k}={v}" for k, v in options.items()), kind])
+
+
+CASES = [(name, options, kind) for name, options in SETTINGS for kind in KINDS]
+REFUSED = {case_id(*case): message for case in CASES if (message := refusal(*case))}
+SUPPORTED = [case for case in CASES if case_id(*case) not in REFUSED]
+
+every_case = pytest.mark.parametrize("case", SUPPORTED, ids=[case_id(*case) for case in SUPPORTED])
+# One net for what does not depend on its norm layers: the first one that the setting supports.
+FIRST = list({(name, str(options)): (name, options, kind) for name, options, kind in reversed(SUPPORTED)}.values())
+every_setting = pytest.mark.parametrize("case", FIRST, ids=[case_id(*case) for case in FIRST])
+
+
+def state_of(method):
+    return copy.deepcopy(method.state_dict())
+
+
+def tensors_of(state):
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def run(method, stream):
+    return [method(images) for images in stream]

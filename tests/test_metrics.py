@@ -1,0 +1,51 @@
+import math
+
+import pytest
+import torch
+
+from lightning_tta.metrics import collapse_measures
+
+
+def measures(rows, dtype=torch.float64):
+    return {name: value.item() for name, value in collapse_measures(torch.tensor(rows, dtype=dtype)).items()}
+
+
+def test_by_hand():
+    values = measures([[3.0, 4.0, 0.0], [0.0, 5.0, 12.0], [0.0, 8.0, 6.0], [0.0, 0.0, 2.0]])
+    assert values["largest_class_share"] == 0.5
+    assert values["logit_norm"] == pytest.approx((5 + 13 + 10 + 2) / 4)
+    assert values["centre_dominance"] == pytest.approx(math.sqrt(0.75**2 + 4.25**2 + 5.0**2) / 7.5)
+    expected = 0.0
+    for row in ([3, 4, 0], [0, 5, 12], [0, 8, 6], [0, 0, 2]):
+        p = [math.exp(v) / sum(map(math.exp, row)) for v in row]
+        expected -= sum(v * math.log(v) for v in p) / 4
+    assert values["entropy"] == pytest.approx(expected)
+
+
+def test_collapse_and_its_opposite():
+    collapsed = measures([[0.0, 50.0, 0.0, 0.0]] * 6)
+    assert collapsed["largest_class_share"] == 1
+    assert collapsed["centre_dominance"] == pytest.approx(1)
+    assert collapsed["entropy"] == pytest.approx(0, abs=1e-9)
+    balanced = measures([[1.0, -1.0], [-1.0, 1.0]])
+    assert balanced["largest_class_share"] == 0.5
+    assert balanced["centre_dominance"] == 0
+
+
+def test_one_image_and_zero_logits():
+    single = measures([[1.0, 2.0, 3.0]])
+    assert single["largest_class_share"] == 1
+    assert single["centre_dominance"] == pytest.approx(1)
+    zeros = measures([[0.0] * 5] * 3)
+    assert zeros["centre_dominance"] == zeros["logit_norm"] == 0
+    assert zeros["entropy"] == pytest.approx(math.log(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scalars_without_a_graph(dtype):
+    values = collapse_measures(torch.rand(4, 3, dtype=dtype, requires_grad=True))
+    assert set(values) == {"entropy", "largest_class_share", "logit_norm", "centre_dominance"}
+    for value in values.values():
+        assert value.shape == ()
+        assert not value.requires_grad
+        assert torch.isfinite(value)
