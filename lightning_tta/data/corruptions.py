@@ -1,0 +1,97 @@
+"""Image corruptions with severities 1 to 5: every method sees the same pixels.
+
+The set ``builtin`` follows the groups of ImageNet-C (noise, blur, weather, digital, and a geometric one) and needs
+torchvision only. The set ``imagenet_c`` has the 15 + 4 functions of ImageNet-C itself (Hendrycks and Dietterich,
+arXiv:1903.12261) and needs the extra ``corruptions``. Each set has functions to report on, and held-out ones on which
+settings may be chosen.
+"""
+
+import difflib
+import hashlib
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_tta.data import builtin, imagenet_c
+from lightning_tta.errors import ConfigError, check_choice, check_range
+
+FunctionSet = Literal["builtin", "imagenet_c"]
+SETS: dict[str, ModuleType] = {"builtin": builtin, "imagenet_c": imagenet_c}
+MIN_SIZE = 32
+
+
+def _get_set(function_set: str) -> ModuleType:
+    check_choice("function_set", function_set, tuple(SETS))
+    return SETS[function_set]
+
+
+def corruption_names(function_set: str = "builtin", held_out: bool = False) -> list[str]:
+    """Names of the corruptions to report on, or of the held-out ones for choosing settings.
+
+    Raises:
+        ConfigError: On an unknown function set.
+    """
+    functions = _get_set(function_set)
+    return list(functions.HELD_OUT if held_out else functions.REPORTED)
+
+
+def function_set_id(function_set: str = "builtin") -> str:
+    """Name and version of a function set, for the protocol: ``builtin-1`` for example.
+
+    Raises:
+        ConfigError: On an unknown function set, or when its package is not installed.
+    """
+    return str(_get_set(function_set).version_id())
+
+
+def check_name(name: str, known: list[str], what: str) -> None:
+    """Raise :class:`ConfigError` with the closest matches unless ``name`` is one of ``known``."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def image_seed(seed: int, function_set: str, name: str, severity: int, index: int) -> int:
+    """Seed (63 bits) of one corrupted image: the same on every machine and in every process."""
+    text = f"{function_set}|{name}|{severity}|{seed}|{index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def corrupt(
+    image: Tensor, name: str, severity: int, *, seed: int = 0, index: int = 0, function_set: str = "builtin"
+) -> Tensor:
+    """Corrupt one image.
+
+    Random numbers depend on the seed, the function set, the name, the severity and the index only; the global random
+    states of torch and NumPy are left as they were. The result is rounded to 8 bits, as a stored image is.
+
+    Args:
+        image: uint8, shape (C, H, W) with C 1 or 3 (``imagenet_c``: 3) and both sides at least 32.
+        name: One of :func:`corruption_names`, reported or held out.
+        severity: 1 (mild) to 5 (strong).
+        seed: Seed of the whole set of corrupted images.
+        index: Number of the image in its set.
+        function_set: ``builtin`` or ``imagenet_c``.
+
+    Returns:
+        uint8, shape (C, H, W).
+
+    Raises:
+        ConfigError: On an unknown name or set, a severity out of range, an image of the wrong type or size, or when
+            the package of ``imagenet_c`` is not installed.
+    """
+    functions = _get_set(function_set)
+    check_name(name, [*functions.REPORTED, *functions.HELD_OUT], f"corruption of the set {function_set!r}:")
+    check_range("severity", severity, 1, 5, integer=True)
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ConfigError(f"corrupt wants a uint8 image (1 or 3, H, W); got {image.dtype} {tuple(image.shape)}.")
+    if min(image.shape[1:]) < MIN_SIZE:
+        raise ConfigError(
+            f"Corruptions want images of at least {MIN_SIZE}x{MIN_SIZE} pixels; got "
+            f"{image.shape[1]}x{image.shape[2]}. Resize them first (image_size={MIN_SIZE})."
+        )
+    result: Tensor = functions.apply(image, name, severity, image_seed(seed, function_set, name, severity, index))
+    return result

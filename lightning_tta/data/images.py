@@ -1,0 +1,192 @@
+"""Labelled 8-bit images in memory, on disk or made on the fly, and the data sets that batch them."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, Dataset
+
+from lightning_tta.data.corruptions import corrupt
+from lightning_tta.data.memo import MEMO, with_progress
+from lightning_tta.data.threads import one_thread
+
+Batch = dict[str, Tensor]
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images uint8 (C, H, W) with labels; a leaf implements :meth:`image`.
+
+    Attributes:
+        labels: int64, shape (N,); -1 where the label is not known. Known without reading any image.
+    """
+
+    labels: Tensor
+
+    def image(self, position: int) -> Tensor:
+        """One image: uint8, shape (C, H, W)."""
+        raise NotImplementedError
+
+    def images(self, positions: Tensor) -> Tensor:
+        """Several images: uint8, shape (B, C, H, W)."""
+        return torch.stack([self.image(position) for position in positions.tolist()])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        return self.image(position), int(self.labels[position])
+
+
+class StackedImages(Images):
+    """Images in memory: ``pixels`` uint8 (N, C, H, W)."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def image(self, position: int) -> Tensor:
+        """One image."""
+        return self.pixels[position]
+
+    def images(self, positions: Tensor) -> Tensor:
+        """Several images, in one copy."""
+        return self.pixels.index_select(0, positions)
+
+
+class SelectedImages(Images):
+    """Some images of a set."""
+
+    def __init__(self, source: Images, positions: Tensor) -> None:
+        self.source, self.positions, self.labels = source, positions, source.labels[positions]
+
+    def image(self, position: int) -> Tensor:
+        """One image."""
+        return self.source.image(int(self.positions[position]))
+
+
+class CorruptedImages(Images):
+    """A set with one corruption, made when asked for.
+
+    ``ids`` (N,) are the images' numbers in the whole set: they seed the corruption, so that an image looks the same in
+    any subset.
+    """
+
+    def __init__(self, source: Images, ids: Tensor, name: str, severity: int, seed: int, function_set: str) -> None:
+        self.source, self.ids, self.labels = source, ids, source.labels
+        self.name, self.severity, self.seed, self.function_set = name, severity, seed, function_set
+
+    def image(self, position: int) -> Tensor:
+        """One image."""
+        return corrupt(
+            self.source.image(position),
+            self.name,
+            self.severity,
+            seed=self.seed,
+            index=int(self.ids[position]),
+            function_set=self.function_set,
+        )
+
+
+def estimated_bytes(images: Images) -> int:
+    """Bytes of all images together, if they are as large as the first."""
+    return len(images) * images.image(0).nbytes if len(images) else 0
+
+
+def keep_in_memory(images: Images, key: Hashable, text: str) -> Images:
+    """The same images in memory, computed once per process and key. ``text`` names the work in the progress bar."""
+    if isinstance(images, StackedImages) or not len(images):
+        return images
+
+    def build() -> Tensor:
+        with one_thread():
+            return torch.stack([images.image(position) for position in with_progress(len(images), text)])
+
+    return StackedImages(MEMO.get(key, build), images.labels)
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """Pixels uint8 to float32 in [0, 1]."""
+    return pixels.float() / 255
+
+
+class LabelledBatches(Dataset[Batch]):
+    """Batches {image (B, C, H, W) float32 in [0, 1], label (B,), index (B,)} of one set.
+
+    Args:
+        images: The set.
+        augment: Applied to each image uint8 (C, H, W).
+    """
+
+    def __init__(self, images: Images, augment: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.source, self.augment = images, augment
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @one_thread()
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """One batch, already collated."""
+        index = torch.tensor(positions)
+        pixels = self.source.images(index)
+        if self.augment is not None:
+            pixels = torch.stack([self.augment(image) for image in pixels])
+        return {"image": to_float(pixels), "label": self.source.labels[index], "index": index}
+
+    def __getitem__(self, position: int) -> Batch:
+        return {name: values[0] for name, values in self.__getitems__([position]).items()}
+
+
+class StreamBatches(Dataset[Batch]):
+    """Batches {image, index, domain, label} of several domains, addressed by their position in the whole stream.
+
+    Position ``p`` of domain ``d`` has the index ``len(domains[0]) + ... + len(domains[d - 1]) + p``.
+    """
+
+    def __init__(self, domains: Sequence[Images]) -> None:
+        self.domains = list(domains)
+        self.ends = torch.tensor([len(domain) for domain in domains]).cumsum(0)
+        self.labels = torch.cat([domain.labels for domain in domains])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @one_thread()
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """One batch, already collated."""
+        index = torch.tensor(positions)
+        domain = torch.bucketize(index, self.ends, right=True)
+        pixels: Tensor | None = None
+        for d in sorted(set(domain.tolist())):
+            start = int(self.ends[d]) - len(self.domains[d])
+            chosen = (domain == d).nonzero()[:, 0]
+            found = self.domains[d].images(index[chosen] - start)
+            if pixels is None:
+                pixels = found.new_empty(len(index), *found.shape[1:])
+            pixels[chosen] = found
+        image = to_float(cast(Tensor, pixels))
+        return {"image": image, "index": index, "domain": domain, "label": self.labels[index]}
+
+    def __getitem__(self, position: int) -> Batch:
+        return {name: values[0] for name, values in self.__getitems__([position]).items()}
+
+
+class StreamSampler(BatchSampler):
+    """Hands out the batches of a stream as they are.
+
+    Lightning builds batch samplers anew for prediction and offers a sampler of its own: it is ignored, so that the
+    order of a stream never changes.
+    """
+
+    def __init__(self, batches: list[list[int]], sampler: Iterable[int] = (), drop_last: bool = False) -> None:
+        self.batches, self.sampler, self.drop_last = batches, sampler, drop_last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def already_collated(batch: Any) -> Any:
+    """The ``collate_fn`` of these data sets, whose ``__getitems__`` returns whole batches."""
+    return batch

@@ -1,0 +1,181 @@
+"""The protocol of a run: all that must be equal before two results may be compared."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lightning_tta.errors import ConfigError, DataError, check_choice, check_range
+
+
+def _canonical(value: Any) -> Any:
+    """The value as JSON has it: tuples as lists, floats to six significant digits, whole floats as integers."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        rounded = float(f"{value:.6g}")
+        return int(rounded) if rounded.is_integer() else rounded
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _canonical(value[key]) for key in sorted(value)}
+    raise ConfigError(
+        f"A protocol holds finite numbers, strings, lists and dicts with string keys only; got {value!r}. Convert it."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What was measured, apart from the method. Two results are comparable only when their hashes are equal.
+
+    What a user's own data module does not say is ``None``, or empty.
+
+    Attributes:
+        data: Name of the data.
+        data_digest: Hash of the test images.
+        split: The split they come from.
+        domains: The stream's domains, in order.
+        images: Number of images in the stream.
+        images_per_domain: Number of images in each domain.
+        function_set: Name and version of the corruption functions; ``None`` without corruptions.
+        severity: Their severity, 1 to 5; ``None`` without corruptions.
+        corruption_seed: Their seed; ``None`` without corruptions.
+        stream: Kind of the stream.
+        order_seed: Seed of its order.
+        batch_size: Samples in a batch.
+        reset: When the method starts anew: ``never``, ``domain`` or ``batch``.
+        predict: Which logits count: ``method`` (those the method returns) or ``after`` (a second pass after the step).
+        weights: Name of the source weights.
+        weights_digest: Hash of the source weights, if known.
+        preprocessing: What happens to pixels before the net: mean, standard deviation, size.
+        world_size: Number of processes.
+        mode: How they share the stream: ``single``, ``replicas`` or ``synchronised``.
+    """
+
+    data: str
+    data_digest: str | None = None
+    split: str | None = None
+    domains: tuple[str, ...] = ()
+    images: int | None = None
+    images_per_domain: tuple[int, ...] = ()
+    function_set: str | None = None
+    severity: int | None = None
+    corruption_seed: int | None = None
+    stream: str | None = None
+    order_seed: int | None = None
+    batch_size: int | None = None
+    reset: str
+    predict: str
+    weights: str
+    weights_digest: str | None
+    preprocessing: dict[str, Any]
+    world_size: int = 1
+    mode: str = "single"
+
+    def __post_init__(self) -> None:
+        check_choice("reset", self.reset, ("never", "domain", "batch"))
+        check_choice("predict", self.predict, ("method", "after"))
+        check_choice("mode", self.mode, ("single", "replicas", "synchronised"))
+        check_range("world_size", self.world_size, 1, integer=True)
+        if (self.mode == "single") != (self.world_size == 1):
+            raise ConfigError(
+                f'mode="single" is for one process, and one process only; got mode={self.mode!r} with '
+                f"world_size={self.world_size}."
+            )
+        for name in ("domains", "images_per_domain"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "preprocessing", _canonical(self.preprocessing))
+        _canonical(self._values())
+
+    @classmethod
+    def from_parts(
+        cls,
+        data_description: Mapping[str, Any],
+        *,
+        reset: str,
+        predict: str,
+        weights: str,
+        weights_digest: str | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        world_size: int = 1,
+        mode: str = "single",
+    ) -> "Protocol":
+        """Put together what the data module, the test-time module and the net know.
+
+        Args:
+            data_description: ``ShiftedDataModule.describe()``, or at least ``data``, a name.
+            reset: Reset policy.
+            predict: Which logits count.
+            weights: Name of the source weights.
+            weights_digest: Hash of the source weights.
+            preprocessing: What happens to pixels before the net.
+            world_size: Number of processes.
+            mode: How they share the stream.
+
+        Raises:
+            ConfigError: On a value that is not allowed, or a description with unknown fields.
+        """
+        unknown = sorted(set(data_description) - _DATA_FIELDS)
+        if unknown or "data" not in data_description:
+            raise ConfigError(
+                f"The description of the data must have 'data' and may have {', '.join(sorted(_DATA_FIELDS))}; got "
+                f"{', '.join(sorted(data_description)) or 'nothing'}."
+            )
+        return cls(
+            **data_description,
+            reset=reset,
+            predict=predict,
+            weights=weights,
+            weights_digest=weights_digest,
+            preprocessing=dict(preprocessing or {}),
+            world_size=world_size,
+            mode=mode,
+        )
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def hash(self) -> str:
+        """First 12 hexadecimal digits of the SHA-256 of all fields, as canonical JSON."""
+        text = json.dumps(_canonical(self._values()), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON has them, and ``hash``."""
+        return {name: _canonical(value) for name, value in self._values().items()} | {"hash": self.hash}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Protocol":
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            DataError: When fields are missing or unknown, or do not fit the hash.
+        """
+        given = {name: value for name, value in values.items() if name != "hash"}
+        known = {field.name for field in fields(cls)}
+        if set(given) != known:
+            raise DataError(
+                "This is not a protocol of this version of lightning_tta: missing "
+                f"{', '.join(sorted(known - set(given))) or 'nothing'}, unknown "
+                f"{', '.join(sorted(set(given) - known)) or 'nothing'}."
+            )
+        protocol = cls(**given)
+        if values.get("hash") != protocol.hash:
+            raise DataError(
+                f"The protocol was changed after it was written: it says hash {values.get('hash')!r}, its fields give "
+                f"{protocol.hash!r}. Run the experiment again, or restore the file."
+            )
+        return protocol
+
+    def diff(self, other: "Protocol") -> list[str]:
+        """One line ``field: a != b`` for each field that differs."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [f"{n}: {mine[n]!r} != {theirs[n]!r}" for n in mine if n != "hash" and mine[n] != theirs[n]]
+
+
+_DATA_FIELDS = {field.name for field in fields(Protocol)} - {
+    *("reset", "predict", "weights", "weights_digest", "preprocessing", "world_size", "mode")
+}

@@ -1,0 +1,151 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_tta.data import FolderData, corrupt
+from lightning_tta.errors import ConfigError, DataError
+
+
+def write(path, number, size=(32, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@pytest.fixture
+def root(tmp_path):
+    for c, name in enumerate(("cat", "ant", "dog")):
+        for n in range(10):
+            write(tmp_path / "birds" / "train" / name / f"{n}.png", 100 * c + n)
+        for n in range(4):
+            write(tmp_path / "birds" / "test" / name / f"{n}.png", 1000 + 100 * c + n)
+    (tmp_path / "birds" / "test" / "cat" / "notes.txt").write_text("not an image")
+    return tmp_path / "birds"
+
+
+def labels_of(loader):
+    return torch.cat([batch["label"] for batch in loader]).tolist()
+
+
+def test_classes_splits_and_pixels(root):
+    data = FolderData(str(root), val_share=0.2, augment=False)
+    assert data.class_names == ["ant", "cat", "dog"]
+    assert data.num_classes == 3
+    assert data.name == "folder:birds"
+    image, label = data.clean("test")[5]  # ant 0-3, cat 0, cat 1
+    assert label == 1
+    assert torch.equal(image, write(root.parent / "again.png", 1000 + 1))
+    train, val = data.clean("train"), data.clean("val")
+    assert (train.labels.bincount().tolist(), val.labels.bincount().tolist()) == ([8] * 3, [2] * 3)
+    pixels = {tuple(images[i][0].flatten().tolist()) for images in (train, val) for i in range(len(images))}
+    assert len(pixels) == 30  # nothing is in both
+    other = FolderData(str(root), val_share=0.2, val_seed=1).clean("val")
+    assert {str(other[i][0]) for i in range(6)} != {str(val[i][0]) for i in range(6)}
+    assert len(labels_of(data.train_dataloader())) == 24
+
+
+def test_own_validation_folder(root):
+    for name in ("ant", "cat", "dog"):
+        write(root / "val" / name / "x.png", 1)
+    data = FolderData(str(root))
+    assert len(data.clean("train")) == 30
+    assert labels_of(data.val_dataloader()) == [0, 1, 2]
+
+
+def test_stream_of_corruptions(root):
+    data = FolderData(str(root), domains=["clean", "contrast"], severity=2, batch_size=5)
+    test = data.clean("test")
+    for batch in data.predict_dataloader():
+        for image, index, domain, label in zip(*(batch[k] for k in ("image", "index", "domain", "label")), strict=True):
+            number = int(index) % 12
+            clean, expected = test[number]
+            wanted = clean if domain == 0 else corrupt(clean, "contrast", 2, index=number)
+            assert torch.equal(image, wanted.float() / 255)
+            assert label == expected
+
+
+def test_target_folders_are_matched_by_class_name(root, tmp_path):
+    sketch = {name: write(tmp_path / "sketch" / name / "a.png", 7 + n) for n, name in enumerate(("dog", "cat"))}
+    data = FolderData(str(root), target_roots={"sketch": str(tmp_path / "sketch")}, batch_size=1)
+    assert data.domain_names == ["sketch"]
+    seen = {int(batch["label"]): batch["image"][0] for batch in data.predict_dataloader()}
+    assert set(seen) == {1, 2}
+    assert torch.equal(seen[1], sketch["cat"].float() / 255)
+    assert torch.equal(seen[2], sketch["dog"].float() / 255)
+    mixed = FolderData(
+        str(root), target_roots={"sketch": str(tmp_path / "sketch")}, domains=["haze", "sketch"], stream="mixed"
+    )
+    assert mixed.describe()["images_per_domain"] == [12, 2]
+    write(tmp_path / "sketch" / "emu" / "a.png", 1)
+    with pytest.raises(DataError, match="does not have: emu"):
+        FolderData(str(root), target_roots={"sketch": str(tmp_path / "sketch")}).setup("predict")
+
+
+def test_image_size_resizes_the_shorter_side_and_crops_the_middle(root):
+    picture = np.zeros((40, 120, 3), dtype=np.uint8)
+    picture[:, 40:80] = 200  # only the middle third is bright
+    for split in ("train", "test"):
+        Image.fromarray(picture).save(root / split / "ant" / "0.png")
+    image = FolderData(str(root), image_size=20, domains=["clean"]).clean("test")[0][0]
+    assert image.shape == (3, 20, 20)
+    assert image[:, :, 1:-1].float().mean() > 195
+    with pytest.raises(DataError, match=r"0\.png.*32x32 pixels|1\.png has 32x32.*120x40.*image_size"):
+        FolderData(str(root), domains=["clean"]).setup("predict")
+
+
+def test_small_images_with_corruptions_fail_with_a_way_out(root):
+    with pytest.raises(ConfigError, match="at least 32x32"):
+        FolderData(str(root), image_size=16).setup("predict")
+    FolderData(str(root), image_size=16, domains=["clean"]).setup("predict")
+
+
+def test_damaged_image_is_named(root):
+    broken = root / "test" / "cat" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"test/cat/1\.png"):
+        FolderData(str(root), domains=["clean"]).setup("predict")
+
+
+def test_missing_folders_are_named(root, tmp_path):
+    with pytest.raises(DataError, match=r"nowhere/test.*<class>"):
+        FolderData(str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"no folder .*gone"):
+        FolderData(str(root), target_roots={"far": str(tmp_path / "gone")})
+    with pytest.raises(ConfigError, match="target_roots: haze"):
+        FolderData(str(root), target_roots={"haze": str(root / "test")})
+    with pytest.raises(ConfigError, match="val_share"):
+        FolderData(str(root), val_share=0.0)
+    (root / "train").rename(root / "unused")
+    data = FolderData(str(root))
+    assert data.class_names == ["ant", "cat", "dog"]
+    with pytest.raises(DataError, match="train"):
+        data.train_dataloader()
+    (root / "test" / "cat").rename(root / "test" / "ant" / "deeper")
+    assert FolderData(str(root)).class_names == ["ant", "dog"]
+
+
+def test_class_of_the_test_split_must_be_in_the_source(root):
+    write(root / "test" / "emu" / "0.png", 3)
+    with pytest.raises(DataError, match="does not have: emu"):
+        FolderData(str(root)).clean("test")
+
+
+def test_digest_follows_the_files_and_not_the_place(root, tmp_path):
+    digest = FolderData(str(root)).digest()
+    moved = tmp_path / "elsewhere"
+    root.rename(moved)
+    assert FolderData(str(moved)).digest() == digest
+    assert FolderData(str(moved), image_size=64).digest() != digest
+    (moved / "test" / "ant" / "3.png").unlink()
+    assert FolderData(str(moved)).digest() != digest
+
+
+def test_augmentation_shifts_and_flips(root):
+    data = FolderData(str(root))
+    augment, image = data.augmentation(), data.clean("train")[0][0]
+    torch.manual_seed(0)
+    views = [augment(image) for _ in range(8)]
+    assert all(view.shape == image.shape and view.dtype == torch.uint8 for view in views)
+    assert len({view.float().sum().item() for view in views}) > 1
