@@ -1,0 +1,270 @@
+"""Methods x streams x nets x seeds: train what is missing, run what is not finished, write one table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from lightning_tta.benchmark_config import DataConfig, MethodConfig, NetConfig, StreamConfig
+from lightning_tta.cli import run_lightning
+from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError, check_range
+from lightning_tta.files import environment
+from lightning_tta.methods import available_methods, create_method
+from lightning_tta.modules.test_time import find_checkpoint
+from lightning_tta.report import write_benchmark
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method on a net and a stream with a seed."""
+
+    net: str
+    stream: str
+    method: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.net}/{self.stream}/{self.method}/seed{self.seed}"
+
+
+class Benchmark:
+    """Runs methods x streams x nets x seeds and writes ``benchmark.json``, ``benchmark.md`` and plots.
+
+    A seed stands for everything random: the source training and the order of the stream. Each cell is an ordinary
+    predict run in its own directory under ``output``, named by a hash of its configuration: a finished cell is not
+    run again, a changed one does not overwrite the old. A method that a net does not support is left out and listed.
+
+    Args:
+        output: Directory of the results.
+        data: The data module.
+        nets: Nets by label.
+        streams: Streams by label.
+        methods: Methods by label.
+        seeds: Seeds, each >= 0.
+        only: Run only the methods with these labels.
+        trainer: Trainer arguments of the predict runs, such as ``{accelerator: cpu}``.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        data: DataConfig,
+        nets: dict[str, NetConfig],
+        streams: dict[str, StreamConfig],
+        methods: dict[str, MethodConfig],
+        seeds: list[int] = [0],  # noqa: B006  # never changed; jsonargparse shows it in --help
+        only: list[str] | None = None,
+        trainer: dict[str, Any] | None = None,
+    ) -> None:
+        self.output = Path(output)
+        self.data = data
+        self.nets, self.streams, self.methods = nets, streams, methods
+        self.seeds = list(seeds)
+        self.trainer = trainer or {}
+        self._check(only)
+        self.cells = [
+            Cell(net, stream, method, seed)
+            for net in nets
+            for stream in streams
+            for method, config in methods.items()
+            for seed in self.seeds
+            if (only is None or method in only)
+            and net in (config.nets or nets)
+            and stream in (config.streams or streams)
+        ]
+
+    def _check(self, only: list[str] | None) -> None:
+        """Find what is wrong with the configuration before anything is trained."""
+        for name, entries in (("nets", self.nets), ("streams", self.streams), ("methods", self.methods)):
+            if not entries:
+                raise ConfigError(f"The benchmark has no {name}; name at least one.")
+        if not self.seeds:
+            raise ConfigError("The benchmark has no seeds; name at least one.")
+        for seed in self.seeds:
+            check_range("seeds", seed, 0, integer=True)
+        for label, net in self.nets.items():
+            if (net.fit is None) == (net.source_ckpt is None and not net.pretrained):
+                raise ConfigError(f"Net '{label}' needs either fit=CONFIG, or weights (source_ckpt or pretrained).")
+            for path in (net.fit, net.source_ckpt):
+                if path not in (None, "none") and not Path(path or "").exists():
+                    raise ConfigError(f"Net '{label}': {path} does not exist (seen from {Path.cwd().name}/).")
+        for label, method in self.methods.items():
+            for name, chosen, allowed in (
+                ("nets", method.nets, self.nets),
+                ("streams", method.streams, self.streams),
+            ):
+                unknown = [entry for entry in chosen or [] if entry not in allowed]
+                if unknown:
+                    raise ConfigError(f"Method '{label}' names {name} {unknown}; there are {list(allowed)}.")
+        unknown = [label for label in only or [] if label not in self.methods]
+        if unknown:
+            raise ConfigError(f"only={unknown} are not methods of this benchmark; there are {list(self.methods)}.")
+        for label, method in self.methods.items():
+            _check_method(label, method)
+            for stream in self.streams:
+                run_lightning(
+                    self._config(Cell(next(iter(self.nets)), stream, label, self.seeds[0]), "none"), parse_only=True
+                )
+
+    # Running ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train, run, write; returns the content of ``benchmark.json``."""
+        start = time.perf_counter()
+        self.output.mkdir(parents=True, exist_ok=True)
+        rows: list[dict[str, Any]] = []
+        skipped: list[dict[str, str]] = []
+        sources = sorted({(cell.net, cell.seed) for cell in self.cells if self.nets[cell.net].fit})
+        console = Console()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as progress, _quiet():
+            task = progress.add_task("source models", total=len(sources))
+            for net, seed in sources:
+                progress.update(task, description=f"train {net} seed {seed}")
+                self._train(net, seed)
+                progress.advance(task)
+            task = progress.add_task("cells", total=len(self.cells))
+            for cell in self.cells:
+                progress.update(task, description=str(cell))
+                try:
+                    rows.append(self._run(cell))
+                except UnsupportedModelError as error:
+                    skipped.append({"cell": str(cell), "reason": f"unsupported: {error}"})
+                except Exception as error:  # the other cells still run; the table says what is missing
+                    skipped.append({"cell": str(cell), "reason": f"failed: {type(error).__name__}: {error}"})
+                    progress.console.print(f"[red]failed[/red] {cell}: {type(error).__name__}: {error}")
+                progress.advance(task)
+        result = {
+            "rows": rows,
+            "methods": {label: asdict(self.methods[label]) for label in self.methods},
+            "skipped": skipped,
+            "environment": environment(),
+            "seconds": time.perf_counter() - start,
+        }
+        write_benchmark(result, self.output, console)
+        if any(entry["reason"].startswith("failed") for entry in skipped):
+            raise LightningTTAError(f"Some cells failed; the others are in {self.output}. Reasons: benchmark.md.")
+        return result
+
+    def _source_directory(self, net: str, seed: int) -> Path:
+        fit = self.nets[net].fit
+        assert fit is not None
+        return self.output / "sources" / f"{net}-seed{seed}-{_digest(Path(fit).read_text())}"
+
+    def _train(self, net: str, seed: int) -> None:
+        directory = self._source_directory(net, seed)
+        if (directory / "done").exists():
+            return
+        shutil.rmtree(directory, ignore_errors=True)  # a training that was cut off
+        logger = "--trainer.logger.init_args."
+        place = [f"{logger}save_dir={directory.parent}", f"{logger}name={directory.name}", f"{logger}version=fit"]
+        quiet = ["--trainer.enable_progress_bar=false"]
+        fit = str(self.nets[net].fit)
+        run_lightning(["fit", "--config", fit, f"--seed_everything={seed}", *place, *quiet])
+        (directory / "done").touch()
+
+    def _config(self, cell: Cell, source_ckpt: str | None) -> dict[str, Any]:
+        """What ``lightning-tta predict`` would be given for this cell."""
+        net, stream, method = self.nets[cell.net], self.streams[cell.stream], self.methods[cell.method]
+        source = {k: v for k, v in asdict(net).items() if k not in ("fit", "source_ckpt") and v not in (None, False)}
+        model = {
+            "method": {"class_path": method.class_path, "init_args": method.init_args},
+            "source_ckpt": source_ckpt,
+            "reset": stream.reset,
+            **source,
+        }
+        data = {**self.data.init_args, "stream": stream.kind, "order_seed": cell.seed, **stream.data}
+        return {
+            "subcommand": "predict",
+            "predict": {
+                "seed_everything": cell.seed,
+                "trainer": {"devices": 1, "enable_progress_bar": False, **self.trainer},
+                "model": {"class_path": "lightning_tta.TestTimeAdaptation", "init_args": model},
+                "data": {"class_path": self.data.class_path, "init_args": data},
+            },
+        }
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        net = self.nets[cell.net]
+        source = net.source_ckpt
+        if net.fit:
+            source = str(find_checkpoint(self._source_directory(cell.net, cell.seed)))
+        config = self._config(cell, source)
+        name = f"{cell.method}-seed{cell.seed}-{_digest(json.dumps(config, sort_keys=True))}"
+        directory = self.output / "cells" / cell.net / cell.stream / name
+        path = directory / "report.json"
+        if not path.exists():
+            logger = {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": str(directory.parent), "name": name, "version": ""},
+            }
+            config["predict"]["trainer"]["logger"] = logger
+            run_lightning(config)
+        report = json.loads(path.read_text())
+        return {
+            "method": cell.method,
+            "net": cell.net,
+            "stream": cell.stream,
+            "seed": cell.seed,
+            "accuracy": report["accuracy"],
+            "domains": report["domains"],
+            "protocol_hash": report["protocol"]["hash"],
+            "forwards": report["forwards"],
+            "backwards": report["backwards"],
+            "seconds_per_batch": report["seconds_per_batch"],
+            "directory": str(directory.relative_to(self.output)),
+        }
+
+
+def _check_method(label: str, method: MethodConfig) -> None:
+    """Refuse wrong options and ranges by building the method on a tiny net."""
+    known = {cls.__name__: name for name, cls in available_methods().items()}
+    name = known.get(method.class_path.rpartition(".")[2])
+    if name is None:
+        return  # a user's own class: checked when it is parsed
+    probe = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    try:
+        create_method(name, probe, **method.init_args)
+    except UnsupportedModelError:
+        pass  # the probe says nothing about the nets of the benchmark
+    except ConfigError as error:
+        raise ConfigError(f"Method '{label}': {error}") from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's messages and hints about each of many small runs."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(does not have many workers|litlogger|tips).*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,67 @@
+"""The parts of a benchmark's configuration file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class NetConfig:
+    """A net of the benchmark: trained by a ``fit`` configuration, or with weights that exist.
+
+    Attributes:
+        fit: Configuration file of a source training; trained once per seed if it was not.
+        source_ckpt: Existing weights, instead of ``fit``.
+        backbone: Name of the net that ``source_ckpt`` is for.
+        num_classes: Number of its classes.
+        pretrained: Use the library's pretrained weights.
+        backbone_options: Further arguments of the backbone.
+    """
+
+    fit: str | None = None
+    source_ckpt: str | None = None
+    backbone: str | None = None
+    num_classes: int | None = None
+    pretrained: bool = False
+    backbone_options: dict[str, Any] | None = None
+
+
+@dataclass
+class StreamConfig:
+    """A stream of the benchmark.
+
+    Attributes:
+        kind: ``iid``, ``label_shift``, ``continual`` or ``mixed``.
+        reset: Reset policy of the test-time module.
+        data: Arguments of the data module that differ for this stream, such as ``{batch_size: 1}``.
+    """
+
+    kind: str = "iid"
+    reset: str = "auto"
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class MethodConfig:
+    """A method of the benchmark.
+
+    Attributes:
+        class_path: Class name, such as ``Tent``.
+        init_args: Its arguments.
+        nets: Only on these nets; by default on all that it supports.
+        streams: Only on these streams; by default on all.
+    """
+
+    class_path: str
+    init_args: dict[str, Any] = field(default_factory=dict)
+    nets: list[str] | None = None
+    streams: list[str] | None = None
+
+
+@dataclass
+class DataConfig:
+    """The data module of the benchmark: class name and arguments."""
+
+    class_path: str
+    init_args: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,184 @@
+"""What a predict run leaves behind: prediction files, curves, the report; and its progress bar."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_tta.errors import ConfigError
+from lightning_tta.files import environment, write_json
+from lightning_tta.report import print_report
+
+if TYPE_CHECKING:
+    from lightning_tta.modules.test_time import TestTimeAdaptation
+
+COLUMNS = ("index", "domain", "label", "prediction", "confidence", "entropy")
+
+
+def run_directory(trainer: Trainer) -> Path:
+    """Where a run writes: the logger's directory, else the Trainer's root."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def _module(pl_module: LightningModule) -> TestTimeAdaptation:
+    from lightning_tta.modules.test_time import TestTimeAdaptation
+
+    assert isinstance(pl_module, TestTimeAdaptation)
+    return pl_module
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Appends every batch to ``predictions.csv`` as it comes: one line per image, domains by name."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+        self._file: IO[str] | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the file; a directory with a finished report is never overwritten."""
+        directory = run_directory(trainer)
+        if (directory / "report.json").exists():
+            raise ConfigError(
+                f"{directory} already holds the report of a finished run, which would be overwritten. Choose another "
+                "directory (--trainer.default_root_dir, or the logger's name or version)."
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = (directory / "predictions.csv").open("w", newline="")
+        csv.writer(self._file).writerow(COLUMNS)
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write one batch and flush it to the system."""
+        summary = _module(pl_module).summary
+        assert self._file is not None
+        assert summary is not None
+        columns = {name: prediction[name].tolist() for name in COLUMNS}
+        columns["domain"] = [summary.domain_names[number] for number in columns["domain"]]
+        for name in ("confidence", "entropy"):
+            columns[name] = [f"{value:.6g}" for value in columns[name]]
+        csv.writer(self._file).writerows(zip(*columns.values(), strict=True))
+        self._file.flush()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the file."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the file; what was written stays."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class StreamLogger(Callback):
+    """Logs the state of the adaptation after every batch, for any method.
+
+    To the Trainer's loggers under ``adapt/<method>/<stream>/``: online accuracy, entropy, loss, largest
+    predicted-class share (of the batch, and recent), logit norm and whatever else is in the method's ``stats``; the
+    online accuracy of each domain under ``.../domain/``. The step is the number of images seen. The same values go
+    to ``batches.jsonl``, one line per batch.
+    """
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a new ``batches.jsonl``."""
+        (run_directory(trainer) / "batches.jsonl").write_text("")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Log one batch."""
+        module = _module(pl_module)
+        summary, protocol = module.summary, module.protocol
+        assert summary is not None
+        assert protocol is not None
+        row = summary.last
+        with (run_directory(trainer) / "batches.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        scheme = f"adapt/{module.method.name}/{protocol.stream}"
+        numbers = {f"{scheme}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "seconds"}
+        if row["domain"] != "mixed":
+            accuracy = summary.domain_accuracy(row["domain"])
+            if accuracy is not None:
+                numbers[f"{scheme}/domain/{row['domain']}"] = accuracy
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=summary.images)
+
+
+class StreamReport(Callback):
+    """Writes ``report.json`` when the stream ends, and prints a table by domain."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    @rank_zero_only
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write and print."""
+        module = _module(pl_module)
+        assert module.summary is not None
+        assert module.protocol is not None
+        report = {
+            "method": module.method.name,
+            "returns": module.method.returns,
+            "net": module.net_info,
+            "protocol": module.protocol.to_dict(),
+            **module.summary.result(),
+            "wall_seconds": time.perf_counter() - self._start,
+            "precision": str(trainer.precision),
+            "environment": environment(module.device),
+        }
+        path = run_directory(trainer) / "report.json"
+        write_json(path, report)
+        if trainer.progress_bar_callback is not None:  # not in quiet runs
+            print_report(report, path)
+
+
+class StreamProgress(Callback):
+    """Shows the running accuracy in the Trainer's own progress bar, rich or tqdm."""
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Show the accuracy so far."""
+        summary, bar = _module(pl_module).summary, trainer.progress_bar_callback
+        if summary is None or summary.accuracy is None:
+            return
+        text = f"accuracy {summary.accuracy:.3f}"
+        if isinstance(bar, RichProgressBar) and bar.progress is not None and bar.predict_progress_bar_id is not None:
+            bar.progress.update(bar.predict_progress_bar_id, description=f"{bar.predict_description} {text}")
+        elif isinstance(bar, TQDMProgressBar):
+            bar.predict_progress_bar.set_postfix_str(text)

@@ -1,0 +1,147 @@
+"""The command line: LightningCLI's fit, validate, test and predict, plus benchmark and report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import lightning_tta.data
+import lightning_tta.methods
+import lightning_tta.modules  # noqa: F401  # classes are found by short name only once they are imported
+from lightning_tta.errors import ConfigError, LightningTTAError
+
+DESCRIPTION = "Test-time adaptation of image classifiers: train a source model, adapt it on a shifted stream, compare."
+HELP = f"""usage: lightning-tta [-h] [--version] COMMAND ...
+
+{DESCRIPTION}
+
+commands (lightning-tta COMMAND --help lists the options of each):
+  fit         train a source model           lightning-tta fit --config configs/digits/source.yaml
+  validate    evaluate it on source validation images
+  test        evaluate it on clean source test images
+  predict     adapt it on a stream           lightning-tta predict --config configs/digits/predict.yaml
+                                               --model.source_ckpt runs/digits/source --model.method ZeroSiam
+  benchmark   methods x streams x nets       lightning-tta benchmark --config configs/digits/benchmark.yaml
+  report      tables of finished runs        lightning-tta report runs/digits/predict/version_0
+
+help on a method or data set: lightning-tta predict --model.method.help Tent, --data.help DigitsData
+"""
+
+
+class TTACLI(LightningCLI):
+    """LightningCLI with this package's defaults and checks."""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":  # else all outputs of the stream are kept in memory
+            parser.set_defaults(return_predictions=False)
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Check ``--ckpt_path`` instead of merging its hyper-parameters, which replaces the model asked for."""
+        config = self.config[self.config["subcommand"]]
+        path = config.get("ckpt_path")
+        if path is None or not Path(path).is_file():
+            if path is not None and str(path) not in ("best", "last", "hpc", "registry"):
+                raise ConfigError(f"--ckpt_path {path}: no such file.")
+            return
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        wanted = config["model"]["class_path"].rpartition(".")[2]
+        given = saved.get("lightning_tta", {}).get("class", "a class of another package")
+        if given != wanted:
+            raise ConfigError(
+                f"--ckpt_path {path} was written by {given}, but the model is {wanted}. --ckpt_path resumes a run of "
+                "the same class. Source weights to adapt go to --model.source_ckpt."
+            )
+
+
+class _ParseOnlyCLI(TTACLI):
+    """Stops after the checks of the parser: no net is built, no data read."""
+
+    def instantiate_classes(self) -> None:
+        """Instantiate nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False) -> TTACLI:
+    """Run fit, validate, test or predict.
+
+    Args:
+        args: As on the command line, or a nested dict with ``subcommand``.
+        parse_only: Only check the configuration.
+    """
+    return (_ParseOnlyCLI if parse_only else TTACLI)(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        trainer_defaults={
+            "inference_mode": False,
+            "use_distributed_sampler": False,
+            "default_root_dir": "runs",
+        },
+        parser_kwargs={"description": DESCRIPTION},
+        args=args,
+    )
+
+
+def _run_benchmark(args: list[str]) -> None:
+    from lightning_tta.benchmark import Benchmark
+
+    _run_function(Benchmark, "benchmark", args).run()
+
+
+def _run_report(args: list[str]) -> None:
+    from lightning_tta.report import report
+
+    parser = ArgumentParser(prog="lightning-tta report", description=report.__doc__)
+    parser.add_argument("runs", nargs="+", type=str, help="Run directories, or their report.json or benchmark.json.")
+    report([Path(run) for run in parser.parse_args(args).runs])
+
+
+def _run_function(target: Callable[..., Any], name: str, args: list[str]) -> Any:
+    parser = ArgumentParser(prog=f"lightning-tta {name}", description=(target.__doc__ or "").split("\n\n")[0])
+    parser.add_argument("-c", "--config", action="config", help="Path to a YAML file with these options.")
+    parser.add_class_arguments(target)
+    values = parser.instantiate_classes(parser.parse_args(args))
+    return target(**{key: value for key, value in values.as_dict().items() if key != "config"})
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command; what users, tests and notebooks call.
+
+    Args:
+        args: As on the command line, without the program's name; ``None`` takes ``sys.argv``.
+
+    Raises:
+        SystemExit: With code 2 after a message, if the configuration, data or weights are wrong.
+    """
+    args = sys.argv[1:] if args is None else args
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(HELP)
+        elif args[0] == "--version":
+            from lightning_tta import __version__
+
+            print(__version__)
+        elif args[0] == "benchmark":
+            _run_benchmark(args[1:])
+        elif args[0] == "report":
+            _run_report(args[1:])
+        else:
+            run_lightning(args)
+    except LightningTTAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

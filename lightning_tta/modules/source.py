@@ -1,0 +1,107 @@
+"""Supervised training of the source model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from lightning_tta.backbones import create_backbone
+from lightning_tta.errors import ConfigError, check_range
+
+
+class SourceClassifier(LightningModule):
+    """Minimises the cross-entropy of a backbone on labelled source images.
+
+    Batches are ``{image (B, C, H, W) in [0, 1], label (B,)}``. Logs ``source/train_loss``, ``source/val_accuracy``,
+    ``source/val_loss``, ``source/val_ece`` (the same for test). The checkpoint holds what rebuilds the net, so that
+    ``TestTimeAdaptation(source_ckpt=...)`` needs nothing else.
+
+    Args:
+        backbone: Name for :func:`lightning_tta.create_backbone`, such as ``timm/test_resnet``.
+        num_classes: Number of classes K, at least 2.
+        pretrained: Start from the library's pretrained weights (downloads them).
+        weights: Start from the weights in this file.
+        backbone_options: Further arguments of the backbone, such as ``{img_size: 32}``.
+        optimizer: Called with the parameters. Default: AdamW with lr 3e-3.
+        lr_scheduler: Called with the optimizer; stepped per epoch.
+        label_smoothing: In [0, 1).
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int = 10,
+        pretrained: bool = False,
+        weights: str | None = None,
+        backbone_options: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_range("num_classes", num_classes, 2, integer=True)
+        check_range("label_smoothing", label_smoothing, 0, 0.999)
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.backbone = create_backbone(
+            backbone, num_classes, pretrained=pretrained, weights=weights, **(backbone_options or {})
+        )
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        metrics = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+                "ece": MulticlassCalibrationError(num_classes),
+            }
+        )
+        self.val_metrics = metrics.clone(prefix="source/val_")
+        self.test_metrics = metrics.clone(prefix="source/test_")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W) in [0, 1]."""
+        logits: Tensor = self.backbone(images)
+        return logits
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of one batch."""
+        loss: Tensor = self.loss(self(batch["image"]), batch["label"])
+        self.log("source/train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Loss, accuracy and calibration on the validation split."""
+        self._evaluate(batch, self.val_metrics, "source/val_loss")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Loss, accuracy and calibration on the clean test split."""
+        self._evaluate(batch, self.test_metrics, "source/test_loss")
+
+    def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection, loss_name: str) -> None:
+        logits = self(batch["image"])
+        metrics.update(logits, batch["label"])
+        self.log(loss_name, self.loss(logits, batch["label"]), on_epoch=True, batch_size=len(logits), sync_dist=True)
+        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(logits))
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Refuses: predictions on a stream, adapted or not, go through the test-time module."""
+        raise ConfigError(
+            "SourceClassifier does not predict. Use --model TestTimeAdaptation --model.source_ckpt PATH with "
+            "--model.method Source for predictions without adaptation."
+        )
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and, per epoch, the schedule of the configuration."""
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        return [optimizer], [self.lr_scheduler(optimizer)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the class and the net, for whoever loads the file."""
+        checkpoint["lightning_tta"] = {"class": type(self).__name__, "backbone": self.backbone.config}

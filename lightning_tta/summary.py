@@ -1,0 +1,105 @@
+"""The account of a stream: counts per domain, passes, time, and what happened to the method."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WINDOW = 8
+"""Batches over which the recent predicted-class share is taken."""
+
+
+class StreamSummary:
+    """Adds up what a stream's batches report. Plain numbers: cheap to keep, to save and to merge.
+
+    Args:
+        domain_names: Names by domain number.
+    """
+
+    def __init__(self, domain_names: list[str]) -> None:
+        self.domain_names = list(domain_names)
+        self.batches = self.images = self.resets = 0
+        self.seconds = 0.0
+        self.last: dict[str, Any] = {}
+        self._labelled = [0] * len(domain_names)
+        self._correct = [0] * len(domain_names)
+        self._images = [0] * len(domain_names)
+        self._entropy = [0.0] * len(domain_names)
+        self._classes: list[Tensor | None] = [None] * len(domain_names)
+        self._totals: dict[str, float] = {}
+        self._recent: deque[Tensor] = deque(maxlen=WINDOW)
+
+    def update(self, output: dict[str, Tensor], stats: dict[str, float], seconds: float) -> None:
+        """Take in one batch: the outputs per image (on the CPU), the method's ``stats``, its seconds."""
+        domain, label, prediction = output["domain"], output["label"], output["prediction"]
+        classes = output["logits"].shape[1]
+        correct = prediction == label
+        for number in sorted(set(domain.tolist())):
+            here = domain == number
+            self._images[number] += int(here.sum())
+            self._labelled[number] += int((label[here] >= 0).sum())
+            self._correct[number] += int(correct[here].sum())
+            self._entropy[number] += float(output["entropy"][here].sum())
+            counts = torch.bincount(prediction[here], minlength=classes)
+            before = self._classes[number]
+            self._classes[number] = counts if before is None else before + counts
+        self.batches += 1
+        self.images += len(prediction)
+        self.seconds += seconds
+        for name in ("forwards", "backwards", "skipped_steps", "nonfinite_images"):
+            self._totals[name] = self._totals.get(name, 0) + stats.get(name, 0)
+        self._recent.append(torch.bincount(prediction, minlength=classes))
+        recent = torch.stack(list(self._recent)).sum(0)
+        labelled = int((label >= 0).sum())
+        first = int(domain[0])
+        self.last = {
+            "batch": self.batches - 1,
+            "domain": self.domain_names[first] if bool((domain == first).all()) else "mixed",
+            "images": len(prediction),
+            "images_seen": self.images,
+            "accuracy": int(correct.sum()) / labelled if labelled else None,
+            "accuracy_so_far": self.accuracy,
+            "recent_class_share": float(recent.max() / recent.sum()),
+            "seconds": seconds,
+            **stats,
+        }
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of labelled images predicted right so far, or ``None`` without labels."""
+        labelled = sum(self._labelled)
+        return sum(self._correct) / labelled if labelled else None
+
+    def domain_accuracy(self, name: str) -> float | None:
+        """The same for one domain."""
+        number = self.domain_names.index(name)
+        return self._correct[number] / self._labelled[number] if self._labelled[number] else None
+
+    def result(self) -> dict[str, Any]:
+        """The numbers of ``report.json``."""
+        domains = {}
+        for number, name in enumerate(self.domain_names):
+            images, counts = self._images[number], self._classes[number]
+            if images and counts is not None:
+                domains[name] = {
+                    "accuracy": self.domain_accuracy(name),
+                    "images": images,
+                    "entropy": self._entropy[number] / images,
+                    "largest_class_share": float(counts.max() / counts.sum()),
+                }
+        return {
+            "accuracy": self.accuracy,
+            "images": self.images,
+            "batches": self.batches,
+            "domains": domains,
+            "forwards": int(self._totals.get("forwards", 0)),
+            "backwards": int(self._totals.get("backwards", 0)),
+            "skipped_steps": int(self._totals.get("skipped_steps", 0)),
+            "nonfinite_images": int(self._totals.get("nonfinite_images", 0)),
+            "resets": self.resets,
+            "seconds": self.seconds,
+            "seconds_per_batch": self.seconds / self.batches if self.batches else None,
+        }
