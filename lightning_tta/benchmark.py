@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from lightning_tta.benchmark_config import DataConfig, MethodConfig, NetConfig, StreamConfig
+from lightning_tta.benchmark_config import DataConfig, MethodConfig, NetConfig, StreamConfig, from_dict
 from lightning_tta.cli import run_lightning
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError, check_range
 from lightning_tta.files import environment
@@ -49,10 +49,10 @@ class Benchmark:
 
     Args:
         output: Directory of the results.
-        data: The data module.
+        data: The data module: ``class_path`` and ``init_args``, see :class:`DataConfig`.
         nets: Nets by label.
         streams: Streams by label.
-        methods: Methods by label.
+        methods: Methods by label: ``class_path``, ``init_args``, ..., see :class:`MethodConfig`.
         seeds: Seeds, each >= 0.
         only: Run only the methods with these labels.
         trainer: Trainer arguments of the predict runs, such as ``{accelerator: cpu}``.
@@ -61,17 +61,18 @@ class Benchmark:
     def __init__(
         self,
         output: str,
-        data: DataConfig,
+        data: dict[str, Any],
         nets: dict[str, NetConfig],
         streams: dict[str, StreamConfig],
-        methods: dict[str, MethodConfig],
+        methods: dict[str, dict[str, Any]],
         seeds: list[int] = [0],  # noqa: B006  # never changed; jsonargparse shows it in --help
         only: list[str] | None = None,
         trainer: dict[str, Any] | None = None,
     ) -> None:
         self.output = Path(output)
-        self.data = data
-        self.nets, self.streams, self.methods = nets, streams, methods
+        self.data = from_dict(DataConfig, "data", data)
+        self.nets, self.streams = nets, streams
+        self.methods = {label: from_dict(MethodConfig, f"methods.{label}", entry) for label, entry in methods.items()}
         self.seeds = list(seeds)
         self.trainer = trainer or {}
         self._check(only)
@@ -79,10 +80,11 @@ class Benchmark:
             Cell(net, stream, method, seed)
             for net in nets
             for stream in streams
-            for method, config in methods.items()
+            for method, config in self.methods.items()
             for seed in self.seeds
             if (only is None or method in only)
             and net in (config.nets or nets)
+            and net in (streams[stream].nets or nets)
             and stream in (config.streams or streams)
         ]
 
@@ -101,14 +103,15 @@ class Benchmark:
             for path in (net.fit, net.source_ckpt):
                 if path not in (None, "none") and not Path(path or "").exists():
                     raise ConfigError(f"Net '{label}': {path} does not exist (seen from {Path.cwd().name}/).")
-        for label, method in self.methods.items():
-            for name, chosen, allowed in (
-                ("nets", method.nets, self.nets),
-                ("streams", method.streams, self.streams),
-            ):
-                unknown = [entry for entry in chosen or [] if entry not in allowed]
-                if unknown:
-                    raise ConfigError(f"Method '{label}' names {name} {unknown}; there are {list(allowed)}.")
+        chosen: list[tuple[str, str, list[str] | None, Collection[str]]] = [
+            *((f"Method '{label}'", "nets", m.nets, self.nets) for label, m in self.methods.items()),
+            *((f"Method '{label}'", "streams", m.streams, self.streams) for label, m in self.methods.items()),
+            *((f"Stream '{label}'", "nets", stream.nets, self.nets) for label, stream in self.streams.items()),
+        ]
+        for who, kind, names, allowed in chosen:
+            unknown = [name for name in names or [] if name not in allowed]
+            if unknown:
+                raise ConfigError(f"{who} names {kind} {unknown}; there are {list(allowed)}.")
         unknown = [label for label in only or [] if label not in self.methods]
         if unknown:
             raise ConfigError(f"only={unknown} are not methods of this benchmark; there are {list(self.methods)}.")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from lightning_tta.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -35,11 +39,13 @@ class StreamConfig:
         kind: ``iid``, ``label_shift``, ``continual`` or ``mixed``.
         reset: Reset policy of the test-time module.
         data: Arguments of the data module that differ for this stream, such as ``{batch_size: 1}``.
+        nets: Only on these nets; by default on all.
     """
 
     kind: str = "iid"
     reset: str = "auto"
     data: dict[str, Any] = field(default_factory=dict)
+    nets: list[str] | None = None
 
 
 @dataclass
@@ -65,3 +71,16 @@ class DataConfig:
 
     class_path: str
     init_args: dict[str, Any] = field(default_factory=dict)
+
+
+def from_dict(kind: type[T], key: str, entry: dict[str, Any]) -> T:
+    """Build a part from its place in the file; jsonargparse keeps ``class_path`` for classes of its own.
+
+    Raises:
+        ConfigError: If the entry lacks its ``class_path`` or has an unknown key.
+    """
+    allowed = [part.name for part in fields(kind)]  # type: ignore[arg-type]
+    unknown = [name for name in entry if name not in allowed]
+    if unknown or not isinstance(entry.get("class_path"), str):
+        raise ConfigError(f"{key} must have a class_path and may have {allowed[1:]}; got {sorted(entry)}.")
+    return kind(**entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,13 @@ def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False)
         args: As on the command line, or a nested dict with ``subcommand``.
         parse_only: Only check the configuration.
     """
-    return (_ParseOnlyCLI if parse_only else TTACLI)(
+    with warnings.catch_warnings():  # notebooks, tests and the benchmark call this beside another command line
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        return _build_cli(_ParseOnlyCLI if parse_only else TTACLI, args)
+
+
+def _build_cli(kind: type[TTACLI], args: list[str] | dict[str, Any]) -> TTACLI:
+    return kind(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,

@@ -63,6 +63,9 @@ def plot_stream(rows: Sequence[Mapping[str, Any]], root: Path, path: Path, *, ti
             if len(runs) > 1:
                 low, high = [min(column) for column in columns], [max(column) for column in columns]
                 axes.fill_between(images, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    if all(batch["recent_label_share"] is not None for batch in batches):
+        truth = [100 * batch["recent_label_share"] for batch in batches]
+        below.fill_between(images, truth, color="0.85", linewidth=0, label="labels (first seed)", zorder=0)
     _mark_domains(above, below, batches)
     above.set(ylabel=f"accuracy %, last {WINDOW} batches", ylim=(0, 102))
     below.set(ylabel=f"most predicted class %,\nlast {WINDOW} batches", ylim=(0, 102), xlabel="images seen")
@@ -71,7 +74,7 @@ def plot_stream(rows: Sequence[Mapping[str, Any]], root: Path, path: Path, *, ti
         axes.spines[["top", "right"]].set_visible(False)
     seeds = len({row["seed"] for row in rows})
     figure.suptitle(f"{title} ({seeds} seed{'s' * (seeds > 1)}; bands: range over seeds)" if seeds > 1 else title)
-    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(methods), 6))
+    figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(methods), 6))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -31,6 +31,7 @@ class StreamSummary:
         self._classes: list[Tensor | None] = [None] * len(domain_names)
         self._totals: dict[str, float] = {}
         self._recent: deque[Tensor] = deque(maxlen=WINDOW)
+        self._recent_labels: deque[Tensor] = deque(maxlen=WINDOW)
 
     def update(self, output: dict[str, Tensor], stats: dict[str, float], seconds: float) -> None:
         """Take in one batch: the outputs per image (on the CPU), the method's ``stats``, its seconds."""
@@ -52,7 +53,7 @@ class StreamSummary:
         for name in ("forwards", "backwards", "skipped_steps", "nonfinite_images"):
             self._totals[name] = self._totals.get(name, 0) + stats.get(name, 0)
         self._recent.append(torch.bincount(prediction, minlength=classes))
-        recent = torch.stack(list(self._recent)).sum(0)
+        self._recent_labels.append(torch.bincount(label[label >= 0], minlength=classes))
         labelled = int((label >= 0).sum())
         first = int(domain[0])
         self.last = {
@@ -62,7 +63,8 @@ class StreamSummary:
             "images_seen": self.images,
             "accuracy": int(correct.sum()) / labelled if labelled else None,
             "accuracy_so_far": self.accuracy,
-            "recent_class_share": float(recent.max() / recent.sum()),
+            "recent_class_share": _largest_share(self._recent),
+            "recent_label_share": _largest_share(self._recent_labels),
             "seconds": seconds,
             **stats,
         }
@@ -103,3 +105,8 @@ class StreamSummary:
             "seconds": self.seconds,
             "seconds_per_batch": self.seconds / self.batches if self.batches else None,
         }
+
+
+def _largest_share(counts: deque[Tensor]) -> float | None:
+    total = torch.stack(list(counts)).sum(0)
+    return float(total.max() / total.sum()) if int(total.sum()) else None
