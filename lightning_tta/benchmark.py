@@ -266,7 +266,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(does not have many workers|litlogger|tips).*")
+            warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|litlogger|tips).*")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
