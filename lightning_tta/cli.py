@@ -43,6 +43,7 @@ class TTACLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":  # else all outputs of the stream are kept in memory
             parser.set_defaults(return_predictions=False)
+            parser.set_defaults({"model": {"class_path": "lightning_tta.TestTimeAdaptation"}})
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -79,10 +80,27 @@ def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False)
     Args:
         args: As on the command line, or a nested dict with ``subcommand``.
         parse_only: Only check the configuration.
+
+    Raises:
+        LightningTTAError: If the configuration, data or weights are wrong.
+        SystemExit: With code 2 after a message, if the arguments do not parse.
     """
     with warnings.catch_warnings():  # notebooks, tests and the benchmark call this beside another command line
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        return _build_cli(_ParseOnlyCLI if parse_only else TTACLI, args)
+        try:
+            return _build_cli(_ParseOnlyCLI if parse_only else TTACLI, args)
+        except (ValueError, TypeError) as error:
+            cause = _our_error(error)
+            if cause is None:
+                raise
+            raise cause from None
+
+
+def _our_error(error: BaseException | None) -> LightningTTAError | None:
+    """Our error inside the one that jsonargparse makes of whatever a constructor raises."""
+    while error is not None and not isinstance(error, LightningTTAError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _build_cli(kind: type[TTACLI], args: list[str] | dict[str, Any]) -> TTACLI:

@@ -1,0 +1,128 @@
+"""The command line as users run it, in this process."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_tta.benchmark import Benchmark
+from lightning_tta.cli import _run_function, main, run_lightning
+from lightning_tta.methods import available_methods
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+DATA = ["--data", "DigitsData", "--data.domains", "[gaussian_noise]", "--data.num_images", "20"]
+PREDICT = ["predict", "--model", "TestTimeAdaptation", *DATA]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("source")
+    logger = [f"--trainer.logger.init_args.save_dir={root}", "--trainer.enable_progress_bar=false"]
+    main(["fit", "--config", str(CONFIGS / "digits/source.yaml"), "--trainer.max_epochs=1", *logger])
+    return root / "source"
+
+
+def fails(capsys, args, *words):
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+def test_fit_leaves_best_last_and_curves(trained):
+    names = {path.name for path in trained.rglob("*") if path.is_file()}
+    assert {"best.ckpt", "last.ckpt", "config.yaml"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+
+
+@pytest.mark.parametrize("method", ["Tent", str(CONFIGS / "methods/zerosiam.yaml")])
+def test_predict(trained, tmp_path, method):
+    main(
+        [
+            *PREDICT,
+            f"--model.source_ckpt={trained}",
+            f"--model.method={method}",
+            f"--trainer.default_root_dir={tmp_path}",
+        ]
+    )
+    (report,) = tmp_path.rglob("report.json")
+    content = json.loads(report.read_text())
+    assert content["images"] == 20
+    assert content["method"] in ("tent", "zerosiam")
+    resolved = yaml.safe_load((report.parent / "config.yaml").read_text())
+    assert resolved["model"]["init_args"]["method"]["class_path"].endswith(("Tent", "ZeroSiam"))
+
+
+def test_test_command_restores_the_checkpoint(trained, capsys):
+    (checkpoint,) = trained.rglob("best.ckpt")
+    quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    main(["test", "--config", str(CONFIGS / "digits/source.yaml"), f"--ckpt_path={checkpoint}", *quiet])
+    assert "source/test_accuracy" in capsys.readouterr().out
+
+
+def test_ckpt_path_of_another_class_is_refused(trained, capsys):
+    (checkpoint,) = trained.rglob("best.ckpt")
+    args = [*PREDICT, "--model.source_ckpt=none", "--model.backbone=cifar/resnet20", "--model.method=Tent"]
+    fails(capsys, [*args, f"--ckpt_path={checkpoint}"], "SourceClassifier", "--model.source_ckpt")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--model.method=Tnet"], ["Tnet"]),
+        (["--model.method=Tent", "--model.method.lr=-1"], ["lr", "-1"]),
+        (["--model.method=Tent", "--model.method.rate=1"], ["rate"]),
+        (["--model.method=Tent", "--model.source_ckpt=nowhere.ckpt"], ["nowhere.ckpt"]),
+        (["--model.method=Tent", "--model.reset=often"], ["often"]),
+        (["--model.method=Tent", "--model.backbone=cifar/resnet21"], ["resnet21", "resnet20"]),
+        (["--model.method=Tent", "--data.severity=9"], ["severity", "9"]),
+        (["--model.method=Tent", "--data.stream=sorted"], ["sorted"]),
+        (["--model.method=Tent", "--data.domains=[fog9]"], ["fog9"]),
+        (["--model.method=Tent", "--data.colour=1"], ["colour"]),
+    ],
+)
+def test_wrong_configuration_fails_before_data_is_read(monkeypatch, capsys, args, words):
+    def read(size):
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr("lightning_tta.data.digits._load", read)
+    fails(capsys, [*PREDICT, "--model.source_ckpt=none", "--model.backbone=cifar/resnet20", *args], *words)
+
+
+def test_help(capsys):
+    main(["--help"])
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("fit", "validate", "test", "predict", "benchmark", "report"))
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", "--model.method.help", "Tent"])
+    assert caught.value.code == 0
+    assert "lr_batch_size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", available_methods())
+def test_every_method_has_a_config_with_all_its_options(name):
+    content = yaml.safe_load((CONFIGS / f"methods/{name}.yaml").read_text())
+    options = set(inspect.signature(available_methods()[name]).parameters) - {"model"}
+    assert set(content.get("init_args", {})) == options
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_config_parses(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    room, text = path.parent.name, path.read_text()
+    if room == "methods":
+        source = ["--model.source_ckpt=none", "--model.backbone=cifar/resnet20"]
+        run_lightning([*PREDICT, *source, f"--model.method={path}"], parse_only=True)
+    elif room == "trainer":
+        run_lightning(["fit", f"--config={CONFIGS / 'digits/source.yaml'}", f"--config={path}"], parse_only=True)
+    elif "methods:" in text:
+        assert _run_function(Benchmark, "benchmark", [f"--config={path}"]).cells
+    else:
+        command = "predict" if "TestTimeAdaptation" in text else "fit"
+        extra = ["--model.method=Source"] if command == "predict" else []
+        run_lightning([command, f"--config={path}", *extra], parse_only=True)
