@@ -1,0 +1,118 @@
+"""The benchmark end to end on two domains, and the numbers of its tables by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_tta import ConfigError, DataError
+from lightning_tta.benchmark import Benchmark
+from lightning_tta.benchmark_config import NetConfig, StreamConfig
+from lightning_tta.errors import LightningTTAError
+from lightning_tta.report import report, spread, summary_table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+KEYS = {"method", "net", "stream", "seed", "accuracy", "domains", "protocol_hash", "forwards", "backwards"}
+
+
+def benchmark(root, methods=None, **options):
+    return Benchmark(
+        output=str(root),
+        data={"class_path": "DigitsData", "init_args": {"domains": ["haze", "contrast"], "num_images": 20}},
+        nets={
+            "bn": NetConfig(source_ckpt="none", backbone="timm/test_resnet", num_classes=10),
+            "gn": NetConfig(source_ckpt="none", backbone="timm/test_efficientnet_gn", num_classes=10),
+        },
+        streams={"iid": StreamConfig(kind="iid", data={"batch_size": 10})},
+        methods=methods or {"source": {"class_path": "Source"}, "norm": {"class_path": "Norm"}},
+        trainer={"accelerator": "cpu"},
+        **options,
+    )
+
+
+def test_rows_files_and_no_second_run(tmp_path, capsys):
+    result = benchmark(tmp_path, seeds=[0, 1]).run()
+    rows = result["rows"]
+    assert all(KEYS <= set(row) for row in rows)
+    found = [(row["net"], row["method"], row["seed"]) for row in rows]
+    assert found == [("bn", m, s) for m in ("source", "norm") for s in (0, 1)] + [("gn", "source", s) for s in (0, 1)]
+    assert [entry["cell"] for entry in result["skipped"]] == [f"gn/iid/norm/seed{seed}" for seed in (0, 1)]
+    assert all(entry["reason"].startswith("unsupported") for entry in result["skipped"])
+    hashes = {(row["net"], row["seed"], row["method"]): row["protocol_hash"] for row in rows}
+    assert hashes["bn", 0, "source"] == hashes["bn", 0, "norm"] != hashes["bn", 1, "norm"]
+    assert json.loads((tmp_path / "benchmark.json").read_text())["rows"] == rows
+    assert "bn-iid.png" in (tmp_path / "benchmark.md").read_text()
+    assert (tmp_path / "bn-iid.png").read_bytes().startswith(b"\x89PNG")
+    reports = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("report.json")}
+    assert len(reports) == 6
+    assert benchmark(tmp_path, seeds=[0, 1]).run()["rows"] == rows
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("report.json")} == reports
+
+    changed = {"norm": {"class_path": "Norm", "init_args": {"source_weight": 0.5}, "nets": ["bn"]}}
+    benchmark(tmp_path, changed, seeds=[0]).run()
+    now = set(tmp_path.rglob("report.json"))
+    assert set(reports) < now
+    assert len(now) == 7
+
+    first, second = (tmp_path / row["directory"] for row in rows[:2])
+    with pytest.raises(ConfigError, match="order_seed: 0 != 1"):
+        report([first, second])
+    report([first, second], allow_different=True)
+    assert "source" in capsys.readouterr().out
+    content = json.loads((first / "report.json").read_text())
+    content["protocol"]["severity"] = 1
+    (first / "report.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="changed"):
+        report([first, first])
+
+
+def test_a_failed_cell_does_not_lose_the_others(tmp_path, monkeypatch):
+    def fail(self, images):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("lightning_tta.methods.norm.Norm.adapt", fail)
+    with pytest.raises(LightningTTAError, match="failed"):
+        benchmark(tmp_path).run()
+    content = json.loads((tmp_path / "benchmark.json").read_text())
+    assert {row["method"] for row in content["rows"]} == {"source"}
+    assert "out of memory" in (tmp_path / "benchmark.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("methods", "options", "words"),
+    [
+        ({"tent": {"class_path": "Tent", "init_args": {"lr": -1}}}, {}, "lr"),
+        ({"tent": {"class_path": "Tent", "init_args": {"rate": 1}}}, {}, "rate"),
+        ({"tent": {"class_path": "Tent", "nets": ["vit"]}}, {}, "vit"),
+        ({"tent": {"lr": 1}}, {}, "class_path"),
+        (None, {"seeds": []}, "seeds"),
+        (None, {"only": ["tent"]}, "tent"),
+    ],
+)
+def test_wrong_configuration_is_refused_before_anything_runs(tmp_path, methods, options, words):
+    with pytest.raises(ConfigError, match=words):
+        benchmark(tmp_path, methods, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_result_is_named(tmp_path):
+    with pytest.raises(DataError, match=Path(tmp_path).name):
+        report([tmp_path])
+
+
+def test_summary_by_hand():
+    def row(method, seed, accuracy, seconds):
+        domains = {"a": {"largest_class_share": 0.2}, "b": {"largest_class_share": 0.4}}
+        passes = {"forwards": 3, "backwards": 0, "seconds_per_batch": seconds, "protocol_hash": f"h{seed}"}
+        return {"method": method, "seed": seed, "accuracy": accuracy, "domains": domains, **passes}
+
+    rows = [
+        row("source", 0, 0.5, 0.01),
+        row("source", 1, 0.7, 0.01),
+        row("tent", 0, 0.6, 0.03),
+        row("tent", 1, 0.9, 0.03),
+    ]
+    _, table = summary_table(rows)
+    assert table[1] == ["tent", "75.0 ± 21.2", "+15.0", "40.0 ± 0.0", "3/0", "30.0", "3.00"]
+    assert spread([0.5]) == "50.0"
+    assert spread([None]) == "-"
