@@ -5,39 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import multiprocessing
 import shutil
 import time
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from lightning_tta.benchmark_config import DataConfig, MethodConfig, NetConfig, StreamConfig, from_dict
+from lightning_tta.benchmark_config import Cell, DataConfig, MethodConfig, NetConfig, StreamConfig, from_dict
 from lightning_tta.cli import run_lightning
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError, check_range
 from lightning_tta.files import environment
 from lightning_tta.methods import available_methods, create_method
 from lightning_tta.modules.test_time import find_checkpoint
 from lightning_tta.report import write_benchmark
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run: a method on a net and a stream with a seed."""
-
-    net: str
-    stream: str
-    method: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.net}/{self.stream}/{self.method}/seed{self.seed}"
 
 
 class Benchmark:
@@ -56,6 +46,8 @@ class Benchmark:
         seeds: Seeds, each >= 0.
         only: Run only the methods with these labels.
         trainer: Trainer arguments of the predict runs, such as ``{accelerator: cpu}``.
+        jobs: Processes that train and run cells side by side, each with its share of the threads. Small nets gain
+            from more processes, not from more threads; timings of cells are comparable within one run only.
     """
 
     def __init__(
@@ -68,6 +60,7 @@ class Benchmark:
         seeds: list[int] = [0],  # noqa: B006  # never changed; jsonargparse shows it in --help
         only: list[str] | None = None,
         trainer: dict[str, Any] | None = None,
+        jobs: int = 1,
     ) -> None:
         self.output = Path(output)
         self.data = from_dict(DataConfig, "data", data)
@@ -75,7 +68,10 @@ class Benchmark:
         self.methods = {label: from_dict(MethodConfig, f"methods.{label}", entry) for label, entry in methods.items()}
         self.seeds = list(seeds)
         self.trainer = trainer or {}
-        self._check(only)
+        check_range("jobs", jobs, 1, integer=True)
+        self.jobs = jobs
+        with _quiet():
+            self._check(only)
         self.cells = [
             Cell(net, stream, method, seed)
             for net in nets
@@ -139,23 +135,19 @@ class Benchmark:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console) as progress, _quiet():
+        with Progress(*columns, console=console) as progress, self._workers() as run_all:
             task = progress.add_task("source models", total=len(sources))
-            for net, seed in sources:
-                progress.update(task, description=f"train {net} seed {seed}")
-                self._train(net, seed)
+            for _ in run_all(self._train, sources):
                 progress.advance(task)
             task = progress.add_task("cells", total=len(self.cells))
-            for cell in self.cells:
-                progress.update(task, description=str(cell))
-                try:
-                    rows.append(self._run(cell))
-                except UnsupportedModelError as error:
-                    skipped.append({"cell": str(cell), "reason": f"unsupported: {error}"})
-                except Exception as error:  # the other cells still run; the table says what is missing
-                    skipped.append({"cell": str(cell), "reason": f"failed: {type(error).__name__}: {error}"})
-                    progress.console.print(f"[red]failed[/red] {cell}: {type(error).__name__}: {error}")
-                progress.advance(task)
+            for cell, (row, reason) in zip(self.cells, run_all(self._attempt, self.cells), strict=True):
+                progress.update(task, advance=1, description=str(cell))
+                if row is not None:
+                    rows.append(row)
+                else:
+                    skipped.append({"cell": str(cell), "reason": reason})
+                    if reason.startswith("failed"):
+                        progress.console.print(f"[red]{reason}[/red] in {cell}")
         result = {
             "rows": rows,
             "methods": {label: asdict(self.methods[label]) for label in self.methods},
@@ -168,12 +160,34 @@ class Benchmark:
             raise LightningTTAError(f"Some cells failed; the others are in {self.output}. Reasons: benchmark.md.")
         return result
 
+    @contextmanager
+    def _workers(self) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]]:
+        """A ``map`` in this process, or over ``jobs`` processes that share its threads."""
+        if self.jobs == 1:
+            with _quiet():
+                yield map
+            return
+        threads = max(1, torch.get_num_threads() // self.jobs)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.jobs, context, _start_worker, (threads,)) as pool:
+            yield pool.map
+
+    def _attempt(self, cell: Cell) -> tuple[dict[str, Any] | None, str]:
+        """A cell's row, or why there is none; the other cells still run."""
+        try:
+            return self._run(cell), ""
+        except UnsupportedModelError as error:
+            return None, f"unsupported: {error}"
+        except Exception as error:  # the table says what is missing
+            return None, f"failed: {type(error).__name__}: {error}"
+
     def _source_directory(self, net: str, seed: int) -> Path:
         fit = self.nets[net].fit
         assert fit is not None
         return self.output / "sources" / f"{net}-seed{seed}-{_digest(Path(fit).read_text())}"
 
-    def _train(self, net: str, seed: int) -> None:
+    def _train(self, source: tuple[str, int]) -> None:
+        net, seed = source
         directory = self._source_directory(net, seed)
         if (directory / "done").exists():
             return
@@ -255,6 +269,15 @@ def _check_method(label: str, method: MethodConfig) -> None:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+_FOR_GOOD = ExitStack()  # what lasts as long as a worker
+
+
+def _start_worker(threads: int) -> None:
+    """Set up a process of the pool."""
+    torch.set_num_threads(threads)
+    _FOR_GOOD.enter_context(_quiet())
 
 
 @contextmanager

@@ -73,6 +73,19 @@ class DataConfig:
     init_args: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method on a net and a stream with a seed."""
+
+    net: str
+    stream: str
+    method: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.net}/{self.stream}/{self.method}/seed{self.seed}"
+
+
 def from_dict(kind: type[T], key: str, entry: dict[str, Any]) -> T:
     """Build a part from its place in the file; jsonargparse keeps ``class_path`` for classes of its own.
 

@@ -66,6 +66,14 @@ def test_rows_files_and_no_second_run(tmp_path, capsys):
         report([first, first])
 
 
+@pytest.mark.slow
+def test_two_processes_give_the_rows_of_one(tmp_path):
+    one, two = (benchmark(tmp_path / str(jobs), jobs=jobs).run() for jobs in (1, 2))
+    for first, second in zip(one["rows"], two["rows"], strict=True):
+        assert {**first, "seconds_per_batch": 0} == {**second, "seconds_per_batch": 0}
+    assert one["skipped"] == two["skipped"]
+
+
 def test_a_failed_cell_does_not_lose_the_others(tmp_path, monkeypatch):
     def fail(self, images):
         raise RuntimeError("out of memory")
