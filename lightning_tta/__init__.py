@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lightning_tta.backbones import Backbone, create_backbone
     from lightning_tta.data import DigitsData, FolderData, Protocol, ShiftedDataModule
     from lightning_tta.methods import TTAMethod, available_methods
-    from lightning_tta.modules import SourceClassifier, TestTimeAdaptation
+    from lightning_tta.modules import MetaTTT, SourceClassifier, TestTimeAdaptation
 
 _LAZY = {  # imported on first use: `import lightning_tta` stays fast
     "adapt": "api",
@@ -39,6 +39,7 @@ _LAZY = {  # imported on first use: `import lightning_tta` stays fast
     "ShiftedDataModule": "data",
     "TTAMethod": "methods",
     "available_methods": "methods",
+    "MetaTTT": "modules",
     "SourceClassifier": "modules",
     "TestTimeAdaptation": "modules",
 }
@@ -50,6 +51,7 @@ __all__ = [
     "DigitsData",
     "FolderData",
     "LightningTTAError",
+    "MetaTTT",
     "NotPreparedError",
     "Protocol",
     "ShiftedDataModule",

@@ -26,7 +26,7 @@ from lightning_tta.cli import run_lightning
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError, check_range
 from lightning_tta.files import environment
 from lightning_tta.methods import available_methods, create_method
-from lightning_tta.modules.test_time import find_checkpoint
+from lightning_tta.modules.loading import find_checkpoint
 from lightning_tta.report import write_benchmark
 
 

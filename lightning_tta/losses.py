@@ -36,3 +36,39 @@ def symmetric_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """
     log_p, log_q = _log_probabilities(p_logits), _log_probabilities(q_logits)
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
+
+
+def _confident(log_p: Tensor, threshold: float) -> Tensor:
+    """Which samples have a maximal probability of at least ``threshold``: (..., B) bool."""
+    return log_p.detach().amax(-1).exp() >= threshold
+
+
+def confident_loss(logits: Tensor, threshold: float, kind: str = "hard_ce") -> Tensor:
+    """Loss of the confident samples, max_k p_k >= threshold: (2 n_hi / N) * mean over these, 0 where there are none.
+
+    ``hard_ce``: cross-entropy with the arg-max as the label (the authors' code); ``entropy``: the entropy (the
+    paper's words). Shape: logits (..., N, K) -> (...). Source: Meta-TTT, arXiv 2410.01709.
+    """
+    log_p = _log_probabilities(logits)
+    per_sample = -log_p.amax(-1) if kind == "hard_ce" else -(log_p.exp() * log_p).sum(-1)
+    return 2 * (per_sample * _confident(log_p, threshold)).mean(-1)
+
+
+def unconfident_entropy(logits: Tensor, threshold: float, temperature: str = "none") -> Tensor:
+    """Entropy of the unconfident samples, max_k p_k < threshold: (2 n_lo / N) * mean over these, 0 without any.
+
+    With ``temperature="gem_t"`` the entropy is that of (u - mean_k u) / T: the mean over the sample's classes, T the
+    mean over classes of the standard deviation over the N samples (biased), both detached; T = 1 where it would be 0
+    (one sample, equal images). Which samples are confident is decided without it.
+
+    Shape: logits (..., N, K) -> (...). Source: Meta-TTT, arXiv 2410.01709.
+    """
+    log_p = _log_probabilities(logits)
+    unconfident = ~_confident(log_p, threshold)
+    if temperature == "gem_t":
+        fixed = logits.detach()
+        spread = fixed.std(-2, correction=0).mean(-1)[..., None, None]
+        spread = torch.where(spread > torch.finfo(spread.dtype).eps, spread, 1.0)
+        log_p = _log_probabilities((logits - fixed.mean(-1, keepdim=True)) / spread)
+    per_sample = -(log_p.exp() * log_p).sum(-1)
+    return 2 * (per_sample * unconfident).mean(-1)

@@ -12,6 +12,10 @@ from lightning_tta import UnsupportedModelError, adapt, available_methods
 VARIANTS = {
     "norm": [{}, {"source_weight": 0.5}, {"momentum": 0.3}],
     "tent": [{"lr": 1e-2}, {"lr": 1e-2, "optimizer": "sgd", "steps": 2, "lr_batch_size": 8}],
+    "meta_ttt": [
+        {"threshold": 0.4},
+        {"threshold": 0.4, "episodic": False, "source_weight_lr": 0.5, "temperature": "gem_t"},
+    ],
     "zerosiam": [{"lr": 0.5, "predictor_lr": 0.5}, {"lr": 0.5, "predictor": "random", "steps": 2}],
 }
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lightning_tta.losses import entropy, kl_divergence, symmetric_kl
+from lightning_tta.losses import confident_loss, entropy, kl_divergence, symmetric_kl, unconfident_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,3 +101,55 @@ def test_leading_dimensions(name):
     assert value.shape == (2, 3)
     assert torch.equal(value.flatten(), LOSSES[name](a, b))
     assert LOSSES[name](a[0], b[0]).shape == ()
+
+
+def plain_minimax_parts(logits, threshold, kind, temperature):
+    """(L_conf, L_ent) sample by sample from probabilities."""
+    spread = logits.std(0, correction=0).mean() if temperature == "gem_t" else 1.0
+    confident, unconfident = [], []
+    for row in logits:
+        p = row.exp() / row.exp().sum()
+        if p.max() >= threshold:
+            confident.append(-p.max().log() if kind == "hard_ce" else -(p * p.log()).sum())
+        else:
+            scaled = (row - row.mean()) / spread if temperature == "gem_t" else row
+            q = scaled.exp() / scaled.exp().sum()
+            unconfident.append(-(q * q.log()).sum())
+    parts = []
+    for values in (confident, unconfident):
+        mean = sum(values) / len(values) if values else torch.tensor(0.0, dtype=logits.dtype)
+        parts.append(2 * len(values) / len(logits) * mean)
+    return parts
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["hard_ce", "entropy"])
+@pytest.mark.parametrize("temperature", ["none", "gem_t"])
+def test_confident_and_unconfident_losses(threshold, kind, temperature):
+    logits = torch.randn(9, 4, dtype=torch.float64) * 2
+    high, low = plain_minimax_parts(logits, threshold, kind, temperature)
+    assert abs(confident_loss(logits, threshold, kind) - high) < 1e-12
+    assert abs(unconfident_entropy(logits, threshold, temperature) - low) < 1e-12
+    domains = torch.stack([logits, logits.flip(1) + 1])
+    for loss in (confident_loss(domains, threshold), unconfident_entropy(domains, threshold, temperature)):
+        assert loss.shape == (2,)
+    assert abs(unconfident_entropy(domains, threshold, temperature)[0] - low) < 1e-12
+
+
+def test_temperature_is_a_constant():
+    logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    (ours,) = torch.autograd.grad(unconfident_entropy(logits, 1.0, "gem_t"), logits)
+    spread = logits.detach().std(0, correction=0).mean()
+    p = ((logits - logits.detach().mean(1, keepdim=True)) / spread).softmax(1)
+    (theirs,) = torch.autograd.grad(2 * -(p * p.log()).sum(1).mean(), logits)
+    assert (ours - theirs).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(1, 3), torch.full((4, 3), 2.0), torch.eye(3) * 1e4], ids=str)
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_minimax_losses_of_one_sample_equal_and_saturated_logits(logits, threshold):
+    logits = logits.clone().requires_grad_()
+    loss = confident_loss(logits, threshold) + unconfident_entropy(logits, threshold, "gem_t")
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient).all()

@@ -38,6 +38,8 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
 def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The affine weight and bias of every normalisation layer, by parameter name; a shared parameter once.
 
+    Of a user's own norm layer: all parameters, whatever their names.
+
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.
     """
@@ -45,7 +47,8 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     seen: set[int] = set()
     for layer_name, layer in norm_layers(model).items():
         for name, parameter in layer.named_parameters(recurse=False):
-            if id(parameter) not in seen:
+            affine = name in ("weight", "bias") or not isinstance(layer, NORM_TYPES)
+            if affine and id(parameter) not in seen:
                 seen.add(id(parameter))
                 found[f"{layer_name}.{name}" if layer_name else name] = parameter
     if not found:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
-from lightning_tta.backbones import Backbone, create_backbone, load_weights, state_digest
+from lightning_tta.backbones import Backbone, state_digest
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.protocol import Protocol
 from lightning_tta.data.streams import STREAM_KINDS, default_reset
-from lightning_tta.errors import ConfigError, WeightsError, check_choice
+from lightning_tta.errors import ConfigError, check_choice
 from lightning_tta.losses import entropy
 from lightning_tta.methods.base import TTAMethod
+from lightning_tta.modules.loading import load_source
 from lightning_tta.summary import StreamSummary
 
 ResetPolicy = Literal["auto", "never", "domain", "batch"]
@@ -40,55 +40,6 @@ CUSTOM_DATA: dict[str, Any] = {
 """What the protocol can say of a loader that is not from a :class:`~lightning_tta.data.ShiftedDataModule`."""
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """A weights file: ``path`` itself, or the newest ``best.ckpt`` in or below it where it is a directory.
-
-    Raises:
-        WeightsError: If there is none.
-    """
-    path = Path(path)
-    if path.is_file():
-        return path
-    found = sorted(path.rglob("best.ckpt"), key=lambda p: p.stat().st_mtime) if path.is_dir() else []
-    if not found:
-        what = "holds no best.ckpt" if path.is_dir() else "does not exist"
-        raise WeightsError(
-            f"source_ckpt={str(path)!r} {what}. Give a checkpoint or weights file, or the run directory of a source "
-            "training (lightning-tta fit --config configs/digits/source.yaml makes one)."
-        )
-    return found[-1]
-
-
-def load_source(
-    source_ckpt: str | None,
-    backbone: str | nn.Module | None = None,
-    num_classes: int | None = None,
-    pretrained: bool = False,
-    backbone_options: dict[str, Any] | None = None,
-) -> nn.Module:
-    """The source model that a method wraps; arguments as in :class:`TestTimeAdaptation`."""
-    if source_ckpt is None and not pretrained and not isinstance(backbone, nn.Module):
-        raise ConfigError(
-            "No source weights: pass source_ckpt=PATH (a checkpoint of SourceClassifier, or a weights file together "
-            "with backbone=NAME), or pretrained=true, or source_ckpt='none' to run a randomly initialised net."
-        )
-    path = None if source_ckpt is None or source_ckpt == "none" else find_checkpoint(source_ckpt)
-    if isinstance(backbone, nn.Module):
-        if path is not None:
-            load_weights(backbone, path)
-        return backbone
-    if backbone is not None:
-        options = backbone_options or {}
-        weights = None if path is None else str(path)
-        return create_backbone(backbone, num_classes, pretrained=pretrained, weights=weights, **options)
-    if path is None:
-        raise ConfigError("Which net? Pass backbone=NAME, such as 'timm/test_resnet' or 'cifar/resnet20'.")
-    saved = torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".ckpt" else {}
-    if "lightning_tta" not in saved:
-        raise WeightsError(f"{path} does not say which net it is for. Pass backbone=NAME and num_classes=K with it.")
-    return create_backbone(**saved["lightning_tta"]["backbone"], weights=str(path))
-
-
 class TestTimeAdaptation(LightningModule):
     """Applies a method to a stream in ``predict``.
 
@@ -100,8 +51,8 @@ class TestTimeAdaptation(LightningModule):
     Args:
         method: Called with the source model; returns the method, such as ``functools.partial(Tent, lr=1e-3)``. On the
             command line: a class name (``Tent``) or a file (``configs/methods/tent.yaml``).
-        source_ckpt: Source weights: a checkpoint of ``SourceClassifier``, which knows its net, or a directory that
-            holds one, or a weights file for ``backbone``; ``"none"`` for random weights.
+        source_ckpt: Source weights: a checkpoint of ``SourceClassifier`` or ``MetaTTT``, which knows its net, or a
+            directory that holds one, or a weights file for ``backbone``; ``"none"`` for random weights.
         backbone: Name for :func:`lightning_tta.create_backbone`, or a module (used as it is, adapted in place).
         num_classes: Number of classes of ``backbone``.
         pretrained: Use the library's pretrained weights (downloads them).

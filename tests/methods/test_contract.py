@@ -14,7 +14,13 @@ from lightning_tta import ConfigError, adapt, available_methods
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PASSES = {"source": (1, 0), "norm": (1, 0), "tent": (1, 1), "zerosiam": (1, 1)}  # per step: forward, backward
+PASSES = {
+    "source": (1, 0),
+    "norm": (1, 0),
+    "tent": (1, 1),
+    "zerosiam": (1, 1),
+    "meta_ttt": (3, 2),
+}  # per step: forward, backward
 
 
 def test_methods_are_found():

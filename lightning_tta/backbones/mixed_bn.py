@@ -1,0 +1,250 @@
+"""Mixed batch norm: a learnable mixture of source and batch statistics, one weight a channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from lightning_tta.backbones.norms import batch_norm_layers
+from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
+
+Parametrisation = Literal["raw", "sigmoid"]
+
+
+class MixedBatchNorm(_NormBase):
+    """BatchNorm with the moments of a mixture of the source distribution and the batch's.
+
+    With the weight w on the source, source statistics s and batch statistics t (unbiased variance), per channel::
+
+        mean = w mean_s + (1 - w) mean_t
+        var  = w var_s + (1 - w) var_t + w (1 - w) (mean_s - mean_t)^2
+        y    = weight (x - mean) / sqrt(var + eps) + bias
+
+    the same in train and eval mode. The source statistics (``running_mean``, ``running_var``) never move. Everything
+    is folded into one scale and shift per channel, so that a pass keeps its input for backward and nothing else of
+    that size. ``w = 1`` is BatchNorm in eval mode. Where a channel has one value, the source statistics are used.
+
+    Shape: x (N, C) or (N, C, ...) -> the same. With ``groups`` D > 1, x holds D domains of N / D images one after the
+    other; each has its own batch statistics, and each parameter is (C,) for all or (D, C), one row a domain.
+
+    Args:
+        norm: The BatchNorm layer to take over; parameters and statistics are shared with it.
+        source_weight: Initial w, in [0, 1] (sigmoid: strictly inside).
+        std: Standard deviation of its initial values.
+        parametrisation: ``raw``: the parameter is w, as in the authors' code; it may leave [0, 1], so the variance is
+            kept from falling below zero. ``sigmoid``: w = sigmoid(parameter), always inside.
+
+    Attributes:
+        source_weight: The raw parameter (C,), see :attr:`mixing` for w.
+        groups: Number of domains in a batch, see :func:`domain_groups`.
+
+    Raises:
+        UnsupportedModelError: If the layer keeps no running statistics, or computes more than BatchNorm.
+
+    Source: Meta-TTT, arXiv 2410.01709. Differs from it: the sigmoid, the bound on the variance, the folding.
+    """
+
+    source_weight: nn.Parameter
+
+    def __init__(
+        self,
+        norm: _BatchNorm,
+        source_weight: float = 0.75,
+        std: float = 0.0,
+        parametrisation: Parametrisation = "raw",
+    ) -> None:
+        check_mixing(source_weight, std, parametrisation)
+        running = norm.running_mean
+        if running is None or norm.running_var is None:
+            raise UnsupportedModelError(
+                "A BatchNorm layer keeps no running statistics (track_running_stats=False), so there is no source to "
+                "mix with. Train the net with running statistics."
+            )
+        super().__init__(norm.num_features, norm.eps, norm.momentum, affine=False)
+        self.after = _fused_layers(norm)
+        self.affine = norm.affine
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = running, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.parametrisation = parametrisation
+        initial = torch.full_like(running, source_weight) + std * torch.randn_like(running)
+        if parametrisation == "sigmoid":
+            initial = torch.logit(initial, eps=1e-3)
+        self.source_weight = nn.Parameter(initial)
+        self.groups = 1
+        self._taken_over = [norm]  # in a list it is no submodule: its tensors are ours
+
+    @property
+    def mixing(self) -> Tensor:
+        """The weight w on the source statistics: (C,) or (D, C)."""
+        return self.source_weight.sigmoid() if self.parametrisation == "sigmoid" else self.source_weight
+
+    def restored(self) -> _BatchNorm:
+        """The BatchNorm layer that was taken over, with the parameters and statistics as they are now."""
+        norm = self._taken_over[0]
+        norm.weight, norm.bias = self.weight, self.bias
+        norm.running_mean, norm.running_var = self.running_mean, self.running_var
+        norm.num_batches_tracked = self.num_batches_tracked
+        return norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (N, C, ...)."""
+        self._check_input_dim(x)
+        x = x.view(self.groups, len(x) // self.groups, *x.shape[1:])
+        scale, shift = self._scale_and_shift(x)
+        shape = (-1, 1, self.num_features) + (1,) * (x.ndim - 3)
+        y = torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype).flatten(0, 1)
+        return y if self.after is None else self.after(y)
+
+    def _scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer does to x (D, B, C, ...), folded: each (1, C) or (D, C)."""
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None
+        assert var is not None
+        if x.numel() > self.groups * self.num_features:  # else one value a channel: it has no variance
+            w = self.mixing
+            wide = x if x.dtype == torch.float64 else x.float()
+            var_t, mean_t = torch.var_mean(wide, dim=[1, *range(3, x.ndim)], correction=1)
+            var = w * var + (1 - w) * var_t + w * (1 - w) * (mean - mean_t).square()
+            if self.parametrisation == "raw":
+                var = var.clamp_min(0)
+            mean = w * mean + (1 - w) * mean_t
+        scale = (var + self.eps).rsqrt()
+        if self.affine:
+            scale = scale * self.weight
+            shift = self.bias - mean * scale
+        else:
+            shift = -mean * scale
+        return scale, shift
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim < 2 or len(x) % self.groups:
+            raise ConfigError(
+                f"MixedBatchNorm wants (N, C, ...), N a multiple of its {self.groups} domains; got {tuple(x.shape)}."
+            )
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return f"{self.num_features}, eps={self.eps}, parametrisation={self.parametrisation}"
+
+
+def check_mixing(source_weight: float, std: float, parametrisation: str) -> None:
+    """Raise :class:`ConfigError` on a wrong argument of :class:`MixedBatchNorm`."""
+    check_range("source_weight", source_weight, 0, 1)
+    check_range("std", std, 0)
+    check_choice("parametrisation", parametrisation, ("raw", "sigmoid"))
+    if parametrisation == "sigmoid" and source_weight in (0, 1):
+        raise ConfigError(
+            f"source_weight={source_weight} cannot be reached by a sigmoid. Give a value inside (0, 1), or use "
+            "parametrisation='raw'."
+        )
+
+
+def _fused_layers(norm: _BatchNorm) -> nn.Module | None:
+    """What a BatchNorm layer with a fused activation (timm's BatchNormAct2d) does after the normalisation."""
+    if type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return None
+    drop, act = getattr(norm, "drop", None), getattr(norm, "act", None)
+    if isinstance(drop, nn.Module) and isinstance(act, nn.Module):
+        return nn.Sequential(drop, act)
+    raise UnsupportedModelError(
+        f"{type(norm).__name__} is a BatchNorm with a forward of its own, which mixed batch norm cannot take over. "
+        "Use torch.nn.BatchNorm2d (or timm's BatchNormAct2d) in its place."
+    )
+
+
+def mixed_batch_norm_layers(model: nn.Module) -> dict[str, MixedBatchNorm]:
+    """All mixed layers by module name, in the net's own order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MixedBatchNorm)}
+
+
+MixedLayers = dict[_BatchNorm, MixedBatchNorm]
+
+
+def make_mixed_layers(
+    model: nn.Module, source_weight: float = 0.75, std: float = 0.0, parametrisation: Parametrisation = "raw"
+) -> MixedLayers:
+    """A :class:`MixedBatchNorm` for every BatchNorm layer of ``model``, which stays as it is.
+
+    Arguments and errors as in :func:`convert_mixed_bn`.
+    """
+    check_mixing(source_weight, std, parametrisation)
+    made: MixedLayers = {}
+    for name, norm in batch_norm_layers(model).items():
+        try:
+            made[norm] = MixedBatchNorm(norm, source_weight, std, parametrisation).train(norm.training)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"Layer '{name}': {error}") from None
+    if not made and not mixed_batch_norm_layers(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no BatchNorm layer, so there are no statistics to mix. For GroupNorm or "
+            "LayerNorm nets use method 'tent' or 'zerosiam'."
+        )
+    return made
+
+
+def convert_mixed_bn(
+    model: nn.Module, source_weight: float = 0.75, std: float = 0.0, parametrisation: Parametrisation = "raw"
+) -> nn.Module:
+    """Replace every BatchNorm layer of ``model``, in place, by a :class:`MixedBatchNorm` with the same parameters.
+
+    Args:
+        model: A net with BatchNorm layers; layers that are mixed already stay as they are.
+        source_weight: Initial weight on the source statistics, in [0, 1]; the authors take 0.75.
+        std: Spread of the initial weights over the channels, >= 0; the authors take 0.01 (drawn from torch's global
+            RNG).
+        parametrisation: ``raw`` or ``sigmoid``.
+
+    Returns:
+        The net (a lone layer comes back as a new module).
+
+    Raises:
+        ConfigError: If a value is out of range.
+        UnsupportedModelError: If the net has no BatchNorm layer, or one that cannot be taken over; it is unchanged.
+    """
+    return _replace(model, make_mixed_layers(model, source_weight, std, parametrisation))
+
+
+def restore_batch_norm(model: nn.Module) -> nn.Module:
+    """The way back from :func:`convert_mixed_bn`, in place: BatchNorm layers again, the mixing weights are dropped."""
+    layers = mixed_batch_norm_layers(model).values()
+    return _replace(model, {layer: layer.restored().train(layer.training) for layer in layers})
+
+
+@contextmanager
+def mixed_layers(model: nn.Module, layers: MixedLayers) -> Iterator[None]:
+    """While active, ``layers`` (see :func:`make_mixed_layers`) stand in for the BatchNorm layers of ``model``."""
+    for norm, layer in layers.items():
+        layer.running_mean, layer.running_var = norm.running_mean, norm.running_var  # moved since, perhaps
+    _replace(model, layers)
+    try:
+        yield
+    finally:
+        _replace(model, {layer: norm for norm, layer in layers.items()})
+
+
+def _replace(model: nn.Module, replacement: Mapping[Any, nn.Module]) -> nn.Module:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # a shared layer has several places
+            if child in replacement:
+                parent._modules[name] = replacement[child]
+    return replacement.get(model, model)
+
+
+@contextmanager
+def domain_groups(model: nn.Module, groups: int) -> Iterator[None]:
+    """While active, batches hold ``groups`` domains of equal size, one after the other; see :class:`MixedBatchNorm`."""
+    check_range("groups", groups, 1, integer=True)
+    layers = mixed_batch_norm_layers(model).values()
+    for layer in layers:
+        layer.groups = groups
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.groups = 1

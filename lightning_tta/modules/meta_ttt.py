@@ -1,0 +1,311 @@
+"""Meta-training: a source model that learns to adapt."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from lightning_tta.backbones import Backbone
+from lightning_tta.backbones.mixed_bn import Parametrisation, convert_mixed_bn, mixed_batch_norm_layers
+from lightning_tta.backbones.split import find_head
+from lightning_tta.errors import ConfigError, check_choice, check_range
+from lightning_tta.minimax import Adapted, ConfidentLoss, InnerLoop, Minimax, Phase, Temperature, minimax
+from lightning_tta.modules.loading import load_source
+from lightning_tta.synthesis import DomainShiftSynthesis
+
+Schedule = Literal["alternating", "chained"]
+
+
+class MetaTTT(LightningModule):
+    """Minimises the cross-entropy of the net *after* it has adapted to the batch without labels.
+
+    Inner loop (:func:`lightning_tta.minimax.minimax`): steps of plain gradient descent on the unsupervised max and
+    min losses, on a functional copy of the norm layers' parameters. Outer step: the cross-entropy of the adapted net
+    on the same batch, differentiated through the inner steps (second order), into all parameters: convolutions,
+    scales, shifts, mixing weights, head. The source statistics of BatchNorm stay fixed and the net stays in eval
+    mode. Logs under ``meta/``: ``train_loss`` (outer), ``inner_max_loss``, ``inner_min_loss``, ``alignment`` (cosine
+    between the inner gradient and that of the cross-entropy, both before the first step), ``val_before`` and
+    ``val_after`` (accuracy without and with adaptation), ``source_weight`` (mean, lowest, highest, and a histogram).
+
+    Batches are ``{image (B, C, H, W) in [0, 1], label (B,)}``; with several source domains also ``domain`` (B,), one
+    domain after the other in equal numbers, as the data modules make them. Validation batches are adapted to as they
+    come, max steps and then min steps: let them be shifted, one shift a batch (``val_domains`` of the data modules).
+
+    Args:
+        source_ckpt: Where training starts: see :class:`~lightning_tta.TestTimeAdaptation`.
+        backbone: Name of the net, where the weights do not say it.
+        num_classes: Number of classes of ``backbone``.
+        pretrained: Start from the library's pretrained weights (downloads them).
+        backbone_options: Further arguments of the backbone.
+        schedule: ``alternating``: one outer step through the max steps, the next through the min steps, and so on.
+            ``chained``: each through the max steps and then the min steps, as at test time.
+        second_order: ``False``: the inner gradients count as constants (first order).
+        meta: ``False``: plain cross-entropy of the mixed net, no inner loop: what the same training does without it.
+        max_steps: This and the following up to ``adapt_layers``: see :class:`~lightning_tta.minimax.InnerLoop`.
+        min_steps: Steps of the min phase.
+        max_lr: Rate of the max step.
+        scale_lr: Rate of the scales in the min step.
+        shift_lr: Rate of the shifts in the min step.
+        source_weight_lr: Rate of the mixing weights in the min step.
+        threshold: Confident means a largest probability of at least this.
+        confident_loss: ``hard_ce`` or ``entropy``.
+        temperature: ``none`` or ``gem_t``.
+        max_layers: Share of the norm layers, from the last, that the max step moves.
+        adapt_layers: Share of the norm layers, from the last, that are adapted at all.
+        learn_inner_lr: Learn the rates (their logarithms) too; a rate of 0 stays 0.
+        source_weight: Initial weight on the source statistics.
+        source_weight_std: Spread of the initial weights.
+        source_weight_kind: ``raw`` or ``sigmoid``: see :class:`~lightning_tta.backbones.mixed_bn.MixedBatchNorm`.
+        learn_source_weight: Whether the outer step learns the mixing weights.
+        synthesis_probability: See :class:`~lightning_tta.synthesis.DomainShiftSynthesis`; 0 for none.
+        pseudo_domains: Each domain of a batch is split into this many, each with a synthesised shift of its own and
+            adapted to on its own.
+        head_lr_factor: The head's learning rate over that of the rest; the authors take 10.
+        optimizer: Called with the parameters. Default: SGD, lr 1e-3, Nesterov momentum 0.9, weight decay 5e-4.
+        lr_scheduler: Called with the optimizer; stepped per epoch.
+
+    Raises:
+        ConfigError: If a value is out of range, or the Trainer asks for what cannot be differentiated twice.
+        UnsupportedModelError: If the net has no BatchNorm layers.
+
+    Source: Meta-TTT, arXiv 2410.01709, and the authors' code. Differs from them: the losses of several domains are
+    averaged, not summed (so that processes can share them out; multiply the rate by their number to get theirs);
+    the two updates of the alternating schedule take batches of their own, so that the Trainer's clipping,
+    accumulation and precision apply to both as they are.
+    """
+
+    def __init__(
+        self,
+        source_ckpt: str | None = None,
+        backbone: str | nn.Module | None = None,
+        num_classes: int | None = None,
+        pretrained: bool = False,
+        backbone_options: dict[str, Any] | None = None,
+        schedule: Schedule = "alternating",
+        second_order: bool = True,
+        meta: bool = True,
+        max_steps: int = 1,
+        min_steps: int = 1,
+        max_lr: float = 0.1,
+        scale_lr: float = 0.1,
+        shift_lr: float = 0.1,
+        source_weight_lr: float = 0.0,
+        threshold: float = 0.75,
+        confident_loss: ConfidentLoss = "hard_ce",
+        temperature: Temperature = "none",
+        max_layers: float = 0.05,
+        adapt_layers: float = 1.0,
+        learn_inner_lr: bool = False,
+        source_weight: float = 0.75,
+        source_weight_std: float = 0.01,
+        source_weight_kind: Parametrisation = "raw",
+        learn_source_weight: bool = True,
+        synthesis_probability: float = 0.03,
+        pseudo_domains: int = 1,
+        head_lr_factor: float = 10.0,
+        optimizer: OptimizerCallable = lambda p: torch.optim.SGD(
+            p, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4
+        ),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        given = dict(locals())
+        super().__init__()
+        check_choice("schedule", schedule, ("alternating", "chained"))
+        check_range("synthesis_probability", synthesis_probability, 0, 1)
+        check_range("pseudo_domains", pseudo_domains, 1, integer=True)
+        check_range("head_lr_factor", head_lr_factor, 0)
+        self.settings = InnerLoop(**{name: given[name] for name in asdict(InnerLoop())})
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone"])
+        net = load_source(source_ckpt, backbone, num_classes, pretrained, backbone_options)
+        self.backbone = convert_mixed_bn(net, source_weight, source_weight_std, source_weight_kind)
+        self.backbone.requires_grad_(True)
+        for layer in mixed_batch_norm_layers(self.backbone).values():
+            layer.source_weight.requires_grad_(learn_source_weight)
+        self.groups = Minimax(self.backbone, self.settings)
+        self.schedule, self.second_order, self.meta = schedule, second_order, meta
+        self.pseudo_domains, self.head_lr_factor = pseudo_domains, head_lr_factor
+        self.synthesis = DomainShiftSynthesis(self.backbone, synthesis_probability) if synthesis_probability else None
+        self.log_rates = nn.ParameterDict()
+        if learn_inner_lr and meta:
+            rates = {kind: rate for kind, rate in self.settings.rates.items() if rate > 0}
+            self.log_rates.update({kind: nn.Parameter(torch.tensor(rate).log()) for kind, rate in rates.items()})
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.accuracies = nn.ModuleDict()  # by name of the metric; grows with the validation domains
+
+    @property
+    def rates(self) -> dict[str, Tensor | float]:
+        """The inner learning rates, learned or given."""
+        return {**self.settings.rates, **{kind: log.exp() for kind, log in self.log_rates.items()}}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W) in [0, 1], without adaptation."""
+        logits: Tensor = self.backbone(images)
+        return logits
+
+    def train(self, mode: bool = True) -> MetaTTT:
+        """Record ``mode``; the net stays in eval mode, so that its passes see the same net."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ConfigError: For ``sync_batchnorm`` and a compiled module.
+        """
+        if getattr(self.trainer.strategy, "_layer_sync", None) is not None:
+            raise ConfigError(
+                "sync_batchnorm cannot be differentiated twice, and each domain needs statistics of its own. Set "
+                "--trainer.sync_batchnorm false: statistics stay on their process, gradients are averaged."
+            )
+        if getattr(self, "_compiler_ctx", None) or any(hasattr(m, "_orig_mod") for m in self.modules()):
+            raise ConfigError(
+                "torch.compile cannot differentiate a compiled net twice. Train it uncompiled; compile the net later."
+            )
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Adapt without labels, then the cross-entropy with them."""
+        domains = self._domains(batch)
+        size = len(batch["image"]) // domains
+        images, labels = batch["image"][: size * domains], batch["label"][: size * domains]
+        phases = self._phases()
+        with ExitStack() as stack:
+            if self.synthesis is not None:
+                first = self.global_rank * domains
+                key = f"{self.trainer.current_epoch}|{batch_idx}|{torch.initial_seed()}"
+                stack.enter_context(
+                    self.synthesis.active(*self.synthesis.draw([f"{key}|{first + d}" for d in range(domains)]))
+                )
+            result = minimax(
+                self.backbone,
+                images,
+                self.settings,
+                phases=phases,
+                domains=domains,
+                second_order=self.second_order,
+                differentiable=True,
+                rates=self.rates,
+                groups=self.groups,
+            )
+        loss = cross_entropy(result.after.flatten(0, 1), labels)
+        self.log("meta/train_loss", loss, prog_bar=True)
+        for phase, losses in result.losses.items():
+            self.log(f"meta/inner_{phase}_loss", losses[0])
+        if result.gradients and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log("meta/alignment", self._alignment(result, labels))
+        return loss
+
+    def _phases(self) -> tuple[Phase, ...]:
+        phases = self.settings.phases if self.meta else ()
+        return (phases[self.global_step % len(phases)],) if self.schedule == "alternating" and phases else phases
+
+    def _domains(self, batch: dict[str, Tensor]) -> int:
+        """How many domains the batch holds, with the pseudo-domains."""
+        real = 1
+        if "domain" in batch:
+            _, counts = torch.unique_consecutive(batch["domain"], return_counts=True)
+            real = len(counts)
+            if len(set(counts.tolist())) > 1 or len(torch.unique(batch["domain"])) != real:
+                raise ConfigError(
+                    "A batch must hold its domains one after the other, in equal numbers; got domains "
+                    f"{batch['domain'].tolist()}. The data modules of lightning_tta.data make such batches."
+                )
+        domains = real * self.pseudo_domains
+        if len(batch["image"]) < 2 * domains or (real > 1 and len(batch["image"]) % domains):
+            raise ConfigError(
+                f"A batch of {len(batch['image'])} images cannot be split into {real} domains x {self.pseudo_domains} "
+                "pseudo-domains of two or more. Choose train_batch_size as a multiple."
+            )
+        return domains
+
+    def _alignment(self, result: Adapted, labels: Tensor) -> Tensor:
+        """Cosine between the gradients of the inner loss and of the cross-entropy, both before the first step."""
+        parameters = [self.groups.parameters[name] for name in result.gradients]
+        main = torch.autograd.grad(
+            cross_entropy(result.before.flatten(0, 1), labels), parameters, retain_graph=True, materialize_grads=True
+        )
+        inner = [gradient.detach().mean(0) if gradient.ndim > 1 else gradient for gradient in result.gradients.values()]
+        return cosine_similarity(torch.cat(inner).detach(), torch.cat(main), dim=0)
+
+    # Evaluation ------------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Accuracy before and after adaptation to the batch."""
+        self._evaluate(batch, "val", getattr(getattr(self.trainer, "datamodule", None), "val_domain_names", []))
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """The same on the clean test split."""
+        self._evaluate(batch, "test", [])
+
+    def _evaluate(self, batch: dict[str, Tensor], split: str, names: list[str]) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            images = batch["image"].clone() if batch["image"].is_inference() else batch["image"]
+            rates = {kind: float(rate) for kind, rate in self.rates.items()}
+            phases = self.settings.phases if self.meta else ()
+            result = minimax(self.backbone, images, self.settings, phases=phases, rates=rates, groups=self.groups)
+        ends = [""]
+        if "domain" in batch and len(names) > 1:
+            ends.append(f"/{names[int(batch['domain'][0])]}")
+        for when, logits in (("before", result.before[0]), ("after", result.after[0])):
+            right = (logits.argmax(-1) == batch["label"]).float()
+            for end in ends:
+                name = f"meta/{split}_{when}{end}"
+                self.log(name, right.mean(), on_epoch=True, batch_size=len(right), prog_bar=not end, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mixing weights."""
+        weights = torch.cat([layer.mixing.detach() for layer in mixed_batch_norm_layers(self.backbone).values()])
+        values = {"mean": weights.mean(), "lowest": weights.min(), "highest": weights.max()}
+        self.log_dict({f"meta/source_weight/{name}": value for name, value in values.items()}, sync_dist=True)
+        if self.log_rates:
+            self.log_dict({f"meta/rate/{kind}": log.exp() for kind, log in self.log_rates.items()}, sync_dist=True)
+        for logger in self.loggers:
+            add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+            if add_histogram is not None:
+                add_histogram("meta/source_weight", weights.float().cpu(), self.global_step)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Refuses: predictions on a stream go through the test-time module."""
+        raise ConfigError(
+            "The MetaTTT module trains. To predict, use --model TestTimeAdaptation --model.source_ckpt PATH with "
+            "--model.method MetaTTT."
+        )
+
+    # Optimizer and checkpoint ----------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, with the head's own rate, and, per epoch, the schedule of the configuration."""
+        _, head = find_head(self.backbone)
+        own = {id(parameter) for parameter in head.parameters()}
+        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = self.optimizer(
+            [
+                {"params": [p for p in learned if id(p) not in own]},
+                {"params": [p for p in learned if id(p) in own]},
+            ]
+        )
+        optimizer.param_groups[1]["lr"] *= self.head_lr_factor
+        if self.lr_scheduler is None:
+            return optimizer
+        return [optimizer], [self.lr_scheduler(optimizer)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the class, the net and the inner loop, for whoever loads the file."""
+        layer = next(iter(mixed_batch_norm_layers(self.backbone).values()))
+        learned = {f"{kind}_lr": float(log.exp()) for kind, log in self.log_rates.items()}
+        checkpoint["lightning_tta"] = {
+            "class": type(self).__name__,
+            "backbone": self.backbone.config if isinstance(self.backbone, Backbone) else None,
+            "mixed_bn": {"parametrisation": layer.parametrisation},
+            "meta_ttt": {**asdict(self.settings), **learned},
+        }
