@@ -8,12 +8,59 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 
 Parametrisation = Literal["raw", "sigmoid"]
+
+
+class _Affine(Function):
+    """scale * x + shift with scale and shift broadcast over x; its derivatives keep x and the gradient, no copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return torch.addcmul(shift, x, scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        wide = gradient.to(scale.dtype)
+        return (
+            (wide * scale).to(x.dtype),
+            (wide * x).sum_to_size(scale.shape),
+            wide.sum_to_size(scale.shape),
+        )
+
+
+class _Moments(Function):
+    """Unbiased variance and mean of x (D, B, C, ...), each (D, C); the derivatives keep x and no centred copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = x if x.dtype == torch.float64 else x.float()
+        var, mean = torch.var_mean(wide, dim=[1, *range(3, x.ndim)], correction=1)
+        ctx.save_for_backward(x, mean)
+        return var, mean
+
+    @staticmethod
+    def backward(ctx: Any, var_gradient: Tensor, mean_gradient: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        count = x.numel() // mean.numel()
+        slope = 2 / (count - 1) * var_gradient
+        shape = (len(mean), 1, mean.shape[1]) + (1,) * (x.ndim - 3)
+        return _affine(x, slope.view(shape), (mean_gradient / count - slope * mean).view(shape))
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return _Affine.apply(x, scale, shift)  # type: ignore[no-any-return]
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _Moments.apply(x)  # type: ignore[no-any-return]
 
 
 class MixedBatchNorm(_NormBase):
@@ -98,7 +145,7 @@ class MixedBatchNorm(_NormBase):
         x = x.view(self.groups, len(x) // self.groups, *x.shape[1:])
         scale, shift = self._scale_and_shift(x)
         shape = (-1, 1, self.num_features) + (1,) * (x.ndim - 3)
-        y = torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype).flatten(0, 1)
+        y = _affine(x, scale.view(shape), shift.view(shape)).flatten(0, 1)
         return y if self.after is None else self.after(y)
 
     def _scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,8 +155,7 @@ class MixedBatchNorm(_NormBase):
         assert var is not None
         if x.numel() > self.groups * self.num_features:  # else one value a channel: it has no variance
             w = self.mixing
-            wide = x if x.dtype == torch.float64 else x.float()
-            var_t, mean_t = torch.var_mean(wide, dim=[1, *range(3, x.ndim)], correction=1)
+            var_t, mean_t = _moments(x)
             var = w * var + (1 - w) * var_t + w * (1 - w) * (mean - mean_t).square()
             if self.parametrisation == "raw":
                 var = var.clamp_min(0)
