@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import multiprocessing
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -22,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from lightning_tta.benchmark_config import Cell, DataConfig, MethodConfig, NetConfig, StreamConfig, from_dict
+from lightning_tta.benchmark_sources import Sources, digest
 from lightning_tta.cli import run_lightning
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError, check_range
 from lightning_tta.files import environment
@@ -70,6 +69,7 @@ class Benchmark:
         self.trainer = trainer or {}
         check_range("jobs", jobs, 1, integer=True)
         self.jobs = jobs
+        self.sources = Sources(self.output, nets)
         with _quiet():
             self._check(only)
         self.cells = [
@@ -96,6 +96,10 @@ class Benchmark:
         for label, net in self.nets.items():
             if (net.fit is None) == (net.source_ckpt is None and not net.pretrained):
                 raise ConfigError(f"Net '{label}' needs either fit=CONFIG, or weights (source_ckpt or pretrained).")
+            if net.start is not None and (net.fit is None or net.start not in self.nets or net.start == label):
+                raise ConfigError(f"Net '{label}': start={net.start!r} must name another net, for a fit to start from.")
+            if net.start is not None and self.nets[net.start].start is not None:
+                raise ConfigError(f"Net '{label}' starts from '{net.start}', which must not start from another itself.")
             for path in (net.fit, net.source_ckpt):
                 if path not in (None, "none") and not Path(path or "").exists():
                     raise ConfigError(f"Net '{label}': {path} does not exist (seen from {Path.cwd().name}/).")
@@ -126,7 +130,7 @@ class Benchmark:
         self.output.mkdir(parents=True, exist_ok=True)
         rows: list[dict[str, Any]] = []
         skipped: list[dict[str, str]] = []
-        sources = sorted({(cell.net, cell.seed) for cell in self.cells if self.nets[cell.net].fit})
+        stages = self.sources.stages({(cell.net, cell.seed) for cell in self.cells})
         console = Console()
         columns = (
             TextColumn("{task.description}"),
@@ -136,9 +140,10 @@ class Benchmark:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console) as progress, self._workers() as run_all:
-            task = progress.add_task("source models", total=len(sources))
-            for _ in run_all(self._train, sources):
-                progress.advance(task)
+            task = progress.add_task("source models", total=sum(map(len, stages)))
+            for sources in stages:
+                for _ in run_all(self.sources.train, sources):
+                    progress.advance(task)
             task = progress.add_task("cells", total=len(self.cells))
             for cell, (row, reason) in zip(self.cells, run_all(self._attempt, self.cells), strict=True):
                 progress.update(task, advance=1, description=str(cell))
@@ -181,28 +186,11 @@ class Benchmark:
         except Exception as error:  # the table says what is missing
             return None, f"failed: {type(error).__name__}: {error}"
 
-    def _source_directory(self, net: str, seed: int) -> Path:
-        fit = self.nets[net].fit
-        assert fit is not None
-        return self.output / "sources" / f"{net}-seed{seed}-{_digest(Path(fit).read_text())}"
-
-    def _train(self, source: tuple[str, int]) -> None:
-        net, seed = source
-        directory = self._source_directory(net, seed)
-        if (directory / "done").exists():
-            return
-        shutil.rmtree(directory, ignore_errors=True)  # a training that was cut off
-        logger = "--trainer.logger.init_args."
-        place = [f"{logger}save_dir={directory.parent}", f"{logger}name={directory.name}", f"{logger}version=fit"]
-        quiet = ["--trainer.enable_progress_bar=false"]
-        fit = str(self.nets[net].fit)
-        run_lightning(["fit", "--config", fit, f"--seed_everything={seed}", *place, *quiet])
-        (directory / "done").touch()
-
     def _config(self, cell: Cell, source_ckpt: str | None) -> dict[str, Any]:
         """What ``lightning-tta predict`` would be given for this cell."""
         net, stream, method = self.nets[cell.net], self.streams[cell.stream], self.methods[cell.method]
-        source = {k: v for k, v in asdict(net).items() if k not in ("fit", "source_ckpt") and v not in (None, False)}
+        training = ("fit", "options", "start", "source_ckpt")
+        source = {k: v for k, v in asdict(net).items() if k not in training and v not in (None, False)}
         model = {
             "method": {"class_path": method.class_path, "init_args": method.init_args},
             "source_ckpt": source_ckpt,
@@ -222,11 +210,11 @@ class Benchmark:
 
     def _run(self, cell: Cell) -> dict[str, Any]:
         net = self.nets[cell.net]
-        source = net.source_ckpt
+        source = self.sources.weights(cell.net, cell.seed)
         if net.fit:
-            source = str(find_checkpoint(self._source_directory(cell.net, cell.seed)))
+            source = str(find_checkpoint(str(source)))
         config = self._config(cell, source)
-        name = f"{cell.method}-seed{cell.seed}-{_digest(json.dumps(config, sort_keys=True))}"
+        name = f"{cell.method}-seed{cell.seed}-{digest(json.dumps(config, sort_keys=True))}"
         directory = self.output / "cells" / cell.net / cell.stream / name
         path = directory / "report.json"
         if not path.exists():
@@ -265,10 +253,6 @@ def _check_method(label: str, method: MethodConfig) -> None:
         pass  # the probe says nothing about the nets of the benchmark
     except ConfigError as error:
         raise ConfigError(f"Method '{label}': {error}") from error
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 _FOR_GOOD = ExitStack()  # what lasts as long as a worker

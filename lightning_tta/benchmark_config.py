@@ -16,6 +16,8 @@ class NetConfig:
 
     Attributes:
         fit: Configuration file of a source training; trained once per seed if it was not.
+        options: Arguments of that training that differ from the file, such as ``{model.schedule: chained}``.
+        start: Label of the net, of the same seed, whose weights the training starts from (``--model.source_ckpt``).
         source_ckpt: Existing weights, instead of ``fit``.
         backbone: Name of the net that ``source_ckpt`` is for.
         num_classes: Number of its classes.
@@ -24,6 +26,8 @@ class NetConfig:
     """
 
     fit: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
     source_ckpt: str | None = None
     backbone: str | None = None
     num_classes: int | None = None

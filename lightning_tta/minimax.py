@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lightning_tta.backbones.mixed_bn import domain_groups, mixed_batch_norm_layers
 from lightning_tta.backbones.prefix import shared_prefix
@@ -182,6 +183,18 @@ class Adapted(NamedTuple):
     gradients: dict[str, Tensor]
 
 
+def alignment(result: Adapted, groups: Minimax, labels: Tensor) -> Tensor:
+    """Cosine between the gradients of the inner loss and of the cross-entropy with ``labels``, before the first step.
+
+    In [-1, 1]; 1: adapting without labels goes where labels would lead. ``result`` needs its ``before`` kept.
+    """
+    parameters = [groups.parameters[name] for name in result.gradients]
+    loss = cross_entropy(result.before.flatten(0, 1), labels)
+    main = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+    inner = [gradient.mean(0) if gradient.ndim > 1 else gradient for gradient in result.gradients.values()]
+    return cosine_similarity(torch.cat(inner).detach(), torch.cat(main), dim=0)
+
+
 def _by_domain(logits: Tensor, domains: int) -> Tensor:
     return logits.view(domains, -1, logits.shape[-1])
 
@@ -201,6 +214,7 @@ def minimax(
     domains: int = 1,
     second_order: bool = False,
     differentiable: bool = False,
+    keep_before: bool = False,
     rates: Mapping[str, Tensor | float] | None = None,
     groups: Minimax | None = None,
 ) -> Adapted:
@@ -218,6 +232,7 @@ def minimax(
         second_order: Whether the result is differentiable through the steps' own gradients.
         differentiable: Whether ``after`` and ``parameters`` keep a graph to the net's parameters; implied by
             ``second_order``. Alone it is the first-order approximation: the steps' gradients count as constants.
+        keep_before: Whether ``before`` keeps a graph of its own, which the first-order steps otherwise use up.
         rates: Learning rates by kind, in place of the settings' (tensors may be learned).
         groups: The parameter groups, if they are known already.
 
@@ -248,7 +263,13 @@ def minimax(
                 first = logits if first is None else first
                 loss = settings.loss(logits, phase)
                 wanted = [used[name] for name in names]
-                gradients = torch.autograd.grad(loss.sum(), wanted, create_graph=second_order, materialize_grads=True)
+                gradients = torch.autograd.grad(
+                    loss.sum(),
+                    wanted,
+                    create_graph=second_order,
+                    retain_graph=second_order or keep_before,
+                    materialize_grads=True,
+                )
                 trace.losses.setdefault(phase, []).append(loss.detach().mean())
                 trace.gradients = trace.gradients or dict(zip(names, gradients, strict=True))
                 for (name, kind), gradient in zip(names.items(), gradients, strict=True):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from meta_reference import plain_adapt, plain_loss, plain_outer_loss
 from nets import make_images, make_net, max_difference
 from torch import nn
 from torch.func import functional_call
@@ -50,38 +51,12 @@ def gradient(net, inner, **options):
 # A plain reference -----------------------------------------------------------------------------------------------
 
 
-def plain_loss(logits, phase, inner):
-    """Sample by sample, from probabilities."""
-    total = torch.zeros((), dtype=logits.dtype)
-    centred = logits - logits.mean(1, keepdim=True).detach()
-    if inner.temperature == "gem_t":
-        centred = centred / logits.detach().std(0, correction=0).mean()
-    for row, cold in zip(logits, centred, strict=True):
-        p = row.exp() / row.exp().sum()
-        if p.max() >= inner.threshold:
-            h = -(p * p.log()).sum() if inner.confident_loss == "entropy" else -p.max().log()
-            total = total + 2 / len(logits) * h
-        else:
-            q = cold.exp() / cold.exp().sum()
-            total = total + (1 if phase == "min" else -1) * 2 / len(logits) * -(q * q.log()).sum()
-    return total
-
-
-def plain_steps(net, images, inner, phases):
-    """One domain, parameters by hand: norm2 is the max layer of the net."""
-    weights = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
-    for phase in phases:
-        for _ in range(inner.steps(phase)):
-            loss = plain_loss(functional_call(net, weights, (images,)), phase, inner)
-            rates = {"norm2.bias": inner.max_lr}
-            if phase == "min":
-                rates = {"norm1.weight": inner.scale_lr, "norm2.weight": inner.scale_lr, "norm1.bias": inner.shift_lr}
-                if inner.source_weight_lr:
-                    rates |= {f"norm{i}.source_weight": inner.source_weight_lr for i in (1, 2)}
-            gradients = torch.autograd.grad(loss, [weights[name] for name in rates])
-            for (name, rate), g in zip(rates.items(), gradients, strict=True):
-                weights[name] = (weights[name] - rate * g).detach().requires_grad_()
-    return weights, functional_call(net, weights, (images,)).detach()
+def rates_by_hand(inner):
+    """Of ConvNet: norm2 is the max layer."""
+    rates = {"norm1.weight": inner.scale_lr, "norm2.weight": inner.scale_lr, "norm1.bias": inner.shift_lr}
+    if inner.source_weight_lr:
+        rates |= {f"norm{i}.source_weight": inner.source_weight_lr for i in (1, 2)}
+    return {"max": {"norm2.bias": inner.max_lr}, "min": rates}
 
 
 @pytest.mark.parametrize("phases", PHASES.values(), ids=PHASES)
@@ -100,7 +75,8 @@ def test_steps_are_those_of_the_reference(phases, second_order, options):
     net, inner = make_mixed(), settings(**options)
     before = copy.deepcopy(net.state_dict())
     result = minimax(net, images_of(), inner, phases=phases, second_order=second_order)
-    weights, logits = plain_steps(net, images_of(), inner, phases)
+    weights = plain_adapt(net, images_of(), inner, phases, rates_by_hand(inner), second_order)
+    logits = functional_call(net, weights, (images_of(),)).detach()
     assert max_difference(result.after[0].detach(), logits) < 1e-12
     assert max_difference(result.before[0].detach(), net(images_of()).detach()) < 1e-12
     moved = {name for name, p in net.named_parameters() if not torch.equal(p, weights[name])}
@@ -315,16 +291,9 @@ def test_what_runs_once_changes_no_number(phases, share, monkeypatch):
     passes = sum(inner.steps(phase) for phase in phases) + 1
     assert calls.count(net.stem[0]) == 1
     assert calls.count(net.deep[1].main[0]) == (passes if share > 0.34 and phases != ("max",) else 1)
-    weights = {name: p for name, p in net.named_parameters()}
-    for phase in phases:
-        for _ in range(inner.steps(phase)):
-            names = Minimax(net, inner).rate_of[phase]
-            used = {name: value.view_as(value) for name, value in weights.items()}
-            loss = plain_loss(functional_call(net, used, (images_of(),)), phase, inner)
-            gradients = torch.autograd.grad(loss, [used[n] for n in names], create_graph=True)
-            for (name, kind), g in zip(names.items(), gradients, strict=True):
-                weights[name] = weights[name] - inner.rates[kind] * g
-    loss = cross_entropy(functional_call(net, weights, (images_of(),)), LABELS)
+    rate_of = Minimax(net, inner).rate_of
+    rates_of = {phase: {name: inner.rates[kind] for name, kind in kinds.items()} for phase, kinds in rate_of.items()}
+    loss = plain_outer_loss(net, images_of(), LABELS, inner, phases, rates_of)
     theirs = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
     assert max(max_difference(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-10
     assert all("forward" not in module.__dict__ for module in net.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, Literal
@@ -10,13 +11,13 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cross_entropy
 
 from lightning_tta.backbones import Backbone
 from lightning_tta.backbones.mixed_bn import Parametrisation, convert_mixed_bn, mixed_batch_norm_layers
 from lightning_tta.backbones.split import find_head
 from lightning_tta.errors import ConfigError, check_choice, check_range
-from lightning_tta.minimax import Adapted, ConfidentLoss, InnerLoop, Minimax, Phase, Temperature, minimax
+from lightning_tta.minimax import ConfidentLoss, InnerLoop, Minimax, Phase, Temperature, alignment, minimax
 from lightning_tta.modules.loading import load_source
 from lightning_tta.synthesis import DomainShiftSynthesis
 
@@ -137,7 +138,6 @@ class MetaTTT(LightningModule):
             rates = {kind: rate for kind, rate in self.settings.rates.items() if rate > 0}
             self.log_rates.update({kind: nn.Parameter(torch.tensor(rate).log()) for kind, rate in rates.items()})
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.accuracies = nn.ModuleDict()  # by name of the metric; grows with the validation domains
 
     @property
     def rates(self) -> dict[str, Tensor | float]:
@@ -176,24 +176,24 @@ class MetaTTT(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Adapt without labels, then the cross-entropy with them."""
         domains = self._domains(batch)
-        size = len(batch["image"]) // domains
-        images, labels = batch["image"][: size * domains], batch["label"][: size * domains]
+        used = len(batch["image"]) // domains * domains
+        images, labels = batch["image"][:used], batch["label"][:used]
         phases = self._phases()
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        measure = bool(phases) and self.global_step % every == 0
         with ExitStack() as stack:
             if self.synthesis is not None:
                 first = self.global_rank * domains
                 key = f"{self.trainer.current_epoch}|{batch_idx}|{torch.initial_seed()}"
-                stack.enter_context(
-                    self.synthesis.active(*self.synthesis.draw([f"{key}|{first + d}" for d in range(domains)]))
-                )
+                drawn = self.synthesis.draw([f"{key}|{first + number}" for number in range(domains)])
+                stack.enter_context(self.synthesis.active(*drawn))
             result = minimax(
-                self.backbone,
-                images,
-                self.settings,
+                *(self.backbone, images, self.settings),
                 phases=phases,
                 domains=domains,
                 second_order=self.second_order,
                 differentiable=True,
+                keep_before=measure,
                 rates=self.rates,
                 groups=self.groups,
             )
@@ -201,8 +201,8 @@ class MetaTTT(LightningModule):
         self.log("meta/train_loss", loss, prog_bar=True)
         for phase, losses in result.losses.items():
             self.log(f"meta/inner_{phase}_loss", losses[0])
-        if result.gradients and self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.log("meta/alignment", self._alignment(result, labels))
+        if measure:
+            self.log("meta/alignment", alignment(result, self.groups, labels))
         return loss
 
     def _phases(self) -> tuple[Phase, ...]:
@@ -228,34 +228,23 @@ class MetaTTT(LightningModule):
             )
         return domains
 
-    def _alignment(self, result: Adapted, labels: Tensor) -> Tensor:
-        """Cosine between the gradients of the inner loss and of the cross-entropy, both before the first step."""
-        parameters = [self.groups.parameters[name] for name in result.gradients]
-        main = torch.autograd.grad(
-            cross_entropy(result.before.flatten(0, 1), labels), parameters, retain_graph=True, materialize_grads=True
-        )
-        inner = [gradient.detach().mean(0) if gradient.ndim > 1 else gradient for gradient in result.gradients.values()]
-        return cosine_similarity(torch.cat(inner).detach(), torch.cat(main), dim=0)
-
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accuracy before and after adaptation to the batch."""
-        self._evaluate(batch, "val", getattr(getattr(self.trainer, "datamodule", None), "val_domain_names", []))
+        self._evaluate(batch, "val", getattr(getattr(self.trainer, "datamodule", None), "val_domain_names", ()))
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """The same on the clean test split."""
-        self._evaluate(batch, "test", [])
+        self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: dict[str, Tensor], split: str, names: list[str]) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], split: str, names: Sequence[str] = ()) -> None:
         with torch.inference_mode(False), torch.enable_grad():
-            images = batch["image"].clone() if batch["image"].is_inference() else batch["image"]
-            rates = {kind: float(rate) for kind, rate in self.rates.items()}
+            images = batch["image"].clone()  # inference tensors cannot be saved for backward
+            rates = {kind: float(torch.as_tensor(rate).detach()) for kind, rate in self.rates.items()}
             phases = self.settings.phases if self.meta else ()
             result = minimax(self.backbone, images, self.settings, phases=phases, rates=rates, groups=self.groups)
-        ends = [""]
-        if "domain" in batch and len(names) > 1:
-            ends.append(f"/{names[int(batch['domain'][0])]}")
+        ends = ["", f"/{names[int(batch['domain'][0])]}"] if "domain" in batch and len(names) > 1 else [""]
         for when, logits in (("before", result.before[0]), ("after", result.after[0])):
             right = (logits.argmax(-1) == batch["label"]).float()
             for end in ends:
@@ -301,8 +290,8 @@ class MetaTTT(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the class, the net and the inner loop, for whoever loads the file."""
-        layer = next(iter(mixed_batch_norm_layers(self.backbone).values()))
-        learned = {f"{kind}_lr": float(log.exp()) for kind, log in self.log_rates.items()}
+        layer, *_ = mixed_batch_norm_layers(self.backbone).values()
+        learned = {f"{kind}_lr": float(log.detach().exp()) for kind, log in self.log_rates.items()}
         checkpoint["lightning_tta"] = {
             "class": type(self).__name__,
             "backbone": self.backbone.config if isinstance(self.backbone, Backbone) else None,
