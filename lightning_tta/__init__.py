@@ -25,7 +25,7 @@ from lightning_tta.errors import (
 if TYPE_CHECKING:
     from lightning_tta.api import adapt
     from lightning_tta.backbones import Backbone, create_backbone
-    from lightning_tta.data import DigitsData, FolderData, Protocol, ShiftedDataModule
+    from lightning_tta.data import ArrayData, DigitsData, DomainFolderData, FolderData, Protocol, ShiftedDataModule
     from lightning_tta.methods import TTAMethod, available_methods
     from lightning_tta.modules import MetaTTT, SourceClassifier, TestTimeAdaptation
 
@@ -33,7 +33,9 @@ _LAZY = {  # imported on first use: `import lightning_tta` stays fast
     "adapt": "api",
     "Backbone": "backbones",
     "create_backbone": "backbones",
+    "ArrayData": "data",
     "DigitsData": "data",
+    "DomainFolderData": "data",
     "FolderData": "data",
     "Protocol": "data",
     "ShiftedDataModule": "data",
@@ -45,10 +47,12 @@ _LAZY = {  # imported on first use: `import lightning_tta` stays fast
 }
 
 __all__ = [
+    "ArrayData",
     "Backbone",
     "ConfigError",
     "DataError",
     "DigitsData",
+    "DomainFolderData",
     "FolderData",
     "LightningTTAError",
     "MetaTTT",

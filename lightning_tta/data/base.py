@@ -1,6 +1,6 @@
 """The base of the data modules: source splits, shifted domains and the test stream."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_tta.data.corruptions import (
+    CLEAN,
     SETS,
     FunctionSet,
-    check_name,
-    corruption_names,
+    expand_domains,
     function_set_id,
 )
 from lightning_tta.data.images import (
@@ -29,12 +29,12 @@ from lightning_tta.data.images import (
     keep_in_memory,
 )
 from lightning_tta.data.memo import MEMO
+from lightning_tta.data.samplers import DomainBatches, dealt, shuffled
 from lightning_tta.data.streams import STREAM_KINDS, ResetPolicy, Stream, StreamKind, build_stream, permutation
 from lightning_tta.data.streams import default_reset as default_reset_of
-from lightning_tta.errors import ConfigError, check_choice, check_range
+from lightning_tta.errors import check_choice, check_range
 
 Split = Literal["train", "val", "test"]
-CLEAN = "clean"
 _SUBSET_SEED = 20190101  # which images num_images keeps: fixed, so that smaller subsets lie inside larger ones
 
 
@@ -66,6 +66,8 @@ class ShiftedDataModule(LightningDataModule):
             smaller ones inside larger ones. By default all.
         num_workers: Worker processes of each loader.
         augment: Whether the training images are augmented.
+        val_domains: Corruptions to validate under, named as in ``domains``: validation batches are then of one
+            shifted domain each and carry ``domain``, a position in ``val_domain_names``. By default clean images.
 
     Raises:
         ConfigError: On any wrong value, before data is read.
@@ -85,15 +87,13 @@ class ShiftedDataModule(LightningDataModule):
         num_images: int | None = None,
         num_workers: int = 0,
         augment: bool = True,
+        val_domains: list[str] | None = None,
     ) -> None:
         super().__init__()
         for name, count in (("batch_size", batch_size), ("train_batch_size", train_batch_size)):
             check_range(name, count, 1, integer=True)
-        for name, count in (
-            ("order_seed", order_seed),
-            ("corruption_seed", corruption_seed),
-            ("num_workers", num_workers),
-        ):
+        counts = {"order_seed": order_seed, "corruption_seed": corruption_seed, "num_workers": num_workers}
+        for name, count in counts.items():
             check_range(name, count, 0, integer=True)
         if num_images is not None:
             check_range("num_images", num_images, 1, integer=True)
@@ -104,7 +104,8 @@ class ShiftedDataModule(LightningDataModule):
         self.stream_kind, self.order_seed, self.num_images, self.augment = stream, order_seed, num_images, augment
         self.severity, self.corruption_seed = severity, corruption_seed
         self.function_set: str = function_set
-        self.domain_names = self._expand(domains)
+        self.domain_names = expand_domains(domains, self.natural_names(), function_set)
+        self.val_domain_names = expand_domains(val_domains, [], function_set) if val_domains is not None else []
         self._corrupted = [n for n in self.domain_names if n != CLEAN and n not in self.natural_names()]
         if self._corrupted:
             function_set_id(function_set)  # is its package installed?
@@ -140,24 +141,11 @@ class ShiftedDataModule(LightningDataModule):
         """The images of a natural domain."""
         raise NotImplementedError
 
-    # What the base makes of it.
+    def source_domain_of_train(self) -> Tensor | None:
+        """The source domain of each training image, int64 (N,), where there are several; else ``None``."""
+        return None
 
-    def _expand(self, domains: list[str] | None) -> list[str]:
-        natural, reported = self.natural_names(), corruption_names(self.function_set)
-        held_out = corruption_names(self.function_set, held_out=True)
-        if domains is None:
-            domains = natural or reported
-        if isinstance(domains, str) or not domains:
-            raise ConfigError(f"domains must be a list of at least one name; got {domains!r}.")
-        groups = {"reported": reported, "held_out": held_out, "none": [CLEAN]}
-        names: list[str] = []
-        for name in domains:
-            check_name(name, [CLEAN, *groups, *natural, *reported, *held_out], "domain")
-            names += groups.get(name, [name])
-        if len(set(names)) < len(names):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ConfigError(f"Each domain may occur once; named more than once: {', '.join(twice)}.")
-        return names
+    # What the base makes of it.
 
     @property
     def num_classes(self) -> int:
@@ -189,17 +177,20 @@ class ShiftedDataModule(LightningDataModule):
 
         domains: list[Images] = []
         for name in self.domain_names:
-            if name == CLEAN:
-                domains.append(base)
-            elif name in natural:
+            if name in natural:
                 images: Images = natural[name]
                 domains.append(keep_in_memory(images, (*key, "natural", name), f"Reading {name}") if fits else images)
             else:
-                how = (name, self.severity, self.corruption_seed, self.function_set)
-                images = CorruptedImages(base, ids, *how)
-                text = f"Corrupting images: {name}"
-                domains.append(keep_in_memory(images, (*key, *how), text) if fits else images)
+                domains.append(self._shifted(base, ids, name, key if fits else None))
         return domains
+
+    def _shifted(self, base: Images, ids: Tensor, name: str, key: tuple[Any, ...] | None) -> Images:
+        """One corruption of some images, in memory if there is a ``key``."""
+        if name == CLEAN:
+            return base
+        how = (name, self.severity, self.corruption_seed, self.function_set)
+        images = CorruptedImages(base, ids, *how)
+        return images if key is None else keep_in_memory(images, (*key, *how), f"Corrupting images: {name}")
 
     @cached_property
     def stream(self) -> Stream:
@@ -219,38 +210,51 @@ class ShiftedDataModule(LightningDataModule):
             _ = self.stream
 
     def _loader(self, images: Images, **options: Any) -> DataLoader[Batch]:
-        augment = options.pop("augment", None)
+        augment, domains = options.pop("augment", None), options.pop("domains", None)
         return DataLoader(
-            dataset=LabelledBatches(images, augment),
+            dataset=LabelledBatches(images, augment, domains),
             num_workers=self.num_workers,
             collate_fn=already_collated,
             **options,
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled and, with ``augment``, augmented; a smaller last batch is left out."""
+        """Shuffled and, with ``augment``, augmented; a smaller last batch is left out.
+
+        With several source domains, batches have as many images of each, domain after domain, and carry ``domain``.
+        """
         images = self._split("train")
-        return self._loader(
-            images,
-            augment=self.augmentation() if self.augment else None,
-            batch_size=self.train_batch_size,
-            shuffle=True,
-            drop_last=len(images) > self.train_batch_size,
-        )
+        augment = self.augmentation() if self.augment else None
+        domains = self.source_domain_of_train()
+        if domains is not None:
+            balanced = DomainBatches(domains, self.train_batch_size)
+            return self._loader(images, augment=augment, domains=domains, batch_sampler=balanced)
+        size, sampler = self.train_batch_size, shuffled(len(images))
+        return self._loader(images, augment=augment, batch_size=size, sampler=sampler, drop_last=len(images) > size)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Clean validation images."""
-        return self._loader(self._split("val"), batch_size=self.train_batch_size)
+        """Validation images: clean, or shifted with ``val_domains``."""
+        images = self._split("val")
+        if not self.val_domain_names:
+            return self._loader(images, batch_size=self.train_batch_size, sampler=dealt(range(len(images))))
+        ids, key = torch.arange(len(images)), (self.memo_key(), "val")
+        domains = [self._shifted(images, ids, name, key) for name in self.val_domain_names]
+        stream = build_stream([part.labels for part in domains], kind="iid", batch_size=self.train_batch_size, seed=0)
+        return self._stream_loader(domains, dealt(stream.batches))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Clean test images."""
-        return self._loader(self._split("test"), batch_size=self.train_batch_size)
+        images = self._split("test")
+        return self._loader(images, batch_size=self.train_batch_size, sampler=dealt(range(len(images))))
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """The stream."""
+        return self._stream_loader(self._domains, self.stream.batches)
+
+    def _stream_loader(self, domains: list[Images], batches: Sequence[list[int]]) -> DataLoader[Batch]:
         return DataLoader(
-            dataset=StreamBatches(self._domains),
-            batch_sampler=StreamSampler(self.stream.batches),
+            dataset=StreamBatches(domains),
+            batch_sampler=StreamSampler(list(batches)),
             num_workers=self.num_workers,
             collate_fn=already_collated,
         )
@@ -272,7 +276,7 @@ class ShiftedDataModule(LightningDataModule):
         images = self._split("train")
         order = permutation(len(images), seed)[:num_images].tolist()
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        return self._loader(images, batch_sampler=StreamSampler(batches))
+        return self._loader(images, batch_sampler=StreamSampler(list(batches)))
 
     def describe(self) -> dict[str, Any]:
         """What the stream consists of, in primitives, for the protocol."""

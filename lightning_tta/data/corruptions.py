@@ -20,6 +20,7 @@ from lightning_tta.errors import ConfigError, check_choice, check_range
 FunctionSet = Literal["builtin", "imagenet_c"]
 SETS: dict[str, ModuleType] = {"builtin": builtin, "imagenet_c": imagenet_c}
 MIN_SIZE = 32
+CLEAN = "clean"
 
 
 def _get_set(function_set: str) -> ModuleType:
@@ -52,6 +53,33 @@ def check_name(name: str, known: list[str], what: str) -> None:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ConfigError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def expand_domains(domains: list[str] | None, natural: list[str], function_set: str) -> list[str]:
+    """Names of domains, with the groups ``reported``, ``held_out`` and ``none`` written out.
+
+    Args:
+        domains: What the user named; ``None`` takes the natural domains where there are some, else ``reported``.
+        natural: Names of the domains that are not made by a corruption.
+        function_set: ``builtin`` or ``imagenet_c``.
+
+    Raises:
+        ConfigError: On an unknown name, a name given twice, or none at all.
+    """
+    reported, held_out = corruption_names(function_set), corruption_names(function_set, held_out=True)
+    if domains is None:
+        domains = natural or reported
+    if isinstance(domains, str) or not domains:
+        raise ConfigError(f"domains must be a list of at least one name; got {domains!r}.")
+    groups = {"reported": reported, "held_out": held_out, "none": [CLEAN]}
+    names: list[str] = []
+    for name in domains:
+        check_name(name, [CLEAN, *groups, *natural, *reported, *held_out], "domain")
+        names += groups.get(name, [name])
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ConfigError(f"Each domain may occur once; named more than once: {', '.join(twice)}.")
+    return names
 
 
 def image_seed(seed: int, function_set: str, name: str, severity: int, index: int) -> int:

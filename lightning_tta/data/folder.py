@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_tta.data.base import CLEAN, ShiftedDataModule, Split
-from lightning_tta.data.corruptions import SETS
+from lightning_tta.data.base import ShiftedDataModule, Split
+from lightning_tta.data.corruptions import CLEAN, SETS
 from lightning_tta.data.images import Images, SelectedImages
 from lightning_tta.data.streams import permutation
 from lightning_tta.errors import ConfigError, DataError, check_range

@@ -115,10 +115,13 @@ class LabelledBatches(Dataset[Batch]):
     Args:
         images: The set.
         augment: Applied to each image uint8 (C, H, W).
+        domains: The domain of each image, int64 (N,); batches then have ``domain`` (B,) too.
     """
 
-    def __init__(self, images: Images, augment: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.source, self.augment = images, augment
+    def __init__(
+        self, images: Images, augment: Callable[[Tensor], Tensor] | None = None, domains: Tensor | None = None
+    ) -> None:
+        self.source, self.augment, self.domains = images, augment, domains
 
     def __len__(self) -> int:
         return len(self.source)
@@ -130,7 +133,8 @@ class LabelledBatches(Dataset[Batch]):
         pixels = self.source.images(index)
         if self.augment is not None:
             pixels = torch.stack([self.augment(image) for image in pixels])
-        return {"image": to_float(pixels), "label": self.source.labels[index], "index": index}
+        batch = {"image": to_float(pixels), "label": self.source.labels[index], "index": index}
+        return batch if self.domains is None else {**batch, "domain": self.domains[index]}
 
     def __getitem__(self, position: int) -> Batch:
         return {name: values[0] for name, values in self.__getitems__([position]).items()}

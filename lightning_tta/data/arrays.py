@@ -1,0 +1,169 @@
+"""Images in arrays: ``.npz`` files with a training and a test part."""
+
+import hashlib
+import zipfile
+from collections.abc import Callable
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_tta.data.base import ShiftedDataModule, Split
+from lightning_tta.data.corruptions import CLEAN, SETS
+from lightning_tta.data.images import Images, SelectedImages, StackedImages
+from lightning_tta.data.streams import permutation
+from lightning_tta.errors import ConfigError, DataError, check_range
+
+
+@cache
+def _load(path: Path, part: str, size: int) -> tuple[Tensor, Tensor]:
+    """Pixels uint8 (N, 3, size, size) and labels (N,) of the part ``train`` or ``test`` of a file."""
+    from torchvision.transforms.v2 import functional
+
+    images, labels = (read_array(path, f"{kind}_{part}") for kind in "xy")
+    grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[3] in (1, 3)
+    if images.dtype != np.uint8 or not (grey or colour):
+        raise DataError(
+            f"{path}: x_{part} must be uint8 images (N, H, W) or (N, H, W, 1 or 3); it is {images.dtype} "
+            f"{images.shape}."
+        )
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
+        raise DataError(
+            f"{path}: y_{part} must hold one whole number for each of the {len(images)} images; it is {labels.dtype} "
+            f"{labels.shape}."
+        )
+    pixels = torch.from_numpy(images).view(len(images), *images.shape[1:3], -1).permute(0, 3, 1, 2)
+    resized = [functional.resize(some, [size, size], antialias=True) for some in torch.split(pixels, 4096)]
+    return torch.cat(resized).expand(-1, 3, -1, -1), torch.from_numpy(labels.astype(np.int64))
+
+
+def read_array(path: Path, name: str) -> np.ndarray[Any, np.dtype[Any]]:
+    """One array of a ``.npz`` file, without running code that is in it.
+
+    Raises:
+        DataError: If the file is missing or damaged, or has no such array.
+    """
+    if not path.is_file():
+        raise DataError(f"There is no file {path}. Expected a .npz file with x_train, y_train, x_test and y_test.")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if name not in arrays:
+                raise DataError(f"{path} has no array '{name}'; it has {sorted(arrays)}. Save it under that name.")
+            found: np.ndarray[Any, np.dtype[Any]] = arrays[name]
+            return found
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is not a readable .npz file ({error}). Fetch or save it again.") from error
+
+
+class ArrayData(ShiftedDataModule):
+    """Images in ``.npz`` files: a source with ``x_train, y_train, x_test, y_test``, and targets.
+
+    Images are uint8 (N, H, W) or (N, H, W, 1 or 3), labels whole numbers from 0. Everything becomes RGB of
+    ``image_size``. The stream takes the targets' test part. See :class:`ShiftedDataModule` for the other arguments.
+
+    Args:
+        source: The source's file.
+        targets: Name of a domain -> file with ``x_test`` and ``y_test``. They become the default domains.
+        image_size: Side of the images in pixels, at least 32.
+        num_train: At most this many training images, as many of each class as possible, the same ones each time.
+        val_share: Share of the training images to validate on, between 0 and 1.
+        **kwargs: Stream, domains, batch sizes: the arguments of :class:`ShiftedDataModule`.
+
+    Raises:
+        ConfigError: On a wrong value.
+        DataError: If a file is missing, damaged, or not as described.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        targets: dict[str, str] | None = None,
+        image_size: int = 32,
+        num_train: int | None = None,
+        val_share: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        self.source = Path(source).expanduser()
+        self.targets = {name: Path(path).expanduser() for name, path in (targets or {}).items()}
+        self.image_size, self.num_train, self.val_share = image_size, num_train, val_share
+        check_range("image_size", image_size, 32, integer=True)
+        check_range("val_share", val_share, 0, 0.9, low_open=True)
+        if num_train is not None:
+            check_range("num_train", num_train, 2, integer=True)
+        taken = {CLEAN, "none", "reported", "held_out"}.union(*(set(s.REPORTED + s.HELD_OUT) for s in SETS.values()))
+        if taken & set(self.targets):
+            names = ", ".join(sorted(taken & set(self.targets)))
+            raise ConfigError(f"targets: {names} already names a corruption or a group. Choose another name.")
+        super().__init__(**kwargs)
+        for path in (self.source, *self.targets.values()):
+            if not path.is_file():
+                raise DataError(f"There is no file {path}. Expected a .npz file with x_test and y_test.")
+        self.name = f"arrays:{self.source.stem}"
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """``0`` to the largest label of the source's training part."""
+        return [str(label) for label in range(int(read_array(self.source, "y_train").max()) + 1)]
+
+    def _images(self, path: Path, part: str) -> StackedImages:
+        pixels, labels = _load(path, part, self.image_size)
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= len(self.class_names):
+            raise DataError(
+                f"{path}: y_{part} goes from {low} to {high}, but the source's classes are 0 to "
+                f"{len(self.class_names) - 1}. Give the labels the source's numbers."
+            )
+        return StackedImages(pixels, labels)
+
+    def clean(self, split: Split) -> Images:
+        """The source's images of a split."""
+        if split == "test":
+            return self._images(self.source, "test")
+        images = self._images(self.source, "train")
+        train: list[Tensor] = []
+        val: list[Tensor] = []
+        classes = torch.unique(images.labels).tolist()
+        for label in classes:
+            members = (images.labels == label).nonzero()[:, 0]
+            members = members[torch.from_numpy(permutation(len(members), label))]
+            held_back = min(len(members) - 1, max(1, round(self.val_share * len(members))))
+            val.append(members[:held_back])
+            train.append(members[held_back:][: None if self.num_train is None else -(-self.num_train // len(classes))])
+        return SelectedImages(images, torch.cat(train if split == "train" else val).sort().values)
+
+    def natural_names(self) -> list[str]:
+        """Names of the targets."""
+        return list(self.targets)
+
+    def natural_domain(self, name: str) -> Images:
+        """The test images of a target."""
+        return self._images(self.targets[name], "test")
+
+    @cached_property
+    def _digest(self) -> str:
+        content = hashlib.sha256(str(self.image_size).encode())
+        used = [(name, path) for name, path in self.targets.items() if name in self.domain_names]
+        for name, path in (("source", self.source), *sorted(used)):
+            content.update(name.encode())
+            for part in ("x_test", "y_test"):
+                content.update(np.ascontiguousarray(read_array(path, part)).tobytes())
+        return content.hexdigest()[:12]
+
+    def digest(self) -> str:
+        """Hash of the test images and labels of the source and of the targets in use, and the size."""
+        return self._digest
+
+    def memo_key(self) -> str:
+        """The digest, the place, and how training and validation images are chosen."""
+        return f"{self._digest}|{self.source.resolve()}|{self.num_train}|{self.val_share}"
+
+    def augmentation(self) -> Callable[[Tensor], Tensor] | None:
+        """A small rotation, shift and change of size."""
+        from torchvision.transforms import v2
+
+        return v2.RandomAffine(degrees=10, translate=(0.08, 0.08), scale=(0.9, 1.1))  # type: ignore[no-any-return]

@@ -1,0 +1,114 @@
+"""Images in .npz files: what comes out, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_tta import ArrayData, ConfigError, DataError
+
+
+def write(path, *, train=40, test=20, size=28, channels=None, labels=np.uint8, seed=0, **replaced):
+    random = np.random.default_rng(seed)
+    shape = (size, size) if channels is None else (size, size, channels)
+    arrays = {
+        "x_train": random.integers(0, 256, (train, *shape), dtype=np.uint8),
+        "y_train": (np.arange(train) % 4).astype(labels),
+        "x_test": random.integers(0, 256, (test, *shape), dtype=np.uint8),
+        "y_test": (np.arange(test) % 4).astype(labels),
+    }
+    arrays = {name: value for name, value in {**arrays, **replaced}.items() if value is not None}
+    np.savez(path, **arrays)
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write(tmp_path / "source.npz"), write(tmp_path / "target.npz", size=16, labels=np.int32, seed=1)
+
+
+def test_source_and_target(files):
+    data = ArrayData(files[0], {"other": files[1]}, batch_size=8, order_seed=1)
+    assert data.class_names == ["0", "1", "2", "3"]
+    assert data.domain_names == ["other"]
+    batches = list(data.predict_dataloader())
+    assert [len(batch["label"]) for batch in batches] == [8, 8, 4]
+    assert batches[0]["image"].shape == (8, 3, 32, 32)
+    index, label = (torch.cat([batch[key] for batch in batches]) for key in ("index", "label"))
+    assert sorted(index.tolist()) == list(range(20))
+    assert torch.equal(label, index % 4)
+    original = np.load(files[1])["x_test"][int(index[0])]
+    image = batches[0]["image"][0]
+    assert torch.equal(image[0], image[2])
+    assert abs(image.mean() * 255 - original.mean()) < 3
+
+
+def test_resizing_keeps_a_flat_image(tmp_path):
+    flat = np.full((20, 28, 28, 3), (10, 100, 200), dtype=np.uint8)
+    data = ArrayData(write(tmp_path / "a.npz", channels=3, x_test=flat), domains=["clean"], image_size=40)
+    image = next(iter(data.predict_dataloader()))["image"]
+    assert image.shape[1:] == (3, 40, 40)
+    assert torch.equal(image[0, :, 5, 5] * 255, torch.tensor([10.0, 100.0, 200.0]))
+
+
+def test_splits_do_not_overlap_and_subsets_are_balanced(files):
+    data = ArrayData(files[0], val_share=0.2, train_batch_size=4, augment=False)
+    parts = {split: data.clean(split).positions for split in ("train", "val")}
+    assert sorted(torch.cat(list(parts.values())).tolist()) == list(range(40))
+    assert torch.bincount(data.clean("val").labels).tolist() == [2, 2, 2, 2]
+    small = ArrayData(files[0], val_share=0.2, num_train=8).clean("train")
+    assert torch.bincount(small.labels).tolist() == [2, 2, 2, 2]
+    assert set(small.positions.tolist()) <= set(parts["train"].tolist())
+
+
+def test_digest_follows_the_test_images(tmp_path, files):
+    def digest(**options):
+        return ArrayData(options.pop("source", files[0]), **options).digest()
+
+    assert digest() == digest()
+    assert digest() != digest(image_size=36)
+    assert digest() != digest(targets={"other": files[1]})
+    assert digest() != digest(source=write(tmp_path / "b.npz", seed=5))
+    moved = write(tmp_path / "elsewhere.npz")
+    assert digest() == digest(source=moved)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "words"),
+    [
+        ({"x_test": np.zeros((20, 28, 28))}, "uint8 images"),
+        ({"x_test": np.zeros((20, 28, 28, 4), np.uint8)}, "1 or 3"),
+        ({"y_test": np.zeros(20)}, "whole number"),
+        ({"y_test": np.zeros(19, np.int64)}, "each of the 20"),
+        ({"y_test": np.full(20, 7)}, "0 to 3"),
+        ({"y_test": np.full(20, -1)}, "0 to 3"),
+        ({"y_test": None}, "no array 'y_test'.*x_test"),
+        ({"y_test": np.array([None] * 20)}, "not a readable"),
+    ],
+    ids=["floats", "four channels", "float labels", "too few labels", "too large", "negative", "missing", "objects"],
+)
+def test_wrong_files(tmp_path, replaced, words):
+    data = ArrayData(write(tmp_path / "a.npz", **replaced), domains=["clean"])
+    with pytest.raises(DataError, match=words) as caught:
+        data.setup("predict")
+    assert "a.npz" in str(caught.value)
+
+
+def test_missing_and_damaged_files(tmp_path, files):
+    with pytest.raises(DataError, match=r"no file .*nowhere\.npz"):
+        ArrayData(str(tmp_path / "nowhere.npz"))
+    with pytest.raises(DataError, match=r"no file .*nowhere\.npz"):
+        ArrayData(files[0], {"other": str(tmp_path / "nowhere.npz")})
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(b"<html>not found</html>")
+    with pytest.raises(DataError, match="not a readable"):
+        ArrayData(str(broken)).setup("predict")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"targets": {"contrast": "x"}}, {"image_size": 16}, {"num_train": 0}, {"val_share": 0}, {"domains": ["usps"]}],
+    ids=str,
+)
+def test_wrong_options(files, options):
+    with pytest.raises(ConfigError):
+        ArrayData(files[0], **options)
