@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_tta import ConfigError, DataError
 from lightning_tta.benchmark import Benchmark
@@ -124,3 +125,46 @@ def test_summary_by_hand():
     assert table[1] == ["tent", "75.0 ± 21.2", "+15.0", "40.0 ± 0.0", "3/0", "30.0", "3.00"]
     assert spread([0.5]) == "50.0"
     assert spread([None]) == "-"
+
+
+@pytest.mark.slow
+def test_a_net_that_starts_from_another(tmp_path):
+    short = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 2, "trainer.limit_val_batches": 1}
+    meta = {**short, "data.val_domains": ["clean"], "model.schedule": "chained"}
+    nets = {
+        "source": NetConfig(fit="configs/digits/source.yaml", options=short),
+        "meta": NetConfig(fit="configs/digits/meta_ttt.yaml", options=meta, start="source"),
+    }
+    result = Benchmark(
+        output=str(tmp_path),
+        data={"class_path": "DigitsData", "init_args": {"domains": ["haze"], "num_images": 20}},
+        nets=nets,
+        streams={"iid": StreamConfig(kind="iid", data={"batch_size": 10}, nets=["meta"])},
+        methods={"meta_ttt": {"class_path": "MetaTTT"}},
+        trainer={"accelerator": "cpu"},
+    ).run()
+    (row,) = result["rows"]
+    assert row["net"] == "meta"
+    assert row["backwards"] == 4  # two batches: max and min
+    config = yaml.safe_load(next(tmp_path.glob("sources/meta-*/fit/config.yaml")).read_text())
+    (start,) = tmp_path.glob("sources/source-*")
+    assert config["model"]["init_args"]["source_ckpt"] == str(start)
+    assert config["model"]["init_args"]["schedule"] == "chained"
+
+
+@pytest.mark.parametrize("start", ["nowhere", "meta", "second"])
+def test_what_a_net_may_start_from(tmp_path, start):
+    fit = "configs/digits/source.yaml"
+    nets = {
+        "first": NetConfig(fit=fit),
+        "second": NetConfig(fit=fit, start="first"),
+        "meta": NetConfig(fit=fit, start=start),
+    }
+    with pytest.raises(ConfigError, match=r"start"):
+        Benchmark(
+            output=str(tmp_path),
+            data={"class_path": "DigitsData"},
+            nets=nets,
+            streams={"iid": StreamConfig()},
+            methods={"source": {"class_path": "Source"}},
+        )

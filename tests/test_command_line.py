@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from lightning_tta.benchmark import Benchmark
 from lightning_tta.cli import _run_function, main, run_lightning
@@ -126,3 +127,31 @@ def test_every_config_parses(path, monkeypatch):
         command = "predict" if "TestTimeAdaptation" in text else "fit"
         extra = ["--model.method=Source"] if command == "predict" else []
         run_lightning([command, f"--config={path}", *extra], parse_only=True)
+
+
+@pytest.mark.slow
+def test_meta_training_on_domain_folders_and_adaptation_to_the_one_left_out(tmp_path):
+    for number, domain in enumerate(("art", "photo", "sketch")):
+        for label in range(7):
+            folder = tmp_path / "pacs" / domain / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (40, 36), (90 * number, 30 * label, 40 * i)).save(folder / f"{i}.png")
+    data = [f"--data.root={tmp_path / 'pacs'}", "--data.image_size=32", "--data.num_workers=0"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+
+    def save(name):
+        return [f"--trainer.logger.init_args.save_dir={tmp_path}", f"--trainer.logger.init_args.name={name}"]
+
+    short = ["--trainer.max_epochs=1", "--data.train_batch_size=8", *data, *quiet]
+    tiny = ["--model.backbone=timm/test_resnet", "--model.pretrained=false"]
+    main(["fit", f"--config={CONFIGS / 'pacs/source.yaml'}", *short, *tiny, *save("source")])
+    start = f"--model.source_ckpt={tmp_path / 'source'}"
+    main(["fit", f"--config={CONFIGS / 'pacs/meta_ttt.yaml'}", start, *short, *save("meta")])
+    predict = ["predict", f"--config={CONFIGS / 'pacs/predict.yaml'}", *data, *quiet, *save("predict")]
+    main([*predict, f"--model.source_ckpt={tmp_path / 'meta'}", "--model.method=MetaTTT"])
+    (report,) = (tmp_path / "predict").rglob("report.json")
+    content = json.loads(report.read_text())
+    assert list(content["domains"]) == ["sketch"]
+    assert content["images"] == 28
+    assert content["backwards"] == 2
