@@ -17,10 +17,10 @@ def module(**options):
     return SourceClassifier("cifar/resnet20", 5, optimizer=partial(torch.optim.SGD, lr=0.1), **options)
 
 
-def fit(model, batches):
+def fit(model, batches, precision="64-true"):
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, precision="64-true", **quiet)
+    trainer = Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, precision=precision, **quiet)
     trainer.fit(model, loader)
     return trainer
 
@@ -43,10 +43,10 @@ def test_one_step_by_hand():
 
 
 def test_checkpoint_rebuilds_the_net(tmp_path):
-    model = module(backbone_options={"in_chans": 1, "mean": [0.5], "std": [0.25]}).double()
-    batch = {"image": make_images(4, size=32, dtype=torch.float64)[:, :1], "label": torch.arange(4)}
-    fit(model, [batch]).save_checkpoint(tmp_path / "best.ckpt")
-    loaded = load_source(str(tmp_path)).double().eval()
+    model = module(backbone_options={"in_chans": 1, "mean": [0.5], "std": [0.25]})
+    batch = {"image": make_images(4, size=32)[:, :1], "label": torch.arange(4)}
+    fit(model, [batch], "32-true").save_checkpoint(tmp_path / "best.ckpt")
+    loaded = load_source(str(tmp_path)).eval()
     assert torch.equal(loaded(batch["image"]), model.eval()(batch["image"]))
 
 
