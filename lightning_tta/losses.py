@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -72,3 +74,33 @@ def unconfident_entropy(logits: Tensor, threshold: float, temperature: str = "no
         log_p = _log_probabilities((logits - fixed.mean(-1, keepdim=True)) / spread)
     per_sample = -(log_p.exp() * log_p).sum(-1)
     return 2 * (per_sample * unconfident).mean(-1)
+
+
+def log_mean_probability(view_logits: Tensor) -> Tensor:
+    """Log of the mean over views of the predicted distributions. Shape: logits (..., V, K) -> (..., K)."""
+    return torch.logsumexp(_log_probabilities(view_logits), dim=-2) - math.log(view_logits.shape[-2])
+
+
+def marginal_entropy(view_logits: Tensor) -> Tensor:
+    """Entropy of the mean predicted distribution over V views, H(pbar), pbar = (1/V) sum_k p_k.
+
+    Shape: logits (..., V, K) -> (...), values in [0, log K]. Minimised by MEMO (arXiv 2110.09506). It is the mean
+    entropy of the views plus their :func:`consistency`.
+    """
+    log_p = log_mean_probability(view_logits)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def consistency(view_logits: Tensor, direction: str = "view_to_mean", detach: bool = False) -> Tensor:
+    """How far views are from their mean distribution pbar: (1/V) sum_k KL, >= 0.
+
+    ``view_to_mean``: KL(p_k || pbar), the Jensen-Shannon divergence of the views (CR-MEMO); ``mean_to_view``:
+    KL(pbar || p_k). With ``detach`` pbar counts as a constant, which for ``view_to_mean`` changes no gradient.
+
+    Shape: logits (..., V, K) -> (...).
+    """
+    log_p, log_mean = _log_probabilities(view_logits), log_mean_probability(view_logits)[..., None, :]
+    log_mean = log_mean.detach() if detach else log_mean
+    if direction == "view_to_mean":
+        return (log_p.exp() * (log_p - log_mean)).sum(-1).mean(-1)
+    return (log_mean.exp() * (log_mean - log_p)).sum(-1).mean(-1)

@@ -12,6 +12,19 @@ from lightning_tta import UnsupportedModelError, adapt, available_methods
 VARIANTS = {
     "norm": [{}, {"source_weight": 0.5}, {"momentum": 0.3}],
     "tent": [{"lr": 1e-2}, {"lr": 1e-2, "optimizer": "sgd", "steps": 2, "lr_batch_size": 8}],
+    "memo": [
+        {"lr": 0.05, "views": 2, "augment": "none"},
+        {"lr": 0.5, "views": 4, "params": "norm", "bn_prior": 16, "kl_weight": 0.5, "augment": "crop_flip"},
+        {
+            "lr": 0.05,
+            "views": 4,
+            "optimizer": "adamw",
+            "chunk_views": 2,
+            "augment": "crop_flip",
+        },
+    ],
+    "view_averaging": [{"views": 4}, {"views": 4, "augment": "augmix", "bn_prior": 16}],
+    "zero": [{"views": 8}],
     "meta_ttt": [
         {"threshold": 0.4},
         {"threshold": 0.4, "episodic": False, "source_weight_lr": 0.5, "temperature": "gem_t"},

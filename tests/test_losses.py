@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 
-from lightning_tta.losses import confident_loss, entropy, kl_divergence, symmetric_kl, unconfident_entropy
+from lightning_tta.losses import (
+    confident_loss,
+    consistency,
+    entropy,
+    kl_divergence,
+    log_mean_probability,
+    marginal_entropy,
+    symmetric_kl,
+    unconfident_entropy,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,3 +162,43 @@ def test_minimax_losses_of_one_sample_equal_and_saturated_logits(logits, thresho
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.isfinite(loss)
     assert torch.isfinite(gradient).all()
+
+
+def view_probabilities(logits):
+    p = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    return p, p.mean(-2, keepdim=True)
+
+
+def test_marginal_entropy_and_consistency():
+    logits = torch.randn(3, 6, 4, dtype=torch.float64) * 3
+    p, mean = view_probabilities(logits)
+    assert (marginal_entropy(logits) + (mean * mean.log()).sum((-1, -2))).abs().max() < 1e-12
+    assert (log_mean_probability(logits) - mean[:, 0].log()).abs().max() < 1e-12
+    assert (consistency(logits) - (p * (p / mean).log()).sum(-1).mean(-1)).abs().max() < 1e-12
+    reverse = (mean * (mean / p).log()).sum(-1).mean(-1)
+    assert (consistency(logits, "mean_to_view") - reverse).abs().max() < 1e-12
+
+
+def test_marginal_entropy_is_mean_entropy_plus_consistency():
+    logits = torch.randn(5, 8, 10, dtype=torch.float64) * 2
+    total = entropy(logits).mean(-1) + consistency(logits)
+    assert (marginal_entropy(logits) - total).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("direction", ["view_to_mean", "mean_to_view"])
+def test_detaching_the_mean(direction):
+    logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    full, fixed = (torch.autograd.grad(consistency(logits, direction, detach), logits)[0] for detach in (False, True))
+    p, mean = view_probabilities(logits)
+    mean = mean.detach()
+    by_hand = p * (p / mean).log() if direction == "view_to_mean" else mean * (mean / p).log()
+    (expected,) = torch.autograd.grad(by_hand.sum(-1).mean(), logits)
+    assert (fixed - expected).abs().max() < 1e-12
+    assert ((full - fixed).abs().max() < 1e-12) == (direction == "view_to_mean")
+
+
+def test_views_that_are_saturated_and_apart_stay_finite():
+    logits = (1e4 * torch.eye(4)).requires_grad_()
+    loss = marginal_entropy(logits) + consistency(logits)
+    assert torch.isclose(loss, torch.tensor(2 * math.log(4)))
+    assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()

@@ -1,0 +1,195 @@
+"""Methods that treat each image of a batch on its own, through its views; norm layers that do the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import group_norm, layer_norm
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_tta.backbones.norms import batch_norm_layers, batch_statistics, norm_layers
+from lightning_tta.backbones.split import as_logits
+from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
+from lightning_tta.methods.base import TTAMethod
+from lightning_tta.views import AUGMENTATIONS, make_views
+
+Affine = Mapping[str, Tensor]
+
+
+def per_image_layers(model: nn.Module) -> dict[str, nn.Module] | None:
+    """The norm layers that :func:`per_image` can run, by name; ``None`` if the net has one that it cannot.
+
+    It can run torch's BatchNorm, GroupNorm and LayerNorm with a forward of their own class; not layers with a fused
+    activation or another layout.
+    """
+    layers = norm_layers(model)
+    plain = (_BatchNorm.forward, nn.GroupNorm.forward, nn.LayerNorm.forward)
+    return layers if all(type(layer).forward in plain for layer in layers.values()) else None
+
+
+@contextmanager
+def per_image(model: nn.Module, images: int, affine: Affine | None = None, prior: int | None = None) -> Iterator[None]:
+    """While active, the net takes batches of ``images`` times some views, image by image, each on its own.
+
+    Args:
+        model: A net in eval mode all of whose norm layers are in :func:`per_image_layers`.
+        images: S, the number of images.
+        affine: Scales and shifts by parameter name, each (S, C): one row an image. Others are the layer's own.
+        prior: N: BatchNorm takes ``N / (N + 1)`` of the source statistics and ``1 / (N + 1)`` of those of the image's
+            views (unbiased variance, detached). ``None``: the source statistics.
+    """
+    layers = per_image_layers(model)
+    assert layers is not None
+    affine = affine or {}
+    changed: list[nn.Module] = []
+    try:
+        for name, layer in layers.items():
+            weight, bias = (affine.get(f"{name}.{leaf}", getattr(layer, leaf)) for leaf in ("weight", "bias"))
+            layer.forward = _forward(layer, images, weight, bias, prior)
+            changed.append(layer)
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward
+
+
+def _forward(
+    layer: nn.Module, images: int, weight: Tensor | None, bias: Tensor | None, prior: int | None
+) -> Callable[[Tensor], Tensor]:
+    def spread(value: Tensor, x: Tensor) -> Tensor:
+        """A parameter (C,) or (S, C) in the layout of x (S, B, C, ...), or (S, B, ..., C) for LayerNorm."""
+        rows = value.expand(images, *value.shape) if value.ndim == per_row else value
+        if isinstance(layer, nn.LayerNorm):
+            return rows.view(images, *(1,) * (x.ndim - 1 - per_row), *rows.shape[1:])
+        return rows.view(images, 1, -1, *(1,) * (x.ndim - 3))
+
+    per_row = len(layer.normalized_shape) if isinstance(layer, nn.LayerNorm) else 1
+
+    def forward(x: Tensor) -> Tensor:
+        groups = x.view(images, len(x) // images, *x.shape[1:])
+        if isinstance(layer, _BatchNorm):
+            scale, shift = _batch_norm(layer, groups, prior)
+            if weight is not None and bias is not None:
+                scale, shift = scale * weight, shift * weight + bias
+            return torch.addcmul(spread(shift, groups), groups, spread(scale, groups)).to(x.dtype).flatten(0, 1)
+        if isinstance(layer, nn.GroupNorm):
+            normed = group_norm(x, layer.num_groups, eps=layer.eps).view_as(groups)
+        else:
+            assert isinstance(layer, nn.LayerNorm)
+            normed = layer_norm(x, layer.normalized_shape, eps=layer.eps).view_as(groups)
+        if weight is not None:
+            normed = normed * spread(weight, groups)
+        if bias is not None:
+            normed = normed + spread(bias, groups)
+        return normed.to(x.dtype).flatten(0, 1)
+
+    return forward
+
+
+def _batch_norm(layer: _BatchNorm, x: Tensor, prior: int | None) -> tuple[Tensor, Tensor]:
+    """Scale and shift, before the affine part, for x (S, B, C, ...): (S, C) or (C,)."""
+    mean, var = layer.running_mean, layer.running_var
+    if mean is None or var is None:
+        raise RuntimeError("BatchNorm without source statistics")  # refused when the method is built
+    if prior is not None and x[:, :, 0].numel() > len(x):  # else one value a channel: it has no variance
+        fixed = x.detach() if x.dtype == torch.float64 else x.detach().float()
+        own_var, own_mean = torch.var_mean(fixed, dim=[1, *range(3, x.ndim)], correction=1)
+        share = 1 / (prior + 1)
+        mean, var = torch.lerp(mean.to(own_mean), own_mean, share), torch.lerp(var.to(own_var), own_var, share)
+    scale = (var + layer.eps).rsqrt()
+    return scale, -mean * scale
+
+
+def _split(x: Tensor, size: int) -> tuple[Tensor, ...]:
+    return torch.split(x, size)
+
+
+class ViewMethod(TTAMethod):
+    """What the methods of one image and its views share: options, seeds, passes that keep images apart."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        views: int,
+        augment: str,
+        bn_prior: int | None,
+        chunk_views: int | None = None,
+        seed: int = 0,
+        predict_classes: list[int] | None = None,
+    ) -> None:
+        super().__init__(model)
+        check_range("views", views, 1, integer=True)
+        check_choice("augment", augment, AUGMENTATIONS)
+        check_range("seed", seed, 0, integer=True)
+        if bn_prior is not None:
+            check_range("bn_prior", bn_prior, 1, integer=True)
+            untracked = [name for name, layer in batch_norm_layers(model).items() if layer.running_mean is None]
+            if untracked:
+                raise UnsupportedModelError(
+                    f"BatchNorm layer '{untracked[0]}' keeps no running statistics (track_running_stats=False), so "
+                    "there is no source to mix with. Use bn_prior=None."
+                )
+        if chunk_views is not None:
+            check_range("chunk_views", chunk_views, 1, integer=True)
+            if chunk_views < views and bn_prior is not None and batch_norm_layers(model):
+                raise ConfigError(
+                    f"chunk_views={chunk_views} splits an image's {views} views, whose common statistics bn_prior "
+                    "takes. Give chunk_views of at least views, or bn_prior=None."
+                )
+        if predict_classes is not None and (not predict_classes or min(predict_classes) < 0):
+            raise ConfigError(f"predict_classes must name classes, from 0; got {predict_classes}.")
+        self.views, self.augment, self.bn_prior = views, augment, bn_prior
+        self.chunk_views, self.seed, self.predict_classes = chunk_views, seed, predict_classes
+        layers = per_image_layers(self.model)
+        kept = [layer.running_mean is not None for layer in batch_norm_layers(self.model).values()]
+        self._runs_per_image = layers is not None and all(kept)
+
+    def source_statistics(self) -> AbstractContextManager[None]:
+        """The statistics of one image's views: the source's, or its own mixed in."""
+        if self.bn_prior is None:
+            return nullcontext()
+        return batch_statistics(self.model, self.bn_prior / (self.bn_prior + 1), unbiased=True)
+
+    def infer(self, images: Tensor) -> Tensor:
+        """The source's prediction, with each image's own statistics if there is a prior."""
+        return self._allowed(self._apart(images, 1))
+
+    def _apart(self, batch: Tensor, views: int) -> Tensor:
+        """Logits of S x ``views`` images, the statistics of each image its own; nothing learns."""
+        images = len(batch) // views
+        with torch.no_grad():
+            if self.bn_prior is None or not batch_norm_layers(self.model):
+                size = self.chunk_views or len(batch)
+                return torch.cat([as_logits(self.model(part)) for part in _split(batch, size)])
+            if self._runs_per_image:
+                size = max(1, (self.chunk_views or len(batch)) // views)
+                logits = []
+                for part in _split(batch.view(images, views, *batch.shape[1:]), size):
+                    with per_image(self.model, len(part), prior=self.bn_prior):
+                        logits.append(as_logits(self.model(part.flatten(0, 1))))
+                return torch.cat(logits)
+            with self.source_statistics():
+                return torch.cat([as_logits(self.model(part)) for part in _split(batch, views)])
+
+    def _view_logits(self, images: Tensor) -> Tensor:
+        """Logits of every image's views, without adapting: (S, V, K)."""
+        views = make_views(images, self.views, self.augment, self._seeds(images))
+        return self._apart(views.flatten(0, 1), self.views).view(len(images), self.views, -1)
+
+    def _seeds(self, images: Tensor) -> list[int]:
+        """A seed for each image, from its pixels: the same in any order, batch and process."""
+        bits = images.detach().float().contiguous().view(torch.int32).flatten(1).long()
+        factors = 2 * torch.arange(bits.shape[1], device=bits.device) + 1
+        sums: list[int] = (bits * factors * 0x9E3779B1).sum(1).tolist()  # 64-bit arithmetic wraps: exact anywhere
+        return [(total ^ (self.seed * 0x85EBCA6B)) & (2**62 - 1) for total in sums]
+
+    def _allowed(self, logits: Tensor) -> Tensor:
+        """Logits with the classes out of the question far below the others."""
+        if self.predict_classes is None:
+            return logits
+        out = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+        out[self.predict_classes] = False
+        return logits.masked_fill(out, float(logits.min()) - 1e4)

@@ -1,0 +1,209 @@
+"""MEMO and CR-MEMO: adapt to one image through its views, predict it, forget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from lightning_tta.backbones.norms import norm_parameters
+from lightning_tta.backbones.split import as_logits
+from lightning_tta.errors import ConfigError, check_choice, check_range
+from lightning_tta.losses import consistency, marginal_entropy
+from lightning_tta.methods._episodes import ViewMethod, per_image
+from lightning_tta.methods._optimizers import OptimizerName, make_optimizer
+from lightning_tta.views import make_views
+
+
+class MEMO(ViewMethod):
+    """Minimises ``H(pbar) + kl_weight * mean_k KL(p_k || pbar)``, pbar the mean prediction over an image's views.
+
+    ``kl_weight = 0`` is MEMO, above 0 CR-MEMO. Each image of a batch is an episode of its own: its views, ``steps``
+    steps, the prediction of the image itself with the adapted net, everything back. A batch gives what its images
+    would give one by one.
+
+    Parameters touched: all (``params="all"``) or those of the norm layers (``"norm"``: a different, faster method),
+    and they come back. State: none; the optimizer is new for each image. Per image: ``steps`` forward and backward
+    passes of ``views`` views and one forward pass; with ``"norm"`` a whole batch goes through them together. Logits
+    are those after the steps. An image whose loss or gradient is not finite is predicted without adapting.
+
+    Args:
+        model: Any classifier; for ``params="norm"`` one with norm layers.
+        lr: Learning rate. The authors: CIFAR 5e-3 (SGD), ResNet-50 2.5e-4 (SGD), transformers 1e-5 (AdamW, weight
+            decay 0.01); CR-MEMO 2.5e-4 (AdamW).
+        optimizer: ``sgd``, ``adam`` or ``adamw``.
+        momentum: SGD's, or Adam's first beta; in one step from nothing it does not matter.
+        weight_decay: Weight decay, >= 0.
+        steps: Steps for each image, at least 1.
+        kl_weight: Weight of the consistency term, >= 0. CR-MEMO: 0.1 or 0.5.
+        kl_direction: ``view_to_mean``, KL(p_k || pbar), or ``mean_to_view``.
+        kl_detach: Whether pbar counts as a constant in that term.
+        views: Views of each image, at least 1. The authors: 32 (CIFAR, CR-MEMO), 64 (ImageNet).
+        augment: One of :data:`lightning_tta.views.AUGMENTATIONS`. MEMO: ``augmix_crop`` (CIFAR) or ``augmix``;
+            CR-MEMO: ``rrc`` or ``rrc_flip``.
+        bn_prior: N: BatchNorm takes N / (N + 1) of the source statistics, the rest of the image's views (16 in the
+            papers); ``None``: the source statistics.
+        params: ``all`` or ``norm``.
+        optimizer_state: ``fresh``; or ``stale``, which keeps the optimizer's moments from image to image, as both
+            public codes do with Adam: earlier images leak into later ones. For study only.
+        loss_classes: Classes that the loss sees (200 of 1000 for ImageNet-A and -R in MEMO); ``None``: all.
+        predict_classes: Classes that may be predicted; ``None``: all.
+        chunk_views: At most this many views in one pass; bounds the memory. ``None``: ``params="norm"`` takes the
+            batch at once, ``"all"`` the views of one image.
+        seed: Seed of the views; an image's views depend on it and the pixels alone.
+
+    Raises:
+        ConfigError: If a value is out of range.
+        UnsupportedModelError: If ``params="norm"`` and the net has no affine norm layer.
+
+    Source: Zhang et al., arXiv 2110.09506 (MEMO), and the public code of CR-MEMO. Differs from them: Adam's state does
+    not leak; views come from tensors, not PIL images, so 8-bit rounding between operations is left out.
+    """
+
+    returns = "after the step"
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        lr: float = 5e-3,
+        optimizer: OptimizerName = "sgd",
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        steps: int = 1,
+        kl_weight: float = 0.0,
+        kl_direction: Literal["view_to_mean", "mean_to_view"] = "view_to_mean",
+        kl_detach: bool = False,
+        views: int = 32,
+        augment: str = "augmix_crop",
+        bn_prior: int | None = None,
+        params: Literal["all", "norm"] = "all",
+        optimizer_state: Literal["fresh", "stale"] = "fresh",
+        loss_classes: list[int] | None = None,
+        predict_classes: list[int] | None = None,
+        chunk_views: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, views, augment, bn_prior, chunk_views, seed, predict_classes)
+        check_range("steps", steps, 1, integer=True)
+        check_range("kl_weight", kl_weight, 0)
+        check_choice("kl_direction", kl_direction, ("view_to_mean", "mean_to_view"))
+        check_choice("params", params, ("all", "norm"))
+        check_choice("optimizer_state", optimizer_state, ("fresh", "stale"))
+        if loss_classes is not None and (len(loss_classes) < 2 or min(loss_classes) < 0):
+            raise ConfigError(f"loss_classes must name at least two classes, from 0; got {loss_classes}.")
+        self.episode_steps, self.fresh = steps, optimizer_state == "fresh"
+        self.kl_weight, self.kl_direction, self.kl_detach = kl_weight, kl_direction, kl_detach
+        self.loss_classes = loss_classes
+        named = norm_parameters(self.model) if params == "norm" else dict(self.model.named_parameters())
+        self._trained = self.declare(named)
+        self._source = [self._snapshot[f"model.{name}"] for name in named]
+        self._names = list(named)
+        self._settings = {"kind": optimizer, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        self.add_optimizer("model", self._trained, optimizer, lr, momentum=momentum, weight_decay=weight_decay)
+        split = chunk_views is not None and chunk_views < views
+        self.together = params == "norm" and self.fresh and not split and self._runs_per_image
+
+    def adapt(self, images: Tensor) -> Tensor:
+        """An episode for each image; several at once where that is the same and fits."""
+        at_once = 1
+        if self.together:
+            at_once = len(images) if self.chunk_views is None else max(1, self.chunk_views // self.views)
+        run = self._episodes if self.together else self._episode
+        return self._allowed(torch.cat([run(part) for part in torch.split(images, at_once)]))
+
+    def _loss(self, logits: Tensor) -> Tensor:
+        """The loss of each image, from the logits of its views (S, V, K)."""
+        if self.loss_classes is not None:
+            logits = logits[..., self.loss_classes]
+        loss = marginal_entropy(logits)
+        if self.kl_weight:
+            loss = loss + self.kl_weight * consistency(logits, self.kl_direction, self.kl_detach)
+        return loss
+
+    def _episodes(self, images: Tensor) -> Tensor:
+        """Several images at once: each has its own row of scales and shifts, the rest of the net is shared."""
+        count = len(images)
+        views = make_views(images, self.views, self.augment, self._seeds(images)).flatten(0, 1)
+        rows = [p.detach().expand(count, *p.shape).clone().requires_grad_() for p in self._trained]
+        affine = dict(zip(self._names, rows, strict=True))
+        optimizer = make_optimizer(parameters=rows, **self._settings)  # type: ignore[arg-type]
+        good = torch.ones(count, dtype=torch.bool, device=images.device)
+        for _ in range(self.episode_steps):
+            with per_image(self.model, count, affine, self.bn_prior):
+                loss = self._loss(as_logits(self.model(views)).view(count, self.views, -1))
+            self.record(loss=loss.mean())
+            gradients = torch.autograd.grad(loss.sum(), rows, allow_unused=True)
+            good &= loss.detach().isfinite()
+            for gradient in gradients:
+                good &= True if gradient is None else gradient.flatten(1).isfinite().all(1)
+            for row, gradient in zip(rows, gradients, strict=True):
+                row.grad = None if gradient is None else _where(good, gradient, torch.zeros_like(gradient))
+            optimizer.step()
+            self._counts["backwards"] += 1
+            self._counts["skipped_steps"] += int(not good.all())
+        with torch.no_grad():
+            for name, p in zip(self._names, self._trained, strict=True):
+                affine[name] = _where(good, affine[name], p.expand_as(affine[name]))
+            with per_image(self.model, count, affine, self.bn_prior):
+                return as_logits(self.model(images))
+
+    def _episode(self, image: Tensor) -> Tensor:
+        """One image (1, C, H, W), on the net itself."""
+        if self.fresh:
+            self.optimizers["model"].state.clear()
+        views = make_views(image, self.views, self.augment, self._seeds(image))[0]
+        try:
+            for _ in range(self.episode_steps):
+                if not self.step(self._loss_in_chunks(views)):
+                    self._restore()
+                    break
+            with torch.no_grad(), self.source_statistics():
+                return as_logits(self.model(image))
+        finally:
+            self._restore()
+            if self.fresh:
+                self.optimizers["model"].state.clear()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        torch._foreach_copy_(self._trained, self._source)
+
+    def _loss_in_chunks(self, views: Tensor) -> Tensor:
+        """The loss of one image's views (V, C, H, W)."""
+        if self.chunk_views is None or self.chunk_views >= self.views:
+            with self.source_statistics():
+                return self._loss(as_logits(self.model(views))[None])[0]
+        parts = torch.split(views, self.chunk_views)
+        with torch.no_grad():
+            logits = torch.cat([as_logits(self.model(part)) for part in parts])
+        return cast(Tensor, _InChunks.apply(self, parts, logits, *self._trained))
+
+
+def _where(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    return torch.where(rows.view(-1, *(1,) * (yes.ndim - 1)), yes, no)
+
+
+class _InChunks(torch.autograd.Function):
+    """The loss from all views' logits; backward runs each chunk again, so that one chunk's activations are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, method: MEMO, parts: Sequence[Tensor], logits: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.method, ctx.parts, ctx.logits = method, parts, logits
+        return method._loss(logits[None])[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        method = ctx.method
+        with torch.enable_grad():
+            logits = ctx.logits.requires_grad_()
+            (wanted,) = torch.autograd.grad(method._loss(logits[None])[0], logits, gradient)
+            total = [torch.zeros_like(p) for p in method._trained]
+            for part, cotangent in zip(ctx.parts, wanted.split([len(part) for part in ctx.parts]), strict=True):
+                found = torch.autograd.grad(
+                    as_logits(method.model(part)), method._trained, cotangent, materialize_grads=True
+                )
+                torch._foreach_add_(total, found)
+        return None, None, None, *total

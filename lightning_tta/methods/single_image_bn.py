@@ -1,0 +1,37 @@
+"""Single-image BatchNorm: each image's own statistics, mixed with the source's."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_tta.backbones.norms import batch_norm_layers
+from lightning_tta.errors import UnsupportedModelError
+from lightning_tta.methods._episodes import ViewMethod
+
+
+class SingleImageBN(ViewMethod):
+    """Minimises nothing: BatchNorm takes N / (N + 1) of the source statistics and the rest of the image itself.
+
+    Parameters touched: none. State: none. Per batch: one forward pass; images do not see each other.
+
+    Args:
+        model: A classifier with BatchNorm layers that keep running statistics.
+        prior: N, at least 1.
+
+    Raises:
+        UnsupportedModelError: If the net has no such layers.
+
+    Source: Schneider et al., arXiv 2006.16971, with N = 16 as a baseline in Zhang et al., arXiv 2110.09506.
+    """
+
+    def __init__(self, model: nn.Module, *, prior: int = 16) -> None:
+        super().__init__(model, 1, "none", prior)
+        if not batch_norm_layers(self.model):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no BatchNorm layer, so there are no statistics to mix. For GroupNorm or "
+                "LayerNorm nets use 'memo' or 'view_averaging'."
+            )
+
+    def adapt(self, images: Tensor) -> Tensor:
+        """Predict with each image's statistics."""
+        return self.infer(images)

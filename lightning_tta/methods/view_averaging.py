@@ -1,0 +1,49 @@
+"""View averaging: test-time augmentation, nothing learns."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_tta.losses import log_mean_probability
+from lightning_tta.methods._episodes import ViewMethod
+
+
+class ViewAveraging(ViewMethod):
+    """Minimises nothing: predicts with the mean of the predicted distributions over an image's views.
+
+    The baseline that MEMO must beat. Parameters touched: none. State: none. Per batch: one forward pass of ``views``
+    times as many images. Logits are log pbar.
+
+    Args:
+        model: Any classifier.
+        views: Views of each image, at least 1.
+        augment: One of :data:`lightning_tta.views.AUGMENTATIONS`.
+        bn_prior: N: BatchNorm takes N / (N + 1) of the source statistics, the rest of the image's views; ``None``:
+            the source statistics.
+        predict_classes: Classes that may be predicted; ``None``: all.
+        chunk_views: At most this many views in one pass; ``None``: all of the batch.
+        seed: Seed of the views; an image's views depend on it and the pixels alone.
+
+    Source: a baseline in Zhang et al., arXiv 2110.09506.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        views: int = 32,
+        augment: str = "crop_flip",
+        bn_prior: int | None = None,
+        predict_classes: list[int] | None = None,
+        chunk_views: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, views, augment, bn_prior, chunk_views, seed, predict_classes)
+
+    def adapt(self, images: Tensor) -> Tensor:
+        """Average."""
+        return self.infer(images)
+
+    def infer(self, images: Tensor) -> Tensor:
+        """Average."""
+        return self._allowed(log_mean_probability(self._view_logits(images)))

@@ -1,0 +1,60 @@
+"""ZERO: a vote among the views the net is sure of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from lightning_tta.errors import check_range
+from lightning_tta.losses import entropy
+from lightning_tta.methods._episodes import ViewMethod
+from lightning_tta.methods._inputs import at_least_float32
+
+
+class Zero(ViewMethod):
+    """Minimises nothing: keeps the views with the lowest entropy, and lets them vote (softmax at temperature zero).
+
+    Parameters touched: none. State: none. Per batch: one forward pass of ``views`` times as many images. Logits are
+    log(votes / kept views), where the mean probability of the kept views, weighted 1e-3, breaks ties and keeps them
+    finite.
+
+    Args:
+        model: Any classifier.
+        views: Views of each image, at least 1.
+        keep: Share of the views that vote, in (0, 1]; at least one.
+        augment: One of :data:`lightning_tta.views.AUGMENTATIONS`.
+        predict_classes: Classes that may be predicted; ``None``: all.
+        chunk_views: At most this many views in one pass; ``None``: all of the batch.
+        seed: Seed of the views; an image's views depend on it and the pixels alone.
+
+    Source: Farina et al., arXiv 2405.18330, for vision-language models; here any classifier.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        views: int = 64,
+        keep: float = 0.3,
+        augment: str = "rrc_flip",
+        predict_classes: list[int] | None = None,
+        chunk_views: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, views, augment, None, chunk_views, seed, predict_classes)
+        check_range("keep", keep, 0, 1, low_open=True)
+        self.keep = keep
+
+    def adapt(self, images: Tensor) -> Tensor:
+        """Vote."""
+        return self.infer(images)
+
+    def infer(self, images: Tensor) -> Tensor:
+        """Vote."""
+        logits = at_least_float32(self._view_logits(images))
+        count = max(1, int(self.keep * self.views))
+        sure = entropy(logits).topk(count, dim=1, largest=False).indices
+        kept = logits.gather(1, sure[..., None].expand(-1, -1, logits.shape[-1]))
+        votes = one_hot(kept.argmax(-1), logits.shape[-1]).to(kept).mean(1)
+        return self._allowed(torch.log(votes + 1e-3 * kept.softmax(-1).mean(1) + 1e-12))

@@ -1,0 +1,221 @@
+"""Random views of images, made in batches on the images' device: crops, flips and AugMix.
+
+Everything random is drawn per image from a generator of its own, so an image's views depend on its seed alone, not on
+the batch it comes in. Pixels are floats in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample, pad
+from torchvision.transforms.v2 import functional
+
+from lightning_tta.errors import check_choice, check_range
+
+AUGMENTATIONS = ("none", "rrc", "rrc_flip", "crop_flip", "augmix", "augmix_crop")
+"""none: copies; rrc: random resized crop; rrc_flip: and flip; crop_flip: crop after padding by 4, and flip (CIFAR);
+augmix: rrc_flip, then AugMix (MEMO on ImageNet); augmix_crop: crop_flip, then AugMix (MEMO on CIFAR)."""
+
+WIDTH, DEPTH, PADDING = 3, 3, 4
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def make_views(images: Tensor, views: int, augment: str, seeds: Sequence[int]) -> Tensor:
+    """V views of each image.
+
+    Args:
+        images: (S, C, H, W), floats in [0, 1].
+        views: V, at least 1.
+        augment: One of :data:`AUGMENTATIONS`.
+        seeds: One for each image.
+
+    Returns:
+        (S, V, C, H, W), floats in [0, 1].
+    """
+    check_range("views", views, 1, integer=True)
+    check_choice("augment", augment, AUGMENTATIONS)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    x = images[:, None].expand(-1, views, -1, -1, -1)
+    if augment != "none":
+        if augment in ("crop_flip", "augmix_crop"):
+            x = _padded_crop(images, views, generators)
+        else:
+            x = _resized_crop(images, views, generators)
+        if augment != "rrc":
+            chosen = _draw(generators, lambda g: torch.rand(views, generator=g) < 0.5, images.device)
+            x = torch.where(chosen[..., None, None, None], x.flip(-1), x)
+    if augment.startswith("augmix"):
+        x = _augmix(x, generators)
+    return x
+
+
+def _draw(
+    generators: Sequence[torch.Generator], draw: Callable[[torch.Generator], Tensor], device: torch.device
+) -> Tensor:
+    """The same draw for each image, stacked: (S, ...)."""
+    return torch.stack([draw(generator) for generator in generators]).to(device)
+
+
+# Crops -----------------------------------------------------------------------------------------------------------
+
+
+def _crop_boxes(views: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Top, left, height, width of random crops as torchvision draws them: (V, 4)."""
+    attempts = 10
+    area = height * width * torch.empty(views, attempts).uniform_(*SCALE, generator=generator)
+    low, high = (math.log(ratio) for ratio in RATIO)
+    ratio = torch.empty(views, attempts).uniform_(low, high, generator=generator).exp()
+    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
+    place = torch.rand(2, views, generator=generator)
+    top, left = (place[0] * (height - h + 1)).floor(), (place[1] * (width - w + 1)).floor()
+    # None fits: the largest crop in the middle whose ratio is allowed.
+    h0, w0 = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
+    middle = torch.tensor([(height - h0) // 2, (width - w0) // 2, h0, w0], dtype=torch.float)
+    return torch.where(fits.any(1, keepdim=True), torch.stack([top, left, h, w], 1), middle)
+
+
+def _resized_crop(images: Tensor, views: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Random crops, resized bilinearly to the images' size: one sampling for all views."""
+    count, _, height, width = images.shape
+    boxes = _draw(generators, lambda g: _crop_boxes(views, height, width, g), images.device).flatten(0, 1)
+    axes = []
+    for start, length, size in ((boxes[:, 0], boxes[:, 2], height), (boxes[:, 1], boxes[:, 3], width)):
+        steps = (torch.arange(size, device=images.device) + 0.5) / size
+        pixel = start[:, None] + (steps * length[:, None] - 0.5).clamp_min(0).minimum(length[:, None] - 1)
+        axes.append((2 * pixel + 1) / size - 1)
+    y, x = (axis.to(images.dtype) for axis in axes)
+    grid = torch.stack([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
+    # One image is sampled V times: its views lie one below the other in the grid.
+    grid = grid.view(count, views * height, width, 2)
+    sampled = grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled.view(count, -1, views, height, width).transpose(1, 2)
+
+
+def _padded_crop(images: Tensor, views: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Crops of the images' size out of images with a black border."""
+    height, width = images.shape[-2:]
+    shift = _draw(generators, lambda g: torch.randint(2 * PADDING + 1, (views, 2), generator=g), images.device)
+    rows = shift[..., 0, None] + torch.arange(height, device=images.device)
+    columns = shift[..., 1, None] + torch.arange(width, device=images.device)
+    padded = pad(images, [PADDING] * 4)
+    number = torch.arange(len(images), device=images.device)[:, None, None, None]
+    found = padded.permute(0, 2, 3, 1)[number, rows[..., :, None], columns[..., None, :]]
+    return found.permute(0, 1, 4, 2, 3)
+
+
+# AugMix ----------------------------------------------------------------------------------------------------------
+
+
+def _affine(x: Tensor, matrix: Tensor) -> Tensor:
+    """Resample x (N, C, H, W) at matrix (N, 2, 3) of output pixel centres, from the middle; black outside."""
+    height, width = x.shape[-2:]
+    y = torch.arange(height, device=x.device, dtype=x.dtype) - (height - 1) / 2
+    z = torch.arange(width, device=x.device, dtype=x.dtype) - (width - 1) / 2
+    points = torch.stack([z.expand(height, -1), y[:, None].expand(-1, width), torch.ones_like(x[0, 0])], -1)
+    moved = points.view(1, -1, 3) @ matrix.to(x.dtype).transpose(1, 2)
+    grid = (2 * moved / torch.tensor([width, height], device=x.device, dtype=x.dtype)).view(-1, height, width, 2)
+    return grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _matrix(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> Tensor:
+    return torch.stack([torch.stack([a, b, c], -1), torch.stack([d, e, f], -1)], -2)
+
+
+def _rotate(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    angle = torch.deg2rad((level * 3).floor() * sign)  # whole degrees, up to 30 at level 10
+    zero = torch.zeros_like(angle)
+    return _affine(x, _matrix(angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero))
+
+
+def _shear_x(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    amount, zero, one = level * 0.03 * sign, torch.zeros_like(level), torch.ones_like(level)
+    offset = amount * (x.shape[-2] - 1) / 2  # PIL shears from the corner
+    return _affine(x, _matrix(one, amount, offset, zero, one, zero))
+
+
+def _shear_y(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    amount, zero, one = level * 0.03 * sign, torch.zeros_like(level), torch.ones_like(level)
+    offset = amount * (x.shape[-1] - 1) / 2
+    return _affine(x, _matrix(one, zero, zero, amount, one, offset))
+
+
+def _translate_x(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    amount = (level * x.shape[-1] / 30).floor() * sign  # whole pixels, up to a third at level 10
+    zero, one = torch.zeros_like(level), torch.ones_like(level)
+    return _affine(x, _matrix(one, zero, amount, zero, one, zero))
+
+
+def _translate_y(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    amount = (level * x.shape[-2] / 30).floor() * sign
+    zero, one = torch.zeros_like(level), torch.ones_like(level)
+    return _affine(x, _matrix(one, zero, zero, zero, one, amount))
+
+
+def _solarize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    threshold = (256 - (level * 25.6).floor()) / 255
+    return torch.where(x >= threshold.view(-1, 1, 1, 1), 1 - x, x)
+
+
+def _posterize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    return functional.posterize(x, 4)  # type: ignore[no-any-return]  # 4 - floor(0.4 level) is 4
+
+
+def _autocontrast(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    return functional.autocontrast(x)  # type: ignore[no-any-return]
+
+
+def _equalize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    return functional.equalize(x)  # type: ignore[no-any-return]
+
+
+OPERATIONS: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
+    _autocontrast,
+    _equalize,
+    _rotate,
+    _solarize,
+    _shear_x,
+    _shear_y,
+    _translate_x,
+    _translate_y,
+    _posterize,
+)
+"""MEMO's list at severity 1; each takes x (N, C, H, W), a level in (0.1, 1) and a sign for each image."""
+
+
+def _augmix(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """AugMix (arXiv 1912.02781) with MEMO's operations: three chains of one to three operations, mixed.
+
+    ``m * x + (1 - m) * sum_i w_i chain_i(x)``, w ~ Dirichlet(1, 1, 1), m ~ Beta(1, 1), which is uniform.
+    """
+    views, device = x.shape[1], x.device
+
+    def chains(g: torch.Generator) -> Tensor:
+        """Depth in the first row, then operation, level and sign of each step: (V, 3, 10)."""
+        shape = (views, WIDTH, DEPTH)
+        depth = torch.randint(1, DEPTH + 1, (views, WIDTH, 1), generator=g)
+        operation = torch.randint(len(OPERATIONS), shape, generator=g)
+        level = torch.empty(shape).uniform_(0.1, 1, generator=g)
+        sign = 2 * torch.randint(2, shape, generator=g) - 1
+        return torch.cat([depth, operation, level, sign], -1)
+
+    plan = _draw(generators, chains, device).flatten(0, 2)
+    depth, operation, level, sign = torch.split(plan, [1, DEPTH, DEPTH, DEPTH], -1)
+    chain = x[:, :, None].expand(-1, -1, WIDTH, -1, -1, -1).flatten(0, 2).contiguous()
+    for step in range(DEPTH):
+        todo = torch.where(step < depth[:, 0], operation[:, step].long(), -1)
+        for number, apply in enumerate(OPERATIONS):
+            chosen = (todo == number).nonzero()[:, 0]
+            if len(chosen):
+                chain[chosen] = apply(chain[chosen], level[chosen, step].to(x), sign[chosen, step].to(x))
+    weight = _draw(generators, lambda g: torch.empty(views, WIDTH).exponential_(generator=g), device).to(x)
+    weight = weight / weight.sum(-1, keepdim=True)
+    share = _draw(generators, lambda g: torch.rand(views, generator=g), device).to(x)[..., None, None, None]
+    mixed = torch.einsum("svw,svwchd->svchd", weight, chain.view(*x.shape[:2], WIDTH, *x.shape[2:]))
+    return share * x + (1 - share) * mixed

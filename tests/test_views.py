@@ -1,0 +1,172 @@
+"""Views against torchvision and PIL, one image at a time; and what their random numbers depend on."""
+
+import numpy as np
+import pytest
+import torch
+from nets import make_images, max_difference
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional
+
+from lightning_tta import ConfigError, views
+from lightning_tta.views import AUGMENTATIONS, OPERATIONS, make_views
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def smooth_images(count, height=32, width=40):
+    """Images of a photograph's kind: neighbouring pixels are alike."""
+    noise = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(noise, (height, width), mode="bicubic").clamp(0, 1)
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_views_of_an_image_depend_on_its_seed_alone(augment):
+    images = smooth_images(3)
+    state = torch.get_rng_state()
+    made = make_views(images, 4, augment, [5, 6, 7])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert made.shape == (3, 4, 3, 32, 40)
+    assert made.min() >= -1e-6
+    assert made.max() <= 1 + 1e-6
+    assert max_difference(make_views(images[1:2], 4, augment, [6])[0], made[1]) < 1e-6
+    if augment != "none":
+        assert not torch.equal(make_views(images[1:2], 4, augment, [8])[0], made[1])
+        assert not torch.equal(made[0, 0], made[0, 1])
+
+
+def test_identity_is_exact():
+    images = smooth_images(2)
+    assert torch.equal(make_views(images, 3, "none", [0, 1]), images[:, None].expand(-1, 3, -1, -1, -1))
+
+
+@pytest.mark.parametrize("size", [(32, 40), (40, 32), (24, 96)])
+def test_resized_crops_are_torchvisions(size):
+    images = smooth_images(2, *size)
+    made = make_views(images, 6, "rrc", [1, 2])
+    for number, seed in enumerate((1, 2)):
+        boxes = views._crop_boxes(6, *size, torch.Generator().manual_seed(seed))
+        for box, view in zip(boxes.int().tolist(), made[number], strict=True):
+            expected = functional.resized_crop(images[number], *box, list(size), antialias=False)
+            assert max_difference(view, expected) < 1e-4
+
+
+def test_crop_boxes_are_distributed_as_torchvisions():
+    from torchvision.transforms.v2 import RandomResizedCrop
+
+    theirs = RandomResizedCrop(32)
+    image = torch.zeros(3, 32, 40)
+    drawn = [theirs.make_params([image]) for _ in range(2000)]
+    expected = torch.tensor([[d["top"], d["left"], d["height"], d["width"]] for d in drawn]).float()
+    ours = views._crop_boxes(2000, 32, 40, torch.Generator().manual_seed(0))
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= 32).all()
+    assert (ours[:, 1] + ours[:, 3] <= 40).all()
+    for column in range(4):
+        a, b = ours[:, column].sort().values, expected[:, column].sort().values
+        assert (a - b).abs().mean() < 0.6  # pixels: the distance between the two distributions
+    area = ours[:, 2] * ours[:, 3] / (32 * 40)
+    assert 0.06 < area.min() < 0.12
+    assert 0.9 < area.max() <= 1
+
+
+def test_padded_crops():
+    images = smooth_images(1)
+    padded = torch.nn.functional.pad(images, [4] * 4)[0]
+    windows = torch.stack([padded[:, i : i + 32, j : j + 40] for i in range(9) for j in range(9)])
+    flipped = windows.flip(-1)
+    made = make_views(images, 600, "crop_flip", [3])[0]
+    counts = torch.zeros(2, 81)
+    for view in made:
+        found = torch.stack([(candidates == view).flatten(1).all(1) for candidates in (windows, flipped)])
+        assert found.any()
+        counts += found.float()
+    assert abs(counts.sum(1)[0] / 600 - 0.5) < 0.08
+    assert (counts.sum(0) > 0).all()
+    assert counts.sum(0).max() < 25
+
+
+# AugMix, against PIL's operations on 8-bit images ------------------------------------------------------------------
+
+
+def pil_operation(name, image, level, sign):
+    """MEMO's operations at severity 1, in PIL."""
+    width, height = image.size
+    if name == "autocontrast":
+        return ImageOps.autocontrast(image)
+    if name == "equalize":
+        return ImageOps.equalize(image)
+    if name == "posterize":
+        return ImageOps.posterize(image, 4 - int(level * 4 / 10))
+    if name == "solarize":
+        return ImageOps.solarize(image, 256 - int(level * 256 / 10))
+    if name == "rotate":
+        return image.rotate(sign * int(level * 30 / 10), resample=Image.Resampling.BILINEAR)
+    shear, x, y = sign * level * 0.3 / 10, sign * int(level * width / 30), sign * int(level * height / 30)
+    matrix = {
+        "shear_x": (1, shear, 0, 0, 1, 0),
+        "shear_y": (1, 0, 0, shear, 1, 0),
+        "translate_x": (1, 0, x, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, y),
+    }[name]
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR)
+
+
+def to_pil(image):
+    return functional.to_pil_image((image * 255).round().to(torch.uint8))
+
+
+def from_pil(image):
+    return functional.pil_to_tensor(image).float() / 255
+
+
+NAMES = [operation.__name__.removeprefix("_") for operation in OPERATIONS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("level", [0.15, 0.6, 0.99])
+def test_operations_are_those_of_pil(name, sign, level):
+    images = smooth_images(2, 64, 80)
+    images = (images * 255).round() / 255
+    operation = OPERATIONS[NAMES.index(name)]
+    ours = operation(images, torch.full((2,), level), torch.full((2,), float(sign)))
+    for image, made in zip(images, ours, strict=True):
+        expected = from_pil(pil_operation(name, to_pil(image), level, sign))
+        inside = (slice(None), slice(4, -4), slice(4, -4))  # PIL and torch differ on what lies beyond the border
+        difference = (made - expected)[inside].abs()
+        assert difference.mean() < 0.004  # one grey level
+        assert difference.quantile(0.99) < 0.02
+
+
+def pil_augmix(image, random):
+    """AugMix as in MEMO's public description: Dirichlet and Beta mixtures of chains of one to three operations."""
+    weights, share = random.dirichlet([1.0] * 3), random.beta(1.0, 1.0)
+    mixed = np.zeros((3, *image.size[::-1]), dtype=np.float64)
+    for weight in weights:
+        chain = image
+        for _ in range(random.integers(1, 4)):
+            name, level = NAMES[random.integers(len(NAMES))], random.uniform(0.1, 1)
+            chain = pil_operation(name, chain, level, random.choice([-1, 1]))
+        mixed += weight * from_pil(chain).numpy()
+    return share * from_pil(image).numpy() + (1 - share) * mixed
+
+
+def test_augmix_agrees_in_distribution_with_a_per_image_reference():
+    (image,) = (smooth_images(1) * 255).round() / 255
+    random = np.random.default_rng(0)
+    theirs = torch.from_numpy(np.stack([pil_augmix(to_pil(image), random) for _ in range(1500)])).float()
+    generator = torch.Generator().manual_seed(0)
+    ours = views._augmix(image[None, None].expand(1, 1500, -1, -1, -1), [generator])[0]
+    assert (ours.mean(0) - theirs.mean(0)).abs().mean() < 0.006
+    assert (ours.std(0) - theirs.std(0)).abs().mean() < 0.006
+    change = [(x - image).flatten(1).norm(dim=1).sort().values for x in (ours, theirs)]
+    assert (change[0] - change[1]).abs().mean() < 0.08 * change[1].mean()
+
+
+def test_dtype_and_wrong_arguments():
+    images = make_images(2, dtype=torch.float64)
+    for augment in AUGMENTATIONS:
+        assert make_views(images, 2, augment, [0, 1]).dtype == torch.float64
+    for wrong in ({"views": 0}, {"augment": "cutout"}):
+        with pytest.raises(ConfigError, match="must be"):
+            make_views(images, **{"views": 2, "augment": "none", "seeds": [0, 1], **wrong})
