@@ -25,7 +25,15 @@ from lightning_tta.errors import (
 if TYPE_CHECKING:
     from lightning_tta.api import adapt
     from lightning_tta.backbones import Backbone, create_backbone
-    from lightning_tta.data import ArrayData, DigitsData, DomainFolderData, FolderData, Protocol, ShiftedDataModule
+    from lightning_tta.data import (
+        ArrayData,
+        DigitsData,
+        DomainFolderData,
+        FolderData,
+        ImageNetData,
+        Protocol,
+        ShiftedDataModule,
+    )
     from lightning_tta.methods import TTAMethod, available_methods
     from lightning_tta.modules import MetaTTT, SourceClassifier, TestTimeAdaptation
 
@@ -37,6 +45,7 @@ _LAZY = {  # imported on first use: `import lightning_tta` stays fast
     "DigitsData": "data",
     "DomainFolderData": "data",
     "FolderData": "data",
+    "ImageNetData": "data",
     "Protocol": "data",
     "ShiftedDataModule": "data",
     "TTAMethod": "methods",
@@ -54,6 +63,7 @@ __all__ = [
     "DigitsData",
     "DomainFolderData",
     "FolderData",
+    "ImageNetData",
     "LightningTTAError",
     "MetaTTT",
     "NotPreparedError",

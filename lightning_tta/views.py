@@ -16,9 +16,10 @@ from torchvision.transforms.v2 import functional
 
 from lightning_tta.errors import check_choice, check_range
 
-AUGMENTATIONS = ("none", "rrc", "rrc_flip", "crop_flip", "augmix", "augmix_crop")
-"""none: copies; rrc: random resized crop; rrc_flip: and flip; crop_flip: crop after padding by 4, and flip (CIFAR);
-augmix: rrc_flip, then AugMix (MEMO on ImageNet); augmix_crop: crop_flip, then AugMix (MEMO on CIFAR)."""
+AUGMENTATIONS = ("none", "rrc", "rrc_flip", "crop", "crop_flip", "augmix", "augmix_crop", "augmix_only")
+"""none: copies; rrc: random resized crop; crop: crop after padding by 4 (CIFAR); ..._flip: then a random flip;
+augmix: rrc_flip, then AugMix (MEMO on ImageNet); augmix_crop: crop_flip, then AugMix (MEMO on CIFAR); augmix_only:
+AugMix of the image itself (where a flip changes the class)."""
 
 WIDTH, DEPTH, PADDING = 3, 3, 4
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -40,14 +41,13 @@ def make_views(images: Tensor, views: int, augment: str, seeds: Sequence[int]) -
     check_choice("augment", augment, AUGMENTATIONS)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = images[:, None].expand(-1, views, -1, -1, -1)
-    if augment != "none":
-        if augment in ("crop_flip", "augmix_crop"):
-            x = _padded_crop(images, views, generators)
-        else:
-            x = _resized_crop(images, views, generators)
-        if augment != "rrc":
-            chosen = _draw(generators, lambda g: torch.rand(views, generator=g) < 0.5, images.device)
-            x = torch.where(chosen[..., None, None, None], x.flip(-1), x)
+    if augment in ("crop", "crop_flip", "augmix_crop"):
+        x = _padded_crop(images, views, generators)
+    elif augment in ("rrc", "rrc_flip", "augmix"):
+        x = _resized_crop(images, views, generators)
+    if augment in ("rrc_flip", "crop_flip", "augmix", "augmix_crop"):
+        chosen = _draw(generators, lambda g: torch.rand(views, generator=g) < 0.5, images.device)
+        x = torch.where(chosen[..., None, None, None], x.flip(-1), x)
     if augment.startswith("augmix"):
         x = _augmix(x, generators)
     return x

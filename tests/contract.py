@@ -14,7 +14,15 @@ VARIANTS = {
     "tent": [{"lr": 1e-2}, {"lr": 1e-2, "optimizer": "sgd", "steps": 2, "lr_batch_size": 8}],
     "memo": [
         {"lr": 0.05, "views": 2, "augment": "none"},
-        {"lr": 0.5, "views": 4, "params": "norm", "bn_prior": 16, "kl_weight": 0.5, "augment": "crop_flip"},
+        {
+            "lr": 0.5,
+            "views": 4,
+            "params": "norm",
+            "bn_prior": 16,
+            "kl_weight": 0.5,
+            "augment": "crop_flip",
+            "together": True,
+        },
         {
             "lr": 0.05,
             "views": 4,

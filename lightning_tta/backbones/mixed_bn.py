@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from lightning_tta.backbones.norms import batch_norm_layers
+from lightning_tta.backbones.norms import batch_norm_layers, moments
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 
 Parametrisation = Literal["raw", "sigmoid"]
@@ -23,7 +23,7 @@ class _Affine(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         ctx.save_for_backward(x, scale)
-        return torch.addcmul(shift, x, scale).to(x.dtype)
+        return (x * scale).add_(shift).to(x.dtype)  # faster on a CPU than addcmul, which does not broadcast well
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,8 +41,7 @@ class _Moments(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = x if x.dtype == torch.float64 else x.float()
-        var, mean = torch.var_mean(wide, dim=[1, *range(3, x.ndim)], correction=1)
+        mean, var = moments(x, [1, *range(3, x.ndim)], unbiased=True)
         ctx.save_for_backward(x, mean)
         return var, mean
 
@@ -52,10 +51,11 @@ class _Moments(Function):
         count = x.numel() // mean.numel()
         slope = 2 / (count - 1) * var_gradient
         shape = (len(mean), 1, mean.shape[1]) + (1,) * (x.ndim - 3)
-        return _affine(x, slope.view(shape), (mean_gradient / count - slope * mean).view(shape))
+        return affine(x, slope.view(shape), (mean_gradient / count - slope * mean).view(shape))
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``scale * x + shift``, twice differentiable; keeps x and what it is multiplied with, and no copies."""
     return _Affine.apply(x, scale, shift)  # type: ignore[no-any-return]
 
 
@@ -145,7 +145,7 @@ class MixedBatchNorm(_NormBase):
         x = x.view(self.groups, len(x) // self.groups, *x.shape[1:])
         scale, shift = self._scale_and_shift(x)
         shape = (-1, 1, self.num_features) + (1,) * (x.ndim - 3)
-        y = _affine(x, scale.view(shape), shift.view(shape)).flatten(0, 1)
+        y = affine(x, scale.view(shape), shift.view(shape)).flatten(0, 1)
         return y if self.after is None else self.after(y)
 
     def _scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -65,11 +65,25 @@ def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
+def moments(x: Tensor, dims: Sequence[int], *, unbiased: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and variance of ``x`` over ``dims``, in at least float32.
+
+    On a CPU in two passes: torch's own reduction in one pass is ten times slower there.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    if x.device.type != "cpu":
+        var, mean = torch.var_mean(x, dim=list(dims), correction=int(unbiased))
+        return mean, var
+    kept = x.mean(list(dims), keepdim=True)
+    mean = kept.squeeze(list(dims))
+    count = x.numel() // max(mean.numel(), 1)
+    centred = x - kept
+    return mean, (centred * centred).sum(list(dims)) / (count - int(unbiased))
+
+
 def batch_moments(x: Tensor, *, unbiased: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and variance per channel of ``x`` (B, C, ...), in at least float32; each (C,)."""
-    x = x if x.dtype == torch.float64 else x.float()
-    var, mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=int(unbiased))
-    return mean, var
+    return moments(x, [0, *range(2, x.ndim)], unbiased=unbiased)
 
 
 class _Swap:

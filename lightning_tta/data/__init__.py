@@ -6,6 +6,7 @@ from lightning_tta.data.corruptions import corrupt, corruption_names
 from lightning_tta.data.digits import DigitsData
 from lightning_tta.data.domains import DomainFolderData
 from lightning_tta.data.folder import FolderData
+from lightning_tta.data.imagenet import ImageNetData
 from lightning_tta.data.protocol import Protocol
 from lightning_tta.data.streams import STREAM_KINDS, Stream, StreamKind, build_stream, default_reset
 
@@ -15,6 +16,7 @@ __all__ = [
     "DigitsData",
     "DomainFolderData",
     "FolderData",
+    "ImageNetData",
     "Protocol",
     "ShiftedDataModule",
     "Stream",

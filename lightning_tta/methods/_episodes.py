@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_tta.backbones.norms import batch_norm_layers, batch_statistics, norm_layers
+from lightning_tta.backbones.label_spaces import class_subset
+from lightning_tta.backbones.mixed_bn import affine
+from lightning_tta.backbones.norms import batch_norm_layers, batch_statistics, moments, norm_layers
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.methods.base import TTAMethod
@@ -31,23 +33,23 @@ def per_image_layers(model: nn.Module) -> dict[str, nn.Module] | None:
 
 
 @contextmanager
-def per_image(model: nn.Module, images: int, affine: Affine | None = None, prior: int | None = None) -> Iterator[None]:
+def per_image(model: nn.Module, images: int, rows: Affine | None = None, prior: int | None = None) -> Iterator[None]:
     """While active, the net takes batches of ``images`` times some views, image by image, each on its own.
 
     Args:
         model: A net in eval mode all of whose norm layers are in :func:`per_image_layers`.
         images: S, the number of images.
-        affine: Scales and shifts by parameter name, each (S, C): one row an image. Others are the layer's own.
+        rows: Scales and shifts by parameter name, each (S, C): one row an image. Others are the layer's own.
         prior: N: BatchNorm takes ``N / (N + 1)`` of the source statistics and ``1 / (N + 1)`` of those of the image's
             views (unbiased variance, detached). ``None``: the source statistics.
     """
     layers = per_image_layers(model)
     assert layers is not None
-    affine = affine or {}
+    rows = rows or {}
     changed: list[nn.Module] = []
     try:
         for name, layer in layers.items():
-            weight, bias = (affine.get(f"{name}.{leaf}", getattr(layer, leaf)) for leaf in ("weight", "bias"))
+            weight, bias = (rows.get(f"{name}.{leaf}", getattr(layer, leaf)) for leaf in ("weight", "bias"))
             layer.forward = _forward(layer, images, weight, bias, prior)
             changed.append(layer)
         yield
@@ -74,17 +76,16 @@ def _forward(
             scale, shift = _batch_norm(layer, groups, prior)
             if weight is not None and bias is not None:
                 scale, shift = scale * weight, shift * weight + bias
-            return torch.addcmul(spread(shift, groups), groups, spread(scale, groups)).to(x.dtype).flatten(0, 1)
+            return affine(groups, spread(scale, groups), spread(shift, groups)).flatten(0, 1)
         if isinstance(layer, nn.GroupNorm):
             normed = group_norm(x, layer.num_groups, eps=layer.eps).view_as(groups)
         else:
             assert isinstance(layer, nn.LayerNorm)
             normed = layer_norm(x, layer.normalized_shape, eps=layer.eps).view_as(groups)
         if weight is not None:
-            normed = normed * spread(weight, groups)
-        if bias is not None:
-            normed = normed + spread(bias, groups)
-        return normed.to(x.dtype).flatten(0, 1)
+            shift = torch.zeros_like(weight) if bias is None else bias
+            normed = affine(normed, spread(weight, groups), spread(shift, groups))
+        return normed.flatten(0, 1)
 
     return forward
 
@@ -95,8 +96,7 @@ def _batch_norm(layer: _BatchNorm, x: Tensor, prior: int | None) -> tuple[Tensor
     if mean is None or var is None:
         raise RuntimeError("BatchNorm without source statistics")  # refused when the method is built
     if prior is not None and x[:, :, 0].numel() > len(x):  # else one value a channel: it has no variance
-        fixed = x.detach() if x.dtype == torch.float64 else x.detach().float()
-        own_var, own_mean = torch.var_mean(fixed, dim=[1, *range(3, x.ndim)], correction=1)
+        own_mean, own_var = moments(x.detach(), [1, *range(3, x.ndim)], unbiased=True)
         share = 1 / (prior + 1)
         mean, var = torch.lerp(mean.to(own_mean), own_mean, share), torch.lerp(var.to(own_var), own_var, share)
     scale = (var + layer.eps).rsqrt()
@@ -118,7 +118,7 @@ class ViewMethod(TTAMethod):
         bn_prior: int | None,
         chunk_views: int | None = None,
         seed: int = 0,
-        predict_classes: list[int] | None = None,
+        predict_classes: list[int] | str | None = None,
     ) -> None:
         super().__init__(model)
         check_range("views", views, 1, integer=True)
@@ -139,10 +139,9 @@ class ViewMethod(TTAMethod):
                     f"chunk_views={chunk_views} splits an image's {views} views, whose common statistics bn_prior "
                     "takes. Give chunk_views of at least views, or bn_prior=None."
                 )
-        if predict_classes is not None and (not predict_classes or min(predict_classes) < 0):
-            raise ConfigError(f"predict_classes must name classes, from 0; got {predict_classes}.")
         self.views, self.augment, self.bn_prior = views, augment, bn_prior
-        self.chunk_views, self.seed, self.predict_classes = chunk_views, seed, predict_classes
+        self.chunk_views, self.seed = chunk_views, seed
+        self.predict_classes = class_subset(predict_classes, "predict_classes")
         layers = per_image_layers(self.model)
         kept = [layer.running_mean is not None for layer in batch_norm_layers(self.model).values()]
         self._runs_per_image = layers is not None and all(kept)

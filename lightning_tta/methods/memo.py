@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from lightning_tta.backbones.label_spaces import class_subset
 from lightning_tta.backbones.norms import norm_parameters
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, check_choice, check_range
@@ -26,7 +27,7 @@ class MEMO(ViewMethod):
 
     Parameters touched: all (``params="all"``) or those of the norm layers (``"norm"``: a different, faster method),
     and they come back. State: none; the optimizer is new for each image. Per image: ``steps`` forward and backward
-    passes of ``views`` views and one forward pass; with ``"norm"`` a whole batch goes through them together. Logits
+    passes of ``views`` views and one forward pass; with ``"norm"`` a batch can go through them together. Logits
     are those after the steps. An image whose loss or gradient is not finite is predicted without adapting.
 
     Args:
@@ -48,14 +49,18 @@ class MEMO(ViewMethod):
         params: ``all`` or ``norm``.
         optimizer_state: ``fresh``; or ``stale``, which keeps the optimizer's moments from image to image, as both
             public codes do with Adam: earlier images leak into later ones. For study only.
-        loss_classes: Classes that the loss sees (200 of 1000 for ImageNet-A and -R in MEMO); ``None``: all.
-        predict_classes: Classes that may be predicted; ``None``: all.
+        loss_classes: Classes that the loss sees: their positions, or ``imagenet_a`` or ``imagenet_r`` (200 of 1000, as
+            in MEMO); ``None``: all.
+        predict_classes: Classes that may be predicted, named likewise.
         chunk_views: At most this many views in one pass; bounds the memory. ``None``: ``params="norm"`` takes the
             batch at once, ``"all"`` the views of one image.
+        together: Whether the images of a batch go through ``params="norm"`` together, each with scales and shifts of
+            its own, or one after the other: the same numbers. ``None``: together on an accelerator; on a CPU one
+            image's activations stay in its cache, which is faster.
         seed: Seed of the views; an image's views depend on it and the pixels alone.
 
     Raises:
-        ConfigError: If a value is out of range.
+        ConfigError: If a value is out of range, or ``together`` is not possible.
         UnsupportedModelError: If ``params="norm"`` and the net has no affine norm layer.
 
     Source: Zhang et al., arXiv 2110.09506 (MEMO), and the public code of CR-MEMO. Differs from them: Adam's state does
@@ -81,9 +86,10 @@ class MEMO(ViewMethod):
         bn_prior: int | None = None,
         params: Literal["all", "norm"] = "all",
         optimizer_state: Literal["fresh", "stale"] = "fresh",
-        loss_classes: list[int] | None = None,
-        predict_classes: list[int] | None = None,
+        loss_classes: list[int] | str | None = None,
+        predict_classes: list[int] | str | None = None,
         chunk_views: int | None = None,
+        together: bool | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(model, views, augment, bn_prior, chunk_views, seed, predict_classes)
@@ -92,11 +98,11 @@ class MEMO(ViewMethod):
         check_choice("kl_direction", kl_direction, ("view_to_mean", "mean_to_view"))
         check_choice("params", params, ("all", "norm"))
         check_choice("optimizer_state", optimizer_state, ("fresh", "stale"))
-        if loss_classes is not None and (len(loss_classes) < 2 or min(loss_classes) < 0):
-            raise ConfigError(f"loss_classes must name at least two classes, from 0; got {loss_classes}.")
         self.episode_steps, self.fresh = steps, optimizer_state == "fresh"
         self.kl_weight, self.kl_direction, self.kl_detach = kl_weight, kl_direction, kl_detach
-        self.loss_classes = loss_classes
+        self.loss_classes = class_subset(loss_classes, "loss_classes")
+        if self.loss_classes is not None and len(self.loss_classes) < 2:
+            raise ConfigError(f"loss_classes must name at least two classes; got {loss_classes}.")
         named = norm_parameters(self.model) if params == "norm" else dict(self.model.named_parameters())
         self._trained = self.declare(named)
         self._source = [self._snapshot[f"model.{name}"] for name in named]
@@ -104,14 +110,21 @@ class MEMO(ViewMethod):
         self._settings = {"kind": optimizer, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         self.add_optimizer("model", self._trained, optimizer, lr, momentum=momentum, weight_decay=weight_decay)
         split = chunk_views is not None and chunk_views < views
-        self.together = params == "norm" and self.fresh and not split and self._runs_per_image
+        self.can_together = params == "norm" and self.fresh and not split and self._runs_per_image
+        if together and not self.can_together:
+            raise ConfigError(
+                "together=True needs params='norm', optimizer_state='fresh', chunk_views of at least views, and norm "
+                "layers of torch's own kinds without fused activations. Use together=None."
+            )
+        self.together = together
 
     def adapt(self, images: Tensor) -> Tensor:
         """An episode for each image; several at once where that is the same and fits."""
-        at_once = 1
-        if self.together:
+        together = images.device.type != "cpu" if self.together is None else self.together
+        together, at_once = together and self.can_together, 1
+        if together:
             at_once = len(images) if self.chunk_views is None else max(1, self.chunk_views // self.views)
-        run = self._episodes if self.together else self._episode
+        run = self._episodes if together else self._episode
         return self._allowed(torch.cat([run(part) for part in torch.split(images, at_once)]))
 
     def _loss(self, logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class ViewAveraging(ViewMethod):
         augment: One of :data:`lightning_tta.views.AUGMENTATIONS`.
         bn_prior: N: BatchNorm takes N / (N + 1) of the source statistics, the rest of the image's views; ``None``:
             the source statistics.
-        predict_classes: Classes that may be predicted; ``None``: all.
+        predict_classes: Classes that may be predicted: positions, ``imagenet_a`` or ``imagenet_r``; ``None``: all.
         chunk_views: At most this many views in one pass; ``None``: all of the batch.
         seed: Seed of the views; an image's views depend on it and the pixels alone.
 
@@ -34,7 +34,7 @@ class ViewAveraging(ViewMethod):
         views: int = 32,
         augment: str = "crop_flip",
         bn_prior: int | None = None,
-        predict_classes: list[int] | None = None,
+        predict_classes: list[int] | str | None = None,
         chunk_views: int | None = None,
         seed: int = 0,
     ) -> None:

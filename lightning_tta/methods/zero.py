@@ -24,7 +24,7 @@ class Zero(ViewMethod):
         views: Views of each image, at least 1.
         keep: Share of the views that vote, in (0, 1]; at least one.
         augment: One of :data:`lightning_tta.views.AUGMENTATIONS`.
-        predict_classes: Classes that may be predicted; ``None``: all.
+        predict_classes: Classes that may be predicted: positions, ``imagenet_a`` or ``imagenet_r``; ``None``: all.
         chunk_views: At most this many views in one pass; ``None``: all of the batch.
         seed: Seed of the views; an image's views depend on it and the pixels alone.
 
@@ -38,7 +38,7 @@ class Zero(ViewMethod):
         views: int = 64,
         keep: float = 0.3,
         augment: str = "rrc_flip",
-        predict_classes: list[int] | None = None,
+        predict_classes: list[int] | str | None = None,
         chunk_views: int | None = None,
         seed: int = 0,
     ) -> None:

@@ -66,8 +66,9 @@ def test_a_batch_is_its_images_one_by_one(kind, kl_weight, prior, params, optimi
     net, images = make_net(kind).double(), make_images(5, dtype=torch.float64)
     options = {"optimizer": optimizer, "lr": 0.1 if optimizer == "sgd" else 0.02, "kl_weight": kl_weight}
     options |= {"params": params, "augment": "crop_flip"}
+    options |= {"together": True} if params == "norm" else {}
     method = adapt(net, "memo", views=VIEWS, bn_prior=prior, weight_decay=0.1, **options)
-    assert method.together == (params == "norm")
+    options.pop("together", None)
     expected = plain_memo(net, images, method._seeds(images), prior=prior, **options)
     logits = method(images)
     assert max_difference(logits, expected) < 1e-9
@@ -88,7 +89,7 @@ def test_a_batch_is_its_images_one_by_one(kind, kl_weight, prior, params, optimi
 def test_several_steps(params):
     net, images = make_net("bn").double(), make_images(3, dtype=torch.float64)
     options = {"optimizer": "adam", "lr": 0.02, "params": params, "steps": 3, "augment": "augmix"}
-    method = adapt(net, "memo", views=VIEWS, weight_decay=0.1, **options)
+    method = adapt(net, "memo", views=VIEWS, weight_decay=0.1, together=params == "norm", **options)
     expected = plain_memo(net, images, method._seeds(images), **options)
     assert max_difference(method(images), expected) < 1e-9
     assert method.stats["backwards"] == (3 if params == "norm" else 9)
@@ -100,10 +101,12 @@ def test_chunks_change_no_number(params, chunk):
     net, images = make_net("gn").double(), make_images(4, dtype=torch.float64)
     options = {"views": VIEWS, "lr": 0.1, "params": params, "kl_weight": 0.3}
     sizes = []
-    method = adapt(net, "memo", chunk_views=chunk, **options)
+    together = params == "norm" and chunk >= VIEWS
+    method = adapt(net, "memo", chunk_views=chunk, together=together, **options)
     method.model.register_forward_hook(lambda layer, inputs, output: sizes.append(len(output)))
     assert max_difference(method(images), adapt(net, "memo", **options)(images)) < 1e-10
-    assert max(sizes) <= max(chunk, VIEWS if params == "norm" and chunk >= VIEWS else chunk)
+    assert max(sizes) <= chunk
+    assert max(sizes) == (min(chunk // VIEWS, 4) * VIEWS if together else min(chunk, VIEWS))
 
 
 @pytest.mark.parametrize("params", ["all", "norm"])
@@ -224,7 +227,9 @@ def test_fused_and_odd_norm_layers_fall_back_to_the_loop():
     other.norm1 = fused
     images = make_images(3, dtype=torch.float64)
     method = adapt(other, "memo", views=VIEWS, params="norm", lr=0.1, bn_prior=16)
-    assert not method.together
+    assert not method.can_together
+    with pytest.raises(ConfigError, match="together=True"):
+        adapt(other, "memo", views=VIEWS, params="norm", together=True)
     singles = torch.cat([method(image[None]) for image in images])
     assert max_difference(method(images), singles) < 1e-12
     assert max_difference(method.predict(images), torch.cat([method.predict(x[None]) for x in images])) < 1e-12

@@ -1,0 +1,127 @@
+"""Sets for ImageNet nets: labels from the folders' names, whatever their order; every shipped MEMO row on them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lightning_tta import ConfigError, DataError, ImageNetData
+from lightning_tta.backbones.label_spaces import class_subset, imagenet_synsets
+from lightning_tta.cli import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ROWS = sorted(path for path in (CONFIGS / "memo").glob("*.yaml") if "methods.memo.MEMO" in path.read_text())
+
+
+def save(folder, label, count=2, size=(80, 64)):
+    """Images whose red says the label's low byte, green its high one."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", size, (label % 256, 40 * (label // 256), 10 * i)).save(folder / f"{i}.png")
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    for label in (0, 2, 10, 100, 999):  # as strings: 0, 10, 100, 2, 999
+        save(tmp_path / "v2" / str(label), label)
+    return tmp_path / "v2"
+
+
+@pytest.fixture
+def synsets(tmp_path):
+    for label in class_subset("imagenet_a", "")[:3]:
+        save(tmp_path / "a" / imagenet_synsets()[label], label)
+    return tmp_path / "a"
+
+
+def labels_in_pixels(image):
+    colour = (image[:, :2, 16, 16] * 255).round().int()
+    return colour[:, 0] + 256 * (colour[:, 1] // 40)
+
+
+@pytest.mark.parametrize("layout", ["numbered", "synsets"])
+def test_labels_come_from_names(layout, request):
+    folder = request.getfixturevalue(layout)
+    data = ImageNetData({"shifted": str(folder)}, resize=40, image_size=32, batch_size=4, stream="label_shift")
+    assert data.num_classes == 1000
+    batches = list(data.predict_dataloader())
+    image, label = (torch.cat([batch[key] for batch in batches]) for key in ("image", "label"))
+    assert image.shape[1:] == (3, 32, 32)
+    assert torch.equal(labels_in_pixels(image), label.int())
+    assert len(label) == 2 * len(set(label.tolist())) == (10 if layout == "numbered" else 6)
+
+
+def test_label_spaces():
+    synsets = imagenet_synsets()
+    assert len(set(synsets)) == 1000
+    assert synsets == sorted(synsets)
+    for name in ("imagenet_a", "imagenet_r"):
+        found = class_subset(name, "")
+        assert len(set(found)) == 200
+        assert 0 <= min(found) < max(found) < 1000
+    assert class_subset("imagenet_a", "") != class_subset("imagenet_r", "")
+    for wrong in ([], [1, 1], [-1], "imagenet_b"):
+        with pytest.raises(ConfigError, match="predict_classes"):
+            class_subset(wrong, "predict_classes")
+
+
+def test_crop_is_the_middle_of_the_resized_image(tmp_path):
+    folder = tmp_path / "set" / "7"
+    folder.mkdir(parents=True)
+    picture = Image.new("RGB", (120, 60))
+    picture.paste((255, 0, 0), (40, 0, 80, 60))  # the middle third
+    picture.save(folder / "a.png")
+    (batch,) = ImageNetData({"x": str(tmp_path / "set")}, resize=60, image_size=36).predict_dataloader()
+    assert (batch["image"][0, 0] > 0.99).all()
+
+
+@pytest.mark.parametrize(("name", "words"), [("n00000000", "n00000000"), ("1000", "1000"), ("cat", "neither a synset")])
+def test_other_folders_are_refused(numbered, name, words):
+    save(numbered / name, 0)
+    with pytest.raises(DataError, match=words):
+        ImageNetData({"x": str(numbered)}, resize=40, image_size=32).setup("predict")
+
+
+def test_wrong_arguments(numbered):
+    with pytest.raises(DataError, match="no folder nowhere"):
+        ImageNetData({"x": "nowhere"})
+    with pytest.raises(ConfigError, match="resize"):
+        ImageNetData({"x": str(numbered)}, resize=200, image_size=224)
+    with pytest.raises(ConfigError, match="at least one set"):
+        ImageNetData({})
+    with pytest.raises(DataError, match="for prediction"):
+        ImageNetData({"x": str(numbered)}).train_dataloader()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=lambda path: path.stem)
+def test_every_row_runs(row, numbered, synsets, tmp_path):
+    """The shipped rows on small folders, with a small net of 1000 classes and few views."""
+    subset = "imagenet_a" in row.stem
+    name, folder = ("imagenet_a", synsets) if subset else ("imagenet_v2", numbered)
+    small = ["--data.resize=40", "--data.image_size=32", "--data.num_workers=0", "--model.method.views=2"]
+    net = ["--model.pretrained=false", "--model.source_ckpt=none", "--model.backbone=cifar/resnet20"]
+    place = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    place += [f"--trainer.logger.init_args.save_dir={tmp_path / 'runs'}"]
+    main(
+        [
+            "predict",
+            f"--config={CONFIGS / f'memo/{name}_resnet50.yaml'}",
+            f"--model.method={row}",
+            f"--data.folders={json.dumps({name: str(folder)})}",
+            "--model.num_classes=1000",
+            *small,
+            *net,
+            *place,
+        ]
+    )
+    (report,) = tmp_path.rglob("report.json")
+    content = json.loads(report.read_text())
+    assert content["images"] == (6 if subset else 10)
+    assert content["backwards"] == content["images"]
+    lines = (report.parent / "predictions.csv").read_text().splitlines()[1:]
+    predicted = {int(line.split(",")[3]) for line in lines}
+    if subset:
+        assert predicted <= set(class_subset("imagenet_a", ""))
