@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--deep", type=float, default=0.4, help="share of the norm layers that the deep mode adapts")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
@@ -152,14 +153,15 @@ def main() -> None:
         for kind, step in steps.items():
             times[kind].append(seconds(step, args.device))
     middle = {kind: statistics.median(values) for kind, values in times.items()}
-    memory = {kind: peak_megabytes(args, kind) for kind in steps}
+    memory = {} if args.no_memory else {kind: peak_megabytes(args, kind) for kind in steps}
     for kind in steps:
-        print(
-            f"{kind:12} {1000 * middle[kind]:8.1f} ms  {middle[kind] / middle['plain']:5.2f}x plain  "
-            f"{middle[kind] / middle['higher']:5.2f}x higher   {memory[kind]:7.0f} MB  "
-            f"{memory[kind] / memory['plain']:5.2f}x plain  {memory[kind] / memory['higher']:5.2f}x higher"
-        )
+        line = f"{kind:12} {1000 * middle[kind]:8.1f} ms  {_ratios(middle, kind)}"
+        print(line + (f"   {memory[kind]:7.0f} MB  {_ratios(memory, kind)}" if memory else ""))
     print(json.dumps({"seconds": middle, "megabytes": memory, "torch": torch.__version__, "device": args.device}))
+
+
+def _ratios(values: dict[str, float], kind: str) -> str:
+    return f"{values[kind] / values['plain']:5.2f}x plain  {values[kind] / values['higher']:5.2f}x higher"
 
 
 if __name__ == "__main__":

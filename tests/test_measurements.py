@@ -1,0 +1,68 @@
+"""The scripts behind the README's figures run, on small nets and few images."""
+
+import re
+import sys
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from PIL import Image
+from safetensors.torch import save_file
+
+from lightning_tta import SourceClassifier, create_backbone
+from lightning_tta.benchmarks import memo_cifar, memo_leak, memo_speed, meta_step
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+
+
+def run(monkeypatch, capsys, script, *args):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, args)])
+    script.main()
+    return capsys.readouterr().out
+
+
+def test_meta_step(monkeypatch, capsys):
+    pytest.importorskip("higher", reason="the oracle is a dev extra: pip install -e '.[dev]'")
+    small = ["--net=cifar/resnet20", "--images=4", "--pixels=16", "--rounds=1", "--no-memory", "--device=cpu"]
+    text = run(monkeypatch, capsys, meta_step, *small)
+    differences = [float(value) for value in re.findall(r"differ by (\S+)", text)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-10
+    assert "1.00x higher" in text
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_meta_step_peak_of_one_kind(monkeypatch, capsys):
+    small = ["--net=cifar/resnet20", "--images=4", "--pixels=16", "--device=cpu"]
+    assert float(run(monkeypatch, capsys, meta_step, *small, "--peak-of=ours")) > 0
+
+
+def test_memo_speed(monkeypatch, capsys):
+    small = ["--net=cifar/resnet20", "--views=2", "--images=1", "--rounds=1", "--bf16"]
+    text = run(monkeypatch, capsys, memo_speed, *small)
+    for name in ("ours, all", "ours, norm", "ours, all, bf16", "augmentation, ours", "restore, ours"):
+        assert name in text
+
+
+def test_memo_cifar(monkeypatch, capsys, tmp_path):
+    for label in range(10):
+        folder = tmp_path / "data" / "test" / f"class{label}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32), (20 * label, 90, 9)).save(folder / "a.png")
+    save_file(create_backbone("cifar/resnet20").net.state_dict(), tmp_path / "net.safetensors")
+    small = ["--net=cifar/resnet20", "--domains", "clean", "contrast", "--function-set=builtin", "--images=4"]
+    place = [f"--root={tmp_path / 'data'}", f"--weights={tmp_path / 'net.safetensors'}", "--device=cpu"]
+    text = run(monkeypatch, capsys, memo_cifar, *small, *place, f"--output={tmp_path / 'out.json'}")
+    assert text.count("|") == 5 * len(memo_cifar.METHODS)
+    assert (tmp_path / "out.json").exists()
+
+
+def test_memo_leak(monkeypatch, capsys, tmp_path):
+    torch.manual_seed(0)
+    trainer = Trainer(max_epochs=0, logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.strategy.connect(SourceClassifier("cifar/resnet20", 10))
+    trainer.save_checkpoint(tmp_path / "best.ckpt")
+    small = ["--images=6", "--views=2", "--domains", "haze"]
+    text = run(monkeypatch, capsys, memo_leak, f"--source-ckpt={tmp_path}", *small)
+    assert "class-sorted" in text
+    assert "shuffled" in text
