@@ -12,6 +12,7 @@ from lightning_tta.benchmark import Benchmark
 from lightning_tta.cli import _run_function, main, run_lightning
 from lightning_tta.methods import available_methods
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 DATA = ["--data", "DigitsData", "--data.domains", "[gaussian_noise]", "--data.num_images", "20"]
@@ -148,6 +149,10 @@ def test_meta_training_on_domain_folders_and_adaptation_to_the_one_left_out(tmp_
     main(["fit", f"--config={CONFIGS / 'pacs/source.yaml'}", *short, *tiny, *save("source")])
     start = f"--model.source_ckpt={tmp_path / 'source'}"
     main(["fit", f"--config={CONFIGS / 'pacs/meta_ttt.yaml'}", start, *short, *save("meta")])
+    (checkpoint,) = (tmp_path / "meta").rglob("best.ckpt")
+    resumed = [f"--config={CONFIGS / 'pacs/meta_ttt.yaml'}", start, *short, *save("again"), f"--ckpt_path={checkpoint}"]
+    for command in ("validate", "test", "fit"):
+        main([command, *resumed, *(["--trainer.max_epochs=2"] if command == "fit" else [])])
     predict = ["predict", f"--config={CONFIGS / 'pacs/predict.yaml'}", *data, *quiet, *save("predict")]
     main([*predict, f"--model.source_ckpt={tmp_path / 'meta'}", "--model.method=MetaTTT"])
     (report,) = (tmp_path / "predict").rglob("report.json")

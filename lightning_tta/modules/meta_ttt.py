@@ -78,8 +78,7 @@ class MetaTTT(LightningModule):
 
     Source: Meta-TTT, arXiv 2410.01709, and the authors' code. Differs from them: the losses of several domains are
     averaged, not summed (so that processes can share them out; multiply the rate by their number to get theirs);
-    the two updates of the alternating schedule take batches of their own, so that the Trainer's clipping,
-    accumulation and precision apply to both as they are.
+    the two updates of the alternating schedule take batches of their own, so that the Trainer's options apply to both.
     """
 
     def __init__(
