@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, pad
-from torchvision.transforms.v2 import functional
 
 from lightning_tta.errors import check_choice, check_range
 
@@ -163,16 +163,23 @@ def _solarize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
     return torch.where(x >= threshold.view(-1, 1, 1, 1), 1 - x, x)
 
 
+def _functional() -> Any:
+    """Torchvision's functions on tensors; imported when needed, for it takes seconds."""
+    from torchvision.transforms.v2 import functional
+
+    return functional
+
+
 def _posterize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return functional.posterize(x, 4)  # type: ignore[no-any-return]  # 4 - floor(0.4 level) is 4
+    return _functional().posterize(x, 4)  # type: ignore[no-any-return]  # 4 - floor(0.4 level) is 4
 
 
 def _autocontrast(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return functional.autocontrast(x)  # type: ignore[no-any-return]
+    return _functional().autocontrast(x)  # type: ignore[no-any-return]
 
 
 def _equalize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return functional.equalize(x)  # type: ignore[no-any-return]
+    return _functional().equalize(x)  # type: ignore[no-any-return]
 
 
 OPERATIONS: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (

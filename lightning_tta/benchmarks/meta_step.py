@@ -90,8 +90,8 @@ def seconds(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_megabytes(args: argparse.Namespace, kind: str) -> float:
-    """Peak memory of steps of one kind, in a process of its own."""
+def peak_megabytes(kind: str) -> float:
+    """Peak memory of steps of one kind, in a process of its own with the arguments of this one."""
     command = [sys.executable, "-m", "lightning_tta.benchmarks.meta_step", *sys.argv[1:], "--peak-of", kind]
     faithful = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: what is freed goes back to the system at once
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=faithful)
@@ -153,7 +153,7 @@ def main() -> None:
         for kind, step in steps.items():
             times[kind].append(seconds(step, args.device))
     middle = {kind: statistics.median(values) for kind, values in times.items()}
-    memory = {} if args.no_memory else {kind: peak_megabytes(args, kind) for kind in steps}
+    memory = {} if args.no_memory else {kind: peak_megabytes(kind) for kind in steps}
     for kind in steps:
         line = f"{kind:12} {1000 * middle[kind]:8.1f} ms  {_ratios(middle, kind)}"
         print(line + (f"   {memory[kind]:7.0f} MB  {_ratios(memory, kind)}" if memory else ""))
