@@ -50,7 +50,7 @@ def make_views(images: Tensor, views: int, augment: str, seeds: Sequence[int]) -
         x = torch.where(chosen[..., None, None, None], x.flip(-1), x)
     if augment.startswith("augmix"):
         x = _augmix(x, generators)
-    return x
+    return x.contiguous()
 
 
 def _draw(
