@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16, help="of each domain")
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1, help="inner steps")
-    parser.add_argument("--deep", type=float, default=0.4, help="share of the norm layers that the deep mode adapts")
+    parser.add_argument("--deep", type=float, default=0.3, help="share of the norm layers that the deep mode adapts")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-memory", action="store_true", help="measure time only")

@@ -17,6 +17,8 @@ from lightning_tta.methods._episodes import ViewMethod, per_image
 from lightning_tta.methods._optimizers import OptimizerName, make_optimizer
 from lightning_tta.views import make_views
 
+_VIEWS_AT_ONCE = 128
+
 
 class MEMO(ViewMethod):
     """Minimises ``H(pbar) + kl_weight * mean_k KL(p_k || pbar)``, pbar the mean prediction over an image's views.
@@ -121,11 +123,15 @@ class MEMO(ViewMethod):
     def adapt(self, images: Tensor) -> Tensor:
         """An episode for each image; several at once where that is the same and fits."""
         together = images.device.type != "cpu" if self.together is None else self.together
-        together, at_once = together and self.can_together, 1
-        if together:
-            at_once = len(images) if self.chunk_views is None else max(1, self.chunk_views // self.views)
-        run = self._episodes if together else self._episode
-        return self._allowed(torch.cat([run(part) for part in torch.split(images, at_once)]))
+        at_once = max(1, (self.chunk_views or _VIEWS_AT_ONCE) // self.views)
+        if together and self.can_together:
+            size = len(images) if self.chunk_views is None else at_once
+            return self._allowed(torch.cat([self._episodes(part) for part in torch.split(images, size)]))
+        logits = []
+        for part in torch.split(images, at_once):  # views of several images are made at once, which is faster
+            made = make_views(part, self.views, self.augment, self._seeds(part))
+            logits += [self._episode(image[None], views) for image, views in zip(part, made, strict=True)]
+        return self._allowed(torch.cat(logits))
 
     def _loss(self, logits: Tensor) -> Tensor:
         """The loss of each image, from the logits of its views (S, V, K)."""
@@ -163,11 +169,10 @@ class MEMO(ViewMethod):
             with per_image(self.model, count, affine, self.bn_prior):
                 return as_logits(self.model(images))
 
-    def _episode(self, image: Tensor) -> Tensor:
-        """One image (1, C, H, W), on the net itself."""
+    def _episode(self, image: Tensor, views: Tensor) -> Tensor:
+        """One image (1, C, H, W) with its views (V, C, H, W), on the net itself."""
         if self.fresh:
             self.optimizers["model"].state.clear()
-        views = make_views(image, self.views, self.augment, self._seeds(image))[0]
         try:
             for _ in range(self.episode_steps):
                 if not self.step(self._loss_in_chunks(views)):
