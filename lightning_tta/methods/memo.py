@@ -37,7 +37,7 @@ class MEMO(ViewMethod):
         lr: Learning rate. The authors: CIFAR 5e-3 (SGD), ResNet-50 2.5e-4 (SGD), transformers 1e-5 (AdamW, weight
             decay 0.01); CR-MEMO 2.5e-4 (AdamW).
         optimizer: ``sgd``, ``adam`` or ``adamw``.
-        momentum: SGD's, or Adam's first beta; in one step from nothing it does not matter.
+        momentum: SGD's, or Adam's first beta; ``None``: 0 and 0.9. In one step from nothing it does not matter.
         weight_decay: Weight decay, >= 0.
         steps: Steps for each image, at least 1.
         kl_weight: Weight of the consistency term, >= 0. CR-MEMO: 0.1 or 0.5.
@@ -77,7 +77,7 @@ class MEMO(ViewMethod):
         *,
         lr: float = 5e-3,
         optimizer: OptimizerName = "sgd",
-        momentum: float = 0.9,
+        momentum: float | None = None,
         weight_decay: float = 0.0,
         steps: int = 1,
         kl_weight: float = 0.0,
@@ -105,6 +105,8 @@ class MEMO(ViewMethod):
         self.loss_classes = class_subset(loss_classes, "loss_classes")
         if self.loss_classes is not None and len(self.loss_classes) < 2:
             raise ConfigError(f"loss_classes must name at least two classes; got {loss_classes}.")
+        if momentum is None:
+            momentum = 0.0 if optimizer == "sgd" else 0.9
         named = norm_parameters(self.model) if params == "norm" else dict(self.model.named_parameters())
         self._trained = self.declare(named)
         self._source = [self._snapshot[f"model.{name}"] for name in named]
