@@ -40,8 +40,7 @@ class StreamBoard(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See whether anybody looks."""
-        if not _writers(trainer, "add_image"):
-            self.pictures.release()
+        self.pictures.begin(wanted=bool(_writers(trainer, "add_image")))
         batches = trainer.num_predict_batches[0] if trainer.num_predict_batches else 1
         self._every = max(1, int(batches) // HISTOGRAMS) if batches != float("inf") else 100
 
@@ -65,7 +64,8 @@ class StreamBoard(Callback):
                 add_histogram(f"{scheme}/entropies", outputs["entropy"].float(), global_step=step)
         if self.pictures.left:
             names = None if module.classes is not None else class_names(trainer)
-            strip = self.pictures.draw(batch["image"], outputs["prediction"], outputs["label"], names)
+            shown = (batch["image"], outputs["prediction"], outputs["label"], names)
+            strip = self.pictures.draw(module.method, *shown)
             for add_image in _writers(trainer, "add_image"):
                 add_image(f"{scheme}/images", strip, global_step=step, dataformats="HWC")
 

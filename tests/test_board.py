@@ -1,5 +1,6 @@
 """What a predict run measures beside accuracy, and what TensorBoard gets."""
 
+import copy
 import json
 from functools import partial
 
@@ -7,12 +8,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from nets import make_net
+from nets import make_net, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lightning_tta import ConfigError, DigitsData, TestTimeAdaptation
-from lightning_tta.methods import Norm, Source, Tent
+from lightning_tta import ConfigError, DigitsData, TestTimeAdaptation, adapt
+from lightning_tta.methods import T3A, CoTTA, MetaTTT, Norm, Source, Tent
 from lightning_tta.modules.measures import PeakMemory, source_accuracy
 from lightning_tta.modules.pictures import SIDE, StreamPictures
 
@@ -24,13 +25,13 @@ def data(**options):
     return DigitsData(**{"domains": ["contrast", "haze"], "num_images": 40, "batch_size": 20, **options})
 
 
-def run(directory, method=TENT, *, loader=None, tensorboard=False, **options):
+def run(directory, method=TENT, *, backbone=None, loader=None, tensorboard=False, inference_mode=True, **options):
     """Run a stream; returns the module and ``report.json``."""
-    module = TestTimeAdaptation(method, backbone=make_net("bn", 10), **options)
+    module = TestTimeAdaptation(method, backbone=backbone or make_net("bn", 10), **options)
     logger = TensorBoardLogger(directory.parent, directory.name, "") if tensorboard else False
     trainer = Trainer(
         accelerator="cpu", logger=logger, default_root_dir=directory, enable_progress_bar=False, barebones=False,
-        enable_model_summary=False, enable_checkpointing=False,
+        enable_model_summary=False, enable_checkpointing=False, inference_mode=inference_mode,
     )  # fmt: skip
     trainer.predict(module, **({"datamodule": data()} if loader is None else {"dataloaders": loader}))
     return module, json.loads((directory / "report.json").read_text())
@@ -114,34 +115,80 @@ def test_tensorboard_of_a_finished_run(tmp_path):
     assert b"norm" in start
 
 
-def test_pictures_change_nothing_and_can_be_off(tmp_path):
-    on, off = (run(tmp_path / str(n), TENT, tensorboard=True, log_images=n)[0] for n in (3, 0))
-    texts = [(tmp_path / str(n) / "predictions.csv").read_text() for n in (3, 0)]
+class Noisy(nn.Module):
+    """A net that draws random numbers in its pass."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.head = net, net.head
+
+    def forward(self, images):
+        return self.net(images + 0.1 * torch.randn_like(images))
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+@pytest.mark.parametrize(
+    ("method", "wrap"),
+    [
+        (TENT, None),
+        (partial(Norm, momentum=0.3), Noisy),
+        (partial(CoTTA, lr=0.01, views=2), None),
+        (T3A, None),
+        (partial(MetaTTT, episodic=False), None),
+    ],
+    ids=["tent", "norm", "cotta", "t3a", "meta_ttt"],
+)
+def test_pictures_do_not_change_one_bit(tmp_path, method, wrap, inference_mode):
+    ends = []
+    for count in (0, 4):
+        torch.manual_seed(0)
+        net = make_net("bn", 10) if wrap is None else wrap(make_net("bn", 10))
+        how = {"tensorboard": True, "log_images": count, "inference_mode": inference_mode}
+        module, _ = run(tmp_path / str(count), method, backbone=net, **how)
+        ends.append(module.method.state_dict())
+    texts = [(tmp_path / str(count) / "predictions.csv").read_text() for count in (0, 4)]
     assert texts[0] == texts[1]
-    events = EventAccumulator(str(tmp_path / "0"))
-    events.Reload()
-    assert events.Tags()["images"] == []
-    assert on.pictures.left == off.pictures.left == 0
-    assert on.pictures._source == off.pictures._source == []  # the copy is gone
-    assert len(list(on.state_dict())) == len(list(off.state_dict()))
-    unseen, _ = run(tmp_path / "nobody")
-    assert unseen.pictures._source == []
+    assert same(*ends)
+    assert not same(ends[0]["_extra_state"]["snapshot"], dict(module.method.adaptable))  # it did adapt
+
+
+def test_pictures_can_be_off(tmp_path):
+    for count, logged in ((0, []), (3, ["adapt/norm/iid/images"])):
+        run(tmp_path / str(count), Norm, tensorboard=True, log_images=count)
+        events = EventAccumulator(str(tmp_path / str(count)))
+        events.Reload()
+        assert events.Tags()["images"] == logged
     with pytest.raises(ConfigError, match="log_images"):
         TestTimeAdaptation(Norm, backbone=make_net("bn", 10), log_images=-1)
 
 
-def test_the_pictures_show_the_source_before_it_changed():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
+def test_nothing_is_drawn_that_nobody_sees(tmp_path, monkeypatch):
+    monkeypatch.setattr(StreamPictures, "draw", None)
+    run(tmp_path / "nobody")
+    with pytest.raises(TypeError):
+        run(tmp_path / "seen", tensorboard=True)
+
+
+def test_the_pictures_show_the_source_of_a_net_that_has_changed():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3, 2), nn.LayerNorm(2))
     asked = []
-    pictures = StreamPictures(net, 2)
-    pictures._source[0].register_forward_hook(lambda module, args, output: asked.append(output.argmax(1)))
+    pictures = StreamPictures(2)
     images = torch.rand(5, 3, 1, 1)
-    expected = net(images[:2]).argmax(1)
+    expected = net(images[:2])
+    method = adapt(net, "tent", in_place=True)
+    net.register_forward_hook(lambda module, args, output: asked.append(output))
     with torch.no_grad():
-        net[1].weight.neg_()
-        net[1].bias.neg_()
-    strip = pictures.draw(images, torch.zeros(5), torch.tensor([1, -1, 0, 0, 0]), None)
+        for tensor in method.adaptable.values():
+            tensor.sub_(3)
+    learned = copy.deepcopy(method.state_dict())
+    pictures.begin(wanted=True)
+    strip = pictures.draw(method, images, torch.zeros(5), torch.tensor([1, -1, 0, 0, 0]), None)
     assert strip.shape[1:] == (2 * (SIDE + 4), 3)
     assert torch.equal(asked[0], expected)
-    assert pictures.draw(images[:1, :1].expand(1, 3, 1, 1), torch.zeros(1), torch.zeros(1), ["cat", "dog"]) is not None
-    assert pictures.draw(images, torch.zeros(5), torch.zeros(5), None) is None
+    assert same(method.state_dict(), learned)
+    grey = images[:1, :1].expand(1, 3, 1, 1)
+    assert pictures.draw(method, grey, torch.zeros(1), torch.zeros(1), ["cat", "dog"]) is not None
+    assert pictures.draw(method, images, torch.zeros(5), torch.zeros(5), None) is None
+    pictures.begin(wanted=False)
+    assert pictures.draw(method, images, torch.zeros(5), torch.zeros(5), None) is None
+    assert len(asked) == 2

@@ -75,7 +75,7 @@ class TestTimeAdaptation(LightningModule):
             counted in the report and left out of the accuracy. Images with NaN are no bad batch: see the methods.
         measure_forgetting: After the stream also predict clean source test images: ``source_accuracy_after``.
         log_images: How many images of each of the first batches TensorBoard shows, with the source's prediction and
-            the adapted one; 0: none. Above 0 a copy of the source model is kept on the CPU for that long.
+            the adapted one, for which the net is put back to the source for one pass; 0: none.
 
     Raises:
         ConfigError: If an option is wrong, before any data is read.
@@ -127,7 +127,7 @@ class TestTimeAdaptation(LightningModule):
             keep_classes(source, self.classes)
         self.net_info = self._describe(source)
         self.measure_forgetting = measure_forgetting
-        self.pictures = StreamPictures(source, log_images)
+        self.pictures = StreamPictures(log_images)
         self.preprocessing = source.preprocessing if isinstance(source, Backbone) else {}
         self.method = method(source)
         if not isinstance(self.method, TTAMethod):
