@@ -1,6 +1,6 @@
 """Source data: its splits, and the loaders that a source model is trained and tested with."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -119,7 +119,7 @@ class SourceData(LightningDataModule):
         images = self._split("test")
         return self._loader(images, batch_size=self.train_batch_size, sampler=dealt(range(len(images))))
 
-    def source_batches(self, num_images: int | None = None, batch_size: int = 128, seed: int = 0) -> Iterable[Batch]:
+    def source_batches(self, num_images: int | None = None, batch_size: int = 128, seed: int = 0) -> DataLoader[Batch]:
         """Training images without augmentation, for a method's ``prepare``; can be iterated more than once.
 
         Args:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.data.base import ShiftedDataModule
+from lightning_tta.data.images import Batch
+from lightning_tta.data.memo import with_progress
 from lightning_tta.errors import DataError, NotPreparedError
 from lightning_tta.methods.base import TTAMethod
 
@@ -77,6 +80,21 @@ def show_source(method: TTAMethod, data: Any, count: int, device: torch.device) 
             f"{type(method).__name__} must see source data before the stream. Predict with a data module that has "
             "training images, or call method.prepare(source_batches) first."
         )
+    batches = data.source_batches(count, batch_size=64)  # EATA's Fisher depends on it
     with torch.inference_mode(False), torch.enable_grad():
-        batches = data.source_batches(count, batch_size=64)  # EATA's Fisher depends on it
-        method.prepare([{name: value.to(device) for name, value in batch.items()} for batch in batches])
+        method.prepare(_OnDevice(batches, device))
+
+
+class _OnDevice(Iterable[Batch]):
+    """Batches that come to a device one at a time, with progress; can be iterated more than once."""
+
+    def __init__(self, batches: DataLoader[Batch], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        numbers = with_progress(len(self), "Looking at source images")
+        for _, batch in zip(numbers, self.batches, strict=True):
+            yield {name: value.to(self.device) for name, value in batch.items()}

@@ -3,6 +3,7 @@
 import json
 import warnings
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -198,6 +199,43 @@ def test_source_data_is_shown_before_the_stream(tmp_path):
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path / "b")
     with pytest.raises(NotPreparedError, match="data module"):
         trainer.predict(TestTimeAdaptation(Prepared, backbone=make_net("bn", num_classes=10)), loader)
+
+
+class Twice(Source):
+    """Looks at the first source batch, then at all."""
+
+    needs_source = True
+
+    def prepare(self, source_batches):
+        self.shown = [next(iter(source_batches)), len(Counted.read), *source_batches]
+        super().prepare(source_batches)
+
+
+class Counted(DigitsData):
+    """Counts the training images that are read."""
+
+    read: ClassVar[list[int]] = []
+
+    def clean(self, split):
+        images = super().clean(split)
+        if split == "train":
+            own = images.images
+            images.images = lambda positions: self.read.extend(positions.tolist()) or own(positions)
+        return images
+
+
+def test_source_images_are_read_as_they_are_shown(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("lightning_tta.modules.matching.with_progress", lambda *a: told.append(a) or iter(range(a[0])))
+    monkeypatch.setattr(Counted, "read", [])
+    data = Counted(domains=["contrast"], num_images=20)
+    first, read, *again = run(tmp_path, Twice, data=data, source_images=150)[0].method.shown
+    assert read == 64  # no more than the first batch
+    assert len(Counted.read) == 64 + 150
+    assert [len(batch["image"]) for batch in again] == [64, 64, 22]
+    assert torch.equal(first["index"], again[0]["index"])
+    assert torch.equal(torch.cat([batch["index"] for batch in again]), torch.tensor(Counted.read[64:]))
+    assert [count for count, _ in told] == [3, 3]
 
 
 def test_a_size_that_the_weights_do_not_expect(tmp_path):
