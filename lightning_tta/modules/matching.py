@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.data.images import Batch
+from lightning_tta.data.images import Batch, Images, to_float
 from lightning_tta.data.memo import with_progress
 from lightning_tta.errors import DataError, NotPreparedError
 from lightning_tta.methods.base import TTAMethod
@@ -39,17 +39,22 @@ def labels_among(labels: Tensor, classes: Sequence[int] | None) -> Tensor:
 
 
 @torch.no_grad()
+def predicted(
+    predict: Callable[[Tensor], Tensor], images: Images, positions: Tensor, batch_size: int, device: torch.device
+) -> Tensor:
+    """Classes (N,) that ``predict``, pixels in [0, 1] -> logits, gives the images at ``positions`` (N,), in batches."""
+    parts = torch.split(positions, batch_size)
+    return torch.cat([predict(to_float(images.images(part)).to(device)).argmax(1).cpu() for part in parts])
+
+
 def source_errors(
     model: nn.Module, data: ShiftedDataModule, classes: Sequence[int] | None, device: torch.device
 ) -> list[Tensor]:
     """Which images of each domain the net, as it is, gets wrong: bool (N_d,)."""
     wrong = []
     for images in data.domain_images:
-        found = []
-        for positions in torch.split(torch.arange(len(images)), data.batch_size):
-            pixels = images.images(positions).to(device).float() / 255
-            found.append(as_logits(model(pixels)).argmax(1).cpu())
-        wrong.append(torch.cat(found) != labels_among(images.labels, classes))
+        found = predicted(lambda x: as_logits(model(x)), images, torch.arange(len(images)), data.batch_size, device)
+        wrong.append(found != labels_among(images.labels, classes))
     return wrong
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.errors import ConfigError
 from lightning_tta.methods.base import TTAMethod
-from lightning_tta.modules.matching import labels_among
+from lightning_tta.modules.matching import labels_among, predicted
 
 
 class PeakMemory:
@@ -75,7 +75,6 @@ def check_forgetting(data: Any) -> None:
         )
 
 
-@torch.no_grad()
 def source_accuracy(
     method: TTAMethod, data: ShiftedDataModule, classes: list[int] | None, device: torch.device
 ) -> float | None:
@@ -89,15 +88,10 @@ def source_accuracy(
     if classes is not None:
         positions = positions[torch.isin(images.labels[positions], torch.tensor(classes))]
     positions = positions[: data.num_images]
-    labels = torch.full_like(images.labels, -1)
-    labels[positions] = labels_among(images.labels[positions], classes)
-    right = known = 0
-    for part in torch.split(positions, data.batch_size):
-        pixels = images.images(part).to(device).float() / 255
-        prediction = method.predict(pixels).argmax(1).cpu()
-        right += int((prediction == labels[part]).sum())
-        known += int((labels[part] >= 0).sum())
-    return right / known if known else None
+    labels = labels_among(images.labels[positions], classes)
+    right = predicted(method.predict, images, positions, data.batch_size, device) == labels
+    known = int((labels >= 0).sum())
+    return int(right.sum()) / known if known else None
 
 
 def measure(module: Any) -> dict[str, Any]:
