@@ -42,9 +42,8 @@ def list_stream(data: ShiftedDataModule) -> list[dict[str, Any]]:
 def _columns(data: ShiftedDataModule) -> tuple[Any, Any]:
     """Label and domain of each sample, in the order of the stream."""
     labels = torch.cat([images.labels for _, images in data.stream_parts]).numpy()
-    ends = np.cumsum(data.stream.sizes)
-    order = np.array([position for batch in data.stream.batches for position in batch])
-    return labels[order], np.searchsorted(ends, order, side="right")
+    order = [position for batch in data.stream.batches for position in batch]
+    return labels[order], data.stream.domain_of(order)
 
 
 def draw_stream(data: ShiftedDataModule, path: str | Path) -> Path:

@@ -42,8 +42,8 @@ class Sharing:
         if self.mode == "synchronised":
             return [part_of(batch, self.rank, self.world) for batch in stream.batches]
         owner = deal(stream, frozen, self.world)
-        ends = domain_ends(stream)
-        return [batch for batch in stream.batches if owner[domain_of(batch[0], ends)] == self.rank]
+        domains = stream.domain_of([batch[0] for batch in stream.batches])
+        return [batch for batch, d in zip(stream.batches, domains, strict=True) if owner[d] == self.rank]
 
 
 def part_of(batch: list[int], rank: int, world: int) -> list[int]:
@@ -51,20 +51,6 @@ def part_of(batch: list[int], rank: int, world: int) -> list[int]:
     each, more = divmod(len(batch), world)
     start = rank * each + min(rank, more)
     return batch[start : start + each + (rank < more)]
-
-
-def domain_ends(stream: Stream) -> list[int]:
-    """The position after each domain's last sample."""
-    ends, total = [], 0
-    for size in stream.sizes:
-        total += size
-        ends.append(total)
-    return ends
-
-
-def domain_of(position: int, ends: list[int]) -> int:
-    """The number of a sample's domain."""
-    return next(number for number, end in enumerate(ends) if position < end)
 
 
 def deal(stream: Stream, frozen: set[int], world: int) -> list[int]:

@@ -152,6 +152,10 @@ class Stream:
         """First 12 hexadecimal digits of the SHA-256 of the batches."""
         return hashlib.sha256(repr(self.batches).encode()).hexdigest()[:12]
 
+    def domain_of(self, positions: Sequence[int]) -> Positions:
+        """The number of each sample's domain."""
+        return np.searchsorted(np.cumsum(self.sizes), positions, side="right")
+
 
 def build_stream(
     labels: Sequence[Any], *, kind: str = "iid", batch_size: int = 64, seed: int = 0, dirichlet: float | None = None

@@ -51,6 +51,15 @@ def test_mixed_batches_hold_several_domains():
     assert all(len({DOMAIN_OF[p] for p in batch}) > 1 for batch in stream.batches[:3])
 
 
+@pytest.mark.parametrize("kind", STREAM_KINDS)
+def test_the_domain_of_each_position(kind):
+    order = flat(build_stream(LABELS, kind=kind, batch_size=4, seed=1))
+    assert build_stream(LABELS, kind=kind).domain_of(order).tolist() == [DOMAIN_OF[p] for p in order]
+    with_empty = build_stream([LABELS[2], torch.zeros(0, dtype=torch.int64), LABELS[2]], kind="iid")
+    assert with_empty.domain_of([3, 4, 7]).tolist() == [0, 2, 2]
+    assert with_empty.domain_of([]).tolist() == []
+
+
 def test_label_shift_gives_each_class_in_one_run_and_shuffles_inside():
     labels = [torch.arange(10).repeat(20)] * 2
     order = flat(build_stream(labels, kind="label_shift", batch_size=7, seed=0))
