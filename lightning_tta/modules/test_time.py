@@ -171,9 +171,9 @@ class TestTimeAdaptation(LightningModule):
         if stage != "predict":
             raise ConfigError(f"TestTimeAdaptation runs in predict, not in {stage}. Use SourceClassifier to {stage}.")
         alone = [self.keeper.save_every is not None, self.keeper.resume == "auto", self.on_bad_batch == "skip"]
-        if self.trainer.world_size > 1 and any([*alone, self.watch is not None]):
+        if self.trainer.world_size > 1 and any(alone):
             raise ConfigError(
-                "save_every, resume, on_bad_batch='skip' and Guard are for one process so far. Leave them out, or use "
+                "save_every, resume and on_bad_batch='skip' are for one process so far. Leave them out, or use "
                 "--trainer.devices 1."
             )
         self.fix_protocol()

@@ -62,6 +62,18 @@ def report_of(root):
     return json.loads((root / "report.json").read_text())
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    for options, words in (
+        ({"guard": Guard()}, "Guard is for one process"),
+        ({"save_every": 1}, "save_every, .* one process"),
+        ({"on_bad_batch": "skip"}, "on_bad_batch='skip' .* one process"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("action", ["warn", "reset", "rollback", "stop"])
 def test_actions_in_a_run(tmp_path, action, capsys):
     module, outputs = run(tmp_path, Sick, guard=Guard(action))
