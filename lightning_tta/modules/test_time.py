@@ -220,6 +220,7 @@ class TestTimeAdaptation(LightningModule):
         charge = description.get("charge")
         self.pace = Pace(charge, description["interval"]) if charge else None
         self._last_domain, self._since_reset = None, 0
+        self.watch = None  # of an earlier run; this one's comes with the first batch
         if self.measure_forgetting:
             check_forgetting(data)
         self.keeper.restore(self)

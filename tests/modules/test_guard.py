@@ -74,6 +74,20 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_without_guard_after_one_with_it(tmp_path):
+    module, _ = run(tmp_path / "first", Sick, guard=Guard("stop"))
+    assert module.watch.stopped
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path / "second",
+    )  # fmt: skip
+    trainer.predict(module, DataLoader(batches(), batch_size=None))
+    assert module.watch is None
+    report = report_of(tmp_path / "second")
+    assert report.get("guard") is None
+    assert report["backwards"] == 8
+
+
 @pytest.mark.parametrize("action", ["warn", "reset", "rollback", "stop"])
 def test_actions_in_a_run(tmp_path, action, capsys):
     module, outputs = run(tmp_path, Sick, guard=Guard(action))
