@@ -36,7 +36,6 @@ REMOTE = {
         "md5:11f0ed0f1191edbf9fa23466ae6021d3",
     ),
 }
-LABELS_MD5 = {"cifar10": "c439b113295ed5254878798ffe28fd54", "cifar100": "bb4026e9ce52996b95f439544568cdb2"}
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VERSIONS = {"cifar10_1_v4": 2021, "cifar10_1_v6": 2000}  # CIFAR-10.1, and its number of images
 
