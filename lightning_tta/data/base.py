@@ -17,6 +17,7 @@ from lightning_tta.data.corruptions import (
     CLEAN,
     SETS,
     FunctionSet,
+    check_computable,
     expand_domains,
     function_set_id,
     gradual,
@@ -33,6 +34,7 @@ from lightning_tta.data.images import (
     keep_in_memory,
 )
 from lightning_tta.data.memo import MEMO
+from lightning_tta.data.published import REFUSAL
 from lightning_tta.data.samplers import subset, validation_batches
 from lightning_tta.data.sharing import Sharing, loaded_batches
 from lightning_tta.data.source import SourceData
@@ -134,8 +136,8 @@ class ShiftedDataModule(SourceData):
         self.domain_names = gradual(names) if stream == "gradual" else names
         self.val_domain_names = expand_domains(val_domains, [], function_set) if val_domains is not None else []
         self._corrupted = [n for n in self.domain_names if n != CLEAN and n not in self.natural_names()]
-        if {*self._corrupted, *self.val_domain_names} - {CLEAN}:
-            function_set_id(function_set)  # is its package installed?
+        own = function_set == "published" and type(self).published is not ShiftedDataModule.published
+        check_computable([*([] if own else self._corrupted), *self.val_domain_names], function_set)
         self._blind_spots: list[Tensor] | None = None
         self.first_batch = 0  # where predict_dataloader starts: above 0 when a run is continued
         self.sharing = Sharing()
@@ -148,13 +150,11 @@ class ShiftedDataModule(SourceData):
 
     def natural_domain(self, name: str) -> Images:
         """The images of a natural domain."""
-        raise NotImplementedError
+        raise ConfigError(f"{type(self).__name__} has no natural domain {name!r}. Use corruptions, or 'clean'.")
 
     def published(self, corruption: str, severity: int) -> Images:
         """Test images under a corruption, as somebody published them, in the order of ``clean("test")``."""
-        raise ConfigError(
-            f'{type(self).__name__} has no published corrupted images. Use function_set="builtin" or "imagenet_c".'
-        )
+        raise ConfigError(REFUSAL)
 
     # What the base makes of it.
 

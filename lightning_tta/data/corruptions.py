@@ -11,6 +11,7 @@ A domain is named after its corruption; ``fog@5`` is fog at severity 5, whatever
 
 import difflib
 import hashlib
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Literal
 
@@ -49,6 +50,18 @@ def function_set_id(function_set: str = "builtin") -> str:
         ConfigError: On an unknown function set, or when its package is not installed.
     """
     return str(_get_set(function_set).version_id())
+
+
+def check_computable(domains: Iterable[str], function_set: str) -> None:
+    """Refuse, before data is read, domains that :func:`corrupt` cannot make.
+
+    Raises:
+        ConfigError: If there are some, and the function set is not installed, or has files only.
+    """
+    if set(domains) - {CLEAN}:
+        if _get_set(function_set) is published:
+            raise ConfigError(published.REFUSAL)
+        function_set_id(function_set)  # is its package installed?
 
 
 def check_name(name: str, known: list[str], what: str) -> None:

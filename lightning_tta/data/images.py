@@ -1,5 +1,6 @@
 """Labelled 8-bit images in memory, on disk or made on the fly, and the data sets that batch them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from lightning_tta.data.threads import one_thread
 Batch = dict[str, Tensor]
 
 
-class Images(Dataset[tuple[Tensor, int]]):
+class Images(Dataset[tuple[Tensor, int]], ABC):
     """Images uint8 (C, H, W) with labels; a leaf implements :meth:`image`.
 
     Attributes:
@@ -23,9 +24,9 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     labels: Tensor
 
+    @abstractmethod
     def image(self, position: int) -> Tensor:
         """One image: uint8, shape (C, H, W)."""
-        raise NotImplementedError
 
     def images(self, positions: Tensor) -> Tensor:
         """Several images: uint8, shape (B, C, H, W)."""

@@ -5,9 +5,14 @@ from typing import NoReturn
 from torch import Tensor
 
 from lightning_tta.data import imagenet_c
+from lightning_tta.errors import ConfigError
 
 REPORTED = imagenet_c.REPORTED
 HELD_OUT = imagenet_c.HELD_OUT
+REFUSAL = (
+    'function_set="published" computes nothing: it is for the stream of a data module that has such files (CIFARData, '
+    'ImageNetData). Here use "builtin" or "imagenet_c".'
+)
 
 
 def version_id() -> str:
@@ -16,5 +21,9 @@ def version_id() -> str:
 
 
 def apply(image: Tensor, name: str, severity: int, seed: int) -> NoReturn:
-    """There is nothing to compute."""
-    raise NotImplementedError("published images are read by the data module")
+    """There is nothing to compute.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise ConfigError(REFUSAL)

@@ -1,5 +1,6 @@
 """Source data: its splits, and the loaders that a source model is trained and tested with."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from lightning_tta.errors import check_range
 Split = Literal["train", "val", "test"]
 
 
-class SourceData(LightningDataModule):
+class SourceData(LightningDataModule, ABC):
     """What :class:`ShiftedDataModule` knows of the source; a leaf implements the first methods.
 
     Args:
@@ -42,18 +43,18 @@ class SourceData(LightningDataModule):
 
     # What a leaf provides.
 
+    @abstractmethod
     def clean(self, split: Split) -> Images:
         """The unshifted images of a split."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of the labels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def digest(self) -> str:
         """A short hash that tells whether two data modules have the same test images, for the protocol."""
-        raise NotImplementedError
 
     def memo_key(self) -> str:
         """What tells this data apart from any other data; the digest unless a leaf knows better."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ BATCH_STATISTICS = (
 )
 
 
-class Described:
+class Described(ABC):
     """Base of the methods' base.
 
     Attributes:
@@ -40,9 +41,9 @@ class Described:
         return self
 
     @property
+    @abstractmethod
     def adaptable(self) -> dict[str, Tensor]:
         """The tensors that the method may change, by their name in ``state_dict()``."""
-        raise NotImplementedError
 
     @property
     def weight_names(self) -> dict[str, str]:

@@ -191,5 +191,11 @@ def test_wrong_options(tmp_path):
     for wrong in ({"dataset": "cifar20"}, {"num_val": 0}, {"domains": ["fogg"]}, {"domains": ["fog@6"]}):
         with pytest.raises(ConfigError):
             make(tmp_path, **wrong)
-    with pytest.raises(ConfigError, match="no published corrupted images"):
-        DigitsData(function_set="published", domains=["fog"]).setup("predict")
+    with pytest.raises(ConfigError, match=r"computes nothing.*CIFARData.*builtin"):
+        DigitsData(function_set="published", domains=["fog"])
+
+
+def test_validation_images_are_computed(published):
+    with pytest.raises(ConfigError, match=r"computes nothing.*for the stream.*builtin"):
+        make(published, val_domains=["fog"])
+    assert make(published, val_domains=["clean"]).val_domain_names == ["clean"]

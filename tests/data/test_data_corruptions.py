@@ -143,6 +143,8 @@ def test_errors_say_what_to_do():
         corrupt(photo(0), "haze", 6)
     with pytest.raises(ConfigError, match="at least 32x32"):
         corrupt(photo(0, 28), "haze", 3)
+    with pytest.raises(ConfigError, match=r'computes nothing.*"builtin" or "imagenet_c"'):
+        corrupt(photo(0), "fog", 3, function_set="published")
     with pytest.raises(ConfigError, match="uint8"):
         corrupt(photo(0).float(), "haze", 3)
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from sklearn.datasets import load_digits
 
-from lightning_tta.data import DigitsData, corrupt, corruption_names
+from lightning_tta.data import DigitsData, ShiftedDataModule, corrupt, corruption_names
 from lightning_tta.data.digits import split_positions
 from lightning_tta.data.memo import MEMO
 from lightning_tta.errors import ConfigError
@@ -232,6 +232,16 @@ def test_wrong_values_fail_before_data_is_read(monkeypatch, options, message):
     monkeypatch.setattr("lightning_tta.data.digits._load", None)
     with pytest.raises(ConfigError, match=message):
         DigitsData(**options)
+
+
+def test_what_a_leaf_must_provide():
+    class Leaf(ShiftedDataModule):
+        class_names = ("a",)
+
+    with pytest.raises(TypeError, match=r"abstract methods '?clean'?, '?digest'?"):
+        Leaf()
+    with pytest.raises(ConfigError, match="DigitsData has no natural domain 'sketch'"):
+        DigitsData().natural_domain("sketch")
 
 
 def test_describe():
