@@ -1,12 +1,12 @@
 """CoTTA against three plain nets and an Adam written out; views, masks, passes, memory."""
 
 import copy
-import io
 import math
 
 import pytest
 import torch
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same, without_running_statistics
+from plain import assert_goes_on_after_loading
 
 from lightning_tta import ConfigError, adapt
 from lightning_tta.methods import cotta
@@ -283,20 +283,8 @@ def test_one_copy_of_the_source():
 @pytest.mark.parametrize("restore", [0.0, 0.3])
 def test_save_and_reset_in_mid_stream(restore):
     options = {"lr": 1e-2, "ema_decay": 0.7, "views": 3, "restore": restore}
-    method, stream = adapt(make_net("bn"), "cotta", **options), make_stream(5)
-    initial = copy.deepcopy(method.state_dict())
-    first = [method(images) for images in stream[:3]]
-    file = io.BytesIO()
-    torch.save(method.state_dict(), file)
-    file.seek(0)
-    other = adapt(make_net("bn", seed=5), "cotta", **options)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    assert same([other(images) for images in stream[3:]], [method(images) for images in stream[3:]])
-    assert same(other.state_dict(), method.state_dict())
-    for each in (method, other):
-        each.reset()
-        assert same(each.state_dict(), initial)
-        assert same([each(images) for images in stream[:3]], first)
+    method, other = (adapt(make_net("bn", seed=seed), "cotta", **options) for seed in (0, 5))
+    assert_goes_on_after_loading(method, other, make_stream(5))
 
 
 def test_a_half_precision_teacher_moves():

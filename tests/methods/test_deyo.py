@@ -1,28 +1,17 @@
 """DeYO against a reference written with plain torch, sample by sample; the shuffles."""
 
 import copy
-import io
 import math
 
 import pytest
 import torch
-from nets import (
-    KINDS,
-    make_images,
-    make_net,
-    make_stream,
-    max_difference,
-    norm_weights,
-    same,
-    without_running_statistics,
-)
+from nets import KINDS, make_images, make_net, make_stream, max_difference, same
+from plain import FROZEN, TOLERANCE, PlainMethod, assert_goes_on_after_loading, assert_same_sgd
 
 from lightning_tta import ConfigError, adapt
 from lightning_tta.views import shuffle_patches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOLERANCE = 1e-10  # float64
-FROZEN = {"bn": ["norm2"], "gn": ["norm2"], "ln": ["norm"], "user": ["hidden.1"]}  # the last of 2 or 3 layers
 MARGIN = {"bn": 0.8, "gn": 0.8, "ln": 0.65, "user": 0.82}
 
 
@@ -38,16 +27,13 @@ def plain_shuffle(image, patches, order):
     return result
 
 
-class PlainDeYO:
-    """Loops over samples, and SGD with momentum, by hand, on a copy of ``net``."""
+class PlainDeYO(PlainMethod):
+    """Loops over samples."""
 
-    def __init__(self, net, kind, lr, entropy_margin, plpd_threshold, patches=4, seed=0, momentum=0.9):
-        self.net = without_running_statistics(copy.deepcopy(net))
-        self.weights = {n: w for n, w in norm_weights(self.net).items() if n.rpartition(".")[0] not in FROZEN[kind]}
-        self.lr, self.entropy_margin, self.plpd_threshold = lr, entropy_margin, plpd_threshold
-        self.patches, self.momentum = patches, momentum
+    def __init__(self, net, kind, lr, entropy_margin, plpd_threshold, patches=4, seed=0):
+        super().__init__(net, lr, frozen=FROZEN[kind])
+        self.entropy_margin, self.plpd_threshold, self.patches = entropy_margin, plpd_threshold, patches
         self.generator = torch.Generator().manual_seed(seed)
-        self.buffers = {n: torch.zeros_like(w) for n, w in self.weights.items()}
 
     def __call__(self, images):
         logits = self.net(images)
@@ -74,22 +60,13 @@ class PlainDeYO:
         if terms:
             loss = sum(terms) / len(terms)
             report |= {"kept": len(terms), "loss": loss.item(), "passes": (2, 1)}
-            gradients = torch.autograd.grad(loss, list(self.weights.values()))
-            with torch.no_grad():
-                for (name, weight), gradient in zip(self.weights.items(), gradients, strict=True):
-                    self.buffers[name] = self.momentum * self.buffers[name] + gradient
-                    weight -= self.lr * self.buffers[name]
+            self.sgd.step(self.sgd.gradients(loss))
         return logits.detach(), report
 
 
 def assert_same_state(method, reference):
     assert {n.removeprefix("model.") for n in method.adaptable} == set(reference.weights)
-    for name, weight in reference.weights.items():
-        ours = method.adaptable[f"model.{name}"]
-        assert max_difference(ours.detach(), weight.detach()) < TOLERANCE
-        state = method.optimizers["model"].state.get(ours, {})
-        buffer = state.get("momentum_buffer", torch.zeros_like(weight))
-        assert max_difference(buffer, reference.buffers[name]) < TOLERANCE
+    assert_same_sgd(method, reference.sgd)
     assert torch.equal(method.memory["generator"], reference.generator.get_state())
 
 
@@ -112,8 +89,7 @@ def test_five_steps(kind, patches, seed):
         assert_same_state(method, reference)
         reports.append(report)
     assert 0 < sum(r["kept"] for r in reports) < sum(r["sure"] for r in reports) < 40
-    start = norm_weights(net)
-    assert all((weight - start[name]).abs().max() > 1e-4 for name, weight in reference.weights.items())
+    assert reference.sgd.moved() > 1e-4
 
 
 def test_defaults_are_the_authors():
@@ -166,20 +142,9 @@ def test_shuffles_depend_on_the_seed_and_go_on():
 
 def test_generator_is_saved():
     options = {"lr": 0.1, "optimizer": "sgd", "entropy_margin": 0.95, "plpd_threshold": -0.1, "patches": 2}
-    stream = make_stream(4, batch=8)
     method = adapt(make_net("gn"), "deyo", **options)
-    first = [method(images) for images in stream[:2]]
-    file = io.BytesIO()
-    torch.save(method.state_dict(), file)
-    rest = [method(images) for images in stream[2:]]
-    end = copy.deepcopy(method.state_dict())
-    file.seek(0)
-    resumed = adapt(make_net("gn", seed=5), "deyo", seed=9, **options)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert same([resumed(images) for images in stream[2:]], rest)
-    assert same(resumed.state_dict(), end)
-    method.reset()
-    assert same([method(images) for images in stream], first + rest)
+    other = adapt(make_net("gn", seed=5), "deyo", seed=9, **options)
+    assert_goes_on_after_loading(method, other, make_stream(4, batch=8), same_options=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,40 +1,26 @@
 """EATA and ETA against a reference written with plain torch, sample by sample, and their identities."""
 
 import copy
-import io
 import math
 
 import pytest
 import torch
-from nets import (
-    KINDS,
-    make_images,
-    make_net,
-    make_stream,
-    max_difference,
-    norm_weights,
-    same,
-    without_running_statistics,
-)
+from nets import KINDS, make_images, make_net, make_stream, max_difference, norm_weights, same
+from plain import TOLERANCE, PlainMethod, assert_goes_on_after_loading, assert_same_sgd
 
 from lightning_tta import ConfigError, DataError, adapt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOLERANCE = 1e-10  # float64
 OPTIONS = {"lr": 0.05, "entropy_margin": 0.8, "diversity_margin": 0.93}
 
 
-class PlainEATA:
-    """The objective with loops over samples, and SGD with momentum, by hand, on a copy of ``net``."""
+class PlainEATA(PlainMethod):
+    """The objective with loops over samples."""
 
-    def __init__(self, net, lr, entropy_margin, diversity_margin, fisher_alpha=0.0, momentum=0.9):
-        self.net = without_running_statistics(copy.deepcopy(net))
-        self.weights = norm_weights(self.net)
-        self.source = {n: w.detach().clone() for n, w in self.weights.items()}
-        self.lr, self.momentum, self.fisher_alpha = lr, momentum, fisher_alpha
-        self.entropy_margin, self.diversity_margin = entropy_margin, diversity_margin
-        self.buffers = {n: torch.zeros_like(w) for n, w in self.source.items()}
-        self.fisher = {n: torch.zeros_like(w) for n, w in self.source.items()}
+    def __init__(self, net, lr, entropy_margin, diversity_margin, fisher_alpha=0.0):
+        super().__init__(net, lr)
+        self.fisher_alpha, self.entropy_margin, self.diversity_margin = fisher_alpha, entropy_margin, diversity_margin
+        self.fisher = {n: torch.zeros_like(w) for n, w in self.sgd.source.items()}
         self.mean_probability = None
 
     def prepare(self, batches):
@@ -42,8 +28,7 @@ class PlainEATA:
             logits = self.net(images)
             log_p = logits - logits.exp().sum(1, keepdim=True).log()
             loss = -sum(row[row.argmax()] for row in log_p) / len(images)
-            gradients = torch.autograd.grad(loss, list(self.weights.values()))
-            for name, gradient in zip(self.weights, gradients, strict=True):
+            for name, gradient in zip(self.weights, self.sgd.gradients(loss), strict=True):
                 self.fisher[name] += gradient**2 / len(batches)
 
     def __call__(self, images):
@@ -65,12 +50,8 @@ class PlainEATA:
             return logits.detach(), None, mask
         loss = sum(terms) / len(terms)
         for name, weight in self.weights.items():
-            loss = loss + self.fisher_alpha * (self.fisher[name] * (weight - self.source[name]) ** 2).sum()
-        gradients = torch.autograd.grad(loss, list(self.weights.values()))
-        with torch.no_grad():
-            for (name, weight), gradient in zip(self.weights.items(), gradients, strict=True):
-                self.buffers[name] = self.momentum * self.buffers[name] + gradient
-                weight -= self.lr * self.buffers[name]
+            loss = loss + self.fisher_alpha * (self.fisher[name] * (weight - self.sgd.source[name]) ** 2).sum()
+        self.sgd.step(self.sgd.gradients(loss))
         mean = sum(kept) / len(kept)
         first = self.mean_probability is None
         self.mean_probability = mean if first else 0.9 * self.mean_probability + 0.1 * mean
@@ -78,12 +59,7 @@ class PlainEATA:
 
 
 def assert_same_state(method, reference):
-    for name, weight in reference.weights.items():
-        ours = method.adaptable[f"model.{name}"]
-        assert max_difference(ours.detach(), weight.detach()) < TOLERANCE
-        state = method.optimizers["model"].state.get(ours, {})
-        buffer = state.get("momentum_buffer", torch.zeros_like(weight))
-        assert max_difference(buffer, reference.buffers[name]) < TOLERANCE
+    assert_same_sgd(method, reference.sgd)
     ours = method.memory["mean_probability"]
     assert (ours is None) == (reference.mean_probability is None)
     if ours is not None:
@@ -113,8 +89,7 @@ def test_five_steps(kind, fisher_alpha):
         assert_same_state(method, reference)
         masks += mask
     assert 0 < sum(masks) < len(masks)
-    start = norm_weights(net)
-    assert all((weight - start[name]).abs().max() > 1e-4 for name, weight in reference.weights.items())
+    assert reference.sgd.moved() > 1e-4
 
 
 def test_both_filters_decide():
@@ -248,22 +223,11 @@ def test_nothing_new_leaves_momentum_and_mean_alone():
 
 
 def test_mean_prediction_is_saved_and_forgotten_by_reset():
-    stream = make_stream(4, batch=8)
-    method = adapt(make_net("gn"), "eta", **OPTIONS)
-    first = [method(images) for images in stream[:2]]
-    file = io.BytesIO()
-    torch.save(method.state_dict(), file)
-    rest = [method(images) for images in stream[2:]]
-    end = copy.deepcopy(method.state_dict())
-    file.seek(0)
-    resumed = adapt(make_net("gn", seed=5), "eta", **OPTIONS)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert resumed.memory["mean_probability"] is not None
-    assert same([resumed(images) for images in stream[2:]], rest)
-    assert same(resumed.state_dict(), end)
+    method, other = (adapt(make_net("gn", seed=seed), "eta", **OPTIONS) for seed in (0, 5))
+    saved = assert_goes_on_after_loading(method, other, make_stream(4, batch=8))
+    assert saved["_extra_state"]["memory"]["mean_probability"] is not None
     method.reset()
     assert method.memory["mean_probability"] is None
-    assert same([method(images) for images in stream], first + rest)
 
 
 def test_state_without_the_mean_prediction_is_refused():

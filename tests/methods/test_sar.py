@@ -1,28 +1,17 @@
 """SAR against a reference written with plain torch, and its identities."""
 
 import copy
-import io
 import math
 
 import pytest
 import torch
-from nets import (
-    KINDS,
-    make_images,
-    make_net,
-    make_stream,
-    max_difference,
-    norm_weights,
-    same,
-    without_running_statistics,
-)
+from nets import KINDS, make_images, make_net, make_stream, max_difference, same
+from plain import FROZEN, TOLERANCE, PlainMethod, assert_goes_on_after_loading, assert_same_sgd
 from torch import nn
 
 from lightning_tta import adapt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOLERANCE = 1e-10  # float64
-FROZEN = {"bn": ["norm2"], "gn": ["norm2"], "ln": ["norm"], "user": ["hidden.1"]}  # the last of 2 or 3 layers
 
 
 def entropies_of(net, images):
@@ -31,25 +20,17 @@ def entropies_of(net, images):
     return logits.detach(), [-(row * row.log()).sum() for row in p]
 
 
-class PlainSAR:
-    """Two passes and SGD with momentum, by hand, on a copy of ``net``."""
+class PlainSAR(PlainMethod):
+    """Two passes a batch, by hand."""
 
-    def __init__(self, net, kind, lr, entropy_margin, rho, reset_threshold, momentum=0.9):
-        self.net = without_running_statistics(copy.deepcopy(net))
-        frozen = FROZEN[kind]
-        self.weights = {n: w for n, w in norm_weights(self.net).items() if n.rpartition(".")[0] not in frozen}
-        self.source = {n: w.detach().clone() for n, w in self.weights.items()}
-        self.lr, self.entropy_margin, self.rho = lr, entropy_margin, rho
-        self.reset_threshold, self.momentum = reset_threshold, momentum
-        self.restart()
-
-    def restart(self):
-        self.buffers = {n: torch.zeros_like(w) for n, w in self.source.items()}
+    def __init__(self, net, kind, lr, entropy_margin, rho, reset_threshold):
+        super().__init__(net, lr, frozen=FROZEN[kind])
+        self.entropy_margin, self.rho, self.reset_threshold = entropy_margin, rho, reset_threshold
         self.average = None
 
     def mean_gradient(self, terms):
         loss = sum(terms) / len(terms)
-        return loss.item(), torch.autograd.grad(loss, list(self.weights.values()))
+        return loss.item(), self.sgd.gradients(loss)
 
     def __call__(self, images):
         logits, first = entropies_of(self.net, images)
@@ -75,27 +56,18 @@ class PlainSAR:
         if not chosen:
             return logits, report
         report["passes"] = (2, 2)
-        with torch.no_grad():
-            for (name, weight), gradient in zip(self.weights.items(), gradients, strict=True):
-                self.buffers[name] = self.momentum * self.buffers[name] + gradient
-                weight -= self.lr * self.buffers[name]
-            self.average = report["loss"] if self.average is None else 0.9 * self.average + 0.1 * report["loss"]
-            if self.reset_threshold is not None and self.average < self.reset_threshold:
-                report["recoveries"] = 1
-                self.restart()
-                for name, weight in self.weights.items():
-                    weight.copy_(self.source[name])
+        self.sgd.step(gradients)
+        self.average = report["loss"] if self.average is None else 0.9 * self.average + 0.1 * report["loss"]
+        if self.reset_threshold is not None and self.average < self.reset_threshold:
+            report["recoveries"] = 1
+            self.average = None
+            self.sgd.restart()
         return logits, report
 
 
 def assert_same_state(method, reference):
     assert {n.removeprefix("model.") for n in method.adaptable} == set(reference.weights)
-    for name, weight in reference.weights.items():
-        ours = method.adaptable[f"model.{name}"]
-        assert max_difference(ours.detach(), weight.detach()) < TOLERANCE
-        state = method.optimizers["model"].state.get(ours, {})
-        buffer = state.get("momentum_buffer", torch.zeros_like(weight))
-        assert max_difference(buffer, reference.buffers[name]) < TOLERANCE
+    assert_same_sgd(method, reference.sgd)
     ours = method.memory["mean_loss"]
     assert (ours is None) == (reference.average is None)
     assert ours is None or abs(ours.item() - reference.average) < TOLERANCE
@@ -118,8 +90,7 @@ def compare(kind, batches, **options):
         assert stats.get("loss", 0) == pytest.approx(report["loss"] or 0, abs=TOLERANCE)
         assert_same_state(method, reference)
         reports.append(report)
-    moved = [(w - reference.source[n]).abs().max().item() for n, w in reference.weights.items()]
-    return reports, min(moved)
+    return reports, reference.sgd.moved()
 
 
 MARGIN = {"bn": 0.8, "gn": 0.8, "ln": 0.62, "user": 0.8}
@@ -238,22 +209,11 @@ def test_nothing_kept(kind, num_classes, batch):
 
 def test_average_is_saved_and_forgotten_by_reset():
     options = {"lr": 0.1, "optimizer": "sgd", "entropy_margin": 0.9, "reset_threshold": None}
-    stream = make_stream(4, batch=8)
-    method = adapt(make_net("gn"), "sar", **options)
-    first = [method(images) for images in stream[:2]]
-    file = io.BytesIO()
-    torch.save(method.state_dict(), file)
-    rest = [method(images) for images in stream[2:]]
-    end = copy.deepcopy(method.state_dict())
-    file.seek(0)
-    resumed = adapt(make_net("gn", seed=5), "sar", **options)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert resumed.memory["mean_loss"] is not None
-    assert same([resumed(images) for images in stream[2:]], rest)
-    assert same(resumed.state_dict(), end)
+    method, other = (adapt(make_net("gn", seed=seed), "sar", **options) for seed in (0, 5))
+    saved = assert_goes_on_after_loading(method, other, make_stream(4, batch=8))
+    assert saved["_extra_state"]["memory"]["mean_loss"] is not None
     method.reset()
     assert method.memory["mean_loss"] is None
-    assert same([method(images) for images in stream], first + rest)
 
 
 def test_come_entropy_in_both_passes():

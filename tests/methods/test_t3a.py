@@ -1,11 +1,9 @@
 """T3A against lists of supports, class by class; the bank's size, its memory and what it keeps."""
 
-import copy
-import io
-
 import pytest
 import torch
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same
+from plain import assert_goes_on_after_loading
 
 from lightning_tta import ConfigError, adapt
 
@@ -127,19 +125,8 @@ def test_a_confident_row_gives_way_to_a_more_confident_image():
 
 @pytest.mark.parametrize("filter_k", [1, 3, None])
 def test_save_and_reset_in_mid_stream(filter_k):
-    method, stream = adapt(make_net("bn"), "t3a", filter_k=filter_k), make_stream(5, batch=7)
-    initial = copy.deepcopy(method.state_dict())
-    first = [method(images) for images in stream[:3]]
-    file = io.BytesIO()
-    torch.save(method.state_dict(), file)
-    file.seek(0)
-    other = adapt(make_net("bn", seed=5), "t3a", filter_k=filter_k)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    assert same([other(images) for images in stream[3:]], [method(images) for images in stream[3:]])
-    for each in (method, other):
-        each.reset()
-        assert same(each.state_dict(), initial)
-        assert same([each(images) for images in stream[:3]], first)
+    method, other = (adapt(make_net("bn", seed=seed), "t3a", filter_k=filter_k) for seed in (0, 5))
+    assert_goes_on_after_loading(method, other, make_stream(5, batch=7))
 
 
 def test_memory_is_bounded_and_known_from_the_start():

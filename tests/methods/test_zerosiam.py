@@ -1,39 +1,25 @@
 """ZeroSiam against a reference written with plain torch, finite differences, and its identities."""
 
-import copy
 import math
 
 import pytest
 import torch
-from nets import (
-    KINDS,
-    make_images,
-    make_net,
-    make_stream,
-    max_difference,
-    norm_weights,
-    same,
-    without_running_statistics,
-)
+from nets import KINDS, make_images, make_net, make_stream, max_difference, same
+from plain import TOLERANCE, PlainMethod, PlainSGD, assert_same_sgd
 from torch.func import functional_call
 
 from lightning_tta import adapt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOLERANCE = 1e-10  # float64
 
 
-class PlainZeroSiam:
-    """The objective and two SGD optimizers with momentum, by hand, on a copy of one of the nets of the tests."""
+class PlainZeroSiam(PlainMethod):
+    """The objective, and an SGD of its own for the predictor h."""
 
     def __init__(self, net, lr, predictor_lr, alpha=1.0, momentum=0.9):
-        self.net = without_running_statistics(copy.deepcopy(net))
-        self.weights = norm_weights(self.net)
+        super().__init__(net, lr, momentum)
         self.h = torch.eye(net.head.in_features, dtype=torch.float64, requires_grad=True)
-        self.alpha, self.momentum = alpha, momentum
-        self.variables = [*self.weights.values(), self.h]
-        self.rates = [lr] * len(self.weights) + [predictor_lr]
-        self.buffers = [torch.zeros_like(v) for v in self.variables]
+        self.alpha, self.predictor_sgd = alpha, PlainSGD({"weight": self.h}, predictor_lr, momentum)
 
     def branches(self, images):
         z = self.net.features(images)
@@ -51,27 +37,16 @@ class PlainZeroSiam:
     def __call__(self, images, lr_factor=1.0):
         u, o = self.branches(images)
         loss = self.loss(o, u.detach())
-        gradients = torch.autograd.grad(loss, self.variables)
-        with torch.no_grad():
-            for i, gradient in enumerate(gradients):
-                self.buffers[i] = self.momentum * self.buffers[i] + gradient
-                self.variables[i] -= self.rates[i] * lr_factor * self.buffers[i]
+        *gradients, own = torch.autograd.grad(loss, [*self.weights.values(), self.h])
+        self.sgd.step(gradients, lr_factor)
+        self.predictor_sgd.step([own], lr_factor)
         return u.detach(), loss.item()
 
 
-def momentum_of(method, optimizer, tensor):
-    return method.optimizers[optimizer].state[tensor]["momentum_buffer"]
-
-
 def assert_same_state(method, reference):
-    ours = {name.removeprefix("model."): tensor for name, tensor in method.adaptable.items()}
-    assert ours.keys() == {*reference.weights, "predictor.weight"}
-    for i, (name, weight) in enumerate(reference.weights.items()):
-        assert max_difference(ours[name].detach(), weight.detach()) < TOLERANCE
-        assert max_difference(momentum_of(method, "model", ours[name]), reference.buffers[i]) < TOLERANCE
-    h = method.predictor.weight
-    assert max_difference(h.detach(), reference.h.detach()) < TOLERANCE
-    assert max_difference(momentum_of(method, "predictor", h), reference.buffers[-1]) < TOLERANCE
+    assert {n.removeprefix("model.") for n in method.adaptable} == {*reference.weights, "predictor.weight"}
+    assert_same_sgd(method, reference.sgd)
+    assert_same_sgd(method, reference.predictor_sgd, "predictor", "predictor.")
 
 
 def plain(net, **options):
@@ -90,8 +65,7 @@ def test_five_steps(kind, alpha, momentum):
         assert max_difference(method(images), expected) < TOLERANCE
         assert abs(method.stats["loss"] - loss) < TOLERANCE
         assert_same_state(method, reference)
-    start = norm_weights(net)
-    assert all((weight - start[name]).abs().max() > 1e-4 for name, weight in reference.weights.items())
+    assert reference.sgd.moved() > 1e-4
     assert (reference.h - torch.eye(len(reference.h))).norm() > 1e-2
 
 
