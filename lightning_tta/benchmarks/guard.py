@@ -15,9 +15,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch import nn
 
+from lightning_tta.benchmarks.tiny import quiet_trainer
 from lightning_tta.data import DigitsData, FolderData
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.guard import Guard
@@ -80,13 +80,7 @@ def main(args: list[str] | None = None) -> dict[str, tuple[float, int | None]]:
             module = TestTimeAdaptation(
                 method, source_ckpt=given.source_ckpt, backbone=given.net, num_classes=10, log_images=0
             )
-            trainer = Trainer(
-                accelerator="cpu",
-                logger=False,
-                enable_progress_bar=False,
-                default_root_dir=f"{place}/{number}",
-                callbacks=[Guard(**guard)] if guard is not None else [],
-            )
+            trainer = quiet_trainer(f"{place}/{number}", *([Guard(**guard)] if guard is not None else []))
             trainer.predict(module, datamodule=make_data(given.root, given.images), return_predictions=False)
             assert module.summary is not None
             alarms = len(module.watch.events) if module.watch is not None else None

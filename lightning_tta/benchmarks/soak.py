@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tta.benchmarks.stream_memory import resident_mb
-from lightning_tta.benchmarks.tiny import DOMAINS, Made, train
+from lightning_tta.benchmarks.tiny import DOMAINS, Made, quiet_trainer, train
 from lightning_tta.guard import Guard
 from lightning_tta.methods import available_methods
 from lightning_tta.methods._moments import size
@@ -105,14 +105,7 @@ def soak(
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=place,
-            callbacks=[notes, Guard()] if guard else [notes],
-        )
+        trainer = quiet_trainer(place, notes, *([Guard()] if guard else []))
         loader = DataLoader(Soak(made, batches, batch_size, broken), batch_size=None)
         trainer.predict(module, loader, return_predictions=False)
     assert module.summary is not None

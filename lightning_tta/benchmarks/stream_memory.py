@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
+from lightning_tta.benchmarks.tiny import quiet_trainer
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.images import Images
 from lightning_tta.data.source import Split
@@ -104,17 +105,9 @@ def main(args: list[str] | None = None) -> list[tuple[int, float]]:
     )
     watch = Watch(max(options.batch, options.samples // 20))
     with tempfile.TemporaryDirectory() as place:
-        trainer = Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=place,
-            callbacks=[watch],
-        )
         module = TestTimeAdaptation(partial(available_methods()[options.method]), backbone=net)
         data = MadeData(options.samples, 8, batch_size=options.batch)
-        trainer.predict(module, datamodule=data, return_predictions=False)
+        quiet_trainer(place, watch).predict(module, datamodule=data, return_predictions=False)
     half = [memory for seen, memory in watch.found if seen >= options.samples / 2]
     print(f"second half of the stream: {half[0]:.1f} to {half[-1]:.1f} MB ({half[-1] - half[0]:+.1f})")
     return watch.found

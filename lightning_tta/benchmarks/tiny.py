@@ -1,10 +1,12 @@
-"""A tiny problem for measurements: small nets with each kind of norm layer, made images in several domains."""
+"""For measurements: small nets with each kind of norm layer, made images in several domains, a quiet trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
@@ -76,3 +78,15 @@ def train(kind: str, made: Made, steps: int = 300) -> nn.Module:
             cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return net.eval()
+
+
+def quiet_trainer(place: str | Path, *callbacks: Callback) -> Trainer:
+    """A trainer on the CPU that shows nothing and writes into ``place``, for predict runs."""
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=place,
+        callbacks=list(callbacks),
+    )
