@@ -9,8 +9,8 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_tta.benchmark import Benchmark
-from lightning_tta.cli import _run_function, main, run_lightning
+from lightning_tta.cli import main, run_lightning
+from lightning_tta.commands import build_benchmark
 from lightning_tta.data.streams import MEANING, STREAM_KINDS
 from lightning_tta.methods import available_methods
 
@@ -132,7 +132,7 @@ def test_every_config_parses(path, monkeypatch):
     elif "methods:" in text:
         weights = yaml.safe_load(text)["nets"].items()  # the user's own: not in the repository
         given = [f"--nets.{label}.source_ckpt=none" for label, net in weights if "source_ckpt" in net]
-        assert _run_function(Benchmark, "benchmark", [f"--config={path}", *given]).cells
+        assert build_benchmark([f"--config={path}", *given]).cells
     else:
         command = "predict" if "TestTimeAdaptation" in text else "fit"
         extra = ["--model.method=Source"] if command == "predict" else []

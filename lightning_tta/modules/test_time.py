@@ -44,7 +44,7 @@ class TestTimeAdaptation(LightningModule):
 
     Args:
         method: Called with the source model; returns the method, such as ``functools.partial(Tent, lr=1e-3)``. On the
-            command line: a class name (``Tent``) or a file (``configs/methods/tent.yaml``).
+            command line: a name (``tent``), a class (``Tent``) or a file (``configs/methods/tent.yaml``).
         source_ckpt: Source weights: a checkpoint of ``SourceClassifier`` or ``MetaTTT``, which knows its net, or a
             directory that holds one, or a weights file for ``backbone``; ``"none"`` for random weights.
         backbone: Name for :func:`lightning_tta.create_backbone`, or a module (used as it is, adapted in place).
