@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lightning_tta.data
@@ -19,6 +20,7 @@ import lightning_tta.modules  # classes are found by short name only once they a
 from lightning_tta.board import FitBoard
 from lightning_tta.commands import COMMANDS
 from lightning_tta.errors import ConfigError, FinishedError, LightningTTAError
+from lightning_tta.parsing import closest, explained, our_error
 
 DESCRIPTION = "Test-time adaptation of image classifiers: train a source model, adapt it on a shifted stream, compare."
 HELP = f"""usage: lightning-tta [-h] [--version] [--print_completion {{bash,zsh}}] COMMAND ...
@@ -67,6 +69,29 @@ class TTACLI(LightningCLI):
         """A parser whose help, and the comments of ``--print_config=comments``, can be read."""
         return super().init_parser(formatter_class=_ShortLists, **kwargs)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say in short what does not."""
+        parsers = self._subcommand_parsers
+        for each in (parser, *parsers.values()):
+            each.exit_on_error = False
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            name = args["subcommand"] if isinstance(args, dict) else next((a for a in args if a in parsers), None)
+            if name in parsers:
+                raise explained(error, parsers[name], f"lightning-tta {name}") from None
+            commands = (*parsers, *COMMANDS)
+            wrong = f"{args[0]!r} is no command.{closest(args[0], commands)}"
+            raise ConfigError(f"{wrong} Give one of: {', '.join(commands)}.\nHelp: lightning-tta --help") from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer; what it does not accept is the configuration's fault."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            text = " ".join(str(error).split())
+            raise ConfigError(f"The Trainer refuses its options: {text} Change what --trainer sets.") from error
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":  # else all outputs of the stream are kept in memory
@@ -113,8 +138,7 @@ def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False)
         parse_only: Only check the configuration.
 
     Raises:
-        LightningTTAError: If the configuration, data or weights are wrong.
-        SystemExit: With code 2 after a message, if the arguments do not parse.
+        LightningTTAError: If the arguments do not parse, or the configuration, data or weights are wrong.
     """
     with warnings.catch_warnings():  # notebooks, tests and the benchmark call this beside another command line
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -122,7 +146,7 @@ def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False)
             args = _name_classes(args) if isinstance(args, list) else args
             return _build_cli(_ParseOnlyCLI if parse_only else TTACLI, args)
         except (ValueError, TypeError) as error:
-            cause = _our_error(error)
+            cause = our_error(error)
             if cause is None:
                 raise
             raise cause from None
@@ -147,13 +171,6 @@ def lightning_parsers() -> dict[str, LightningArgumentParser]:
     """The parsers of fit, validate, test and predict."""
     cli = run_lightning(["predict", "--model.method=Source", "--data=DigitsData"], parse_only=True)
     return cli._subcommand_parsers
-
-
-def _our_error(error: BaseException | None) -> LightningTTAError | None:
-    """Our error inside the one that jsonargparse makes of whatever a constructor raises."""
-    while error is not None and not isinstance(error, LightningTTAError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _build_cli(kind: type[TTACLI], args: list[str] | dict[str, Any]) -> TTACLI:

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 import lightning_tta.data
 from lightning_tta.errors import ConfigError
+from lightning_tta.parsing import instantiate, parse
 
 
 def benchmark_parser() -> ArgumentParser:
@@ -30,7 +31,7 @@ def build_benchmark(args: list[str]) -> Any:
     from lightning_tta.benchmark import Benchmark
 
     parser = benchmark_parser()
-    values = parser.instantiate_classes(parser.parse_args(args))
+    values = instantiate(parser, parse(parser, args))
     return Benchmark(**{key: value for key, value in values.as_dict().items() if key != "config"})
 
 
@@ -53,7 +54,7 @@ def report_parser() -> ArgumentParser:
 def _run_report(args: list[str]) -> None:
     from lightning_tta.report import report
 
-    given = report_parser().parse_args(args)
+    given = parse(report_parser(), args)
     output = None if given.output is None else Path(given.output)
     report([Path(run) for run in given.runs], allow_different=given.allow_different, output=output, latex=given.latex)
 
@@ -70,7 +71,7 @@ def _run_export(args: list[str]) -> None:
     """Write the weights that a predict run adapted (one with --model.save_every) as plain safetensors."""
     from lightning_tta.exporting import export_run
 
-    given = export_parser().parse_args(args)
+    given = parse(export_parser(), args)
     print(f"adapted weights: {export_run(given.run, given.output)}")
 
 
@@ -92,8 +93,8 @@ def _run_stream(args: list[str]) -> None:
     from lightning_tta.report import table
 
     parser = stream_parser()
-    given = parser.parse_args(only_data(args))
-    data = parser.instantiate_classes(given).data
+    given = parse(parser, only_data(args))
+    data = instantiate(parser, given).data
     rows = list_stream(data)
     cells = [
         [
@@ -128,7 +129,11 @@ def only_data(args: list[str]) -> list[str]:
         path = Path(value or next(rest, ""))
         if not path.is_file():
             raise ConfigError(f"--config {path}: no such file.")
-        part = (yaml.safe_load(path.read_text()) or {}).get("data")
+        try:
+            content = yaml.safe_load(path.read_bytes())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--config {path} is no YAML file: {' '.join(str(error).split())}.") from error
+        part = content.get("data") if isinstance(content, dict) else None
         if not isinstance(part, dict):
             raise ConfigError(f"--config {path} has no part 'data'. Give a configuration of predict, or --data CLASS.")
         found += ["--data", json.dumps(part)]

@@ -1,0 +1,134 @@
+"""Wrong input on the command line ends in a few lines that say what to do: no traceback, and nothing is run."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_tta import ConfigError
+from lightning_tta.cli import main, run_lightning
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs/digits/predict.yaml"
+NET = ["--model.source_ckpt=none", "--model.backbone=cifar/resnet20", "--model.num_classes=10"]
+RUN = ["predict", f"--config={CONFIG}", *NET, "--model.method=tent", "--data.num_images=20"]
+BENCHMARK = ["benchmark", f"--config={ROOT / 'configs/digits/benchmark.yaml'}"]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:source_ckpt='none'", "ignore:.*instantiate_classes"),
+]
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def message_of(capsys, args):
+    """What the command says: one to three lines, the last thing on the screen."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err.rpartition("error: ")[2]
+    assert 1 <= len(said.splitlines()) <= 3
+    assert "Namespace(" not in said
+    assert "<class" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([*RUN, "--model.resume=always"], "--model.resume must be one of 'never', 'auto'; got 'always'.*help TestTime"),
+        ([*RUN, "--data.stream=gradual", "--data.domains=[clean]"], "clean cannot be. Name corruptions"),
+        ([*RUN, "--data.function_set=published"], 'computes nothing.*"builtin" or "imagenet_c"'),
+        ([*RUN, "--data.domains=[contrasd]"], "Unknown domain 'contrasd'. Did you mean contrast"),
+        ([*RUN, "--data.domains=clean"], "--data.domains must be a list, such as .* or null; got 'clean'"),
+        ([*RUN, "--data.batch_size=0"], r"batch_size must be a whole number in \[1, inf\); got 0"),
+        ([*RUN, "--data.severity=6"], r"severity must be a whole number in \[1, 5\]; got 6"),
+        ([*RUN, "--data.severity=x"], "--data.severity must be a whole number; got 'x'"),
+        ([*RUN, "--data.num_images=x"], "--data.num_images must be a whole number or null; got 'x'"),
+        (
+            [*RUN, "--data.severty=3"],
+            "DigitsData has no option 'severty'. Did you mean severity.*--data.help DigitsData",
+        ),
+        ([*RUN, "--data=Digits"], "--data 'Digits' is neither a file nor a class. Did you mean DigitsData"),
+        ([*RUN, "--model.method.rl=1"], "--model.method.rl: Tent has no option 'rl'.*predict --model.method.help Tent"),
+        ([*RUN, "--model.method.lr=x"], "--model.method.lr must be a number; got 'x'"),
+        ([*RUN, "--model.method=Tnet"], "'Tnet' is neither a file nor a class. Did you mean tent.*Known: come, cotta"),
+        ([*RUN, "--model.source_ckpt=nothere.ckpt"], "source_ckpt='nothere.ckpt' does not exist. Give a checkpoint"),
+        ([*RUN, "--trainer.max_epohcs=1"], "There is no option 'trainer.max_epohcs'. Did you mean trainer.max_epochs"),
+        ([*RUN, "--trainer.devices=x"], "Trainer refuses its options: .*devices"),
+        ([*RUN, "--trainer.precision=17"], "--trainer.precision must be one of 64, 32, 16 or .*; got '17'"),
+        ([*RUN, "--trainer.callbacks+=lightning_tta.Gard"], "'lightning_tta.Gard' is neither a file nor a class"),
+        (
+            [*RUN, "--trainer.callbacks+=lightning_tta.Guard", "--trainer.callbacks.action=explode"],
+            "--trainer.callbacks.action must be one of 'warn', .*; got 'explode'.*callbacks.help lightning_tta.Guard",
+        ),
+        (["predict"], "Missing: --model.method. .* --config"),
+        (["predict", "--model.method=tent", "--data.severity=3"], "--data.severity needs .* first: --data DigitsData"),
+        (["predict", "--config=nothere.yaml"], "--config: File does not exist: '.*nothere.yaml'"),
+        (["fit"], "Missing: --data, --model. .* --config.*lightning-tta fit --help"),
+        (["fit", "--bogus"], "There is no option 'bogus'"),
+        (["pedict"], "'pedict' is no command. Did you mean predict.*Give one of: fit, .*, benchmark, report"),
+        (["stream"], "Missing: --data. .* --config.*lightning-tta stream --help"),
+        (["stream", "--data=DigitsData", "--data.severity=6"], r"severity must be a whole number in \[1, 5\]; got 6"),
+        (["stream", "--config=nothere.yaml"], "--config nothere.yaml: no such file"),
+        (["report", "nowhere"], "nowhere has no report.json or benchmark.json. Give a finished run's directory"),
+        (["report"], "Missing: RUNS.*lightning-tta report --help"),
+        (["export", "nowhere"], "nowhere has no saved state .*--model.save_every"),
+        (["benchmark"], "Missing: --output, --data, --nets, --streams, --methods"),
+        ([*BENCHMARK, "--only=[nope]"], r"only=\['nope'\] are not methods of this benchmark; there are \['source'"),
+        ([*BENCHMARK, "--jobs=many"], "--jobs must be a whole number; got 'many'"),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_a_few_lines_say_what_to_do(capsys, monkeypatch, scratch, args, words):
+    monkeypatch.chdir(ROOT if args[: len(BENCHMARK)] == BENCHMARK else scratch)  # its nets' files are below configs/
+    assert re.search(words, message_of(capsys, args), re.DOTALL)
+    assert not list(scratch.iterdir())
+
+
+def test_a_key_of_a_configuration_is_misspelt(capsys, scratch):
+    text = CONFIG.read_text()
+    for right, wrong, words in (
+        ("stream: ", "straem: ", "--data.straem: DigitsData has no option 'straem'. Did you mean stream"),
+        ("data:\n", "dta:\n", "There is no option 'dta'. Did you mean data"),
+    ):
+        (scratch / "typo.yaml").write_text(text.replace(right, wrong))
+        assert words in message_of(capsys, ["predict", "--config=typo.yaml", *NET, "--model.method=tent"])
+    assert "no part 'data'" in message_of(capsys, ["stream", "--config=typo.yaml"])
+
+
+@pytest.mark.parametrize("command", ["predict", "stream"])
+@pytest.mark.parametrize("text", ["data: [1,\n  b", "hello", "\x00\x01"])
+def test_a_configuration_that_is_none(capsys, scratch, command, text):
+    (scratch / "broken.yaml").write_text(text)
+    said = message_of(capsys, [command, "--config=broken.yaml"])
+    assert re.search("is no YAML file|must hold options|has no part 'data'", said)
+
+
+def test_weights_that_are_a_text_file(capsys, scratch):
+    (scratch / "text.ckpt").write_text("hello\n")
+    said = message_of(capsys, [*RUN, "--model.source_ckpt=text.ckpt"])
+    assert "text.ckpt is not a readable checkpoint" in said
+    assert "fetch or save it again" in said
+
+
+def test_python_gets_the_same_as_an_error():
+    with pytest.raises(ConfigError, match="Tent has no option 'nooption'"):
+        run_lightning([*RUN, "--model.method.nooption=1"], parse_only=True)
+    with pytest.raises(ConfigError, match="has no option 'nooption'"):
+        run_lightning(
+            {"subcommand": "predict", "predict": {"data": {"class_path": "DigitsData", "init_args": {"nooption": 1}}}}
+        )
+
+
+def test_help_is_no_error(capsys):
+    for args in (["predict", "--help"], ["stream", "--help"], ["predict", "--data.help", "DigitsData"]):
+        with pytest.raises(SystemExit) as caught:
+            main(args)
+        assert caught.value.code == 0
+    assert "usage" in capsys.readouterr().out
