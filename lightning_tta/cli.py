@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -17,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import lightning_tta.data
 import lightning_tta.methods
 import lightning_tta.modules  # classes are found by short name only once they are imported
+from lightning_tta.backbones.weights import read_checkpoint
 from lightning_tta.board import FitBoard
 from lightning_tta.commands import COMMANDS
 from lightning_tta.errors import ConfigError, FinishedError, LightningTTAError
@@ -107,9 +107,10 @@ class TTACLI(LightningCLI):
             if path is not None and str(path) not in ("best", "last", "hpc", "registry"):
                 raise ConfigError(f"--ckpt_path {path}: no such file.")
             return
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_checkpoint(path)
         wanted = config["model"]["class_path"].rpartition(".")[2]
-        given = saved.get("lightning_tta", {}).get("class", "a class of another package")
+        ours = saved.get("lightning_tta", {}) if isinstance(saved, dict) else {}
+        given = ours.get("class", "a class of another package")
         if given != wanted:
             raise ConfigError(
                 f"--ckpt_path {path} was written by {given}, but the model is {wanted}. --ckpt_path resumes a run of "

@@ -89,11 +89,12 @@ def _run_stream(args: list[str]) -> None:
     """List a stream and draw it, before anything is run on it."""
     from rich.console import Console
 
-    from lightning_tta.data.drawing import draw_stream, list_stream
+    from lightning_tta.data.drawing import check_picture, draw_stream, list_stream
     from lightning_tta.report import table
 
     parser = stream_parser()
     given = parse(parser, only_data(args))
+    check_picture(given.picture)
     data = instantiate(parser, given).data
     rows = list_stream(data)
     cells = [

@@ -76,6 +76,7 @@ def message_of(capsys, args):
         (["stream"], "Missing: --data. .* --config.*lightning-tta stream --help"),
         (["stream", "--data=DigitsData", "--data.severity=6"], r"severity must be a whole number in \[1, 5\]; got 6"),
         (["stream", "--config=nothere.yaml"], "--config nothere.yaml: no such file"),
+        (["stream", "--data=DigitsData", "--picture=x.txt"], "goes to a .png or .svg file; got 'x.txt'"),
         (["report", "nowhere"], "nowhere has no report.json or benchmark.json. Give a finished run's directory"),
         (["report"], "Missing: RUNS.*lightning-tta report --help"),
         (["export", "nowhere"], "nowhere has no saved state .*--model.save_every"),
@@ -115,6 +116,20 @@ def test_weights_that_are_a_text_file(capsys, scratch):
     said = message_of(capsys, [*RUN, "--model.source_ckpt=text.ckpt"])
     assert "text.ckpt is not a readable checkpoint" in said
     assert "fetch or save it again" in said
+
+
+def test_resuming_from_a_text_file(capsys, scratch):
+    (scratch / "text.ckpt").write_text("hello\n")
+    assert "text.ckpt is not a readable checkpoint" in message_of(capsys, [*RUN, "--ckpt_path=text.ckpt"])
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "cannot be read"), ("[1]", "no report"), ("{}", "no report")])
+def test_a_report_that_is_none(capsys, scratch, text, words):
+    (scratch / "report.json").write_text(text)
+    for run in (".", "report.json"):
+        said = message_of(capsys, ["report", run])
+        assert "report.json" in said
+        assert words in said
 
 
 def test_python_gets_the_same_as_an_error():

@@ -135,17 +135,24 @@ def check_weights_file(path: str | Path) -> Path:
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the state dict in a file; names stay as the file has them, tensors are on the CPU.
 
+    A state dict inside a container (``state_dict``, ``model``, ``net``, ...) is unwrapped. Otherwise, and in what is
+    raised, as :func:`read_checkpoint`.
+    """
+    return _unwrap(read_checkpoint(path), Path(path))
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """What a file holds, tensors on the CPU.
+
     Files ending in ``.safetensors`` are read as such, all others with ``torch.load(weights_only=True)``, so that no
-    code in the file is run. A state dict inside a container (``state_dict``, ``model``, ``net``, ...) is unwrapped.
+    code in the file is run.
 
     Raises:
         WeightsError: The file is missing, a directory, damaged, no checkpoint, or would have to run code to be read.
     """
     path = check_weights_file(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # damaged bytes can provoke any
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         if blocked:
@@ -159,7 +166,6 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{path} is not a readable checkpoint ({type(error).__name__}: {detail}). It may be cut short or of "
             f"another format than its name says ({', '.join(_SUFFIXES)}): fetch or save it again."
         ) from error
-    return _unwrap(content, path)
 
 
 def fit_state(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lightning_tta.data.base import ShiftedDataModule
+from lightning_tta.errors import ConfigError
 
 _COLUMNS = 200  # of the picture, at most
 
@@ -46,6 +47,16 @@ def _columns(data: ShiftedDataModule) -> tuple[Any, Any]:
     return labels[order], data.stream.domain_of(order)
 
 
+def check_picture(path: str | Path) -> None:
+    """Refuse a name that :func:`draw_stream` would refuse, before the stream is read.
+
+    Raises:
+        ConfigError: If it is not of a picture.
+    """
+    if Path(path).suffix not in (".png", ".svg"):
+        raise ConfigError(f"The picture goes to a .png or .svg file; got {str(path)!r}.")
+
+
 def draw_stream(data: ShiftedDataModule, path: str | Path) -> Path:
     """Draw classes (above) and domains (below) over the stream: the darker, the more of the samples at that time.
 
@@ -55,7 +66,11 @@ def draw_stream(data: ShiftedDataModule, path: str | Path) -> Path:
 
     Returns:
         The path.
+
+    Raises:
+        ConfigError: If the path is of something else.
     """
+    check_picture(path)
     import matplotlib
 
     matplotlib.use("Agg", force=False)

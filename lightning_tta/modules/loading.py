@@ -6,12 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from lightning_tta.backbones import create_backbone, load_weights
 from lightning_tta.backbones.mixed_bn import convert_mixed_bn, mixed_batch_norm_layers
-from lightning_tta.backbones.weights import read_state_dict
+from lightning_tta.backbones.weights import read_checkpoint
 from lightning_tta.errors import ConfigError, WeightsError
 
 
@@ -76,11 +75,7 @@ def _description(path: Path | None) -> dict[str, Any]:
     """What a checkpoint of ours says of its net; empty for any other file."""
     if path is None or path.suffix != ".ckpt":
         return {}
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        read_state_dict(path)  # says what is wrong with the file
-        raise
+    saved = read_checkpoint(path)
     if not isinstance(saved, dict):
         return {}
     return cast(dict[str, Any], saved.get("lightning_tta", {}))

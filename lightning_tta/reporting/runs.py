@@ -134,10 +134,16 @@ def result_file(run: Path) -> Path:
     """The file with a run's or a benchmark's result.
 
     Raises:
-        DataError: If there is none.
+        DataError: If there is none, or the file holds something else.
     """
     for path in (run, run / "report.json", run / "benchmark.json"):
         if path.is_file():
+            try:
+                content = json.loads(path.read_bytes())
+            except ValueError as error:
+                raise DataError(f"{path} cannot be read as JSON ({error}). Run once more, or leave it out.") from error
+            if not isinstance(content, dict) or not {"rows", "protocol"} & set(content):
+                raise DataError(f"{path} is no report of a run or benchmark. Give a finished run's directory.")
             return path
     raise DataError(
         f"{run} has no report.json or benchmark.json. Give a finished run's directory; a run that was cut off has its "
