@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from lightning_tta.benchmark_config import Cell, DataConfig, MethodConfig, NetConfig, StreamConfig, from_dict
@@ -27,6 +26,7 @@ from lightning_tta.files import environment
 from lightning_tta.methods import available_methods, create_method
 from lightning_tta.modules.loading import find_checkpoint
 from lightning_tta.modules.state_files import FINAL
+from lightning_tta.progress import grid
 from lightning_tta.report import write_benchmark
 
 
@@ -145,14 +145,7 @@ class Benchmark:
         skipped: list[dict[str, str]] = []
         stages = self.sources.stages({(cell.net, cell.seed) for cell in self.cells})
         console = Console()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as progress, self._workers() as run_all:
+        with grid(console) as progress, self._workers() as run_all:
             task = progress.add_task("source models", total=sum(map(len, stages)))
             for sources in stages:
                 for _ in run_all(self.sources.train, sources):
