@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from lightning_tta.data.base import BLIND
 from lightning_tta.reporting.blocks import Grid, number, percent
-from lightning_tta.reporting.runs import BLIND, Group, Run
+from lightning_tta.reporting.runs import Group, Run
 from lightning_tta.reporting.statistics import Difference, Interval, holm, interval, over_images, over_seeds
 
 
