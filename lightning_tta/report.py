@@ -16,14 +16,10 @@ from lightning_tta.data.protocol import Protocol
 from lightning_tta.errors import ConfigError
 from lightning_tta.files import write_json
 from lightning_tta.reporting import write_report
+from lightning_tta.reporting.blocks import percent
 from lightning_tta.reporting.runs import result_file
 
 Row = Mapping[str, Any]
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage with one decimal; a dash where there is none."""
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def spread(values: Sequence[float | None]) -> str:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Looks = Mapping[str, Look]
-NO_LABELS = "nobody"
 
 
 def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], looks: Looks) -> None:

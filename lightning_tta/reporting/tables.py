@@ -176,7 +176,7 @@ def reliability(runs: Sequence[Run]) -> list[list[float]] | None:
 
 
 def cost_of(runs: Sequence[Run], which: str) -> float | None:
-    """Mean over runs: ``ms`` per image, ``passes`` per image, or peak ``memory`` in MB."""
+    """Mean over runs: ``ms`` per image or per ``batch``, peak ``memory`` in MB, or a total of the report per batch."""
     values = [_cost(run.report, which) for run in runs]
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
