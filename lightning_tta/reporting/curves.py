@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_tta.reporting.figures import domain_pieces, mark_domains, place_labels
+from lightning_tta.reporting.figures import Looks, domain_pieces, mark_domains, place_labels
 from lightning_tta.reporting.runs import Group, Run
-from lightning_tta.reporting.style import GRID, MUTED, Look, to_svg
+from lightning_tta.reporting.style import GRID, MUTED
 from lightning_tta.summary import WINDOW
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TOGETHER = 6
 """Up to so many methods share one figure; more get one each, with the source behind."""
 POINTS = 400
+WIDE, PANEL, COLUMNS = (9.2, 5.2), (3.35, 2.9), 3
+"""Sizes in inches of a figure of several methods and of one method's; how many of these stand side by side."""
 
 
 def rolling_accuracy(batches: Sequence[Mapping[str, Any]], window: int = WINDOW) -> list[float | None]:
@@ -57,28 +62,63 @@ def _curve(runs: Sequence[Run], which: str) -> Curve | None:
     return seen, [fmean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
 
 
-def stream_figures(group: Group, looks: Mapping[str, Look], name: str) -> list[tuple[str, str]]:
+def _with_batches(group: Group) -> dict[str, list[Run]]:
+    found = {method: [run for run in runs if run.batches] for method, runs in group.methods.items()}
+    return {method: runs for method, runs in found.items() if runs}
+
+
+def caption(group: Group) -> str:
+    """What the figures of a group show."""
+    shown = _with_batches(group)
+    behind = " Grey line: source." if len(shown) > TOGETHER and "source" in shown else ""
+    return (
+        f"Accuracy over the last {WINDOW} batches of the domain, and share of the most predicted class over the last "
+        f"{WINDOW} of all; mean and range over seeds. Grey area: the largest share among the labels. Vertical lines: "
+        f"a new domain.{behind}"
+    )
+
+
+def stream_figures(group: Group, looks: Looks) -> list[tuple[str, Figure]]:
     """What they show, and the figures: one, or one for each method where they are many; none without batches."""
-    shown = {}
-    for method, runs in group.methods.items():
-        with_batches = [run for run in runs if run.batches]
-        if with_batches:
-            shown[method] = with_batches
+    from matplotlib.figure import Figure
+
+    shown = _with_batches(group)
+    if len(shown) > TOGETHER:
+        figures = [(method, Figure(figsize=PANEL)) for method in shown]
+        for method, figure in figures:
+            _draw(figure, {method: shown[method]}, looks, shown.get("source"), wide=False)
+        return figures
     if not shown:
         return []
+    figure = Figure(figsize=WIDE)
+    _draw(figure, shown, looks, None, wide=True)
+    return [(", ".join(shown), figure)]
+
+
+def stream_picture(group: Group, looks: Looks) -> Figure | None:
+    """The same as one picture, with a title: the figures of many methods side by side. ``None`` without batches."""
+    from matplotlib.figure import Figure
+
+    shown = _with_batches(group)
+    if not shown:
+        return None
     if len(shown) <= TOGETHER:
-        return [(", ".join(shown), _figure(shown, None, looks, name))]
-    source = shown.get("source")
-    return [(m, _figure({m: runs}, source, looks, f"{name}-{n}")) for n, (m, runs) in enumerate(shown.items())]
+        figure = stream_figures(group, looks)[0][1]
+    else:
+        rows = -(-len(shown) // COLUMNS)
+        figure = Figure(figsize=(COLUMNS * PANEL[0], rows * PANEL[1]))
+        parts: Any = figure.subfigures(rows, COLUMNS)
+        for part, (method, runs) in zip(parts.flat, shown.items(), strict=False):
+            _draw(part, {method: runs}, looks, shown.get("source"), wide=False)
+    figure.suptitle(group.title, x=0.02, y=1.01, ha="left", va="bottom", fontweight="bold")
+    return figure
 
 
-def _figure(
-    shown: Mapping[str, Sequence[Run]], behind: Sequence[Run] | None, looks: Mapping[str, Look], name: str
-) -> str:
-    import matplotlib.pyplot as plt
-
-    wide = behind is None and len(shown) > 1
-    figure, axes = plt.subplots(2, 1, figsize=(9.2, 5.2) if wide else (3.35, 2.9), sharex=True)
+def _draw(
+    figure: Any, shown: Mapping[str, Sequence[Run]], looks: Looks, behind: Sequence[Run] | None, *, wide: bool
+) -> None:
+    """Draw into a figure or a part of one: wide with names beside the lines, or small with the one name above."""
+    axes = figure.subplots(2, 1, sharex=True)
     if wide:
         figure.subplots_adjust(left=0.07, right=0.84, top=0.86, bottom=0.09, hspace=0.12)
     else:
@@ -109,10 +149,9 @@ def _figure(
         mark_domains(axes, first, names=wide)
     for place, label in enumerate(("accuracy %", "largest class %")):
         axes[place].set(ylabel=label, ylim=(0, 102), xlim=(0, first[-1]["images_seen"]))
-        axes[place].grid()
+        axes[place].grid(axis="y")  # a vertical line is a new domain
     axes[1].set_xlabel("images seen")
     if wide:
         for place in (0, 1):
             if ends[place]:
                 place_labels(axes[place], ends[place], looks)
-    return to_svg(figure, name)

@@ -20,7 +20,7 @@ Looks = Mapping[str, Look]
 def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], looks: Looks) -> None:
     """Write names (x, y, name) right of the axes, moved apart where they would overlap, with lines to their points."""
     figure: Any = axes.figure
-    figure.canvas.draw()  # the transforms are right only now
+    figure.draw_without_rendering()  # the transforms are right only now
     box = axes.get_window_extent()
     step = 11.5 / 72 * figure.dpi
     points = [(*axes.transData.transform((x, y)), name) for x, y, name in labels]
@@ -68,9 +68,10 @@ def _end(cluster: tuple[float, int], step: float) -> float:
 
 def differences_figure(found: Mapping[str, Difference], looks: Looks, name: str) -> str:
     """Mean difference to the source by method, with its interval."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(5.6, 0.6 + 0.27 * len(found)), layout="constrained")
+    figure = Figure(figsize=(5.6, 0.6 + 0.27 * len(found)), layout="constrained")
+    axes = figure.subplots()
     for place, (method, difference) in enumerate(found.items()):
         look = looks[method]
         half = None if difference.half is None else 100 * difference.half
@@ -95,11 +96,10 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look, 
         look: The method's look.
         name: Prefix of the ids.
     """
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, (axes, below) = plt.subplots(
-        2, 1, figsize=(2.4, 2.8), sharex=True, height_ratios=(3.2, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(2.4, 2.8), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     samples, confidence, right = bins
     total, width = sum(samples), 1 / len(samples)
     for place, (count, confident, hits) in enumerate(zip(samples, confidence, right, strict=True)):
@@ -120,11 +120,12 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look, 
 
 def pareto_figure(points: Mapping[str, tuple[float, float]], label: str, looks: Looks, name: str) -> str:
     """Accuracy against a cost, with the front of those that nothing beats in both."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     height = max(2.9, 0.9 + 0.165 * len(points))
-    figure, axes = plt.subplots(figsize=(4.3, height))
+    figure = Figure(figsize=(4.3, height))
+    axes = figure.subplots()
     figure.subplots_adjust(left=0.13, right=0.66, bottom=0.5 / height, top=1 - 0.15 / height)
     costs = [cost for cost, _ in points.values()]
     if min(costs) > 0 and max(costs) > 4 * min(costs):
@@ -164,7 +165,7 @@ def front_of(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 def collapse_figure(group: Group, looks: Looks, name: str) -> str | None:
     """Share of the most predicted class over time, a bar a method: dark is collapse. ``None`` without batches."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     shown = {m: runs for m, runs in group.methods.items() if any(run.batches for run in runs)}
     if not shown:
@@ -181,7 +182,8 @@ def collapse_figure(group: Group, looks: Looks, name: str) -> str | None:
             None if None in column else fmean(column)
             for column in zip(*(curve[:length] for curve in curves), strict=True)
         ]
-    figure, axes = plt.subplots(figsize=(9.2, 1.1 + 0.24 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9.2, 1.1 + 0.24 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     seen = first[-1]["images_seen"]
     for place, shares in enumerate(rows.values()):
         for level, pieces in _levels(shares).items():

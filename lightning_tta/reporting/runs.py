@@ -127,6 +127,11 @@ class Material:
     warnings: list[str]
     title: str
 
+    @property
+    def methods(self) -> list[str]:
+        """The labels of all methods."""
+        return list(dict.fromkeys(method for group in self.groups for method in group.methods))
+
 
 def result_file(run: Path) -> Path:
     """The file with a run's or a benchmark's result.

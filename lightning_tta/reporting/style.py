@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -27,7 +28,7 @@ KNOWN = (
 """Methods with a place of their own; other labels get one by their name, so that they too keep it."""
 
 PLACES = len(COLOURS) * len(STYLES) * len(MARKERS)  # coprime: all combinations come once
-INK, MUTED, GRID, PAPER = "#010101", "#808080", "#d0d0d0", "#fefefe"
+INK, MUTED, GRID, PAPER = "#16181d", "#6d737c", "#d9dce1", "#ffffff"  # in the light; the page has them by name
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", "#000000": "ink"} | {
     colour.lower(): f"c{number}" for number, colour in enumerate(COLOURS) if number
 }
@@ -66,10 +67,9 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Matplotlib set up for the page: no window, text stays text, ink from the page."""
+    """Matplotlib set up for the page: text stays text, ink from the page."""
     import matplotlib
 
-    matplotlib.use("agg")
     settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "lightning_tta",
@@ -100,11 +100,8 @@ def drawing() -> Iterator[None]:
 
 def to_svg(figure: Figure, name: str) -> str:
     """The figure as an inline SVG element: colours are the page's variables, ids begin with ``name``."""
-    import matplotlib.pyplot as plt
-
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -118,6 +115,11 @@ def to_svg(figure: Figure, name: str) -> str:
     for colour, variable in VARIABLES.items():
         text = re.sub(colour, f"var(--{variable})", text, flags=re.IGNORECASE)
     return re.sub(r"\n\s*", "\n", text).strip()
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """The figure as a picture, in the page's light look."""
+    figure.savefig(path, dpi=130, facecolor=PAPER, bbox_inches="tight")
 
 
 _SHAPES = {
