@@ -15,9 +15,7 @@ from lightning_tta.cli import main
 from lightning_tta.data.protocol import Protocol
 from lightning_tta.report import report
 from lightning_tta.reporting import write_report
-from lightning_tta.reporting.figures import _apart, front_of
 from lightning_tta.reporting.runs import read
-from lightning_tta.reporting.style import KNOWN, looks
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 DOMAINS = ("fog", "noise")
@@ -130,17 +128,6 @@ def page_of(files):
 
 def row_of(page, name, length):
     return next(row for row in page.rows if row[0] == name and len(row) == length)
-
-
-def test_pareto_front_by_hand():
-    points = {"slow": (3.0, 90.0), "fast": (1.0, 70.0), "beaten": (2.0, 65.0), "level": (4.0, 90.0)}
-    assert front_of(points) == ["fast", "slow"]
-
-
-def test_labels_are_moved_apart_within_the_axes():
-    assert _apart([1.0, 5.0, 5.0, 5.0, 20.0], 2.0, 0.0, 20.0) == [1.0, 3.0, 5.0, 7.0, 20.0]
-    assert _apart([0.0, 0.0, 9.5, 10.0], 1.0, 0.0, 10.0) == [0.0, 1.0, 9.0, 10.0]
-    assert _apart([], 1.0, 0.0, 1.0) == []
 
 
 # The page ------------------------------------------------------------------------------------------------------------
@@ -337,13 +324,3 @@ def test_markdown_tables_have_equal_rows(tmp_path):
     assert len(tables) >= 4
     for part in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in part.splitlines()}) == 1
-
-
-def test_a_method_keeps_its_look():
-    everyone = looks(KNOWN)
-    assert len(set(everyone.values())) == len(KNOWN) == 18
-    assert len({(look.line, look.marker) for look in everyone.values()}) == 18  # in greyscale too
-    assert looks(["tent"])["tent"] == looks(["mine", "tent", "source"])["tent"]
-    assert looks(["mine"])["mine"] == looks(["other", "mine", "tent"])["mine"]
-    many = looks([*KNOWN, *map(str, range(100))])
-    assert len(set(many.values())) == len(many)

@@ -13,7 +13,8 @@ CSS = """
   --raised: #f4f5f7; --warn: #fff3d6; --edge: #b26a00; %(colours)s }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e9eaec; --muted: #9299a3; --grid: #363b43; --paper: #14161a; --raised: #1e2127; --warn: #3a2c0d;
-    --edge: #e0a030; --c1: #4a9fd8; --c2: #ec7a2c; --c3: #20b58a } }
+    --edge: #e0a030; --c1: #4a9fd8; --c2: #ec7a2c; --c3: #20b58a; --c7: #a98adb; --c8: #c08f70; --c9: #a9a93c;
+    --c10: #ee5aa6 } }
 @media print { :root { color-scheme: light } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 68rem; padding: 1rem clamp(.75rem, 3vw, 2rem) 4rem; background: var(--paper);

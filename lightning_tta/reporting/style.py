@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, safe for colour-blind readers; without their yellow, which white paper swallows. Line styles
-# and markers tell methods apart in greyscale.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# The source alone is black. The next six are Okabe and Ito's, safe for colour-blind readers; without their yellow,
+# which white paper swallows. Line styles and markers tell methods apart in greyscale.
+COLOURS = (
+    *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#6A3D9A", "#8C5A3C", "#808000", "#D6207F", "#7CB518"),
+)
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 KNOWN = (
@@ -27,7 +30,7 @@ KNOWN = (
 )
 """Methods with a place of their own; other labels get one by their name, so that they too keep it."""
 
-PLACES = len(COLOURS) * len(STYLES) * len(MARKERS)  # coprime: all combinations come once
+PLACES = (len(COLOURS) - 1) * len(STYLES) * len(MARKERS)  # coprime: all combinations come once
 INK, MUTED, GRID, PAPER = "#16181d", "#6d737c", "#d9dce1", "#ffffff"  # in the light; the page has them by name
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", "#000000": "ink"} | {
     colour.lower(): f"c{number}" for number, colour in enumerate(COLOURS) if number
@@ -49,8 +52,9 @@ class Look:
 
 
 def look_at(place: int) -> Look:
-    """The look of a place."""
-    return Look(COLOURS[place % len(COLOURS)], STYLES[place % len(STYLES)], MARKERS[place % len(MARKERS)])
+    """The look of a place; the source has place 0."""
+    colour = COLOURS[1 + (place - 1) % (len(COLOURS) - 1)] if place else COLOURS[0]
+    return Look(colour, STYLES[place % len(STYLES)], MARKERS[place % len(MARKERS)])
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
@@ -59,8 +63,8 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
     places = {name: KNOWN.index(name) for name in names if name in KNOWN}
     for name in sorted(set(names) - set(places)):
         place = len(KNOWN) + crc32(name.encode()) % (PLACES - len(KNOWN))
-        while (place in places.values() or place % len(COLOURS) == 0) and len(places) < PLACES // 2:  # not the source's
-            place = (place + 1) % PLACES
+        while place in places.values() and len(places) < PLACES // 2:
+            place = 1 + place % (PLACES - 1)  # never the source's
         places[name] = place
     return {name: look_at(places[name]) for name in names}
 
