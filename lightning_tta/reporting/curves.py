@@ -7,7 +7,14 @@ from itertools import accumulate
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lightning_tta.reporting.figures import Looks, domain_pieces, mark_domains, place_labels
+from lightning_tta.reporting.figures import (
+    Looks,
+    boundary_names,
+    domain_pieces,
+    mark_domains,
+    place_labels,
+    text_width,
+)
 from lightning_tta.reporting.runs import Group, Run
 from lightning_tta.reporting.style import GRID, MUTED
 from lightning_tta.summary import WINDOW
@@ -18,8 +25,8 @@ if TYPE_CHECKING:
 TOGETHER = 6
 """Up to so many methods share one figure; more get one each, with the source behind."""
 POINTS = 400
-WIDE, PANEL, COLUMNS = (9.2, 5.2), (3.35, 2.9), 3
-"""Sizes in inches of a figure of several methods and of one method's; how many of these stand side by side."""
+WIDTH, PANEL, COLUMNS = 9.2, (3.35, 2.9), 3
+"""Inches: width of the figure of several methods, size of one method's; how many of these stand side by side."""
 
 
 def rolling_accuracy(batches: Sequence[Mapping[str, Any]], window: int = WINDOW) -> list[float | None]:
@@ -90,7 +97,11 @@ def stream_figures(group: Group, looks: Looks) -> list[tuple[str, Figure]]:
         return figures
     if not shown:
         return []
-    figure = Figure(figsize=WIDE)
+    right, top = _room(shown)
+    figure = Figure(figsize=(WIDTH, 4.45 + top))
+    figure.subplots_adjust(
+        left=0.64 / WIDTH, right=1 - right / WIDTH, top=4.45 / (4.45 + top), bottom=0.47 / (4.45 + top), hspace=0.12
+    )
     _draw(figure, shown, looks, None, wide=True)
     return [(", ".join(shown), figure)]
 
@@ -114,15 +125,23 @@ def stream_picture(group: Group, looks: Looks) -> Figure | None:
     return figure
 
 
+def _room(shown: Mapping[str, Sequence[Run]]) -> tuple[float, float]:
+    """Inches for names right of the axes and above them."""
+    names = boundary_names(next(iter(shown.values()))[0].batches)
+    beside = 0.4 + text_width(shown, 8)
+    if not names:
+        return beside, 0.15
+    return max(beside, text_width(names[-1:], 7.5)), 0.25 + 0.57 * text_width(names, 7.5)  # they stand at 35 degrees
+
+
 def _draw(
     figure: Any, shown: Mapping[str, Sequence[Run]], looks: Looks, behind: Sequence[Run] | None, *, wide: bool
 ) -> None:
     """Draw into a figure or a part of one: wide with names beside the lines, or small with the one name above."""
     axes = figure.subplots(2, 1, sharex=True)
-    if wide:
-        figure.subplots_adjust(left=0.07, right=0.84, top=0.86, bottom=0.09, hspace=0.12)
-    else:
-        figure.subplots_adjust(left=0.16, right=0.95, top=0.92, bottom=0.15, hspace=0.16)
+    if not wide:
+        figure.subplots_adjust(left=0.16, right=0.92, top=0.92, bottom=0.15, hspace=0.16)
+        axes[1].locator_params(axis="x", nbins=4)
         axes[0].set_title(next(iter(shown)), loc="left", fontweight="bold")
     first = next(iter(shown.values()))[0].batches
     ends: list[list[tuple[float, float, str]]] = [[], []]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], looks: 
             [start[0], end[0]], [start[1], end[1]], transform=axes.transAxes, color=colour, lw=0.5, alpha=0.6,
             clip_on=False, zorder=1, scalex=False, scaley=False,
         )  # fmt: skip
-        along = 1 / figure.get_figwidth()
+        along = figure.dpi / box.width  # an inch
         axes.plot(
             end[0] + 0.05 * along, end[1], transform=axes.transAxes, color=colour, ls="", marker=looks[name].marker,
             markersize=4.5, clip_on=False, scalex=False, scaley=False,
@@ -42,6 +42,11 @@ def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], looks: 
         axes.text(
             end[0] + 0.16 * along, end[1], name, transform=axes.transAxes, va="center", ha="left", fontsize=8, color=INK
         )
+
+
+def text_width(texts: Iterable[str], size: float) -> float:
+    """About how many inches the longest text takes at a font size in points."""
+    return 0.64 * size / 72 * max((len(text) for text in texts), default=0)
 
 
 def _apart(wanted: Sequence[float], step: float, low: float, high: float) -> list[float]:
@@ -98,8 +103,9 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look, 
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.4, 2.8), layout="constrained")
+    figure = Figure(figsize=(2.4, 2.8))
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
+    figure.subplots_adjust(left=0.25, right=0.94, top=0.92, bottom=0.16, hspace=0.14)
     samples, confidence, right = bins
     total, width = sum(samples), 1 / len(samples)
     for place, (count, confident, hits) in enumerate(zip(samples, confidence, right, strict=True)):
@@ -112,7 +118,8 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look, 
         axes.plot(centre, accuracy, color=look.in_page, marker=look.marker, markersize=3.5)
         below.bar(centre, 100 * count / total, width * 0.92, color=MUTED, lw=0)
     axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=(0, (4, 3)))
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy", title=title)
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     below.set(xlabel="confidence", ylabel="% of\nimages", ylim=(0, None))
     axes.grid()
     return to_svg(figure, name)
@@ -124,9 +131,10 @@ def pareto_figure(points: Mapping[str, tuple[float, float]], label: str, looks: 
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     height = max(2.9, 0.9 + 0.165 * len(points))
-    figure = Figure(figsize=(4.3, height))
+    width = 3.2 + text_width(points, 8)
+    figure = Figure(figsize=(width, height))
     axes = figure.subplots()
-    figure.subplots_adjust(left=0.13, right=0.66, bottom=0.5 / height, top=1 - 0.15 / height)
+    figure.subplots_adjust(left=0.56 / width, right=2.84 / width, bottom=0.5 / height, top=1 - 0.15 / height)
     costs = [cost for cost, _ in points.values()]
     if min(costs) > 0 and max(costs) > 4 * min(costs):
         axes.set_xscale("log")
@@ -136,6 +144,8 @@ def pareto_figure(points: Mapping[str, tuple[float, float]], label: str, looks: 
         ticks = [m * 10.0**e for e in range(-5, 8) for m in ((1, 2, 5) if decades < 2 else (1,))]
         axes.set_xticks([t for t in ticks if min(costs) / 1.4 <= t <= max(costs) * 1.4])
         axes.set_xlim(min(costs) / 1.4, max(costs) * 1.4)
+    elif min(costs) > max(costs) / 2:
+        axes.margins(x=0.12)
     else:
         axes.set_xlim(0, max(costs) * 1.1 or 1)
     front = front_of(points)
@@ -232,8 +242,15 @@ def domain_pieces(batches: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, 
     return [(batches[a]["domain"], a, b) for a, b in zip(starts, [*starts[1:], len(batches)], strict=True)]
 
 
+def boundary_names(batches: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names to write where domains begin: none where it is one domain, or domains take turns all the time."""
+    names = [name for name, _, _ in domain_pieces(batches)]
+    return names if len(names) > 1 else []
+
+
 def mark_domains(all_axes: Sequence[Any], batches: Sequence[Mapping[str, Any]], *, names: bool = True) -> None:
     """Lines where a new domain begins, its name above the first axes."""
+    names = names and bool(boundary_names(batches))
     for domain, start, end in domain_pieces(batches):
         left, right = batches[start]["images_seen"] - batches[start]["images"], batches[end - 1]["images_seen"]
         if start:

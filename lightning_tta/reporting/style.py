@@ -103,7 +103,7 @@ def drawing() -> Iterator[None]:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """The figure as an inline SVG element: colours are the page's variables, ids begin with ``name``."""
+    """The figure as an inline SVG element: colours are the page's variables, the ids it needs begin with ``name``."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -118,6 +118,9 @@ def to_svg(figure: Figure, name: str) -> str:
     text = text.replace("url(#", f"url(#{name}-")
     for colour, variable in VARIABLES.items():
         text = re.sub(colour, f"var(--{variable})", text, flags=re.IGNORECASE)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
     return re.sub(r"\n\s*", "\n", text).strip()
 
 
