@@ -106,17 +106,15 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look, 
     figure = Figure(figsize=(2.4, 2.8))
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     figure.subplots_adjust(left=0.25, right=0.94, top=0.92, bottom=0.16, hspace=0.14)
-    samples, confidence, right = bins
-    total, width = sum(samples), 1 / len(samples)
-    for place, (count, confident, hits) in enumerate(zip(samples, confidence, right, strict=True)):
-        if not count:
-            continue
-        centre = (place + 0.5) * width
-        mean, accuracy = confident / count, hits / count
-        axes.bar(centre, accuracy, width * 0.92, color=look.in_page, alpha=0.35, lw=0)
-        axes.plot([centre, centre], [mean, accuracy], color=look.in_page, lw=1.6)
-        axes.plot(centre, accuracy, color=look.in_page, marker=look.marker, markersize=3.5)
-        below.bar(centre, 100 * count / total, width * 0.92, color=MUTED, lw=0)
+    total, width = sum(bins[0]), 1 / len(bins[0])
+    filled = [(place, *row) for place, row in enumerate(zip(*bins, strict=True)) if row[0]]
+    centres = [(place + 0.5) * width for place, *_ in filled]
+    confidences = [confident / count for _, count, confident, _ in filled]
+    accuracies = [right / count for _, count, _, right in filled]
+    axes.bar(centres, accuracies, width * 0.92, color=look.in_page, alpha=0.35, lw=0)
+    axes.vlines(centres, confidences, accuracies, color=look.in_page, lw=1.6)
+    axes.plot(centres, accuracies, color=look.in_page, marker=look.marker, markersize=3.5, ls="")
+    below.bar(centres, [100 * count / total for _, count, *_ in filled], width * 0.92, color=MUTED, lw=0)
     axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=(0, (4, 3)))
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
