@@ -32,6 +32,8 @@ def sections(material: Material, looks: Mapping[str, Look]) -> list[Section]:
         made[0].blocks.append(Note(f"Cells without a result: {len(rows)}; see the end.", warning=True))
     if not made[0].blocks:
         made.clear()
+    if len(material.groups) > 1:
+        made.append(Section("All comparisons", 2, list(tables.all_groups(material.groups, material.methods))))
     with drawing():
         for place, group in enumerate(material.groups):
             made += _group(group, looks, f"g{place}")
@@ -44,8 +46,8 @@ def sections(material: Material, looks: Mapping[str, Look]) -> list[Section]:
 
 def _group(group: Group, looks: Mapping[str, Look], name: str) -> list[Section]:
     head = Section(group.title, 2, [Note(text, warning=True) for text in group.warnings])
-    head.blocks.append(tables.overview(group))
     found = tables.differences(group)
+    head.blocks.append(tables.overview(group, found))
     if found:
         caption = (
             "Differences to the source with their 95 % intervals; filled markers: the interval leaves out zero. "
@@ -56,7 +58,7 @@ def _group(group: Group, looks: Mapping[str, Look], name: str) -> list[Section]:
         )
     made = [head]
     if len(group.domains) > 1:
-        made.append(Section("By domain", 3, list(tables.by_domain(group))))
+        made.append(Section("By domain", 3, list(tables.by_domain(group, found))))
     made.append(Section("Along the stream", 3, _stream(group, looks, name)))
     made.append(Section("Calibration", 3, _calibration(group, looks, name)))
     made.append(Section("Cost", 3, _cost(group, looks, name)))

@@ -77,11 +77,15 @@ def _with_batches(group: Group) -> dict[str, list[Run]]:
 def caption(group: Group) -> str:
     """What the figures of a group show."""
     shown = _with_batches(group)
-    behind = " Grey line: source." if len(shown) > TOGETHER and "source" in shown else ""
+    many = ""
+    if len(shown) > TOGETHER:
+        many = " Grey line: source." if "source" in shown else ""
+        names = boundary_names(next(iter(shown.values()))[0].batches)
+        many += f" The domains, in turn: {', '.join(names)}." if names else ""
     return (
         f"Accuracy over the last {WINDOW} batches of the domain, and share of the most predicted class over the last "
         f"{WINDOW} of all; mean and range over seeds. Grey area: the largest share among the labels. Vertical lines: "
-        f"a new domain.{behind}"
+        f"a new domain.{many}"
     )
 
 
@@ -131,7 +135,7 @@ def _room(shown: Mapping[str, Sequence[Run]]) -> tuple[float, float]:
     beside = 0.4 + text_width(shown, 8)
     if not names:
         return beside, 0.15
-    return max(beside, text_width(names[-1:], 7.5)), 0.25 + 0.57 * text_width(names, 7.5)  # they stand at 35 degrees
+    return max(beside, text_width(names[-1:], 7.5)), 0.15 + 0.57 * text_width(names, 7.5)  # they stand at 35 degrees
 
 
 def _draw(
