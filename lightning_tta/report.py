@@ -86,6 +86,8 @@ def _incidents(report: Mapping[str, Any]) -> list[str]:
     if guard is not None:
         events = guard["events"]
         lines.append(f"guard ({guard['settings']['action']}): {len(events)} alarms" + ", stopped" * guard["stopped"])
+        if guard.get("on_probation"):
+            lines[-1] += f", {guard['on_probation']} batches predicted by the source on probation"
         lines += [f"  batch {event['batch']}: {event['reason']}, {event['action']}" for event in events[:10]]
         lines += [f"  ... and {len(events) - 10} more"] * (len(events) > 10)
     return lines

@@ -272,13 +272,23 @@ def test_reports_of_an_earlier_version(tmp_path):
 
 
 def test_guard_and_forgetting(tmp_path):
-    events = [{"batch": 7, "reason": "class share <0.9>", "action": "reset", "share": 0.93214}]
+    events = [{"batch": 7, "reason": "class share <0.9>", "action": "reset", "reference": None}]
+    events[0]["values"] = {"largest_class_share": 0.93214, "logit_norm": 12.0}
     more = {
         "source": {"source_accuracy_after": 0.9},
-        "tent": {"source_accuracy_after": 0.7, "guard": {"events": events, "stopped": False}},
+        "tent": {
+            "source_accuracy_after": 0.7,
+            "guard": {"events": events, "stopped": False, "on_probation": 16, "forwards": 40},
+        },
     }
-    page = page_of(write_report([write_benchmark(tmp_path, {(m, 0): hits(0, 0.5) for m in more}, **more)]))
-    assert row_of(page, "tent", 6) == ["tent", "0", "7", "class share <0.9>", "reset", "share 0.9321"]
+    written = write_report([write_benchmark(tmp_path, {(m, 0): hits(0, 0.5) for m in more}, **more)])
+    page = page_of(written)
+    said = "values (largest class share 0.932, logit norm 12)"
+    assert row_of(page, "tent", 6) == ["tent", "0", "7", "class share <0.9>", "reset", said]
+    assert (
+        "1 events of the guard. tent, seed 0: the source predicted 16 batches on probation. 40 forward"
+        in written[0].read_text()
+    )
     assert row_of(page, "tent", 3) == ["tent", "70.0", "-20.0"]
 
 

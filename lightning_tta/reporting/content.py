@@ -165,12 +165,30 @@ def _guard(group: Group) -> Grid | None:
     for run in group.runs:
         for event in (run.report.get("guard") or {}).get("events", []):
             rest = {k: v for k, v in event.items() if k not in ("batch", "reason", "action")}
-            said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
             cells = [str(event.get(key, "-")) for key in ("batch", "reason", "action")]
-            rows.append([run.method, run.seed, *cells, said or "-"])
+            rows.append([run.method, run.seed, *cells, _measures(rest) or "-"])
     header = ["method", "seed", "batch", "reason", "action", "more"]
     caption = f"{len(rows)} events of the guard." if rows else "The guard watched and had nothing to do."
+    for run in group.runs:
+        guard = run.report.get("guard") or {}
+        if guard.get("on_probation"):
+            caption += (
+                f" {run.method}, seed {run.seed}: the source predicted {guard['on_probation']} batches on probation."
+            )
+        if guard.get("forwards"):
+            caption += f" {guard['forwards']} forward passes more, for the source as measure."
     return Grid(header, rows, caption, left=6, methods=True)
+
+
+def _measures(values: Mapping[str, Any]) -> str:
+    """``name value, name value``; of a mapping in it, ``name (...)``."""
+    said = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            said.append(f"{name} ({_measures(value)})")
+        elif value is not None:
+            said.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(said).replace("_", " ")
 
 
 def _protocol(group: Group) -> list[Block]:
