@@ -24,7 +24,9 @@ Compare = Literal["history", "source"]
 
 
 class Watch:
-    """Runs a method and looks at every batch that it adapted on::
+    """Runs a method and looks at every batch that it adapted on.
+
+    ::
 
         watch = Watch(lightning_tta.adapt(model, "tent"), action="rollback")
         logits = watch(images)   # as method(images)
@@ -56,8 +58,7 @@ class Watch:
     (declared tensors, optimizers, memory, counters). ``stop``: the same, and from then on only predict. The batch that
     raised the alarm is predicted again after the action. A snapshot is taken every ``snapshot_every`` batches and is
     healthy once ``window`` further batches went by without alarm: two are kept, in memory. If ``retries`` alarms came
-    within the last ``history`` batches, reset and rollback stop adapting as well, at the source: the method fails on
-    this stream again and again.
+    within the last ``history`` batches, reset and rollback stop adapting as well, at the source.
 
     Args:
         method: Used and changed in place. Prepared, where it needs source data.
