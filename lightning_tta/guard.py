@@ -24,8 +24,8 @@ class Guard(Callback):
     Args:
         action: ``warn``, ``reset`` (to the source), ``rollback`` (to the last healthy snapshot) or ``stop`` (the same,
             and only predict from then on).
-        compare: What is normal: ``history`` (the stream so far, no cost) or ``source`` (one more forward pass a batch:
-            surer and sooner).
+        compare: What is normal: ``source`` (what the source predicts: one more forward pass a batch) or ``history``
+            (the stream so far: no cost, later and less sure).
         window: Batches that are judged together, at least 2.
         history: Healthy batches that make the history, at least 1.
         share_excess: How far the most predicted class's share may be above the reference, in (0, 1].
@@ -33,6 +33,8 @@ class Guard(Callback):
         norm_ratio: How many times the reference the logit norm may be, above 1.
         snapshot_every: Batches from snapshot to snapshot, at least 1.
         retries: Alarms within ``history`` batches after which reset and rollback stop adapting; ``null``: no limit.
+        probation: The source predicts until so many batches, at least 0, went by without alarm, from the start and
+            after each alarm; ``null``: two windows with ``source``, none with ``history`` or ``warn``.
 
     Raises:
         ConfigError: If an argument is out of range, or the Trainer does not run TestTimeAdaptation.
@@ -41,7 +43,7 @@ class Guard(Callback):
     def __init__(
         self,
         action: Action = "rollback",
-        compare: Compare = "history",
+        compare: Compare = "source",
         window: int = 8,
         history: int = 64,
         share_excess: float = 0.3,
@@ -49,6 +51,7 @@ class Guard(Callback):
         norm_ratio: float = 3.0,
         snapshot_every: int = 16,
         retries: int | None = 3,
+        probation: int | None = None,
     ) -> None:
         self.settings: dict[str, Any] = {n: v for n, v in locals().items() if n not in ("self", "__class__")}
         Watch.check(**self.settings)

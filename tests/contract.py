@@ -17,7 +17,7 @@ VARIANTS = {
         {"lr": 1e-2, "entropy": "come", "source_filter": True},
     ],
     "eata": [
-        {"lr": 0.1, "entropy_margin": 0.9, "diversity_margin": 0.99, "fisher_images": 12},
+        {"lr": 0.1, "entropy_margin": 0.9, "diversity_margin": 0.99},
         {"lr": 0.1, "entropy_margin": None, "fisher_alpha": 0.0, "steps": 2, "source_filter": True},
     ],
     "eta": [{"lr": 1e-2, "optimizer": "adam", "entropy_margin": 0.9, "diversity_margin": 0.95, "lr_batch_size": 8}],

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_tta import SourceClassifier, create_backbone
-from lightning_tta.benchmarks import guard, loading, memo_cifar, memo_leak, memo_speed, meta_step, stream_memory
+from lightning_tta.benchmarks import cost, guard, loading, memo_cifar, memo_leak, memo_speed, meta_step, stream_memory
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -93,3 +93,18 @@ def test_guard_on_digits(capsys, tmp_path):
     assert set(found) >= {"source", "tent at 20x", "zerosiam"}
     assert all(0 <= accuracy <= 100 for accuracy, _ in found.values())
     assert {alarms is None for name, (_, alarms) in found.items() if "window" not in name} == {True}
+
+
+def test_cost(capsys):
+    found = cost.main(
+        ["--methods", "norm", "tent", "eata", "t3a", "--batch-size=8", "--batches=2", "--source-images=8"]
+    )
+    assert {name: passes[:2] for name, (_, *passes) in found.items() if name != "eata"} == {
+        "source": [1, 0],
+        "norm": [1, 0],
+        "tent": [1, 1],
+        "t3a": [1, 0],
+    }
+    assert found["eata"][1] == 1
+    assert "| source |" in (text := capsys.readouterr().out)
+    assert " 1.00 |" in text

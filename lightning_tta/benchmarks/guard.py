@@ -29,9 +29,7 @@ GUARDS: dict[str, dict[str, Any]] = {
     f"{action}, {compare}, window {window}": {"action": action, "compare": compare, "window": window}
     for action, compare, window in (
         ("stop", "source", 8),
-        ("stop", "source", 2),
         ("rollback", "source", 8),
-        ("rollback", "source", 2),
         ("stop", "history", 8),
         ("rollback", "history", 8),
     )

@@ -23,9 +23,11 @@ class Described:
         options: What the method was built with, defaults included, in primitives.
         parallel: Ways to run on several processes, of each class for itself: ``replicas``, and ``synchronised`` where
             all that is taken over a batch goes through :mod:`lightning_tta.together`.
+        uses_batch_statistics: Whether its plain pass has BatchNorm normalise with the batch's own statistics.
     """
 
     parallel: ClassVar[frozenset[str]] = frozenset({"replicas"})
+    uses_batch_statistics: ClassVar[bool] = False
     options: dict[str, Any]
     model: nn.Module
 
@@ -38,6 +40,12 @@ class Described:
         self = super().__new__(cls)
         self.__dict__["options"] = _options(cls, args, options)  # nn.Module's own __setattr__ is not ready yet
         return self
+
+    @property
+    def name(self) -> str:
+        """The name to ask for: the file's name in this package, or the class name of a method from elsewhere."""
+        package, _, file = type(self).__module__.rpartition(".")
+        return file if package == __package__ else type(self).__name__
 
     @property
     def adaptable(self) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from lightning_tta.methods._samples import at_source
 from lightning_tta.methods.base import TTAMethod
 
 
-def fisher_information(method: TTAMethod, batches: Iterable[Mapping[str, Tensor]], images: int) -> list[Tensor]:
+def fisher_information(method: TTAMethod, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """Mean over batches of the squared gradient of the cross-entropy with the net's own arg-max, at the source.
 
     The gradient is that of a batch's mean, as in EATA (arXiv 2204.02610): larger batches give smaller values.
@@ -22,7 +22,6 @@ def fisher_information(method: TTAMethod, batches: Iterable[Mapping[str, Tensor]
     Args:
         method: Gradients are by what its optimizers hold, of its ``infer``.
         batches: Dicts with ``image`` (B, C, H, W) in [0, 1]; labels are not used.
-        images: Takes the first so many.
 
     Raises:
         DataError: If there is no image, or a gradient is not finite.
@@ -31,7 +30,7 @@ def fisher_information(method: TTAMethod, batches: Iterable[Mapping[str, Tensor]
     count = 0
     with at_source(method):
         for batch in batches:
-            part = batch["image"][:images].to(total[0].device)
+            part = batch["image"].to(total[0].device)
             part = part[check_images(part)]
             if len(part):
                 with with_gradients(part, total[0].dtype) as part:
@@ -39,9 +38,7 @@ def fisher_information(method: TTAMethod, batches: Iterable[Mapping[str, Tensor]
                     loss = cross_entropy(logits, logits.argmax(-1))
                     gradients = torch.autograd.grad(loss, method.trained, materialize_grads=True)
                 total = [sum_ + gradient.square() for sum_, gradient in zip(total, gradients, strict=True)]
-                count, images = count + 1, images - len(part)
-            if images <= 0:
-                break
+                count += 1
     if not count or not all(bool(sum_.isfinite().all()) for sum_ in total):
         found = f"gradients that are not finite, in {count} batches" if count else "no image"
         raise DataError(

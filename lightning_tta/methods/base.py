@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tta import together
+from lightning_tta.backbones.norms import batch_statistics
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, NotPreparedError, check_range
 from lightning_tta.methods._described import Described
@@ -77,7 +79,8 @@ class TTAMethod(Described, nn.Module, ABC):
 
     def infer(self, images: Tensor) -> Tensor:
         """The net's logits as this method predicts, without adapting. Override where that is not a plain pass."""
-        return as_logits(self.model(images))
+        with batch_statistics(self.model) if self.uses_batch_statistics else nullcontext():
+            return as_logits(self.model(images))
 
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Collect what the method needs from source data, once, before the stream. Most need nothing."""
@@ -221,12 +224,6 @@ class TTAMethod(Described, nn.Module, ABC):
                     group["lr"] = group["initial_lr"]
         self.memory = dict(self._first_memory)
         self.stats = {}
-
-    @property
-    def name(self) -> str:
-        """The name to ask for: the file's name in this package, or the class name of a method from elsewhere."""
-        package, _, file = type(self).__module__.rpartition(".")
-        return file if package == __package__ else type(self).__name__
 
     @property
     def adaptable(self) -> dict[str, Tensor]:

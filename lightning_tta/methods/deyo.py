@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.backbones.norms import batch_statistics, early_norm_parameters
-from lightning_tta.backbones.split import as_logits
+from lightning_tta.backbones.norms import early_norm_parameters
 from lightning_tta.errors import check_range
 from lightning_tta.losses import entropy
 from lightning_tta.methods._inputs import at_least_float32
@@ -58,6 +57,8 @@ class DeYO(TTAMethod):
     resumed; the last blocks are found by depth, not by name; the net stays in eval mode.
     """
 
+    uses_batch_statistics = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -88,11 +89,6 @@ class DeYO(TTAMethod):
         self.add_optimizer("model", parameters, optimizer, lr, momentum=momentum, weight_decay=weight_decay)
         self.scale_lr_by_batch(lr_batch_size)
         self.remember(generator=torch.Generator().manual_seed(seed).get_state())
-
-    def infer(self, images: Tensor) -> Tensor:
-        """A forward pass with batch statistics."""
-        with batch_statistics(self.model):
-            return as_logits(self.model(images))
 
     def adapt(self, images: Tensor) -> Tensor:
         """One step on the samples that are kept, if any."""

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from lightning_tta import together
-from lightning_tta.backbones.norms import batch_statistics, norm_parameters
-from lightning_tta.backbones.split import as_logits
+from lightning_tta.backbones.norms import norm_parameters
 from lightning_tta.errors import check_range
 from lightning_tta.methods._fisher import fisher_information
 from lightning_tta.methods._inputs import at_least_float32
@@ -29,7 +28,8 @@ class EATA(TTAMethod):
         L = mean [ exp(E0 - stopgrad(H)) * H ] + fisher_alpha * sum_i F_i (theta_i - theta0_i)^2
 
     F is the mean over source batches of the squared gradient of the cross-entropy with the net's own arg-max; it
-    comes from :meth:`prepare`, which is needed unless ``fisher_alpha`` is 0 (method ``eta``).
+    comes from :meth:`prepare`, which is needed unless ``fisher_alpha`` is 0 (method ``eta``); authors show it 2000
+    images in batches of 64, on whose size F depends.
 
     Parameters touched: weight and bias of every normalisation layer; BatchNorm uses batch statistics. State: these,
     the optimizer, pbar and F. Per batch and step: one forward pass, and one backward pass unless nothing is kept, when
@@ -46,7 +46,6 @@ class EATA(TTAMethod):
         entropy_margin: E0 as a share of ln K, > 0; authors 0.4. ``None``: no such filter, and weights of 1.
         diversity_margin: Largest similarity to pbar, > 0; authors 0.4 (CIFAR-10), 0.05 (ImageNet). ``None``: no filter.
         fisher_alpha: Weight of the penalty, >= 0; authors 1 (CIFAR-10), 2000 (ImageNet).
-        fisher_images: Source images for F, >= 1; authors 2000. F depends on the size of their batches; authors 64.
         entropy: ``softmax``, or ``come``: H is :func:`~lightning_tta.losses.come_entropy` (pbar stays as it is).
         source_filter: Keep only samples that OSTTA's filter keeps too
             (:func:`~lightning_tta.methods._samples.source_filter`), one more forward pass.
@@ -59,6 +58,7 @@ class EATA(TTAMethod):
     """
 
     parallel = frozenset({"replicas", "synchronised"})
+    uses_batch_statistics = True
 
     def __init__(
         self,
@@ -73,7 +73,6 @@ class EATA(TTAMethod):
         entropy_margin: float | None = 0.4,
         diversity_margin: float | None = 0.4,
         fisher_alpha: float = 1.0,
-        fisher_images: int = 2000,
         entropy: EntropyName = "softmax",
         source_filter: bool = False,
     ) -> None:
@@ -82,9 +81,8 @@ class EATA(TTAMethod):
             if margin is not None:
                 check_range(name, margin, 0, low_open=True)
         check_range("fisher_alpha", fisher_alpha, 0)
-        check_range("fisher_images", fisher_images, 1, integer=True)
         self.entropy_margin, self.diversity_margin = entropy_margin, diversity_margin
-        self.fisher_alpha, self.fisher_images = fisher_alpha, fisher_images
+        self.fisher_alpha = fisher_alpha
         self.entropy = entropy_function(entropy)
         self.source_filter = source_filter
         parameters = self.declare(norm_parameters(self.model))
@@ -98,7 +96,7 @@ class EATA(TTAMethod):
                 self.register_buffer(f"fisher_{number}", torch.zeros_like(parameter, requires_grad=False))
 
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Take F from the first ``fisher_images`` images of ``source_batches``, at the source weights.
+        """Take F from every batch of ``source_batches``, at the source weights.
 
         Args:
             source_batches: Dicts with ``image`` (B, C, H, W) in [0, 1]; labels are not used.
@@ -108,16 +106,11 @@ class EATA(TTAMethod):
         """
         if not self.needs_source:
             return super().prepare(source_batches)
-        fisher = fisher_information(self, source_batches, self.fisher_images)
+        fisher = fisher_information(self, source_batches)
         with torch.inference_mode(False), torch.no_grad():
             for number, value in enumerate(fisher):
                 self.get_buffer(f"fisher_{number}").copy_(value)
         self.prepared = True
-
-    def infer(self, images: Tensor) -> Tensor:
-        """A forward pass with batch statistics."""
-        with batch_statistics(self.model):
-            return as_logits(self.model(images))
 
     def adapt(self, images: Tensor) -> Tensor:
         """One step on the samples that are kept, if any."""

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.backbones.norms import batch_statistics, early_norm_parameters
-from lightning_tta.backbones.split import as_logits
+from lightning_tta.backbones.norms import early_norm_parameters
 from lightning_tta.errors import check_range
 from lightning_tta.methods._optimizers import OptimizerName
 from lightning_tta.methods._samples import EntropyName, entropy_function, moving_average, reliable, source_filter
@@ -59,6 +58,8 @@ class SAR(TTAMethod):
     selection; the last blocks are found by depth, not by name.
     """
 
+    uses_batch_statistics = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -89,11 +90,6 @@ class SAR(TTAMethod):
         self.add_optimizer("model", parameters, optimizer, lr, momentum=momentum, weight_decay=weight_decay)
         self.scale_lr_by_batch(lr_batch_size)
         self.remember(mean_loss=None)
-
-    def infer(self, images: Tensor) -> Tensor:
-        """A forward pass with batch statistics."""
-        with batch_statistics(self.model):
-            return as_logits(self.model(images))
 
     def adapt(self, images: Tensor) -> Tensor:
         """Climb, and step back from there, on the samples that are kept, if any."""

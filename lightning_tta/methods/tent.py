@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_tta import together
-from lightning_tta.backbones.norms import batch_statistics, norm_parameters
-from lightning_tta.backbones.split import as_logits
+from lightning_tta.backbones.norms import norm_parameters
 from lightning_tta.methods._optimizers import OptimizerName
 from lightning_tta.methods._samples import EntropyName, entropy_function, source_filter
 from lightning_tta.methods.base import TTAMethod
@@ -40,6 +39,7 @@ class Tent(TTAMethod):
     """
 
     parallel = frozenset({"replicas", "synchronised"})
+    uses_batch_statistics = True
 
     def __init__(
         self,
@@ -60,11 +60,6 @@ class Tent(TTAMethod):
         parameters = self.declare(norm_parameters(self.model))
         self.add_optimizer("model", parameters, optimizer, lr, momentum=momentum, weight_decay=weight_decay)
         self.scale_lr_by_batch(lr_batch_size)
-
-    def infer(self, images: Tensor) -> Tensor:
-        """A forward pass with batch statistics."""
-        with batch_statistics(self.model):
-            return as_logits(self.model(images))
 
     def adapt(self, images: Tensor) -> Tensor:
         """One entropy step on every image of the batch, or on those that the filter keeps."""

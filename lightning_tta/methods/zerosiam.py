@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_tta import together
 from lightning_tta.backbones.norms import batch_norm_layers, batch_statistics, norm_layers, norm_parameters
-from lightning_tta.backbones.split import HeadSplit, as_logits
+from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import check_choice, check_range
 from lightning_tta.losses import symmetric_kl
 from lightning_tta.methods._samples import EntropyName, entropy_function, source_filter
@@ -80,6 +80,7 @@ class ZeroSiam(TTAMethod):
     """
 
     parallel = frozenset({"replicas", "synchronised"})
+    uses_batch_statistics = True
 
     def __init__(
         self,
@@ -123,11 +124,6 @@ class ZeroSiam(TTAMethod):
         with torch.no_grad():
             predictor.weight.copy_(matrix)
         return predictor.requires_grad_(False)
-
-    def infer(self, images: Tensor) -> Tensor:
-        """The reference branch: a forward pass with batch statistics."""
-        with batch_statistics(self.model):
-            return as_logits(self.model(images))
 
     def adapt(self, images: Tensor) -> Tensor:
         """One step of the asymmetric objective on every image of the batch, or on those that the filter keeps."""

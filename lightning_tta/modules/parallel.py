@@ -74,11 +74,15 @@ def _check_method(method: TTAMethod, mode: str, world: int) -> None:
             f"{' or '.join(sorted(method.parallel)) or 'on one only'}. Use {advice}."
         )
     untracked = any(layer.running_mean is None for layer in batch_norm_layers(method.model).values())
-    if mode == "synchronised" and untracked and type(method).infer is TTAMethod.infer:
+    if mode == "synchronised" and untracked and _plain(method):
         raise ConfigError(
             "The net's BatchNorm layers keep no running statistics, and method "
             f"'{method.name}' leaves them to each process's part of a batch. Use method 'norm', or --trainer.devices 1."
         )
+
+
+def _plain(method: TTAMethod) -> bool:
+    return type(method).infer is TTAMethod.infer and not method.uses_batch_statistics
 
 
 def _check_stream(data: ShiftedDataModule, mode: str, reset: str, world: int) -> None:

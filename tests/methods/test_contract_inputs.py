@@ -265,7 +265,6 @@ RANGES = {
     "entropy_margin": [0, -0.4, float("nan"), "0.4"],
     "diversity_margin": [0.0, float("inf")],
     "fisher_alpha": [-1.0, float("nan")],
-    "fisher_images": [0, 1.5],
     "rho": [-0.05, float("nan")],
     "reset_threshold": [-0.2, float("inf")],
     "frozen_fraction": [-0.1, 1.1],

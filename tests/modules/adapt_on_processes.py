@@ -23,14 +23,14 @@ ETA_OPTIONS = {"entropy_margin": 0.9, "diversity_margin": 0.995, "lr": 0.02}  # 
 REPLICAS = {
     "replicas_tent": (partial(Tent, lr=1e-2), {}, {}),
     "replicas_cotta": (partial(CoTTA, lr=1e-2, restore=0.1, views=4, anchor_threshold=1.0), {}, {"num_images": 20}),
-    "replicas_eata": (partial(EATA, fisher_images=32, **ETA_OPTIONS), {"reset": "domain"}, {"stream": "continual"}),
+    "replicas_eata": (partial(EATA, **ETA_OPTIONS), {"reset": "domain"}, {"stream": "continual"}),
     "replicas_batch": (partial(MEMO, views=4), {"reset": "batch"}, {"num_images": 10}),
     "replicas_blind": (partial(Tent, lr=1e-2), {"reset_every": 2}, {"stream": "blind_spot"}),
 }
 SYNCHRONISED = {
     "synchronised_tent": ("bn", partial(Tent, lr=1e-2), {}, {}),
     "synchronised_zerosiam": ("gn", partial(ZeroSiam, lr=0.02, predictor_lr=0.1), {"predict": "after"}, {}),
-    "synchronised_eata": ("bn", partial(EATA, fisher_images=32, **ETA_OPTIONS), {}, {"stream": "mixed"}),
+    "synchronised_eata": ("bn", partial(EATA, **ETA_OPTIONS), {}, {"stream": "mixed"}),
     "synchronised_eta": (
         "gn",
         partial(ETA, entropy_margin=0.95, diversity_margin=0.999, lr=0.02),

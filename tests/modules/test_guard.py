@@ -87,8 +87,14 @@ def test_actions_in_a_run(tmp_path, action, capsys):
 
 def test_a_healthy_run_is_the_same_with_and_without(tmp_path):
     _, plain = run(tmp_path / "a")
-    _, guarded = run(tmp_path / "b", guard=Guard())
+    _, guarded = run(tmp_path / "b", guard=Guard(probation=0))
     assert all(torch.equal(a["logits"], b["logits"]) for a, b in zip(plain, guarded, strict=True))
+    _, source = run(tmp_path / "c", method=Source)
+    _, probed = run(tmp_path / "d", guard=Guard(window=2))
+    expected = [*source[:4], *plain[4:]]
+    assert all(torch.equal(a["logits"], b["logits"]) for a, b in zip(expected, probed, strict=True))
+    guard = report_of(tmp_path / "d")["guard"]
+    assert (guard["on_probation"], guard["forwards"]) == (4, 8)
     without, watched = report_of(tmp_path / "a"), report_of(tmp_path / "b")
     assert without["guard"] is None
     assert watched["guard"]["events"] == []
