@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -16,17 +18,23 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
 
-from lightning_tta.benchmark_config import Cell, DataConfig, MethodConfig, NetConfig, StreamConfig, from_dict
+from lightning_tta.benchmark_config import (
+    Cell,
+    DataConfig,
+    MethodConfig,
+    NetConfig,
+    StreamConfig,
+    check_method,
+    from_dict,
+)
 from lightning_tta.benchmark_sources import Sources, digest
 from lightning_tta.cli import run_lightning
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError, check_range
 from lightning_tta.files import environment
-from lightning_tta.methods import available_methods, create_method
 from lightning_tta.modules.loading import find_checkpoint
 from lightning_tta.modules.state_files import FINAL
+from lightning_tta.progress import grid
 from lightning_tta.report import write_benchmark
 
 
@@ -129,7 +137,7 @@ class Benchmark:
         if unknown:
             raise ConfigError(f"only={unknown} are not methods of this benchmark; there are {list(self.methods)}.")
         for label, method in self.methods.items():
-            _check_method(label, method)
+            check_method(label, method)
             for stream in self.streams:
                 run_lightning(
                     self._config(Cell(next(iter(self.nets)), stream, label, self.seeds[0]), "none"), parse_only=True
@@ -145,14 +153,7 @@ class Benchmark:
         skipped: list[dict[str, str]] = []
         stages = self.sources.stages({(cell.net, cell.seed) for cell in self.cells})
         console = Console()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as progress, self._workers() as run_all:
+        with grid(console) as progress, self._workers() as run_all:
             task = progress.add_task("source models", total=sum(map(len, stages)))
             for sources in stages:
                 for _ in run_all(self.sources.train, sources):
@@ -259,28 +260,21 @@ class Benchmark:
         }
 
 
-def _check_method(label: str, method: MethodConfig) -> None:
-    """Refuse wrong options and ranges by building the method on a tiny net."""
-    known = {cls.__name__: name for name, cls in available_methods().items()}
-    name = known.get(method.class_path.rpartition(".")[2])
-    if name is None:
-        return  # a user's own class: checked when it is parsed
-    probe = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-    try:
-        create_method(name, probe, **method.init_args)
-    except UnsupportedModelError:
-        pass  # the probe says nothing about the nets of the benchmark
-    except ConfigError as error:
-        raise ConfigError(f"Method '{label}': {error}") from error
-
-
 _FOR_GOOD = ExitStack()  # what lasts as long as a worker
 
 
 def _start_worker(threads: int) -> None:
-    """Set up a process of the pool."""
+    """Set up a process of the pool; it ends with its parent: nothing goes on where a benchmark was killed."""
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _FOR_GOOD.enter_context(_quiet())
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager

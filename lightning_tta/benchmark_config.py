@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from lightning_tta.errors import ConfigError
+from torch import nn
+
+from lightning_tta.errors import ConfigError, UnsupportedModelError
+from lightning_tta.methods import available_methods, create_method
 
 T = TypeVar("T")
 
@@ -107,3 +110,18 @@ def from_dict(kind: type[T], key: str, entry: dict[str, Any]) -> T:
     if unknown or not isinstance(entry.get("class_path"), str):
         raise ConfigError(f"{key} must have a class_path and may have {allowed[1:]}; got {sorted(entry)}.")
     return kind(**entry)
+
+
+def check_method(label: str, method: MethodConfig) -> None:
+    """Refuse wrong options and ranges by building the method on a tiny net."""
+    known = {cls.__name__: name for name, cls in available_methods().items()}
+    name = known.get(method.class_path.rpartition(".")[2])
+    if name is None:
+        return  # a user's own class: checked when it is parsed
+    probe = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    try:
+        create_method(name, probe, **method.init_args)
+    except UnsupportedModelError:
+        pass  # the probe says nothing about the nets of the benchmark
+    except ConfigError as error:
+        raise ConfigError(f"Method '{label}': {error}") from error

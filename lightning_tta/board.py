@@ -9,7 +9,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_tta.methods.base import TTAMethod
 from lightning_tta.modules.pictures import StreamPictures
 
 HISTOGRAMS = 20
@@ -78,7 +77,8 @@ class StreamBoard(Callback):
         parameters = {
             "net": module.net_info["name"],
             **{k: protocol[k] for k in ("data", "stream", "severity", "batch_size", "reset", "order_seed")},
-            **options_of(module.method),
+            "method": module.method.name,
+            **module.method.options,
         }
         images = result["images"]
         metrics = {
@@ -98,22 +98,6 @@ def class_names(trainer: Trainer) -> list[str] | None:
     data = getattr(trainer, "datamodule", None)
     found = getattr(data, "class_names", None)
     return list(found) if found is not None else None
-
-
-def options_of(method: TTAMethod) -> dict[str, Any]:
-    """A method's name and its plain options, as far as it keeps them, with its learning rates."""
-    own = {
-        name: value
-        for name, value in vars(method).items()
-        if isinstance(value, (bool, int, float, str))
-        and not name.startswith("_")
-        and name not in ("training", "prepared")
-    }
-    rates = {
-        f"lr_{name}" if len(method.optimizers) > 1 else "lr": optimizer.param_groups[0]["initial_lr"]
-        for name, optimizer in method.optimizers.items()
-    }
-    return {"method": method.name, **own, **rates}
 
 
 class FitBoard(Callback):

@@ -21,6 +21,7 @@ from lightning_tta.board import FitBoard
 from lightning_tta.commands import COMMANDS
 from lightning_tta.errors import ConfigError, FinishedError, LightningTTAError
 from lightning_tta.parsing import closest, explained, our_error
+from lightning_tta.progress import RunProgress
 
 DESCRIPTION = "Test-time adaptation of image classifiers: train a source model, adapt it on a shifted stream, compare."
 HELP = f"""usage: lightning-tta [-h] [--version] [--print_completion {{bash,zsh}}] COMMAND ...
@@ -187,7 +188,7 @@ def _build_cli(kind: type[TTACLI], args: list[str] | dict[str, Any]) -> TTACLI:
             "inference_mode": False,
             "use_distributed_sampler": False,
             "default_root_dir": "runs",
-            "callbacks": [FitBoard()],
+            "callbacks": [FitBoard(), RunProgress()],
         },
         parser_kwargs={"description": DESCRIPTION},
         args=args,

@@ -16,14 +16,12 @@ from lightning_tta.data.protocol import Protocol
 from lightning_tta.errors import ConfigError
 from lightning_tta.files import write_json
 from lightning_tta.reporting import write_report
-from lightning_tta.reporting.runs import result_file
+from lightning_tta.reporting.blocks import percent
+from lightning_tta.reporting.runs import read, result_file
+from lightning_tta.reporting.style import looks
+from lightning_tta.reporting.write import write_picture
 
 Row = Mapping[str, Any]
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage with one decimal; a dash where there is none."""
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def spread(values: Sequence[float | None]) -> str:
@@ -88,6 +86,8 @@ def _incidents(report: Mapping[str, Any]) -> list[str]:
     if guard is not None:
         events = guard["events"]
         lines.append(f"guard ({guard['settings']['action']}): {len(events)} alarms" + ", stopped" * guard["stopped"])
+        if guard.get("on_probation"):
+            lines[-1] += f", {guard['on_probation']} batches predicted by the source on probation"
         lines += [f"  batch {event['batch']}: {event['reason']}, {event['action']}" for event in events[:10]]
         lines += [f"  ... and {len(events) - 10} more"] * (len(events) > 10)
     return lines
@@ -231,9 +231,9 @@ def _print_benchmark(rows: Sequence[Row], skipped: Sequence[Mapping[str, str]], 
 
 def write_benchmark(result: Mapping[str, Any], output: Path, console: Console) -> None:
     """Write ``benchmark.json``, ``benchmark.md`` and one plot per net and stream, and print the tables."""
-    from lightning_tta.plots import plot_stream
-
     write_json(output / "benchmark.json", result)
+    material = read([output])
+    looked = looks(material.methods)
     environment = result["environment"]
     parts = [
         "# Benchmark",
@@ -242,15 +242,16 @@ def write_benchmark(result: Mapping[str, Any], output: Path, console: Console) -
         f"{environment['device']}; torch {environment['torch']}, lightning_tta {environment['lightning_tta']}; "
         f"{result['seconds']:.0f} s for what was not finished before.",
     ]
-    for (net, stream), found in _groups(result["rows"]).items():
+    for ((net, stream), found), group in zip(_groups(result["rows"]).items(), material.groups, strict=True):
         parts.append(f"## {net}, {stream}")
         parts.append(_markdown(*summary_table(found)))
         parts.extend(
             f"**Seed {seed}: the rows have different protocols and are not comparable.**" for seed in _mismatch(found)
         )
         image = f"{net}-{stream}.png"
-        plot_stream(found, output, output / image, title=f"{net}, {stream}")
-        parts.append(f"![accuracy and predicted-class share along the stream]({image})")
+        caption = write_picture(group, looked, output / image)
+        if caption is not None:
+            parts += [f"![accuracy and predicted-class share along the stream]({image})", caption]
         parts.append(_markdown(*domain_table(found)))
         hashes = sorted({f"seed {row['seed']}: {row['protocol_hash']}" for row in found})
         parts.append("Protocols: " + ", ".join(hashes) + ".")

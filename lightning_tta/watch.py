@@ -58,8 +58,7 @@ class Watch:
     (declared tensors, optimizers, memory, counters). ``stop``: the same, and from then on only predict. The batch that
     raised the alarm is predicted again after the action. A snapshot is taken every ``snapshot_every`` batches and is
     healthy once ``window`` further batches went by without alarm: two are kept, in memory. If ``retries`` alarms came
-    within the last ``history`` batches, reset and rollback stop adapting as well, at the source: the method fails on
-    this stream again and again.
+    within the last ``history`` batches, reset and rollback stop adapting as well, at the source.
 
     Args:
         method: Used and changed in place. Prepared, where it needs source data.
@@ -80,6 +79,7 @@ class Watch:
         on_event: If set, called with each of them.
         stopped: Whether the method only predicts by now.
         on_probation: Batches so far for which the source predicted.
+        forwards: Forward passes so far for the source's predictions.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Watch:
         self.events: list[dict[str, Any]] = []
         self.on_event: Callable[[dict[str, Any]], None] | None = None
         self.stopped = False
-        self.on_probation = 0
+        self.on_probation = self.forwards = 0
         self._proven = 0  # batches without alarm
         self._batch = -1
         self._recent: deque[Measures] = deque(maxlen=window)
@@ -170,6 +170,7 @@ class Watch:
             if self.compare == "source":
                 with torch.no_grad(), at_source(self.method):
                     source = self.method.predict(images)
+                self.forwards += 1
                 self._source.append(measure(source[(logits != 0).any(1)]))
             values, reference = pool(self._recent), self._reference()
             reason = self._judge(values, reference)
@@ -185,7 +186,7 @@ class Watch:
 
     def report(self) -> dict[str, Any]:
         """For the run's report."""
-        seen = {"events": copy.deepcopy(self.events), "stopped": self.stopped, "on_probation": self.on_probation}
+        seen = {name: copy.deepcopy(getattr(self, name)) for name in ("events", "stopped", "on_probation", "forwards")}
         return {"settings": self.settings, **seen}
 
     def sizes(self) -> dict[str, int]:
@@ -194,8 +195,8 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, to go on from here; plain data and tensors."""
-        state = {name: getattr(self, name) for name in _STATE}
-        return {name: list(value) if isinstance(value, deque) else value for name, value in state.items()}
+        state = ((name, getattr(self, name)) for name in _STATE)
+        return {name: list(value) if isinstance(value, deque) else value for name, value in state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Counterpart of :meth:`state_dict`."""
@@ -272,9 +273,7 @@ class Watch:
         if self.on_event is not None:
             self.on_event(event)
         if self.action == "warn":
-            self._recent.clear()
-            self._source.clear()
-            self._pending.clear()
+            self._forget()
             return logits
         if self.action == "reset" or again:
             self.method.reset()
@@ -284,15 +283,17 @@ class Watch:
         self._begin()
         return self.method.predict(images)
 
+    def _forget(self) -> None:
+        for seen in (self._recent, self._source, self._pending):
+            seen.clear()
+
     def _begin(self) -> None:
         """Another state than before: what was seen of the old one says nothing about it."""
-        self._recent.clear()
-        self._source.clear()
-        self._pending.clear()
+        self._forget()
         self._healthy, self._candidate, self._since = take(self.method), take(self.method), 0
 
 
 _STATE = (
-    *("events", "stopped", "on_probation", "_proven", "_batch"),
+    *("events", "stopped", "on_probation", "forwards", "_proven", "_batch"),
     *("_recent", "_source", "_past", "_pending", "_healthy", "_candidate", "_since"),
 )

@@ -1,6 +1,7 @@
 """What a predict run measures beside accuracy, and what TensorBoard gets."""
 
 import copy
+import inspect
 import json
 from functools import partial
 
@@ -10,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from nets import make_net, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
 from lightning_tta import ConfigError, DigitsData, TestTimeAdaptation, adapt
@@ -97,22 +99,25 @@ def test_classes_that_the_net_was_cut_to(tmp_path):
 
 
 def test_tensorboard_of_a_finished_run(tmp_path):
-    _, report = run(tmp_path / "run", Norm, tensorboard=True)
+    _, report = run(tmp_path / "run", TENT, tensorboard=True)
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0, "histograms": 0})
     events.Reload()
     tags = events.Tags()
-    assert tags["images"] == ["adapt/norm/iid/images"]
-    assert tags["histograms"] == ["adapt/norm/iid/entropies"]
-    images = events.Images("adapt/norm/iid/images")
+    assert tags["images"] == ["adapt/tent/iid/images"]
+    assert tags["histograms"] == ["adapt/tent/iid/entropies"]
+    images = events.Images("adapt/tent/iid/images")
     assert [image.step for image in images] == [20, 40]  # images seen, in the first two batches
     assert images[0].width == 4 * (SIDE + 4)
-    assert [h.step for h in events.Histograms("adapt/norm/iid/entropies")] == [20, 40, 60, 80]
+    assert [h.step for h in events.Histograms("adapt/tent/iid/entropies")] == [20, 40, 60, 80]
     assert events.Scalars("hp_metric")[-1].value == pytest.approx(report["accuracy"])
-    assert all(tag.startswith(("adapt/norm/iid/", "hp_metric", "hp/")) for tag in tags["scalars"])
+    assert all(tag.startswith(("adapt/tent/iid/", "hp_metric", "hp/")) for tag in tags["scalars"])
     assert "_hparams_/experiment" in events.summary_metadata
     start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert b"batch_size" in start
-    assert b"norm" in start
+    said = HParamsPluginData.FromString(start).session_start_info.hparams
+    assert said["method"].string_value == "tent"
+    assert said["batch_size"].number_value == 20
+    assert (said["lr"].number_value, said["optimizer"].string_value) == (0.3, "sgd")
+    assert set(inspect.signature(Tent).parameters) - {"model"} <= set(said)  # defaults too
 
 
 class Noisy(nn.Module):

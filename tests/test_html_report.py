@@ -14,10 +14,8 @@ from lightning_tta import ConfigError
 from lightning_tta.cli import main
 from lightning_tta.data.protocol import Protocol
 from lightning_tta.report import report
-from lightning_tta.reporting import statistics, write_report
-from lightning_tta.reporting.figures import _apart, front_of
+from lightning_tta.reporting import write_report
 from lightning_tta.reporting.runs import read
-from lightning_tta.reporting.style import KNOWN, looks
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 DOMAINS = ("fog", "noise")
@@ -130,53 +128,6 @@ def page_of(files):
 
 def row_of(page, name, length):
     return next(row for row in page.rows if row[0] == name and len(row) == length)
-
-
-# Statistics ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 30, 400])
-def test_student_t_against_scipy(freedom):
-    assert statistics.t_quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=1e-7)
-    for t in (0.0, 0.3, 2.0, 15.0):
-        assert statistics.t_tail(t, freedom) == pytest.approx(2 * scipy.stats.t.sf(t, freedom), rel=1e-6, abs=1e-14)
-
-
-def test_paired_differences_against_scipy():
-    differences = [0.02, 0.05, 0.01, 0.04]
-    found = statistics.over_seeds(differences)
-    expected = scipy.stats.ttest_1samp(differences, 0)
-    low, high = expected.confidence_interval(0.95)
-    assert found.p == pytest.approx(expected.pvalue)
-    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
-    assert found.clear == (low > 0)
-
-    per_image = np.random.default_rng(0).integers(-1, 2, 200)
-    images = statistics.over_images(per_image.tolist())
-    error = per_image.std(ddof=1) / math.sqrt(200)
-    assert images.half == pytest.approx(scipy.stats.norm.ppf(0.975) * error)
-    assert images.p == pytest.approx(2 * scipy.stats.norm.sf(abs(per_image.mean()) / error))
-    assert statistics.over_seeds([0.1]).half is None
-    equal = statistics.over_seeds([0.3 - 0.2, 0.1])
-    assert equal.p is None  # no spread but rounding: not evidence
-    assert not equal.clear
-    assert statistics.interval([]) is None
-
-
-def test_holm_by_hand():
-    assert statistics.holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
-    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
-
-
-def test_pareto_front_by_hand():
-    points = {"slow": (3.0, 90.0), "fast": (1.0, 70.0), "beaten": (2.0, 65.0), "level": (4.0, 90.0)}
-    assert front_of(points) == ["fast", "slow"]
-
-
-def test_labels_are_moved_apart_within_the_axes():
-    assert _apart([1.0, 5.0, 5.0, 5.0, 20.0], 2.0, 0.0, 20.0) == [1.0, 3.0, 5.0, 7.0, 20.0]
-    assert _apart([0.0, 0.0, 9.5, 10.0], 1.0, 0.0, 10.0) == [0.0, 1.0, 9.0, 10.0]
-    assert _apart([], 1.0, 0.0, 1.0) == []
 
 
 # The page ------------------------------------------------------------------------------------------------------------
@@ -321,13 +272,23 @@ def test_reports_of_an_earlier_version(tmp_path):
 
 
 def test_guard_and_forgetting(tmp_path):
-    events = [{"batch": 7, "reason": "class share <0.9>", "action": "reset", "share": 0.93214}]
+    events = [{"batch": 7, "reason": "class share <0.9>", "action": "reset", "reference": None}]
+    events[0]["values"] = {"largest_class_share": 0.93214, "logit_norm": 12.0}
     more = {
         "source": {"source_accuracy_after": 0.9},
-        "tent": {"source_accuracy_after": 0.7, "guard": {"events": events, "stopped": False}},
+        "tent": {
+            "source_accuracy_after": 0.7,
+            "guard": {"events": events, "stopped": False, "on_probation": 16, "forwards": 40},
+        },
     }
-    page = page_of(write_report([write_benchmark(tmp_path, {(m, 0): hits(0, 0.5) for m in more}, **more)]))
-    assert row_of(page, "tent", 6) == ["tent", "0", "7", "class share <0.9>", "reset", "share 0.9321"]
+    written = write_report([write_benchmark(tmp_path, {(m, 0): hits(0, 0.5) for m in more}, **more)])
+    page = page_of(written)
+    said = "values (largest class share 0.932, logit norm 12)"
+    assert row_of(page, "tent", 6) == ["tent", "0", "7", "class share <0.9>", "reset", said]
+    assert (
+        "1 events of the guard. tent, seed 0: the source predicted 16 batches on probation. 40 forward"
+        in written[0].read_text()
+    )
     assert row_of(page, "tent", 3) == ["tent", "70.0", "-20.0"]
 
 
@@ -373,13 +334,3 @@ def test_markdown_tables_have_equal_rows(tmp_path):
     assert len(tables) >= 4
     for part in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in part.splitlines()}) == 1
-
-
-def test_a_method_keeps_its_look():
-    everyone = looks(KNOWN)
-    assert len(set(everyone.values())) == len(KNOWN) == 18
-    assert len({(look.line, look.marker) for look in everyone.values()}) == 18  # in greyscale too
-    assert looks(["tent"])["tent"] == looks(["mine", "tent", "source"])["tent"]
-    assert looks(["mine"])["mine"] == looks(["other", "mine", "tent"])["mine"]
-    many = looks([*KNOWN, *map(str, range(100))])
-    assert len(set(many.values())) == len(many)

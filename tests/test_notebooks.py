@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and is stored without outputs."""
+"""Every notebook runs from top to bottom, is stored without outputs, and is what its .py file says."""
 
 from pathlib import Path
 
@@ -16,6 +16,23 @@ def test_stored_without_outputs(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_what_its_py_file_says(path):
+    jupytext = pytest.importorskip("jupytext", reason="a dev extra: pip install -e '.[dev]'")
+    written, made = jupytext.read(path.with_suffix(".py")), nbformat.read(path, as_version=4)
+    regenerate = "jupytext --update --to ipynb notebooks/*.py"
+    assert cells(made) == cells(written), f"{path.name} is not what {path.stem}.py says: {regenerate}"
+    assert made.metadata.kernelspec == written.metadata.kernelspec
+
+
+def test_every_py_file_has_its_notebook():
+    assert {path.stem for path in NOTEBOOKS} == {path.stem for path in NOTEBOOKS[0].parent.glob("*.py")}
+
+
+def cells(notebook):
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
 @pytest.mark.slow

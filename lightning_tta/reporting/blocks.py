@@ -60,11 +60,11 @@ class Section:
     blocks: list[Block] = field(default_factory=list)
 
 
-def percent(value: float | None, half: float | None = None, digits: int = 1) -> str:
+def percent(value: float | None, half: float | None = None) -> str:
     """A share as a percentage, with the half width of its interval where there is one."""
     if value is None:
         return "-"
-    return f"{100 * value:.{digits}f}" + (f" ± {100 * half:.{digits}f}" if half is not None else "")
+    return f"{100 * value:.1f}" + (f" ± {100 * half:.1f}" if half is not None else "")
 
 
 def number(value: float | None, half: float | None = None, digits: int = 3) -> str:

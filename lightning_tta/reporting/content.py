@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_tta.reporting import tables
 from lightning_tta.reporting.blocks import Block, Grid, Note, Pictures, Section
-from lightning_tta.reporting.curves import stream_figures
+from lightning_tta.reporting.curves import caption, stream_figures
 from lightning_tta.reporting.figures import (
     collapse_figure,
     differences_figure,
@@ -17,7 +17,7 @@ from lightning_tta.reporting.figures import (
     reliability_figure,
 )
 from lightning_tta.reporting.runs import Group, Material
-from lightning_tta.reporting.style import Look, drawing
+from lightning_tta.reporting.style import Look, drawing, to_svg
 from lightning_tta.summary import WINDOW
 
 EARLIER = "reports of this version have it; these are of an earlier one, or lack labels"
@@ -32,6 +32,8 @@ def sections(material: Material, looks: Mapping[str, Look]) -> list[Section]:
         made[0].blocks.append(Note(f"Cells without a result: {len(rows)}; see the end.", warning=True))
     if not made[0].blocks:
         made.clear()
+    if len(material.groups) > 1:
+        made.append(Section("All comparisons", 2, list(tables.all_groups(material.groups, material.methods))))
     with drawing():
         for place, group in enumerate(material.groups):
             made += _group(group, looks, f"g{place}")
@@ -44,8 +46,8 @@ def sections(material: Material, looks: Mapping[str, Look]) -> list[Section]:
 
 def _group(group: Group, looks: Mapping[str, Look], name: str) -> list[Section]:
     head = Section(group.title, 2, [Note(text, warning=True) for text in group.warnings])
-    head.blocks.append(tables.overview(group))
     found = tables.differences(group)
+    head.blocks.append(tables.overview(group, found))
     if found:
         caption = (
             "Differences to the source with their 95 % intervals; filled markers: the interval leaves out zero. "
@@ -56,7 +58,7 @@ def _group(group: Group, looks: Mapping[str, Look], name: str) -> list[Section]:
         )
     made = [head]
     if len(group.domains) > 1:
-        made.append(Section("By domain", 3, list(tables.by_domain(group))))
+        made.append(Section("By domain", 3, list(tables.by_domain(group, found))))
     made.append(Section("Along the stream", 3, _stream(group, looks, name)))
     made.append(Section("Calibration", 3, _calibration(group, looks, name)))
     made.append(Section("Cost", 3, _cost(group, looks, name)))
@@ -79,7 +81,7 @@ def _group(group: Group, looks: Mapping[str, Look], name: str) -> list[Section]:
 
 
 def _stream(group: Group, looks: Mapping[str, Look], name: str) -> list[Block]:
-    figures = stream_figures(group, looks, f"{name}-s")
+    figures = stream_figures(group, looks)
     collapse = collapse_figure(group, looks, f"{name}-c")
     if not figures or collapse is None:
         return [Note("No curves: there is no batches.jsonl beside these reports.", warning=True)]
@@ -96,13 +98,13 @@ def _stream(group: Group, looks: Mapping[str, Look], name: str) -> list[Block]:
             wide=True,
         )
     )
-    behind = " Grey line: source." if len(figures) > 1 and "source" in group.methods else ""
     blocks.append(
         Pictures(
-            [(f"accuracy and largest class share along the stream: {what}", svg) for what, svg in figures],
-            f"Accuracy over the last {WINDOW} batches of the domain, and share of the most predicted class over the "
-            f"last {WINDOW} of all; mean and range over seeds. Grey area: the largest share among the labels. Vertical "
-            f"lines: a new domain.{behind}",
+            [
+                (f"accuracy and largest class share along the stream: {what}", to_svg(figure, f"{name}-s{number}"))
+                for number, (what, figure) in enumerate(figures)
+            ],
+            caption(group),
             wide=len(figures) == 1,
         )
     )
@@ -163,12 +165,30 @@ def _guard(group: Group) -> Grid | None:
     for run in group.runs:
         for event in (run.report.get("guard") or {}).get("events", []):
             rest = {k: v for k, v in event.items() if k not in ("batch", "reason", "action")}
-            said = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
             cells = [str(event.get(key, "-")) for key in ("batch", "reason", "action")]
-            rows.append([run.method, run.seed, *cells, said or "-"])
+            rows.append([run.method, run.seed, *cells, _measures(rest) or "-"])
     header = ["method", "seed", "batch", "reason", "action", "more"]
     caption = f"{len(rows)} events of the guard." if rows else "The guard watched and had nothing to do."
+    for run in group.runs:
+        guard = run.report.get("guard") or {}
+        if guard.get("on_probation"):
+            caption += (
+                f" {run.method}, seed {run.seed}: the source predicted {guard['on_probation']} batches on probation."
+            )
+        if guard.get("forwards"):
+            caption += f" {guard['forwards']} forward passes more, for the source as measure."
     return Grid(header, rows, caption, left=6, methods=True)
+
+
+def _measures(values: Mapping[str, Any]) -> str:
+    """``name value, name value``; of a mapping in it, ``name (...)``."""
+    said = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            said.append(f"{name} ({_measures(value)})")
+        elif value is not None:
+            said.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(said).replace("_", " ")
 
 
 def _protocol(group: Group) -> list[Block]:

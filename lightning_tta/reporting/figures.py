@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Looks = Mapping[str, Look]
-NO_LABELS = "nobody"
 
 
 def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], looks: Looks) -> None:
     """Write names (x, y, name) right of the axes, moved apart where they would overlap, with lines to their points."""
     figure: Any = axes.figure
-    figure.canvas.draw()  # the transforms are right only now
+    figure.draw_without_rendering()  # the transforms are right only now
     box = axes.get_window_extent()
     step = 11.5 / 72 * figure.dpi
     points = [(*axes.transData.transform((x, y)), name) for x, y, name in labels]
@@ -35,7 +34,7 @@ def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], looks: 
             [start[0], end[0]], [start[1], end[1]], transform=axes.transAxes, color=colour, lw=0.5, alpha=0.6,
             clip_on=False, zorder=1, scalex=False, scaley=False,
         )  # fmt: skip
-        along = 1 / figure.get_figwidth()
+        along = figure.dpi / box.width  # an inch
         axes.plot(
             end[0] + 0.05 * along, end[1], transform=axes.transAxes, color=colour, ls="", marker=looks[name].marker,
             markersize=4.5, clip_on=False, scalex=False, scaley=False,
@@ -43,6 +42,11 @@ def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], looks: 
         axes.text(
             end[0] + 0.16 * along, end[1], name, transform=axes.transAxes, va="center", ha="left", fontsize=8, color=INK
         )
+
+
+def text_width(texts: Iterable[str], size: float) -> float:
+    """About how many inches the longest text takes at a font size in points."""
+    return 0.64 * size / 72 * max((len(text) for text in texts), default=0)
 
 
 def _apart(wanted: Sequence[float], step: float, low: float, high: float) -> list[float]:
@@ -69,9 +73,10 @@ def _end(cluster: tuple[float, int], step: float) -> float:
 
 def differences_figure(found: Mapping[str, Difference], looks: Looks, name: str) -> str:
     """Mean difference to the source by method, with its interval."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(5.6, 0.6 + 0.27 * len(found)), layout="constrained")
+    figure = Figure(figsize=(5.6, 0.6 + 0.27 * len(found)), layout="constrained")
+    axes = figure.subplots()
     for place, (method, difference) in enumerate(found.items()):
         look = looks[method]
         half = None if difference.half is None else 100 * difference.half
@@ -96,24 +101,23 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look, 
         look: The method's look.
         name: Prefix of the ids.
     """
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, (axes, below) = plt.subplots(
-        2, 1, figsize=(2.4, 2.8), sharex=True, height_ratios=(3.2, 1), layout="constrained"
-    )
-    samples, confidence, right = bins
-    total, width = sum(samples), 1 / len(samples)
-    for place, (count, confident, hits) in enumerate(zip(samples, confidence, right, strict=True)):
-        if not count:
-            continue
-        centre = (place + 0.5) * width
-        mean, accuracy = confident / count, hits / count
-        axes.bar(centre, accuracy, width * 0.92, color=look.in_page, alpha=0.35, lw=0)
-        axes.plot([centre, centre], [mean, accuracy], color=look.in_page, lw=1.6)
-        axes.plot(centre, accuracy, color=look.in_page, marker=look.marker, markersize=3.5)
-        below.bar(centre, 100 * count / total, width * 0.92, color=MUTED, lw=0)
+    figure = Figure(figsize=(2.4, 2.8))
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
+    figure.subplots_adjust(left=0.25, right=0.94, top=0.92, bottom=0.16, hspace=0.14)
+    total, width = sum(bins[0]), 1 / len(bins[0])
+    filled = [(place, *row) for place, row in enumerate(zip(*bins, strict=True)) if row[0]]
+    centres = [(place + 0.5) * width for place, *_ in filled]
+    confidences = [confident / count for _, count, confident, _ in filled]
+    accuracies = [right / count for _, count, _, right in filled]
+    axes.bar(centres, accuracies, width * 0.92, color=look.in_page, alpha=0.35, lw=0)
+    axes.vlines(centres, confidences, accuracies, color=look.in_page, lw=1.6)
+    axes.plot(centres, accuracies, color=look.in_page, marker=look.marker, markersize=3.5, ls="")
+    below.bar(centres, [100 * count / total for _, count, *_ in filled], width * 0.92, color=MUTED, lw=0)
     axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=(0, (4, 3)))
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy", title=title)
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     below.set(xlabel="confidence", ylabel="% of\nimages", ylim=(0, None))
     axes.grid()
     return to_svg(figure, name)
@@ -121,12 +125,14 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look, 
 
 def pareto_figure(points: Mapping[str, tuple[float, float]], label: str, looks: Looks, name: str) -> str:
     """Accuracy against a cost, with the front of those that nothing beats in both."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     height = max(2.9, 0.9 + 0.165 * len(points))
-    figure, axes = plt.subplots(figsize=(4.3, height))
-    figure.subplots_adjust(left=0.13, right=0.66, bottom=0.5 / height, top=1 - 0.15 / height)
+    width = 3.2 + text_width(points, 8)
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots()
+    figure.subplots_adjust(left=0.56 / width, right=2.84 / width, bottom=0.5 / height, top=1 - 0.15 / height)
     costs = [cost for cost, _ in points.values()]
     if min(costs) > 0 and max(costs) > 4 * min(costs):
         axes.set_xscale("log")
@@ -136,6 +142,8 @@ def pareto_figure(points: Mapping[str, tuple[float, float]], label: str, looks: 
         ticks = [m * 10.0**e for e in range(-5, 8) for m in ((1, 2, 5) if decades < 2 else (1,))]
         axes.set_xticks([t for t in ticks if min(costs) / 1.4 <= t <= max(costs) * 1.4])
         axes.set_xlim(min(costs) / 1.4, max(costs) * 1.4)
+    elif min(costs) > max(costs) / 2:
+        axes.margins(x=0.12)
     else:
         axes.set_xlim(0, max(costs) * 1.1 or 1)
     front = front_of(points)
@@ -165,7 +173,7 @@ def front_of(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 def collapse_figure(group: Group, looks: Looks, name: str) -> str | None:
     """Share of the most predicted class over time, a bar a method: dark is collapse. ``None`` without batches."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     shown = {m: runs for m, runs in group.methods.items() if any(run.batches for run in runs)}
     if not shown:
@@ -182,7 +190,8 @@ def collapse_figure(group: Group, looks: Looks, name: str) -> str | None:
             None if None in column else fmean(column)
             for column in zip(*(curve[:length] for curve in curves), strict=True)
         ]
-    figure, axes = plt.subplots(figsize=(9.2, 1.1 + 0.24 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9.2, 1.1 + 0.24 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     seen = first[-1]["images_seen"]
     for place, shares in enumerate(rows.values()):
         for level, pieces in _levels(shares).items():
@@ -231,8 +240,15 @@ def domain_pieces(batches: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, 
     return [(batches[a]["domain"], a, b) for a, b in zip(starts, [*starts[1:], len(batches)], strict=True)]
 
 
+def boundary_names(batches: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names to write where domains begin: none where it is one domain, or domains take turns all the time."""
+    names = [name for name, _, _ in domain_pieces(batches)]
+    return names if len(names) > 1 else []
+
+
 def mark_domains(all_axes: Sequence[Any], batches: Sequence[Mapping[str, Any]], *, names: bool = True) -> None:
     """Lines where a new domain begins, its name above the first axes."""
+    names = names and bool(boundary_names(batches))
     for domain, start, end in domain_pieces(batches):
         left, right = batches[start]["images_seen"] - batches[start]["images"], batches[end - 1]["images_seen"]
         if start:

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from lightning_tta.reporting.blocks import Block, Grid, Note, Section
-from lightning_tta.reporting.style import COLOURS, Look, swatch
+from lightning_tta.reporting.style import COLOURS, GRID, INK, MUTED, PAPER, Look, swatch
 
 CSS = """
-:root { color-scheme: light dark; --ink: #16181d; --muted: #6d737c; --grid: #d9dce1; --paper: #ffffff;
+:root { color-scheme: light dark; --ink: %(ink)s; --muted: %(muted)s; --grid: %(grid)s; --paper: %(paper)s;
   --raised: #f4f5f7; --warn: #fff3d6; --edge: #b26a00; %(colours)s }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e9eaec; --muted: #9299a3; --grid: #363b43; --paper: #14161a; --raised: #1e2127; --warn: #3a2c0d;
-    --edge: #e0a030; --c1: #4a9fd8; --c2: #ec7a2c; --c3: #20b58a } }
+    --edge: #e0a030; --c1: #4a9fd8; --c2: #ec7a2c; --c3: #20b58a; --c7: #a98adb; --c8: #c08f70; --c9: #a9a93c;
+    --c10: #ee5aa6 } }
 @media print { :root { color-scheme: light } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 68rem; padding: 1rem clamp(.75rem, 3vw, 2rem) 4rem; background: var(--paper);
@@ -45,7 +46,8 @@ figure svg * { stroke-linejoin: round; stroke-linecap: butt }
 
 def page(title: str, subtitle: str, sections: Sequence[Section], looks: Mapping[str, Look]) -> str:
     """The whole page."""
-    colours = "; ".join(f"--c{number}: {colour}" for number, colour in enumerate(COLOURS) if number)
+    colours = {"ink": INK, "muted": MUTED, "grid": GRID, "paper": PAPER}
+    colours["colours"] = "; ".join(f"--c{number}: {colour}" for number, colour in enumerate(COLOURS) if number)
     links = "".join(
         f'<li><a href="#s{place}">{escape(section.title)}</a></li>'
         for place, section in enumerate(sections)
@@ -55,7 +57,7 @@ def page(title: str, subtitle: str, sections: Sequence[Section], looks: Mapping[
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS % {'colours': colours}}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{CSS % colours}</style>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n<p>{escape(subtitle)}</p>\n<nav><ul>{links}</ul></nav>\n<main>\n{body}\n</main>\n"
         "</body>\n</html>\n"
     )

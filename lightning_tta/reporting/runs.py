@@ -16,8 +16,6 @@ from lightning_tta.errors import ConfigError, DataError
 SEED_FIELDS = ("order_seed", "weights", "weights_digest", "hash")
 """Fields of a protocol in which the seeds of one experiment differ."""
 
-BLIND = ":blind_spots"
-
 
 @dataclass
 class Run:
@@ -129,6 +127,11 @@ class Material:
     warnings: list[str]
     title: str
 
+    @property
+    def methods(self) -> list[str]:
+        """The labels of all methods."""
+        return list(dict.fromkeys(method for group in self.groups for method in group.methods))
+
 
 def result_file(run: Path) -> Path:
     """The file with a run's or a benchmark's result.
@@ -219,17 +222,19 @@ def _read_singles(singles: Sequence[tuple[Path, dict[str, Any]]], material: Mate
     if len(groups) > 1:
         first, *others = parts.values()
         for number, other in enumerate(others, 2):
-            lines = [
-                f"{k}: {_short(first.get(k))} != {_short(other.get(k))}"
-                for k in dict.fromkeys([*first, *other])
-                if first.get(k) != other.get(k)
-            ]
+            lines = _unlike(first, other)
             material.warnings.append(
                 f"The runs of parts 1 and {number} have different protocols and are not comparable: {'; '.join(lines)}."
             )
         for number, group in enumerate(groups.values(), 1):
             group.title = f"Part {number}: {group.title}"
     material.groups += groups.values()
+
+
+def _unlike(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """One line ``field: a != b`` for each field of two protocols that differs; the hash says no more than these."""
+    names = [name for name in dict.fromkeys([*first, *other]) if name != "hash"]
+    return [f"{n}: {_short(first.get(n))} != {_short(other.get(n))}" for n in names if first.get(n) != other.get(n)]
 
 
 def _short(value: Any) -> str:
@@ -245,15 +250,10 @@ def _check(group: Group) -> None:
     for seed, found in by_seed.items():
         if len(found) > 1:
             first, *others = [run.protocol for run in found.values()]
-            lines = {
-                f"{k}: {_short(first.get(k))} != {_short(other.get(k))}"
-                for other in others
-                for k in first
-                if k != "hash" and first.get(k) != other.get(k)
-            }
+            lines = sorted({line for other in others for line in _unlike(first, other)})
             group.warnings.append(
                 f"Seed {seed}: the rows have different protocols and are not comparable ({', '.join(found)})"
-                + (f": {'; '.join(sorted(lines))}." if lines else ".")
+                + (f": {'; '.join(lines)}." if lines else ".")
             )
     problems: dict[str, list[str]] = {}
     for run in group.runs:

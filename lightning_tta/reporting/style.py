@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -15,9 +16,12 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, safe for colour-blind readers; without their yellow, which white paper swallows. Line styles
-# and markers tell methods apart in greyscale.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# The source alone is black. The next six are Okabe and Ito's, safe for colour-blind readers; without their yellow,
+# which white paper swallows. Line styles and markers tell methods apart in greyscale.
+COLOURS = (
+    *("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#6A3D9A", "#8C5A3C", "#808000", "#D6207F", "#7CB518"),
+)
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 KNOWN = (
@@ -26,8 +30,8 @@ KNOWN = (
 )
 """Methods with a place of their own; other labels get one by their name, so that they too keep it."""
 
-PLACES = len(COLOURS) * len(STYLES) * len(MARKERS)  # coprime: all combinations come once
-INK, MUTED, GRID, PAPER = "#010101", "#808080", "#d0d0d0", "#fefefe"
+PLACES = (len(COLOURS) - 1) * len(STYLES) * len(MARKERS)  # coprime: all combinations come once
+INK, MUTED, GRID, PAPER = "#16181d", "#6d737c", "#d9dce1", "#ffffff"  # in the light; the page has them by name
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", "#000000": "ink"} | {
     colour.lower(): f"c{number}" for number, colour in enumerate(COLOURS) if number
 }
@@ -48,8 +52,9 @@ class Look:
 
 
 def look_at(place: int) -> Look:
-    """The look of a place."""
-    return Look(COLOURS[place % len(COLOURS)], STYLES[place % len(STYLES)], MARKERS[place % len(MARKERS)])
+    """The look of a place; the source has place 0."""
+    colour = COLOURS[1 + (place - 1) % (len(COLOURS) - 1)] if place else COLOURS[0]
+    return Look(colour, STYLES[place % len(STYLES)], MARKERS[place % len(MARKERS)])
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
@@ -58,18 +63,17 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
     places = {name: KNOWN.index(name) for name in names if name in KNOWN}
     for name in sorted(set(names) - set(places)):
         place = len(KNOWN) + crc32(name.encode()) % (PLACES - len(KNOWN))
-        while (place in places.values() or place % len(COLOURS) == 0) and len(places) < PLACES // 2:  # not the source's
-            place = (place + 1) % PLACES
+        while place in places.values() and len(places) < PLACES // 2:
+            place = 1 + place % (PLACES - 1)  # never the source's
         places[name] = place
     return {name: look_at(places[name]) for name in names}
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Matplotlib set up for the page: no window, text stays text, ink from the page."""
+    """Matplotlib set up for the page: text stays text, ink from the page."""
     import matplotlib
 
-    matplotlib.use("agg")
     settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "lightning_tta",
@@ -99,12 +103,9 @@ def drawing() -> Iterator[None]:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """The figure as an inline SVG element: colours are the page's variables, ids begin with ``name``."""
-    import matplotlib.pyplot as plt
-
+    """The figure as an inline SVG element: colours are the page's variables, the ids it needs begin with ``name``."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -117,7 +118,15 @@ def to_svg(figure: Figure, name: str) -> str:
     text = text.replace("url(#", f"url(#{name}-")
     for colour, variable in VARIABLES.items():
         text = re.sub(colour, f"var(--{variable})", text, flags=re.IGNORECASE)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
     return re.sub(r"\n\s*", "\n", text).strip()
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """The figure as a picture, in the page's light look."""
+    figure.savefig(path, dpi=130, facecolor=PAPER, bbox_inches="tight")
 
 
 _SHAPES = {

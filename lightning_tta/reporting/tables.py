@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from lightning_tta.data.base import BLIND
 from lightning_tta.reporting.blocks import Grid, number, percent
-from lightning_tta.reporting.runs import BLIND, Group, Run
+from lightning_tta.reporting.runs import Group, Run
 from lightning_tta.reporting.statistics import Difference, Interval, holm, interval, over_images, over_seeds
+
+PAGE, GAP = 122, 3
+"""Characters that the page has room for, and those between two columns."""
 
 
 def spread_of(values: Sequence[float | None]) -> Interval | None:
@@ -59,9 +63,8 @@ def differences(group: Group) -> dict[str, Difference]:
     return {method: value for method, value in found.items() if value is not None}
 
 
-def overview(group: Group) -> Grid:
-    """Accuracy, error, difference to the source with its p-value, collapse."""
-    found = differences(group)
+def overview(group: Group, found: Mapping[str, Difference]) -> Grid:
+    """Accuracy, error, difference to the source (``found``) with its p-value, collapse."""
     corrected = dict(zip(found, holm([d.p for d in found.values()]), strict=True))
     rows = []
     for method, runs in group.methods.items():
@@ -103,7 +106,7 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def how_paired(found: dict[str, Difference]) -> str:
+def how_paired(found: Mapping[str, Difference]) -> str:
     """In words, how the differences were tested."""
     if not found:
         return "No differences: there is no run of source under the same protocol."
@@ -127,28 +130,57 @@ def how_paired(found: dict[str, Difference]) -> str:
     )
 
 
-def by_domain(group: Group) -> list[Grid]:
-    """Accuracy, and difference to the source, by domain; methods in columns unless they are many."""
+def all_groups(groups: Sequence[Group], methods: Sequence[str]) -> list[Grid]:
+    """Accuracy of every method in every group."""
+    columns = {
+        group.title: [_cell(accuracy_of(group.methods[m])) if m in group.methods else "-" for m in methods]
+        for group in groups
+    }
+    caption = "Accuracy %, mean ± half a 95 % interval over seeds. Columns are comparisons of their own; see below."
+    return _parts("method", methods, columns, caption, methods=True)
+
+
+def _parts(
+    corner: str, names: Sequence[str], columns: Mapping[str, Sequence[str]], caption: str, *, methods: bool
+) -> list[Grid]:
+    """A table, or the fewest of about equal numbers of columns where one would be wider than the page."""
+    room = PAGE - max(map(len, [corner, *names])) - GAP - 5 * methods  # with a swatch
+    wide = [max(map(len, [name, *cells])) + GAP for name, cells in columns.items()]
+    size = next(
+        size
+        for size in (-(-len(wide) // count) for count in range(1, len(wide) + 1))
+        if size == 1 or all(sum(wide[start : start + size]) <= room for start in range(0, len(wide), size))
+    )
+    parts = [list(columns)[start : start + size] for start in range(0, len(columns), size)]
+    grids = []
+    for place, part in enumerate(parts, 1):
+        rows = [[name, *cells] for name, *cells in zip(names, *(columns[key] for key in part), strict=True)]
+        said = f"{caption} Part {place} of {len(parts)}." if len(parts) > 1 else caption
+        grids.append(Grid([corner, *part], rows, said, methods=methods))
+    return grids
+
+
+def by_domain(group: Group, compared: Iterable[str]) -> list[Grid]:
+    """Accuracy, and of the methods ``compared`` the difference to the source; methods in columns unless many."""
     domains: list[str | None] = [*group.domains, None]
     columns = {m: [_cell(accuracy_of(runs, d)) for d in domains] for m, runs in group.methods.items()}
-    grids = [_crossed(domains, columns, "Accuracy % by domain, mean ± half a 95 % interval over seeds.")]
-    found = {m: [signed(difference(group, m, d)) for d in domains] for m in differences(group)}
+    grids = _crossed(domains, columns, "Accuracy % by domain, mean ± half a 95 % interval over seeds.")
+    found = {m: [signed(difference(group, m, d)) for d in domains] for m in compared}
     if found:
         caption = (
             "Difference to the source in points of accuracy, paired as above; * where the interval leaves out zero. "
             "Not corrected for the number of domains: about one star in twenty comes by chance."
         )
-        grids.append(_crossed(domains, found, caption))
+        grids += _crossed(domains, found, caption)
     return grids
 
 
-def _crossed(domains: Sequence[str | None], columns: Mapping[str, Sequence[str]], caption: str) -> Grid:
+def _crossed(domains: Sequence[str | None], columns: Mapping[str, Sequence[str]], caption: str) -> list[Grid]:
     names = [domain or "all" for domain in domains]
     if len(columns) > len(names):
-        rows = [[method, *cells] for method, cells in columns.items()]
-        return Grid(["method", *names], rows, caption, methods=True)
-    rows = [[name, *cells] for name, *cells in zip(names, *columns.values(), strict=True)]
-    return Grid(["domain", *columns], rows, caption)
+        turned = dict(zip(names, map(list, zip(*columns.values(), strict=True)), strict=True))
+        return _parts("method", list(columns), turned, caption, methods=True)
+    return _parts("domain", names, columns, caption, methods=False)
 
 
 def calibration(group: Group) -> Grid | None:
@@ -175,7 +207,7 @@ def reliability(runs: Sequence[Run]) -> list[list[float]] | None:
 
 
 def cost_of(runs: Sequence[Run], which: str) -> float | None:
-    """Mean over runs: ``ms`` per image, ``passes`` per image, or peak ``memory`` in MB."""
+    """Mean over runs: ``ms`` per image or per ``batch``, peak ``memory`` in MB, or a total of the report per batch."""
     values = [_cost(run.report, which) for run in runs]
     known = [value for value in values if value is not None]
     return fmean(known) if known else None

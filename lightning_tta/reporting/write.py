@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_tta.reporting.content import sections
+from lightning_tta.reporting.curves import caption, stream_picture
 from lightning_tta.reporting.page import page
-from lightning_tta.reporting.runs import read, result_file
-from lightning_tta.reporting.style import looks
+from lightning_tta.reporting.runs import Group, read, result_file
+from lightning_tta.reporting.style import Look, drawing, looks, save_png
 from lightning_tta.reporting.text import latex, markdown
 
 
@@ -31,7 +32,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, as_latex: 
         output = files[0].parent if len(set(files)) == 1 else Path("report")
     output.mkdir(parents=True, exist_ok=True)
     material = read(runs)
-    looked = looks(method for group in material.groups for method in group.methods)
+    looked = looks(material.methods)
     made = sections(material, looked)
     count = sum(len(group.runs) for group in material.groups)
     subtitle = (
@@ -44,3 +45,13 @@ def write_report(runs: Sequence[Path], output: Path | None = None, *, as_latex: 
     for name, text in texts.items():
         (output / name).write_text(text, encoding="utf-8")
     return [output / name for name in texts]
+
+
+def write_picture(group: Group, looked: Mapping[str, Look], path: Path) -> str | None:
+    """Write the figure along the stream as PNG; returns its caption, or ``None`` where there are no batches."""
+    with drawing():
+        figure = stream_picture(group, looked)
+        if figure is None:
+            return None
+        save_png(figure, path)
+    return caption(group)

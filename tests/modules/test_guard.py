@@ -119,7 +119,8 @@ def test_a_healthy_run_is_the_same_with_and_without(tmp_path):
     _, probed = run(tmp_path / "d", guard=Guard(window=2))
     expected = [*source[:4], *plain[4:]]
     assert all(torch.equal(a["logits"], b["logits"]) for a, b in zip(expected, probed, strict=True))
-    assert report_of(tmp_path / "d")["guard"]["on_probation"] == 4
+    guard = report_of(tmp_path / "d")["guard"]
+    assert (guard["on_probation"], guard["forwards"]) == (4, 8)
     without, watched = report_of(tmp_path / "a"), report_of(tmp_path / "b")
     assert without["guard"] is None
     assert watched["guard"]["events"] == []

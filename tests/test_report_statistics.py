@@ -1,0 +1,61 @@
+"""Intervals and tests of the report: printed tables, closed forms, and SciPy's own tests."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from lightning_tta.reporting.statistics import holm, interval, over_images, over_seeds
+
+
+@pytest.mark.parametrize(
+    ("count", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (31, 2.042), (121, 1.980)]
+)
+def test_intervals_against_the_printed_table_of_students_t(count, quantile):
+    values = np.random.default_rng(count).normal(0.5, 0.1, count)
+    found = interval(values.tolist())
+    assert found.mean == pytest.approx(values.mean())
+    assert found.half == pytest.approx(quantile * values.std(ddof=1) / math.sqrt(count), rel=2.5e-4)  # three decimals
+    assert interval([0.1]).half is None
+    assert interval([]) is None
+
+
+def test_p_values_of_student_t_in_closed_form():
+    for t in (0.3, 2.0, 15.0):
+        two = over_seeds([t - 1, t + 1])  # mean t, standard error 1, one degree of freedom
+        assert two.p == pytest.approx(1 - 2 / math.pi * math.atan(t))
+        spread = math.sqrt(3)
+        three = over_seeds([-t - spread, -t, -t + spread])  # the same with two, on the other side
+        assert three.p == pytest.approx(1 - t / math.sqrt(2 + t**2))
+    assert over_seeds([-1.0, 1.0]).p == 1.0
+
+
+def test_paired_differences_against_scipy():
+    source, method = np.random.default_rng(3).normal([[0.50], [0.53]], 0.03, (2, 6))
+    found = over_seeds((method - source).tolist())
+    expected = scipy.stats.ttest_rel(method, source)
+    low, high = expected.confidence_interval(0.95)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    assert found.clear == (low > 0)
+    assert over_seeds([0.1]).half is None
+    equal = over_seeds([0.3 - 0.2, 0.1])
+    assert equal.p is None  # no spread but rounding: not evidence
+    assert not equal.clear
+
+
+def test_differences_of_images_by_hand():
+    # 50 better, 30 worse, 20 equal: mean 0.2, variance (80 - 100 * 0.04) / 99, z = 0.2 / sqrt(76 / 9900) = 2.2827
+    found = over_images([1] * 50 + [-1] * 30 + [0] * 20)
+    assert found.mean == pytest.approx(0.2)
+    assert found.half == pytest.approx(1.959964 * math.sqrt(76 / 9900), rel=1e-6)
+    assert found.p == pytest.approx(0.0224505, rel=1e-5)
+    assert found.clear
+    assert over_images([1] * 10).p is None  # no spread
+    assert over_images([1]) is None
+
+
+def test_holm_by_hand():
+    assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
