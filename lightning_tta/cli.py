@@ -12,6 +12,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_tta.data
 import lightning_tta.methods
@@ -155,8 +156,9 @@ def _run_export(args: list[str]) -> None:
     parser = ArgumentParser(prog="lightning-tta export", description=_run_export.__doc__)
     parser.add_argument("run", type=str, help="Directory of the run.")
     parser.add_argument("--output", type=str, default="adapted.safetensors", help="Where the weights go.")
+    parser.add_argument("--process", type=int | None, default=None, help="Of several processes, whose net.")
     given = parser.parse_args(args)
-    print(f"adapted weights: {export_run(given.run, given.output)}")
+    print(f"adapted weights: {export_run(given.run, given.output, given.process)}")
 
 
 def _run_stream(args: list[str]) -> None:
@@ -281,7 +283,7 @@ def main(args: list[str] | None = None) -> None:
         else:
             run_lightning(args)
     except FinishedError as done:
-        print(done)
+        rank_zero_only(print)(done)
     except LightningTTAError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

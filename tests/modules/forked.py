@@ -8,6 +8,7 @@ import sys
 import time
 from functools import partial
 
+import pytest
 import torch
 from contract import VARIANTS
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -16,6 +17,10 @@ from test_kill import counting_lines
 
 from lightning_tta import DigitsData, TestTimeAdaptation, available_methods
 
+MARKS = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+]
 PATIENCE = 120  # seconds
 OWN = ("predictions.rank{}.csv", "batches.rank{}.jsonl")
 TIMES = ("seconds", "seconds_per_batch", "wall_seconds", "environment", "peak_memory_mb", "peak_memory")
@@ -87,6 +92,18 @@ class Processes:
         return [path.read_text() if path.exists() else "" for path in self.errors]
 
 
+def trainer(root, world, **options):
+    return Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        default_root_dir=root,
+        **{"logger": False, **options},
+    )
+
+
 def run(root, name="tent", world=2, callbacks=(), logger=False, **options):
     """The first process has ten batches, the second five."""
     seed_everything(0, verbose=False)
@@ -94,17 +111,8 @@ def run(root, name="tent", world=2, callbacks=(), logger=False, **options):
     data = DigitsData(domains=["gaussian_noise", "contrast", "clean"], num_images=40, batch_size=8)
     options = {"save_every": 2, "resume": "auto", "source_images": 64, "reset": "domain", **options}
     module = TestTimeAdaptation(method, backbone=make_net("bn", num_classes=10), **options)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
-        use_distributed_sampler=False,
-        logger=logger() if logger else False,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        default_root_dir=root,
-    )
-    trainer.predict(module, datamodule=data, return_predictions=False)
+    made = trainer(root, world, callbacks=list(callbacks), logger=logger() if logger else False)
+    made.predict(module, datamodule=data, return_predictions=False)
     return module
 
 

@@ -2,16 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from forked import Processes, Stop, outcome, run, stopped_at, together, until
+from forked import MARKS, Processes, Stop, outcome, run, stopped_at, together, until
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +53,14 @@ def test_another_run_or_number_of_processes_is_refused_and_named(tmp_path):
     refused(root, "ConfigError", "protocol.world_size: 2 != 1", "'replicas' != 'single'", world=1)
     (root / "state.rank0.pt").unlink()
     refused(root, "ConfigError", "protocol.world_size: 2 != 1", world=1)
+
+
+@pytest.mark.parametrize("options", [{"save_every": 1, "resume": "never"}, {"save_every": None}])
+def test_synchronised_processes_cannot(tmp_path, options):
+    root = tmp_path / "a"
+    refused(root, "ConfigError", "cannot be used with synchronised", processes="synchronised", **options)
+    stopped_at(root, [5, 3])
+    refused(root, "ConfigError", "cannot be used with synchronised", processes="synchronised", **options)
 
 
 def test_two_processes_do_not_take_what_one_has_left(tmp_path):
@@ -109,6 +116,7 @@ def test_shorter_predictions_of_one_are_noticed_by_both(tmp_path):
 # Which directory -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
 def test_newest_version_that_both_can_continue(tmp_path, whole, kind):
     def logger():
@@ -132,3 +140,34 @@ def test_newest_version_that_both_can_continue(tmp_path, whole, kind):
     assert together(tmp_path, "norm", logger=logger)[0] == [0, 0]  # not every process could continue
     assert together(tmp_path, "norm", logger=logger, world=1)[0] == [0]  # another number of processes
     assert versions() == [f"version_{number}" for number in range(5)]
+
+
+@pytest.mark.slow
+def test_command_line(tmp_path):
+    """Started as users do it, killed twice with all that it has started, and started again until it is done."""
+    command = [sys.executable, "-m", "lightning_tta", "predict", "--model.source_ckpt=none", "--model.method=Tent"]
+    command += ["--model.backbone=cifar/resnet20", "--data=DigitsData", "--data.domains=[contrast, clean, haze]"]
+    command += ["--data.num_images=60", "--data.batch_size=4", "--trainer.enable_progress_bar=false"]
+    command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(name, *more):
+        arguments = [*command, f"--trainer.default_root_dir={tmp_path / name}", *more]
+        return subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE, start_new_session=True)
+
+    resume = ("cut", "--model.save_every=3", "--model.resume=auto")
+    assert start("whole").wait(200) == 0
+    cut, (whole,) = tmp_path / "cut" / "lightning_logs", (tmp_path / "whole" / "lightning_logs").iterdir()
+    for lines in (10, 40):
+        killed = start(*resume)
+        path = cut / "version_0" / "predictions.rank1.csv"
+        until(lambda path=path, lines=lines: path.exists() and path.read_text().count("\n") > lines)
+        os.killpg(killed.pid, signal.SIGKILL)
+        assert killed.wait(60) == -signal.SIGKILL
+        assert not (cut / "version_0" / "report.json").exists()
+    assert start(*resume).wait(200) == 0
+    assert outcome(cut / "version_0") == outcome(whole)
+    again = start(*resume)
+    assert again.communicate(timeout=200)[0].count("version_0 is finished") == 1
+    assert again.returncode == 0  # no error: a supervisor may start it again and again
+    assert [path.name for path in cut.iterdir()] == ["version_0"]
