@@ -12,6 +12,7 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_tta.data
 import lightning_tta.methods
@@ -222,7 +223,7 @@ def main(args: list[str] | None = None) -> None:
         else:
             run_lightning(args)
     except FinishedError as done:
-        print(done)
+        rank_zero_only(print)(done)
     except LightningTTAError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

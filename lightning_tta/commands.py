@@ -64,6 +64,7 @@ def export_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="lightning-tta export", description=_run_export.__doc__)
     parser.add_argument("run", type=str, help="Directory of the run.")
     parser.add_argument("--output", type=str, default="adapted.safetensors", help="Where the weights go.")
+    parser.add_argument("--process", type=int | None, default=None, help="Of several processes, whose net.")
     return parser
 
 
@@ -72,7 +73,7 @@ def _run_export(args: list[str]) -> None:
     from lightning_tta.exporting import export_run
 
     given = parse(export_parser(), args)
-    print(f"adapted weights: {export_run(given.run, given.output)}")
+    print(f"adapted weights: {export_run(given.run, given.output, given.process)}")
 
 
 def stream_parser() -> ArgumentParser:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lightning_tta._version import __version__
 from lightning_tta.errors import ConfigError, DataError, check_choice
-from lightning_tta.files import write_whole
+from lightning_tta.files import of_all, of_process, write_whole
 from lightning_tta.methods.base import TTAMethod
-from lightning_tta.modules.state_files import FINAL, STATE, read_state
+from lightning_tta.modules.state_files import FINAL, STATE, State, read_state
 
 Format = Literal["safetensors", "torch_export"]
 
@@ -58,19 +58,24 @@ def export(
     return Path(path)
 
 
-def export_run(run: str | Path, output: str | Path) -> Path:
+def export_run(run: str | Path, output: str | Path, process: int | None = None) -> Path:
     """Write the net of a predict run that saved its state (``save_every``), at its end or as last saved.
 
     Args:
         run: The run's directory.
         output: A ``.safetensors`` file.
+        process: Of a run of several processes, each of which has adapted a net of its own: whose.
 
     Raises:
         DataError: If the run has no saved state.
-        ConfigError: If its method has no adapted weights.
+        ConfigError: If its method has no adapted weights, or if it does not have the one net that was asked for.
     """
     run = Path(run)
-    state = read_state(run / (FINAL if (run / "report.json").exists() else STATE), head=True)
+    path = run / (FINAL if (run / "report.json").exists() else STATE)
+    found = {file: state for file in of_all(path) if (state := read_state(file, head=True)) is not None}
+    state = found.get(path if process is None else of_process(path, process))
+    if state is None and found:
+        raise ConfigError(f"Say which net of {run}: {'; '.join(_whose(*item) for item in found.items())}.")
     if state is None:
         raise DataError(
             f"{run} has no saved state ({FINAL}, or {STATE} of an unfinished run). Give the directory of a predict run "
@@ -80,6 +85,13 @@ def export_run(run: str | Path, output: str | Path) -> Path:
     options = {name.removeprefix("method."): value for name, value in same.items() if name.startswith("method.")}
     weights = _adapted(same["method"], state["method"], state["weight_names"])
     return _write(Path(output), weights, same["method"], options, state["lacks"])
+
+
+def _whose(path: Path, state: State) -> str:
+    """Which net a state has, and how to ask for it."""
+    number, domain = path.stem.partition(".rank")[2], state["position"][0]
+    where = "as it began" if domain is None else f"last on '{state['summary']['domain_names'][domain]}'"
+    return f"{path.name}, {where} ({f'--process {number}' if number else 'without --process'})"
 
 
 def _adapted(name: str, state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Tensor]:

@@ -64,6 +64,15 @@ def run_directory(trainer: Trainer) -> Path:
 
 def own_file(trainer: Trainer, path: Path) -> Path:
     """Where this process writes what others write too: ``name.rank0.csv``; alone ``name.csv``."""
-    if trainer.world_size == 1:
-        return path
-    return path.with_name(f"{path.stem}.rank{trainer.global_rank}{path.suffix}")
+    return path if trainer.world_size == 1 else of_process(path, trainer.global_rank)
+
+
+def of_process(path: Path, rank: int) -> Path:
+    """The same of one of several processes."""
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+def of_all(path: Path) -> list[Path]:
+    """What is there under this name: of a process alone, then of each of several."""
+    several = path.parent.glob(f"{path.stem}.rank*{path.suffix}")
+    return [path] * path.exists() + sorted(several, key=lambda file: (len(file.name), file.name))

@@ -18,6 +18,8 @@ WINDOW = 8
 class StreamSummary:
     """Adds up what a stream's batches report. Plain numbers: cheap to keep, to save and to merge.
 
+    ``started`` is set from outside, with the first batch that had images: what the resets are counted from.
+
     Args:
         domain_names: Names by domain number.
         counted: The domains whose images make up the overall accuracy; by default all.
@@ -28,6 +30,7 @@ class StreamSummary:
         self._counted = [name in (counted or domain_names) for name in domain_names]
         self.batches = self.images = self.resets = self.missed = 0
         self.skipped_batches = self.skipped_images = 0
+        self.started = False
         self.seconds = 0.0
         self.last: dict[str, Any] = {}
         self._labelled = [0] * len(domain_names)
@@ -87,14 +90,15 @@ class StreamSummary:
             parts: Theirs.
             together: Whether they shared each batch: batches, passes and resets are those of one, seconds those of
                 the slowest. Else each had whole domains: all add up, seconds too, and what one process would have
-                been reset for, between the domains of two, counts as a reset.
+                been reset for, between the domains of two that have started, counts as a reset.
         """
         same: Callable[[Iterable[Any]], Any] = max if together else sum
         total = cls(parts[0].domain_names)
         total._counted = parts[0]._counted
         for name in ("batches", "missed", "resets", "seconds", "skipped_batches", "skipped_images"):
             setattr(total, name, same([getattr(part, name) for part in parts]))
-        total.resets += 0 if together else len(parts) - 1
+        total.started = any(part.started for part in parts)
+        total.resets += 0 if together or not total.started else sum(part.started for part in parts) - 1
         total.images = sum(part.images for part in parts)
         for name in ("_labelled", "_correct", "_images", "_entropy"):
             setattr(total, name, [sum(values) for values in zip(*(getattr(part, name) for part in parts), strict=True)])
@@ -103,7 +107,7 @@ class StreamSummary:
         for number in range(len(total.domain_names)):
             counts = [found for part in parts if (found := part._classes[number]) is not None]
             total._classes[number] = torch.stack(counts).sum(0) if counts else None
-        for name in parts[0]._totals:
+        for name in dict.fromkeys(name for part in parts for name in part._totals):
             values = [part._totals.get(name, 0) for part in parts]
             total._totals[name] = sum(values) if name == "nonfinite_images" else same(values)
         return total

@@ -121,6 +121,26 @@ def predict(root, method, **options):
     return module
 
 
+def test_one_of_several_processes(tmp_path, capsys):
+    module = predict(tmp_path / "run", partial(Tent, lr=1e-2), save_every=100)
+    state, output = tmp_path / "run" / "final_state.pt", tmp_path / "adapted.safetensors"
+    with pytest.raises(ConfigError, match=r"final_state.pt, last on 'contrast' \(without --process\)"):
+        export_run(tmp_path / "run", output, process=0)
+    saved = torch.load(state)
+    saved["position"] = [None, 0]
+    torch.save(saved, state.with_name("final_state.rank1.pt"))
+    state.rename(state.with_name("final_state.rank0.pt"))
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "run"), f"--output={output}"])
+    said = capsys.readouterr().err
+    assert "rank0.pt, last on 'contrast' (--process 0); final_state.rank1.pt, as it began (--process 1)" in said
+    main(["export", str(tmp_path / "run"), f"--output={output}", "--process=0"])
+    net, images = make_net("gn", num_classes=10, seed=5), make_images(4)
+    load_weights(net, output)
+    with torch.no_grad():
+        assert torch.allclose(net(images), module.method.predict(images), atol=1e-6)
+
+
 def test_command(tmp_path, capsys):
     method = partial(Tent, lr=1e-2)
     module = predict(tmp_path / "run", method, save_every=100)

@@ -6,13 +6,11 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch import distributed
 
 from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.data.base import ShiftedDataModule
@@ -20,14 +18,24 @@ from lightning_tta.data.sharing import Sharing, own_batches
 from lightning_tta.errors import ConfigError, DataError
 from lightning_tta.files import own_file
 from lightning_tta.methods.base import TTAMethod
+from lightning_tta.modules.group import Group
 from lightning_tta.summary import StreamSummary
 
 ProcessMode = Literal["replicas", "synchronised"]
-_PATIENCE = timedelta(days=30)  # processes with smaller domains wait for the others at the end
 
 
-def share_stream(trainer: Trainer, data: Any, method: TTAMethod, mode: ProcessMode, reset: str) -> Sharing:
+def share_stream(
+    trainer: Trainer, data: Any, method: TTAMethod, mode: ProcessMode, reset: str, apart: Sequence[str] = ()
+) -> Sharing:
     """This process's share of the stream of ``data``, which is told of it.
+
+    Args:
+        trainer: Knows how many processes there are.
+        data: The data module.
+        method: The method.
+        mode: How the processes share the stream.
+        reset: The reset policy.
+        apart: Options in use that processes which adapt as one cannot have.
 
     Raises:
         ConfigError: If the method, the stream or the Trainer cannot do that on several processes.
@@ -36,6 +44,12 @@ def share_stream(trainer: Trainer, data: Any, method: TTAMethod, mode: ProcessMo
     if world > 1:
         _check_trainer(trainer, data)
         _check_method(method, mode, world)
+        if apart and mode == "synchronised":
+            raise ConfigError(
+                f"{' and '.join(apart)} cannot be used with synchronised processes: the saves of those that are killed "
+                "may be of different batches, and one that skips a batch leaves the others waiting. Leave it out, or "
+                "use --model.processes replicas, or --trainer.devices 1."
+            )
     sharing = Sharing(mode, trainer.global_rank, world) if world > 1 else Sharing()
     if isinstance(data, ShiftedDataModule):
         if world > 1:
@@ -115,27 +129,20 @@ class Gathering:
     Args:
         sharing: This process's share of the stream.
         protocol: Hash of what this process is about to run.
+        group: The processes.
 
     Raises:
         ConfigError: If the processes are about to run different things.
     """
 
-    def __init__(self, sharing: Sharing, protocol: str) -> None:
-        self.sharing = sharing
-        self._group: Any = None
-        if sharing.world > 1:  # a group of its own, whose members may be late
-            self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
-            hashes = self._from_all(protocol)
-            if len(set(hashes)) > 1:
-                raise ConfigError(
-                    f"The processes have different protocols ({', '.join(hashes)}): their nets or data differ. Give "
-                    "all the same source weights and files; for random weights set a seed (--seed_everything)."
-                )
-
-    def _from_all(self, mine: Any) -> list[Any]:
-        found: list[Any] = [None] * self.sharing.world
-        distributed.all_gather_object(found, mine, group=self._group)
-        return found
+    def __init__(self, sharing: Sharing, protocol: str, group: Group) -> None:
+        self.sharing, self.group = sharing, group
+        hashes = group.gather(protocol)
+        if len(set(hashes)) > 1:
+            raise ConfigError(
+                f"The processes have different protocols ({', '.join(hashes)}): their nets or data differ. Give "
+                "all the same source weights and files; for random weights set a seed (--seed_everything)."
+            )
 
     def finish(self, trainer: Trainer, directory: Path, summary: StreamSummary) -> StreamSummary:
         """The account of the whole stream; the first process also writes the whole ``predictions.csv``.
@@ -146,7 +153,7 @@ class Gathering:
         if self.sharing.world == 1:
             return summary
         path = directory / "predictions.csv"
-        parts: list[_Part] = self._from_all(_Part(summary, own_file(trainer, path)))
+        parts = self.group.gather(_Part(summary, own_file(trainer, path)))
         if self.sharing.rank == 0:
             stream = trainer.datamodule.stream  # type: ignore[attr-defined]
             order = [index for batch in stream.batches for index in batch]

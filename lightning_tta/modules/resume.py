@@ -9,6 +9,10 @@ same run, and refused if it does not. Under a logger that counts its versions, i
 whose state belongs to the same run: same method, options, protocol and precision; if there is none, a new run starts.
 A run in use by another process is left alone. If the run is finished, :class:`~lightning_tta.errors.FinishedError`.
 
+Several processes with whole domains each (``replicas``) have a state each, ``state.rank0.pt`` and so on, saved when it
+is their turn. All choose one directory, and go on if every one of them has a state of the same run, shared among as
+many processes; each from its own last save, however far apart these are.
+
 TensorBoard's curves go on in the same directory; the points between the last save and the end of the first part are
 there twice. (Lightning's CSVLogger starts its metrics.csv anew; batches.jsonl has all.)
 """
@@ -20,19 +24,23 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_tta._version import __version__
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.errors import ConfigError, FinishedError, check_choice, check_range
-from lightning_tta.files import run_directory
+from lightning_tta.errors import ConfigError, check_choice, check_range
+from lightning_tta.files import of_all, own_file, run_directory
 from lightning_tta.modules import state_files
+from lightning_tta.modules.finding import Search, take
+from lightning_tta.modules.group import Group
 from lightning_tta.modules.state_files import FINAL, STATE, State
 
 if TYPE_CHECKING:
+    from lightning_tta.methods.base import TTAMethod
     from lightning_tta.modules.test_time import TestTimeAdaptation
     from lightning_tta.summary import StreamSummary
 
@@ -50,6 +58,7 @@ class StateKeeper(Callback):
         check_choice("resume", resume, ("never", "auto"))
         self.save_every, self.resume = save_every, resume
         self.earlier_seconds = 0.0
+        self.group = Group()
         self._state: State | None = None  # of the run to be continued
         self._lock = state_files.DirectoryLock()
         self._counting: CountingLogger | None = None
@@ -60,89 +69,59 @@ class StateKeeper(Callback):
 
     # Before the stream -----------------------------------------------------------------------------------------------
 
-    def look_at(self, trainer: Trainer) -> None:
-        """Notice a logger that will count its versions; the Trainer is about to ask it for the next one."""
-        logger = trainer.logger
+    @property
+    def given(self) -> list[str]:
+        """The options that save or continue, as far as they are used."""
+        return ["save_every"] * (self.save_every is not None) + ["resume='auto'"] * (self.resume == "auto")
+
+    def look_at(self, module: TestTimeAdaptation) -> None:
+        """Notice a logger that will count its versions; the Trainer is about to ask it for the next one.
+
+        Several processes find here what a single one finds in ``prepare_data``, which only the first of them is asked
+        to do: it could not tell the others that there is nothing to do before the loggers make a new version.
+
+        Raises:
+            FinishedError, ConfigError: As :meth:`find`, on all processes.
+        """
+        trainer, logger = module.trainer, module.trainer.logger
+        self.earlier_seconds, self._state, self._identity, self._to_read = 0.0, None, {}, 0  # of an earlier run
         counts = isinstance(logger, (TensorBoardLogger, CSVLogger)) and logger._version is None
         self._counting = cast(CountingLogger, logger) if counts else None
+        self.group = Group()
+        if trainer.world_size > 1 and self.resume == "auto" and isinstance(trainer.strategy, DDPStrategy):
+            trainer.strategy.setup_environment()  # the Trainer's next step, which may be done twice
+            self.group = Group(trainer.global_rank, trainer.world_size)
+            try:
+                self._find(module)
+            except BaseException:
+                self._release(trainer)  # no hook would
+                raise
 
     def find(self, module: TestTimeAdaptation) -> None:
-        """Choose the directory and read its state.
+        """Choose the directory and read its state, if there is one process.
 
         Raises:
             FinishedError: If the run is finished.
             ConfigError: If the directory holds another run, or one in use.
         """
-        self._forget()
-        if self.resume == "never":
-            return
+        if module.trainer.world_size == 1 and self.resume == "auto":
+            self._find(module)
+
+    def _find(self, module: TestTimeAdaptation) -> None:
         limit = module.trainer.limit_predict_batches
         if limit not in (None, 1.0):
             raise ConfigError(
                 f"limit_predict_batches={limit} does not go with resume='auto': it would count from where the run goes "
                 "on. Limit the stream itself, such as with --data.num_images."
             )
+        search = Search(module, self.group, self._lock)
         if self._counting is None:
-            self._open_named(module, run_directory(module.trainer))
+            search.named(run_directory(module.trainer))
         else:
-            found = self._newest(module, Path(self._counting.root_dir))
+            found = search.newest(Path(self._counting.root_dir))
             if found is not None:
-                self._counting._version = found
-
-    def _newest(self, module: TestTimeAdaptation, root: Path) -> int | None:
-        """The newest version of this run, taken into use, if there is one that is not."""
-        numbers = [int(path.name[8:]) for path in root.glob("version_*") if path.name[8:].isdecimal()]
-        others: list[str] = []
-        finished: Path | None = None
-        for number in sorted(numbers, reverse=True):
-            directory = root / f"version_{number}"
-            done = (directory / "report.json").exists()
-            state = state_files.read_state(directory / (FINAL if done else STATE), head=True)
-            if state is None:
-                continue
-            differ = state_files.differences(state["identity"], self._own(module))
-            if differ:
-                others += [] if done else [f"{directory} ({'; '.join(differ[:3])})"]
-            elif done:
-                finished = finished or directory
-            elif self._lock.take(directory):
-                self._state = state_files.read_state(directory / STATE)
-                self._announce(directory)
-                return number
-        if finished is not None:
-            raise _finished(finished)
-        if others:
-            rank_zero_info(f"No unfinished run agrees with this one, so it starts anew. The last: {others[0]}.")
-        return None
-
-    def _open_named(self, module: TestTimeAdaptation, directory: Path) -> None:
-        done = (directory / "report.json").exists()
-        state = state_files.read_state(directory / (FINAL if done else STATE), head=True)
-        if state is None and not done:
-            return
-        differ = state_files.differences(state["identity"], self._own(module)) if state is not None else []
-        if differ:
-            raise ConfigError(
-                f"{directory} holds {'a finished' if done else 'an unfinished'} run that differs from this one (there "
-                f"!= here): {'; '.join(differ)}. Run with the same settings to continue it, choose another directory "
-                "(--trainer.default_root_dir, or the logger's name or version), or remove this one."
-            )
-        if done:
-            raise _finished(directory)
-        if not self._lock.take(directory):
-            raise ConfigError(f"{directory} is in use by another process. Wait for it, or choose another directory.")
-        self._state = state_files.read_state(directory / STATE)
-        self._announce(directory)
-
-    def _own(self, module: TestTimeAdaptation) -> State:
-        if not self._identity:
-            module.fix_protocol()
-            self._identity = state_files.identity(module)
-        return self._identity
-
-    def _announce(self, directory: Path) -> None:
-        if self._state is not None:
-            rank_zero_info(f"Continuing {directory} after batch {self._state['batches']}.")
+                self._counting._version = int(found.name.removeprefix("version_"))
+        self._state = search.state
 
     def begin(self, module: TestTimeAdaptation) -> None:
         """The directory is known: take it, load the method on the CPU, and skip the batches that are done.
@@ -150,16 +129,18 @@ class StateKeeper(Callback):
         Raises:
             ConfigError: If the directory is in use.
         """
-        self._directory, self._identity = run_directory(module.trainer), state_files.identity(module)
-        if self.save_every is not None and not self._lock.take(self._directory):
+        trainer = module.trainer
+        self._directory, self._identity = run_directory(trainer), state_files.identity(module)
+        if self.group.world != trainer.world_size:
+            self.group = Group(trainer.global_rank, trainer.world_size)
+        if self.save_every is not None and not take(self._lock, self.group, self._directory):
             raise ConfigError(f"{self._directory} is in use by another process. Choose another directory.")
         if self._state is None:
             if not (self._directory / "report.json").exists():
-                for name in (STATE, FINAL):  # of a run that this one overwrites
-                    (self._directory / name).unlink(missing_ok=True)
+                self.group.first(self._remove)  # what is left of a run that this one overwrites
             return
         module.method.load_state_dict(self._state["method"])
-        data = getattr(module.trainer, "datamodule", None)
+        data = getattr(trainer, "datamodule", None)
         if isinstance(data, ShiftedDataModule):
             data.first_batch = self._state["batches"]
         else:
@@ -169,14 +150,8 @@ class StateKeeper(Callback):
         """A file that grows with the stream: empty, or cut back to where the saved state has it."""
         if self._state is None:
             return path.open("w", newline="")
-        wanted, found = self._state["bytes"].get(path.name, 0), path.stat().st_size if path.exists() else 0
-        if found < wanted:
-            raise ConfigError(
-                f"{path} has {found} bytes, but {wanted} when the state beside it was saved: the run cannot be "
-                f"continued. Restore the file, or remove {STATE} to start from the beginning."
-            )
         file = path.open("a", newline="")
-        file.truncate(wanted)
+        file.truncate(self._state["bytes"].get(path.name, 0))
         file.seek(0, os.SEEK_END)
         return file
 
@@ -185,6 +160,8 @@ class StateKeeper(Callback):
         self._start = time.perf_counter()
         if self._state is None:
             return
+        if self.group.world > 1:
+            _put_back(module.method, self._state["method"])
         assert module.summary is not None
         module.summary.load_state_dict(self._state["summary"])
         if module.pace is not None:
@@ -230,9 +207,9 @@ class StateKeeper(Callback):
             self._save(trainer, pl_module, FINAL)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """There is nothing left to continue."""
-        if self.save_every is not None or self.resume == "auto":
-            (self._directory / STATE).unlink(missing_ok=True)
+        """There is nothing left to continue: the first process has written the report, and has all done."""
+        if self.given and trainer.is_global_zero:
+            self._remove(STATE)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the directory."""
@@ -246,6 +223,7 @@ class StateKeeper(Callback):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         module, summary = _test_time(pl_module)
+        outputs = [own_file(trainer, self._directory / file) for file in OUTPUTS]
         state = {
             "version": __version__,
             "identity": self._identity,
@@ -258,20 +236,21 @@ class StateKeeper(Callback):
             "position": [module._last_domain, module._since_reset],
             "callbacks": {c.state_key: kept for c in _others(trainer) if (kept := c.state_dict())},
             "random": state_files.random_state(module.device),
-            "bytes": {file: state_files.bytes_on_disk(self._directory / file) for file in OUTPUTS},
+            "bytes": {path.name: state_files.bytes_on_disk(path) for path in outputs},
             "wall_seconds": self.earlier_seconds + time.perf_counter() - self._start,
         }
-        state_files.write_state(self._directory / name, state)
+        state_files.write_state(own_file(trainer, self._directory / name), state)
+
+    def _remove(self, *names: str) -> None:
+        """Remove the states of all processes."""
+        for path in (path for name in names or (STATE, FINAL) for path in of_all(self._directory / name)):
+            path.unlink(missing_ok=True)
 
     def _release(self, trainer: Trainer) -> None:
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ShiftedDataModule):
             data.first_batch = 0
         self._lock.release()
-
-    def _forget(self) -> None:
-        """What is left of an earlier run of the same module."""
-        self.earlier_seconds, self._state, self._identity, self._to_read = 0.0, None, {}, 0
 
 
 def _test_time(pl_module: LightningModule) -> tuple[TestTimeAdaptation, StreamSummary]:
@@ -288,8 +267,9 @@ def _others(trainer: Trainer) -> list[Callback]:
     return [callback for callback in callbacks if not isinstance(callback, (Checkpoint, StateKeeper))]
 
 
-def _finished(directory: Path) -> FinishedError:
-    return FinishedError(
-        f"{directory} is finished: its report.json is written, there is nothing to continue. To run once more use "
-        "--model.resume never, and another directory."
-    )
+def _put_back(method: TTAMethod, saved: State) -> None:
+    """Tensors as this process saved them: the strategy has since given all processes those of the first."""
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in [*method.named_parameters(), *method.named_buffers()]:
+            if name in saved:
+                tensor.copy_(saved[name])

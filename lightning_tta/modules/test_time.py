@@ -154,7 +154,7 @@ class TestTimeAdaptation(LightningModule):
         from lightning_tta.board import StreamBoard
         from lightning_tta.callbacks import PredictionWriter, StreamLogger, StreamProgress, StreamReport
 
-        self.keeper.look_at(self.trainer)
+        self.keeper.look_at(self)
         board = StreamBoard(self.pictures)
         return [PredictionWriter(), StreamLogger(), StreamReport(), StreamProgress(), board, self.keeper]
 
@@ -170,12 +170,6 @@ class TestTimeAdaptation(LightningModule):
         """
         if stage != "predict":
             raise ConfigError(f"TestTimeAdaptation runs in predict, not in {stage}. Use SourceClassifier to {stage}.")
-        alone = [self.keeper.save_every is not None, self.keeper.resume == "auto", self.on_bad_batch == "skip"]
-        if self.trainer.world_size > 1 and any(alone):
-            raise ConfigError(
-                "save_every, resume and on_bad_batch='skip' are for one process so far. Leave them out, or use "
-                "--trainer.devices 1."
-            )
         self.fix_protocol()
         self.keeper.begin(self)
 
@@ -187,7 +181,8 @@ class TestTimeAdaptation(LightningModule):
             data.set_blind_spots(source_errors(self.method.model.to(device), data, self.classes, device))
         kind = data.stream_kind if isinstance(data, ShiftedDataModule) else CUSTOM_DATA["stream"]
         policy = self._policy(kind)
-        self.sharing = share_stream(self.trainer, data, self.method, self.processes, policy)
+        apart = [*self.keeper.given, *["on_bad_batch='skip'"] * (self.on_bad_batch == "skip")]
+        self.sharing = share_stream(self.trainer, data, self.method, self.processes, policy, apart)
         self._parts = own_batches(data) if self.sharing.joined > 1 and isinstance(data, ShiftedDataModule) else None
         description = self._description = data.describe() if isinstance(data, ShiftedDataModule) else CUSTOM_DATA
         if policy == "domain" and kind == "mixed":
@@ -213,7 +208,7 @@ class TestTimeAdaptation(LightningModule):
         """Start a new account, or take up that of a continued run."""
         data, description = getattr(self.trainer, "datamodule", None), self._description
         assert self.protocol is not None
-        self.gathering = Gathering(self.sharing, self.protocol.hash)
+        self.gathering = Gathering(self.sharing, self.protocol.hash, self.keeper.group)
         frozen = data.frozen_domains if isinstance(data, ShiftedDataModule) else []
         self._frozen = {number for number, name in enumerate(description["domains"]) if name in frozen}
         self.summary = StreamSummary(list(description["domains"]), frozen)
@@ -256,6 +251,7 @@ class TestTimeAdaptation(LightningModule):
         first = int(domain[0])
         if self._last_domain is None:
             compare_size(images, self.preprocessing, self.net_info)
+            summary.started = True
         if self._needs_reset(first):
             (self.watch or self.method).reset()
             summary.resets += 1

@@ -50,7 +50,11 @@ def in_a_child(work):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def counting_lines(work, limit=None):
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def counting_lines(work, limit=None, end=die):
     """Run, and count the lines of the package that are run; at ``limit`` the process is killed."""
     lines = 0
 
@@ -58,7 +62,7 @@ def counting_lines(work, limit=None):
         nonlocal lines
         lines += event == "line"
         if lines == limit:
-            os.kill(os.getpid(), signal.SIGKILL)
+            end()
         return trace
 
     before = sys.gettrace()
@@ -100,9 +104,6 @@ def test_every_method_survives_twenty_kills(tmp_path, name):
 @pytest.mark.parametrize("when", ["while", "before", "after"])
 def test_killed_while_a_file_is_written(tmp_path, monkeypatch, moment, when):
     run(tmp_path / "whole", "tent", resume="never")
-
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
 
     def work():
         from lightning_tta import files

@@ -150,6 +150,14 @@ def test_source_on_a_net_without_running_statistics_cannot_be_synchronised():
         share_stream(fake(), DigitsData(domains=["clean"]), source, "synchronised", "domain")
 
 
+def test_only_replicas_save_continue_and_skip():
+    tent, options = adapt(make_net("bn"), "tent"), ["save_every", "on_bad_batch='skip'"]
+    with pytest.raises(ConfigError, match=r"save_every and on_bad_batch='skip' cannot .* --model\.processes replicas"):
+        share_stream(fake(), DigitsData(domains=["clean"]), tent, "synchronised", "domain", options)
+    data = DigitsData(domains=["clean", "contrast"], num_images=4)
+    assert share_stream(fake(), data, tent, "replicas", "domain", options).mode == "replicas"
+
+
 def test_a_part_of_each_batch():
     assert [part_of([1, 2, 3, 4, 5], rank, 3) for rank in range(3)] == [[1, 2], [3, 4], [5]]
     assert [part_of([7], rank, 2) for rank in range(2)] == [[7], []]

@@ -1,0 +1,173 @@
+"""Which run two processes go on with: they agree, and what stops one stops both."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from forked import MARKS, Processes, Stop, outcome, run, stopped_at, together, until
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+pytestmark = MARKS
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The outcome of runs that nobody interrupts, by method."""
+    made = {}
+
+    def of(name="tent"):
+        if name not in made:
+            root = tmp_path_factory.mktemp("whole") / name
+            assert together(root, name, save_every=None, resume="never")[0] == [0, 0]
+            made[name] = outcome(root)
+        return made[name]
+
+    return of
+
+
+def refused(root, *words, world=2, **options):
+    """All raise the same."""
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    codes, said = together(root, world=world, **options)
+    assert codes == [1] * world
+    assert len({text for text in said}) == 1
+    assert all(word in said[0] for word in words), said[0]
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    root = tmp_path / "a"
+    assert together(root)[0] == [0, 0]
+    refused(root, "FinishedError", "nothing to continue")
+    refused(root, "ConfigError", "a finished run that differs", "'tent' != 'source'", name="source")
+
+
+def test_another_run_or_number_of_processes_is_refused_and_named(tmp_path):
+    root = tmp_path / "a"
+    stopped_at(root, [5, 3])
+    refused(root, "ConfigError", "method: 'tent' != 'source'", name="source")
+    refused(root, "ConfigError", "protocol.world_size: 2 != 3", world=3)
+    refused(root, "ConfigError", "protocol.world_size: 2 != 1", "'replicas' != 'single'", world=1)
+    (root / "state.rank0.pt").unlink()
+    refused(root, "ConfigError", "protocol.world_size: 2 != 1", world=1)
+
+
+@pytest.mark.parametrize("options", [{"save_every": 1, "resume": "never"}, {"save_every": None}])
+def test_synchronised_processes_cannot(tmp_path, options):
+    root = tmp_path / "a"
+    refused(root, "ConfigError", "cannot be used with synchronised", processes="synchronised", **options)
+    stopped_at(root, [5, 3])
+    refused(root, "ConfigError", "cannot be used with synchronised", processes="synchronised", **options)
+
+
+def test_two_processes_do_not_take_what_one_has_left(tmp_path):
+    root = tmp_path / "a"
+    processes = Processes(lambda rank: run(root, world=1, callbacks=[Stop(root, [3])]), root, world=1)
+    until((root / "held0").exists)
+    refused(root, "ConfigError", "protocol.world_size: 1 != 2")
+    processes.kill()
+    processes.wait()
+    refused(root, "ConfigError", "protocol.world_size: 1 != 2")
+    assert together(root, resume="never")[0] == [0, 0]
+    assert not (root / "state.pt").exists()
+
+
+def test_one_that_lives_keeps_the_directory(tmp_path, whole):
+    """The first process is killed; the second, which does not know yet, must not write beside its successor."""
+    stop = Stop(tmp_path, [5, 3])
+    processes = Processes(lambda rank: run(tmp_path, callbacks=[stop]), tmp_path)
+    stop.wait()
+    refused(tmp_path, "ConfigError", "in use")
+    os.kill(processes.children[0], signal.SIGKILL)
+    os.waitid(os.P_PID, processes.children[0], os.WEXITED | os.WNOWAIT)
+    refused(tmp_path, "ConfigError", "in use")
+    refused(tmp_path, "ConfigError", "in use", resume="never")
+    processes.kill()
+    processes.wait()
+    assert together(tmp_path)[0] == [0, 0]
+    assert outcome(tmp_path) == whole()
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_one_that_is_killed_leaves_none_waiting(tmp_path, whole, dead):
+    stop = Stop(tmp_path, [5, None] if dead == 0 else [None, 3])
+    processes = Processes(lambda rank: run(tmp_path, callbacks=[stop]), tmp_path)
+    stop.wait()
+    os.kill(processes.children[dead], signal.SIGKILL)
+    start = time.monotonic()
+    codes = processes.wait()
+    assert codes[dead] == -signal.SIGKILL
+    assert codes[1 - dead] == 1
+    assert time.monotonic() - start < 60
+    assert together(tmp_path)[0] == [0, 0]
+    assert outcome(tmp_path) == whole()
+
+
+def test_shorter_predictions_of_one_are_noticed_by_both(tmp_path):
+    root = tmp_path / "a"
+    stopped_at(root, [5, 3])
+    (root / "predictions.rank1.csv").write_text("index\n")
+    refused(root, "predictions.rank1.csv has 6 bytes", "remove state.rank1.pt")
+
+
+# Which directory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+def test_newest_version_that_both_can_continue(tmp_path, whole, kind):
+    def logger():
+        return kind(tmp_path, name="run")
+
+    def versions():
+        return sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.startswith("version"))
+
+    stopped_at(tmp_path / "run" / "version_0", [5, 3], logger=logger)
+    stopped_at(tmp_path / "run" / "version_1", [5, 3], "source", logger=logger)  # another method: a run of its own
+    stopped_at(tmp_path / "run" / "version_0", [7, 3], logger=logger)
+    assert versions() == ["version_0", "version_1"]
+    assert together(tmp_path, logger=logger)[0] == [0, 0]
+    assert outcome(tmp_path / "run" / "version_0") == whole()
+    refused(tmp_path, "FinishedError", "version_0 is finished", logger=logger)
+    assert together(tmp_path, "source", logger=logger)[0] == [0, 0]
+    assert (tmp_path / "run" / "version_1" / "report.json").exists()
+    assert versions() == ["version_0", "version_1"]
+    stopped_at(tmp_path / "run" / "version_2", [5, 3], "norm", logger=logger)
+    (tmp_path / "run" / "version_2" / "state.rank1.pt").unlink()
+    assert together(tmp_path, "norm", logger=logger)[0] == [0, 0]  # not every process could continue
+    assert together(tmp_path, "norm", logger=logger, world=1)[0] == [0]  # another number of processes
+    assert versions() == [f"version_{number}" for number in range(5)]
+
+
+@pytest.mark.slow
+def test_command_line(tmp_path):
+    """Started as users do it, killed twice with all that it has started, and started again until it is done."""
+    command = [sys.executable, "-m", "lightning_tta", "predict", "--model.source_ckpt=none", "--model.method=Tent"]
+    command += ["--model.backbone=cifar/resnet20", "--data=DigitsData", "--data.domains=[contrast, clean, haze]"]
+    command += ["--data.num_images=60", "--data.batch_size=4", "--trainer.enable_progress_bar=false"]
+    command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(name, *more):
+        arguments = [*command, f"--trainer.default_root_dir={tmp_path / name}", *more]
+        return subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE, start_new_session=True)
+
+    resume = ("cut", "--model.save_every=3", "--model.resume=auto")
+    assert start("whole").wait(200) == 0
+    cut, (whole,) = tmp_path / "cut" / "lightning_logs", (tmp_path / "whole" / "lightning_logs").iterdir()
+    for lines in (10, 40):
+        killed = start(*resume)
+        path = cut / "version_0" / "predictions.rank1.csv"
+        until(lambda path=path, lines=lines: path.exists() and path.read_text().count("\n") > lines)
+        os.killpg(killed.pid, signal.SIGKILL)
+        assert killed.wait(60) == -signal.SIGKILL
+        assert not (cut / "version_0" / "report.json").exists()
+    assert start(*resume).wait(200) == 0
+    assert outcome(cut / "version_0") == outcome(whole)
+    again = start(*resume)
+    assert again.communicate(timeout=200)[0].count("version_0 is finished") == 1
+    assert again.returncode == 0  # no error: a supervisor may start it again and again
+    assert [path.name for path in cut.iterdir()] == ["version_0"]
