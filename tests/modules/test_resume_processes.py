@@ -10,6 +10,8 @@ import pytest
 from forked import MARKS, Processes, Stop, outcome, run, stopped_at, together, until
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from lightning_tta import Guard
+
 pytestmark = MARKS
 
 
@@ -61,6 +63,10 @@ def test_synchronised_processes_cannot(tmp_path, options):
     refused(root, "ConfigError", "cannot be used with synchronised", processes="synchronised", **options)
     stopped_at(root, [5, 3])
     refused(root, "ConfigError", "cannot be used with synchronised", processes="synchronised", **options)
+
+
+def test_a_guard_is_for_one(tmp_path):
+    refused(tmp_path / "a", "ConfigError", "Guard is for one process", callbacks=[Guard()])
 
 
 def test_two_processes_do_not_take_what_one_has_left(tmp_path):
