@@ -9,9 +9,9 @@ same run, and refused if it does not. Under a logger that counts its versions, i
 whose state belongs to the same run: same method, options, protocol and precision; if there is none, a new run starts.
 A run in use by another process is left alone. If the run is finished, :class:`~lightning_tta.errors.FinishedError`.
 
-Several processes with whole domains each (``replicas``) have a state each, ``state.rank0.pt`` and so on, saved when it
-is their turn. All choose one directory, and go on if every one of them has a state of the same run, shared among as
-many processes; each from its own last save, however far apart these are.
+Several processes with whole domains each (``replicas``) have a state each, ``state.rank0.pt`` and so on. They choose
+one directory, and go on if each of them has a state of the same run among as many processes: each from its own last
+save, however far apart these are. What stops one, such as a run that is finished, stops all.
 
 TensorBoard's curves go on in the same directory; the points between the last save and the end of the first part are
 there twice. (Lightning's CSVLogger starts its metrics.csv anew; batches.jsonl has all.)
@@ -77,11 +77,12 @@ class StateKeeper(Callback):
     def look_at(self, module: TestTimeAdaptation) -> None:
         """Notice a logger that will count its versions; the Trainer is about to ask it for the next one.
 
-        Several processes find here what a single one finds in ``prepare_data``, which only the first of them is asked
-        to do: it could not tell the others that there is nothing to do before the loggers make a new version.
+        Several processes find here what one finds in ``prepare_data``: that is called on the first of them alone, and
+        what it raised there the others would learn only when the loggers have made a new version.
 
         Raises:
-            FinishedError, ConfigError: As :meth:`find`, on all processes.
+            FinishedError: On all processes, if the run is finished.
+            ConfigError: On all processes, as :meth:`find`.
         """
         trainer, logger = module.trainer, module.trainer.logger
         self.earlier_seconds, self._state, self._identity, self._to_read = 0.0, None, {}, 0  # of an earlier run
@@ -136,8 +137,7 @@ class StateKeeper(Callback):
         if self.save_every is not None and not take(self._lock, self.group, self._directory):
             raise ConfigError(f"{self._directory} is in use by another process. Choose another directory.")
         if self._state is None:
-            if not (self._directory / "report.json").exists():
-                self.group.first(self._remove)  # what is left of a run that this one overwrites
+            self.group.first(self._clear)
             return
         module.method.load_state_dict(self._state["method"])
         data = getattr(trainer, "datamodule", None)
@@ -241,9 +241,14 @@ class StateKeeper(Callback):
         }
         state_files.write_state(own_file(trainer, self._directory / name), state)
 
-    def _remove(self, *names: str) -> None:
-        """Remove the states of all processes."""
-        for path in (path for name in names or (STATE, FINAL) for path in of_all(self._directory / name)):
+    def _clear(self) -> None:
+        """Remove the states of a run that this one overwrites."""
+        if not (self._directory / "report.json").exists():
+            self._remove(STATE)
+            self._remove(FINAL)
+
+    def _remove(self, name: str) -> None:
+        for path in of_all(self._directory / name):
             path.unlink(missing_ok=True)
 
     def _release(self, trainer: Trainer) -> None:

@@ -62,12 +62,14 @@ class TestTimeAdaptation(LightningModule):
         processes: How several processes (``--trainer.devices 2 --trainer.strategy ddp``) share the stream.
             ``replicas``: each has whole domains, which a reset policy of domain or batch must part; equals one
             process. ``synchronised``: each has a part of every batch, of W times the batch size, and gradients and
-            statistics are those of all; equals one process with that batch size, up to summation order.
+            statistics are those of all; equals one process with that batch size, up to summation order. Only replicas
+            save, resume and skip batches.
         source_images: How many training images a method that needs source data sees before the stream.
         channels_last: Lay images out in memory with their channels last: the same predictions up to rounding;
             convolutions are often faster, but a net that takes ``view`` of its activations refuses.
         save_every: Save the whole state after every so many batches, so that a run that was killed can go on, and at
-            the end, so that ``lightning-tta export`` finds the adapted weights.
+            the end, so that ``lightning-tta export`` finds the adapted weights. Of several processes each saves its
+            own.
         resume: ``auto`` goes on from the last save in the run's directory, see :mod:`lightning_tta.modules.resume`;
             ``never`` starts a new run.
         on_bad_batch: What a batch does that no method or not this net can take (empty, wrong channels or size, 0-255):

@@ -10,6 +10,8 @@ from forked import MARKS, OWN, Processes, line_count, outcome, run, saved, stopp
 from test_kill import counting_lines
 from test_resume import results
 
+from lightning_tta.modules import finding
+
 pytestmark = MARKS
 
 
@@ -129,6 +131,19 @@ def test_killed_at_the_very_end(tmp_path, whole, moment):
 
 
 # Damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_that_cannot_be_read_after_all(tmp_path, whole):
+    stopped_at(tmp_path, [5, 3])
+
+    def work(rank):
+        read = finding.state_files.read_state
+        if rank == 1:  # of this child only
+            finding.state_files.read_state = lambda path, head=False: read(path, head=True) if head else None
+        run(tmp_path)
+
+    assert Processes(work, tmp_path).wait() == [0, 0]
+    assert outcome(tmp_path) == whole()
 
 
 @pytest.mark.parametrize("damage", ["missing", "half"])

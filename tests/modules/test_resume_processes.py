@@ -10,6 +10,8 @@ import pytest
 from forked import MARKS, Processes, Stop, outcome, run, stopped_at, together, until
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from lightning_tta import Guard
+
 pytestmark = MARKS
 
 
@@ -63,6 +65,10 @@ def test_synchronised_processes_cannot(tmp_path, options):
     refused(root, "ConfigError", "cannot be used with synchronised", processes="synchronised", **options)
 
 
+def test_a_guard_is_for_one(tmp_path):
+    refused(tmp_path / "a", "ConfigError", "Guard is for one process", callbacks=[Guard()])
+
+
 def test_two_processes_do_not_take_what_one_has_left(tmp_path):
     root = tmp_path / "a"
     processes = Processes(lambda rank: run(root, world=1, callbacks=[Stop(root, [3])]), root, world=1)
@@ -71,8 +77,9 @@ def test_two_processes_do_not_take_what_one_has_left(tmp_path):
     processes.kill()
     processes.wait()
     refused(root, "ConfigError", "protocol.world_size: 1 != 2")
-    assert together(root, resume="never")[0] == [0, 0]
+    assert stopped_at(root, [5, 3], resume="never") == [4, 2]  # takes its place
     assert not (root / "state.pt").exists()
+    assert together(root)[0] == [0, 0]
 
 
 def test_one_that_lives_keeps_the_directory(tmp_path, whole):
