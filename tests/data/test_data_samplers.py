@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lightning_tta import ConfigError, DigitsData
-from lightning_tta.data import base, images, samplers
+from lightning_tta.data import base, corruptions, images, samplers
 from lightning_tta.data.memo import TensorMemo
 from lightning_tta.data.samplers import DomainBatches, validation_batches
 
@@ -97,7 +97,7 @@ def test_functions_of_validation_must_be_installed(monkeypatch):
     def missing(name):
         raise ConfigError("not installed")
 
-    monkeypatch.setattr(base, "function_set_id", missing)
+    monkeypatch.setattr(corruptions, "function_set_id", missing)
     DigitsData(domains=["clean"], val_domains=["clean"])
     with pytest.raises(ConfigError, match="not installed"):
         DigitsData(domains=["clean"], val_domains=["contrast"])
