@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_tta.errors import ConfigError, FinishedError
 from lightning_tta.files import of_all, of_process, own_file
 from lightning_tta.modules import state_files
-from lightning_tta.modules.group import Group
+from lightning_tta.modules.group import ProcessGroup
 from lightning_tta.modules.state_files import FINAL, STATE, DirectoryLock, State
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Search:
         state: What this process goes on from, once a run was found; ``None``: from the beginning.
     """
 
-    def __init__(self, module: TestTimeAdaptation, group: Group, lock: DirectoryLock) -> None:
+    def __init__(self, module: TestTimeAdaptation, group: ProcessGroup, lock: DirectoryLock) -> None:
         self.module, self.group, self.lock = module, group, lock
         self.state: State | None = None
         self._identity: State = {}
@@ -155,7 +155,7 @@ class Search:
             rank_zero_info(f"Continuing {directory} after batch {', '.join(map(str, batches))}.")
 
 
-def take(lock: DirectoryLock, group: Group, directory: Path) -> bool:
+def take(lock: DirectoryLock, group: ProcessGroup, directory: Path) -> bool:
     """Whether the directory is this group's: the first process takes it for all, then each says that it lives."""
     if not group.first(lambda: lock.take(directory)):
         return False

@@ -14,7 +14,7 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=30)  # processes with smaller domains wait for the others at the end
 
 
-class Group:
+class ProcessGroup:
     """The processes of a run; alone, a process decides at once. All must make it, and call it, in the same order.
 
     Args:

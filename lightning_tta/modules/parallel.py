@@ -18,7 +18,7 @@ from lightning_tta.data.sharing import Sharing, own_batches
 from lightning_tta.errors import ConfigError, DataError
 from lightning_tta.files import own_file
 from lightning_tta.methods.base import TTAMethod
-from lightning_tta.modules.group import Group
+from lightning_tta.modules.group import ProcessGroup
 from lightning_tta.summary import StreamSummary
 
 ProcessMode = Literal["replicas", "synchronised"]
@@ -135,7 +135,7 @@ class Gathering:
         ConfigError: If the processes are about to run different things.
     """
 
-    def __init__(self, sharing: Sharing, protocol: str, group: Group) -> None:
+    def __init__(self, sharing: Sharing, protocol: str, group: ProcessGroup) -> None:
         self.sharing, self.group = sharing, group
         hashes = group.gather(protocol)
         if len(set(hashes)) > 1:

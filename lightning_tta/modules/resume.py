@@ -36,7 +36,7 @@ from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.files import of_all, own_file, run_directory
 from lightning_tta.modules import state_files
 from lightning_tta.modules.finding import Search, take
-from lightning_tta.modules.group import Group
+from lightning_tta.modules.group import ProcessGroup
 from lightning_tta.modules.state_files import FINAL, STATE, State
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class StateKeeper(Callback):
         check_choice("resume", resume, ("never", "auto"))
         self.save_every, self.resume = save_every, resume
         self.earlier_seconds = 0.0
-        self.group = Group()
+        self.group = ProcessGroup()
         self._state: State | None = None  # of the run to be continued
         self._lock = state_files.DirectoryLock()
         self._counting: CountingLogger | None = None
@@ -88,10 +88,10 @@ class StateKeeper(Callback):
         self.earlier_seconds, self._state, self._identity, self._to_read = 0.0, None, {}, 0  # of an earlier run
         counts = isinstance(logger, (TensorBoardLogger, CSVLogger)) and logger._version is None
         self._counting = cast(CountingLogger, logger) if counts else None
-        self.group = Group()
+        self.group = ProcessGroup()
         if trainer.world_size > 1 and self.resume == "auto" and isinstance(trainer.strategy, DDPStrategy):
             trainer.strategy.setup_environment()  # the Trainer's next step, which may be done twice
-            self.group = Group(trainer.global_rank, trainer.world_size)
+            self.group = ProcessGroup(trainer.global_rank, trainer.world_size)
             try:
                 self._find(module)
             except BaseException:
@@ -133,7 +133,7 @@ class StateKeeper(Callback):
         trainer = module.trainer
         self._directory, self._identity = run_directory(trainer), state_files.identity(module)
         if self.group.world != trainer.world_size:
-            self.group = Group(trainer.global_rank, trainer.world_size)
+            self.group = ProcessGroup(trainer.global_rank, trainer.world_size)
         if self.save_every is not None and not take(self._lock, self.group, self._directory):
             raise ConfigError(f"{self._directory} is in use by another process. Choose another directory.")
         if self._state is None:

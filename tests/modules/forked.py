@@ -140,6 +140,8 @@ class Stop(Callback):
 
     def __init__(self, root, at):
         self.root, self.at = root, at
+        for path in root.glob("held*"):
+            path.unlink()
 
     def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if pl_module.summary.batches == self.at[trainer.global_rank]:
@@ -154,7 +156,7 @@ class Stop(Callback):
 
 
 def until(found):
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while not found():
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -6,7 +6,7 @@ from threading import Barrier
 import pytest
 
 from lightning_tta.errors import DataError, FinishedError
-from lightning_tta.modules.group import Group
+from lightning_tta.modules.group import ProcessGroup
 from lightning_tta.modules.state_files import DirectoryLock, differences
 
 WORLD = 3
@@ -16,7 +16,7 @@ def on_all(work):
     """What ``work(group)`` returns, or raises, on each of three."""
     shared, barrier = [None] * WORLD, Barrier(WORLD, timeout=10)
 
-    class Threads(Group):
+    class Threads(ProcessGroup):
         def __init__(self, rank):
             super().__init__()
             self.rank, self.world = rank, WORLD
@@ -41,8 +41,8 @@ def on_all(work):
 def test_results_of_all_and_of_the_first():
     assert on_all(lambda group: group.each(lambda: group.rank**2)) == [[0, 1, 4]] * WORLD
     assert on_all(lambda group: group.first(lambda: f"of {group.rank}")) == ["of 0"] * WORLD
-    assert Group().each(lambda: 5) == [5]
-    assert Group().first(lambda: 5) == 5
+    assert ProcessGroup().each(lambda: 5) == [5]
+    assert ProcessGroup().first(lambda: 5) == 5
 
 
 def failing(rank, error):
@@ -67,7 +67,7 @@ def test_an_error_of_one_is_raised_by_all():
 
 def test_alone_errors_are_as_they_are():
     with pytest.raises(KeyError):
-        Group().each(lambda: {}["a"])
+        ProcessGroup().each(lambda: {}["a"])
 
 
 def test_the_first_takes_a_directory_for_all(tmp_path):
