@@ -98,9 +98,9 @@ def test_killed_at_any_line(tmp_path, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tent", "cotta", "eata", "t3a"])
-def test_twenty_kills(tmp_path, whole, name):
-    assert kill_and_compare(tmp_path, whole(name), name, 20, seed=len(name)) > 3
+@pytest.mark.parametrize("name", ["cotta", "eata"])
+def test_eight_kills(tmp_path, whole, name):
+    assert kill_and_compare(tmp_path, whole(name), name, 8, seed=len(name)) > 0
 
 
 @pytest.mark.parametrize("moment", ["before predictions", "after predictions", "before report", "after report"])
