@@ -13,10 +13,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-import lightning_tta.data
 import lightning_tta.modules
 from lightning_tta.commands import COMMANDS, PARSERS
-from lightning_tta.data import ShiftedDataModule
+from lightning_tta.data import data_modules
 from lightning_tta.errors import ConfigError
 from lightning_tta.methods import available_methods
 
@@ -79,18 +78,9 @@ def _of_our_classes(name: str) -> Iterator[argparse.Action]:
     """What the classes that a command takes by name take themselves."""
     yield from _arguments([getattr(lightning_tta.modules, model) for model in MODELS.get(name, ())], "model")
     if name in MODELS or name == "stream":
-        yield from _arguments(_data_classes().values(), "data")
+        yield from _arguments(data_modules().values(), "data")
     if name == "predict":
         yield from _arguments(available_methods().values(), "model.method")
-
-
-def _data_classes() -> dict[str, type]:
-    found = {name: getattr(lightning_tta.data, name) for name in lightning_tta.data.__all__}
-    return {
-        name: kind
-        for name, kind in found.items()
-        if isinstance(kind, type) and issubclass(kind, ShiftedDataModule) and kind is not ShiftedDataModule
-    }
 
 
 def _arguments(classes: Iterable[type], prefix: str) -> Iterator[argparse.Action]:
@@ -128,7 +118,7 @@ def _choices(action: argparse.Action, flags: list[str]) -> list[str] | None:
     if isinstance(action.metavar, str) and action.metavar.startswith("{"):
         return action.metavar.strip("{}").split(",")
     if "--data" in flags or "--data.help" in flags:
-        return list(_data_classes())
+        return list(data_modules())
     if "--model" in flags or "--model.help" in flags:
         return sorted({model for models in MODELS.values() for model in models})
     if "--model.method.help" in flags:

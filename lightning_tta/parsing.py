@@ -188,13 +188,13 @@ def _names(parser: argparse.ArgumentParser) -> set[str]:
 
 def _classes(name: str) -> list[str]:
     """What an option that takes a class may be, of this package."""
-    import lightning_tta.data
     import lightning_tta.modules
+    from lightning_tta.data import data_modules
     from lightning_tta.methods import available_methods
 
     return {
         "model.method": list(available_methods()),
-        "data": [name for name in lightning_tta.data.__all__ if name.endswith("Data")],
+        "data": list(data_modules()),
         "model": lightning_tta.modules.__all__,
     }.get(name, [])
 

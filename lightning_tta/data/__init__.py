@@ -26,5 +26,12 @@ __all__ = [
     "build_stream",
     "corrupt",
     "corruption_names",
+    "data_modules",
     "default_reset",
 ]
+
+
+def data_modules() -> dict[str, type[ShiftedDataModule]]:
+    """The data modules that a command may name, by name."""
+    found = {name: kind for name, kind in globals().items() if name in __all__ and isinstance(kind, type)}
+    return {n: k for n, k in found.items() if issubclass(k, ShiftedDataModule) and k is not ShiftedDataModule}

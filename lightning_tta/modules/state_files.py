@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from lightning_tta.data.sharing import own_batches
 from lightning_tta.errors import ConfigError
 from lightning_tta.files import of_all, of_process, write_whole
+from lightning_tta.guard import Guard
 
 if TYPE_CHECKING:
     from lightning_tta.modules.test_time import TestTimeAdaptation
@@ -65,8 +66,10 @@ def identity(module: TestTimeAdaptation) -> State:
         batches = repr(own_batches(module.trainer.datamodule)).encode()  # type: ignore[attr-defined]
         digest = hashlib.sha256(batches).hexdigest()[:12]
         share = {"share": f"batches {digest} of process {sharing.rank} of {sharing.world}"}
+    guards = [guard for guard in module.trainer.callbacks if isinstance(guard, Guard)]  # type: ignore[attr-defined]
     return {
         **share,
+        **({"guard": [guard.settings for guard in guards]} if guards else {}),
         "method": module.method.name,
         **{f"method.{name}": value for name, value in module.method.options.items()},
         "reset_every": module.reset_every,

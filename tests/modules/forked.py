@@ -191,3 +191,17 @@ def line_count(root, name):
 
     assert Processes(work, root).wait() == [0, 0]
     return [int((root / f"lines{rank}").read_text()) for rank in range(2)]
+
+
+def whole_runs(tmp_path_factory):
+    """The outcome of runs that nobody interrupts, by method."""
+    made = {}
+
+    def of(name="tent"):
+        if name not in made:
+            root = tmp_path_factory.mktemp("whole") / name
+            assert together(root, name, save_every=None, resume="never")[0] == [0, 0]
+            made[name] = outcome(root)
+        return made[name]
+
+    return of

@@ -1,6 +1,7 @@
 """The callback Guard in whole predict runs, and batches that cannot be used."""
 
 import csv
+import inspect
 import json
 from functools import partial
 
@@ -12,7 +13,7 @@ from nets import make_images, make_net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from lightning_tta import ConfigError, Guard, InputError, TestTimeAdaptation
+from lightning_tta import ConfigError, Guard, InputError, TestTimeAdaptation, Watch, adapt
 from lightning_tta.benchmarks import soak
 from lightning_tta.cli import run_lightning
 from lightning_tta.methods import Source, Tent
@@ -149,6 +150,13 @@ def test_on_the_command_line():
     assert callback["class_path"].endswith("Guard")
     assert callback["init_args"]["action"] == "stop"
     assert cli.config["predict"]["model"]["init_args"]["on_bad_batch"] == "raise"
+
+
+def test_guard_has_the_settings_of_watch():
+    made = Watch(adapt(make_net("gn"), "source"))
+    assert Guard().settings == made.settings
+    given, watch = (list(inspect.signature(kind).parameters.values()) for kind in (Guard, Watch))
+    assert [(p.name, p.default, p.annotation) for p in given] == [(p.name, p.default, p.annotation) for p in watch[1:]]
 
 
 def test_guard_refuses():

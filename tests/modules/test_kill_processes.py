@@ -6,7 +6,7 @@ import random
 import signal
 
 import pytest
-from forked import MARKS, OWN, Processes, line_count, outcome, run, saved, stopped_at, together
+from forked import MARKS, OWN, Processes, line_count, outcome, run, saved, stopped_at, together, whole_runs
 from test_kill import counting_lines
 from test_resume import results
 
@@ -17,17 +17,7 @@ pytestmark = MARKS
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The outcome of runs that nobody interrupts, by method."""
-    made = {}
-
-    def of(name="tent"):
-        if name not in made:
-            root = tmp_path_factory.mktemp("whole") / name
-            assert together(root, name, save_every=None, resume="never")[0] == [0, 0]
-            made[name] = outcome(root)
-        return made[name]
-
-    return of
+    return whole_runs(tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", ["tent", "cotta", "eata", "t3a"])

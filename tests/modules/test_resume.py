@@ -361,13 +361,18 @@ def test_wrong_options(tmp_path):
 def test_the_guard_goes_on_too(tmp_path):
     """A guard that alarms nearly always, cut off and continued, has the events of a run in one go."""
 
+    def made():
+        return make_data(batch_size=4, domains=["contrast"])
+
     def guarded(name, crash=None):
         guard = Guard(action="rollback", window=2, history=4, share_excess=0.01, norm_ratio=1.01, retries=None)
-        data = make_data(batch_size=4, domains=["contrast"])
-        run(tmp_path / name, partial(Tent, lr=0.5), crash=crash, data=data, callbacks=[guard])
+        run(tmp_path / name, partial(Tent, lr=0.5), crash=crash, data=made(), callbacks=[guard])
 
     guarded("whole")
     guarded("cut", crash=7)
+    for others in ([], [Guard()]):
+        with pytest.raises(ConfigError, match=r"unfinished run that differs.*guard: "):
+            run(tmp_path / "cut", partial(Tent, lr=0.5), data=made(), callbacks=others)
     guarded("cut")
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
     events = [(tmp_path / name / "guard.jsonl").read_text() for name in ("whole", "cut")]

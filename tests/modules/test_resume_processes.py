@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from forked import MARKS, Processes, Stop, outcome, run, stopped_at, together, until
+from forked import MARKS, Processes, Stop, outcome, run, stopped_at, together, until, whole_runs
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_tta import Guard
@@ -17,17 +17,7 @@ pytestmark = MARKS
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The outcome of runs that nobody interrupts, by method."""
-    made = {}
-
-    def of(name="tent"):
-        if name not in made:
-            root = tmp_path_factory.mktemp("whole") / name
-            assert together(root, name, save_every=None, resume="never")[0] == [0, 0]
-            made[name] = outcome(root)
-        return made[name]
-
-    return of
+    return whole_runs(tmp_path_factory)
 
 
 def refused(root, *words, world=2, **options):
