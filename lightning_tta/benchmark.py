@@ -56,7 +56,8 @@ class Benchmark:
         only: Run only the methods with these labels, ``all`` for every one; by default those not marked ``default:
             false``.
         trainer: Trainer arguments of the predict runs, such as ``{accelerator: cpu}``.
-        model: Further arguments of :class:`~lightning_tta.TestTimeAdaptation`, such as ``{measure_forgetting: true}``.
+        model: Further arguments of :class:`~lightning_tta.TestTimeAdaptation`, such as ``{measure_forgetting: true}``;
+            a method's own win.
         jobs: Processes that train and run cells side by side, each with its share of the threads. Small nets gain
             from more processes, not from more threads; timings of cells are comparable within one run only.
         save_every: Each cell saves its state after so many batches; a benchmark that was killed goes on from there.
@@ -209,9 +210,9 @@ class Benchmark:
             "method": {"class_path": method.class_path, "init_args": method.init_args},
             "source_ckpt": source_ckpt,
             "reset": stream.reset,
-            **({} if method.reset_every is None else {"reset_every": method.reset_every}),
             **source,
             **self.model,
+            **method.model,
         }
         data = {**self.data.init_args, "stream": stream.kind, "order_seed": cell.seed, **stream.data}
         return {

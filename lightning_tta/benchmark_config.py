@@ -66,7 +66,7 @@ class MethodConfig:
         init_args: Its arguments.
         nets: Only on these nets; by default on all that it supports.
         streams: Only on these streams; by default on all.
-        reset_every: Also return to the source after this many batches.
+        model: Further arguments of the test-time module for this method, such as ``{reset_every: 1000}``.
         default: Whether it runs where ``only`` does not name it.
     """
 
@@ -74,7 +74,7 @@ class MethodConfig:
     init_args: dict[str, Any] = field(default_factory=dict)
     nets: list[str] | None = None
     streams: list[str] | None = None
-    reset_every: int | None = None
+    model: dict[str, Any] = field(default_factory=dict)
     default: bool = True
 
 

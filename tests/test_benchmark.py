@@ -71,6 +71,21 @@ def test_rows_files_and_no_second_run(tmp_path, capsys):
         report([first, first])
 
 
+def test_a_method_has_its_own_arguments_of_the_module(tmp_path):
+    methods = {
+        "tent": {"class_path": "Tent", "model": {"channels_last": True}},
+        "rdumb": {"class_path": "ETA", "model": {"reset_every": 1}},
+    }
+    rows = benchmark(tmp_path, methods, model={"reset_every": 3}, seeds=[0], only=["all"]).run()["rows"]
+    assert len(rows) == 4
+    for row in rows:
+        given = yaml.safe_load((tmp_path / row["directory"] / "config.yaml").read_text())["model"]["init_args"]
+        assert given["channels_last"] == (row["method"] == "tent")
+        assert given["reset_every"] == (1 if row["method"] == "rdumb" else 3)
+    with pytest.raises(ConfigError, match="Did you mean channels_last"):
+        benchmark(tmp_path, {"tent": {"class_path": "Tent", "model": {"chanels_last": True}}})
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_rows_of_one(tmp_path):
     one, two = (benchmark(tmp_path / str(jobs), jobs=jobs).run() for jobs in (1, 2))

@@ -42,6 +42,8 @@ def jitter(images: Tensor, seed: int) -> Tensor:
     shift = [round(width * draw(SHIFT)), round(height * draw(SHIFT))]
     x = F.pad(x, [width // 2, height // 2], padding_mode="edge")
     x = F.affine(x, angle, shift, scale, [0.0, 0.0], interpolation=F.InterpolationMode.BILINEAR)
+    margins = [min(2, height // 2), min(2, width // 2)]  # what the blur sees around the image, and no more
+    x = F.center_crop(x, [height + 2 * margins[0], width + 2 * margins[1]])
     x = F.center_crop(F.gaussian_blur(x, [5, 5], [draw(BLUR)]), [height, width])
     if draw((0, 1)) < FLIP:
         x = x.flip(-1)
