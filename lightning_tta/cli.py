@@ -21,7 +21,7 @@ from lightning_tta.backbones.weights import read_checkpoint
 from lightning_tta.board import FitBoard
 from lightning_tta.commands import COMMANDS
 from lightning_tta.errors import ConfigError, FinishedError, LightningTTAError
-from lightning_tta.parsing import closest, explained, our_error
+from lightning_tta.parsing import MODE, closest, explained, our_error
 from lightning_tta.progress import RunProgress
 
 DESCRIPTION = "Test-time adaptation of image classifiers: train a source model, adapt it on a shifted stream, compare."
@@ -69,7 +69,7 @@ class TTACLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser whose help, and the comments of ``--print_config=comments``, can be read."""
-        return super().init_parser(formatter_class=_ShortLists, **kwargs)
+        return super().init_parser(formatter_class=_ShortLists, parser_mode=MODE, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say in short what does not."""

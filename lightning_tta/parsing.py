@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from lightning_tta.errors import ConfigError, LightningTTAError
 
@@ -29,6 +30,18 @@ _EXPECTED = re.compile(
     rf"Expected an? (?:<class '(?P<type>{'|'.join(_TYPES)})'>|typing\.Literal\[(?P<choices>.*)\])"
     r"(?:\. Got value: (?P<value>.*))?$"
 )
+
+MODE = "yaml, None is null"
+"""The parser mode of :class:`~lightning_tta.cli.TTACLI`."""
+
+
+def _load(text: str) -> Any:
+    """YAML, and ``None`` is null: jsonargparse 4.53 hands the null of a nested option on as that text."""
+    value = get_loader("yaml")(text)
+    return None if isinstance(value, str) and value.strip() == "None" else value
+
+
+set_loader(MODE, _load, exceptions=(yaml.YAMLError,))
 
 
 def parse(parser: ArgumentParser, args: list[str]) -> Any:

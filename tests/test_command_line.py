@@ -120,6 +120,18 @@ def test_every_method_has_a_config_with_all_its_options(name):
     assert set(content.get("init_args", {})) == options
 
 
+@pytest.mark.parametrize("name", available_methods())
+@pytest.mark.parametrize("null", ["null", "None"])
+def test_options_can_be_null(name, null):
+    options = inspect.signature(available_methods()[name]).parameters.values()
+    options = [option.name for option in options if "None" in str(option.annotation)]
+    given = [f"--model.method.{option}={null}" for option in options]
+    cli = run_lightning([*PREDICT, f"--model.method={name}", *given, "--model.reset_every", null], parse_only=True)
+    model = cli.config["predict"]["model"]["init_args"]
+    assert model["reset_every"] is None
+    assert [model["method"]["init_args"][option] for option in options] == [None] * len(options)
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_config_parses(path, monkeypatch):
     monkeypatch.chdir(ROOT)
