@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 
+CORE = ("tent", "zerosiam", "memo", "meta_ttt")
 PACKAGE = os.path.dirname(lightning_tta.__file__) + os.sep
 
 
@@ -96,8 +97,8 @@ def test_killed_runs_go_on_as_if_they_had_not_been(tmp_path, name, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", available_methods())
-def test_every_method_survives_twenty_kills(tmp_path, name):
-    kill_and_compare(tmp_path, name, 20, seed=len(name))
+def test_every_method_survives_many_kills(tmp_path, name):
+    kill_and_compare(tmp_path, name, 20 if name in CORE else 8, seed=len(name))
 
 
 @pytest.mark.parametrize("moment", ["state.pt", "final_state.pt", "report.json"])

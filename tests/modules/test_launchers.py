@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from lightning_tta.cli import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 DIGITS = [
     *("predict", "--config", "configs/digits/predict.yaml", "--model.source_ckpt", "none", "--seed_everything", "0"),
     *("--model.backbone", "cifar/resnet20", "--model.num_classes", "10", "--model.method", "Tent"),
@@ -38,7 +40,7 @@ def arguments(config, devices, nodes, directory):
 
 def test_torchrun_and_slurm_give_what_one_process_gives(tmp_path):
     alone = [*DIGITS, "--trainer.accelerator", "cpu", "--trainer.logger.save_dir", str(tmp_path / "alone")]
-    finished(start([sys.executable, "-m", "lightning_tta", *alone]))
+    main(alone)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished(start([*torchrun, *arguments("torchrun", 2, 1, tmp_path / "torchrun")]))
 
