@@ -4,8 +4,8 @@ import copy
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
+import fit_on_processes
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -323,13 +323,11 @@ def test_method_on_a_plain_net_mixes_with_the_given_weight():
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["alternating", "chained"])
 def test_two_processes_are_one_with_the_joined_batch(tmp_path, schedule):
-    script, states = Path(__file__).with_name("fit_on_processes.py"), []
-    for processes in (1, 2):
-        output = tmp_path / f"{processes}.pt"
-        command = [sys.executable, str(script), str(processes), str(output), schedule]
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert finished.returncode == 0, finished.stderr
-        states.append(torch.load(output))
+    fit_on_processes.main(1, tmp_path / "1.pt", schedule)
+    command = [sys.executable, fit_on_processes.__file__, "2", str(tmp_path / "2.pt"), schedule]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    states = [torch.load(tmp_path / name) for name in ("1.pt", "2.pt")]
     assert states[0]["steps"] == states[1]["steps"] == 5
     start = convert_mixed_bn(make_net("bn"))
     for name, value in states[0]["weights"].items():

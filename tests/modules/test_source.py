@@ -3,10 +3,10 @@
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+import train_source_on_processes
 from lightning.pytorch import Trainer
 from nets import make_images, max_difference
 
@@ -67,13 +67,11 @@ def test_wrong_options(options):
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_joined_batch(tmp_path):
     """Weights, measures over shares of unequal size, and a run that goes on from its checkpoint."""
-    script, results = Path(__file__).with_name("train_source_on_processes.py"), []
-    for processes in (1, 2):
-        command = [sys.executable, str(script), str(processes), str(tmp_path / str(processes))]
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert finished.returncode == 0, finished.stderr
-        results.append(torch.load(tmp_path / str(processes) / "result.pt"))
-    one, two = results
+    train_source_on_processes.main(1, tmp_path / "1")
+    command = [sys.executable, train_source_on_processes.__file__, "2", str(tmp_path / "2")]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    one, two = results = [torch.load(tmp_path / processes / "result.pt") for processes in ("1", "2")]
     assert one["steps"] == two["steps"] == 6
     assert one["measures"].keys() == two["measures"].keys() >= {"source/val_loss", "source/val_ece", "meta/val_after"}
     for name, value in one["measures"].items():
