@@ -57,7 +57,7 @@ class Benchmark:
             false``.
         trainer: Trainer arguments of the predict runs, such as ``{accelerator: cpu}``.
         model: Further arguments of :class:`~lightning_tta.TestTimeAdaptation`, such as ``{measure_forgetting: true}``;
-            a method's own win.
+            those of a single method, its ``model``, take precedence.
         jobs: Processes that train and run cells side by side, each with its share of the threads. Small nets gain
             from more processes, not from more threads; timings of cells are comparable within one run only.
         save_every: Each cell saves its state after so many batches; a benchmark that was killed goes on from there.
