@@ -1,22 +1,20 @@
 """Orders of training samples, and what each of several processes gets."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from PIL import Image
+from processes import NEEDS_FORK, Processes
 
-from lightning_tta import ConfigError, DigitsData
+from lightning_tta import ConfigError, DigitsData, DomainFolderData
 from lightning_tta.data import base, corruptions, images, samplers
 from lightning_tta.data.memo import TensorMemo
 from lightning_tta.data.samplers import DomainBatches, validation_batches
 
-HERE = Path(__file__).parent
 DOMAINS = torch.tensor([0] * 8 + [1] * 12)
 
 
@@ -103,15 +101,62 @@ def test_functions_of_validation_must_be_installed(monkeypatch):
         DigitsData(domains=["clean"], val_domains=["contrast"])
 
 
-def run(processes, *args):
-    """Start the script and give back what each process wrote."""
-    output = args[0]
-    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "share_samples.py"), str(processes), *map(str, args)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(processes)]
+class Watch(LightningModule):
+    """Keeps index and domain of every batch, and logs each validation domain's number under a name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.seen = {"train": [], "val": []}
+
+    def _keep(self, split, batch):
+        domain = batch.get("domain", torch.zeros_like(batch["index"]))
+        self.seen[split].append([self.current_epoch, batch["index"].tolist(), domain.tolist()])
+
+    def training_step(self, batch, batch_idx):
+        self._keep("train", batch)
+        return self.layer(torch.ones(1, 1)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self._keep("val", batch)
+        number = batch["domain"][0].float()
+        self.log(f"domain{int(number)}", number, on_epoch=True, sync_dist=True, batch_size=len(batch["index"]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def train(world, output, root=None):
+    """Two epochs; writes down which samples this process met.  ``root``: a folder of domains; without it the digits."""
+    seed_everything(3, verbose=False)
+    common = {"val_domains": ["clean", "contrast", "pixelate"], "augment": False}
+    if root is None:
+        data = DigitsData(train_batch_size=256, **common)  # more than the 179 validation images of a domain
+    else:
+        data = DomainFolderData(root, target="Real World", image_size=32, train_batch_size=4, **common)
+    model = Watch()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp",
+        use_distributed_sampler=False,
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=data)
+    assert trainer.world_size == world
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    Path(f"{output}.{trainer.global_rank}").write_text(json.dumps({**model.seen, "logged": logged}))
+
+
+def run(output, root=None):
+    """What each of two processes wrote."""
+    Processes(lambda _: train(2, output, root), output).succeed()
+    return [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(2)]
 
 
 def met(parts, split, epoch):
@@ -125,9 +170,10 @@ def check_validation(parts, total):
         assert part["logged"] == pytest.approx({f"domain{number}": number for number in range(3)}, rel=0.03)
 
 
-@pytest.mark.slow
+@NEEDS_FORK
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_share_one_source(tmp_path):
-    parts = run(2, tmp_path / "seen")
+    parts = run(tmp_path / "seen")
     check_validation(parts, 3 * 179)
     epochs = [met(parts, "train", epoch) for epoch in range(2)]
     for seen in epochs:
@@ -135,7 +181,8 @@ def test_two_processes_share_one_source(tmp_path):
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.slow
+@NEEDS_FORK
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_share_several_sources(tmp_path):
     for number, (domain, count) in enumerate({"Art": 10, "Clipart": 10, "Real World": 4}.items()):
         for name in ("cat", "dog"):
@@ -143,7 +190,7 @@ def test_two_processes_share_several_sources(tmp_path):
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (32, 32), (80 * number, 9 * i, 0)).save(folder / f"{i}.png")
-    parts = run(2, tmp_path / "seen", tmp_path / "root")
+    parts = run(tmp_path / "seen", tmp_path / "root")
     check_validation(parts, 3 * 4)  # one of each class of each source
     epochs = [met(parts, "train", epoch) for epoch in range(2)]
     for seen in epochs:

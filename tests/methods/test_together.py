@@ -1,41 +1,91 @@
 """Two processes that adapt as one: the same as one process with the joined batch."""
 
-import subprocess
-import sys
-from pathlib import Path
+import math
+from itertools import product
 
 import pytest
 import torch
-from adapt_together import CASES, SIZES, run
+from nets import make_images, make_net
+from processes import MARKS, Processes
+from torch import distributed
 
-from lightning_tta import available_methods
+from lightning_tta import adapt, available_methods, together
 from lightning_tta.methods import Tent
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-SCRIPT = Path(__file__).with_name("adapt_together.py")
+pytestmark = MARKS
+ETA = {"entropy_margin": 0.7, "diversity_margin": 0.95, "lr": 0.05}
+ETA_GN = {"entropy_margin": 0.75, "diversity_margin": 0.995, "lr": 0.02}  # this net's predictions are more alike
+CASES = {
+    "source": ("source", "user", {}),
+    "norm": ("norm", "bn", {}),
+    "norm mixed": ("norm", "user", {"source_weight": 0.7}),
+    "norm average": ("norm", "bn", {"momentum": 0.2}),
+    "tent": ("tent", "bn", {"lr": 0.01}),
+    "tent user": ("tent", "user", {"lr": 0.05, "optimizer": "sgd", "steps": 2}),
+    "tent filter": ("tent", "bn", {"lr": 0.01, "source_filter": True, "lr_batch_size": 4}),
+    "tent gn": ("tent", "gn", {"lr": 0.01, "weight_decay": 0.1}),
+    "come": ("come", "bn", {"lr": 0.01}),
+    "zerosiam": ("zerosiam", "bn", {"lr": 0.02, "predictor_lr": 0.2}),
+    "zerosiam ln": ("zerosiam", "ln", {"lr": 0.02, "predictor_lr": 0.2, "source_filter": True}),
+    "eta": ("eta", "bn", ETA),
+    "eta filter": ("eta", "ln", {**ETA_GN, "source_filter": True}),
+    "eta gn": ("eta", "gn", ETA_GN),
+    "eata": ("eata", "bn", {**ETA, "fisher_alpha": 50.0}),
+    "eata gn": ("eata", "gn", {**ETA_GN, "fisher_alpha": 50.0}),
+}
+SIZES = [6, 6, 5, 1, 6, 7, 6, 2, 6, 3]
+
+
+def stream(dtype):
+    """Ten batches, some with images that are broken: one, and all that the second process has."""
+    batches = [make_images(size, seed=number, dtype=dtype) for number, size in enumerate(SIZES)]
+    batches[4][1, 0, 3, 3] = math.nan
+    batches[6][3:] = math.inf
+    batches[7][:] = math.nan
+    return batches
+
+
+def run(name, dtype, rank=0, world=1):
+    """What comes of a case: logits, adapted tensors, memory, and loss and kept share of each batch."""
+    method, kind, options = CASES[name]
+    method = adapt(make_net(kind).to(dtype), method, **options)
+    if method.needs_source:
+        method.prepare([{"image": make_images(8, seed=900 + number, dtype=dtype)} for number in range(3)])
+    logits, stats = [], []
+    for batch in stream(dtype):
+        part = batch.tensor_split(world)[rank]
+        with together.joined(world, present=len(part) > 0):
+            found = method(part if len(part) else batch[:1])
+            predicted = method.predict(part if len(part) else batch[:1])
+        logits.append(torch.cat([found, predicted], 1)[: len(part)])
+        names = ("loss", "kept", "online_entropy", "skipped_steps", "backwards")
+        stats.append({key: method.stats[key] for key in names if key in method.stats})
+    tensors = {key: tensor.detach() for key, tensor in method.adaptable.items()}
+    return {"logits": logits, "stats": stats, "tensors": tensors, "memory": method.memory}
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
+def parts(tmp_path_factory):
+    """What comes of all cases on each of two processes."""
     root = tmp_path_factory.mktemp("together")
-    command = [sys.executable, str(SCRIPT)]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(root / "meet"), str(root / "out")], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
-    return [torch.load(f"{root / 'out'}.{rank}") for rank in range(2)]
+
+    def work(rank):
+        torch.set_num_threads(1)
+        distributed.init_process_group("gloo", init_method=f"file://{root / 'meet'}", rank=rank, world_size=2)
+        cases = product(CASES, (torch.float32, torch.float64))
+        torch.save({(name, dtype): run(name, dtype, rank, 2) for name, dtype in cases}, root / f"out.{rank}")
+        distributed.destroy_process_group()
+
+    Processes(work, root / "out").succeed()
+    return [torch.load(root / f"out.{rank}") for rank in range(2)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one_with_the_joined_batch(together, name, dtype, tolerance):
+def test_two_processes_are_one_with_the_joined_batch(parts, name, dtype, tolerance):
     expected = run(name, dtype)
-    parts = [part[name, dtype] for part in together]
+    parts = [part[name, dtype] for part in parts]
     for number, logits in enumerate(expected["logits"]):
         found = torch.cat([part["logits"][number] for part in parts])
         torch.testing.assert_close(found, logits, rtol=tolerance, atol=tolerance)

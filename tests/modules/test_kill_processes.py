@@ -6,7 +6,8 @@ import random
 import signal
 
 import pytest
-from forked import MARKS, OWN, Processes, line_count, outcome, run, saved, stopped_at, together, whole_runs
+from forked import OWN, line_count, outcome, run, saved, stopped_at, together, whole_runs
+from processes import MARKS, Processes
 from test_kill import counting_lines
 from test_resume import results
 

@@ -1,11 +1,8 @@
 """Meta-training through a real Trainer: the steps against a plain loop, what is logged, saved and refused."""
 
 import copy
-import subprocess
-import sys
 from functools import partial
 
-import fit_on_processes
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -318,19 +315,3 @@ def test_method_on_a_plain_net_mixes_with_the_given_weight():
     mixed = adapt(convert_mixed_bn(copy.deepcopy(net), 0.6), "meta_ttt", **INNER)
     assert torch.equal(plain(images), mixed(images))
     assert plain.stats["max_loss"] == mixed.stats["max_loss"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["alternating", "chained"])
-def test_two_processes_are_one_with_the_joined_batch(tmp_path, schedule):
-    fit_on_processes.main(1, tmp_path / "1.pt", schedule)
-    command = [sys.executable, fit_on_processes.__file__, "2", str(tmp_path / "2.pt"), schedule]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert finished.returncode == 0, finished.stderr
-    states = [torch.load(tmp_path / name) for name in ("1.pt", "2.pt")]
-    assert states[0]["steps"] == states[1]["steps"] == 5
-    start = convert_mixed_bn(make_net("bn"))
-    for name, value in states[0]["weights"].items():
-        assert (value - states[1]["weights"][name]).abs().max() < 1e-12
-        if name.endswith(".weight"):
-            assert max_difference(value.float(), start.state_dict()[name]) > 1e-4

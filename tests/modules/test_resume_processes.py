@@ -7,8 +7,9 @@ import sys
 import time
 
 import pytest
-from forked import MARKS, Processes, Stop, outcome, run, stopped_at, together, until, whole_runs
+from forked import Stop, outcome, run, stopped_at, together, until, whole_runs
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from processes import MARKS, Processes
 
 from lightning_tta import Guard
 

@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from forked import MARKS, TIMES, Processes, trainer
+from forked import TIMES, trainer
 from lightning.pytorch import seed_everything
 from nets import make_net
+from processes import MARKS, Processes
 
 from lightning_tta import DigitsData, TestTimeAdaptation
 from lightning_tta.methods import Tent

@@ -1,12 +1,9 @@
 """Source training: one step by hand, what is saved, what is refused."""
 
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
-import train_source_on_processes
 from lightning.pytorch import Trainer
 from nets import make_images, max_difference
 
@@ -62,27 +59,3 @@ def test_predict_says_where_to_go():
 def test_wrong_options(options):
     with pytest.raises(ConfigError):
         SourceClassifier(**{"backbone": "cifar/resnet20", "num_classes": 5, **options})
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_with_the_joined_batch(tmp_path):
-    """Weights, measures over shares of unequal size, and a run that goes on from its checkpoint."""
-    train_source_on_processes.main(1, tmp_path / "1")
-    command = [sys.executable, train_source_on_processes.__file__, "2", str(tmp_path / "2")]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert finished.returncode == 0, finished.stderr
-    one, two = results = [torch.load(tmp_path / processes / "result.pt") for processes in ("1", "2")]
-    assert one["steps"] == two["steps"] == 6
-    assert one["measures"].keys() == two["measures"].keys() >= {"source/val_loss", "source/val_ece", "meta/val_after"}
-    for name, value in one["measures"].items():
-        if not name.startswith("meta/val"):  # its adaptation depends on the batch: see the counts below
-            assert abs(two["measures"][name] - value) < 1e-6, name
-    for result in results:
-        for name, value in result["whole"].items():
-            assert max_difference(value, one["whole"][name]) < 1e-12
-            assert max_difference(value, result["weights"][name]) < 1e-12
-    start = module().backbone.state_dict()
-    assert start.keys() != one["whole"].keys() or not all(torch.equal(start[n], v) for n, v in one["whole"].items())
-    for when in ("before", "after"):  # eleven samples in all: the mean is a whole number of elevenths
-        elevenths = two["measures"][f"meta/val_{when}"] * 11
-        assert abs(elevenths - round(elevenths)) < 1e-5
