@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 
 import pytest
 from forked import Stop, outcome, run, stopped_at, together, until, whole_runs
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from processes import MARKS, Processes
 
 from lightning_tta import Guard
+from lightning_tta.cli import main
 
 pytestmark = MARKS
 
@@ -144,27 +146,39 @@ def test_newest_version_that_both_can_continue(tmp_path, whole, kind):
 @pytest.mark.slow
 def test_command_line(tmp_path):
     """Started as users do it, killed with all that it has started, and started again until it is done."""
-    command = [sys.executable, "-m", "lightning_tta", "predict", "--model.source_ckpt=none", "--model.method=Tent"]
-    command += ["--model.backbone=cifar/resnet20", "--data=DigitsData", "--data.domains=[contrast, clean, haze]"]
-    command += ["--data.num_images=60", "--data.batch_size=4", "--trainer.enable_progress_bar=false"]
-    command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["predict", "--model.source_ckpt=none", "--model.method=Tent", "--model.backbone=cifar/resnet20"]
+    command += ["--data=DigitsData", "--data.domains=[contrast, clean, haze]", "--data.num_images=60"]
+    command += ["--data.batch_size=4", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    command += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    resume = ("--model.save_every=3", "--model.resume=auto")
 
-    def start(name, *more):
-        arguments = [*command, f"--trainer.default_root_dir={tmp_path / name}", *more]
-        return subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE, start_new_session=True)
+    def arguments(name, *more):
+        return [*command, f"--trainer.default_root_dir={tmp_path / name}", *more]
 
-    resume = ("cut", "--model.save_every=3", "--model.resume=auto")
-    assert start("whole").wait(200) == 0
+    def start():
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-m", "lightning_tta", *arguments("cut", *resume)]
+        return subprocess.Popen(line, env=environment, start_new_session=True)
+
+    def on_copies(name, *more):
+        """The same without another start of Python; what each process prints."""
+
+        def work(rank):
+            with (tmp_path / f"{name}{rank}").open("w") as file, redirect_stdout(file):
+                main(arguments(name, *more))
+
+        Processes(work, tmp_path / name).succeed()
+        return [(tmp_path / f"{name}{rank}").read_text() for rank in range(2)]
+
+    on_copies("whole")
     cut, (whole,) = tmp_path / "cut" / "lightning_logs", (tmp_path / "whole" / "lightning_logs").iterdir()
-    killed, path = start(*resume), cut / "version_0" / "predictions.rank1.csv"
+    killed, path = start(), cut / "version_0" / "predictions.rank1.csv"
     until(lambda: path.exists() and path.read_text().count("\n") > 20)
     os.killpg(killed.pid, signal.SIGKILL)
     assert killed.wait(60) == -signal.SIGKILL
     assert not (cut / "version_0" / "report.json").exists()
-    assert start(*resume).wait(200) == 0
+    assert start().wait(200) == 0
     assert outcome(cut / "version_0") == outcome(whole)
-    again = start(*resume)
-    assert again.communicate(timeout=200)[0].count("version_0 is finished") == 1
-    assert again.returncode == 0  # no error: a supervisor may start it again and again
+    said = on_copies("cut", *resume)  # no error: a supervisor may start it again and again
+    assert sum(text.count("version_0 is finished") for text in said) == 1
     assert [path.name for path in cut.iterdir()] == ["version_0"]
