@@ -11,7 +11,6 @@ from lightning_tta.backbones.norms import (
     batch_norm_layers,
     batch_statistics,
     bn_statistics,
-    grouped_batch_statistics,
     is_norm_layer,
     norm_layers,
     norm_parameters,
@@ -270,38 +269,3 @@ def test_other_nets_are_left_as_they_are(kind):
         expected = net(images)
         with batch_statistics(net):
             assert torch.equal(net(images), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [1, 4])
-def test_grouped_statistics_are_those_of_each_part(kind, size):
-    net = make_net(kind).double()
-    before = copy.deepcopy(net.state_dict())
-    parts = [make_images(size, seed=i, dtype=torch.float64) for i in range(3)]
-    with torch.no_grad():
-        plain = net(parts[0])
-        expected = []
-        for part in parts:
-            with batch_statistics(net):
-                expected.append(net(part))
-        with grouped_batch_statistics(net, 3):
-            logits = net(torch.cat(parts))
-        torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-10, atol=1e-10)
-        if kind == "bn":
-            with batch_statistics(net):
-                assert not torch.allclose(net(torch.cat(parts)), logits, atol=1e-3)
-        assert torch.equal(net(parts[0]), plain)
-    assert same(net.state_dict(), before)
-
-
-def test_grouped_statistics_are_gone_after_an_error():
-    net = make_net("bn")
-    images = make_images(4)
-    with torch.no_grad():
-        expected = net(images)
-        with pytest.raises(RuntimeError), grouped_batch_statistics(net, 2):
-            net(torch.rand(4, 5, 16, 16))
-        with pytest.raises(KeyError), grouped_batch_statistics(net, 2):
-            raise KeyError
-        assert torch.equal(net(images), expected)
-    assert all("forward" not in vars(module) for module in net.modules())

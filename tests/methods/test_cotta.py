@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
-from nets import KINDS, make_images, make_net, make_stream, max_difference, same, without_running_statistics
-from plain import assert_goes_on_after_loading
+from nets import KINDS, make_net, make_stream, max_difference, same, without_running_statistics
 
-from lightning_tta import ConfigError, adapt
+from lightning_tta import adapt
 from lightning_tta.methods import cotta
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -193,124 +192,3 @@ def test_restore_always_and_never(views):
         never(images)
     kept = [(w == s).double().mean().item() for w, s in zip(never.model.parameters(), net.parameters(), strict=True)]
     assert max(kept) == 0
-
-
-def test_masks_and_views_come_from_the_seed():
-    stream = make_stream(3)
-    runs = []
-    for seed in (0, 0, 1):
-        method = adapt(make_net("gn"), "cotta", lr=1e-2, views=2, restore=0.3, seed=seed)
-        runs.append(([method(images) for images in stream], copy.deepcopy(method.model.state_dict())))
-    assert same(runs[0], runs[1])
-    assert not torch.equal(runs[0][0][0], runs[2][0][0])  # views
-    source = dict(make_net("gn").named_parameters())
-    kept = [torch.cat([(state[n] == source[n]).flatten() for n in source]) for _, state in runs]
-    assert (kept[0] != kept[2]).double().mean() > 0.2  # masks
-
-
-def test_every_step_and_view_has_a_draw_of_its_own(monkeypatch):
-    seeds = []
-    monkeypatch.setattr(cotta, "jitter", lambda images, seed: seeds.append(seed) or images)
-    monkeypatch.setattr(cotta, "restore_some", lambda student, source, share, seed: seeds.append(seed))
-    method, images = adapt(make_net("gn"), "cotta", views=3, anchor_threshold=1.0, steps=2), make_images(2)
-    for _ in range(3):
-        method(images)
-    assert len(seeds) == len(set(seeds)) == 3 * 2 * (3 + 1)
-    first, seeds[:] = list(seeds), []
-    method.reset()
-    for _ in range(3):
-        method(images)
-    assert seeds == first
-
-
-@pytest.mark.parametrize(
-    ("options", "forwards"),
-    [
-        ({"anchor_threshold": 0.0}, 2),  # teacher, student
-        ({"anchor_threshold": 1e-6}, 3),  # and anchor
-        ({"views": 7, "chunk_views": None}, 3),
-        ({"views": 7, "chunk_views": 28}, 3),
-        ({"views": 7, "chunk_views": 27}, 4),  # 6 + 1 views of 4 images
-        ({"views": 7, "chunk_views": 11}, 6),
-        ({"views": 7, "chunk_views": 1}, 9),
-        ({}, 3),  # 32 x 4 images fit into one pass
-    ],
-    ids=str,
-)
-def test_passes(options, forwards):
-    method = adapt(make_net("bn"), "cotta", **{"anchor_threshold": 1.0, **options})
-    sizes = []
-    method.model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
-    for images in make_stream(2):
-        sizes.clear()
-        method(images)
-        assert (method.stats["forwards"], method.stats["backwards"]) == (forwards, 1)
-        assert len(sizes) == forwards
-        assert max(sizes) <= max(4, options.get("chunk_views", 512) or 28)
-        assert sum(sizes) == 4 * (forwards if method.anchor_threshold < 1 else 2 + method.views)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_chunks_change_nothing(kind):
-    images, results = make_images(5, dtype=torch.float64), []
-    for chunk in (None, 1, 10, 12):
-        method = adapt(make_net(kind).double(), "cotta", lr=1e-2, anchor_threshold=1.0, views=4, chunk_views=chunk)
-        results.append([method(images), method(images)])
-    for other in results[1:]:
-        assert all(max_difference(a, b) < TOLERANCE for a, b in zip(results[0], other, strict=True))
-
-
-def test_the_anchor_stays_the_source():
-    net = make_net("bn").double()
-    anchor = without_running_statistics(copy.deepcopy(net))
-    method = adapt(net, "cotta", lr=0.1, ema_decay=0.5, views=2, restore=0.0)
-    for images in make_stream(4, batch=6, dtype=torch.float64):
-        method(images)
-        with torch.no_grad():
-            assert abs(method.stats["anchor_confidence"] - anchor(images).softmax(1).amax(1).mean().item()) < TOLERANCE
-
-
-def test_one_copy_of_the_source():
-    method = adapt(make_net("bn"), "cotta")
-    for _ in range(2):
-        state = method.get_extra_state()["snapshot"]
-        assert len(state) == 2 * len(list(method.model.parameters()))
-        pointers = {value.data_ptr() for value in state.values()}
-        assert len(pointers) == len(state) // 2  # student, teacher and anchor share it
-        method.double()
-
-
-@pytest.mark.parametrize("restore", [0.0, 0.3])
-def test_save_and_reset_in_mid_stream(restore):
-    options = {"lr": 1e-2, "ema_decay": 0.7, "views": 3, "restore": restore}
-    method, other = (adapt(make_net("bn", seed=seed), "cotta", **options) for seed in (0, 5))
-    assert_goes_on_after_loading(method, other, make_stream(5))
-
-
-def test_a_half_precision_teacher_moves():
-    net = make_net("gn").bfloat16()
-    method = adapt(net, "cotta", lr=1e-2, views=1)
-    start = {n: w.clone() for n, w in method.teacher.weights().items()}
-    for images in make_stream(3):
-        method(images)
-    for name, weight in method.teacher.weights().items():
-        assert weight.dtype == torch.float32
-        assert not torch.equal(weight, start[name])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"anchor_threshold": 1.1},
-        {"anchor_threshold": -0.1},
-        {"ema_decay": 1.5},
-        {"restore": -0.1},
-        {"views": 0},
-        {"chunk_views": 0},
-        {"seed": -1},
-    ],
-    ids=str,
-)
-def test_wrong_options(options):
-    with pytest.raises(ConfigError, match=r"must be .*; got"):
-        adapt(make_net("bn"), "cotta", **options)
