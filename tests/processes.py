@@ -7,10 +7,30 @@ import sys
 import time
 
 import pytest
+from lightning.pytorch import Trainer
 
 NEEDS_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 MARKS = [pytest.mark.usefixtures("one_thread"), NEEDS_FORK]
 PATIENCE = 120  # seconds
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def trainer(root, world, **options):
+    """A quiet one, whose data decide what each process gets."""
+    return Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        default_root_dir=root,
+        **{"logger": False, **options},
+    )
 
 
 class Processes:
@@ -25,9 +45,7 @@ class Processes:
         self.errors = [directory / f"error.{rank}" for rank in range(world)]
         for path in self.errors:
             path.unlink(missing_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = free_port()
         ready, go = os.pipe()
         self.children = []
         for rank in range(world):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from PIL import Image
-from processes import NEEDS_FORK, Processes
+from processes import NEEDS_FORK, Processes, trainer
 
 from lightning_tta import ConfigError, DigitsData, DomainFolderData
 from lightning_tta.data import base, corruptions, images, samplers
@@ -134,23 +134,12 @@ def train(world, output, root=None):
         data = DigitsData(train_batch_size=256, **common)  # more than the 179 validation images of a domain
     else:
         data = DomainFolderData(root, target="Real World", image_size=32, train_batch_size=4, **common)
-    model = Watch()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy="ddp",
-        use_distributed_sampler=False,
-        max_epochs=2,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, datamodule=data)
-    assert trainer.world_size == world
-    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    Path(f"{output}.{trainer.global_rank}").write_text(json.dumps({**model.seen, "logged": logged}))
+    model, fixed = Watch(), {"num_sanity_val_steps": 0, "enable_checkpointing": False, "enable_model_summary": False}
+    made = trainer(output.parent, world, max_epochs=2, **fixed)
+    made.fit(model, datamodule=data)
+    assert made.world_size == world
+    logged = {name: float(value) for name, value in made.callback_metrics.items()}
+    Path(f"{output}.{made.global_rank}").write_text(json.dumps({**model.seen, "logged": logged}))
 
 
 def run(output, root=None):

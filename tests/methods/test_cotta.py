@@ -1,4 +1,4 @@
-"""CoTTA against three plain nets and an Adam written out; views, masks, passes, memory."""
+"""CoTTA against three plain nets and an Adam written out; passes and restored weights."""
 
 import copy
 import math

@@ -6,12 +6,12 @@ import pytest
 import torch
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same, without_running_statistics
 from plain import assert_goes_on_after_loading
+from test_cotta import TOLERANCE
 
 from lightning_tta import ConfigError, adapt
 from lightning_tta.methods import cotta
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOLERANCE = 1e-8  # float64, as in test_cotta.py
 
 
 def test_masks_and_views_come_from_the_seed():

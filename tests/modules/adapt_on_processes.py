@@ -12,8 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from nets import make_net
+from processes import trainer
 
 from lightning_tta import ConfigError, DigitsData, TestTimeAdaptation
 from lightning_tta.methods import EATA, ETA, LAME, MEMO, CoTTA, Norm, Tent, ZeroSiam
@@ -49,25 +50,13 @@ REFUSED = {
 }
 
 
-def trainer(processes, root):
-    return Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        use_distributed_sampler=False,
-        default_root_dir=root,
-        logger=False,
-        enable_progress_bar=False,
-    )
-
-
 def run(processes, root, kind, method, options, data_options):
     """One run; returns the module."""
     seed_everything(0, verbose=False)
     seed = int(os.environ.get("LOCAL_RANK", "0")) if root.name == "nets" else 0
     data = DigitsData(**{"domains": DOMAINS, "num_images": 40, "batch_size": 8, "cache_dir": "none", **data_options})
     module = TestTimeAdaptation(method, backbone=make_net(kind, num_classes=10, seed=seed), **options)
-    trainer(processes, root).predict(module, datamodule=data, return_predictions=False)
+    trainer(root, processes).predict(module, datamodule=data, return_predictions=False)
     return module
 
 

@@ -7,27 +7,15 @@ from functools import partial
 
 import torch
 from contract import VARIANTS
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from nets import make_net
-from processes import PATIENCE, Processes
+from processes import PATIENCE, Processes, trainer
 from test_kill import counting_lines
 
 from lightning_tta import DigitsData, TestTimeAdaptation, available_methods
 
 OWN = ("predictions.rank{}.csv", "batches.rank{}.jsonl")
 TIMES = ("seconds", "seconds_per_batch", "wall_seconds", "environment", "peak_memory_mb", "peak_memory")
-
-
-def trainer(root, world, **options):
-    return Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        default_root_dir=root,
-        **{"logger": False, **options},
-    )
 
 
 def run(root, name="tent", world=2, callbacks=(), logger=False, **options):

@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nets import make_images, make_net, max_difference
-from processes import MARKS, Processes
+from processes import MARKS, Processes, trainer
 
 from lightning_tta import MetaTTT, SourceClassifier
 from lightning_tta.backbones.mixed_bn import convert_mixed_bn
@@ -40,21 +40,9 @@ class Data(LightningDataModule):
         return self._loader(self.val, 50)
 
 
-def trainer(world, root, epochs=1, **options):
-    return Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
-        use_distributed_sampler=False,
-        precision="64-true",
-        max_epochs=epochs,
-        default_root_dir=root,
-        logger=False,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"enable_checkpointing": False, **options},
-    )
+def quiet(world, root, epochs=1, **options):
+    fixed = {"precision": "64-true", "num_sanity_val_steps": 0, "enable_model_summary": False}
+    return trainer(root, world, max_epochs=epochs, **fixed, **{"enable_checkpointing": False, **options})
 
 
 def on_one_and_two(work, root):
@@ -80,13 +68,13 @@ def source():
 def train_source(world, directory):
     data = Data([8, 8, 8], [7, 4])
     keep = ModelCheckpoint(directory, filename="{epoch}", save_top_k=-1, monitor="source/val_loss")
-    whole = trainer(world, directory, 2, callbacks=[keep], enable_checkpointing=True)
+    whole = quiet(world, directory, 2, callbacks=[keep], enable_checkpointing=True)
     whole.fit(source(), datamodule=data)
     measures = {name: float(value) for name, value in whole.callback_metrics.items() if "val" in name}
-    resumed, model = trainer(world, directory, 2), source()
+    resumed, model = quiet(world, directory, 2), source()
     resumed.fit(model, datamodule=data, ckpt_path=directory / "epoch=0.ckpt")
     seed_everything(3, verbose=False)
-    measures |= trainer(world, directory).validate(MetaTTT(backbone=make_net("bn")), data, verbose=False)[0]
+    measures |= quiet(world, directory).validate(MetaTTT(backbone=make_net("bn")), data, verbose=False)[0]
     assert whole.world_size == world
     if whole.is_global_zero:
         content = {"steps": resumed.global_step, "weights": model.backbone.state_dict(), "measures": measures}
@@ -128,7 +116,7 @@ def test_meta_training(tmp_path, schedule):
             pseudo_domains=4 // world,  # four in all
             optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
         )
-        made = trainer(world, directory)
+        made = quiet(world, directory)
         made.fit(model, datamodule=Data([16] * 5))
         assert made.world_size == world
         if made.is_global_zero:

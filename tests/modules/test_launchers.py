@@ -2,11 +2,11 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
+from processes import free_port
 
 from lightning_tta.cli import main
 
@@ -44,11 +44,9 @@ def test_torchrun_and_slurm_give_what_one_process_gives(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished(start([*torchrun, *arguments("torchrun", 2, 1, tmp_path / "torchrun")]))
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "run", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
-    where = {"SLURM_NODELIST": "127.0.0.1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # one machine plays both
+    one_machine = "127.0.0.1"  # it plays both
+    where = {"SLURM_NODELIST": one_machine, "MASTER_ADDR": one_machine, "MASTER_PORT": free_port()}
     command = [sys.executable, *arguments("slurm", 1, 2, tmp_path / "slurm")]
     tasks = [
         start(command, **job, **where, SLURM_PROCID=str(i), SLURM_NODEID=str(i), SLURM_LOCALID="0") for i in range(2)

@@ -1,4 +1,4 @@
-"""Meta-training through a real Trainer: the steps against a plain loop, what is logged, saved and refused."""
+"""Meta-training through a real Trainer: the steps against a plain loop, and what they change."""
 
 import copy
 from functools import partial

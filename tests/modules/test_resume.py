@@ -1,4 +1,4 @@
-"""Runs that were cut off go on as if they had not been: every method, in one process; and what is refused."""
+"""Runs that were cut off go on as if they had not been: every method, in one process."""
 
 import json
 import random

@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from forked import TIMES, trainer
+from forked import TIMES
 from lightning.pytorch import seed_everything
 from nets import make_net
-from processes import MARKS, Processes
+from processes import MARKS, Processes, trainer
 
 from lightning_tta import DigitsData, TestTimeAdaptation
 from lightning_tta.methods import Tent
