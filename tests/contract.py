@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from nets import KINDS, make_images, make_net
 
 from lightning_tta import UnsupportedModelError, adapt, available_methods
+from nets import KINDS, make_images, make_net
 
 # Options that make a method's updates visible on the small nets, one entry a variant; a method not named: one, {}.
 VARIANTS = {

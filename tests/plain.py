@@ -4,6 +4,7 @@ import copy
 import io
 
 import torch
+
 from nets import max_difference, norm_weights, same, without_running_statistics
 
 TOLERANCE = 1e-10  # float64

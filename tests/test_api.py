@@ -3,12 +3,12 @@ import sys
 
 import pytest
 import torch
-from nets import make_images, make_net, same
 
 import lightning_tta
 from lightning_tta import ConfigError, LightningTTAError, TTAMethod, UnsupportedModelError, adapt, available_methods
 from lightning_tta.errors import check_choice, check_range
 from lightning_tta.methods import create_method
+from nets import make_images, make_net, same
 
 
 def test_three_lines():

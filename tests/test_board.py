@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from nets import make_net, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
@@ -18,6 +17,7 @@ from lightning_tta import ConfigError, DigitsData, TestTimeAdaptation, adapt
 from lightning_tta.methods import T3A, CoTTA, MetaTTT, Norm, Source, Tent
 from lightning_tta.modules.measures import PeakMemory, source_accuracy
 from lightning_tta.modules.pictures import SIDE, StreamPictures
+from nets import make_net, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TENT = partial(Tent, lr=0.3, optimizer="sgd")

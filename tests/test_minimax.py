@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from meta_reference import plain_adapt, plain_loss
-from nets import make_images, make_net, max_difference
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -13,6 +11,8 @@ from torch.nn.functional import cross_entropy
 from lightning_tta import ConfigError, UnsupportedModelError
 from lightning_tta.backbones.mixed_bn import convert_mixed_bn
 from lightning_tta.minimax import InnerLoop, Minimax, minimax
+from meta_reference import plain_adapt, plain_loss
+from nets import make_images, make_net, max_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

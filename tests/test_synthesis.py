@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from nets import make_images, make_net, max_difference
 from torch import nn
 
 from lightning_tta import ConfigError, UnsupportedModelError
 from lightning_tta.synthesis import DomainShiftSynthesis
+from nets import make_images, make_net, max_difference
 
 
 def test_scales_and_shifts_the_first_convolution():

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from nets import make_images, max_difference
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
 from lightning_tta import ConfigError, views
 from lightning_tta.views import AUGMENTATIONS, OPERATIONS, make_views
+from nets import make_images, max_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from nets import KINDS, make_images, make_net, same
 
 from lightning_tta.backbones.norms import batch_statistics, grouped_batch_statistics
+from nets import KINDS, make_images, make_net, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from nets import make_images, make_net, max_difference, norm_weights, same
 from torch import nn
 
 from lightning_tta import ConfigError, UnsupportedModelError
@@ -18,6 +17,7 @@ from lightning_tta.backbones.mixed_bn import (
     restore_batch_norm,
 )
 from lightning_tta.backbones.norms import batch_statistics, norm_parameters
+from nets import make_images, make_net, max_difference, norm_weights, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from nets import KINDS, make_images, make_net, norm_weights, same, without_running_statistics
 from torch import nn
 
 from lightning_tta import ConfigError, UnsupportedModelError
@@ -15,6 +14,7 @@ from lightning_tta.backbones.norms import (
     norm_layers,
     norm_parameters,
 )
+from nets import KINDS, make_images, make_net, norm_weights, same, without_running_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,11 +2,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nets import KINDS, make_images, make_net
 from torch import nn
 
 from lightning_tta import UnsupportedModelError
 from lightning_tta.backbones.split import HeadSplit, as_logits, find_head
+from nets import KINDS, make_images, make_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 from PIL import Image
-from processes import NEEDS_FORK, Processes, trainer
 
 from lightning_tta import ConfigError, DigitsData, DomainFolderData
 from lightning_tta.data import base, corruptions, images, samplers
 from lightning_tta.data.memo import TensorMemo
 from lightning_tta.data.samplers import DomainBatches, validation_batches
+from processes import NEEDS_FORK, Processes, trainer
 
 DOMAINS = torch.tensor([0] * 8 + [1] * 12)
 

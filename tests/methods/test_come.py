@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from nets import KINDS, make_net, make_stream, max_difference
-from plain import TOLERANCE, PlainMethod, assert_same_sgd
 
 from lightning_tta import adapt
 from lightning_tta.losses import come_entropy
+from nets import KINDS, make_net, make_stream, max_difference
+from plain import TOLERANCE, PlainMethod, assert_same_sgd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,10 +7,10 @@ import io
 
 import pytest
 import torch
-from contract import REFUSED, SETTINGS, SUPPORTED, build, case_id, every_case, every_setting, run, state_of, tensors_of
-from nets import KINDS, make_images, make_net, make_stream, same
 
+from contract import REFUSED, SETTINGS, SUPPORTED, build, case_id, every_case, every_setting, run, state_of, tensors_of
 from lightning_tta import ConfigError, adapt, available_methods
+from nets import KINDS, make_images, make_net, make_stream, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

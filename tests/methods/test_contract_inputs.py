@@ -4,11 +4,11 @@ import inspect
 
 import pytest
 import torch
-from contract import SUPPORTED, build, every_case, every_setting, run, state_of, tensors_of
-from nets import make_images, make_net, make_stream, same
 from torch import nn
 
+from contract import SUPPORTED, build, every_case, every_setting, run, state_of, tensors_of
 from lightning_tta import ConfigError, NotPreparedError, available_methods
+from nets import make_images, make_net, make_stream, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from nets import KINDS, make_net, make_stream, max_difference, same, without_running_statistics
 
 from lightning_tta import adapt
 from lightning_tta.methods import cotta
+from nets import KINDS, make_net, make_stream, max_difference, same, without_running_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-8  # float64; Adam turns gradients of rounding noise (a bias before BatchNorm) into up to 1e-9

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from nets import KINDS, make_images, make_net, make_stream, max_difference, same, without_running_statistics
-from plain import assert_goes_on_after_loading
 from test_cotta import TOLERANCE
 
 from lightning_tta import ConfigError, adapt
 from lightning_tta.methods import cotta
+from nets import KINDS, make_images, make_net, make_stream, max_difference, same, without_running_statistics
+from plain import assert_goes_on_after_loading
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from nets import KINDS, make_images, make_net, make_stream, max_difference, norm_weights, same
-from plain import TOLERANCE, PlainMethod, assert_goes_on_after_loading, assert_same_sgd
 
 from lightning_tta import ConfigError, DataError, adapt
+from nets import KINDS, make_images, make_net, make_stream, max_difference, norm_weights, same
+from plain import TOLERANCE, PlainMethod, assert_goes_on_after_loading, assert_same_sgd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"lr": 0.05, "entropy_margin": 0.8, "diversity_margin": 0.93}

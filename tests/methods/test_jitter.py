@@ -4,10 +4,10 @@ import colorsys
 
 import pytest
 import torch
-from nets import make_images, max_difference
 
 from lightning_tta.methods import _jitter
 from lightning_tta.methods._jitter import jitter
+from nets import make_images, max_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NEUTRAL = {

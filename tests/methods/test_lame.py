@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from nets import KINDS, make_images, make_net, make_stream, max_difference, same
 
 from lightning_tta import ConfigError, adapt
 from lightning_tta.methods.lame import affinity_matrix, refine
+from nets import KINDS, make_images, make_net, make_stream, max_difference, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-10  # float64

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import make_images, make_net, max_difference, norm_weights, same
 from torch import nn
 
 from lightning_tta import ConfigError, UnsupportedModelError, adapt
 from lightning_tta.views import make_views
+from nets import make_images, make_net, max_difference, norm_weights, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VIEWS = 6

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from nets import make_images, make_net, make_stream, max_difference, same, without_running_statistics
-from plain import assert_goes_on_after_loading
 from torch import nn
 from torch.nn.functional import silu
 
 from lightning_tta import UnsupportedModelError, adapt
+from nets import make_images, make_net, make_stream, max_difference, same, without_running_statistics
+from plain import assert_goes_on_after_loading
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-10

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+
+from lightning_tta import adapt
 from nets import (
     KINDS,
     make_images,
@@ -15,8 +17,6 @@ from nets import (
     without_running_statistics,
 )
 from plain import TOLERANCE, PlainMethod, assert_same_sgd
-
-from lightning_tta import adapt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

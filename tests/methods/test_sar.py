@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from nets import KINDS, make_images, make_net, make_stream, max_difference, same
-from plain import FROZEN, TOLERANCE, PlainMethod, assert_goes_on_after_loading, assert_same_sgd
 from torch import nn
 
 from lightning_tta import adapt
+from nets import KINDS, make_images, make_net, make_stream, max_difference, same
+from plain import FROZEN, TOLERANCE, PlainMethod, assert_goes_on_after_loading, assert_same_sgd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from nets import KINDS, make_images, make_net, make_stream, max_difference, same
-from plain import assert_goes_on_after_loading
 
 from lightning_tta import ConfigError, adapt
+from nets import KINDS, make_images, make_net, make_stream, max_difference, same
+from plain import assert_goes_on_after_loading
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-10  # float64

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from nets import KINDS, make_net, make_stream, max_difference, norm_weights, without_running_statistics
 
 from lightning_tta import UnsupportedModelError, adapt
+from nets import KINDS, make_net, make_stream, max_difference, norm_weights, without_running_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-10  # float64

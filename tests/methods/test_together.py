@@ -5,12 +5,12 @@ from itertools import product
 
 import pytest
 import torch
-from nets import make_images, make_net
-from processes import MARKS, Processes
 from torch import distributed
 
 from lightning_tta import adapt, available_methods, together
 from lightning_tta.methods import Tent
+from nets import make_images, make_net
+from processes import MARKS, Processes
 
 pytestmark = MARKS
 ETA = {"entropy_margin": 0.7, "diversity_margin": 0.95, "lr": 0.05}

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from nets import KINDS, make_images, make_net, make_stream, max_difference, same
-from plain import TOLERANCE, PlainMethod, PlainSGD, assert_same_sgd
 from torch.func import functional_call
 
 from lightning_tta import adapt
+from nets import KINDS, make_images, make_net, make_stream, max_difference, same
+from plain import TOLERANCE, PlainMethod, PlainSGD, assert_same_sgd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from nets import make_images, make_net, same
 from torch import nn
 
 from lightning_tta import UnsupportedModelError, adapt
+from nets import make_images, make_net, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,11 +13,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning.pytorch import seed_everything
-from nets import make_net
-from processes import trainer
 
 from lightning_tta import ConfigError, DigitsData, TestTimeAdaptation
 from lightning_tta.methods import EATA, ETA, LAME, MEMO, CoTTA, Norm, Tent, ZeroSiam
+from nets import make_net
+from processes import trainer
 
 DOMAINS = ["gaussian_noise", "contrast", "clean"]
 ETA_OPTIONS = {"entropy_margin": 0.9, "diversity_margin": 0.995, "lr": 0.02}  # kept: 0.25 to 0.62 of a batch

@@ -6,13 +6,13 @@ import time
 from functools import partial
 
 import torch
-from contract import VARIANTS
 from lightning.pytorch import Callback, seed_everything
-from nets import make_net
-from processes import PATIENCE, Processes, trainer
 from test_kill import counting_lines
 
+from contract import VARIANTS
 from lightning_tta import DigitsData, TestTimeAdaptation, available_methods
+from nets import make_net
+from processes import PATIENCE, Processes, trainer
 
 OWN = ("predictions.rank{}.csv", "batches.rank{}.jsonl")
 TIMES = ("seconds", "seconds_per_batch", "wall_seconds", "environment", "peak_memory_mb", "peak_memory")

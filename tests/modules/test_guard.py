@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from nets import make_images, make_net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -18,6 +17,7 @@ from lightning_tta.benchmarks import soak
 from lightning_tta.cli import run_lightning
 from lightning_tta.methods import Source, Tent
 from lightning_tta.report import print_report
+from nets import make_images, make_net
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Guard")]
 TENT = partial(Tent, lr=1e-2)

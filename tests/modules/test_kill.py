@@ -8,13 +8,13 @@ import sys
 from functools import partial
 
 import pytest
-from contract import VARIANTS
 from lightning.pytorch import Trainer
-from nets import make_net
 from test_resume import results
 
 import lightning_tta
+from contract import VARIANTS
 from lightning_tta import DigitsData, TestTimeAdaptation, available_methods
+from nets import make_net
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

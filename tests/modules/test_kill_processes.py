@@ -7,11 +7,11 @@ import signal
 
 import pytest
 from forked import OWN, line_count, outcome, run, saved, stopped_at, together, whole_runs
-from processes import MARKS, Processes
 from test_kill import counting_lines
 from test_resume import results
 
 from lightning_tta.modules import finding
+from processes import MARKS, Processes
 
 pytestmark = MARKS
 

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from processes import free_port
 
 from lightning_tta.cli import main
+from processes import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 DIGITS = [

@@ -6,13 +6,13 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from meta_reference import plain_outer_loss
-from nets import make_images, make_net, max_difference
 from torch.nn.functional import cross_entropy
 
 from lightning_tta import MetaTTT
 from lightning_tta.backbones.mixed_bn import mixed_batch_norm_layers
 from lightning_tta.modules.loading import load_source
+from meta_reference import plain_outer_loss
+from nets import make_images, make_net, max_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INNER = {"threshold": 0.4, "max_lr": 0.05, "scale_lr": 0.07, "shift_lr": 0.03, "max_layers": 0.5}

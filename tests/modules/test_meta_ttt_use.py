@@ -6,7 +6,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from nets import make_images, make_net, norm_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_meta_ttt import INNER, batches, fit, module
 from torch.nn.functional import cross_entropy
@@ -15,6 +14,7 @@ from lightning_tta import ConfigError, MetaTTT, TestTimeAdaptation, UnsupportedM
 from lightning_tta.backbones.mixed_bn import convert_mixed_bn
 from lightning_tta.methods import MetaTTT as Method
 from lightning_tta.modules.loading import load_source
+from nets import make_images, make_net, norm_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

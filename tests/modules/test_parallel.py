@@ -11,12 +11,12 @@ import pytest
 import torch
 from adapt_on_processes import REFUSED, REPLICAS, SYNCHRONISED, main
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from nets import make_net, same, without_running_statistics
 
 from lightning_tta import ConfigError, DataError, DigitsData, adapt
 from lightning_tta.data.sharing import Sharing, deal, part_of
 from lightning_tta.data.streams import build_stream
 from lightning_tta.modules.parallel import merge_predictions, share_stream
+from nets import make_net, same, without_running_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TIMES = {"seconds", "seconds_per_batch", "wall_seconds", "peak_memory_mb", "peak_memory"}

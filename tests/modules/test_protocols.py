@@ -8,7 +8,6 @@ from typing import ClassVar
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from nets import make_net
 from torch import nn
 
 from lightning_tta import ConfigError, DataError, DigitsData, NotPreparedError, TestTimeAdaptation, adapt
@@ -16,6 +15,7 @@ from lightning_tta.cli import main
 from lightning_tta.data.drawing import list_stream
 from lightning_tta.methods import Source, Tent
 from lightning_tta.modules.pace import Pace
+from nets import make_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TENT = partial(Tent, lr=1e-2)

@@ -7,14 +7,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from contract import VARIANTS
 from lightning.pytorch import Callback, Trainer
-from nets import make_net
 
+from contract import VARIANTS
 from lightning_tta import DigitsData, TestTimeAdaptation, available_methods
 from lightning_tta.cli import main
 from lightning_tta.data.images import StreamBatches
 from lightning_tta.methods import Source, Tent
+from nets import make_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TENT = partial(Tent, lr=1e-2)

@@ -10,10 +10,10 @@ from contextlib import redirect_stdout
 import pytest
 from forked import Stop, outcome, run, stopped_at, together, until, whole_runs
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from processes import MARKS, Processes
 
 from lightning_tta import Guard
 from lightning_tta.cli import main
+from processes import MARKS, Processes
 
 pytestmark = MARKS
 

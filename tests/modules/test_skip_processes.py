@@ -8,11 +8,11 @@ import pytest
 import torch
 from forked import TIMES
 from lightning.pytorch import seed_everything
-from nets import make_net
-from processes import MARKS, Processes, trainer
 
 from lightning_tta import DigitsData, TestTimeAdaptation
 from lightning_tta.methods import Tent
+from nets import make_net
+from processes import MARKS, Processes, trainer
 
 pytestmark = MARKS
 DOMAINS = ["gaussian_noise", "contrast", "clean"]  # of five batches each: the first process has the first and the last

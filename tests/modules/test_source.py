@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from nets import make_images, max_difference
 
 from lightning_tta import ConfigError, SourceClassifier
 from lightning_tta.modules.loading import load_source
+from nets import make_images, max_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from nets import make_net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_tta import ConfigError, DigitsData, TestTimeAdaptation, WeightsError, adapt
 from lightning_tta.methods import Source, Tent
+from nets import make_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DOMAINS = ["gaussian_noise", "contrast"]
