@@ -48,7 +48,7 @@ def train(module, epochs):
 # and shifts of the first convolution's channels; each adapts on its own.
 
 # %%
-source = train(SourceClassifier("timm/test_resnet", 10, optimizer=lambda p: AdamW(p, lr=3e-3)), epochs=6)
+source = train(SourceClassifier("timm/test_resnet", 10, optimizer=lambda p: AdamW(p, lr=3e-3)), epochs=5)
 
 module = MetaTTT(
     backbone=copy.deepcopy(source),
@@ -62,7 +62,7 @@ module = MetaTTT(
     head_lr_factor=1.0,
     optimizer=lambda p: AdamW(p, lr=3e-3),
 )
-net = train(module, epochs=5)
+net = train(module, epochs=4)
 settings = module.settings
 
 # %% [markdown]
@@ -123,7 +123,7 @@ plt.show()
 
 # %%
 shifts = ["clean", "gaussian_noise", "contrast", "haze", "motion_blur", "rotate"]
-stream = DigitsData(batch_size=64, domains=shifts, severity=5, num_images=256)
+stream = DigitsData(batch_size=64, domains=shifts, severity=5, num_images=128)
 methods = {
     "source": adapt(source, "source"),
     "source + Tent": adapt(source, "tent", optimizer="sgd", lr=2e-2),
@@ -137,7 +137,7 @@ for batch in stream.predict_dataloader():
     for name, method in methods.items():
         if domain != last:
             method.reset()
-        right[name][domain] += (method(batch["image"]).argmax(1) == batch["label"]).sum() / 256
+        right[name][domain] += (method(batch["image"]).argmax(1) == batch["label"]).sum() / 128
     last = domain
 
 colours = ("#9aa5b1", "#f6ae2d", "#86bbd8", "#33658a")

@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by processes: th
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed also notes a seed, with its stack, for every accelerator
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -78,7 +78,7 @@ class UserNet(nn.Module):
 def make_net(kind: str, num_classes: int = 5, seed: int = 0) -> nn.Module:
     """A net in eval mode with random weights, affine parameters and running statistics; global RNG untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         net = {"ln": TinyViT, "user": UserNet}.get(kind, lambda k: ConvNet(kind, k))(num_classes)
         for module in net.modules():
             if isinstance(module, (_BatchNorm, nn.GroupNorm, nn.LayerNorm)):

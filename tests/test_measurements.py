@@ -10,7 +10,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_tta import SourceClassifier, create_backbone
-from lightning_tta.benchmarks import cost, guard, loading, memo_cifar, memo_leak, memo_speed, meta_step, stream_memory
+from lightning_tta.benchmarks import (
+    cost,
+    guard,
+    loading,
+    memo_cifar,
+    memo_leak,
+    memo_speed,
+    meta_step,
+    reasons,
+    stream_memory,
+)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -45,17 +55,42 @@ def test_memo_speed(monkeypatch, capsys):
         assert name in text
 
 
-def test_memo_cifar(monkeypatch, capsys, tmp_path):
+@pytest.fixture
+def places(tmp_path):
+    """A folder of ten classes with two images each, and the weights of a net."""
     for label in range(10):
         folder = tmp_path / "data" / "test" / f"class{label}"
         folder.mkdir(parents=True)
-        Image.new("RGB", (32, 32), (20 * label, 90, 9)).save(folder / "a.png")
+        for number in range(2):
+            Image.new("RGB", (32, 32), (20 * label, 90, 9 + 100 * number)).save(folder / f"{number}.png")
     save_file(create_backbone("cifar/resnet20").net.state_dict(), tmp_path / "net.safetensors")
+    return tmp_path / "data", tmp_path / "net.safetensors"
+
+
+def test_memo_cifar(monkeypatch, capsys, tmp_path, places):
     small = ["--net=cifar/resnet20", "--domains", "clean", "contrast", "--function-set=builtin", "--images=4"]
-    place = [f"--root={tmp_path / 'data'}", f"--weights={tmp_path / 'net.safetensors'}", "--device=cpu"]
+    place = [f"--root={places[0]}", f"--weights={places[1]}", "--device=cpu"]
     text = run(monkeypatch, capsys, memo_cifar, *small, *place, f"--output={tmp_path / 'out.json'}")
     assert text.count("|") == 5 * len(memo_cifar.METHODS)
     assert (tmp_path / "out.json").exists()
+
+
+def test_reasons(capsys, places):
+    small = ["--net=cifar/resnet20", "--domains", "clean", "contrast", "--function-set=builtin", "--batch-size=5"]
+    doubt, bank = reasons.main([*small, f"--root={places[0]}", f"--source-ckpt={places[1]}"])
+    assert [row["factor"] for row in doubt] == list(reasons.FACTORS)
+    lengths = torch.tensor([row["length"] / row["factor"] for row in doubt])
+    torch.testing.assert_close(lengths, lengths[:1].expand(4))
+    assert len({row["source"] for row in doubt}) == 1  # the same predictions, surer and surer
+    assert sorted(row["confidence"] for row in doubt) == [row["confidence"] for row in reversed(doubt)]
+
+    clean, contrast, mean = bank
+    assert clean["earlier"] == 0
+    assert contrast["earlier"] == 50  # 20 images, of which none is dropped
+    assert clean["mistakes"] == clean["source"]  # so the bank has what the source gets wrong
+    assert contrast["mistakes"] == (clean["source"] + contrast["source"]) / 2
+    assert mean["told"] == (clean["told"] + contrast["told"]) / 2
+    assert capsys.readouterr().out.count("|\n") == (2 + 4) + (2 + 3)
 
 
 def test_memo_leak(monkeypatch, capsys, tmp_path):

@@ -43,7 +43,7 @@ def made(batch: int, seed: int, pixels: int = 16) -> Tensor:
 def net(kind: str) -> nn.Module:
     """A net with random weights and running statistics, neither uniform nor saturated."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         made_net = TinyNet(kind, CLASSES)
         for module in made_net.modules():
             if isinstance(module, nn.BatchNorm2d):

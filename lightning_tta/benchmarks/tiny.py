@@ -69,7 +69,7 @@ class Made:
 def train(kind: str, made: Made, steps: int = 300) -> nn.Module:
     """A net that knows the plain domain; a second or two. The global random numbers are left as they were."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         net = TinyNet(kind, made.classes)
         optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
         for step in range(steps):
