@@ -80,7 +80,7 @@ def test_reasons(capsys, places):
     doubt, bank = reasons.main([*small, f"--root={places[0]}", f"--source-ckpt={places[1]}"])
     assert [row["factor"] for row in doubt] == list(reasons.FACTORS)
     lengths = torch.tensor([row["length"] / row["factor"] for row in doubt])
-    torch.testing.assert_close(lengths, lengths[:1].expand(4))
+    torch.testing.assert_close(lengths, lengths[:1].expand(3))
     assert len({row["source"] for row in doubt}) == 1  # the same predictions, surer and surer
     assert sorted(row["confidence"] for row in doubt) == [row["confidence"] for row in reversed(doubt)]
 
@@ -90,7 +90,7 @@ def test_reasons(capsys, places):
     assert clean["mistakes"] == clean["source"]  # so the bank has what the source gets wrong
     assert contrast["mistakes"] == (clean["source"] + contrast["source"]) / 2
     assert mean["told"] == (clean["told"] + contrast["told"]) / 2
-    assert capsys.readouterr().out.count("|\n") == (2 + 4) + (2 + 3)
+    assert capsys.readouterr().out.count("|\n") == (2 + 3) + (2 + 3)
 
 
 def test_memo_leak(monkeypatch, capsys, tmp_path):

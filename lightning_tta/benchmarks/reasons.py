@@ -28,7 +28,7 @@ from lightning_tta.methods.source import Source
 from lightning_tta.methods.t3a import T3A
 from lightning_tta.methods.tent import Tent
 
-FACTORS = (1.0, 0.5, 0.25, 0.125)
+FACTORS = (1.0, 0.5, 0.25)
 
 
 def softened(net: nn.Module, factor: float) -> nn.Module:

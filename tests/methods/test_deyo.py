@@ -92,11 +92,6 @@ def test_five_steps(kind, patches, seed):
     assert reference.sgd.moved() > 1e-4
 
 
-def test_defaults_are_the_authors():
-    method = adapt(make_net("gn"), "deyo")
-    assert (method.entropy_margin, method.weight_margin, method.plpd_threshold, method.patches) == (0.5, 0.4, 0.2, 4)
-
-
 @pytest.mark.parametrize(("patches", "size"), [(1, 16), (2, 16), (4, 16), (4, 32)])
 def test_shuffle_against_a_loop(patches, size):
     images = make_images(5, size=size)
