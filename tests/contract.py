@@ -1,6 +1,7 @@
 """Cases of the shared tests: every method with every net. A new method file is found by itself."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -105,6 +106,10 @@ every_case = pytest.mark.parametrize("case", SUPPORTED, ids=[case_id(*case) for 
 # One net for what does not depend on its norm layers: the first one that the setting supports.
 FIRST = list({(name, str(options)): (name, options, kind) for name, options, kind in reversed(SUPPORTED)}.values())
 every_setting = pytest.mark.parametrize("case", FIRST, ids=[case_id(*case) for case in FIRST])
+
+
+def options_of(name):
+    return list(inspect.signature(available_methods()[name]).parameters)
 
 
 def state_of(method):

@@ -78,7 +78,7 @@ def early_norm_parameters(model: nn.Module, frozen_fraction: float) -> dict[str,
         UnsupportedModelError: If the net has no affine normalisation layer.
     """
     check_range("frozen_fraction", frozen_fraction, 0, 1)
-    layers = list(norm_layers(model))
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in norm_parameters(model)))
     prefix, parts = "", [""]
     while len(parts) == 1:
         prefix = parts[0]

@@ -123,7 +123,7 @@ class ViewMethod(TTAMethod):
         super().__init__(model)
         check_range("views", views, 1, integer=True)
         check_choice("augment", augment, AUGMENTATIONS)
-        check_range("seed", seed, 0, integer=True)
+        check_range("seed", seed, 0, 2**63 - 1, integer=True)
         if bn_prior is not None:
             check_range("bn_prior", bn_prior, 1, integer=True)
             untracked = [name for name, layer in batch_norm_layers(model).items() if layer.running_mean is None]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_tta.errors import DataError
-from lightning_tta.methods._inputs import at_least_float32, check_images, with_gradients
+from lightning_tta.methods._inputs import at_least_float32, check_images, explained, float_dtype, with_gradients
 from lightning_tta.methods._samples import at_source
 from lightning_tta.methods.base import TTAMethod
 
@@ -24,16 +24,23 @@ def fisher_information(method: TTAMethod, batches: Iterable[Mapping[str, Tensor]
         batches: Dicts with ``image`` (B, C, H, W) in [0, 1]; labels are not used.
 
     Raises:
-        DataError: If there is no image, or a gradient is not finite.
+        DataError: If there is no image, a batch is no such dict, or a gradient is not finite.
+        InputError: If images are none, or the net refuses them.
     """
     total = [torch.zeros_like(tensor, requires_grad=False) for tensor in method.trained]
     count = 0
     with at_source(method):
         for batch in batches:
+            if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
+                given = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+                raise DataError(f"Source batches must be dicts with 'image' (B, C, H, W) in [0, 1]; got {given}.")
             part = batch["image"].to(total[0].device)
             part = part[check_images(part)]
             if len(part):
-                with with_gradients(part, total[0].dtype) as part:
+                with (
+                    explained(method.model, part),
+                    with_gradients(part, float_dtype(method.model)) as part,
+                ):
                     logits = at_least_float32(method.infer(part))
                     loss = cross_entropy(logits, logits.argmax(-1))
                     gradients = torch.autograd.grad(loss, method.trained, materialize_grads=True)

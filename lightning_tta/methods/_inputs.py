@@ -19,8 +19,13 @@ def plain_model(model: nn.Module) -> nn.Module:
     """The model itself where it, or a part of it, is compiled: that graph would not see the statistics change.
 
     Raises:
-        UnsupportedModelError: If parameters have no values (device ``meta``).
+        UnsupportedModelError: If parameters have no values (device ``meta``), or a part is a ScriptModule.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is, or contains, a scripted or traced module, whose layers cannot be adapted. "
+            "Adapt the module that it was made from."
+        )
     if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
         warnings.warn("A compiled model is adapted through its original module, uncompiled.", stacklevel=4)
         model = cast(nn.Module, model._modules.get("_orig_mod", model))
@@ -116,9 +121,20 @@ def adapting(model: nn.Module, images: Tensor, counts: dict[str, int]) -> Iterat
 @contextmanager
 def with_gradients(images: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Gradients on, whatever the caller's mode; inference tensors cannot be saved for backward, so clone them."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), fresh_casts():
         images = images.clone() if images.is_inference() else images.detach()
         yield images.to(dtype)
+
+
+@contextmanager
+def fresh_casts() -> Iterator[None]:
+    """While active, autocast casts weights anew in each pass: the copies that it keeps miss what a step changes."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:

@@ -24,6 +24,11 @@ def jitter(images: Tensor, seed: int) -> Tensor:
         images: (B, C, H, W), floats in [0, 1].
         seed: Of the draw. The noise is drawn on the images' device: other there than on a CPU.
     """
+    with torch.autocast(images.device.type, enabled=False):  # affine of half precision grids rounds pixels to 0 or 1
+        return _view(at_least_float32(images).clamp(0, 1), seed).to(images.dtype)
+
+
+def _view(x: Tensor, seed: int) -> Tensor:
     from torchvision.transforms.v2 import functional as F  # takes seconds: imported when needed
 
     generator = torch.Generator().manual_seed(seed)
@@ -31,7 +36,6 @@ def jitter(images: Tensor, seed: int) -> Tensor:
     def draw(bounds: tuple[float, float]) -> float:
         return float(torch.empty(()).uniform_(*bounds, generator=generator))
 
-    x: Tensor = at_least_float32(images).clamp(0, 1)
     height, width = x.shape[-2:]
     adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue, F.adjust_gamma)
     factors = [draw(bounds) for bounds in (BRIGHTNESS, CONTRAST, SATURATION, HUE, GAMMA)]
@@ -49,4 +53,4 @@ def jitter(images: Tensor, seed: int) -> Tensor:
         x = x.flip(-1)
     own = torch.Generator(x.device).manual_seed(seed)
     noise = torch.randn(x.shape, generator=own, device=x.device, dtype=torch.float32)
-    return (x + NOISE * noise).clamp(0, 1).to(images.dtype)
+    return (x + NOISE * noise).clamp(0, 1)

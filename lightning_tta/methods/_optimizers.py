@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_tta.errors import check_choice, check_range
+from lightning_tta.methods._state import check_precision
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 
@@ -19,7 +20,7 @@ def make_optimizer(
     """An optimizer whose groups keep the given rate as ``initial_lr``; arguments as in ``TTAMethod.add_optimizer``.
 
     Raises:
-        ConfigError: If an argument is out of range.
+        ConfigError: If an argument is out of range, or Adam is to learn float16 weights.
     """
     check_choice("optimizer", kind, ("sgd", "adam", "adamw"))
     check_range("lr", lr, 0)
@@ -33,4 +34,6 @@ def make_optimizer(
         optimizer = family(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
     for group in optimizer.param_groups:
         group["initial_lr"] = lr
+        for parameter in group["params"]:
+            check_precision(optimizer, parameter.dtype)
     return optimizer

@@ -59,6 +59,17 @@ def _write(method: TTAMethod, values: dict[str, Tensor]) -> None:
             tensor.copy_(values[name])
 
 
+@contextmanager
+def _usual_attention() -> Iterator[None]:
+    """While active, torch's attention layers run without gradients as they do with them, to the last bit."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def source_filter(method: TTAMethod, images: Tensor) -> Callable[[Tensor], Tensor]:
     """OSTTA's filter: keep a sample while it is at least as sure of the source's answer as the source was.
 
@@ -74,7 +85,7 @@ def source_filter(method: TTAMethod, images: Tensor) -> Callable[[Tensor], Tenso
 
     Source: Lee et al., OSTTA, ICCV 2023, arXiv 2308.06879.
     """
-    with torch.no_grad(), at_source(method):
+    with torch.no_grad(), at_source(method), _usual_attention():
         confidence, answer = at_least_float32(method.infer(images)).softmax(-1).max(-1)
 
     def keep(logits: Tensor) -> Tensor:

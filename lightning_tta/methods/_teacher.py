@@ -72,7 +72,7 @@ class TeacherMethod(TTAMethod):
     def __init__(self, model: nn.Module, *, ema_decay: float, seed: int = 0, steps: int = 1) -> None:
         super().__init__(model, steps=steps)
         check_range("ema_decay", ema_decay, 0, 1)
-        check_range("seed", seed, 0, integer=True)
+        check_range("seed", seed, 0, 2**63 - 1, integer=True)
         self.ema_decay, self.seed, self.steps_taken = ema_decay, seed, 0
         self.declare({n: p for n, p in self.model.named_parameters() if p.is_floating_point()})
         self.teacher = Teacher(self.student())

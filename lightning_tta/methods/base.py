@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_tta import together
 from lightning_tta.backbones.norms import batch_statistics
 from lightning_tta.backbones.split import as_logits
-from lightning_tta.errors import ConfigError, NotPreparedError, check_range
+from lightning_tta.errors import NotPreparedError, UnsupportedModelError, check_range
 from lightning_tta.methods._described import Described
 from lightning_tta.methods._inputs import (
     adapting,
@@ -23,14 +23,16 @@ from lightning_tta.methods._inputs import (
     check_images,
     explained,
     float_dtype,
+    fresh_casts,
     plain_model,
     zero_rows,
 )
 from lightning_tta.methods._optimizers import OptimizerName, make_optimizer
+from lightning_tta.methods._state import CheckedState, check_precision
 from lightning_tta.metrics import collapse_measures
 
 
-class TTAMethod(Described, nn.Module, ABC):
+class TTAMethod(Described, CheckedState, ABC):
     """Wraps a classifier; ``forward(images) -> logits`` adapts it on the way.
 
     A method writes only the tensors it declared (:meth:`declare`), and a snapshot of these alone makes
@@ -149,6 +151,11 @@ class TTAMethod(Described, nn.Module, ABC):
     def gradients(self, loss: Tensor) -> tuple[Tensor | None, ...] | None:
         """Gradients of ``loss`` by :attr:`trained`, or ``None``, a skipped step, if one or the loss is not finite."""
         self.record(loss=loss)
+        if not loss.requires_grad:
+            net = type(self.model).__name__
+            raise UnsupportedModelError(
+                f"The logits of {net} have no gradients (torch.no_grad, detach in its forward?): take that out."
+            )
         gradients = together.average(torch.autograd.grad(loss, self.trained, allow_unused=True))
         self._counts["backwards"] += 1
         norm = nn.utils.get_total_norm([g for g in gradients if g is not None], error_if_nonfinite=False)
@@ -199,6 +206,7 @@ class TTAMethod(Described, nn.Module, ABC):
             usable = images if self._counts["nonfinite_images"] == 0 else images[finite]
             with together.with_stand_in(usable) as (given, self._batch_size):
                 for _ in range(self.steps if self._batch_size else 0):
+                    self._record = {}
                     logits = self.adapt(given).detach()
             logits = at_least_float32(logits[: len(usable)] if self._batch_size else self._no_logits(images))
         self._update_stats(logits)
@@ -209,7 +217,7 @@ class TTAMethod(Described, nn.Module, ABC):
         """Logits (B, K) of the net as adapted so far; changes nothing. Same input and errors as :meth:`forward`."""
         finite = check_images(images)
         usable = images.to(float_dtype(self.model))[finite]
-        with explained(self.model, images):
+        with explained(self.model, images), fresh_casts():
             logits = self.infer(usable) if len(usable) else self._no_logits(images)
         return zero_rows(at_least_float32(logits), finite)
 
@@ -244,22 +252,12 @@ class TTAMethod(Described, nn.Module, ABC):
             "snapshot": dict(self._snapshot),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "memory": dict(self.memory),
+            "buffers": sorted(self._buffers),
             "prepared": self.prepared,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Counterpart of :meth:`get_extra_state`.
-
-        Raises:
-            ConfigError: If the state was written by a method that adapts other tensors.
-        """
-        own = (("snapshot", set(self._snapshot)), ("optimizers", set(self.optimizers)), ("memory", set(self.memory)))
-        for part, mine in own:
-            if set(state[part]) != mine:
-                raise ConfigError(
-                    f"This state does not fit {type(self).__name__}: its {part} has {sorted(state[part])[:3]}..., here "
-                    f"{sorted(mine)[:3]}.... Build the method with the options that the state was saved with."
-                )
+        """Counterpart of :meth:`get_extra_state`. Learning rates, momenta and weight decay are the saved ones."""
         with torch.inference_mode(False), torch.no_grad():  # else the optimizers could not step afterwards
             for name, value in state["snapshot"].items():
                 self._snapshot[name].copy_(value)
@@ -269,6 +267,8 @@ class TTAMethod(Described, nn.Module, ABC):
         self.prepared = state["prepared"]
 
     def _apply(self, fn: Any, recurse: bool = True) -> TTAMethod:
+        for optimizer in self.optimizers.values():
+            check_precision(optimizer, fn(torch.empty(0)).dtype)
         # Parameters are moved in place, so optimizers keep them; buffers are replaced.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._snapshot = {name: fn(value) for name, value in self._snapshot.items()}
@@ -287,7 +287,9 @@ class TTAMethod(Described, nn.Module, ABC):
     def _no_logits(self, images: Tensor) -> Tensor:
         """Logits (0, K): what is left when every image is left out."""
         with together.absent():
-            return self.infer(torch.zeros_like(images[:1], dtype=float_dtype(self.model)))[:0]
+            logits = self.infer(torch.zeros_like(images[:1], dtype=float_dtype(self.model)))[:0]
+        self._record = {}  # of an image that nobody gave
+        return logits
 
     def _update_stats(self, logits: Tensor) -> None:
         values = {**self._record, **(collapse_measures(logits) if len(logits) else {})}

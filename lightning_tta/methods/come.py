@@ -22,7 +22,7 @@ class COME(Tent):
         model: A classifier with normalisation layers (BatchNorm, GroupNorm, LayerNorm, ...).
         lr: Learning rate, >= 0. Authors: those of the method that is improved; here Tent's for CIFAR.
         optimizer: ``adam``, ``sgd`` or ``adamw``.
-        momentum: Momentum of SGD, or Adam's first beta, in [0, 1).
+        momentum: Momentum of SGD, or Adam's first beta, in [0, 0.9999].
         weight_decay: >= 0; authors 0.
         steps: Steps per batch, >= 1.
         lr_batch_size: If given, the learning rate is multiplied by (batch size / this).

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import batch_statistics
 from lightning_tta.backbones.split import as_logits
-from lightning_tta.errors import check_range
+from lightning_tta.errors import check_choice, check_range
 from lightning_tta.losses import soft_cross_entropy
 from lightning_tta.methods._inputs import at_least_float32
 from lightning_tta.methods._jitter import jitter
@@ -33,14 +33,15 @@ class CoTTA(TeacherMethod):
     teacher's pass is replaced by ceil(views / n) passes of n views of the whole batch, n = chunk_views / batch size. At
     ``anchor_threshold`` 0 the anchor is not asked: two forward passes. ``stats`` has the anchor's confidence.
 
-    As long as s = t, at the start and after a reset, a sure anchor leaves L without gradient: the first step of SGD is
-    none, that of Adam is rounding noise, scaled up. What moves the student away is the views and the restoring.
+    As long as s = t, at the start and after a reset, a sure anchor leaves the L above without gradient: the first step
+    of SGD is none, that of Adam is rounding noise, scaled up; it takes an unsure anchor, and so views, to move the
+    student away. Not so with ``symmetric``: half of its gradient is then that of the entropy.
 
     Args:
         model: Any classifier.
         lr: Learning rate, >= 0. Authors: 1e-3 with Adam (CIFAR, batch 200), 1e-2 with SGD (ImageNet, batch 64).
         optimizer: ``adam`` (authors, CIFAR), ``sgd`` (authors, ImageNet) or ``adamw``.
-        momentum: Momentum of SGD, or Adam's first beta, in [0, 1).
+        momentum: Momentum of SGD, or Adam's first beta, in [0, 0.9999].
         weight_decay: >= 0; authors 0.
         ema_decay: Of the teacher, in [0, 1]. Authors: 0.999.
         anchor_threshold: In [0, 1]. Authors: 0.92 (CIFAR-10), 0.72 (CIFAR-100), 0.1 (ImageNet).
@@ -80,6 +81,7 @@ class CoTTA(TeacherMethod):
         check_range("views", views, 1, integer=True)
         if chunk_views is not None:
             check_range("chunk_views", chunk_views, 1, integer=True)
+        check_choice("symmetric", symmetric, (True, False))
         self.anchor_threshold, self.restore, self.symmetric = anchor_threshold, restore, symmetric
         self.views, self.chunk_views = views, chunk_views
         parameters = self.student().values()

@@ -34,10 +34,10 @@ class DeYO(TTAMethod):
 
     Args:
         model: A classifier with normalisation layers (BatchNorm, GroupNorm, LayerNorm, ...).
-        lr: Learning rate, >= 0. Authors (ImageNet, SGD, batch 64): 2.5e-4 for ResNet-50. They give none for CIFAR; the
-            default, Adam 1e-3 at batch 200, is Tent's there and usual in public benchmarks.
+        lr: Learning rate, >= 0. Authors (ImageNet, SGD, batch 64): 2.5e-4 for ResNet-50, 1e-3 for ViT-B. They give none
+            for CIFAR; the default, Adam 1e-3 at batch 200, is Tent's there and usual in public benchmarks.
         optimizer: ``adam``, ``sgd`` (authors) or ``adamw``.
-        momentum: Momentum of SGD, or Adam's first beta, in [0, 1).
+        momentum: Momentum of SGD, or Adam's first beta, in [0, 0.9999].
         weight_decay: >= 0; authors 0.
         steps: Steps per batch, >= 1.
         lr_batch_size: If given, the learning rate is multiplied by (batch size / this).
@@ -82,7 +82,7 @@ class DeYO(TTAMethod):
         check_range("weight_margin", weight_margin, 0)
         check_range("plpd_threshold", plpd_threshold, -1, 1)
         check_range("patches", patches, 1, integer=True)
-        check_range("seed", seed, 0, integer=True)
+        check_range("seed", seed, 0, 2**63 - 1, integer=True)
         self.entropy_margin, self.weight_margin = entropy_margin, weight_margin
         self.plpd_threshold, self.patches = plpd_threshold, patches
         parameters = self.declare(early_norm_parameters(self.model, frozen_fraction))

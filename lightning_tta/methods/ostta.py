@@ -31,12 +31,13 @@ class OSTTA(Tent):
         model: A classifier with normalisation layers (BatchNorm, GroupNorm, LayerNorm, ...).
         lr: Learning rate, >= 0. Public code: 1e-3 with Adam (CIFAR, batch 200).
         optimizer: ``adam``, ``sgd`` or ``adamw``.
-        momentum: Momentum of SGD, or Adam's first beta, in [0, 1).
+        momentum: Momentum of SGD, or Adam's first beta, in [0, 0.9999].
         weight_decay: >= 0; there 0.
         steps: Steps per batch, >= 1.
         lr_batch_size: If given, the learning rate is multiplied by (batch size / this).
         alpha: Weight of the mean prediction's entropy, >= 0; public code 0.5.
-        entropy: ``softmax``, H above, or ``come``, :func:`~lightning_tta.losses.come_entropy` in its place.
+        entropy: Of the kept samples: ``softmax``, H above, or ``come``, :func:`~lightning_tta.losses.come_entropy`; of
+            the mean prediction always H.
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.

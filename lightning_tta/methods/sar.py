@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import early_norm_parameters
-from lightning_tta.errors import check_range
+from lightning_tta.errors import check_choice, check_range
 from lightning_tta.methods._optimizers import OptimizerName
 from lightning_tta.methods._samples import EntropyName, entropy_function, moving_average, reliable, source_filter
 from lightning_tta.methods.base import TTAMethod
@@ -37,7 +37,7 @@ class SAR(TTAMethod):
         lr: Learning rate, >= 0. Authors (ImageNet, SGD, batch 64): 2.5e-4 for ResNet-50, 1e-3 for ViT-Base. They give
             none for CIFAR; the default, Adam 1e-3 at batch 200, is Tent's there and usual in public benchmarks.
         optimizer: ``adam``, ``sgd`` (authors) or ``adamw``.
-        momentum: Momentum of SGD, or Adam's first beta, in [0, 1).
+        momentum: Momentum of SGD, or Adam's first beta, in [0, 0.9999].
         weight_decay: >= 0; authors 0.
         steps: Steps per batch, >= 1.
         lr_batch_size: If given, the learning rate is multiplied by (batch size / this).
@@ -85,6 +85,7 @@ class SAR(TTAMethod):
         check_range("rho", rho, 0)
         self.entropy_margin, self.rho, self.reset_threshold = entropy_margin, rho, reset_threshold
         self.entropy = entropy_function(entropy)
+        check_choice("source_filter", source_filter, (True, False))
         self.source_filter = source_filter
         parameters = self.declare(early_norm_parameters(self.model, frozen_fraction))
         self.add_optimizer("model", parameters, optimizer, lr, momentum=momentum, weight_decay=weight_decay)

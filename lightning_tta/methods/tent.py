@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lightning_tta import together
 from lightning_tta.backbones.norms import norm_parameters
+from lightning_tta.errors import check_choice
 from lightning_tta.methods._optimizers import OptimizerName
 from lightning_tta.methods._samples import EntropyName, entropy_function, source_filter
 from lightning_tta.methods.base import TTAMethod
@@ -23,7 +24,7 @@ class Tent(TTAMethod):
         model: A classifier with normalisation layers (BatchNorm, GroupNorm, LayerNorm, ...).
         lr: Learning rate, >= 0. Authors: 1e-3 with Adam (CIFAR, batch 200), 2.5e-4 with SGD (ImageNet, batch 64).
         optimizer: ``adam`` (authors, CIFAR), ``sgd`` (authors, ImageNet) or ``adamw``.
-        momentum: Momentum of SGD, or Adam's first beta, in [0, 1).
+        momentum: Momentum of SGD, or Adam's first beta, in [0, 0.9999].
         weight_decay: >= 0; authors 0.
         steps: Steps per batch, >= 1.
         lr_batch_size: If given, the learning rate is multiplied by (batch size / this).
@@ -56,6 +57,7 @@ class Tent(TTAMethod):
     ) -> None:
         super().__init__(model, steps=steps)
         self.entropy = entropy_function(entropy)
+        check_choice("source_filter", source_filter, (True, False))
         self.source_filter = source_filter
         parameters = self.declare(norm_parameters(self.model))
         self.add_optimizer("model", parameters, optimizer, lr, momentum=momentum, weight_decay=weight_decay)

@@ -61,7 +61,7 @@ class ZeroSiam(TTAMethod):
             :func:`default_learning_rates`.
         predictor_lr: Same for h.
         alpha: Weight of the alignment term, >= 0.
-        momentum: Momentum of both optimizers, in [0, 1).
+        momentum: Momentum of both optimizers, in [0, 0.9999].
         steps: Steps per batch, >= 1.
         predictor: ``learned``; controls: ``identity`` (h fixed: Tent) or ``random`` (h fixed at a seeded orthogonal
             matrix).
@@ -100,6 +100,7 @@ class ZeroSiam(TTAMethod):
     ) -> None:
         super().__init__(model, steps=steps)
         self.entropy = entropy_function(entropy)
+        check_choice("source_filter", source_filter, (True, False))
         self.source_filter = source_filter
         check_range("alpha", alpha, 0)
         check_choice("predictor", predictor, ("learned", "identity", "random"))

@@ -69,3 +69,9 @@ def test_fraction_out_of_range():
     for fraction in (-0.1, 1.1):
         with pytest.raises(ConfigError, match="frozen_fraction"):
             early_norm_parameters(Blocks(2), fraction)
+
+
+def test_parts_are_those_with_something_to_learn():
+    net = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4))
+    assert set(early_norm_parameters(net, 0.5)) == {"2.weight", "2.bias"}
+    assert set(early_norm_parameters(net[:3], 0.25)) == {"2.weight", "2.bias"}

@@ -2,13 +2,24 @@
 
 import contextlib
 import copy
-import inspect
 import io
 
 import pytest
 import torch
 
-from contract import REFUSED, SETTINGS, SUPPORTED, build, case_id, every_case, every_setting, run, state_of, tensors_of
+from contract import (
+    REFUSED,
+    SETTINGS,
+    SUPPORTED,
+    build,
+    case_id,
+    every_case,
+    every_setting,
+    options_of,
+    run,
+    state_of,
+    tensors_of,
+)
 from lightning_tta import ConfigError, adapt, available_methods
 from nets import KINDS, make_images, make_net, make_stream, same
 
@@ -125,7 +136,7 @@ def test_does_not_depend_on_the_global_seed(case):
 
 
 def rates_of(name):
-    return [p for p in inspect.signature(available_methods()[name]).parameters if p == "lr" or p.endswith("_lr")]
+    return [p for p in options_of(name) if p == "lr" or p.endswith("_lr")]
 
 
 @pytest.mark.parametrize("case", [c for c in SUPPORTED if rates_of(c[0])], ids=lambda c: case_id(*c))

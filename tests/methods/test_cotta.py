@@ -146,6 +146,17 @@ def test_with_a_sure_anchor_there_is_nothing_to_learn_at_first(kind):
         assert max_difference(weight.detach(), start.detach()) < TOLERANCE
 
 
+def test_with_a_sure_anchor_the_symmetric_loss_teaches():
+    """Half of its gradient is then that of the entropy."""
+    net = make_net("gn").double()
+    options = {"optimizer": "sgd", "momentum": 0.0, "anchor_threshold": 0.0, "restore": 0.0, "symmetric": True}
+    method, tent = adapt(net, "cotta", lr=0.1, **options), adapt(net, "tent", lr=0.05, optimizer="sgd", momentum=0.0)
+    (images,) = make_stream(1, dtype=torch.float64)
+    method(images), tent(images)
+    for name, weight in tent.adaptable.items():
+        assert max_difference(weight.detach(), method.adaptable[name].detach()) < TOLERANCE
+
+
 def test_defaults_are_the_authors(views):
     net = make_net("bn").double()
     method, reference = adapt(net, "cotta", restore=0.0), PlainCoTTA(net)

@@ -30,10 +30,10 @@ def plain_shuffle(image, patches, order):
 class PlainDeYO(PlainMethod):
     """Loops over samples."""
 
-    def __init__(self, net, kind, lr, entropy_margin, plpd_threshold, patches=4, seed=0):
+    def __init__(self, net, kind, lr, entropy_margin, plpd_threshold, patches=4, seed=0, weight_margin=0.4):
         super().__init__(net, lr, frozen=FROZEN[kind])
         self.entropy_margin, self.plpd_threshold, self.patches = entropy_margin, plpd_threshold, patches
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator, self.weight_margin = torch.Generator().manual_seed(seed), weight_margin
 
     def __call__(self, images):
         logits = self.net(images)
@@ -55,7 +55,7 @@ class PlainDeYO(PlainMethod):
             label = p[i].argmax().item()
             plpd = (p[i, label] - q[row, label]).item()
             if plpd > self.plpd_threshold:
-                weight = math.exp(0.4 * log_k - entropies[i].item()) + math.exp(plpd)
+                weight = math.exp(self.weight_margin * log_k - entropies[i].item()) + math.exp(plpd)
                 terms.append(weight * entropies[i])
         if terms:
             loss = sum(terms) / len(terms)
@@ -71,10 +71,11 @@ def assert_same_state(method, reference):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("patches", "seed"), [(4, 0), (8, 7)])
-def test_five_steps(kind, patches, seed):
+@pytest.mark.parametrize(("patches", "seed", "weight"), [(4, 0, {}), (8, 7, {"weight_margin": 0.7})])
+def test_five_steps(kind, patches, seed, weight):
     net = make_net(kind).double()
     options = {"lr": 0.05, "entropy_margin": MARGIN[kind], "plpd_threshold": 0.02, "patches": patches, "seed": seed}
+    options |= weight
     method, reference = adapt(net, "deyo", optimizer="sgd", **options), PlainDeYO(net, kind, **options)
     reports = []
     for images in make_stream(5, batch=8, dtype=torch.float64):

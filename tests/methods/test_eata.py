@@ -17,8 +17,9 @@ OPTIONS = {"lr": 0.05, "entropy_margin": 0.8, "diversity_margin": 0.93}
 class PlainEATA(PlainMethod):
     """The objective with loops over samples."""
 
-    def __init__(self, net, lr, entropy_margin, diversity_margin, fisher_alpha=0.0):
+    def __init__(self, net, lr, entropy_margin, diversity_margin, fisher_alpha=0.0, entropy="softmax"):
         super().__init__(net, lr)
+        self.come = entropy == "come"
         self.fisher_alpha, self.entropy_margin, self.diversity_margin = fisher_alpha, entropy_margin, diversity_margin
         self.fisher = {n: torch.zeros_like(w) for n, w in self.sgd.source.items()}
         self.mean_probability = None
@@ -37,7 +38,11 @@ class PlainEATA(PlainMethod):
         terms, kept, mask = [], [], []
         for row in logits:
             p = row.exp() / row.exp().sum()
-            entropy = -(p * p.log()).sum()
+            opinion = p
+            if self.come:
+                length = (row @ row).sqrt()
+                opinion = torch.cat([row / length * length.detach(), row.new_full((1,), math.log(len(row)))]).softmax(0)
+            entropy = -(opinion * opinion.log()).sum()
             new = True
             if self.mean_probability is not None:
                 m = self.mean_probability
@@ -71,11 +76,14 @@ def source(batches=3):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fisher_alpha", [0.0, 1.0, 50.0])
-def test_five_steps(kind, fisher_alpha):
+@pytest.mark.parametrize(
+    ("fisher_alpha", "entropy"), [(0.0, "softmax"), (1.0, "softmax"), (50.0, "softmax"), (1.0, "come")]
+)
+def test_five_steps(kind, fisher_alpha, entropy):
+    """COME's entropy is in the filter, the weight and the loss; the mean prediction remains one of classes."""
     net = make_net(kind).double()
-    method = adapt(net, "eata", fisher_alpha=fisher_alpha, **OPTIONS)
-    reference = PlainEATA(net, fisher_alpha=fisher_alpha, **OPTIONS)
+    options = {**OPTIONS, "fisher_alpha": fisher_alpha, "entropy": entropy}
+    method, reference = adapt(net, "eata", **options), PlainEATA(net, **options)
     reference.prepare(source())
     method.prepare([{"image": images} for images in source()])
     masks = []
@@ -147,6 +155,39 @@ def test_preparation_without_images_is_refused():
         with pytest.raises(DataError, match="no image"):
             method.prepare(batches)
         assert not method.prepared
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ([make_images(2)], "got Tensor"),
+        ([(make_images(2), torch.zeros(2))], "got tuple"),
+        ([{"images": make_images(2)}], "got keys \\['images'\\]"),
+        ({"image": make_images(2)}, "got str"),
+        ([{"image": make_images(2)[:, :1]}], "channels"),
+    ],
+    ids=["tensors", "pairs", "another key", "one batch", "grey"],
+)
+def test_preparation_with_something_else_is_refused(batches, words):
+    method = adapt(make_net("gn"), "eata")
+    with pytest.raises((DataError, ConfigError), match=words):
+        method.prepare(batches)
+    assert not method.prepared
+
+
+def test_preparation_of_a_net_of_two_precisions():
+    net = make_net("bn").bfloat16()
+    net.norm1.float(), net.norm2.float()
+    method = adapt(net, "eata", **OPTIONS)
+    method.prepare([{"image": make_images(6)}])
+    assert torch.isfinite(method(make_images(6))).all()
+
+
+def test_the_state_of_eta_does_not_make_eata_prepared():
+    method = adapt(make_net("gn"), "eata", **OPTIONS)
+    with pytest.raises(ConfigError, match="buffers: nothing; only this method: fisher_0"):
+        method.load_state_dict(adapt(make_net("gn"), "eta", **OPTIONS).state_dict(), strict=False)
+    assert not method.prepared
 
 
 def test_no_preparation_without_penalty():
@@ -231,18 +272,3 @@ def test_state_without_the_mean_prediction_is_refused():
     for a, b in ((method, tent), (tent, method)):
         with pytest.raises(ConfigError, match="memory"):
             a.load_state_dict(b.state_dict())
-
-
-def test_come_entropy_in_filter_weight_and_loss():
-    net = make_net("gn").double()
-    images = make_images(8, dtype=torch.float64)
-    method = adapt(net, "eta", lr=0.05, entropy_margin=0.78, diversity_margin=None, entropy="come")
-    logits = net(images).detach()
-    opinion = torch.cat([logits, torch.full((8, 1), math.log(5), dtype=torch.float64)], 1).softmax(1)
-    entropy = -(opinion * opinion.log()).sum(1)
-    bound = 0.78 * math.log(5)
-    kept = entropy[entropy < bound]
-    assert 0 < len(kept) < 8
-    method(images)
-    assert method.stats["kept"] == len(kept) / 8
-    assert method.stats["loss"] == pytest.approx(((bound - kept).exp() * kept).mean().item(), abs=TOLERANCE)

@@ -147,6 +147,20 @@ def test_the_batch_shares_a_draw_that_the_seed_decides():
     assert (jitter(image, 7) - jitter(image, 8)).abs().max() > 0.05
 
 
+def test_autocast_changes_nothing():
+    images = make_images(4)
+    for seed in range(3):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            view = jitter(images, seed)
+        assert torch.equal(view, jitter(images, seed))
+
+
+def test_shift_of_an_oblong_image(only):
+    only(SHIFT=(1 / 8, 1 / 8))
+    images = make_images(2, dtype=torch.float64, size=32)[..., :16, :]
+    assert max_difference(jitter(images, 5), shifted(images, 4, 2)) < 1e-5
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (2, 16, 16), (4, 16, 16), (3, 15, 9), (3, 32, 48)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_shapes_and_types(shape, dtype):

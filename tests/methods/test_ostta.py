@@ -150,6 +150,28 @@ def test_first_batch_keeps_all(name):
         assert method.stats["kept_by_source_filter"] == 1
 
 
+class Attends(torch.nn.Module):
+    """torch's own attention, which takes another path where nothing needs a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 16, 4, stride=4)
+        layer = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
+        self.blocks = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = torch.nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_first_batch_keeps_all_with_torchs_attention(name):
+    method = filtered(Attends(), name)
+    method(make_images(64))
+    assert method.stats["kept_by_source_filter"] == 1
+    assert torch.backends.mha.get_fastpath_enabled()  # as it was
+
+
 def test_the_source_is_not_touched_by_its_pass():
     net = make_net("bn")
     method = filtered(net, "tent")

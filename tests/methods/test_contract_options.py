@@ -1,0 +1,90 @@
+"""What every method must do with its options: each is used, wrong ones are refused, source data comes first."""
+
+import pytest
+import torch
+
+from contract import FIRST, SUPPORTED, build, case_id, every_setting, options_of, run
+from lightning_tta import ConfigError, NotPreparedError, available_methods
+from nets import make_images, make_stream, same
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OTHER = {"lr_batch_size": 2, "steps": 3, "weight_decay": 0.5, "momentum": 0.3}
+NO_EFFECT = {("memo", "momentum")}  # of one step from nothing
+USED = [
+    (case, option)
+    for case in FIRST
+    for option in OTHER
+    if {option, "steps"} <= set(options_of(case[0])) and (case[0], option) not in NO_EFFECT
+    if not case[1].get("source_filter")  # which may keep nothing
+]
+
+
+@pytest.mark.parametrize(("case", "option"), USED, ids=[f"{case_id(*case)}-{option}" for case, option in USED])
+def test_options_of_the_steps_are_used(case, option):
+    name, options, kind = case
+    method, other = build(*case), build(name, {**options, option: OTHER[option]}, kind)
+    stream = make_stream(3)
+    assert not same(run(method, stream), run(other, stream))
+
+
+@every_setting
+def test_unknown_option(case):
+    name, options, kind = case
+    with pytest.raises(ConfigError, match="learning_rat") as caught:
+        build(name, options, kind, learning_rat=1)
+    assert "options:" in str(caught.value)
+
+
+RANGES = {
+    "lr": [-1e-3, float("nan"), float("inf"), "fast", True],
+    "predictor_lr": [-1.0, float("inf")],
+    "momentum": [-0.1, 1.5],
+    "weight_decay": [-1.0],
+    "steps": [0, 1.5, 1.0, float("inf"), float("nan")],
+    "alpha": [-1.0, float("nan")],
+    "lr_batch_size": [0, -64, 0.5],
+    "source_weight": [-0.1, 1.1],
+    "optimizer": ["lion"],
+    "predictor": ["none"],
+    "affinity": ["cosine"],
+    "neighbours": [0, 1.5],
+    "filter_k": [0, -2, 1.5],
+    "ema_decay": [-0.1, 1.1],
+    "anchor_threshold": [-0.1, 1.1, float("nan")],
+    "restore": [-0.1, 1.1],
+    "views": [0, 1.5],
+    "entropy": ["shannon"],
+    "entropy_margin": [0, -0.4, float("nan"), "0.4"],
+    "diversity_margin": [0.0, float("inf")],
+    "fisher_alpha": [-1.0, float("nan")],
+    "rho": [-0.05, float("nan")],
+    "reset_threshold": [-0.2, float("inf")],
+    "frozen_fraction": [-0.1, 1.1],
+    "plpd_threshold": [-1.5, 1.5],
+    "weight_margin": [-0.1, float("nan")],
+    "patches": [0, 1.5],
+    "seed": [-1, 0.5, 2**64],
+    "source_filter": ["false", None, 0.5],
+    "symmetric": ["false", None],
+}
+
+
+@pytest.mark.parametrize("name", available_methods())
+def test_options_out_of_range(name):
+    options, kind = next((o, k) for n, o, k in SUPPORTED if n == name)
+    for option in options_of(name):
+        for value in RANGES.get(option, []):
+            with pytest.raises(ConfigError, match=r"must be .*; got"):
+                build(name, {**options, option: value}, kind)
+
+
+@every_setting
+def test_source_data_first(case):
+    method = build(*case, prepare=False)
+    if not method.needs_source:
+        method.prepare([])  # allowed, and does nothing
+        assert torch.isfinite(method(make_images(2))).all()
+        return
+    with pytest.raises(NotPreparedError, match="prepare"):
+        method(make_images(2))
