@@ -206,7 +206,7 @@ def test_half_precision_nets_return_float32(case, dtype):
         assert same(float32.state_dict(), before)
         return
     method = build(name, options, kind, net=net)
-    for images in make_stream(4):
+    for images in make_stream(2):
         logits = method(images)
         assert logits.dtype == torch.float32
         assert torch.isfinite(logits).all()
@@ -217,9 +217,9 @@ def test_autocast(case):
     """Within one context, too, the weights are those of the last step: autocast keeps copies that know of none."""
     method, alike = build(*case), build(*case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = [method(images) for images in make_stream(3)]
+        found = [method(images) for images in make_stream(2)]
         predicted = method.predict(make_images(4))
-    for images, logits in zip(make_stream(3), found, strict=True):
+    for images, logits in zip(make_stream(2), found, strict=True):
         assert logits.dtype == torch.float32
         assert torch.isfinite(logits).all()
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
