@@ -19,8 +19,8 @@ from lightning_tta.methods.base import TTAMethod
 class Teacher(nn.Module):
     """Exponential moving average of a net's parameters: buffers, no second net.
 
-    In at least float32, for in half precision a step of 1 / 1000 would be rounded away; converted with the method later,
-    they follow it.
+    In at least float32, for in half precision a step of 1 / 1000 would be rounded away; a later conversion of the
+    method takes them along.
 
     Args:
         parameters: The student's, by name; the average starts there.
