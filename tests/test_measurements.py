@@ -21,6 +21,8 @@ from lightning_tta.benchmarks import (
     reasons,
     stream_memory,
 )
+from lightning_tta.methods.t3a import T3A
+from nets import make_images, make_net
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -89,8 +91,22 @@ def test_reasons(capsys, places):
     assert contrast["earlier"] == 50  # 20 images, of which none is dropped
     assert clean["mistakes"] == clean["source"]  # so the bank has what the source gets wrong
     assert contrast["mistakes"] == (clean["source"] + contrast["source"]) / 2
-    assert mean["told"] == (clean["told"] + contrast["told"]) / 2
+    assert mean["t3a"] == (clean["t3a"] + contrast["t3a"]) / 2
     assert capsys.readouterr().out.count("|\n") == (2 + 3) + (2 + 3)
+
+
+def test_a_bank_that_is_told_the_labels_has_no_mistakes():
+    images, labels = make_images(12), torch.arange(12) % 5
+    shares = []
+    for kind in (T3A, reasons.Told):
+        method = kind(make_net("gn"))
+        bank = reasons.Bank(method)
+        bank.look(images, labels, domain=0)
+        method.known = bank.known
+        method(images)
+        shares.append(bank.composition(domain=0)[0])
+    assert shares[0] > 0
+    assert shares[1] == 0
 
 
 def test_memo_leak(monkeypatch, capsys, tmp_path):

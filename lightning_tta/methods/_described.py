@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import batch_norm_layers
+from lightning_tta.errors import check_choice
 
 BATCH_STATISTICS = (
     "The method normalises with statistics of the test batch; the plain net's BatchNorm layers normalise with the "
@@ -70,10 +71,14 @@ class Described(ABC):
 
 def _options(cls: type, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
     try:
-        bound = inspect.signature(cls.__init__).bind(None, *args, **options)  # type: ignore[misc]  # of a class
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]  # of a class
+        bound = signature.bind(None, *args, **options)
     except TypeError:  # __init__ says what is wrong; a copy is made without arguments and gets its options later
         return {}
     bound.apply_defaults()
+    for name, value in bound.arguments.items():
+        if signature.parameters[name].annotation in (bool, "bool"):  # a text such as "false" would count as true
+            check_choice(name, value, (True, False))
     given = {name: value for name, value in list(bound.arguments.items())[1:] if not isinstance(value, nn.Module)}
     return {name: _primitive(value) for name, value in given.items()}
 

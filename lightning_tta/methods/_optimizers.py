@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lightning_tta.errors import check_choice, check_range
-from lightning_tta.methods._state import check_precision
+from lightning_tta.errors import ConfigError, check_choice, check_range
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 
@@ -37,3 +37,17 @@ def make_optimizer(
         for parameter in group["params"]:
             check_precision(optimizer, parameter.dtype)
     return optimizer
+
+
+def check_precision(optimizer: Optimizer, dtype: torch.dtype) -> None:
+    """Refuse Adam on float16: its second moments and its epsilon vanish there, and a step of 0 / 0 ends all.
+
+    Raises:
+        ConfigError: With what to use.
+    """
+    if dtype == torch.float16 and "betas" in optimizer.defaults:
+        raise ConfigError(
+            f"{type(optimizer).__name__} cannot learn float16 weights: its second moments are too small for them, and "
+            "the weights become NaN. Use optimizer='sgd', or keep the net in float32, with torch.autocast for speed, "
+            "or in bfloat16."
+        )

@@ -1,11 +1,10 @@
-"""Whether a saved state is one of this method, and whether an optimizer can learn weights of a precision."""
+"""Whether a saved state is one of this method."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,15 +20,16 @@ class CheckedState(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if prefix + "_extra_state" in state_dict:
-            self._check_fits(state_dict[prefix + "_extra_state"])
+            given = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+            self._check_fits(state_dict[prefix + "_extra_state"], {name for name in given if "." not in name})
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _check_fits(self, state: Mapping[str, Any]) -> None:
+    def _check_fits(self, state: Mapping[str, Any], tensors: set[str]) -> None:
         own = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         parts = (
             ("adapted tensors", _shapes(state["snapshot"]), _shapes(self._snapshot)),
             ("memory", set(state["memory"]), set(self.memory)),
-            ("buffers", set(state.get("buffers", self._buffers)), set(self._buffers)),
+            ("own tensors", tensors - {"_extra_state"}, {*self._buffers, *self._parameters}),
             ("optimizers' settings", _settings(state["optimizers"]), _settings(own)),
         )
         for part, given, mine in parts:
@@ -53,17 +53,3 @@ def _settings(optimizers: Mapping[str, Mapping[str, Any]]) -> set[str]:
         for number, group in enumerate(state["param_groups"])
         for setting in (*group, *(f"{number}.{position}" for position in group["params"]))
     }
-
-
-def check_precision(optimizer: Optimizer, dtype: torch.dtype) -> None:
-    """Refuse Adam on float16: its second moments and its epsilon vanish there, and a step of 0 / 0 ends all.
-
-    Raises:
-        ConfigError: With what to use.
-    """
-    if dtype == torch.float16 and "betas" in optimizer.defaults:
-        raise ConfigError(
-            f"{type(optimizer).__name__} cannot learn float16 weights: its second moments are too small for them, and "
-            "the weights become NaN. Use optimizer='sgd', or keep the net in float32, with torch.autocast for speed, "
-            "or in bfloat16."
-        )

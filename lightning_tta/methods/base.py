@@ -27,8 +27,8 @@ from lightning_tta.methods._inputs import (
     plain_model,
     zero_rows,
 )
-from lightning_tta.methods._optimizers import OptimizerName, make_optimizer
-from lightning_tta.methods._state import CheckedState, check_precision
+from lightning_tta.methods._optimizers import OptimizerName, check_precision, make_optimizer
+from lightning_tta.methods._state import CheckedState
 from lightning_tta.metrics import collapse_measures
 
 
@@ -252,7 +252,6 @@ class TTAMethod(Described, CheckedState, ABC):
             "snapshot": dict(self._snapshot),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "memory": dict(self.memory),
-            "buffers": sorted(self._buffers),
             "prepared": self.prepared,
         }
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import batch_statistics
 from lightning_tta.backbones.split import as_logits
-from lightning_tta.errors import check_choice, check_range
+from lightning_tta.errors import check_range
 from lightning_tta.losses import soft_cross_entropy
 from lightning_tta.methods._inputs import at_least_float32
 from lightning_tta.methods._jitter import jitter
@@ -81,7 +81,6 @@ class CoTTA(TeacherMethod):
         check_range("views", views, 1, integer=True)
         if chunk_views is not None:
             check_range("chunk_views", chunk_views, 1, integer=True)
-        check_choice("symmetric", symmetric, (True, False))
         self.anchor_threshold, self.restore, self.symmetric = anchor_threshold, restore, symmetric
         self.views, self.chunk_views = views, chunk_views
         parameters = self.student().values()

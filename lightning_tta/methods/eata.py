@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from lightning_tta import together
 from lightning_tta.backbones.norms import norm_parameters
-from lightning_tta.errors import check_choice, check_range
+from lightning_tta.errors import check_range
 from lightning_tta.methods._fisher import fisher_information
 from lightning_tta.methods._inputs import at_least_float32
 from lightning_tta.methods._optimizers import OptimizerName
@@ -84,7 +84,6 @@ class EATA(TTAMethod):
         self.entropy_margin, self.diversity_margin = entropy_margin, diversity_margin
         self.fisher_alpha = fisher_alpha
         self.entropy = entropy_function(entropy)
-        check_choice("source_filter", source_filter, (True, False))
         self.source_filter = source_filter
         parameters = self.declare(norm_parameters(self.model))
         self.add_optimizer("model", parameters, optimizer, lr, momentum=momentum, weight_decay=weight_decay)

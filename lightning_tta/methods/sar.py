@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import early_norm_parameters
-from lightning_tta.errors import check_choice, check_range
+from lightning_tta.errors import check_range
 from lightning_tta.methods._optimizers import OptimizerName
 from lightning_tta.methods._samples import EntropyName, entropy_function, moving_average, reliable, source_filter
 from lightning_tta.methods.base import TTAMethod
@@ -85,7 +85,6 @@ class SAR(TTAMethod):
         check_range("rho", rho, 0)
         self.entropy_margin, self.rho, self.reset_threshold = entropy_margin, rho, reset_threshold
         self.entropy = entropy_function(entropy)
-        check_choice("source_filter", source_filter, (True, False))
         self.source_filter = source_filter
         parameters = self.declare(early_norm_parameters(self.model, frozen_fraction))
         self.add_optimizer("model", parameters, optimizer, lr, momentum=momentum, weight_decay=weight_decay)

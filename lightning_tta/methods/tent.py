@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from lightning_tta import together
 from lightning_tta.backbones.norms import norm_parameters
-from lightning_tta.errors import check_choice
 from lightning_tta.methods._optimizers import OptimizerName
 from lightning_tta.methods._samples import EntropyName, entropy_function, source_filter
 from lightning_tta.methods.base import TTAMethod
@@ -57,7 +56,6 @@ class Tent(TTAMethod):
     ) -> None:
         super().__init__(model, steps=steps)
         self.entropy = entropy_function(entropy)
-        check_choice("source_filter", source_filter, (True, False))
         self.source_filter = source_filter
         parameters = self.declare(norm_parameters(self.model))
         self.add_optimizer("model", parameters, optimizer, lr, momentum=momentum, weight_decay=weight_decay)

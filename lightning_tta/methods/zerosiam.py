@@ -100,7 +100,6 @@ class ZeroSiam(TTAMethod):
     ) -> None:
         super().__init__(model, steps=steps)
         self.entropy = entropy_function(entropy)
-        check_choice("source_filter", source_filter, (True, False))
         self.source_filter = source_filter
         check_range("alpha", alpha, 0)
         check_choice("predictor", predictor, ("learned", "identity", "random"))

@@ -67,6 +67,8 @@ RANGES = {
     "seed": [-1, 0.5, 2**64],
     "source_filter": ["false", None, 0.5],
     "symmetric": ["false", None],
+    "kl_detach": ["false", None],
+    "episodic": ["false", None],
 }
 
 

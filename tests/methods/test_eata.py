@@ -185,7 +185,7 @@ def test_preparation_of_a_net_of_two_precisions():
 
 def test_the_state_of_eta_does_not_make_eata_prepared():
     method = adapt(make_net("gn"), "eata", **OPTIONS)
-    with pytest.raises(ConfigError, match="buffers: nothing; only this method: fisher_0"):
+    with pytest.raises(ConfigError, match="own tensors: nothing; only this method: fisher_0"):
         method.load_state_dict(adapt(make_net("gn"), "eta", **OPTIONS).state_dict(), strict=False)
     assert not method.prepared
 
