@@ -21,7 +21,7 @@ apidoc_modules = [
     {
         "path": "../lightning_tta",
         "destination": "api",  # written anew by each build, not kept in the repository
-        "exclude_patterns": ["../lightning_tta/benchmarks", "../lightning_tta/__main__.py"],
+        "exclude_patterns": ["../lightning_tta/__main__.py"],
         "separate_modules": True,
         "module_first": True,
         "automodule_options": {"members", "show-inheritance"},

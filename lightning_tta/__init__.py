@@ -25,7 +25,6 @@ from lightning_tta.errors import (
 )
 
 if TYPE_CHECKING:
-    from lightning_tta.api import adapt
     from lightning_tta.backbones import Backbone, create_backbone
     from lightning_tta.data import (
         ArrayData,
@@ -38,13 +37,13 @@ if TYPE_CHECKING:
         ShiftedDataModule,
     )
     from lightning_tta.exporting import export
-    from lightning_tta.guard import Guard
-    from lightning_tta.methods import TTAMethod, available_methods
+    from lightning_tta.guard.callback import Guard
+    from lightning_tta.guard.watch import Watch
+    from lightning_tta.methods import TTAMethod, adapt, available_methods
     from lightning_tta.modules import MetaTTT, SourceClassifier, TestTimeAdaptation
-    from lightning_tta.watch import Watch
 
 _LAZY = {  # imported on first use: `import lightning_tta` stays fast
-    "adapt": "api",
+    "adapt": "methods",
     "export": "exporting",
     "Backbone": "backbones",
     "create_backbone": "backbones",
@@ -54,7 +53,7 @@ _LAZY = {  # imported on first use: `import lightning_tta` stays fast
     "DomainFolderData": "data",
     "FolderData": "data",
     "ImageNetData": "data",
-    "Guard": "guard",
+    "Guard": "guard.callback",
     "Protocol": "data",
     "ShiftedDataModule": "data",
     "TTAMethod": "methods",
@@ -62,7 +61,7 @@ _LAZY = {  # imported on first use: `import lightning_tta` stays fast
     "MetaTTT": "modules",
     "SourceClassifier": "modules",
     "TestTimeAdaptation": "modules",
-    "Watch": "watch",
+    "Watch": "guard.watch",
 }
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line; imports only what it needs."""
-    from lightning_tta.cli import main as run
+    from lightning_tta.cli.main import main as run
 
     run()
 

@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lightning_tta.data.memo import PATIENCE
+from lightning_tta.data.storage.memo import PATIENCE
 
 _GRID: ContextVar[Progress | None] = ContextVar("grid", default=None)
 

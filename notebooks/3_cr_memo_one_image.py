@@ -22,7 +22,7 @@ from torch import nn
 
 from lightning_tta import DigitsData, adapt
 from lightning_tta.losses import consistency, entropy, marginal_entropy
-from lightning_tta.views import make_views
+from lightning_tta.views.augmix import make_views
 
 torch.set_num_threads(1)
 torch.manual_seed(0);

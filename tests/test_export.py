@@ -12,7 +12,7 @@ import lightning_tta
 from contract import SUPPORTED, build, case_id
 from lightning_tta import ConfigError, DataError, DigitsData, TestTimeAdaptation
 from lightning_tta.backbones import Backbone, load_weights
-from lightning_tta.cli import main
+from lightning_tta.cli.main import main
 from lightning_tta.exporting import export_run
 from lightning_tta.methods import Source, Tent
 from nets import make_images, make_net, make_stream, without_running_statistics

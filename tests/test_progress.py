@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lightning_tta import progress
-from lightning_tta.cli import main
+from lightning_tta.cli.main import main
 from lightning_tta.progress import RunProgress, grid
 
 pytestmark = pytest.mark.usefixtures("one_thread")

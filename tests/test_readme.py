@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_tta.cli import main, run_lightning
-from lightning_tta.commands import COMMANDS, PARSERS, build_benchmark, only_data
+from lightning_tta.cli.commands import COMMANDS, PARSERS, build_benchmark, only_data
+from lightning_tta.cli.main import main, run_lightning
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -23,7 +23,7 @@ SHORTER = {
     "fit": ["--trainer.max_epochs=1", *QUIET],
     "predict": ["--data.domains=[haze,contrast]", "--data.num_images=64", "--data.batch_size=32", *QUIET],
 }
-LONG = ("benchmark", "configs/trainer/", "lightning_tta.benchmarks", "meta_ttt")
+LONG = ("benchmark", "configs/trainer/", "tests/measure/", "meta_ttt")
 
 
 def commands_of(text):
@@ -33,7 +33,7 @@ def commands_of(text):
     spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
     found = []
     for line in (*lines, *(" ".join(span.split()) for span in spans)):
-        if line.startswith(("lightning-tta ", "python -m lightning_tta")):
+        if line.startswith(("lightning-tta ", "python -m lightning_tta", "python tests/measure/")):
             words = shlex.split(line, comments=True)
             end = next((i for i, word in enumerate(words) if word in (">", ">>", "&&", "|", ";")), len(words))
             command = [PLACEHOLDERS.get(word, word) for word in words[:end]]
@@ -52,7 +52,7 @@ class Parsed(Exception):
 def check(words, monkeypatch):
     """Raises unless the command exists, takes these arguments, and finds its configuration files."""
     if words[0] == "python":
-        module = importlib.import_module(words[2])
+        module = importlib.import_module(Path(words[1]).stem)
         parse_args = argparse.ArgumentParser.parse_args
 
         def parse_only(self, args=None, namespace=None):
@@ -60,7 +60,7 @@ def check(words, monkeypatch):
             raise Parsed
 
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-        monkeypatch.setattr(sys, "argv", words[2:])
+        monkeypatch.setattr(sys, "argv", words[1:])
         with contextlib.suppress(Parsed):
             module.main()
         return
@@ -69,7 +69,7 @@ def check(words, monkeypatch):
         run_lightning([name, *args], parse_only=True)
     elif name == "benchmark":
         # what each cell would be given is parsed in test_command_line.py
-        monkeypatch.setattr("lightning_tta.benchmark.run_lightning", lambda *args, **options: None)
+        monkeypatch.setattr("lightning_tta.benchmark.runner.run_lightning", lambda *args, **options: None)
         build_benchmark(args)
     elif name in PARSERS:
         PARSERS[name]().parse_args(only_data(args) if name == "stream" else args)
@@ -86,7 +86,7 @@ def asks(words):
 
 def test_there_are_some():
     assert len(ALL) > 25
-    assert {words[1] for words in ALL} >= {"fit", "predict", "benchmark", "report", "stream", "export", "-m"}
+    assert {words[1] for words in ALL} >= {"fit", "predict", "benchmark", "report", "stream", "export", "tests/measure/cost.py"}
 
 
 @pytest.mark.parametrize("words", ALL, ids=lambda words: " ".join(words[1:])[:80])
@@ -116,9 +116,9 @@ def test_it_parses(words, monkeypatch, capsys):
         "lightning-tta export",
         "lightning-tta refine --config configs/digits/source.yaml",
         "lightning-tta --print_completion csh",
-        "python -m lightning_tta.benchmarks.none",
-        "python -m lightning_tta.benchmarks.loading --pictures 3",
-        "python -m lightning_tta.benchmarks.memo_cifar",
+        "python tests/measure/none.py",
+        "python tests/measure/loading.py --pictures 3",
+        "python tests/measure/memo_cifar.py",
     ],
 )
 def test_what_is_wrong_is_found(rotten, monkeypatch):

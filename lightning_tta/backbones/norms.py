@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from lightning_tta import together
+from lightning_tta import collective
 from lightning_tta.errors import UnsupportedModelError, check_range
 
 NORM_TYPES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -119,8 +119,8 @@ def moments(x: Tensor, dims: Sequence[int], *, unbiased: bool = False) -> tuple[
 def batch_moments(x: Tensor, *, unbiased: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and variance per channel of ``x`` (B, C, ...), in at least float32; each (C,). In a group: of all parts."""
     dims = [0, *range(2, x.ndim)]
-    if together.is_joined():
-        return together.moments(x if x.dtype == torch.float64 else x.float(), dims, unbiased=unbiased)[:2]
+    if collective.is_joined():
+        return collective.moments(x if x.dtype == torch.float64 else x.float(), dims, unbiased=unbiased)[:2]
     return moments(x, dims, unbiased=unbiased)
 
 
@@ -136,11 +136,11 @@ class _Swap:
         assert isinstance(layer, _BatchNorm)
         x = inputs[0]
         one_each = x.shape[1:].numel() == x.shape[1]  # value a channel and image
-        if layer.running_mean is not None and one_each and together.count(x) == 1:
+        if layer.running_mean is not None and one_each and collective.count(x) == 1:
             return None  # one value a channel has no variance: this layer keeps its source statistics
         statistics = self.rule(self.name, layer, x)
         self.kept = (layer.running_mean, layer.running_var)
-        if statistics is None and together.is_joined():
+        if statistics is None and collective.is_joined():
             like = x if layer.weight is None else layer.weight
             self._set(layer, like.new_zeros(x.shape[1]), like.new_full((x.shape[1],), 1 - layer.eps))
             return (_normalised(x, layer.eps), *inputs[1:])

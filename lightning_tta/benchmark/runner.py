@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lightning_tta.benchmark_config import (
+from lightning_tta.benchmark.config import (
     Cell,
     DataConfig,
     MethodConfig,
@@ -28,14 +28,14 @@ from lightning_tta.benchmark_config import (
     check_method,
     from_dict,
 )
-from lightning_tta.benchmark_sources import Sources, digest
-from lightning_tta.cli import run_lightning
+from lightning_tta.benchmark.sources import Sources, digest
+from lightning_tta.cli.main import run_lightning
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError, check_range
 from lightning_tta.files import environment
 from lightning_tta.modules.loading import find_checkpoint
-from lightning_tta.modules.state_files import FINAL
 from lightning_tta.progress import grid
-from lightning_tta.report import write_benchmark
+from lightning_tta.report.terminal import write_benchmark
+from lightning_tta.run.state_files import FINAL
 
 
 class Benchmark:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_tta.benchmark_config import NetConfig
-from lightning_tta.cli import run_lightning
+from lightning_tta.benchmark.config import NetConfig
+from lightning_tta.cli.main import run_lightning
 
 Source = tuple[str, int]  # net's label, seed
 

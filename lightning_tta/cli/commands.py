@@ -13,12 +13,12 @@ from jsonargparse import ArgumentParser
 
 import lightning_tta.data
 from lightning_tta.errors import ConfigError
-from lightning_tta.parsing import instantiate, parse
+from lightning_tta.launch.messages import instantiate, parse
 
 
 def benchmark_parser() -> ArgumentParser:
     """Options of ``benchmark``: the arguments of the class."""
-    from lightning_tta.benchmark import Benchmark
+    from lightning_tta.benchmark.runner import Benchmark
 
     parser = ArgumentParser(prog="lightning-tta benchmark", description=(Benchmark.__doc__ or "").split("\n\n")[0])
     parser.add_argument("-c", "--config", action="config", help="Path to a YAML file with these options.")
@@ -28,7 +28,7 @@ def benchmark_parser() -> ArgumentParser:
 
 def build_benchmark(args: list[str]) -> Any:
     """The benchmark of these arguments, checked and not yet run."""
-    from lightning_tta.benchmark import Benchmark
+    from lightning_tta.benchmark.runner import Benchmark
 
     parser = benchmark_parser()
     values = instantiate(parser, parse(parser, args))
@@ -41,7 +41,7 @@ def _run_benchmark(args: list[str]) -> None:
 
 def report_parser() -> ArgumentParser:
     """Options of ``report``."""
-    from lightning_tta.report import report
+    from lightning_tta.report.terminal import report
 
     parser = ArgumentParser(prog="lightning-tta report", description=report.__doc__)
     parser.add_argument("runs", nargs="+", type=str, help="Run directories, or their report.json or benchmark.json.")
@@ -52,7 +52,7 @@ def report_parser() -> ArgumentParser:
 
 
 def _run_report(args: list[str]) -> None:
-    from lightning_tta.report import report
+    from lightning_tta.report.terminal import report
 
     given = parse(report_parser(), args)
     output = None if given.output is None else Path(given.output)
@@ -90,8 +90,8 @@ def _run_stream(args: list[str]) -> None:
     """List a stream and draw it, before anything is run on it."""
     from rich.console import Console
 
-    from lightning_tta.data.drawing import check_picture, draw_stream, list_stream
-    from lightning_tta.report import table
+    from lightning_tta.cli.stream import check_picture, draw_stream, list_stream
+    from lightning_tta.report.terminal import table
 
     parser = stream_parser()
     given = parse(parser, only_data(args))
@@ -148,7 +148,7 @@ def _print_table(what: str) -> None:
 
     from lightning_tta.data.streams import MEANING, default_reset
     from lightning_tta.methods import available_methods
-    from lightning_tta.report import table
+    from lightning_tta.report.terminal import table
 
     if what == "methods":
         header = ["method", "what it does", "logits from", "source data", "paper"]

@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 import lightning_tta.modules
-from lightning_tta.commands import COMMANDS, PARSERS
+from lightning_tta.cli.commands import COMMANDS, PARSERS
 from lightning_tta.data import data_modules
 from lightning_tta.errors import ConfigError
 from lightning_tta.methods import available_methods
@@ -59,7 +59,7 @@ def completion_script(shell: str) -> str:
 
 def _tree(file: Any, folder: Any) -> argparse.ArgumentParser:
     """All commands in one plain parser, which is never given anything to parse."""
-    from lightning_tta.cli import lightning_parsers
+    from lightning_tta.cli.main import lightning_parsers
 
     parsers: dict[str, ArgumentParser] = {**lightning_parsers(), **{name: make() for name, make in PARSERS.items()}}
     tree = argparse.ArgumentParser("lightning-tta")

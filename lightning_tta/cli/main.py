@@ -18,11 +18,11 @@ import lightning_tta.data
 import lightning_tta.methods
 import lightning_tta.modules  # classes are found by short name only once they are imported
 from lightning_tta.backbones.weights import read_checkpoint
-from lightning_tta.board import FitBoard
-from lightning_tta.commands import COMMANDS
+from lightning_tta.cli.commands import COMMANDS
 from lightning_tta.errors import ConfigError, FinishedError, LightningTTAError
-from lightning_tta.parsing import MODE, closest, explained, our_error
+from lightning_tta.launch.messages import MODE, closest, explained, our_error
 from lightning_tta.progress import RunProgress
+from lightning_tta.run.board import FitBoard
 
 DESCRIPTION = "Test-time adaptation of image classifiers: train a source model, adapt it on a shifted stream, compare."
 HELP = f"""usage: lightning-tta [-h] [--version] [--print_completion {{bash,zsh}}] COMMAND ...
@@ -215,7 +215,7 @@ def main(args: list[str] | None = None) -> None:
 
             print(__version__)
         elif args[0] == "--print_completion":
-            from lightning_tta.completion import completion_script
+            from lightning_tta.cli.completion import completion_script
 
             print(completion_script(args[1] if len(args) > 1 else ""))
         elif args[0] in COMMANDS:

@@ -1,14 +1,14 @@
 """Source data, shifted domains, test streams and the protocol."""
 
-from lightning_tta.data.arrays import ArrayData
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.data.cifar import CIFARData
-from lightning_tta.data.corruptions import corrupt, corruption_names
-from lightning_tta.data.digits import DigitsData
-from lightning_tta.data.domains import DomainFolderData
-from lightning_tta.data.folder import FolderData
-from lightning_tta.data.imagenet import ImageNetData
+from lightning_tta.data.corruptions.corrupt import corrupt, corruption_names
 from lightning_tta.data.protocol import Protocol
+from lightning_tta.data.sets.arrays import ArrayData
+from lightning_tta.data.sets.cifar import CIFARData
+from lightning_tta.data.sets.digits import DigitsData
+from lightning_tta.data.sets.domains import DomainFolderData
+from lightning_tta.data.sets.folder import FolderData
+from lightning_tta.data.sets.imagenet import ImageNetData
 from lightning_tta.data.streams import STREAM_KINDS, Stream, StreamKind, build_stream, default_reset
 
 __all__ = [

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_tta.data import streams
-from lightning_tta.data.cache import default_folder, on_disk
-from lightning_tta.data.corruptions import (
+from lightning_tta.data.corruptions.corrupt import (
     CLEAN,
     SETS,
     FunctionSet,
@@ -23,6 +22,7 @@ from lightning_tta.data.corruptions import (
     gradual,
     split_severity,
 )
+from lightning_tta.data.corruptions.published import REFUSAL
 from lightning_tta.data.images import (
     Batch,
     CorruptedImages,
@@ -33,11 +33,11 @@ from lightning_tta.data.images import (
     estimated_bytes,
     keep_in_memory,
 )
-from lightning_tta.data.memo import MEMO
-from lightning_tta.data.published import REFUSAL
 from lightning_tta.data.samplers import subset, validation_batches
 from lightning_tta.data.sharing import Sharing, loaded_batches
 from lightning_tta.data.source import SourceData
+from lightning_tta.data.storage.cache import default_folder, on_disk
+from lightning_tta.data.storage.memo import MEMO
 from lightning_tta.data.streams import ResetPolicy, Stream, StreamKind
 from lightning_tta.errors import ConfigError, check_choice, check_range
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
 
-from lightning_tta.data.corruptions import corrupt
-from lightning_tta.data.memo import MEMO, with_progress
+from lightning_tta.data.corruptions.corrupt import corrupt
+from lightning_tta.data.storage.memo import MEMO, with_progress
 from lightning_tta.data.threads import one_thread
 
 Batch = dict[str, Tensor]

@@ -18,8 +18,8 @@ from lightning_tta.data.images import (
     estimated_bytes,
     keep_in_memory,
 )
-from lightning_tta.data.memo import MEMO
 from lightning_tta.data.samplers import DomainBatches, dealt, shuffled
+from lightning_tta.data.storage.memo import MEMO
 from lightning_tta.data.streams import permutation
 from lightning_tta.errors import check_range
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_tta.errors import ConfigError
 from lightning_tta.files import run_directory
-from lightning_tta.watch import Action, Compare, Watch
+from lightning_tta.guard.watch import Action, Compare, Watch
 
 
 class Guard(Callback):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lightning_tta.errors import ConfigError, check_choice, check_range
-from lightning_tta.methods._moments import put_back, size, take
-from lightning_tta.methods._samples import at_source
-from lightning_tta.methods.base import TTAMethod
-from lightning_tta.windows import Measures, gained, measure, pool
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.moments import put_back, size, take
+from lightning_tta.methods.components.filters import at_source
+from lightning_tta.run.windows import Measures, gained, measure, pool
 
 Action = Literal["warn", "reset", "rollback", "stop"]
 Compare = Literal["history", "source"]

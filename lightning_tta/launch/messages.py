@@ -32,7 +32,7 @@ _EXPECTED = re.compile(
 )
 
 MODE = "yaml, None is null"
-"""The parser mode of :class:`~lightning_tta.cli.TTACLI`."""
+"""The parser mode of :class:`~lightning_tta.cli.main.TTACLI`."""
 
 
 def _load(text: str) -> Any:

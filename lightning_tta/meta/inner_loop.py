@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from lightning_tta.backbones.mixed_bn import domain_groups, mixed_batch_norm_layers
-from lightning_tta.backbones.prefix import shared_prefix
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import confident_loss, unconfident_entropy
+from lightning_tta.meta.mixed_bn import domain_groups, mixed_batch_norm_layers
+from lightning_tta.meta.prefix import shared_prefix
 
 Phase = Literal["max", "min"]
 ConfidentLoss = Literal["hard_ce", "entropy"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -12,15 +13,15 @@ import torch
 from torch import nn
 
 from lightning_tta.errors import ConfigError
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.method import TTAMethod
 
-__all__ = ["TTAMethod", "available_methods", "create_method"]
+__all__ = ["TTAMethod", "adapt", "available_methods", "create_method"]
 
 
 def _discover() -> dict[str, type[TTAMethod]]:
     found: dict[str, type[TTAMethod]] = {}
     for info in pkgutil.iter_modules(__path__):
-        if info.name == "base" or info.name.startswith("_"):
+        if info.ispkg:
             continue
         module = importlib.import_module(f"{__name__}.{info.name}")
         wanted = info.name.replace("_", "")
@@ -73,3 +74,25 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
         raise ConfigError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     with torch.inference_mode(False):  # what is created under inference_mode could not be adapted
         return _METHODS[name](model, **options)
+
+
+def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False, **options: Any) -> TTAMethod:
+    """Wrap a classifier so that it adapts to the unlabelled images it predicts.
+
+    Args:
+        model: Any classifier: pixels (B, C, H, W) in [0, 1] -> logits (B, K). Normalisation belongs inside it.
+        method: Name of a method, see :func:`lightning_tta.available_methods`.
+        in_place: Adapt ``model`` itself. By default a copy is adapted and ``model`` stays as it is.
+        **options: Arguments of the method's class, such as ``lr``.
+
+    Returns:
+        A module with ``method(images) -> logits``, ``reset()``, complete ``state_dict()``, ``stats``.
+
+    Raises:
+        ConfigError: If the name or an option is unknown, or a value is out of range.
+        UnsupportedModelError: If the method cannot run on this net.
+    """
+    if not in_place and isinstance(model, nn.Module):
+        with torch.inference_mode(False):  # a copy made under inference_mode could not be adapted
+            model = copy.deepcopy(model)
+    return create_method(method, model, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_tta.methods._optimizers import OptimizerName
+from lightning_tta.methods.base.optimizers import OptimizerName
 from lightning_tta.methods.tent import Tent
 
 

@@ -9,10 +9,10 @@ from lightning_tta.backbones.norms import batch_statistics
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import check_range
 from lightning_tta.losses import soft_cross_entropy
-from lightning_tta.methods._inputs import at_least_float32
-from lightning_tta.methods._jitter import jitter
-from lightning_tta.methods._optimizers import OptimizerName
-from lightning_tta.methods._teacher import TeacherMethod, restore_some
+from lightning_tta.methods.base.inputs import at_least_float32
+from lightning_tta.methods.base.optimizers import OptimizerName
+from lightning_tta.methods.components.teacher import TeacherMethod, restore_some
+from lightning_tta.views.jitter import jitter
 
 
 class CoTTA(TeacherMethod):

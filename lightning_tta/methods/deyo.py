@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lightning_tta.backbones.norms import early_norm_parameters
 from lightning_tta.errors import check_range
 from lightning_tta.losses import entropy
-from lightning_tta.methods._inputs import at_least_float32
-from lightning_tta.methods._optimizers import OptimizerName
-from lightning_tta.methods._samples import reliable
-from lightning_tta.methods.base import TTAMethod
-from lightning_tta.views import shuffle_patches
+from lightning_tta.methods.base.inputs import at_least_float32
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.optimizers import OptimizerName
+from lightning_tta.methods.components.filters import reliable
+from lightning_tta.views.augmix import shuffle_patches
 
 
 class DeYO(TTAMethod):

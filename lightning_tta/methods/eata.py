@@ -9,14 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from lightning_tta import together
+from lightning_tta import collective
 from lightning_tta.backbones.norms import norm_parameters
 from lightning_tta.errors import check_range
-from lightning_tta.methods._fisher import fisher_information
-from lightning_tta.methods._inputs import at_least_float32
-from lightning_tta.methods._optimizers import OptimizerName
-from lightning_tta.methods._samples import EntropyName, entropy_function, moving_average, reliable, source_filter
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.inputs import at_least_float32
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.optimizers import OptimizerName
+from lightning_tta.methods.components.filters import (
+    EntropyName,
+    entropy_function,
+    moving_average,
+    reliable,
+    source_filter,
+)
+from lightning_tta.methods.components.fisher import fisher_information
 
 
 class EATA(TTAMethod):
@@ -48,7 +54,7 @@ class EATA(TTAMethod):
         fisher_alpha: Weight of the penalty, >= 0; authors 1 (CIFAR-10), 2000 (ImageNet).
         entropy: ``softmax``, or ``come``: H is :func:`~lightning_tta.losses.come_entropy` (pbar stays as it is).
         source_filter: Keep only samples that OSTTA's filter keeps too
-            (:func:`~lightning_tta.methods._samples.source_filter`), one more forward pass.
+            (:func:`~lightning_tta.methods.components.filters.source_filter`), one more forward pass.
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.
@@ -125,14 +131,14 @@ class EATA(TTAMethod):
             keep = keep & (similarity < self.diversity_margin)
         if agrees is not None:
             keep = keep & agrees(logits)
-        self.record(kept=together.mean(keep.float()))
+        self.record(kept=collective.mean(keep.float()))
         entropies, probabilities = entropies[keep], probabilities[keep]
-        if together.count(entropies):
+        if collective.count(entropies):
             if self.entropy_margin is not None:
                 bound = self.entropy_margin * math.log(logits.shape[-1])
                 entropies = (bound - entropies.detach()).exp() * entropies
-            if self.step(together.mean(entropies) + self._penalty()):
-                self.memory["mean_probability"] = moving_average(average, together.mean(probabilities), 0.9)
+            if self.step(collective.mean(entropies) + self._penalty()):
+                self.memory["mean_probability"] = moving_average(average, collective.mean(probabilities), 0.9)
         return logits
 
     def _penalty(self) -> Tensor | float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_tta.methods._optimizers import OptimizerName
-from lightning_tta.methods._samples import EntropyName
+from lightning_tta.methods.base.optimizers import OptimizerName
+from lightning_tta.methods.components.filters import EntropyName
 from lightning_tta.methods.eata import EATA
 
 

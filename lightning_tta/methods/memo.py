@@ -8,14 +8,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from lightning_tta.backbones.label_spaces import class_subset
 from lightning_tta.backbones.norms import norm_parameters
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, check_choice, check_range
+from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.losses import consistency, marginal_entropy
-from lightning_tta.methods._episodes import ViewMethod, per_image
-from lightning_tta.methods._optimizers import OptimizerName, make_optimizer
-from lightning_tta.views import make_views
+from lightning_tta.methods.base.optimizers import OptimizerName, make_optimizer
+from lightning_tta.methods.components.episodes import ViewMethod, per_image
+from lightning_tta.views.augmix import make_views
 
 _VIEWS_AT_ONCE = 128
 
@@ -44,7 +44,7 @@ class MEMO(ViewMethod):
         kl_direction: ``view_to_mean``, KL(p_k || pbar), or ``mean_to_view``.
         kl_detach: Whether pbar counts as a constant in that term.
         views: Views of each image, at least 1. The authors: 32 (CIFAR, CR-MEMO), 64 (ImageNet).
-        augment: One of :data:`lightning_tta.views.AUGMENTATIONS`. MEMO: ``augmix_crop`` (CIFAR) or ``augmix``;
+        augment: One of :data:`lightning_tta.views.augmix.AUGMENTATIONS`. MEMO: ``augmix_crop`` (CIFAR) or ``augmix``;
             CR-MEMO: ``rrc`` or ``rrc_flip``.
         bn_prior: N: BatchNorm takes N / (N + 1) of the source statistics, the rest of the image's views (16 in the
             papers); ``None``: the source statistics.

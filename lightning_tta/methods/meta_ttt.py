@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.backbones.mixed_bn import MixedLayers, make_mixed_layers, mixed_batch_norm_layers, mixed_layers
 from lightning_tta.errors import ConfigError
-from lightning_tta.methods.base import TTAMethod
-from lightning_tta.minimax import ConfidentLoss, InnerLoop, Minimax, Temperature, minimax
+from lightning_tta.meta.inner_loop import ConfidentLoss, InnerLoop, Minimax, Temperature, minimax
+from lightning_tta.meta.mixed_bn import MixedLayers, make_mixed_layers, mixed_batch_norm_layers, mixed_layers
+from lightning_tta.methods.base.method import TTAMethod
 
 
 class MetaTTT(TTAMethod):
@@ -21,8 +21,8 @@ class MetaTTT(TTAMethod):
 
     ``L_conf`` is the cross-entropy of the confident samples with their own arg-max, ``L_ent`` the entropy of the
     others (:mod:`lightning_tta.losses`); the rest are the scales of all norm layers and the other shifts. BatchNorm
-    mixes source and batch statistics (:class:`~lightning_tta.backbones.mixed_bn.MixedBatchNorm`). Steps are plain
-    gradient descent on a functional copy, see :func:`lightning_tta.minimax.minimax`.
+    mixes source and batch statistics (:class:`~lightning_tta.meta.mixed_bn.MixedBatchNorm`). Steps are plain
+    gradient descent on a functional copy, see :func:`lightning_tta.meta.inner_loop.minimax`.
 
     Meant for nets that were meta-trained (``lightning-tta fit --config configs/digits/meta_ttt.yaml``), which bring
     their settings along; runs on any BatchNorm net, whose layers then mix with ``source_weight``.
@@ -35,8 +35,8 @@ class MetaTTT(TTAMethod):
         model: A net with BatchNorm or mixed batch norm layers.
         episodic: Every batch starts from the source. ``False``: from where the batch before ended.
         source_weight: Weight on the source statistics where the net is not meta-trained, in [0, 1].
-        max_steps: This and the following: see :class:`~lightning_tta.minimax.InnerLoop`. ``None``: as the net was
-            trained, else the default there.
+        max_steps: This and the following: see :class:`~lightning_tta.meta.inner_loop.InnerLoop`. ``None``: as the net
+            was trained, else the default there.
         min_steps: Steps of the min phase.
         max_lr: Rate of the max step.
         scale_lr: Rate of the scales in the min step.

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_tta.backbones.norms import batch_moments, batch_norm_layers, batch_statistics, bn_statistics
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import UnsupportedModelError, check_range
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.method import TTAMethod
 
 
 class Norm(TTAMethod):

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from lightning_tta.errors import check_range
 from lightning_tta.losses import marginal_entropy
-from lightning_tta.methods._optimizers import OptimizerName
-from lightning_tta.methods._samples import EntropyName, source_filter
+from lightning_tta.methods.base.optimizers import OptimizerName
+from lightning_tta.methods.components.filters import EntropyName, source_filter
 from lightning_tta.methods.tent import Tent
 
 

@@ -10,9 +10,15 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import early_norm_parameters
 from lightning_tta.errors import check_range
-from lightning_tta.methods._optimizers import OptimizerName
-from lightning_tta.methods._samples import EntropyName, entropy_function, moving_average, reliable, source_filter
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.optimizers import OptimizerName
+from lightning_tta.methods.components.filters import (
+    EntropyName,
+    entropy_function,
+    moving_average,
+    reliable,
+    source_filter,
+)
 
 
 class SAR(TTAMethod):
@@ -48,7 +54,7 @@ class SAR(TTAMethod):
             behind them, in [0, 1]; 0.25 is the authors' ``layer4`` of a ResNet, and blocks 9-11 and the norm of a ViT.
         entropy: ``softmax``, H above, or ``come``, :func:`~lightning_tta.losses.come_entropy` in its place.
         source_filter: Keep only samples that OSTTA's filter keeps too
-            (:func:`~lightning_tta.methods._samples.source_filter`), one more forward pass.
+            (:func:`~lightning_tta.methods.components.filters.source_filter`), one more forward pass.
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.

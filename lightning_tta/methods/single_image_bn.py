@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.errors import UnsupportedModelError
-from lightning_tta.methods._episodes import ViewMethod
+from lightning_tta.methods.components.episodes import ViewMethod
 
 
 class SingleImageBN(ViewMethod):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.method import TTAMethod
 
 
 class Source(TTAMethod):

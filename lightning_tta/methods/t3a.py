@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import check_range
 from lightning_tta.losses import entropy
-from lightning_tta.methods._inputs import at_least_float32
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.inputs import at_least_float32
+from lightning_tta.methods.base.method import TTAMethod
 
 EMPTY = 1e4  # the entropy of an empty place: above any real one, finite in half precision too
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_tta import together
+from lightning_tta import collective
 from lightning_tta.backbones.norms import norm_parameters
-from lightning_tta.methods._optimizers import OptimizerName
-from lightning_tta.methods._samples import EntropyName, entropy_function, source_filter
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.optimizers import OptimizerName
+from lightning_tta.methods.components.filters import EntropyName, entropy_function, source_filter
 
 
 class Tent(TTAMethod):
@@ -29,7 +29,8 @@ class Tent(TTAMethod):
         lr_batch_size: If given, the learning rate is multiplied by (batch size / this).
         entropy: ``softmax``, H above, or ``come``, :func:`~lightning_tta.losses.come_entropy` in its place.
         source_filter: Take the mean over the samples that OSTTA's filter keeps
-            (:func:`~lightning_tta.methods._samples.source_filter`), one more forward pass; no step if it keeps none.
+            (:func:`~lightning_tta.methods.components.filters.source_filter`), one more forward pass; no step if it
+            keeps none.
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.
@@ -68,6 +69,6 @@ class Tent(TTAMethod):
         entropies = self.entropy(logits)
         if keep is not None:
             entropies = entropies[keep(logits)]
-        if together.count(entropies):
-            self.step(together.mean(entropies))
+        if collective.count(entropies):
+            self.step(collective.mean(entropies))
         return logits

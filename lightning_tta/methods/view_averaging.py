@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_tta.losses import log_mean_probability
-from lightning_tta.methods._episodes import ViewMethod
+from lightning_tta.methods.components.episodes import ViewMethod
 
 
 class ViewAveraging(ViewMethod):
@@ -17,7 +17,7 @@ class ViewAveraging(ViewMethod):
     Args:
         model: Any classifier.
         views: Views of each image, at least 1.
-        augment: One of :data:`lightning_tta.views.AUGMENTATIONS`.
+        augment: One of :data:`lightning_tta.views.augmix.AUGMENTATIONS`.
         bn_prior: N: BatchNorm takes N / (N + 1) of the source statistics, the rest of the image's views; ``None``:
             the source statistics.
         predict_classes: Classes that may be predicted: positions, ``imagenet_a`` or ``imagenet_r``; ``None``: all.

@@ -8,8 +8,8 @@ from torch.nn.functional import one_hot
 
 from lightning_tta.errors import check_range
 from lightning_tta.losses import entropy
-from lightning_tta.methods._episodes import ViewMethod
-from lightning_tta.methods._inputs import at_least_float32
+from lightning_tta.methods.base.inputs import at_least_float32
+from lightning_tta.methods.components.episodes import ViewMethod
 
 
 class Zero(ViewMethod):
@@ -23,7 +23,7 @@ class Zero(ViewMethod):
         model: Any classifier.
         views: Views of each image, at least 1.
         keep: Share of the views that vote, in (0, 1]; at least one.
-        augment: One of :data:`lightning_tta.views.AUGMENTATIONS`.
+        augment: One of :data:`lightning_tta.views.augmix.AUGMENTATIONS`.
         predict_classes: Classes that may be predicted: positions, ``imagenet_a`` or ``imagenet_r``; ``None``: all.
         chunk_views: At most this many views in one pass; ``None``: all of the batch.
         seed: Seed of the views; an image's views depend on it and the pixels alone.

@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_tta import together
+from lightning_tta import collective
 from lightning_tta.backbones.norms import batch_norm_layers, batch_statistics, norm_layers, norm_parameters
 from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import check_choice, check_range
 from lightning_tta.losses import symmetric_kl
-from lightning_tta.methods._samples import EntropyName, entropy_function, source_filter
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.components.filters import EntropyName, entropy_function, source_filter
 
 Predictor = Literal["learned", "identity", "random"]
 
@@ -70,7 +70,8 @@ class ZeroSiam(TTAMethod):
         head: Name of the last linear layer where the search finds another.
         entropy: ``softmax``, H above, or ``come``, :func:`~lightning_tta.losses.come_entropy` in its place.
         source_filter: Take the mean over the samples that OSTTA's filter keeps, by the reference branch
-            (:func:`~lightning_tta.methods._samples.source_filter`), one more forward pass; no step if it keeps none.
+            (:func:`~lightning_tta.methods.components.filters.source_filter`), one more forward pass; no step if it
+            keeps none.
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer, or does not end in a linear layer.
@@ -134,9 +135,9 @@ class ZeroSiam(TTAMethod):
         if keep is not None:
             kept = keep(logits)
             online, reference = online[kept], reference[kept]
-        if together.count(online):
-            online_entropy = together.mean(self.entropy(online))
-            alignment = together.mean(symmetric_kl(reference, online))
+        if collective.count(online):
+            online_entropy = collective.mean(self.entropy(online))
+            alignment = collective.mean(symmetric_kl(reference, online))
             self.step(online_entropy + self.alpha * alignment)
             self.record(online_entropy=online_entropy, alignment=alignment)
         identity = torch.eye(self.split.num_features, device=online.device, dtype=self.predictor.weight.dtype)

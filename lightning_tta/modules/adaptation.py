@@ -10,25 +10,25 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 
-from lightning_tta import together
+from lightning_tta import collective
 from lightning_tta.backbones import Backbone, state_digest
-from lightning_tta.backbones.label_spaces import class_subset, keep_classes
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.protocol import CUSTOM_DATA, Protocol
 from lightning_tta.data.sharing import own_batches
 from lightning_tta.data.streams import STREAM_KINDS, default_reset
 from lightning_tta.errors import ConfigError, InputError, check_choice, check_range
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.guard.watch import Watch
+from lightning_tta.imagenet_classes import class_subset, keep_classes
+from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.modules.loading import load_source
-from lightning_tta.modules.matching import compare_size, labels_among, show_source, source_errors
-from lightning_tta.modules.measures import PeakMemory, check_forgetting
-from lightning_tta.modules.pace import Pace
-from lightning_tta.modules.parallel import Gathering, ProcessMode, share_stream
-from lightning_tta.modules.pictures import StreamPictures
-from lightning_tta.modules.resume import ResumePolicy, StateKeeper
-from lightning_tta.modules.skipping import images_of, outputs, skipped
-from lightning_tta.summary import StreamSummary
-from lightning_tta.watch import Watch
+from lightning_tta.run.batches import images_of, outputs, skipped
+from lightning_tta.run.matching import compare_size, labels_among, show_source, source_errors
+from lightning_tta.run.measures import PeakMemory, check_forgetting
+from lightning_tta.run.pace import Pace
+from lightning_tta.run.pictures import StreamPictures
+from lightning_tta.run.processes import Gathering, ProcessMode, share_stream
+from lightning_tta.run.resume import ResumePolicy, StateKeeper
+from lightning_tta.run.summary import StreamSummary
 
 ResetPolicy = Literal["auto", "never", "domain", "batch"]
 PredictPolicy = Literal["method", "after"]
@@ -40,7 +40,7 @@ class TestTimeAdaptation(LightningModule):
     Batches are dicts with ``image`` (B, C, H, W) in [0, 1] and optionally ``index``, ``domain``, ``label`` (B,). The
     method gets the images, nothing else. Works under any Trainer, ``inference_mode`` included. A run directory gets
     ``predictions.csv``, ``batches.jsonl``, ``report.json`` and TensorBoard curves (see
-    :mod:`lightning_tta.callbacks`).
+    :mod:`lightning_tta.run.outputs`).
 
     Args:
         method: Called with the source model; returns the method, such as ``functools.partial(Tent, lr=1e-3)``. On the
@@ -70,7 +70,7 @@ class TestTimeAdaptation(LightningModule):
         save_every: Save the whole state after every so many batches, so that a run that was killed can go on, and at
             the end, so that ``lightning-tta export`` finds the adapted weights. Of several processes each saves its
             own.
-        resume: ``auto`` goes on from the last save in the run's directory, see :mod:`lightning_tta.modules.resume`;
+        resume: ``auto`` goes on from the last save in the run's directory, see :mod:`lightning_tta.run.resume`;
             ``never`` starts a new run.
         on_bad_batch: What a batch does that no method or not this net can take (empty, wrong channels or size, 0-255):
             ``raise`` the :class:`~lightning_tta.errors.InputError`, or ``skip`` it: no adaptation, -1 as predictions,
@@ -153,8 +153,8 @@ class TestTimeAdaptation(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Files, curves, report and progress of every predict run, whichever Trainer runs it."""
-        from lightning_tta.board import StreamBoard
-        from lightning_tta.callbacks import PredictionWriter, StreamLogger, StreamProgress, StreamReport
+        from lightning_tta.run.board import StreamBoard
+        from lightning_tta.run.outputs import PredictionWriter, StreamLogger, StreamProgress, StreamReport
 
         self.keeper.look_at(self)
         board = StreamBoard(self.pictures)
@@ -266,7 +266,7 @@ class TestTimeAdaptation(LightningModule):
 
         present = self._parts is None or bool(self._parts[number])  # or other processes have the batch
         start = self._clock()
-        with together.joined(self.sharing.joined, present=present):
+        with collective.joined(self.sharing.joined, present=present):
             logits = self(images) if adapts else self.method.predict(images)
         if self.watch is not None and adapts:
             logits = self.watch.review(images, logits, summary.batches)

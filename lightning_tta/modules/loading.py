@@ -9,9 +9,9 @@ from typing import Any, cast
 from torch import nn
 
 from lightning_tta.backbones import create_backbone, load_weights
-from lightning_tta.backbones.mixed_bn import convert_mixed_bn, mixed_batch_norm_layers
 from lightning_tta.backbones.weights import read_checkpoint
 from lightning_tta.errors import ConfigError, WeightsError
+from lightning_tta.meta.mixed_bn import convert_mixed_bn, mixed_batch_norm_layers
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_tta.backbones import Backbone
-from lightning_tta.backbones.mixed_bn import Parametrisation, convert_mixed_bn, mixed_batch_norm_layers
 from lightning_tta.backbones.split import find_head
 from lightning_tta.errors import ConfigError, check_choice, check_range
-from lightning_tta.minimax import ConfidentLoss, InnerLoop, Minimax, Phase, Temperature, alignment, minimax
+from lightning_tta.meta.inner_loop import ConfidentLoss, InnerLoop, Minimax, Phase, Temperature, alignment, minimax
+from lightning_tta.meta.mixed_bn import Parametrisation, convert_mixed_bn, mixed_batch_norm_layers
+from lightning_tta.meta.synthesis import DomainShiftSynthesis
 from lightning_tta.modules.loading import load_source
 from lightning_tta.modules.reduced import log_mean
-from lightning_tta.synthesis import DomainShiftSynthesis
 
 Schedule = Literal["alternating", "chained"]
 
@@ -28,9 +28,9 @@ Schedule = Literal["alternating", "chained"]
 class MetaTTT(LightningModule):
     """Minimises the cross-entropy of the net *after* it has adapted to the batch without labels.
 
-    Inner loop (:func:`lightning_tta.minimax.minimax`): steps of plain gradient descent on the unsupervised max and
-    min losses, on a functional copy of the norm layers' parameters. Outer step: the cross-entropy of the adapted net
-    on the same batch, differentiated through the inner steps (second order), into all parameters: convolutions,
+    Inner loop (:func:`lightning_tta.meta.inner_loop.minimax`): steps of plain gradient descent on the unsupervised max
+    and min losses, on a functional copy of the norm layers' parameters. Outer step: the cross-entropy of the adapted
+    net on the same batch, differentiated through the inner steps (second order), into all parameters: convolutions,
     scales, shifts, mixing weights, head. The source statistics of BatchNorm stay fixed and the net stays in eval
     mode. Logs under ``meta/``: ``train_loss`` (outer), ``inner_max_loss``, ``inner_min_loss``, ``alignment`` (cosine
     between the inner gradient and that of the cross-entropy, both before the first step), ``val_before`` and
@@ -50,7 +50,7 @@ class MetaTTT(LightningModule):
             ``chained``: each through the max steps and then the min steps, as at test time.
         second_order: ``False``: the inner gradients count as constants (first order).
         meta: ``False``: plain cross-entropy of the mixed net, no inner loop: what the same training does without it.
-        max_steps: This and the following up to ``adapt_layers``: see :class:`~lightning_tta.minimax.InnerLoop`.
+        max_steps: This and the following up to ``adapt_layers``: see :class:`~lightning_tta.meta.inner_loop.InnerLoop`.
         min_steps: Steps of the min phase.
         max_lr: Rate of the max step.
         scale_lr: Rate of the scales in the min step.
@@ -64,9 +64,9 @@ class MetaTTT(LightningModule):
         learn_inner_lr: Learn the rates (their logarithms) too; a rate of 0 stays 0.
         source_weight: Initial weight on the source statistics.
         source_weight_std: Spread of the initial weights.
-        source_weight_kind: ``raw`` or ``sigmoid``: see :class:`~lightning_tta.backbones.mixed_bn.MixedBatchNorm`.
+        source_weight_kind: ``raw`` or ``sigmoid``: see :class:`~lightning_tta.meta.mixed_bn.MixedBatchNorm`.
         learn_source_weight: Whether the outer step learns the mixing weights.
-        synthesis_probability: See :class:`~lightning_tta.synthesis.DomainShiftSynthesis`; 0 for none.
+        synthesis_probability: See :class:`~lightning_tta.meta.synthesis.DomainShiftSynthesis`; 0 for none.
         pseudo_domains: Each domain of a batch is split into this many, each with a synthesised shift of its own and
             adapted to on its own.
         head_lr_factor: The head's learning rate over that of the rest; the authors take 10.

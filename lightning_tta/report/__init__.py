@@ -1,5 +1,5 @@
 """The report that people look at: one HTML page, Markdown and LaTeX, from finished runs."""
 
-from lightning_tta.reporting.write import write_report
+from lightning_tta.report.write import write_report
 
 __all__ = ["write_report"]

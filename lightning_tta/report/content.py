@@ -7,18 +7,18 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_tta.reporting import tables
-from lightning_tta.reporting.blocks import Block, Grid, Note, Pictures, Section
-from lightning_tta.reporting.curves import caption, stream_figures
-from lightning_tta.reporting.figures import (
+from lightning_tta.report import tables
+from lightning_tta.report.blocks import Block, Grid, Note, Pictures, Section
+from lightning_tta.report.curves import caption, stream_figures
+from lightning_tta.report.figures import (
     collapse_figure,
     differences_figure,
     pareto_figure,
     reliability_figure,
 )
-from lightning_tta.reporting.runs import Group, Material
-from lightning_tta.reporting.style import Look, drawing, to_svg
-from lightning_tta.summary import WINDOW
+from lightning_tta.report.runs import Group, Material
+from lightning_tta.report.style import Look, drawing, to_svg
+from lightning_tta.run.summary import WINDOW
 
 EARLIER = "reports of this version have it; these are of an earlier one, or lack labels"
 COSTS = {"ms": "ms per image", "passes": "forward + 2 x backward passes per batch", "memory": "peak memory, MB"}

@@ -7,7 +7,7 @@ from itertools import accumulate
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lightning_tta.reporting.figures import (
+from lightning_tta.report.figures import (
     Looks,
     boundary_names,
     domain_pieces,
@@ -15,9 +15,9 @@ from lightning_tta.reporting.figures import (
     place_labels,
     text_width,
 )
-from lightning_tta.reporting.runs import Group, Run
-from lightning_tta.reporting.style import GRID, MUTED
-from lightning_tta.summary import WINDOW
+from lightning_tta.report.runs import Group, Run
+from lightning_tta.report.style import GRID, MUTED
+from lightning_tta.run.summary import WINDOW
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

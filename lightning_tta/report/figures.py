@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lightning_tta.reporting.runs import Group
-from lightning_tta.reporting.statistics import Difference
-from lightning_tta.reporting.style import GRID, INK, MUTED, PAPER, Look, to_svg
+from lightning_tta.report.runs import Group
+from lightning_tta.report.statistics import Difference
+from lightning_tta.report.style import GRID, INK, MUTED, PAPER, Look, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

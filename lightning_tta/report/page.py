@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from lightning_tta.reporting.blocks import Block, Grid, Note, Section
-from lightning_tta.reporting.style import COLOURS, GRID, INK, MUTED, PAPER, Look, swatch
+from lightning_tta.report.blocks import Block, Grid, Note, Section
+from lightning_tta.report.style import COLOURS, GRID, INK, MUTED, PAPER, Look, swatch
 
 CSS = """
 :root { color-scheme: light dark; --ink: %(ink)s; --muted: %(muted)s; --grid: %(grid)s; --paper: %(paper)s;

@@ -7,9 +7,9 @@ from statistics import fmean
 from typing import Any
 
 from lightning_tta.data.base import BLIND
-from lightning_tta.reporting.blocks import Grid, number, percent
-from lightning_tta.reporting.runs import Group, Run
-from lightning_tta.reporting.statistics import Difference, Interval, holm, interval, over_images, over_seeds
+from lightning_tta.report.blocks import Grid, number, percent
+from lightning_tta.report.runs import Group, Run
+from lightning_tta.report.statistics import Difference, Interval, holm, interval, over_images, over_seeds
 
 PAGE, GAP = 122, 3
 """Characters that the page has room for, and those between two columns."""

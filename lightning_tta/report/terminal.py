@@ -15,11 +15,11 @@ from rich.table import Table
 from lightning_tta.data.protocol import Protocol
 from lightning_tta.errors import ConfigError
 from lightning_tta.files import write_json
-from lightning_tta.reporting import write_report
-from lightning_tta.reporting.blocks import percent
-from lightning_tta.reporting.runs import read, result_file
-from lightning_tta.reporting.style import looks
-from lightning_tta.reporting.write import write_picture
+from lightning_tta.report import write_report
+from lightning_tta.report.blocks import percent
+from lightning_tta.report.runs import read, result_file
+from lightning_tta.report.style import looks
+from lightning_tta.report.write import write_picture
 
 Row = Mapping[str, Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_tta.reporting.blocks import Grid, Note, Section
+from lightning_tta.report.blocks import Grid, Note, Section
 
 _LATEX = {
     "\\": r"\textbackslash{}",

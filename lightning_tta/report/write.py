@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lightning_tta.reporting.content import sections
-from lightning_tta.reporting.curves import caption, stream_picture
-from lightning_tta.reporting.page import page
-from lightning_tta.reporting.runs import Group, read, result_file
-from lightning_tta.reporting.style import Look, drawing, looks, save_png
-from lightning_tta.reporting.text import latex, markdown
+from lightning_tta.report.content import sections
+from lightning_tta.report.curves import caption, stream_picture
+from lightning_tta.report.page import page
+from lightning_tta.report.runs import Group, read, result_file
+from lightning_tta.report.style import Look, drawing, looks, save_png
+from lightning_tta.report.text import latex, markdown
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None, *, as_latex: bool = False) -> list[Path]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_tta.errors import InputError
 from lightning_tta.losses import entropy
-from lightning_tta.methods._inputs import check_shape
-from lightning_tta.summary import StreamSummary
+from lightning_tta.methods.base.inputs import check_shape
+from lightning_tta.run.summary import StreamSummary
 
 
 def images_of(batch: Any) -> Tensor:

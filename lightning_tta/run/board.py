@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_tta.modules.pictures import StreamPictures
+from lightning_tta.run.pictures import StreamPictures
 
 HISTOGRAMS = 20
 """About so many histograms in a stream."""

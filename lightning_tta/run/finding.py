@@ -10,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_tta.errors import ConfigError, FinishedError
 from lightning_tta.files import of_all, of_process, own_file
-from lightning_tta.modules import state_files
-from lightning_tta.modules.group import ProcessGroup
-from lightning_tta.modules.state_files import FINAL, STATE, DirectoryLock, State
+from lightning_tta.run import state_files
+from lightning_tta.run.group import ProcessGroup
+from lightning_tta.run.state_files import FINAL, STATE, DirectoryLock, State
 
 if TYPE_CHECKING:
-    from lightning_tta.modules.test_time import TestTimeAdaptation
+    from lightning_tta.modules.adaptation import TestTimeAdaptation
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.errors import ConfigError
-from lightning_tta.methods.base import TTAMethod
-from lightning_tta.modules.matching import labels_among, predicted
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.run.matching import labels_among, predicted
 
 
 class PeakMemory:

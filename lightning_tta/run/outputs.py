@@ -14,16 +14,16 @@ from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, T
 
 from lightning_tta.errors import ConfigError
 from lightning_tta.files import environment, own_file, run_directory, write_json
-from lightning_tta.report import print_report
+from lightning_tta.report.terminal import print_report
 
 if TYPE_CHECKING:
-    from lightning_tta.modules.test_time import TestTimeAdaptation
+    from lightning_tta.modules.adaptation import TestTimeAdaptation
 
 COLUMNS = ("index", "domain", "label", "prediction", "confidence", "entropy")
 
 
 def _module(pl_module: LightningModule) -> TestTimeAdaptation:
-    from lightning_tta.modules.test_time import TestTimeAdaptation
+    from lightning_tta.modules.adaptation import TestTimeAdaptation
 
     assert isinstance(pl_module, TestTimeAdaptation)
     return pl_module
@@ -150,7 +150,7 @@ class StreamReport(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print, on the first process, what all have found."""
-        from lightning_tta.modules.measures import measure
+        from lightning_tta.run.measures import measure
 
         module = _module(pl_module)
         assert module.summary is not None

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lightning_tta.backbones.split import as_logits
-from lightning_tta.methods._inputs import float_dtype
-from lightning_tta.methods._samples import at_source
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.inputs import float_dtype
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.components.filters import at_source
 
 BATCHES = 2
 SIDE, LINE = 96, 12  # pixels

@@ -17,9 +17,9 @@ from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.sharing import Sharing, own_batches
 from lightning_tta.errors import ConfigError, DataError
 from lightning_tta.files import own_file
-from lightning_tta.methods.base import TTAMethod
-from lightning_tta.modules.group import ProcessGroup
-from lightning_tta.summary import StreamSummary
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.run.group import ProcessGroup
+from lightning_tta.run.summary import StreamSummary
 
 ProcessMode = Literal["replicas", "synchronised"]
 

@@ -34,15 +34,15 @@ from lightning_tta._version import __version__
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.files import of_all, own_file, run_directory
-from lightning_tta.modules import state_files
-from lightning_tta.modules.finding import Search, take
-from lightning_tta.modules.group import ProcessGroup
-from lightning_tta.modules.state_files import FINAL, STATE, State
+from lightning_tta.run import state_files
+from lightning_tta.run.finding import Search, take
+from lightning_tta.run.group import ProcessGroup
+from lightning_tta.run.state_files import FINAL, STATE, State
 
 if TYPE_CHECKING:
-    from lightning_tta.methods.base import TTAMethod
-    from lightning_tta.modules.test_time import TestTimeAdaptation
-    from lightning_tta.summary import StreamSummary
+    from lightning_tta.methods.base.method import TTAMethod
+    from lightning_tta.modules.adaptation import TestTimeAdaptation
+    from lightning_tta.run.summary import StreamSummary
 
 ResumePolicy = Literal["never", "auto"]
 CountingLogger = TensorBoardLogger | CSVLogger
@@ -259,7 +259,7 @@ class StateKeeper(Callback):
 
 
 def _test_time(pl_module: LightningModule) -> tuple[TestTimeAdaptation, StreamSummary]:
-    from lightning_tta.modules.test_time import TestTimeAdaptation
+    from lightning_tta.modules.adaptation import TestTimeAdaptation
 
     assert isinstance(pl_module, TestTimeAdaptation)
     assert pl_module.summary is not None

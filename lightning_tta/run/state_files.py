@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 from lightning_tta.data.sharing import own_batches
 from lightning_tta.errors import ConfigError
 from lightning_tta.files import of_all, of_process, write_whole
-from lightning_tta.guard import Guard
+from lightning_tta.guard.callback import Guard
 
 if TYPE_CHECKING:
-    from lightning_tta.modules.test_time import TestTimeAdaptation
+    from lightning_tta.modules.adaptation import TestTimeAdaptation
 
 State = dict[str, Any]
 STATE, FINAL, LOCK = "state.pt", "final_state.pt", "state.lock"

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from lightning_tta import ConfigError, DataError, TestTimeAdaptation
-from lightning_tta.benchmark import Benchmark
-from lightning_tta.benchmark_config import NetConfig, StreamConfig
+from lightning_tta.benchmark.config import NetConfig, StreamConfig
+from lightning_tta.benchmark.runner import Benchmark
 from lightning_tta.errors import LightningTTAError
-from lightning_tta.report import report, spread, summary_table
+from lightning_tta.report.terminal import report, spread, summary_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = {"method", "net", "stream", "seed", "accuracy", "domains", "protocol_hash", "forwards", "backwards"}
@@ -215,7 +215,7 @@ def test_what_a_net_may_start_from(tmp_path, start):
 PARENT = """
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor
-from lightning_tta.benchmark import _start_worker
+from lightning_tta.benchmark.runner import _start_worker
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_worker, (1,)) as pool:

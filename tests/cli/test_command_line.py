@@ -9,13 +9,13 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_tta.cli import main, run_lightning
-from lightning_tta.commands import build_benchmark
+from lightning_tta.cli.commands import build_benchmark
+from lightning_tta.cli.main import main, run_lightning
 from lightning_tta.data.streams import MEANING, STREAM_KINDS
 from lightning_tta.methods import available_methods
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 DATA = ["--data", "DigitsData", "--data.domains", "[gaussian_noise]", "--data.num_images", "20"]
 PREDICT = ["predict", "--model", "TestTimeAdaptation", *DATA]
@@ -99,7 +99,7 @@ def test_wrong_configuration_fails_before_data_is_read(monkeypatch, capsys, args
     def read(size):
         raise AssertionError("data was read")
 
-    monkeypatch.setattr("lightning_tta.data.digits._load", read)
+    monkeypatch.setattr("lightning_tta.data.sets.digits._load", read)
     fails(capsys, [*PREDICT, "--model.source_ckpt=none", "--model.backbone=cifar/resnet20", *args], *words)
 
 

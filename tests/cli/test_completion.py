@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from lightning_tta.cli import main
-from lightning_tta.commands import COMMANDS
+from lightning_tta.cli.commands import COMMANDS
+from lightning_tta.cli.main import main
 from lightning_tta.methods import available_methods
 
 pytest.importorskip("shtab", reason="shell completion needs the extra 'completion'")

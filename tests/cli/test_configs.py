@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_tta.cli import run_lightning
+from lightning_tta.cli.main import run_lightning
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 # Those of methods are one file a method, all run alike.
 NAMED = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name != "methods"]

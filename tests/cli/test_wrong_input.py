@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from lightning_tta import ConfigError
-from lightning_tta.cli import main, run_lightning
+from lightning_tta.cli.main import main, run_lightning
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/digits/predict.yaml"
 NET = ["--model.source_ckpt=none", "--model.backbone=cifar/resnet20", "--model.num_classes=10"]
 RUN = ["predict", f"--config={CONFIG}", *NET, "--model.method=tent", "--data.num_images=20"]

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from lightning_tta import DigitsData
-from lightning_tta.data import cache, images
-from lightning_tta.data.cache import MappedImages, default_folder, on_disk
+from lightning_tta.data import images
 from lightning_tta.data.images import StackedImages
+from lightning_tta.data.storage import cache
+from lightning_tta.data.storage.cache import MappedImages, default_folder, on_disk
 
 
 def some(count, seed=0):

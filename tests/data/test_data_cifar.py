@@ -9,8 +9,8 @@ import torch
 from torchvision import datasets
 
 from lightning_tta import CIFARData, ConfigError, DataError, DigitsData
-from lightning_tta.data import cifar
-from lightning_tta.data.corruptions import corruption_names
+from lightning_tta.data.corruptions.corrupt import corruption_names
+from lightning_tta.data.sets import cifar
 
 ROWS = 12
 FOG = "fog.npy"

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_tta.data import builtin
-from lightning_tta.data.corruptions import corrupt, corruption_names, function_set_id, image_seed
+from lightning_tta.data.corruptions import builtin
+from lightning_tta.data.corruptions.corrupt import corrupt, corruption_names, function_set_id, image_seed
 from lightning_tta.errors import ConfigError
 
 BUILTIN = corruption_names() + corruption_names(held_out=True)

@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from sklearn.datasets import load_digits
 
 from lightning_tta.data import DigitsData, ShiftedDataModule, corrupt, corruption_names
-from lightning_tta.data.digits import split_positions
-from lightning_tta.data.memo import MEMO
+from lightning_tta.data.sets.digits import split_positions
+from lightning_tta.data.storage.memo import MEMO
 from lightning_tta.errors import ConfigError
 
 
@@ -229,7 +229,7 @@ def test_domains_by_group():
     ],
 )
 def test_wrong_values_fail_before_data_is_read(monkeypatch, options, message):
-    monkeypatch.setattr("lightning_tta.data.digits._load", None)
+    monkeypatch.setattr("lightning_tta.data.sets.digits._load", None)
     with pytest.raises(ConfigError, match=message):
         DigitsData(**options)
 

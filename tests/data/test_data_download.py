@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from lightning_tta import DataError, ImageNetData
-from lightning_tta.backbones.label_spaces import imagenet_synsets
-from lightning_tta.data import remotes
-from lightning_tta.data.download import Remote, fetch, unpack
+from lightning_tta.data.storage import remotes
+from lightning_tta.data.storage.download import Remote, fetch, unpack
+from lightning_tta.imagenet_classes import imagenet_synsets
 
 CONTENT = bytes(range(256)) * 5000
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from lightning_tta import ConfigError, DataError, ImageNetData
-from lightning_tta.backbones.label_spaces import class_subset, imagenet_synsets
-from lightning_tta.cli import main
+from lightning_tta.cli.main import main
+from lightning_tta.imagenet_classes import class_subset, imagenet_synsets
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ROWS = sorted(path for path in (CONFIGS / "memo").glob("*.yaml") if "methods.memo.MEMO" in path.read_text())

@@ -2,8 +2,8 @@ import time
 
 import torch
 
-from lightning_tta.data import memo
-from lightning_tta.data.memo import TensorMemo, with_progress
+from lightning_tta.data.storage import memo
+from lightning_tta.data.storage.memo import TensorMemo, with_progress
 
 
 def kilobyte():

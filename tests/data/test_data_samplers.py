@@ -10,9 +10,10 @@ from lightning.pytorch import LightningModule, seed_everything
 from PIL import Image
 
 from lightning_tta import ConfigError, DigitsData, DomainFolderData
-from lightning_tta.data import base, corruptions, images, samplers
-from lightning_tta.data.memo import TensorMemo
+from lightning_tta.data import base, images, samplers
+from lightning_tta.data.corruptions import corrupt as corruptions
 from lightning_tta.data.samplers import DomainBatches, validation_batches
+from lightning_tta.data.storage.memo import TensorMemo
 from processes import NEEDS_FORK, Processes, trainer
 
 DOMAINS = torch.tensor([0] * 8 + [1] * 12)

@@ -1,7 +1,7 @@
 """What each method costs a batch, in passes and in time against the source.
 
-    python -m lightning_tta.benchmarks.cost --root ROOT --net cifar/resnet20 --source-ckpt resnet20.safetensors
-    python -m lightning_tta.benchmarks.cost                                     # embedded digits, random weights
+    python tests/measure/cost.py --root ROOT --net cifar/resnet20 --source-ckpt resnet20.safetensors
+    python tests/measure/cost.py                                     # embedded digits, random weights
 
 Methods take each batch in turn, so that a busy machine slows all alike; the table gives medians and ratios. Each method
 has its default options. The stream is one corruption (gaussian_noise, severity 1 in a folder, 5 on digits), shuffled,
@@ -16,13 +16,12 @@ import time
 
 import torch
 
-from lightning_tta.api import adapt
 from lightning_tta.backbones import create_backbone
 from lightning_tta.data import DigitsData, FolderData
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.errors import UnsupportedModelError
-from lightning_tta.methods import TTAMethod, available_methods
-from lightning_tta.modules.matching import show_source
+from lightning_tta.methods import TTAMethod, adapt, available_methods
+from lightning_tta.run.matching import show_source
 
 EPISODIC = ("memo", "meta_ttt", "single_image_bn", "view_averaging", "zero")  # image by image, or weights of their own
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.benchmarks.tiny import TinyNet
+from tiny import TinyNet
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "norm": {"momentum": 0.3},

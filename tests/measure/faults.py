@@ -1,6 +1,6 @@
 """What every method makes of bad input and unusual models: a table, checked entry by entry.
 
-    python -m lightning_tta.benchmarks.faults > faults.md
+    python tests/measure/faults.py > faults.md
 
 Each entry compares the method with a twin that never saw the fault. ``same``: the twin's logits on plain input;
 ``left out``: the good images as if the broken ones had not come, zero logits for those; ``finite``: an input with no
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.benchmarks.fault_cases import (
+from fault_cases import (
     CLASSES,
     FAULTS,
     FINITE,
@@ -33,9 +33,9 @@ from lightning_tta.benchmarks.fault_cases import (
     made,
     net,
 )
-from lightning_tta.benchmarks.tiny import KINDS
 from lightning_tta.errors import InputError, UnsupportedModelError
 from lightning_tta.methods import TTAMethod, available_methods
+from tiny import KINDS
 
 Factory = Callable[[nn.Module], TTAMethod]
 

@@ -1,7 +1,7 @@
 """What a guard saves: Tent at twenty times its rate on a class-sorted stream, with and without one; healthy runs too.
 
-    python -m lightning_tta.benchmarks.guard --source-ckpt runs/digits/source_gn
-    python -m lightning_tta.benchmarks.guard --root ROOT --source-ckpt resnet26_gn.safetensors --net cifar/resnet26_gn
+    python tests/measure/guard.py --source-ckpt runs/digits/source_gn
+    python tests/measure/guard.py --root ROOT --source-ckpt resnet26_gn.safetensors --net cifar/resnet26_gn
 
 Digits: 12 corruptions at severity 5, batches of 16; a folder of CIFAR-10 images: six of ImageNet-C's functions at
 severity 1, 1,000 images each, batches of 50. Reset at each domain.
@@ -17,12 +17,12 @@ from typing import Any
 
 from torch import nn
 
-from lightning_tta.benchmarks.tiny import quiet_trainer
 from lightning_tta.data import DigitsData, FolderData
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.guard import Guard
+from lightning_tta.guard.callback import Guard
 from lightning_tta.methods import Source, Tent, TTAMethod, ZeroSiam  # type: ignore[attr-defined]
 from lightning_tta.modules import TestTimeAdaptation
+from tiny import quiet_trainer
 
 SIX = ["gaussian_noise", "defocus_blur", "fog", "contrast", "pixelate", "jpeg_compression"]
 GUARDS: dict[str, dict[str, Any]] = {

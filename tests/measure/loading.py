@@ -1,6 +1,6 @@
 """How fast a stream of JPEG files is read, against a bare torchvision ImageFolder and DataLoader.
 
-    python -m lightning_tta.benchmarks.loading --images 600 --workers 2
+    python tests/measure/loading.py --images 600 --workers 2
 
 Both decode the same files (made here: 500 x 375 pixels, as ImageNet's are), resize the shorter side to 256, cut out
 224 x 224 and batch. Rounds take turns; images per second, medians.
@@ -22,8 +22,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lightning_tta.data import CIFARData, ImageNetData
-from lightning_tta.data.cache import MappedImages
 from lightning_tta.data.images import StreamBatches, StreamSampler, already_collated
+from lightning_tta.data.storage.cache import MappedImages
 from lightning_tta.data.streams import build_stream
 
 

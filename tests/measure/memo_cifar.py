@@ -1,6 +1,6 @@
 """MEMO, CR-MEMO and what they must beat, on CIFAR-10 images in folders: errors, and paired differences to the source.
 
-    python -m lightning_tta.benchmarks.memo_cifar --root ROOT --weights resnet26_gn.safetensors
+    python tests/measure/memo_cifar.py --root ROOT --weights resnet26_gn.safetensors
 
 ROOT/test/<class>/*; corruptions are the ImageNet-C functions (extra ``corruptions``) at one severity, which at 32
 pixels are far stronger than CIFAR-10-C's own. All methods see the same images; a difference is the mean over images of
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tta.api import adapt
 from lightning_tta.backbones import create_backbone
 from lightning_tta.data import FolderData
+from lightning_tta.methods import adapt
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "source": ("source", {}),

@@ -1,7 +1,7 @@
 """Does Adam's state, kept from image to image as in the public codes of MEMO and CR-MEMO, explain their gains?
 
     lightning-tta fit --config configs/digits/source.yaml
-    python -m lightning_tta.benchmarks.memo_leak --source-ckpt runs/digits/source
+    python tests/measure/memo_leak.py --source-ckpt runs/digits/source
 
 {fresh, stale} optimizer state x {class-sorted, shuffled} images of shifted digits: accuracy, and the paired difference
 of stale to fresh with its standard error. Only the order and the leak differ between the cells of a table.
@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_tta.api import adapt
 from lightning_tta.data import DigitsData
 from lightning_tta.data.streams import StreamKind
+from lightning_tta.methods import adapt
 from lightning_tta.modules.loading import load_source
 
 

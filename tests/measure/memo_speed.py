@@ -1,7 +1,7 @@
 """MEMO's time against a plain loop over images, on the same maths.
 
-    python -m lightning_tta.benchmarks.memo_speed --net cifar/resnet26_gn --pixels 32 --views 32
-    python -m lightning_tta.benchmarks.memo_speed --net torchvision/resnet50 --pixels 224 --views 16 --images 2
+    python tests/measure/memo_speed.py --net cifar/resnet26_gn --pixels 32 --views 32
+    python tests/measure/memo_speed.py --net torchvision/resnet50 --pixels 224 --views 16 --images 2
 
 The plain loop makes its views with PIL, one by one in the main process, deep-copies the net to restore it, and
 differentiates all weights. Rounds take turns, so that a busy machine slows all alike; medians of the time per image.
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from lightning_tta.api import adapt
 from lightning_tta.backbones import create_backbone
 from lightning_tta.losses import marginal_entropy
-from lightning_tta.views import make_views
+from lightning_tta.methods import adapt
+from lightning_tta.views.augmix import make_views
 
 BILINEAR = Image.Resampling.BILINEAR
 Timed = Callable[[], object]

@@ -1,6 +1,6 @@
 """What one outer step of Meta-TTT costs, in time and peak memory, against a plain step and against ``higher``.
 
-    python -m lightning_tta.benchmarks.meta_step --rounds 20
+    python tests/measure/meta_step.py --rounds 20
 
 ResNet-18, two domains x 16 images x 64 pixels by default, one min step. Steps are taken in turn, so that a busy
 machine slows all alike; the table gives medians and ratios. ``higher`` (``pip install -e ".[dev]"``) tracks all
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_tta.backbones import create_backbone
-from lightning_tta.backbones.mixed_bn import convert_mixed_bn
-from lightning_tta.minimax import InnerLoop, Minimax, minimax
+from lightning_tta.meta.inner_loop import InnerLoop, Minimax, minimax
+from lightning_tta.meta.mixed_bn import convert_mixed_bn
 
 Step = Callable[[], list[Tensor]]
 
@@ -92,7 +92,7 @@ def seconds(step: Step, device: str) -> float:
 
 def peak_megabytes(kind: str) -> float:
     """Peak memory of steps of one kind, in a process of its own with the arguments of this one."""
-    command = [sys.executable, "-m", "lightning_tta.benchmarks.meta_step", *sys.argv[1:], "--peak-of", kind]
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", kind]
     faithful = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: what is freed goes back to the system at once
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=faithful)
     return float(found.stdout.strip().splitlines()[-1])

@@ -1,6 +1,6 @@
 """Experiments on why COME, LAME and T3A gain less than their papers: the doubt of the source, and the bank's mistakes.
 
-    python -m lightning_tta.benchmarks.reasons --root ROOT --net cifar/resnet26_gn --source-ckpt resnet26_gn.safetensors
+    python tests/measure/reasons.py --root ROOT --net cifar/resnet26_gn --source-ckpt resnet26_gn.safetensors
 
 First table: the source's logits are multiplied by a factor, which leaves its predictions and takes its confidence.
 Tent and COME on the stream without resets, LAME on the class-sorted stream. Second table, without resets: what T3A's
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_tta.backbones import create_backbone
 from lightning_tta.backbones.split import find_head
 from lightning_tta.data import FolderData
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.come import COME
 from lightning_tta.methods.lame import LAME
 from lightning_tta.methods.source import Source

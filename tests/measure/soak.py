@@ -1,6 +1,6 @@
 """A long stream with broken batches: does memory grow, does accuracy on the good ones suffer?
 
-    python -m lightning_tta.benchmarks.soak --batches 20000 --methods tent eata zerosiam
+    python tests/measure/soak.py --batches 20000 --methods tent eata zerosiam
 
 Domains take turns every 50 batches. Of all batches, a share is broken: NaN or constant images, frames of the wrong
 size, empty batches, 0-255 pixels. They come between the good batches, which are the same in the run without them. Each
@@ -24,12 +24,12 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_tta.benchmarks.stream_memory import resident_mb
-from lightning_tta.benchmarks.tiny import DOMAINS, Made, quiet_trainer, train
-from lightning_tta.guard import Guard
+from lightning_tta.guard.callback import Guard
 from lightning_tta.methods import available_methods
-from lightning_tta.methods._moments import size
+from lightning_tta.methods.base.moments import size
 from lightning_tta.modules import TestTimeAdaptation
+from stream_memory import resident_mb
+from tiny import DOMAINS, Made, quiet_trainer, train
 
 OPTIONS: dict[str, dict[str, Any]] = {"eata": {"entropy_margin": 0.9, "diversity_margin": 0.95}}
 """Options that make a method's filters keep something on this problem."""

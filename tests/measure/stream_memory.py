@@ -1,6 +1,6 @@
 """Memory along a long stream: a million synthetic samples through a whole predict run.
 
-    python -m lightning_tta.benchmarks.stream_memory --samples 1000000
+    python tests/measure/stream_memory.py --samples 1000000
 
 Images are made when asked for. Prints the process's resident memory along the stream (Linux).
 """
@@ -17,12 +17,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from lightning_tta.benchmarks.tiny import quiet_trainer
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.images import Images
 from lightning_tta.data.source import Split
 from lightning_tta.methods import available_methods
 from lightning_tta.modules import TestTimeAdaptation
+from tiny import quiet_trainer
 
 
 def resident_mb() -> float:

@@ -9,18 +9,16 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import save_file
 
+import cost
+import guard
+import loading
+import memo_cifar
+import memo_leak
+import memo_speed
+import meta_step
+import reasons
+import stream_memory
 from lightning_tta import SourceClassifier, create_backbone
-from lightning_tta.benchmarks import (
-    cost,
-    guard,
-    loading,
-    memo_cifar,
-    memo_leak,
-    memo_speed,
-    meta_step,
-    reasons,
-    stream_memory,
-)
 from lightning_tta.methods.t3a import T3A
 from nets import make_images, make_net
 

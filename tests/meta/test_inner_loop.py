@@ -9,8 +9,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lightning_tta import ConfigError, UnsupportedModelError
-from lightning_tta.backbones.mixed_bn import convert_mixed_bn
-from lightning_tta.minimax import InnerLoop, Minimax, minimax
+from lightning_tta.meta.inner_loop import InnerLoop, Minimax, minimax
+from lightning_tta.meta.mixed_bn import convert_mixed_bn
 from meta_reference import plain_adapt, plain_loss
 from nets import make_images, make_net, max_difference
 

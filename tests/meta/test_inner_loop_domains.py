@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from test_inner_loop import LABELS, PHASES, gradient, images_of, settings
 from torch import nn
 
-from lightning_tta.backbones.mixed_bn import convert_mixed_bn
-from lightning_tta.minimax import InnerLoop, Minimax, shortcut_norms
+from lightning_tta.meta.inner_loop import InnerLoop, Minimax, shortcut_norms
+from lightning_tta.meta.mixed_bn import convert_mixed_bn
 from meta_reference import plain_outer_loss
 from nets import max_difference
-from test_minimax import LABELS, PHASES, gradient, images_of, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

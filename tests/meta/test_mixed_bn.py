@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lightning_tta import ConfigError, UnsupportedModelError
-from lightning_tta.backbones.mixed_bn import (
+from lightning_tta.backbones.norms import batch_statistics, norm_parameters
+from lightning_tta.meta.mixed_bn import (
     MixedBatchNorm,
     convert_mixed_bn,
     domain_groups,
@@ -16,7 +17,6 @@ from lightning_tta.backbones.mixed_bn import (
     mixed_layers,
     restore_batch_norm,
 )
-from lightning_tta.backbones.norms import batch_statistics, norm_parameters
 from nets import make_images, make_net, max_difference, norm_weights, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")

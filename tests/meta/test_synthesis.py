@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_tta import ConfigError, UnsupportedModelError
-from lightning_tta.synthesis import DomainShiftSynthesis
+from lightning_tta.meta.synthesis import DomainShiftSynthesis
 from nets import make_images, make_net, max_difference
 
 

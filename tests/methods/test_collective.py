@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed
 
-from lightning_tta import adapt, available_methods, together
+from lightning_tta import adapt, available_methods, collective
 from lightning_tta.methods import Tent
 from nets import make_images, make_net
 from processes import MARKS, Processes
@@ -54,7 +54,7 @@ def run(name, dtype, rank=0, world=1):
     logits, stats = [], []
     for batch in stream(dtype):
         part = batch.tensor_split(world)[rank]
-        with together.joined(world, present=len(part) > 0):
+        with collective.joined(world, present=len(part) > 0):
             found = method(part if len(part) else batch[:1])
             predicted = method.predict(part if len(part) else batch[:1])
         logits.append(torch.cat([found, predicted], 1)[: len(part)])

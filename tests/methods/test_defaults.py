@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lightning_tta import available_methods
-from lightning_tta.methods import _jitter
+from lightning_tta.views import jitter as _jitter
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 ADAM, SGD = {"optimizer": "adam", "lr": 1e-3}, {"optimizer": "sgd", "momentum": 0.9}

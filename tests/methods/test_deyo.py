@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_tta import ConfigError, adapt
-from lightning_tta.views import shuffle_patches
+from lightning_tta.views.augmix import shuffle_patches
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same
 from plain import FROZEN, TOLERANCE, PlainMethod, assert_goes_on_after_loading, assert_same_sgd
 

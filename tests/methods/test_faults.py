@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lightning_tta import InputError, UnsupportedModelError, adapt, available_methods
-from lightning_tta.benchmarks import fault_cases, faults
-from lightning_tta.benchmarks.tiny import KINDS
 from lightning_tta.methods import Source, Tent
+from measure import fault_cases, faults
+from measure.tiny import KINDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_tta import ConfigError, UnsupportedModelError, adapt
-from lightning_tta.views import make_views
+from lightning_tta.views.augmix import make_views
 from nets import make_images, make_net, max_difference, norm_weights, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_tta import MetaTTT, SourceClassifier
-from lightning_tta.backbones.mixed_bn import convert_mixed_bn
+from lightning_tta.meta.mixed_bn import convert_mixed_bn
 from nets import make_images, make_net, max_difference
 from processes import MARKS, Processes, trainer
 

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.nn.functional import cross_entropy
 
 from lightning_tta import MetaTTT
-from lightning_tta.backbones.mixed_bn import mixed_batch_norm_layers
+from lightning_tta.meta.mixed_bn import mixed_batch_norm_layers
 from lightning_tta.modules.loading import load_source
 from meta_reference import plain_outer_loss
 from nets import make_images, make_net, max_difference

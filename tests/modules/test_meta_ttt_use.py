@@ -11,7 +11,7 @@ from test_meta_ttt import INNER, batches, fit, module
 from torch.nn.functional import cross_entropy
 
 from lightning_tta import ConfigError, MetaTTT, TestTimeAdaptation, UnsupportedModelError, adapt
-from lightning_tta.backbones.mixed_bn import convert_mixed_bn
+from lightning_tta.meta.mixed_bn import convert_mixed_bn
 from lightning_tta.methods import MetaTTT as Method
 from lightning_tta.modules.loading import load_source
 from nets import make_images, make_net, norm_weights

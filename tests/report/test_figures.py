@@ -5,11 +5,11 @@ import re
 import pytest
 from PIL import Image
 
-from lightning_tta.reporting.curves import caption, stream_figures, stream_picture
-from lightning_tta.reporting.figures import _apart, front_of, pareto_figure
-from lightning_tta.reporting.runs import Group, Run
-from lightning_tta.reporting.style import COLOURS, KNOWN, drawing, looks
-from lightning_tta.reporting.write import write_picture
+from lightning_tta.report.curves import caption, stream_figures, stream_picture
+from lightning_tta.report.figures import _apart, front_of, pareto_figure
+from lightning_tta.report.runs import Group, Run
+from lightning_tta.report.style import COLOURS, KNOWN, drawing, looks
+from lightning_tta.report.write import write_picture
 
 
 def test_a_method_keeps_its_look():

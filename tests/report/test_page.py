@@ -9,10 +9,10 @@ import pytest
 import scipy.stats
 
 from lightning_tta import ConfigError
-from lightning_tta.cli import main
-from lightning_tta.report import report
-from lightning_tta.reporting import write_report
-from lightning_tta.reporting.runs import read
+from lightning_tta.cli.main import main
+from lightning_tta.report import write_report
+from lightning_tta.report.runs import read
+from lightning_tta.report.terminal import report
 from runs import Page, hits, page_of, protocol, row_of, write_benchmark, write_run
 
 

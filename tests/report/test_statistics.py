@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lightning_tta.reporting.statistics import holm, interval, over_images, over_seeds
+from lightning_tta.report.statistics import holm, interval, over_images, over_seeds
 
 
 @pytest.mark.parametrize(

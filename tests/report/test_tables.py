@@ -4,8 +4,8 @@ from itertools import chain
 
 import pytest
 
-from lightning_tta.reporting.runs import Group, Run
-from lightning_tta.reporting.tables import PAGE, all_groups, by_domain
+from lightning_tta.report.runs import Group, Run
+from lightning_tta.report.tables import PAGE, all_groups, by_domain
 
 
 def group(directory, methods, domains, title="net, iid", seeds=2):

@@ -15,8 +15,8 @@ from torch import nn
 
 from lightning_tta import ConfigError, DigitsData, TestTimeAdaptation, adapt
 from lightning_tta.methods import T3A, CoTTA, MetaTTT, Norm, Source, Tent
-from lightning_tta.modules.measures import PeakMemory, source_accuracy
-from lightning_tta.modules.pictures import SIDE, StreamPictures
+from lightning_tta.run.measures import PeakMemory, source_accuracy
+from lightning_tta.run.pictures import SIDE, StreamPictures
 from nets import make_net, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,8 +6,8 @@ from threading import Barrier
 import pytest
 
 from lightning_tta.errors import DataError, FinishedError
-from lightning_tta.modules.group import ProcessGroup
-from lightning_tta.modules.state_files import DirectoryLock, differences
+from lightning_tta.run.group import ProcessGroup
+from lightning_tta.run.state_files import DirectoryLock, differences
 
 WORLD = 3
 

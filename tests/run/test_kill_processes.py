@@ -10,7 +10,7 @@ from forked import OWN, line_count, outcome, run, saved, stopped_at, together, w
 from test_kill import counting_lines
 from test_resume import results
 
-from lightning_tta.modules import finding
+from lightning_tta.run import finding
 from processes import MARKS, Processes
 
 pytestmark = MARKS

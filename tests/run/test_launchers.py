@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lightning_tta.cli import main
+from lightning_tta.cli.main import main
 from processes import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

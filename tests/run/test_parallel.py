@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_tta import ConfigError, DataError, DigitsData, adapt
 from lightning_tta.data.sharing import Sharing, deal, part_of
 from lightning_tta.data.streams import build_stream
-from lightning_tta.modules.parallel import merge_predictions, share_stream
+from lightning_tta.run.processes import merge_predictions, share_stream
 from nets import make_net, same, without_running_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")

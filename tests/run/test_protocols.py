@@ -11,10 +11,10 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_tta import ConfigError, DataError, DigitsData, NotPreparedError, TestTimeAdaptation, adapt
-from lightning_tta.cli import main
-from lightning_tta.data.drawing import list_stream
+from lightning_tta.cli.main import main
+from lightning_tta.cli.stream import list_stream
 from lightning_tta.methods import Source, Tent
-from lightning_tta.modules.pace import Pace
+from lightning_tta.run.pace import Pace
 from nets import make_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,7 +226,7 @@ class Counted(DigitsData):
 
 def test_source_images_are_read_as_they_are_shown(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("lightning_tta.modules.matching.with_progress", lambda *a: told.append(a) or iter(range(a[0])))
+    monkeypatch.setattr("lightning_tta.run.matching.with_progress", lambda *a: told.append(a) or iter(range(a[0])))
     monkeypatch.setattr(Counted, "read", [])
     data = Counted(domains=["contrast"], num_images=20)
     first, read, *again = run(tmp_path, Twice, data=data, source_images=150)[0].method.shown

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 
 from contract import VARIANTS
 from lightning_tta import DigitsData, TestTimeAdaptation, available_methods
-from lightning_tta.cli import main
+from lightning_tta.cli.main import main
 from lightning_tta.data.images import StreamBatches
 from lightning_tta.methods import Source, Tent
 from nets import make_net

@@ -12,7 +12,7 @@ from forked import Stop, outcome, run, stopped_at, together, until, whole_runs
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_tta import Guard
-from lightning_tta.cli import main
+from lightning_tta.cli.main import main
 from processes import MARKS, Processes
 
 pytestmark = MARKS

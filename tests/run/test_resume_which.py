@@ -12,7 +12,7 @@ from test_resume import TENT, make_data, results, run
 from lightning_tta import ConfigError, Guard, TestTimeAdaptation
 from lightning_tta.errors import FinishedError
 from lightning_tta.methods import Source, Tent
-from lightning_tta.modules.state_files import DirectoryLock
+from lightning_tta.run.state_files import DirectoryLock
 from nets import make_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")

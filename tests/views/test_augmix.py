@@ -6,8 +6,9 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
-from lightning_tta import ConfigError, views
-from lightning_tta.views import AUGMENTATIONS, OPERATIONS, make_views
+from lightning_tta import ConfigError
+from lightning_tta.views import augmix as views
+from lightning_tta.views.augmix import AUGMENTATIONS, OPERATIONS, make_views
 from nets import make_images, max_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,8 +5,8 @@ import colorsys
 import pytest
 import torch
 
-from lightning_tta.methods import _jitter
-from lightning_tta.methods._jitter import jitter
+from lightning_tta.views import jitter as _jitter
+from lightning_tta.views.jitter import jitter
 from nets import make_images, max_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_tta.data import builtin, imagenet_c, published
+from lightning_tta.data.corruptions import builtin, imagenet_c, published
 from lightning_tta.errors import ConfigError, check_choice, check_range
 
 FunctionSet = Literal["builtin", "imagenet_c", "published"]

@@ -4,7 +4,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from lightning_tta.data import imagenet_c
+from lightning_tta.data.corruptions import imagenet_c
 from lightning_tta.errors import ConfigError
 
 REPORTED = imagenet_c.REPORTED

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.data.corruptions import CLEAN, SETS
+from lightning_tta.data.corruptions.corrupt import CLEAN, SETS
 from lightning_tta.data.images import Images, SelectedImages, StackedImages
 from lightning_tta.data.source import Split
 from lightning_tta.data.streams import permutation

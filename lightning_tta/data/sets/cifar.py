@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.data.cache import MappedImages, open_array
-from lightning_tta.data.corruptions import CLEAN, split_severity
-from lightning_tta.data.download import Remote, fetch, unpack
+from lightning_tta.data.corruptions.corrupt import CLEAN, split_severity
 from lightning_tta.data.images import Images, SelectedImages, StackedImages
 from lightning_tta.data.source import Split
+from lightning_tta.data.storage.cache import MappedImages, open_array
+from lightning_tta.data.storage.download import Remote, fetch, unpack
 from lightning_tta.data.streams import permutation
 from lightning_tta.errors import DataError, check_choice, check_range
 

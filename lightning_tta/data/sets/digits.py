@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.data.corruptions import MIN_SIZE
+from lightning_tta.data.corruptions.corrupt import MIN_SIZE
 from lightning_tta.data.images import Images, StackedImages
 from lightning_tta.data.source import Split
 from lightning_tta.data.streams import permutation

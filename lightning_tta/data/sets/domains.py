@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.data.corruptions import CLEAN, SETS
-from lightning_tta.data.folder import FileImages, list_classes, list_images
+from lightning_tta.data.corruptions.corrupt import CLEAN, SETS
 from lightning_tta.data.images import Images, SelectedImages
+from lightning_tta.data.sets.folder import FileImages, list_classes, list_images
 from lightning_tta.data.source import Split
 from lightning_tta.data.streams import permutation
 from lightning_tta.errors import ConfigError, DataError, check_range

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.data.corruptions import CLEAN, SETS
+from lightning_tta.data.corruptions.corrupt import CLEAN, SETS
 from lightning_tta.data.images import Images, SelectedImages
 from lightning_tta.data.source import Split
 from lightning_tta.data.streams import permutation

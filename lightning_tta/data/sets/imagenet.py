@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_tta.backbones.label_spaces import imagenet_synsets
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.data.corruptions import split_severity
-from lightning_tta.data.folder import FileImages, list_classes, read_image
+from lightning_tta.data.corruptions.corrupt import split_severity
 from lightning_tta.data.images import Images, SelectedImages
-from lightning_tta.data.remotes import fetch_imagenet, fetch_imagenet_c
+from lightning_tta.data.sets.folder import FileImages, list_classes, read_image
 from lightning_tta.data.source import Split
+from lightning_tta.data.storage.remotes import fetch_imagenet, fetch_imagenet_c
 from lightning_tta.data.streams import permutation
 from lightning_tta.errors import ConfigError, DataError, check_range
+from lightning_tta.imagenet_classes import imagenet_synsets
 
 
 def list_imagenet(folder: Path) -> tuple[list[Path], Tensor]:
@@ -92,7 +92,7 @@ class ImageNetData(ShiftedDataModule):
         image_size: Then this middle square is cut out; at most ``resize``.
         num_val: Training images held back to validate on, at least 1.
         download: Fetch the archives of ImageNet-C, -A, -R and -V2 that are missing (see
-            :mod:`lightning_tta.data.remotes`).
+            :mod:`lightning_tta.data.storage.remotes`).
         **kwargs: Stream, domains, batch sizes: the arguments of :class:`ShiftedDataModule`.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_tta.data.images import Images
-from lightning_tta.data.memo import with_progress
+from lightning_tta.data.storage.memo import with_progress
 from lightning_tta.errors import DataError
 
 _CHUNK = 32

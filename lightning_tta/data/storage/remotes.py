@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from lightning_tta.data.download import Remote, fetch, unpack
+from lightning_tta.data.storage.download import Remote, fetch, unpack
 from lightning_tta.errors import ConfigError, DataError
 
 _BERKELEY = "https://people.eecs.berkeley.edu/~hendrycks"

@@ -24,7 +24,7 @@ class Described(ABC):
     Attributes:
         options: What the method was built with, defaults included, in primitives.
         parallel: Ways to run on several processes, of each class for itself: ``replicas``, and ``synchronised`` where
-            all that is taken over a batch goes through :mod:`lightning_tta.together`.
+            all that is taken over a batch goes through :mod:`lightning_tta.collective`.
         uses_batch_statistics: Whether its plain pass has BatchNorm normalise with the batch's own statistics.
     """
 
@@ -47,7 +47,7 @@ class Described(ABC):
     def name(self) -> str:
         """The name to ask for: the file's name in this package, or the class name of a method from elsewhere."""
         package, _, file = type(self).__module__.rpartition(".")
-        return file if package == __package__ else type(self).__name__
+        return file if package == "lightning_tta.methods" else type(self).__name__
 
     @property
     @abstractmethod

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_tta import together
+from lightning_tta import collective
 from lightning_tta.backbones.norms import batch_statistics
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import NotPreparedError, UnsupportedModelError, check_range
-from lightning_tta.methods._described import Described
-from lightning_tta.methods._inputs import (
+from lightning_tta.methods.base.description import Described
+from lightning_tta.methods.base.inputs import (
     adapting,
     at_least_float32,
     check_images,
@@ -27,8 +27,8 @@ from lightning_tta.methods._inputs import (
     plain_model,
     zero_rows,
 )
-from lightning_tta.methods._optimizers import OptimizerName, check_precision, make_optimizer
-from lightning_tta.methods._state import CheckedState
+from lightning_tta.methods.base.optimizers import OptimizerName, check_precision, make_optimizer
+from lightning_tta.methods.base.state import CheckedState
 from lightning_tta.metrics import collapse_measures
 
 
@@ -156,7 +156,7 @@ class TTAMethod(Described, CheckedState, ABC):
             raise UnsupportedModelError(
                 f"The logits of {net} have no gradients (torch.no_grad, detach in its forward?): take that out."
             )
-        gradients = together.average(torch.autograd.grad(loss, self.trained, allow_unused=True))
+        gradients = collective.average(torch.autograd.grad(loss, self.trained, allow_unused=True))
         self._counts["backwards"] += 1
         norm = nn.utils.get_total_norm([g for g in gradients if g is not None], error_if_nonfinite=False)
         if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
@@ -204,7 +204,7 @@ class TTAMethod(Described, CheckedState, ABC):
         self._record = {}
         with adapting(self.model, images, self._counts) as images:
             usable = images if self._counts["nonfinite_images"] == 0 else images[finite]
-            with together.with_stand_in(usable) as (given, self._batch_size):
+            with collective.with_stand_in(usable) as (given, self._batch_size):
                 for _ in range(self.steps if self._batch_size else 0):
                     self._record = {}
                     logits = self.adapt(given).detach()
@@ -285,7 +285,7 @@ class TTAMethod(Described, CheckedState, ABC):
     @torch.no_grad()
     def _no_logits(self, images: Tensor) -> Tensor:
         """Logits (0, K): what is left when every image is left out."""
-        with together.absent():
+        with collective.absent():
             logits = self.infer(torch.zeros_like(images[:1], dtype=float_dtype(self.model)))[:0]
         self._record = {}  # of an image that nobody gave
         return logits

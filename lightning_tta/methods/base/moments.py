@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.method import TTAMethod
 
 Moment = dict[str, Any]
 """``tensors``, the declared ones by name, and ``extra``: optimizers, memory and counters. Plain data, can be saved."""

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_tta import together
+from lightning_tta import collective
 from lightning_tta.errors import check_choice
 from lightning_tta.losses import come_entropy, entropy
-from lightning_tta.methods._inputs import at_least_float32
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.inputs import at_least_float32
+from lightning_tta.methods.base.method import TTAMethod
 
 EntropyName = Literal["softmax", "come"]
 _ENTROPIES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": entropy, "come": come_entropy}
@@ -91,7 +91,7 @@ def source_filter(method: TTAMethod, images: Tensor) -> Callable[[Tensor], Tenso
     def keep(logits: Tensor) -> Tensor:
         now = at_least_float32(logits.detach()).softmax(-1).gather(-1, answer[:, None]).squeeze(-1)
         kept = now >= confidence
-        method.record(kept_by_source_filter=together.mean(kept.float()))
+        method.record(kept_by_source_filter=collective.mean(kept.float()))
         return kept
 
     return keep

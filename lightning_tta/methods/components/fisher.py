@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_tta.errors import DataError
-from lightning_tta.methods._inputs import at_least_float32, check_images, explained, float_dtype, with_gradients
-from lightning_tta.methods._samples import at_source
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.inputs import at_least_float32, check_images, explained, float_dtype, with_gradients
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.components.filters import at_source
 
 
 def fisher_information(method: TTAMethod, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:

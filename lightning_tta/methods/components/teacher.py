@@ -12,8 +12,8 @@ from torch.func import functional_call
 from lightning_tta.backbones.norms import batch_statistics, grouped_batch_statistics
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import check_range
-from lightning_tta.methods._inputs import at_least_float32
-from lightning_tta.methods.base import TTAMethod
+from lightning_tta.methods.base.inputs import at_least_float32
+from lightning_tta.methods.base.method import TTAMethod
 
 
 class Teacher(nn.Module):

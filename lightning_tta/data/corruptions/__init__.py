@@ -1,0 +1,1 @@
+"""Synthetic corruptions and the function sets that name them."""

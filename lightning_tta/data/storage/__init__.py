@@ -1,0 +1,1 @@
+"""Caches, downloads and remote files."""

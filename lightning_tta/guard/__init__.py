@@ -1,0 +1,1 @@
+"""Recognition of collapse without labels: a wrapper for any loop, and a callback for runs."""

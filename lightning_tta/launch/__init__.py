@@ -1,0 +1,1 @@
+"""From a configuration to a run, and the wording of its errors."""

@@ -1,0 +1,1 @@
+"""What meta-training and its test time share."""

@@ -1,0 +1,1 @@
+"""One predict run: what it knows, what it writes, how it resumes."""
