@@ -2,10 +2,61 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from functools import cached_property
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lightning_tta.losses import entropy
+
+
+class LogitMeasures:
+    """What the logits of one batch say without labels; each measure is computed once, when it is first asked for.
+
+    Args:
+        logits: (B, K), B >= 1 for the measures of the whole batch.
+
+    Attributes:
+        prediction: Classes (B,).
+        confidence: Largest probability (B,), in [1/K, 1].
+        entropy: (B,) in nats, in [0, log K].
+        norm: L2 norms (B,) of the logits.
+        counts: How often each class is predicted (K,).
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits.detach()
+
+    @cached_property
+    def prediction(self) -> Tensor:  # noqa: D102
+        return self.logits.argmax(-1)
+
+    @cached_property
+    def confidence(self) -> Tensor:  # noqa: D102
+        return self.logits.softmax(-1).amax(-1)
+
+    @cached_property
+    def entropy(self) -> Tensor:  # noqa: D102
+        return entropy(self.logits)
+
+    @cached_property
+    def norm(self) -> Tensor:  # noqa: D102
+        return torch.linalg.vector_norm(self.logits, dim=-1)
+
+    @cached_property
+    def counts(self) -> Tensor:  # noqa: D102
+        return torch.bincount(self.prediction, minlength=self.logits.shape[-1])
+
+    def means(self) -> dict[str, Tensor]:
+        """Scalars of the batch: ``entropy``, ``largest_class_share`` and ``logit_norm``."""
+        return {
+            "entropy": self.entropy.mean(),
+            "largest_class_share": self.counts.max() / len(self.logits),
+            "logit_norm": self.norm.mean(),
+        }
 
 
 def collapse_measures(logits: Tensor) -> dict[str, Tensor]:
@@ -19,15 +70,46 @@ def collapse_measures(logits: Tensor) -> dict[str, Tensor]:
 
     A class-sorted stream has a large class share by itself: compare with the source model on the same stream.
     """
-    logits = logits.detach()
-    norm = logits.norm(dim=-1).mean()
-    shares = torch.bincount(logits.argmax(-1), minlength=logits.shape[-1]).max() / len(logits)
-    return {
-        "entropy": entropy(logits).mean(),
-        "largest_class_share": shares,
-        "logit_norm": norm,
-        "centre_dominance": logits.mean(0).norm() / norm.clamp_min(1e-12),
-    }
+    measures = LogitMeasures(logits)
+    means = measures.means()
+    dominance = measures.logits.mean(0).norm() / means["logit_norm"].clamp_min(1e-12)
+    return {**means, "centre_dominance": dominance}
+
+
+class WindowMeasures(NamedTuple):
+    """Of a window of batches: ``share`` of the most predicted class, mean ``entropy`` over log K, logit ``norm``."""
+
+    share: float
+    entropy: float
+    norm: float
+
+
+class Window:
+    """The last batches of a stream together: the numbers by which a collapse shows.
+
+    Args:
+        length: How many batches.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.batches: deque[tuple[Tensor, float, float]] = deque(maxlen=length)
+
+    def add(self, logits: Tensor) -> None:
+        """Take in the logits (B, K) of a batch, B >= 1."""
+        measures = LogitMeasures(logits)
+        values = torch.stack([measures.entropy.mean(), measures.norm.mean()]).tolist()
+        self.batches.append((measures.counts.cpu(), values[0] / math.log(logits.shape[-1]), values[1]))
+
+    @property
+    def shares(self) -> Tensor:
+        """Share of each class (K,) in all predictions."""
+        counts = torch.stack([counts for counts, _, _ in self.batches]).sum(0)
+        return counts / counts.sum()
+
+    def measures(self) -> WindowMeasures:
+        """Largest share of all predictions, mean entropy, mean norm."""
+        _, entropies, norms = zip(*self.batches, strict=True)
+        return WindowMeasures(float(self.shares.max()), sum(entropies) / len(entropies), sum(norms) / len(norms))
 
 
 class Calibration:
@@ -52,11 +134,12 @@ class Calibration:
         log_p = torch.log_softmax(logits.double(), -1)
         p = log_p.exp()
         confidence, prediction = p.max(-1)
-        place = (confidence * self.BINS).ceil().long().clamp(1, self.BINS) - 1  # bins (0, 1/15], ..., (14/15, 1]
+        bin_of = (confidence * self.BINS).ceil().long().clamp(1, self.BINS) - 1  # bins (0, 1/15], ..., (14/15, 1]
         for row, values in enumerate((torch.ones_like(confidence), confidence, (prediction == labels).double())):
-            self.bins[row].index_add_(0, place, values)
-        own = log_p.gather(1, labels[:, None])[:, 0]
-        self.scores += torch.stack([-own.sum(), ((p**2).sum(1) - 2 * own.exp() + 1).sum()])
+            self.bins[row].index_add_(0, bin_of, values)
+        label_log_p = log_p.gather(1, labels[:, None])[:, 0]
+        brier = (p**2).sum(1) - 2 * label_log_p.exp() + 1
+        self.scores += torch.stack([-label_log_p.sum(), brier.sum()])
 
     def result(self) -> dict[str, float | list[list[float]] | None]:
         """``ece``, ``nll``, ``brier``, each ``None`` without labels, and ``reliability``: the three rows of bins."""

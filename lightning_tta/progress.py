@@ -1,4 +1,4 @@
-"""How far long work has come and how long the rest takes: of a whole fit, and of the runs inside a benchmark."""
+"""How far long work has come: the bars of many runs, and a line for each run below them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import timedelta
-from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -46,78 +42,26 @@ def grid(console: Console) -> Iterator[Progress]:
             _GRID.reset(token)
 
 
-class RunProgress(Callback):
-    """Shows what is left of a run: in the Trainer's rich bar for a fit, as a line below a benchmark's bars there."""
+class GridLine:
+    """The line of one run below the bars of :func:`grid`; without a grid nothing is shown."""
 
     def __init__(self) -> None:
-        self._start = 0.0
-        self._before = 0
-        self._line: TaskID | None = None
+        self.start = time.monotonic()
+        self._task: TaskID | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the time, and what an earlier run did."""
-        self._start, self._before = time.monotonic(), self._trained(trainer, 0)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Show what is left of all epochs."""
-        if trainer.max_epochs is None or trainer.max_epochs < 1 or trainer.num_training_batches == float("inf"):
-            return
-        done = self._trained(trainer, batch_idx + 1)
-        total = trainer.max_epochs * int(trainer.num_training_batches)
-        epoch = f"Epoch {trainer.current_epoch}/{trainer.max_epochs - 1}"
-        self._show(f"fit, {epoch.lower()}", done, total)
-        bar, spent = trainer.progress_bar_callback, time.monotonic() - self._start
-        if isinstance(bar, RichProgressBar) and bar.progress is not None and bar.train_progress_bar_id is not None:
-            left = timedelta(seconds=round(spent / (done - self._before) * (total - done)))
-            text = f"{epoch}, {left} left in all" if spent > PATIENCE else epoch
-            bar.progress.update(bar.train_progress_bar_id, description=text)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the time."""
-        self._start = time.monotonic()
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Show what is left of the stream."""
-        total = sum(trainer.num_predict_batches)
-        self._show("predict", batch_idx + 1, int(total) if total != float("inf") else None)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the line away."""
-        self._close()
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the line away."""
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the line away."""
-        self._close()
-
-    @staticmethod
-    def _trained(trainer: Trainer, batches: int) -> int:
-        return trainer.current_epoch * int(min(trainer.num_training_batches, 2**40)) + batches
-
-    def _show(self, text: str, done: int, total: int | None) -> None:
+    def show(self, text: str, done: int, total: int | None) -> None:
+        """Say how far the run has come, once it has taken more than two seconds."""
         progress = _GRID.get()
         if progress is None:
             return
-        if self._line is None and time.monotonic() - self._start > PATIENCE:
-            self._line = progress.add_task(f"  {text}", total=total, completed=done)
-        elif self._line is not None:
-            progress.update(self._line, description=f"  {text}", completed=done)
+        if self._task is None and time.monotonic() - self.start > PATIENCE:
+            self._task = progress.add_task(f"  {text}", total=total, completed=done)
+        elif self._task is not None:
+            progress.update(self._task, description=f"  {text}", completed=done)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Take the line away."""
         progress = _GRID.get()
-        if progress is not None and self._line is not None:
-            progress.remove_task(self._line)
-        self._line = None
+        if progress is not None and self._task is not None:
+            progress.remove_task(self._task)
+        self._task = None

@@ -1,4 +1,4 @@
-"""Finished runs as files, and a page read back."""
+"""Runs: their directories and the options of their callbacks; finished ones as files, and a page read back."""
 
 import csv
 import json
@@ -7,10 +7,26 @@ from html.parser import HTMLParser
 import numpy as np
 
 from lightning_tta.data.protocol import Protocol
+from lightning_tta.run.options import MOVED, PARTS
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 DOMAINS = ("fog", "noise")
 BINS = [[10.0] * 4 + [0.0] * 11, [5.0] * 4 + [0.0] * 11, [4.0] * 4 + [0.0] * 11]
+
+
+def directory_of(root):
+    """The directory of the only run in or directly below ``root``."""
+    (lock,) = (path for path in (root / "run.lock", *root.glob("*-*/run.lock")) if path.exists())
+    return lock.parent
+
+
+def callbacks_of(options):
+    """The callbacks for those of the options that are not the module's, which are taken out."""
+    parts = {}
+    for name in options.keys() & MOVED.keys():
+        part, _, option = MOVED[name].partition(".")
+        parts.setdefault(part, {})[option] = options.pop(name)
+    return [PARTS[part](**given) for part, given in parts.items()]
 
 
 def protocol(**changes):

@@ -10,7 +10,9 @@ from rich.progress import Progress
 
 from lightning_tta import progress
 from lightning_tta.cli.main import main
-from lightning_tta.progress import RunProgress, grid
+from lightning_tta.progress import grid
+from lightning_tta.run import progress as run_progress
+from lightning_tta.run.progress import FitProgress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--data", "DigitsData", "--data.train_batch_size=512"]
@@ -48,7 +50,9 @@ def shown(monkeypatch):
 
 def test_a_fit_says_what_all_epochs_will_take(monkeypatch, shown, tmp_path):
     now = iter(range(0, 100_000, 10))
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    slow = SimpleNamespace(monotonic=lambda: next(now))
+    for module in (progress, run_progress):
+        monkeypatch.setattr(module, "time", slow)
     main([*FIT, f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"])
     texts = [text for text, _ in shown if text and "left in all" in text]
     batches = len(texts) // 3
@@ -86,9 +90,9 @@ def test_a_short_run_has_none(shown, tmp_path):
 
 def test_the_line_of_a_run_that_fails_goes_too():
     with grid(Console(file=io.StringIO())) as bars:
-        callback = RunProgress()
-        callback._start = -100.0
-        callback._show("fit", 1, 10)
+        callback = FitProgress()
+        callback._line.start = -100.0
+        callback._line.show("fit", 1, 10)
         assert len(bars.tasks) == 1
         callback.on_exception(None, None, ValueError())
         assert not bars.tasks

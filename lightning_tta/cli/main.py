@@ -21,8 +21,10 @@ from lightning_tta.backbones.weights import read_checkpoint
 from lightning_tta.cli.commands import COMMANDS
 from lightning_tta.errors import ConfigError, FinishedError, LightningTTAError
 from lightning_tta.launch.messages import MODE, closest, explained, our_error
-from lightning_tta.progress import RunProgress
 from lightning_tta.run.board import FitBoard
+from lightning_tta.run.config_file import RunConfig
+from lightning_tta.run.options import add_options
+from lightning_tta.run.progress import FitProgress
 
 DESCRIPTION = "Test-time adaptation of image classifiers: train a source model, adapt it on a shifted stream, compare."
 HELP = f"""usage: lightning-tta [-h] [--version] [--print_completion {{bash,zsh}}] COMMAND ...
@@ -99,6 +101,7 @@ class TTACLI(LightningCLI):
         if subcommand == "predict":  # else all outputs of the stream are kept in memory
             parser.set_defaults(return_predictions=False)
             parser.set_defaults({"model": {"class_path": "lightning_tta.TestTimeAdaptation"}})
+            add_options(parser)
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -183,13 +186,14 @@ def _build_cli(kind: type[TTACLI], args: list[str] | dict[str, Any]) -> TTACLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        save_config_callback=RunConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         trainer_defaults={
             "inference_mode": False,
             "use_distributed_sampler": False,
             "default_root_dir": "runs",
-            "callbacks": [FitBoard(), RunProgress()],
+            "callbacks": [FitBoard(), FitProgress()],
         },
         parser_kwargs={"description": DESCRIPTION},
         args=args,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import asdict
+from typing import Any, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_tta.errors import ConfigError
-from lightning_tta.files import run_directory
-from lightning_tta.guard.watch import Action, Compare, Watch
+from lightning_tta.guard.watch import Action, Watch, WatchSettings
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.run.callbacks import Outputs, RunCallback
+from lightning_tta.run.stream_run import StreamRun
 
 
-class Guard(Callback):
-    """Watches any method for collapse, and warns, resets, rolls back or stops adapting: see :class:`Watch`.
+class Guard(RunCallback):
+    """Puts a :class:`Watch` around the method of a predict run: warns, resets, rolls back or stops adapting.
 
     Alarms go to ``guard.jsonl`` as they come, to ``report.json`` under ``guard`` with these settings, and to
     ``batches.jsonl`` and TensorBoard as ``guard_alarms``, their number so far. The settings are part of the method,
@@ -22,94 +25,50 @@ class Guard(Callback):
     On the command line: ``--trainer.callbacks+=lightning_tta.Guard --trainer.callbacks.action=stop``.
 
     Args:
-        action: ``warn``, ``reset`` (to the source), ``rollback`` (to the last healthy snapshot) or ``stop`` (the same,
-            and only predict from then on).
-        compare: What is normal: ``source`` (what the source predicts: one more forward pass a batch) or ``history``
-            (the stream so far: no cost, later and less sure).
-        window: Batches that are judged together, at least 2.
-        history: Healthy batches that make the history, at least 1.
-        share_excess: How far the most predicted class's share may be above the reference, in (0, 1].
-        entropy_floor: Mean entropy that counts as near zero, as a share of log K, in [0, 1].
-        norm_ratio: How many times the reference the logit norm may be, above 1.
-        snapshot_every: Batches from snapshot to snapshot, at least 1.
-        retries: Alarms within ``history`` batches after which reset and rollback stop adapting; ``null``: no limit.
-        probation: The source predicts until so many batches, at least 0, went by without alarm, from the start and
-            after each alarm; ``null``: two windows with ``source``, none with ``history`` or ``warn``.
+        action: As in :class:`~lightning_tta.guard.watch.WatchSettings`.
+        settings: The others of :class:`~lightning_tta.guard.watch.WatchSettings`.
 
     Raises:
-        ConfigError: If an argument is out of range, or the Trainer does not run TestTimeAdaptation.
+        ConfigError: If a setting is out of range, or there are several processes.
     """
 
-    def __init__(
-        self,
-        action: Action = "rollback",
-        compare: Compare = "source",
-        window: int = 8,
-        history: int = 64,
-        share_excess: float = 0.3,
-        entropy_floor: float = 0.01,
-        norm_ratio: float = 3.0,
-        snapshot_every: int = 16,
-        retries: int | None = 3,
-        probation: int | None = None,
-    ) -> None:
-        self.settings: dict[str, Any] = {n: v for n, v in locals().items() if n not in ("self", "__class__")}
-        Watch.check(**self.settings)
-        self._watch: Watch | None = None
-        self._saved: dict[str, Any] | None = None  # of a run that is continued
+    def __init__(self, action: Action = "rollback", **settings: Any) -> None:
+        self.settings = WatchSettings(action, **settings)
+        self.watch: Watch | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse several processes, which would act on their own."""
         if trainer.world_size > 1:
             raise ConfigError("Guard is for one process so far. Use --trainer.devices 1, or leave it out.")
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the watch has seen, for a run that saves its state."""
-        return {} if self._watch is None else {"watch": self._watch.state_dict()}
+    def identity(self) -> dict[str, Any]:
+        """A guarded run may predict otherwise."""
+        return {"guard": asdict(self.settings)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Counterpart of :meth:`state_dict`; taken up at the first batch."""
-        self._saved = state_dict["watch"]
+    def wrap(self, method: TTAMethod) -> TTAMethod:
+        """A watch around the method."""
+        self.watch = Watch(method, **asdict(self.settings))
+        return cast(TTAMethod, self.watch)  # has all of its interface
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a new account."""
-        _module(pl_module).watch = self._watch = self._saved = None
-        (run_directory(trainer) / "guard.jsonl").unlink(missing_ok=True)
+    def results(self, run: StreamRun) -> dict[str, Any]:
+        """What the watch has seen."""
+        return {"guard": None if self.watch is None else self.watch.report()}
 
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Look on from the first batch, when the method is prepared."""
-        module = _module(pl_module)
-        if module.watch is None:
-            module.watch = self._watch = Watch(module.method, **self.settings)
-            if self._saved is not None:
-                module.watch.load_state_dict(self._saved)
-                for event in module.watch.events:
-                    self._write(trainer, event)
-            module.watch.on_event = lambda event: self._write(trainer, event)
+    def on_start(self, run: StreamRun) -> None:
+        """Begin ``guard.jsonl`` with the alarms of the first part of a continued run."""
+        assert self.watch is not None
+        path = run.directory.path / "guard.jsonl"
+        path.unlink(missing_ok=True)
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Put the number of alarms beside the batch's other measures."""
-        module = _module(pl_module)
-        if module.watch is not None and module.summary is not None:
-            module.summary.last["guard_alarms"] = float(len(module.watch.events))
+        def write(event: dict[str, Any]) -> None:
+            with path.open("a") as file:
+                file.write(json.dumps(event) + "\n")
 
-    @staticmethod
-    def _write(trainer: Trainer, event: dict[str, Any]) -> None:
-        with (run_directory(trainer) / "guard.jsonl").open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        for event in self.watch.events:
+            write(event)
+        self.watch.on_event = write
 
-
-def _module(pl_module: LightningModule) -> Any:
-    if not hasattr(pl_module, "watch"):
-        raise ConfigError(f"Guard watches TestTimeAdaptation, in predict; this is a {type(pl_module).__name__}.")
-    return pl_module
+    def on_batch(self, run: StreamRun, output: Outputs) -> None:
+        """Count the batches that the method did not see, too."""
+        assert self.watch is not None
+        self.watch.next_batch = run.summary.batches

@@ -6,7 +6,8 @@ import copy
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
 
@@ -17,14 +18,74 @@ from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.moments import put_back, size, take
 from lightning_tta.methods.components.filters import at_source
-from lightning_tta.run.windows import Measures, gained, measure, pool
+from lightning_tta.metrics import Window, WindowMeasures
 
 Action = Literal["warn", "reset", "rollback", "stop"]
 Compare = Literal["history", "source"]
+STATE_KEY = "watch"
+"""Where the state dict of a watched method has what the watch has seen."""
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """What :class:`Watch` takes for a collapse, and what it does then.
+
+    Attributes:
+        action: ``warn``, ``reset`` (to the source), ``rollback`` (to the last healthy snapshot) or ``stop`` (the same,
+            and only predict from then on).
+        compare: What is normal: ``source`` (what the source predicts: one more forward pass a batch) or ``history``
+            (the stream so far: no cost, later and less sure).
+        window: Batches that are judged together, at least 2. A window should hold images of several classes.
+        history: Healthy batches that make the history, at least 1.
+        share_excess: How far the most predicted class's share may be above the reference, in (0, 1].
+        entropy_floor: Mean entropy that counts as near zero, as a share of log K, in [0, 1].
+        norm_ratio: How many times the reference the logit norm may be, above 1.
+        snapshot_every: Batches from snapshot to snapshot, at least 1.
+        retries: Alarms within ``history`` batches after which reset and rollback stop adapting, at least 1; ``None``:
+            no limit.
+        probation: The source predicts until so many batches, at least 0, went by without alarm, from the start and
+            after each alarm; ``None``: two windows with ``source``, none with ``history`` or ``warn``.
+
+    Raises:
+        ConfigError: If one is out of range.
+    """
+
+    action: Action = "rollback"
+    compare: Compare = "source"
+    window: int = 8
+    history: int = 64
+    share_excess: float = 0.3
+    entropy_floor: float = 0.01
+    norm_ratio: float = 3.0
+    snapshot_every: int = 16
+    retries: int | None = 3
+    probation: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("action", self.action, ("warn", "reset", "rollback", "stop"))
+        check_choice("compare", self.compare, ("history", "source"))
+        check_range("window", self.window, 2, integer=True)
+        check_range("history", self.history, 1, integer=True)
+        check_range("snapshot_every", self.snapshot_every, 1, integer=True)
+        if self.retries is not None:
+            check_range("retries", self.retries, 1, integer=True)
+        if self.probation is not None:
+            check_range("probation", self.probation, 0, integer=True)
+        if self.probation and self.compare == "history":
+            raise ConfigError("During probation the source predicts: use compare='source', or leave out probation.")
+        check_range("share_excess", self.share_excess, 0, 1, low_open=True)
+        check_range("entropy_floor", self.entropy_floor, 0, 1)
+        check_range("norm_ratio", self.norm_ratio, 1, low_open=True)
+
+    @property
+    def first_probation(self) -> int:
+        """Batches of a probation without an alarm before it."""
+        usual = 2 * self.window if self.compare == "source" and self.action != "warn" else 0
+        return usual if self.probation is None else self.probation
 
 
 class Watch:
-    """Runs a method and looks at every batch that it adapted on.
+    """A method that is watched: has its interface, and looks at every batch that the method adapted on.
 
     ::
 
@@ -61,239 +122,249 @@ class Watch:
     within the last ``history`` batches, reset and rollback stop adapting as well, at the source.
 
     Args:
-        method: Used and changed in place. Prepared, where it needs source data.
-        action: What to do on an alarm.
-        compare: The reference, see above.
-        probation: Batches, at least 0; ``None``: two windows with ``source``, none with ``history`` or ``warn``.
-        window: Batches, at least 2. A window should hold images of several classes.
-        history: Batches, at least 1.
-        share_excess: Share of images, in (0, 1].
-        entropy_floor: Share of log K, in [0, 1].
-        norm_ratio: Above 1.
-        snapshot_every: Batches, at least 1.
-        retries: At least 1; ``None``: no limit.
+        method: Used and changed in place. Whatever is not named here is the method's: ``watch.name``, ``watch.model``.
+        action: As in :class:`WatchSettings`.
+        settings: The others of :class:`WatchSettings`.
 
     Attributes:
+        settings: The settings.
         events: One dict an alarm: ``batch``, ``reason``, ``values`` and ``reference`` (entropy, share, norm),
             ``action`` as carried out.
         on_event: If set, called with each of them.
         stopped: Whether the method only predicts by now.
         on_probation: Batches so far for which the source predicted.
         forwards: Forward passes so far for the source's predictions.
+        next_batch: Number of the next batch; counted here, unless somebody who skips batches sets it.
+
+    Raises:
+        ConfigError: If a setting is out of range, or ``method`` is no method.
     """
 
-    def __init__(
-        self,
-        method: TTAMethod,
-        action: Action = "rollback",
-        *,
-        compare: Compare = "source",
-        window: int = 8,
-        history: int = 64,
-        share_excess: float = 0.3,
-        entropy_floor: float = 0.01,
-        norm_ratio: float = 3.0,
-        snapshot_every: int = 16,
-        retries: int | None = 3,
-        probation: int | None = None,
-    ) -> None:
-        self.method, self.action, self.compare = method, action, compare
-        self.window, self.history, self.retries = window, history, retries
-        self.share_excess, self.entropy_floor, self.norm_ratio = share_excess, entropy_floor, norm_ratio
-        self.snapshot_every, self.probation = snapshot_every, probation
-        self.check(**self.settings)
+    def __init__(self, method: TTAMethod, action: Action = "rollback", **settings: Any) -> None:
+        if not isinstance(method, TTAMethod):
+            raise ConfigError(
+                f"Watch wraps a method, such as lightning_tta.adapt(model, 'tent'); got a {type(method).__name__}."
+            )
+        self.method = method
+        self.settings = WatchSettings(action, **settings)
         self.events: list[dict[str, Any]] = []
         self.on_event: Callable[[dict[str, Any]], None] | None = None
         self.stopped = False
-        self.on_probation = self.forwards = 0
+        self.on_probation = self.forwards = self.next_batch = 0
         self._proven = 0  # batches without alarm
-        self._batch = -1
-        self._recent: deque[Measures] = deque(maxlen=window)
-        self._source: deque[Measures] = deque(maxlen=window)
-        self._past: deque[tuple[float, float, float]] = deque(maxlen=history)
-        self._pending: list[tuple[float, float, float]] = []  # windows that overlap with the present one
-        self._healthy = self._candidate = take(method)
+        self._recent, self._source = Window(self.settings.window), Window(self.settings.window)
+        self._past: deque[WindowMeasures] = deque(maxlen=self.settings.history)
+        self._pending: list[WindowMeasures] = []  # windows that overlap with the present one
+        self._healthy: dict[str, Any] | None = None
+        self._candidate: dict[str, Any] | None = None  # taken at the first batch, when the method is prepared
         self._since = 0  # batches since the candidate was taken
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The arguments, for the record."""
-        names = ("action", "compare", "window", "history", "share_excess", "entropy_floor", "norm_ratio")
-        return {name: getattr(self, name) for name in (*names, "snapshot_every", "retries", "probation")}
+    def __getattr__(self, name: str) -> Any:
+        if name == "method":  # not yet there, while a copy is made
+            raise AttributeError(name)
+        return getattr(self.method, name)
 
-    @staticmethod
-    def check(**settings: Any) -> None:
-        """Refuse arguments out of range.
-
-        Raises:
-            ConfigError: With what is allowed.
-        """
-        check_choice("action", settings["action"], ("warn", "reset", "rollback", "stop"))
-        check_choice("compare", settings["compare"], ("history", "source"))
-        check_range("window", settings["window"], 2, integer=True)
-        for name, least in (("history", 1), ("snapshot_every", 1), ("retries", 1), ("probation", 0)):
-            if settings[name] is not None or name not in ("retries", "probation"):
-                check_range(name, settings[name], least, integer=True)
-        if settings["probation"] and settings["compare"] == "history":
-            raise ConfigError("During probation the source predicts: use compare='source', or leave out probation.")
-        check_range("share_excess", settings["share_excess"], 0, 1, low_open=True)
-        check_range("entropy_floor", settings["entropy_floor"], 0, 1)
-        check_range("norm_ratio", settings["norm_ratio"], 1, low_open=True)
+    # The method's interface
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B, K) for images (B, C, H, W): adapted on and looked at, or predicted once stopped."""
-        return self.method.predict(images) if self.stopped else self.review(images, self.method(images))
+        """Logits (B, K) for images (B, C, H, W): adapted on and looked at, or predicted once stopped.
+
+        They are those of the method, or of the source on probation, or those after an action.
+        """
+        if self.stopped:
+            self.next_batch += 1
+            return self.method.predict(images)
+        if self._candidate is None:
+            self._begin()
+        return self._review(images, self.method(images))
+
+    forward = __call__
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits (B, K) without adapting: the source's on probation."""
+        return self._predict_source(images) if self._is_on_probation() else self.method.predict(images)
 
     def reset(self) -> None:
         """Return the method to the source: a new beginning, whose history still counts."""
         self.method.reset()
         self._begin()
 
-    def review(self, images: Tensor, logits: Tensor, batch: int | None = None) -> Tensor:
-        """Look at a batch that the method has just adapted on, and act.
+    @property
+    def stats(self) -> dict[str, float]:
+        """The method's, and ``guard_alarms``; ``only_predicted`` is 1 once it no longer adapts."""
+        stats = {"only_predicted": 1.0} if self.stopped else self.method.stats
+        return {**stats, "guard_alarms": float(len(self.events))}
 
-        Args:
-            images: (B, C, H, W).
-            logits: What the method returned for them, (B, K).
-            batch: Its number in the stream; by default counted here.
+    def state_dict(self) -> dict[str, Any]:
+        """The method's state, and under ``watch`` what was seen; plain data and tensors."""
+        own: dict[str, Any] = {name: getattr(self, name) for name in _STATE}
+        own |= {name: list(getattr(self, name).batches) for name in _WINDOWS}
+        own["_past"], own["_pending"] = ([tuple(each) for each in many] for many in (self._past, self._pending))
+        return {**self.method.state_dict(), STATE_KEY: own}
 
-        Returns:
-            The logits, or the source's on probation, or those after the action.
-        """
-        source = None
-        self._batch = self._batch + 1 if batch is None else batch
-        used = logits[(logits != 0).any(1)]  # zeros: left out
-        if bool(torch.isfinite(used).all()) and self._finite():
-            if not len(used):
-                return logits
-            self._recent.append(measure(used))
-            if self.compare == "source":
-                with torch.no_grad(), at_source(self.method):
-                    source = self.method.predict(images)
-                self.forwards += 1
-                self._source.append(measure(source[(logits != 0).any(1)]))
-            values, reference = pool(self._recent), self._reference()
-            reason = self._judge(values, reference)
-        else:
-            values, reference, reason = None, None, "non_finite"
-        if reason is None:
-            self._keep(values)
-            if source is None or self._proven > self._probation * 2 ** self._alarms_lately():
-                return logits
-            self.on_probation += 1
-            return source
-        return self._act(images, logits, reason, values, reference)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Counterpart of :meth:`state_dict`."""
+        self.method.load_state_dict({name: value for name, value in state.items() if name != STATE_KEY})
+        own = copy.deepcopy(state[STATE_KEY])
+        for name in _STATE:
+            setattr(self, name, own[name])
+        for name in _WINDOWS:
+            window = getattr(self, name)
+            window.batches.clear()
+            window.batches.extend(tuple(batch) for batch in own[name])
+        self._past.clear()
+        self._past.extend(WindowMeasures(*each) for each in own["_past"])
+        self._pending = [WindowMeasures(*each) for each in own["_pending"]]
+
+    # What was seen
 
     def report(self) -> dict[str, Any]:
         """For the run's report."""
         seen = {name: copy.deepcopy(getattr(self, name)) for name in ("events", "stopped", "on_probation", "forwards")}
-        return {"settings": self.settings, **seen}
+        return {"settings": asdict(self.settings), **seen}
 
     def sizes(self) -> dict[str, int]:
         """Bytes kept: the two snapshots."""
         return {"healthy": size(self._healthy), "candidate": size(self._candidate)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, to go on from here; plain data and tensors."""
-        state = ((name, getattr(self, name)) for name in _STATE)
-        return {name: list(value) if isinstance(value, deque) else value for name, value in state}
+    # Internals
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Counterpart of :meth:`state_dict`."""
-        for name in _STATE:
-            value = copy.deepcopy(state[name])
-            own = getattr(self, name)
-            setattr(self, name, deque(map(tuple, value), own.maxlen) if isinstance(own, deque) else value)
+    def _review(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Look at a batch that the method has just adapted on, and act."""
+        batch, self.next_batch = self.next_batch, self.next_batch + 1
+        kept = (logits != 0).any(1)  # rows of zeros: images left out
+        if not (bool(torch.isfinite(logits[kept]).all()) and self._is_finite()):
+            return self._act(batch, images, logits, "non_finite", None, None)
+        if not bool(kept.any()):
+            return logits
+        self._recent.add(logits[kept])
+        source = None
+        if self.settings.compare == "source":
+            source = self._predict_source(images)
+            self.forwards += 1
+            self._source.add(source[kept])
+        values, reference = self._recent.measures(), self._reference()
+        reason = self._judge(values, reference)
+        if reason is not None:
+            return self._act(batch, images, logits, reason, values, reference)
+        self._accept(values)
+        if source is None or not self._is_on_probation():
+            return logits
+        self.on_probation += 1
+        return source
 
-    # Internals -------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def _predict_source(self, images: Tensor) -> Tensor:
+        with at_source(self.method):
+            return self.method.predict(images)
 
-    def _finite(self) -> bool:
+    def _is_finite(self) -> bool:
         return all(torch.stack([t.isfinite().all() for t in self.method.adaptable.values()] or [torch.tensor(True)]))
 
-    @property
-    def _probation(self) -> int:
-        usual = 2 * self.window if self.compare == "source" and self.action != "warn" else 0
-        return usual if self.probation is None else self.probation
+    def _is_on_probation(self) -> bool:
+        first = self.settings.first_probation
+        return (
+            bool(first) and not self.stopped and self._proven <= first * 2 ** self._recent_alarms(self.next_batch - 1)
+        )
 
-    def _alarms_lately(self) -> int:
-        return sum(self._batch - event["batch"] < self.history for event in self.events)
+    def _recent_alarms(self, batch: int) -> int:
+        return sum(batch - event["batch"] < self.settings.history for event in self.events)
 
-    def _reference(self) -> tuple[float, float, float] | None:
-        """Share, entropy and norm to compare with; ``None`` while there is too little to go by."""
-        if self.compare == "source":
-            return pool(self._source) if 2 * len(self._source) >= self.window else None
-        if len(self._recent) < self.window or not self._past:
+    def _reference(self) -> WindowMeasures | None:
+        """What to compare with; ``None`` while there is too little to go by."""
+        if self.settings.compare == "source":
+            return self._source.measures() if 2 * len(self._source.batches) >= self.settings.window else None
+        if len(self._recent.batches) < self.settings.window or not self._past:
             return None
         shares, entropies, norms = zip(*self._past, strict=True)
-        return max(shares), median(entropies), median(norms)
+        return WindowMeasures(max(shares), median(entropies), median(norms))
 
-    def _judge(self, values: tuple[float, float, float], reference: tuple[float, float, float] | None) -> str | None:
-        if reference is None:
+    def _judge(self, values: WindowMeasures, usual: WindowMeasures | None) -> str | None:
+        if usual is None:
             return None
-        (share, ent, norm), (usual_share, usual_ent, usual_norm) = values, reference
-        if norm > self.norm_ratio * usual_norm:
+        if values.norm > self.settings.norm_ratio * usual.norm:
             return "logit_norm"
-        if self.compare == "source":
-            excess = min(gained(self._recent, self._source), 3 * (share - usual_share))
-            one_class = excess > self.share_excess
+        if self.settings.compare == "source":
+            gained = float((self._recent.shares - self._source.shares).max())
+            one_class = min(gained, 3 * (values.share - usual.share)) > self.settings.share_excess
         else:
-            one_class = share > usual_share + self.share_excess and ent < usual_ent / 2
+            excess = values.share > usual.share + self.settings.share_excess
+            one_class = excess and values.entropy < usual.entropy / 2
         if one_class:
             return "one_class"
-        if ent < self.entropy_floor and ent < usual_ent / 4:
+        if values.entropy < self.settings.entropy_floor and values.entropy < usual.entropy / 4:
             return "no_entropy"
         return None
 
-    def _keep(self, values: tuple[float, float, float] | None) -> None:
+    def _accept(self, values: WindowMeasures) -> None:
         """A healthy batch: a window of history, perhaps a snapshot."""
+        window = self.settings.window
         self._proven += 1
-        if values is not None and len(self._recent) == self.window:
+        if len(self._recent.batches) == window:
             self._pending.append(values)
-            if len(self._pending) > self.window:
+            if len(self._pending) > window:
                 self._past.append(self._pending.pop(0))
         self._since += 1
-        if self._since == self.window:
+        if self._since == window:
             self._healthy = self._candidate
-        if self._since >= max(self.window, self.snapshot_every):
+        if self._since >= max(window, self.settings.snapshot_every):
             self._candidate, self._since = take(self.method), 0
 
-    def _act(self, images: Tensor, logits: Tensor, reason: str, values: Any, reference: Any) -> Tensor:
-        again = self.action in ("reset", "rollback") and self._alarms_lately() + 1 >= (self.retries or math.inf)
-        names = ("largest_class_share", "entropy_of_log_k", "logit_norm")
+    def _act(
+        self,
+        batch: int,
+        images: Tensor,
+        logits: Tensor,
+        reason: str,
+        values: WindowMeasures | None,
+        reference: WindowMeasures | None,
+    ) -> Tensor:
+        action, retries = self.settings.action, self.settings.retries or math.inf
+        gives_up = action in ("reset", "rollback") and self._recent_alarms(batch) + 1 >= retries
         event = {
-            "batch": self._batch,
+            "batch": batch,
             "reason": reason,
-            "values": None if values is None else dict(zip(names, values, strict=True)),
-            "reference": None if reference is None else dict(zip(names, reference, strict=True)),
-            "action": "reset and stop" if again else self.action,
+            "values": _named(values),
+            "reference": _named(reference),
+            "action": "reset and stop" if gives_up else action,
         }
         self.events.append(event)
         self._proven = 0
-        warnings.warn(f"Guard: {reason} at batch {self._batch}: {event['action']}.", stacklevel=4)
+        warnings.warn(f"Guard: {reason} at batch {batch}: {event['action']}.", stacklevel=4)
         if self.on_event is not None:
             self.on_event(event)
-        if self.action == "warn":
+        if action == "warn":
             self._forget()
             return logits
-        if self.action == "reset" or again:
+        if action == "reset" or gives_up:
             self.method.reset()
         else:
+            assert self._healthy is not None
             put_back(self.method, self._healthy)
-        self.stopped = again or self.action == "stop"
+        self.stopped = gives_up or action == "stop"
         self._begin()
         return self.method.predict(images)
 
     def _forget(self) -> None:
-        for seen in (self._recent, self._source, self._pending):
-            seen.clear()
+        self._recent.batches.clear()
+        self._source.batches.clear()
+        self._pending.clear()
 
     def _begin(self) -> None:
         """Another state than before: what was seen of the old one says nothing about it."""
         self._forget()
-        self._healthy, self._candidate, self._since = take(self.method), take(self.method), 0
+        self._healthy = self._candidate = take(self.method)
+        self._since = 0
+
+
+def _named(values: WindowMeasures | None) -> dict[str, float] | None:
+    if values is None:
+        return None
+    return {"largest_class_share": values.share, "entropy_of_log_k": values.entropy, "logit_norm": values.norm}
 
 
 _STATE = (
-    *("events", "stopped", "on_probation", "forwards", "_proven", "_batch"),
-    *("_recent", "_source", "_past", "_pending", "_healthy", "_candidate", "_since"),
+    *("events", "stopped", "on_probation", "forwards", "next_batch", "_proven"),
+    *("_healthy", "_candidate", "_since"),
 )
+_WINDOWS = ("_recent", "_source")

@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from lightning_tta.errors import ConfigError, LightningTTAError
+from lightning_tta.run.options import where_moved
 
 _NOISE = ("Does not validate against any", "Subtypes:", "Errors:", "Given value type:")
 _TYPES = {
@@ -178,6 +179,8 @@ class _Account:
         if self.kind.rpartition(".")[2] in ("LightningDataModule", "LightningModule"):
             example = {"data": "DigitsData", "model": "SourceClassifier"}.get(self.keys[0], "CLASS")
             return f"--{place}{option} needs to know the class first: --{self.keys[0]} {example}, or a --config."
+        if self.kind.endswith("TestTimeAdaptation") and (sentence := where_moved(option)):
+            return sentence
         if self.kind:
             hint = closest(option, _options_of(self.kind))
             return f"--{place}{option}: {self.kind.rpartition('.')[2]} has no option {option!r}.{hint}"

@@ -1,95 +1,63 @@
-"""What a predict run leaves behind: prediction files, curves, the report; and its progress bar."""
+"""What a predict run leaves behind: prediction files, curves and the report."""
 
 from __future__ import annotations
 
 import csv
 import json
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+import sys
+from typing import IO, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, TQDMProgressBar
+import torch
+from lightning.pytorch import LightningModule, Trainer
 
+from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.errors import ConfigError
-from lightning_tta.files import environment, own_file, run_directory, write_json
+from lightning_tta.files import environment, write_json
 from lightning_tta.report.terminal import print_report
+from lightning_tta.run.callbacks import Outputs, RunCallback
+from lightning_tta.run.directory import GROWING, REPORT
+from lightning_tta.run.processes import merge_predictions
+from lightning_tta.run.source import source_accuracy
+from lightning_tta.run.stream_run import StreamRun
+from lightning_tta.run.summary import StreamSummary
 
-if TYPE_CHECKING:
-    from lightning_tta.modules.adaptation import TestTimeAdaptation
-
+PREDICTIONS, BATCHES = GROWING
 COLUMNS = ("index", "domain", "label", "prediction", "confidence", "entropy")
 
 
-def _module(pl_module: LightningModule) -> TestTimeAdaptation:
-    from lightning_tta.modules.adaptation import TestTimeAdaptation
-
-    assert isinstance(pl_module, TestTimeAdaptation)
-    return pl_module
-
-
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(RunCallback):
     """Appends every batch to ``predictions.csv`` as it comes: one line per image, domains by name.
 
     Several processes write ``predictions.rank0.csv`` and so on, of which ``predictions.csv`` is made at the end.
     """
 
     def __init__(self) -> None:
-        super().__init__("batch")
         self._file: IO[str] | None = None
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the file, anew or where a continued run left it; a finished report is never overwritten."""
-        directory = run_directory(trainer)
-        if (directory / "report.json").exists():
-            raise ConfigError(
-                f"{directory} already holds the report of a finished run, which would be overwritten. Choose another "
-                "directory (--trainer.default_root_dir, or the logger's name or version)."
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-        self._file = _module(pl_module).keeper.open(own_file(trainer, directory / "predictions.csv"))
+    def on_start(self, run: StreamRun) -> None:
+        """Open the file, anew or where a continued run left it."""
+        self._file = run.open(PREDICTIONS)
         if self._file.tell() == 0:
             csv.writer(self._file).writerow(COLUMNS)
 
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
+    def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Write one batch and flush it to the system."""
-        if prediction is None:  # a batch of a continued run that is done
-            return
-        summary = _module(pl_module).summary
         assert self._file is not None
-        assert summary is not None
-        columns = {name: prediction[name].tolist() for name in COLUMNS}
-        columns["domain"] = [summary.domain_names[number] for number in columns["domain"]]
+        columns = {name: output[name].tolist() for name in COLUMNS}
+        columns["domain"] = [run.summary.domain_names[number] for number in columns["domain"]]
         for name in ("confidence", "entropy"):
             columns[name] = [f"{value:.6g}" for value in columns[name]]
         csv.writer(self._file).writerows(zip(*columns.values(), strict=True))
         self._file.flush()
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the file."""
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def close(self) -> None:
         """Close the file; what was written stays."""
-        self._close()
-
-    def _close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
-class StreamLogger(Callback):
+class StreamLogger(RunCallback):
     """Logs the state of the adaptation after every batch, for any method.
 
     To the Trainer's loggers under ``adapt/<method>/<stream>/``: online accuracy, entropy, loss, largest
@@ -99,102 +67,116 @@ class StreamLogger(Callback):
     of what it has seen itself; the loggers get those of the first.
     """
 
-    def __init__(self) -> None:
-        self._file = Path("batches.jsonl")
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_start(self, run: StreamRun) -> None:
         """Start a new ``batches.jsonl``, or take up the one of a continued run."""
-        self._file = own_file(trainer, run_directory(trainer) / "batches.jsonl")
-        _module(pl_module).keeper.open(self._file).close()
+        run.open(BATCHES).close()
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Log one batch."""
-        if outputs is None:
+        if not len(output["index"]) and run.group.world > 1:  # of this batch, other processes had all
             return
-        module = _module(pl_module)
-        summary, protocol = module.summary, module.protocol
-        assert summary is not None
-        assert protocol is not None
-        if not len(outputs["index"]) and trainer.world_size > 1:  # of this batch, other processes had all
-            return
-        row = summary.last
-        with self._file.open("a") as file:
+        row = run.summary.last
+        with run.directory.own(BATCHES).open("a") as file:
             file.write(json.dumps(row) + "\n")
-        scheme = f"adapt/{module.method.name}/{protocol.stream}"
-        numbers = {f"{scheme}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "seconds"}
+        numbers = {f"{run.tag}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "seconds"}
         if row["domain"] != "mixed":
-            accuracy = summary.domain_accuracy(row["domain"])
+            accuracy = run.summary.domain_accuracy(row["domain"])
             if accuracy is not None:
-                numbers[f"{scheme}/domain/{row['domain']}"] = accuracy
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=summary.images)
+                numbers[f"{run.tag}/domain/{row['domain']}"] = accuracy
+        for logger in run.trainer.loggers:
+            logger.log_metrics(numbers, step=run.summary.images)
 
 
-class StreamReport(Callback):
-    """Writes ``report.json`` when the stream ends, and prints a table by domain."""
+class StreamReport(RunCallback):
+    """Writes ``report.json`` when the stream ends, and prints a table by domain.
 
-    def __init__(self) -> None:
-        self._start = 0.0
+    On the command line ``--report.measure_forgetting true``.
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
+    Args:
+        measure_forgetting: After the stream also predict clean source test images: ``source_accuracy_after``.
+    """
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def __init__(self, measure_forgetting: bool = False) -> None:
+        self.measure_forgetting = measure_forgetting
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse early what cannot be measured.
+
+        Raises:
+            ConfigError: If there are no clean source images.
+        """
+        data = getattr(trainer, "datamodule", None)
+        if self.measure_forgetting and not isinstance(data, ShiftedDataModule):
+            raise ConfigError(
+                "measure_forgetting needs clean source test images: predict with a data module of lightning_tta, or "
+                "leave it out."
+            )
+
+    def on_ready(self, run: StreamRun) -> None:
+        """Begin to watch the memory."""
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.device)
+
+    def on_end(self, run: StreamRun) -> None:
         """Write and print, on the first process, what all have found."""
-        from lightning_tta.run.measures import measure
-
-        module = _module(pl_module)
-        assert module.summary is not None
-        assert module.protocol is not None
-        assert module.gathering is not None
-        path = run_directory(trainer) / "report.json"
-        summary = module.gathering.finish(trainer, path.parent, module.summary)
-        if not trainer.is_global_zero:
+        summary = gather(run)
+        if not run.trainer.is_global_zero:
             return
         report = {
-            "method": module.method.name,
-            "returns": module.method.returns,
-            "net": module.net_info,
-            "protocol": module.protocol.to_dict(),
+            "method": run.method.name,
+            "options": run.method.options,
+            "returns": run.method.returns,
+            "net": run.net,
+            "protocol": run.protocol.to_dict(),
             **summary.result(),
-            "guard": module.watch.report() if module.watch is not None else None,
-            "wall_seconds": time.perf_counter() - self._start + module.keeper.earlier_seconds,
-            **measure(module),
-            "precision": str(trainer.precision),
-            "environment": environment(module.device),
+            "guard": None,
+            "wall_seconds": run.wall_seconds,
+            **peak_memory(run.device),
+            "precision": str(run.trainer.precision),
+            "environment": environment(run.device),
+            "run_digest": run.directory.digest,
         }
+        if self.measure_forgetting and run.data is not None:
+            accuracy = source_accuracy(run.method, run.data, run.classes, run.device)
+            report["source_accuracy_after"] = accuracy
+        for callback in run.callbacks:
+            if isinstance(callback, RunCallback):
+                report |= callback.results(run)
+        path = run.directory.path / REPORT
         write_json(path, report)
-        if trainer.progress_bar_callback is not None:  # not in quiet runs
+        if run.trainer.progress_bar_callback is not None:  # not in quiet runs
             print_report(report, path)
 
 
-class StreamProgress(Callback):
-    """Shows the running accuracy in the Trainer's own progress bar, rich or tqdm."""
+def gather(run: StreamRun) -> StreamSummary:
+    """The account of the whole stream; the first of several processes also writes the whole ``predictions.csv``.
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Show the accuracy so far."""
-        summary, bar = _module(pl_module).summary, trainer.progress_bar_callback
-        if summary is None or summary.accuracy is None:
-            return
-        text = f"accuracy {summary.accuracy:.3f}"
-        if isinstance(bar, RichProgressBar) and bar.progress is not None and bar.predict_progress_bar_id is not None:
-            bar.progress.update(bar.predict_progress_bar_id, description=f"{bar.predict_description} {text}")
-        elif isinstance(bar, TQDMProgressBar):
-            bar.predict_progress_bar.set_postfix_str(text)
+    Raises:
+        DataError: If an image was predicted twice, or not at all.
+    """
+    if run.group.world == 1 or run.data is None:
+        return run.summary
+    parts = run.group.gather((run.summary, run.directory.own(PREDICTIONS)))
+    if run.trainer.is_global_zero:
+        order = [index for batch in run.data.stream.batches for index in batch]
+        merge_predictions([path for _, path in parts], order, run.directory.path / PREDICTIONS)
+    return StreamSummary.merged([summary for summary, _ in parts], together=run.sharing.mode == "synchronised")
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """``peak_memory_mb`` (of 10^6 bytes), and ``peak_memory``: what was counted.
+
+    On CUDA what torch had allocated in the run; elsewhere what the process had in memory in all its life.
+    """
+    if device.type == "cuda":
+        return {
+            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6,
+            "peak_memory": "allocated on the GPU",
+        }
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {"peak_memory_mb": None, "peak_memory": None}
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_memory_mb": peak / 1e6, "peak_memory": "resident, of the process's whole life"}

@@ -2,26 +2,77 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch import distributed
 
 from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.sharing import Sharing, own_batches
-from lightning_tta.errors import ConfigError, DataError
-from lightning_tta.files import own_file
+from lightning_tta.errors import ConfigError, DataError, LightningTTAError
+from lightning_tta.files import write_whole
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.run.group import ProcessGroup
-from lightning_tta.run.summary import StreamSummary
 
 ProcessMode = Literal["replicas", "synchronised"]
+T = TypeVar("T")
+_PATIENCE = timedelta(days=30)  # processes with smaller domains wait for the others at the end
+
+
+class ProcessGroup:
+    """The processes of a run; alone, a process decides at once. All must make it, and call it, in the same order.
+
+    Args:
+        rank: Number of this process.
+        world: How many there are.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world = rank, world
+        # A group of its own, whose members may be late.
+        self._group: Any = distributed.new_group(backend="gloo", timeout=_PATIENCE) if world > 1 else None
+
+    def gather(self, mine: T) -> list[T]:
+        """What each process has, in order."""
+        if self.world == 1:
+            return [mine]
+        gathered: list[Any] = [None] * self.world
+        distributed.all_gather_object(gathered, mine, group=self._group)
+        return gathered
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """Do something on every process; the results of all.
+
+        Raises:
+            Exception: On every process, if one has raised it; what is not of this package, as a RuntimeError elsewhere.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        outcomes = self.gather((result, self._told(error)))
+        if error is not None:
+            raise error
+        for _, other in outcomes:
+            if other is not None:
+                raise other
+        return [value for value, _ in outcomes]  # type: ignore[misc]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do something on the first process; its result, or its error, on all."""
+        return self.each(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def _told(self, error: Exception | None) -> Exception | None:
+        if error is None or isinstance(error, LightningTTAError):
+            return error
+        return RuntimeError(f"Process {self.rank} has stopped: {type(error).__name__}: {error}")
 
 
 def share_stream(
@@ -114,53 +165,6 @@ def _check_stream(data: ShiftedDataModule, mode: str, reset: str, world: int) ->
         )
 
 
-# Files and accounts ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Part:
-    summary: StreamSummary
-    predictions: Path
-
-
-class Gathering:
-    """Brings together, when the stream has ended, what each process has. Every process makes one when it starts.
-
-    Args:
-        sharing: This process's share of the stream.
-        protocol: Hash of what this process is about to run.
-        group: The processes.
-
-    Raises:
-        ConfigError: If the processes are about to run different things.
-    """
-
-    def __init__(self, sharing: Sharing, protocol: str, group: ProcessGroup) -> None:
-        self.sharing, self.group = sharing, group
-        hashes = group.gather(protocol)
-        if len(set(hashes)) > 1:
-            raise ConfigError(
-                f"The processes have different protocols ({', '.join(hashes)}): their nets or data differ. Give "
-                "all the same source weights and files; for random weights set a seed (--seed_everything)."
-            )
-
-    def finish(self, trainer: Trainer, directory: Path, summary: StreamSummary) -> StreamSummary:
-        """The account of the whole stream; the first process also writes the whole ``predictions.csv``.
-
-        Raises:
-            DataError: If an image was predicted twice, or not at all.
-        """
-        if self.sharing.world == 1:
-            return summary
-        path = directory / "predictions.csv"
-        parts = self.group.gather(_Part(summary, own_file(trainer, path)))
-        if self.sharing.rank == 0:
-            stream = trainer.datamodule.stream  # type: ignore[attr-defined]
-            order = [index for batch in stream.batches for index in batch]
-            merge_predictions([part.predictions for part in parts], order, path)
-        return StreamSummary.merged([part.summary for part in parts], together=self.sharing.mode == "synchronised")
-
-
 def merge_predictions(files: Sequence[Path], order: Sequence[int], path: Path) -> None:
     """Write the lines of ``files``, which begin with an image's index, in the order of the stream.
 
@@ -175,27 +179,28 @@ def merge_predictions(files: Sequence[Path], order: Sequence[int], path: Path) -
             f"{missing[0]} is not there: machines must share the directory of a run. Give one on a file system that "
             "all have (--trainer.default_root_dir, or the logger's save_dir)."
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_whole(path, lambda file: file.writelines(_merged_lines(files, order)))
+
+
+def _merged_lines(files: Sequence[Path], order: Sequence[int]) -> Iterator[bytes]:
     with ExitStack() as stack:
-        readers = [stack.enter_context(file.open(newline="")) for file in files]
-        writer = stack.enter_context(temporary.open("w", newline=""))
+        readers = [stack.enter_context(file.open("rb")) for file in files]
         headers = [reader.readline() for reader in readers]
-        writer.write(headers[0])
+        yield headers[0]
         heads = [reader.readline() for reader in readers]
         for index in order:
-            mine = [number for number, line in enumerate(heads) if _index(line) == index]
-            if len(mine) != 1:
-                raise _not_once(files, index, "missing" if not mine else "there twice")
-            writer.write(heads[mine[0]])
-            heads[mine[0]] = readers[mine[0]].readline()
+            holders = [number for number, line in enumerate(heads) if _index(line) == index]
+            if len(holders) != 1:
+                raise _not_once(files, index, "missing" if not holders else "there twice")
+            yield heads[holders[0]]
+            heads[holders[0]] = readers[holders[0]].readline()
         left = next((line for line in heads if line), None)
         if left is not None:
             raise _not_once(files, _index(left), "there twice, or not of this stream")
-    os.replace(temporary, path)
 
 
-def _index(line: str) -> int:
-    return int(line.split(",", 1)[0]) if line else -1
+def _index(line: bytes) -> int:
+    return int(line.split(b",", 1)[0]) if line else -1
 
 
 def _not_once(files: Sequence[Path], index: int, how: str) -> DataError:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_tta.metrics import Calibration
+from lightning_tta.run.batches import BatchRecord
 
 WINDOW = 8
 """Batches over which the recent predicted-class share is taken."""
@@ -43,43 +44,59 @@ class StreamSummary:
         self._recent: deque[Tensor] = deque(maxlen=WINDOW)
         self._recent_labels: deque[Tensor] = deque(maxlen=WINDOW)
 
-    def update(self, output: dict[str, Tensor], stats: dict[str, float], seconds: float, adapted: bool = True) -> None:
-        """Take in one batch: the outputs per image (on the CPU), the method's ``stats``, its seconds."""
-        domain, label, prediction = output["domain"], output["label"], output["prediction"]
-        classes = output["logits"].shape[1]
+    def update(self, batch: BatchRecord) -> None:
+        """Take in one batch; one that was refused counts as a batch, its images in no accuracy."""
+        self.batches += 1
+        if batch.error:
+            self._skip(batch)
+            return
+        domain, label, prediction = batch.domain, batch.label, batch.measures.prediction
+        classes = batch.logits.shape[1]
         correct = prediction == label
         counted = torch.tensor(self._counted)[domain]
-        self.calibration.update(output["logits"][counted], label[counted])
+        self.calibration.update(batch.logits[counted], label[counted])
         for number in sorted(set(domain.tolist())):
             here = domain == number
             self._images[number] += int(here.sum())
             self._labelled[number] += int((label[here] >= 0).sum())
             self._correct[number] += int(correct[here].sum())
-            self._entropy[number] += float(output["entropy"][here].sum())
+            self._entropy[number] += float(batch.measures.entropy[here].sum())
             counts = torch.bincount(prediction[here], minlength=classes)
             before = self._classes[number]
             self._classes[number] = counts if before is None else before + counts
-        self.batches += 1
-        self.missed += not adapted
-        self.images += len(prediction)
-        self.seconds += seconds
+        self.missed += not batch.adapted or bool(batch.stats.get("only_predicted"))
+        self.images += len(batch)
+        self.seconds += batch.seconds
         for name in ("forwards", "backwards", "skipped_steps", "nonfinite_images"):
-            self._totals[name] = self._totals.get(name, 0) + stats.get(name, 0)
-        self._recent.append(torch.bincount(prediction, minlength=classes))
+            self._totals[name] = self._totals.get(name, 0) + batch.stats.get(name, 0)
+        self._recent.append(batch.measures.counts)
         self._recent_labels.append(torch.bincount(label[label >= 0], minlength=classes))
         labelled = int((label >= 0).sum())
-        first = int(domain[0])
         self.last = {
-            "batch": self.batches - 1,
-            "domain": self.domain_names[first] if bool((domain == first).all()) else "mixed",
-            "images": len(prediction),
-            "images_seen": self.images,
+            **self._place(batch),
             "accuracy": int(correct.sum()) / labelled if labelled else None,
             "accuracy_so_far": self.accuracy,
             "recent_class_share": _largest_share(self._recent),
             "recent_label_share": _largest_share(self._recent_labels),
-            "seconds": seconds,
-            **stats,
+            "seconds": batch.seconds,
+            **{name: float(value) for name, value in batch.measures.means().items()},
+            **batch.stats,
+        }
+
+    def _skip(self, batch: BatchRecord) -> None:
+        self.missed += 1
+        self.skipped_batches += 1
+        self.skipped_images += len(batch)
+        self.last = {**self._place(batch), "skipped": batch.error}
+
+    def _place(self, batch: BatchRecord) -> dict[str, Any]:
+        """Where in the stream a batch is."""
+        names = {self.domain_names[number] for number in batch.domain.tolist()} or set(self.domain_names[:1])
+        return {
+            "batch": self.batches - 1,
+            "domain": names.pop() if len(names) == 1 else "mixed",
+            "images": len(batch),
+            "images_seen": self.images,
         }
 
     @classmethod
@@ -105,27 +122,12 @@ class StreamSummary:
         total.calibration.bins = torch.stack([part.calibration.bins for part in parts]).sum(0)
         total.calibration.scores = torch.stack([part.calibration.scores for part in parts]).sum(0)
         for number in range(len(total.domain_names)):
-            counts = [found for part in parts if (found := part._classes[number]) is not None]
+            counts = [count for part in parts if (count := part._classes[number]) is not None]
             total._classes[number] = torch.stack(counts).sum(0) if counts else None
         for name in dict.fromkeys(name for part in parts for name in part._totals):
             values = [part._totals.get(name, 0) for part in parts]
             total._totals[name] = sum(values) if name == "nonfinite_images" else same(values)
         return total
-
-    def skip(self, output: dict[str, Tensor], reason: str) -> None:
-        """Take in a batch that could not be used: it counts as a batch, its images in no accuracy."""
-        self.batches += 1
-        self.missed += 1
-        self.skipped_batches += 1
-        self.skipped_images += len(output["prediction"])
-        names = {self.domain_names[number] for number in output["domain"].tolist()} or set(self.domain_names[:1])
-        self.last = {
-            "batch": self.batches - 1,
-            "domain": names.pop() if len(names) == 1 else "mixed",
-            "images": len(output["prediction"]),
-            "images_seen": self.images,
-            "skipped": reason,
-        }
 
     @property
     def accuracy(self) -> float | None:
@@ -141,8 +143,8 @@ class StreamSummary:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, in lists, dicts, numbers and tensors."""
-        own = {name: list(value) if isinstance(value, deque) else value for name, value in vars(self).items()}
-        return {**own, "calibration": [self.calibration.bins, self.calibration.scores]}
+        state = {name: list(value) if isinstance(value, deque) else value for name, value in vars(self).items()}
+        return {**state, "calibration": [self.calibration.bins, self.calibration.scores]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Counterpart of :meth:`state_dict`."""

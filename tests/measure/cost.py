@@ -21,7 +21,7 @@ from lightning_tta.data import DigitsData, FolderData
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.errors import UnsupportedModelError
 from lightning_tta.methods import TTAMethod, adapt, available_methods
-from lightning_tta.run.matching import show_source
+from lightning_tta.run.source import show_source
 
 EPISODIC = ("memo", "meta_ttt", "single_image_bn", "view_averaging", "zero")  # image by image, or weights of their own
 

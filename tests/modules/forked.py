@@ -13,6 +13,7 @@ from contract import VARIANTS
 from lightning_tta import DigitsData, TestTimeAdaptation, available_methods
 from nets import make_net
 from processes import PATIENCE, Processes, trainer
+from runs import callbacks_of, directory_of
 
 OWN = ("predictions.rank{}.csv", "batches.rank{}.jsonl")
 TIMES = ("seconds", "seconds_per_batch", "wall_seconds", "environment", "peak_memory_mb", "peak_memory")
@@ -23,9 +24,10 @@ def run(root, name="tent", world=2, callbacks=(), logger=False, **options):
     seed_everything(0, verbose=False)
     method = partial(available_methods()[name], **VARIANTS.get(name, [{}])[-1])
     data = DigitsData(domains=["gaussian_noise", "contrast", "clean"], num_images=40, batch_size=8)
-    options = {"save_every": 2, "resume": "auto", "source_images": 64, "reset": "domain", **options}
+    options = {"save_every": 2, "source_images": 64, "reset": "domain", **options}
+    callbacks = [*callbacks_of(options), *callbacks]
     module = TestTimeAdaptation(method, backbone=make_net("bn", num_classes=10), **options)
-    made = trainer(root, world, callbacks=list(callbacks), logger=logger() if logger else False)
+    made = trainer(root, world, callbacks=callbacks, logger=logger() if logger else False)
     made.predict(module, datamodule=data, return_predictions=False)
     return module
 
@@ -38,6 +40,7 @@ def together(root, *args, world=2, **options):
 
 def outcome(root):
     """What must not depend on interruptions, of both and of each."""
+    root = directory_of(root)
     whole = json.loads((root / "report.json").read_text())
     for name in TIMES:
         whole.pop(name, None)
@@ -58,15 +61,15 @@ class Stop(Callback):
             path.unlink()
 
     def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if pl_module.summary.batches == self.at[trainer.global_rank]:
+        if pl_module.run.summary.batches == self.at[trainer.global_rank]:
             self.root.joinpath(f"held{trainer.global_rank}").touch()
             time.sleep(1000)
 
     def wait(self):
         """Wait until each is held, or has ended its share where it is not to be held."""
         for rank, at in enumerate(self.at):
-            path = self.root / (f"final_state.rank{rank}.pt" if at is None else f"held{rank}")
-            until(path.exists)
+            name = f"*/final_state.rank{rank}.pt" if at is None else f"held{rank}"
+            until(lambda name=name: list(self.root.glob(name)))
 
 
 def until(found):
@@ -78,6 +81,7 @@ def until(found):
 
 def saved(root):
     """The batches after which each has saved its state."""
+    root = next((path.parent for path in root.glob("*/run.lock")), root)
     paths = [root / f"state.rank{rank}.pt" for rank in range(2)]
     return [torch.load(path, weights_only=True)["batches"] if path.exists() else None for path in paths]
 
@@ -114,7 +118,7 @@ def whole_runs(tmp_path_factory):
     def of(name="tent"):
         if name not in made:
             root = tmp_path_factory.mktemp("whole") / name
-            assert together(root, name, save_every=None, resume="never")[0] == [0, 0]
+            assert together(root, name, save_every=None)[0] == [0, 0]
             made[name] = outcome(root)
         return made[name]
 

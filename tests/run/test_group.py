@@ -6,8 +6,9 @@ from threading import Barrier
 import pytest
 
 from lightning_tta.errors import DataError, FinishedError
-from lightning_tta.run.group import ProcessGroup
-from lightning_tta.run.state_files import DirectoryLock, differences
+from lightning_tta.run.directory import DirectoryLock
+from lightning_tta.run.processes import ProcessGroup
+from lightning_tta.run.state_files import differences
 
 WORLD = 3
 
@@ -90,11 +91,13 @@ def test_what_killed_processes_were_writing_is_removed(tmp_path):
     for name in (*left, *kept):
         (tmp_path / name).touch()
     assert DirectoryLock().take(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, "state.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "run.lock"}
 
 
-def test_what_follows_from_the_number_of_processes_is_not_named():
-    saved = {"protocol.world_size": 2, "share": "batches a of process 0 of 2", "lr": 1}
-    assert differences(saved, {"protocol.world_size": 1, "lr": 1}) == ["protocol.world_size: 2 != 1"]
-    (one,) = differences(saved, saved | {"share": "batches b of process 0 of 2"})
-    assert one.startswith("share: 'batches a of")
+def test_options_are_compared_where_the_method_is_the_same():
+    saved = {"method": "tent", "method.lr": 1, "reset_every": None}
+    assert differences(saved, saved | {"method.lr": 2, "reset_every": 3}) == [
+        "method.lr: 1 != 2",
+        "reset_every: None != 3",
+    ]
+    assert differences(saved, {"method": "eata", "reset_every": None}) == ["method: 'tent' != 'eata'"]

@@ -10,8 +10,9 @@ from forked import OWN, line_count, outcome, run, saved, stopped_at, together, w
 from test_kill import counting_lines
 from test_resume import results
 
-from lightning_tta.run import finding
+from lightning_tta.run import directory
 from processes import MARKS, Processes
+from runs import directory_of
 
 pytestmark = MARKS
 
@@ -25,16 +26,16 @@ def whole(tmp_path_factory):
 def test_each_goes_on_from_its_own_save(tmp_path, whole, name):
     root = tmp_path / "a"
     assert stopped_at(root, [7, 3], name) == [6, 2]
-    assert not (root / "predictions.csv").exists()
+    assert not (directory_of(root) / "predictions.csv").exists()
     assert together(root, name)[0] == [0, 0]
     assert outcome(root) == whole(name)
     own = {name.format(rank) for rank in range(2) for name in (*OWN, "final_state.rank{}.pt")}
-    whole = {"predictions.csv", "report.json", "state.lock", "state.rank1.lock"}
-    assert {path.name for path in root.iterdir()} == own | whole
+    whole = {"predictions.csv", "report.json", "run.lock", "run.rank1.lock"}
+    assert {path.name for path in directory_of(root).iterdir()} == own | whole
 
 
 def test_one_process_writes_the_same(tmp_path, whole):
-    run(tmp_path, world=1, save_every=None, resume="never")
+    run(tmp_path, world=1, save_every=None)
     predictions, report, _ = results(tmp_path)
     assert whole()[0] == predictions
     assert json.loads(whole()[1]) | {"protocol": None} == report | {"protocol": None}
@@ -64,23 +65,23 @@ def kill_and_compare(root, expected, name, kills, seed):
     rng, killed, apart, tries = random.Random(seed), 0, 0, 0
     lines = line_count(root / "counted", name)
     while killed < kills:
-        directory, tries = root / f"run{tries}", tries + 1
-        while not (directory / "report.json").exists():
+        place, tries = root / f"run{tries}", tries + 1
+        while not list(place.glob("*/report.json")):
             victim = rng.randrange(2)
             limit = rng.randrange(1, lines[victim])
 
-            def work(rank, directory=directory, victim=victim, limit=limit):
+            def work(rank, place=place, victim=victim, limit=limit):
                 if rank == victim:
-                    counting_lines(lambda: run(directory, name), limit, lambda: os.killpg(0, signal.SIGKILL))
+                    counting_lines(lambda: run(place, name), limit, lambda: os.killpg(0, signal.SIGKILL))
                 else:
-                    run(directory, name)
+                    run(place, name)
 
-            processes = Processes(work, directory)
+            processes = Processes(work, place)
             codes = processes.wait()
             assert set(codes) <= {0, -signal.SIGKILL}, processes.said()
             killed += -signal.SIGKILL in codes
-            apart += len(set(saved(directory))) > 1
-        assert outcome(directory) == expected
+            apart += len(set(saved(place))) > 1
+        assert outcome(place) == expected
     return apart
 
 
@@ -118,7 +119,7 @@ def test_killed_at_the_very_end(tmp_path, whole, moment):
         assert saved(tmp_path) == [8, 4]
         assert together(tmp_path)[0] == [0, 0]
     assert outcome(tmp_path) == whole()
-    assert not list(tmp_path.glob(".*"))
+    assert not list(directory_of(tmp_path).glob(".*"))
 
 
 # Damage ----------------------------------------------------------------------------------------------------------
@@ -128,9 +129,9 @@ def test_a_state_that_cannot_be_read_after_all(tmp_path, whole):
     stopped_at(tmp_path, [5, 3])
 
     def work(rank):
-        read = finding.state_files.read_state
+        read = directory.read_state
         if rank == 1:  # of this child only
-            finding.state_files.read_state = lambda path, head=False: read(path, head=True) if head else None
+            directory.read_state = lambda path, head=False: read(path, head=True) if head else None
         run(tmp_path)
 
     assert Processes(work, tmp_path).wait() == [0, 0]
@@ -140,7 +141,7 @@ def test_a_state_that_cannot_be_read_after_all(tmp_path, whole):
 @pytest.mark.parametrize("damage", ["missing", "half"])
 def test_without_one_state_both_start_anew(tmp_path, whole, damage):
     stopped_at(tmp_path, [5, 3])
-    path = tmp_path / "state.rank1.pt"
+    path = directory_of(tmp_path) / "state.rank1.pt"
     content = path.read_bytes()
     path.unlink()
     if damage == "half":

@@ -17,17 +17,18 @@ from lightning_tta.data.sharing import Sharing, deal, part_of
 from lightning_tta.data.streams import build_stream
 from lightning_tta.run.processes import merge_predictions, share_stream
 from nets import make_net, same, without_running_statistics
+from runs import directory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TIMES = {"seconds", "seconds_per_batch", "wall_seconds", "peak_memory_mb", "peak_memory"}
 
 
 def report(directory):
-    return json.loads((directory / "report.json").read_text())
+    return json.loads((directory_of(directory) / "report.json").read_text())
 
 
 def predictions(directory):
-    with (directory / "predictions.csv").open(newline="") as file:
+    with (directory_of(directory) / "predictions.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -50,7 +51,7 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize("case", REPLICAS)
 def test_replicas_write_what_one_process_writes(two, tmp_path, case):
     main(1, tmp_path, case)
-    one, both = tmp_path / case, two / case
+    one, both = directory_of(tmp_path / case), directory_of(two / case)
     assert (both / "predictions.csv").read_bytes() == (one / "predictions.csv").read_bytes()
     assert without(report(both), "protocol") == without(report(one), "protocol")
     protocol = report(both)["protocol"]
@@ -96,10 +97,10 @@ def test_the_cases_filter_and_step(two):
     rows = [
         json.loads(line)
         for case in ("synchronised_eata", "synchronised_eta")
-        for line in (two / case / "batches.rank0.jsonl").read_text().splitlines()
+        for line in (directory_of(two / case) / "batches.rank0.jsonl").read_text().splitlines()
     ]
     assert sum(0 < row["kept"] < 1 for row in rows) > 5
-    norm = [(two / "synchronised_norm" / f"predictions.rank{rank}.csv").read_text() for rank in range(2)]
+    norm = [(directory_of(two / "synchronised_norm") / f"predictions.rank{rank}.csv").read_text() for rank in range(2)]
     assert norm[0].count("\n") == norm[1].count("\n") + 3  # one image more in each of three domains
 
 
@@ -119,7 +120,7 @@ def test_refused_on_every_process(two, case, words):
         message = (two / f"{case}.{rank}.txt").read_text()
         assert words in message
         assert "--trainer.devices" in message or case == "nets"
-    assert not (two / case / "predictions.csv").exists()
+    assert not list((two / case).rglob("predictions.csv"))
 
 
 # Without processes -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from lightning_tta.cli.stream import list_stream
 from lightning_tta.methods import Source, Tent
 from lightning_tta.run.pace import Pace
 from nets import make_net
+from runs import callbacks_of, directory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TENT = partial(Tent, lr=1e-2)
@@ -46,10 +47,11 @@ class Spy(Source):
 def run(root, method=TENT, *, data=None, net=None, **options):
     data = data or DigitsData(domains=["gaussian_noise", "contrast"], num_images=40, batch_size=16)
     net = net or make_net("bn", num_classes=10)
+    callbacks = callbacks_of(options)
     module = TestTimeAdaptation(method, backbone=net, **options)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=root)
-    outputs = trainer.predict(module, datamodule=data)
-    return module, outputs, json.loads((root / "report.json").read_text())
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": root}
+    outputs = Trainer(**quiet, callbacks=callbacks).predict(module, datamodule=data)
+    return module, outputs, json.loads((directory_of(root) / "report.json").read_text())
 
 
 # Blind spots -------------------------------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ class Counted(DigitsData):
 
 def test_source_images_are_read_as_they_are_shown(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("lightning_tta.run.matching.with_progress", lambda *a: told.append(a) or iter(range(a[0])))
+    monkeypatch.setattr("lightning_tta.run.source.with_progress", lambda *a: told.append(a) or iter(range(a[0])))
     monkeypatch.setattr(Counted, "read", [])
     data = Counted(domains=["contrast"], num_images=20)
     first, read, *again = run(tmp_path, Twice, data=data, source_images=150)[0].method.shown
@@ -283,7 +285,7 @@ def test_stream_command(tmp_path, capsys):
 def test_unlike_protocols_are_compared_on_request_only(tmp_path, capsys):
     for number, name in enumerate(("a", "b")):
         run(tmp_path / name, Source, data=DigitsData(domains=["contrast"], num_images=20, order_seed=number))
-    runs = [*(str(tmp_path / name) for name in ("a", "b")), "--output", str(tmp_path)]
+    runs = [*(str(directory_of(tmp_path / name)) for name in ("a", "b")), "--output", str(tmp_path)]
     with pytest.raises(SystemExit):
         main(["report", *runs])
     assert "order_seed: 0 != 1" in capsys.readouterr().err

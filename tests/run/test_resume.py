@@ -15,6 +15,7 @@ from lightning_tta.cli.main import main
 from lightning_tta.data.images import StreamBatches
 from lightning_tta.methods import Source, Tent
 from nets import make_net
+from runs import callbacks_of, directory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TENT = partial(Tent, lr=1e-2)
@@ -32,7 +33,7 @@ class Crasher(Callback):
         self.at = at
 
     def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if pl_module.summary.batches == self.at:
+        if pl_module.run.summary.batches == self.at:
             raise Crash
 
 
@@ -41,9 +42,10 @@ def make_data(**options):
 
 
 def run(root, method=TENT, *, crash=None, data=None, logger=False, callbacks=(), loader=None, **options):
-    options = {"save_every": 2, "resume": "auto", "source_images": 64, **options}
+    options = {"save_every": 2, "source_images": 64, **options}
+    own = callbacks_of(options)
     module = TestTimeAdaptation(method, backbone=make_net("bn", num_classes=10), **options)
-    callbacks = [*callbacks, *([] if crash is None else [Crasher(crash)])]
+    callbacks = [*own, *callbacks, *([] if crash is None else [Crasher(crash)])]
     trainer = Trainer(
         accelerator="cpu", logger=logger, callbacks=callbacks, enable_progress_bar=False, default_root_dir=root
     )
@@ -57,6 +59,7 @@ def run(root, method=TENT, *, crash=None, data=None, logger=False, callbacks=(),
 
 def results(root):
     """What must not depend on interruptions: predictions as bytes; report and batches without timings."""
+    root = directory_of(root)
     report = json.loads((root / "report.json").read_text())
     batches = [json.loads(line) for line in (root / "batches.jsonl").read_text().splitlines()]
     for entry in (report, *batches):
@@ -72,7 +75,7 @@ def partial_of(name):
 @pytest.mark.parametrize("name", available_methods())
 def test_every_method_goes_on_bit_by_bit(tmp_path, name):
     method = partial_of(name)
-    whole = run(tmp_path / "whole", method, save_every=None, resume="never")
+    whole = run(tmp_path / "whole", method, save_every=None)
     expected = results(tmp_path / "whole")
     for crash in (1, 3, 5):
         root = tmp_path / str(crash)
@@ -86,7 +89,7 @@ def test_every_method_goes_on_bit_by_bit(tmp_path, name):
 def test_three_crashes_in_one_run_with_resets_and_pace(tmp_path):
     options = {"charge": "passes", "stream": "continual"}
     kept = {"method": TENT, "reset_every": 2}
-    run(tmp_path / "whole", data=make_data(**options), resume="never", **kept)
+    run(tmp_path / "whole", data=make_data(**options), **kept)
     for crash in (1, 3, 5):
         run(tmp_path / "a", data=make_data(**options), crash=crash, save_every=1, **kept)
     run(tmp_path / "a", data=make_data(**options), save_every=1, **kept)
@@ -98,7 +101,7 @@ def test_three_crashes_in_one_run_with_resets_and_pace(tmp_path):
 
 def test_blind_spots_are_those_of_the_source(tmp_path):
     data = {"stream": "blind_spot"}
-    run(tmp_path / "whole", data=make_data(**data), resume="never")
+    run(tmp_path / "whole", data=make_data(**data))
     run(tmp_path / "a", data=make_data(**data), crash=5)
     run(tmp_path / "a", data=make_data(**data))
     assert results(tmp_path / "a") == results(tmp_path / "whole")
@@ -125,11 +128,11 @@ def test_images_that_are_done_are_not_read(tmp_path, monkeypatch):
 def test_loader_of_a_user_is_read_through(tmp_path):
     images = [{"image": batch["image"]} for batch in make_data().predict_dataloader()]
     loader = torch.utils.data.DataLoader(images, batch_size=None)
-    run(tmp_path / "whole", loader=loader, resume="never")
+    run(tmp_path / "whole", loader=loader)
     run(tmp_path / "a", loader=loader, crash=5)
     module = run(tmp_path / "a", loader=loader)
     assert results(tmp_path / "a") == results(tmp_path / "whole")
-    assert module.summary.batches == BATCHES
+    assert module.run.summary.batches == BATCHES
 
 
 class Draws(Source):
@@ -174,13 +177,14 @@ def test_callbacks_of_users_are_kept(tmp_path):
 
 def test_seconds_of_all_parts_count(tmp_path):
     run(tmp_path, crash=3)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    path = directory_of(tmp_path) / "state.pt"
+    state = torch.load(path, weights_only=True)
     assert state["batches"] == 2
     state["summary"]["seconds"] += 1000
     state["wall_seconds"] += 2000
-    torch.save(state, tmp_path / "state.pt")
+    torch.save(state, path)
     run(tmp_path)
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((directory_of(tmp_path) / "report.json").read_text())
     assert 1000 < report["seconds"] < 1100
     assert 2000 < report["wall_seconds"] < 2100
 
@@ -189,7 +193,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     args = ["predict", "--model.source_ckpt=none", "--model.backbone=cifar/resnet20", "--model.method=Tent"]
     args += ["--data=DigitsData", "--data.domains=[contrast]", "--data.num_images=20", "--data.batch_size=4"]
     args += ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
-    resume = ["--model.save_every=1", "--model.resume=auto", f"--trainer.default_root_dir={tmp_path / 'a'}"]
+    resume = ["--state.save_every=1", f"--trainer.default_root_dir={tmp_path / 'a'}"]
     main([*args, f"--trainer.default_root_dir={tmp_path / 'whole'}"])
     with monkeypatch.context() as patch:
         step, seen = TestTimeAdaptation.predict_step, []
@@ -209,5 +213,6 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert results(directory) == results(whole)
     capsys.readouterr()
     main([*args, *resume])  # no error: a supervisor may start it again and again
-    assert "version_0 is finished" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "a" / "lightning_logs").iterdir()] == ["version_0"]
+    assert f"{directory} is finished" in capsys.readouterr().out
+    assert directory.name == whole.name
+    assert list((tmp_path / "a" / "lightning_logs").iterdir()) == [directory]

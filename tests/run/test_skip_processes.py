@@ -13,6 +13,7 @@ from lightning_tta import DigitsData, TestTimeAdaptation
 from lightning_tta.methods import Tent
 from nets import make_net
 from processes import MARKS, Processes, trainer
+from runs import callbacks_of, directory_of
 
 pytestmark = MARKS
 DOMAINS = ["gaussian_noise", "contrast", "clean"]  # of five batches each: the first process has the first and the last
@@ -38,12 +39,13 @@ def run(root, bad, world, rank=0, **options):
     data.bad = bad
     method = partial(Tent, lr=1e-2)
     options = {"reset": "domain", "on_bad_batch": "skip", **options}
+    callbacks = callbacks_of(options)
     module = TestTimeAdaptation(method, backbone=make_net("bn", num_classes=10), **options)
-    trainer(root, world).predict(module, datamodule=data, return_predictions=False)
+    trainer(root, world, callbacks=callbacks).predict(module, datamodule=data, return_predictions=False)
 
 
 def outcome(root):
-    report = json.loads((root / "report.json").read_text())
+    report = json.loads((directory_of(root) / "report.json").read_text())
     return {name: value for name, value in report.items() if name not in (*TIMES, "protocol")}
 
 
@@ -66,11 +68,11 @@ def test_as_on_one_process(tmp_path, bad, reset):
         run(tmp_path / "one", bad, 1, reset=reset)
     both = Processes(partial(run, tmp_path / "two", bad, 2, reset=reset), tmp_path / "two")
     assert (both.wait(), both.said()) == ([0, 0], ["", ""])
-    predictions = [(tmp_path / name / "predictions.csv").read_bytes() for name in ("one", "two")]
+    predictions = [(directory_of(tmp_path / name) / "predictions.csv").read_bytes() for name in ("one", "two")]
     assert predictions[0] == predictions[1]
     assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
     assert outcome(tmp_path / "two")["skipped_batches"] == len(bad)
-    rows = list(csv.DictReader((tmp_path / "two" / "predictions.csv").open(newline="")))
+    rows = list(csv.DictReader((directory_of(tmp_path / "two") / "predictions.csv").open(newline="")))
     assert sorted(int(row["index"]) for row in rows) == list(range(120))
     assert sum(row["prediction"] == "-1" for row in rows) == 8 * len(bad)
 
@@ -79,13 +81,13 @@ def test_killed_between_bad_batches(tmp_path):
     bad = CASES["some"]
     whole = Processes(partial(run, tmp_path / "whole", bad, 2), tmp_path / "whole")
     assert whole.wait() == [0, 0]
-    root, options = tmp_path / "cut", {"save_every": 1, "resume": "auto"}
+    root, options = tmp_path / "cut", {"save_every": 1}
 
     def cut(rank):
         step, last = TestTimeAdaptation.predict_step, [6, 3][rank]
 
         def stop(self, batch, batch_idx):
-            if self.summary.batches == last:
+            if self.run.summary.batches == last:
                 raise KeyError
             return step(self, batch, batch_idx)
 
@@ -93,7 +95,8 @@ def test_killed_between_bad_batches(tmp_path):
         run(root, bad, 2, **options)
 
     assert Processes(cut, root).wait() == [1, 1]
-    assert [torch.load(root / f"state.rank{rank}.pt")["batches"] for rank in range(2)] == [6, 3]
+    assert [torch.load(directory_of(root) / f"state.rank{rank}.pt")["batches"] for rank in range(2)] == [6, 3]
     assert Processes(partial(run, root, bad, 2, **options), root).wait() == [0, 0]
-    assert (root / "predictions.csv").read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
+    predictions = [(directory_of(path) / "predictions.csv").read_bytes() for path in (root, tmp_path / "whole")]
+    assert predictions[0] == predictions[1]
     assert outcome(root) == outcome(tmp_path / "whole")

@@ -10,9 +10,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_tta import ConfigError, DigitsData, TestTimeAdaptation, WeightsError, adapt
+from lightning_tta import ConfigError, DigitsData, FinishedError, TestTimeAdaptation, WeightsError, adapt
 from lightning_tta.methods import Source, Tent
+from lightning_tta.run.input import StreamInput
 from nets import make_net
+from runs import directory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DOMAINS = ["gaussian_noise", "contrast"]
@@ -108,7 +110,7 @@ def test_reset_policies(tmp_path, reset, stream, expected):
     module = TestTimeAdaptation(Spy, backbone=net(), reset=reset)
     run(tmp_path, module=module, data_options={"stream": stream})
     assert module.method.resets == expected
-    assert json.loads((tmp_path / "report.json").read_text())["resets"] == expected
+    assert json.loads((directory_of(tmp_path) / "report.json").read_text())["resets"] == expected
 
 
 def test_mixed_stream_has_no_domain_boundaries(tmp_path):
@@ -151,16 +153,16 @@ def test_same_protocol_for_every_method_and_another_for_another_order(tmp_path):
     hashes = []
     for number, (method, options) in enumerate([(TENT, {}), (Source, {}), (Source, {"order_seed": 1})]):
         module, _ = run(tmp_path / str(number), method, data_options=options)
-        hashes.append(module.protocol.hash)
+        hashes.append(module.run.protocol.hash)
     assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_finished_run_is_not_overwritten(tmp_path):
     run(tmp_path)
-    before = (tmp_path / "predictions.csv").read_text()
-    with pytest.raises(ConfigError, match="finished run"):
+    before = (directory_of(tmp_path) / "predictions.csv").read_text()
+    with pytest.raises(FinishedError, match="is finished"):
         run(tmp_path)
-    assert (tmp_path / "predictions.csv").read_text() == before
+    assert (directory_of(tmp_path) / "predictions.csv").read_text() == before
 
 
 def test_broken_images_and_missing_labels(tmp_path, monkeypatch):
@@ -176,7 +178,7 @@ def test_broken_images_and_missing_labels(tmp_path, monkeypatch):
 
     monkeypatch.setattr(TestTimeAdaptation, "predict_step", broken)
     module, outputs = run(tmp_path)
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((directory_of(tmp_path) / "report.json").read_text())
     assert report["nonfinite_images"] == 1 + 8
     assert report["accuracy"] is None
     assert torch.isfinite(logits_of(outputs)).all()
@@ -194,8 +196,9 @@ def test_a_crash_leaves_what_was_predicted(tmp_path, monkeypatch):
     monkeypatch.setattr(TestTimeAdaptation, "predict_step", crash)
     with pytest.raises(RuntimeError, match="unplugged"):
         run(tmp_path)
-    assert len(list(csv.DictReader((tmp_path / "predictions.csv").open()))) == 40
-    assert not (tmp_path / "report.json").exists()
+    directory = directory_of(tmp_path)
+    assert len(list(csv.DictReader((directory / "predictions.csv").open()))) == 40
+    assert not (directory / "report.json").exists()
 
 
 def test_bfloat16_autocast(tmp_path):
@@ -222,9 +225,9 @@ def test_predict_after_the_step(tmp_path):
 
 def test_channels_last_reaches_the_net(tmp_path):
     seen = []
-    module = TestTimeAdaptation(TENT, backbone=net(), channels_last=True)
+    module = TestTimeAdaptation(TENT, backbone=net())
     module.method.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].stride()))
-    _, outputs = run(tmp_path, module=module)
+    _, outputs = run(tmp_path, module=module, trainer_options={"callbacks": [StreamInput(channels_last=True)]})
     assert all(stride[1] == 1 for stride in seen)
     _, plain = run(tmp_path / "plain")
     assert torch.allclose(logits_of(outputs), logits_of(plain), atol=1e-3)

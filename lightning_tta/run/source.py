@@ -1,4 +1,4 @@
-"""Whether data and net fit: sizes, labels, and which images the source gets wrong."""
+"""What is asked of the source: what it gets wrong, what a method must see of it, what a method forgot of it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def labels_among(labels: Tensor, classes: Sequence[int] | None) -> Tensor:
     table = torch.full((max(int(labels.max()), *classes) + 2,), -2)
     table[list(classes)] = torch.arange(len(classes))
     table[-1] = -1
-    own = table[labels]
-    if bool((own == -2).any()):
+    positions = table[labels]
+    if bool((positions == -2).any()):
         raise DataError(
-            f"An image has the label {int(labels[own == -2][0])}, which is not among the {len(classes)} classes that "
-            "the net was cut to. Choose classes that the data has, or leave model.classes out."
+            f"An image has the label {int(labels[positions == -2][0])}, which is not among the {len(classes)} classes "
+            "that the net was cut to. Choose classes that the data has, or leave model.classes out."
         )
-    return own
+    return positions
 
 
 @torch.no_grad()
-def predicted(
+def predict_classes(
     predict: Callable[[Tensor], Tensor], images: Images, positions: Tensor, batch_size: int, device: torch.device
 ) -> Tensor:
     """Classes (N,) that ``predict``, pixels in [0, 1] -> logits, gives the images at ``positions`` (N,), in batches."""
@@ -53,21 +53,41 @@ def source_errors(
     """Which images of each domain the net, as it is, gets wrong: bool (N_d,)."""
     wrong = []
     for images in data.domain_images:
-        found = predicted(lambda x: as_logits(model(x)), images, torch.arange(len(images)), data.batch_size, device)
-        wrong.append(found != labels_among(images.labels, classes))
+        positions = torch.arange(len(images))
+        predicted = predict_classes(lambda x: as_logits(model(x)), images, positions, data.batch_size, device)
+        wrong.append(predicted != labels_among(images.labels, classes))
     return wrong
 
 
-def compare_size(images: Tensor, preprocessing: Mapping[str, Any], net: Mapping[str, Any]) -> None:
-    """Say so where images (B, C, H, W) are not of the size that published weights were trained on.
+def source_accuracy(
+    method: TTAMethod, data: ShiftedDataModule, classes: Sequence[int] | None, device: torch.device
+) -> float | None:
+    """Accuracy of ``method.predict`` on clean source test images, in [0, 1]; the method adapts on nothing.
 
-    A net of another family that was trained here may have been trained on any size: nothing is said of it.
+    At most ``num_images`` of them, in batches of the stream's size, in a fixed random order: a method that predicts
+    with the statistics of a batch sees batches of all classes. Of a net cut to some classes, images of these.
     """
-    wanted, given = preprocessing.get("input_size"), list(images.shape[1:])
+    images = data.clean("test")
+    positions = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    if classes is not None:
+        positions = positions[torch.isin(images.labels[positions], torch.tensor(classes))]
+    positions = positions[: data.num_images]
+    labels = labels_among(images.labels[positions], classes)
+    right = predict_classes(method.predict, images, positions, data.batch_size, device) == labels
+    known = int((labels >= 0).sum())
+    return int(right.sum()) / known if known else None
+
+
+def warn_of_size(images: Tensor, preprocessing: Mapping[str, Any], net: Mapping[str, Any]) -> None:
+    """Warn where images (B, C, H, W) are not of the size that published weights were trained on.
+
+    A net of another family that was trained here may have been trained on any size: then there is no warning.
+    """
+    wanted, size = preprocessing.get("input_size"), list(images.shape[1:])
     published = net.get("pretrained") or str(net["name"]).startswith("cifar/")
-    if wanted is not None and list(wanted) != given and published:
+    if wanted is not None and list(wanted) != size and published:
         warnings.warn(
-            f"Images are {given} (C, H, W), the weights' own preprocessing has {list(wanted)} (crop "
+            f"Images are {size} (C, H, W), the weights' own preprocessing has {list(wanted)} (crop "
             f"{preprocessing.get('crop_pct')}, {preprocessing.get('interpolation')}): accuracy may suffer. Set the "
             "data's image_size unless this is meant.",
             stacklevel=3,

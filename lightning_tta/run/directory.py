@@ -1,0 +1,277 @@
+"""The directory of a run follows from its configuration, so that the same command finds the same run.
+
+``<save_dir>/<name>/<method>-<digest>`` under a logger, ``<default_root_dir>/<method>-<digest>`` without; the digest is
+over the method, its options, the protocol, and what else changes the predictions. A logger whose version is text, as in
+``TensorBoardLogger("runs", name="a", version="b")``, names the directory itself, here ``runs/a/b``.
+
+What is there is a finished run (with ``report.json``), an unfinished one, or one that a live process holds by a lock.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from filelock import FileLock, Timeout
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_tta.errors import ConfigError, FinishedError
+from lightning_tta.files import of_all, of_process, own_file
+from lightning_tta.run.processes import ProcessGroup
+from lightning_tta.run.state_files import FINAL, FORMAT, STATE, State, check_lengths, differences, read_state
+
+FILE_LOGGERS = (TensorBoardLogger, CSVLogger)
+ResumePolicy = Literal["auto", "restart"]
+LOCK, REPORT = "run.lock", "report.json"
+STATES = ("state*.pt", "final_state*.pt")
+GROWING = ("predictions.csv", "batches.jsonl")
+OTHERS = ("predictions*.csv", "batches*.jsonl", "guard.jsonl", "config.yaml")
+LOGGED = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
+
+
+class RunDirectory:
+    """The directory of one run; every process of the run makes one and calls the same.
+
+    Args:
+        trainer: Gets loggers that write into the directory.
+        loggers: Its loggers as they were given.
+        group: The processes; all decide the same.
+        identity: What makes this run another one than others, by name.
+
+    Attributes:
+        path: The directory.
+        digest: Eight hex digits of the identity.
+    """
+
+    def __init__(
+        self, trainer: Trainer, loggers: list[Logger], group: ProcessGroup, identity: Mapping[str, Any]
+    ) -> None:
+        self.trainer, self.group = trainer, group
+        text = json.dumps(identity, sort_keys=True, default=str)
+        self.identity: State = json.loads(text)  # as it is read from a file
+        self.digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        name = group.first(lambda: f"{identity['method']}-{self.digest}")
+        trainer.loggers = [_with_version(logger, name) if counts_versions(logger) else logger for logger in loggers]
+        self.path = _path(trainer, name)
+        self.is_named = isinstance(trainer.logger, FILE_LOGGERS) and not counts_versions(loggers[0])
+        self._lock = DirectoryLock()
+
+    def take(self, resume: ResumePolicy) -> State | None:
+        """Keep others out.
+
+        Args:
+            resume: ``auto`` continues an unfinished run; ``restart`` removes the run that is there.
+
+        Returns:
+            The state to go on from; ``None``: from the beginning, and what an earlier try has left is removed.
+
+        Raises:
+            FinishedError: On all processes, if the run is finished.
+            ConfigError: On all processes, if another process holds the directory, or another run is in it.
+        """
+        if not self._lock_all():
+            raise ConfigError(
+                f"{self.path} is in use by another process, which runs the same. Wait for it, or stop it; to run "
+                "beside it, choose another directory (--trainer.default_root_dir, or the logger's save_dir)."
+            )
+        try:
+            state = None
+            if resume == "auto":
+                self.group.first(self._check)
+                state = self._read()
+            if state is None:
+                self.group.first(self._clear)
+            return state
+        except BaseException:
+            self.release()
+            raise
+
+    def open(self, name: str, state: State | None) -> IO[str]:
+        """This process's file of that name: empty, or cut back to where the state has it."""
+        path = own_file(self.trainer, self.path / name)
+        if state is None:
+            return path.open("w", newline="")
+        file = path.open("a", newline="")
+        file.truncate(state["bytes"].get(path.name, 0))
+        file.seek(0, os.SEEK_END)
+        return file
+
+    def own(self, name: str) -> Path:
+        """Where this process writes what others write too."""
+        return own_file(self.trainer, self.path / name)
+
+    def remove_states(self, *names: str) -> None:
+        """Remove saved states of all processes."""
+        for path in (path for name in names for path in of_all(self.path / name)):
+            path.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let others in."""
+        self._lock.release()
+
+    # Internals
+
+    def _lock_all(self) -> bool:
+        """Whether the directory is this group's: the first process takes it for all, then each says that it lives."""
+        if not self.group.first(lambda: self._lock.take(self.path)):
+            return False
+        return all(self.group.each(lambda: self._lock.take(self.path, self.group.rank)))
+
+    def _check(self) -> None:
+        """Refuse a finished run, and in a named directory another one than this."""
+        report = self.path / REPORT
+        if report.exists():
+            content = json.loads(report.read_text())
+            options = content.get("options") or {}
+            saved = {
+                "method": content.get("method"),
+                **{f"method.{name}": value for name, value in options.items()},
+                **{f"protocol.{name}": value for name, value in (content.get("protocol") or {}).items()},
+            }
+            compared = ("method", "protocol.")
+            lines = differences(saved, {k: v for k, v in self.identity.items() if k.startswith(compared)})
+            if content.get("run_digest") != self.digest and not lines:
+                lines = [f"digest: {content.get('run_digest')} != {self.digest}"]
+            if lines:
+                raise self._another("a finished", lines)
+            raise FinishedError(
+                f"{self.path} is finished: there is nothing to continue. Its report is {report}. To run once more, "
+                "replace it with --state.resume restart (in Python StateKeeper(resume='restart')), or choose another "
+                "directory (--trainer.default_root_dir, or the logger's save_dir)."
+            )
+        for path in of_all(self.path / STATE):
+            state = read_state(path, head=True)
+            if state is not None and state.get("format") != FORMAT:
+                raise ConfigError(
+                    f"{path} was written by version {state.get('version')} of lightning_tta, whose states cannot be "
+                    "continued. Replace the run with --state.resume restart."
+                )
+            lines = [] if state is None else differences(state["identity"], self.identity)
+            if lines:
+                raise self._another("an unfinished", lines)
+
+    def _another(self, what: str, lines: Iterable[str]) -> ConfigError:
+        return ConfigError(
+            f"{self.path} holds {what} run that differs from this one (there != here): {'; '.join(lines)}. Choose "
+            "another directory (--trainer.default_root_dir, or the logger's name or version), replace that run with "
+            "--state.resume restart, or run with the same settings to continue it."
+        )
+
+    def _read(self) -> State | None:
+        """This process's state; all go on, or all start anew."""
+        path, state = self.own(STATE), None
+
+        def read() -> int | None:
+            nonlocal state
+            state = read_state(path)
+            if state is None:
+                return None
+            check_lengths(path, state)
+            return int(state["batches"])
+
+        batches = self.group.each(read)
+        if None not in batches:
+            rank_zero_info(f"Continuing {self.path} after batch {', '.join(map(str, batches))}.")
+            return state
+        if any(number is not None for number in batches):
+            rank_zero_info(f"Not every process of {self.path} had saved its state, so the run starts anew.")
+        return None
+
+    def _clear(self) -> None:
+        """Remove an earlier run; states first: what is left when this is cut off must not be continued."""
+        logged = () if self.is_named else LOGGED  # in a directory that was named they may be of a training
+        for pattern in (*STATES, REPORT, *OTHERS, *logged):
+            for path in self.path.glob(pattern):
+                path.unlink()
+
+
+class DirectoryLock:
+    """Keeps other runs out of a directory; each process's part ends with the process, however that ends.
+
+    The first process of a run takes the directory for all. The others have a lock each too, which nobody contests, so
+    that the directory is in use as long as one of them lives.
+    """
+
+    def __init__(self) -> None:
+        self._lock: FileLock | None = None
+
+    def take(self, directory: Path, rank: int = 0) -> bool:
+        """Whether the directory is ours now; what a process left that was killed while it wrote is removed."""
+        path = directory / LOCK if rank == 0 else of_process(directory / LOCK, rank)
+        if self._lock is not None and Path(self._lock.lock_file) == path:
+            return True
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        if not _acquired(lock):
+            return False
+        if rank == 0:
+            if not all(_is_free(other) for other in of_all(path) if other != path):
+                lock.release()
+                return False
+            names = (STATE, FINAL, GROWING[0], REPORT)  # written whole, beside a temporary file
+            for temporary in (path for n in names for path in directory.glob(f".{n.replace('.', '*.')}.*.tmp")):
+                temporary.unlink()
+        self.release()
+        self._lock = lock
+        return True
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def counts_versions(logger: Logger) -> bool:
+    """Whether a logger makes a directory ``version_N``; asking it names none and makes none."""
+    return isinstance(logger, FILE_LOGGERS) and not isinstance(logger.version, str)
+
+
+def withhold_loggers(trainer: Trainer) -> list[Logger]:
+    """Take away loggers that count versions, before Lightning has them make a directory.
+
+    Returns:
+        All loggers as they were given to the Trainer, for :class:`RunDirectory` to put in their places.
+    """
+    loggers: list[Logger] = [getattr(logger, "counting", logger) for logger in trainer.loggers]
+    trainer.loggers = [logger for logger in loggers if not counts_versions(logger)]
+    return loggers
+
+
+def _with_version(logger: Logger, version: str) -> Logger:
+    """The same logger in a directory of that name; ``counting`` is the logger as it was given."""
+    kind = type(logger)
+    named = copy.copy(logger)  # without an open writer
+    named.__class__ = type(kind.__name__, (kind,), {"version": version, "counting": logger})
+    return named
+
+
+def _path(trainer: Trainer, name: str) -> Path:
+    logger = trainer.logger
+    if isinstance(logger, FILE_LOGGERS):
+        return Path(logger.log_dir)
+    if logger is None:
+        return Path(trainer.default_root_dir) / name
+    return Path(logger.save_dir or trainer.default_root_dir) / (logger.name or "") / name
+
+
+def _acquired(lock: FileLock) -> bool:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
+
+
+def _is_free(path: Path) -> bool:
+    lock = FileLock(path)
+    free = _acquired(lock)
+    lock.release()
+    return free

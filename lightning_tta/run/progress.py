@@ -1,0 +1,83 @@
+"""How far a run has come and how long the rest takes: in the Trainer's bar, and below the bars of a benchmark."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+
+from lightning_tta.data.storage.memo import PATIENCE
+from lightning_tta.progress import GridLine
+from lightning_tta.run.callbacks import Outputs, RunCallback
+from lightning_tta.run.stream_run import StreamRun
+
+
+class StreamProgress(RunCallback):
+    """Shows a stream's accuracy so far in the Trainer's own bar, rich or tqdm, and its length below a benchmark's."""
+
+    def __init__(self) -> None:
+        self._line = GridLine()
+
+    def on_start(self, run: StreamRun) -> None:
+        """Note the time."""
+        self._line = GridLine()
+
+    def on_batch(self, run: StreamRun, output: Outputs) -> None:
+        """Show the accuracy, and what is left of the stream."""
+        total = run.total_batches
+        self._line.show("predict", run.summary.batches, int(total) if total != float("inf") else None)
+        bar, accuracy = run.trainer.progress_bar_callback, run.summary.accuracy
+        if accuracy is None:
+            return
+        text = f"accuracy {accuracy:.3f}"
+        if isinstance(bar, RichProgressBar) and bar.progress is not None and bar.predict_progress_bar_id is not None:
+            bar.progress.update(bar.predict_progress_bar_id, description=f"{bar.predict_description} {text}")
+        elif isinstance(bar, TQDMProgressBar):
+            bar.predict_progress_bar.set_postfix_str(text)
+
+    def close(self) -> None:
+        """Take the line away."""
+        self._line.close()
+
+
+class FitProgress(Callback):
+    """Shows what is left of all epochs of a fit: in the Trainer's rich bar, and below a benchmark's bars."""
+
+    def __init__(self) -> None:
+        self._line = GridLine()
+        self._before = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time, and what an earlier run did."""
+        self._line, self._before = GridLine(), _trained(trainer, 0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show what is left of all epochs."""
+        if trainer.max_epochs is None or trainer.max_epochs < 1 or trainer.num_training_batches == float("inf"):
+            return
+        done = _trained(trainer, batch_idx + 1)
+        total = trainer.max_epochs * int(trainer.num_training_batches)
+        epoch = f"Epoch {trainer.current_epoch}/{trainer.max_epochs - 1}"
+        self._line.show(f"fit, {epoch.lower()}", done, total)
+        bar, spent = trainer.progress_bar_callback, time.monotonic() - self._line.start
+        if isinstance(bar, RichProgressBar) and bar.progress is not None and bar.train_progress_bar_id is not None:
+            left = timedelta(seconds=round(spent / (done - self._before) * (total - done)))
+            text = f"{epoch}, {left} left in all" if spent > PATIENCE else epoch
+            bar.progress.update(bar.train_progress_bar_id, description=text)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the line away."""
+        self._line.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the line away."""
+        self._line.close()
+
+
+def _trained(trainer: Trainer, batches: int) -> int:
+    return trainer.current_epoch * int(min(trainer.num_training_batches, 2**40)) + batches
