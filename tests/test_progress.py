@@ -26,7 +26,8 @@ PREDICT += ["--model.method=source", "--data.num_images=60", "--data.batch_size=
 def clock(monkeypatch):
     """A clock that goes one second with every look at it."""
     now = iter(range(10_000))
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    for module in (progress, run_progress):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
 
 
 @pytest.fixture

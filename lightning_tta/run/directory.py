@@ -235,13 +235,13 @@ def counts_versions(logger: Logger) -> bool:
 
 
 def withhold_loggers(trainer: Trainer) -> list[Logger]:
-    """Take away loggers that count versions, before Lightning has them make a directory.
+    """Take away the loggers, before Lightning has them write: nobody knows yet where, and whether the run is new.
 
     Returns:
-        All loggers as they were given to the Trainer, for :class:`RunDirectory` to put in their places.
+        The loggers as they were given to the Trainer, for :class:`RunDirectory` to put in their places.
     """
     loggers: list[Logger] = [getattr(logger, "counting", logger) for logger in trainer.loggers]
-    trainer.loggers = [logger for logger in loggers if not counts_versions(logger)]
+    trainer.loggers = []
     return loggers
 
 
