@@ -79,7 +79,7 @@ def export_run(run: str | Path, output: str | Path, process: int | None = None) 
     if state is None:
         raise DataError(
             f"{run} has no saved state ({FINAL}, or {STATE} of an unfinished run). Give the directory of a predict run "
-            "that was made with --model.save_every N."
+            "that was made with --state.save_every N."
         )
     same = state["identity"]
     options = {name.removeprefix("method."): value for name, value in same.items() if name.startswith("method.")}

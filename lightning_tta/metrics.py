@@ -44,7 +44,8 @@ class LogitMeasures:
 
     @cached_property
     def norm(self) -> Tensor:  # noqa: D102
-        return torch.linalg.vector_norm(self.logits, dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(self.logits, dim=-1)
+        return norms
 
     @cached_property
     def counts(self) -> Tensor:  # noqa: D102

@@ -15,7 +15,9 @@ from lightning_tta.backbones import Backbone, load_weights
 from lightning_tta.cli.main import main
 from lightning_tta.exporting import export_run
 from lightning_tta.methods import Source, Tent
+from lightning_tta.run.resume import StateKeeper
 from nets import make_images, make_net, make_stream, without_running_statistics
+from runs import directory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEAVES_THE_NET = {
@@ -115,26 +117,28 @@ def test_wrong_arguments(tmp_path):
 
 
 def predict(root, method, **options):
-    module = TestTimeAdaptation(method, backbone=make_net("gn", num_classes=10), **options)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=root)
+    module = TestTimeAdaptation(method, backbone=make_net("gn", num_classes=10))
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": root}
+    trainer = Trainer(**quiet, callbacks=[StateKeeper(**options)])
     trainer.predict(module, datamodule=DigitsData(domains=["contrast"], num_images=40, batch_size=16))
     return module
 
 
 def test_one_of_several_processes(tmp_path, capsys):
     module = predict(tmp_path / "run", partial(Tent, lr=1e-2), save_every=100)
-    state, output = tmp_path / "run" / "final_state.pt", tmp_path / "adapted.safetensors"
+    place, output = module.run.directory.path, tmp_path / "adapted.safetensors"
+    state = place / "final_state.pt"
     with pytest.raises(ConfigError, match=r"final_state.pt, last on 'contrast' \(without --process\)"):
-        export_run(tmp_path / "run", output, process=0)
+        export_run(place, output, process=0)
     saved = torch.load(state)
     saved["position"] = [None, 0]
     torch.save(saved, state.with_name("final_state.rank1.pt"))
     state.rename(state.with_name("final_state.rank0.pt"))
     with pytest.raises(SystemExit):
-        main(["export", str(tmp_path / "run"), f"--output={output}"])
+        main(["export", str(place), f"--output={output}"])
     said = capsys.readouterr().err
     assert "rank0.pt, last on 'contrast' (--process 0); final_state.rank1.pt, as it began (--process 1)" in said
-    main(["export", str(tmp_path / "run"), f"--output={output}", "--process=0"])
+    main(["export", str(place), f"--output={output}", "--process=0"])
     net, images = make_net("gn", num_classes=10, seed=5), make_images(4)
     load_weights(net, output)
     with torch.no_grad():
@@ -145,7 +149,7 @@ def test_command(tmp_path, capsys):
     method = partial(Tent, lr=1e-2)
     module = predict(tmp_path / "run", method, save_every=100)
     output = tmp_path / "made" / "adapted.safetensors"
-    main(["export", str(tmp_path / "run"), "--output", str(output)])
+    main(["export", str(module.run.directory.path), "--output", str(output)])
     assert str(output) in capsys.readouterr().out
     net, images = make_net("gn", num_classes=10, seed=5), make_images(4)
     load_weights(net, output)
@@ -153,9 +157,9 @@ def test_command(tmp_path, capsys):
         assert torch.allclose(net(images), module.method.predict(images), atol=1e-6)
     predict(tmp_path / "none", method)
     predict(tmp_path / "source", Source, save_every=1)
-    for run, words in (("none", "--model.save_every"), ("source", "no adapted weights")):
+    for run, words in (("none", "--state.save_every"), ("source", "no adapted weights")):
         with pytest.raises(SystemExit):
-            main(["export", str(tmp_path / run), f"--output={tmp_path / 'x.safetensors'}"])
+            main(["export", str(directory_of(tmp_path / run)), f"--output={tmp_path / 'x.safetensors'}"])
         assert words in capsys.readouterr().err
     with pytest.raises(DataError, match="no saved state"):
         export_run(tmp_path / "nowhere", output)

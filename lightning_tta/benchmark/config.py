@@ -67,6 +67,7 @@ class MethodConfig:
         nets: Only on these nets; by default on all that it supports.
         streams: Only on these streams; by default on all.
         model: Further arguments of the test-time module for this method, such as ``{reset_every: 1000}``.
+        run: Options of the run's callbacks for this method, such as ``{input: {channels_last: true}}``.
         default: Whether it runs where ``only`` does not name it.
     """
 
@@ -75,6 +76,7 @@ class MethodConfig:
     nets: list[str] | None = None
     streams: list[str] | None = None
     model: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, dict[str, Any]] = field(default_factory=dict)
     default: bool = True
 
 

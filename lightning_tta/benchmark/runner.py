@@ -35,6 +35,7 @@ from lightning_tta.files import environment
 from lightning_tta.modules.loading import find_checkpoint
 from lightning_tta.progress import grid
 from lightning_tta.report.terminal import write_benchmark
+from lightning_tta.run.options import PARTS, where_moved
 from lightning_tta.run.state_files import FINAL
 
 
@@ -56,8 +57,10 @@ class Benchmark:
         only: Run only the methods with these labels, ``all`` for every one; by default those not marked ``default:
             false``.
         trainer: Trainer arguments of the predict runs, such as ``{accelerator: cpu}``.
-        model: Further arguments of :class:`~lightning_tta.TestTimeAdaptation`, such as ``{measure_forgetting: true}``;
-            those of a single method, its ``model``, take precedence.
+        model: Further arguments of :class:`~lightning_tta.TestTimeAdaptation`, such as ``{reset_every: 1000}``; those
+            of a single method, its ``model``, take precedence.
+        run: Options of the runs' callbacks, such as ``{report: {measure_forgetting: true}, board: {images: 0}}``; those
+            of a single method, its ``run``, take precedence.
         jobs: Processes that train and run cells side by side, each with its share of the threads. Small nets gain
             from more processes, not from more threads; timings of cells are comparable within one run only.
         save_every: Each cell saves its state after so many batches; a benchmark that was killed goes on from there.
@@ -77,6 +80,7 @@ class Benchmark:
         jobs: int = 1,
         save_every: int | None = 200,
         model: dict[str, Any] | None = None,
+        run: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         self.output = Path(output)
         more = {name: value for name, value in data.items() if name not in ("class_path", "init_args")}
@@ -85,7 +89,7 @@ class Benchmark:
         self.nets, self.streams = nets, streams
         self.methods = {label: from_dict(MethodConfig, f"methods.{label}", entry) for label, entry in methods.items()}
         self.seeds = list(seeds)
-        self.trainer, self.model = trainer or {}, model or {}
+        self.trainer, self.model, self.run_options = trainer or {}, model or {}, run or {}
         check_range("jobs", jobs, 1, integer=True)
         if save_every is not None:
             check_range("save_every", save_every, 1, integer=True)
@@ -139,6 +143,13 @@ class Benchmark:
             raise ConfigError(f"only={unknown} are not methods of this benchmark; there are {list(self.methods)}.")
         for label, method in self.methods.items():
             check_method(label, method)
+        for label, options in (("", self.run_options), *((f"methods.{k}.", m.run) for k, m in self.methods.items())):
+            unknown = [name for name in options if name not in PARTS]
+            if unknown:
+                raise ConfigError(f"{label}run has no parts {unknown}; there are {list(PARTS)}.")
+        for label, given in (("", self.model), *((f"methods.{k}.", m.model) for k, m in self.methods.items())):
+            for moved in filter(None, map(where_moved, given)):
+                raise ConfigError(f"{label}{moved} Here: under {label}run.")
         first, usual = next(iter(self.nets)), next(iter(self.streams))
         pairs = [(label, usual) for label in self.methods]  # not every one: each parse takes a while
         pairs += [(next(iter(self.methods)), name) for name in self.streams]
@@ -205,16 +216,17 @@ class Benchmark:
     def _config(self, cell: Cell, source_ckpt: str | None) -> dict[str, Any]:
         """What ``lightning-tta predict`` would be given for this cell."""
         net, stream, method = self.nets[cell.net], self.streams[cell.stream], self.methods[cell.method]
-        training = ("fit", "options", "start", "source_ckpt")
+        training = ("fit", "options", "start", "source_ckpt", "pretrained")
         source = {k: v for k, v in asdict(net).items() if k not in training and v not in (None, False)}
         model = {
             "method": {"class_path": method.class_path, "init_args": method.init_args},
-            "source_ckpt": source_ckpt,
+            "source_ckpt": "pretrained" if net.pretrained else source_ckpt,
             "reset": stream.reset,
             **source,
             **self.model,
             **method.model,
         }
+        parts = {name: {**self.run_options.get(name, {}), **method.run.get(name, {})} for name in PARTS}
         data = {**self.data.init_args, "stream": stream.kind, "order_seed": cell.seed, **stream.data}
         return {
             "subcommand": "predict",
@@ -223,6 +235,7 @@ class Benchmark:
                 "trainer": {"devices": 1, "enable_progress_bar": False, **self.trainer},
                 "model": {"class_path": "lightning_tta.TestTimeAdaptation", "init_args": model},
                 "data": {"class_path": self.data.class_path, "init_args": data},
+                **{name: options for name, options in parts.items() if options},
             },
         }
 
@@ -241,8 +254,7 @@ class Benchmark:
                 "init_args": {"save_dir": str(directory.parent), "name": name, "version": ""},
             }
             config["predict"]["trainer"]["logger"] = logger
-            resume = "never" if self.save_every is None else "auto"
-            config["predict"]["model"]["init_args"].update(save_every=self.save_every, resume=resume)
+            config["predict"].setdefault("state", {})["save_every"] = self.save_every
             run_lightning(config)
             (directory / FINAL).unlink(missing_ok=True)  # a net for each cell would fill the disk
         report = json.loads(path.read_text())

@@ -69,7 +69,7 @@ def export_parser() -> ArgumentParser:
 
 
 def _run_export(args: list[str]) -> None:
-    """Write the weights that a predict run adapted (one with --model.save_every) as plain safetensors."""
+    """Write the weights that a predict run adapted (one with --state.save_every) as plain safetensors."""
     from lightning_tta.exporting import export_run
 
     given = parse(export_parser(), args)

@@ -158,6 +158,7 @@ class Watch:
         self._healthy: dict[str, Any] | None = None
         self._candidate: dict[str, Any] | None = None  # taken at the first batch, when the method is prepared
         self._since = 0  # batches since the candidate was taken
+        self._only_predicts = False  # on the last batch
 
     def __getattr__(self, name: str) -> Any:
         if name == "method":  # not yet there, while a copy is made
@@ -171,6 +172,7 @@ class Watch:
 
         They are those of the method, or of the source on probation, or those after an action.
         """
+        self._only_predicts = self.stopped
         if self.stopped:
             self.next_batch += 1
             return self.method.predict(images)
@@ -191,8 +193,8 @@ class Watch:
 
     @property
     def stats(self) -> dict[str, float]:
-        """The method's, and ``guard_alarms``; ``only_predicted`` is 1 once it no longer adapts."""
-        stats = {"only_predicted": 1.0} if self.stopped else self.method.stats
+        """The method's, and ``guard_alarms``; ``only_predicted`` is 1 for a batch that it did not adapt on."""
+        stats = {"only_predicted": 1.0} if self._only_predicts else self.method.stats
         return {**stats, "guard_alarms": float(len(self.events))}
 
     def state_dict(self) -> dict[str, Any]:

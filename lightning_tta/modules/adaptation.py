@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -229,6 +230,10 @@ class TestTimeAdaptation(LightningModule):
         except InputError as error:
             if not self._input.skips:
                 raise
+            if not run.summary.skipped_batches:
+                warnings.warn(
+                    f"A batch is skipped, and so will be others like it (on_bad_batch='skip'): {error}", stacklevel=2
+                )
             record = refused_batch(batch, error, run.summary.images)
         if self._shares is not None and not self._shares[batch_idx]:  # other processes have all of the batch
             return {name: value[:0] for name, value in record.outputs().items()}

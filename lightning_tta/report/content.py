@@ -67,10 +67,7 @@ def _group(group: Group, looks: Mapping[str, Look], name: str) -> list[Section]:
         Section(
             "Forgetting",
             3,
-            [
-                forgetting
-                or Note("Not measured. Set measure_forgetting: true (--model.measure_forgetting true) to have it.")
-            ],
+            [forgetting or Note("Not measured. Set --report.measure_forgetting true to have it.")],
         )
     )
     events = _guard(group)

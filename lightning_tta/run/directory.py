@@ -76,16 +76,18 @@ class RunDirectory:
             FinishedError: On all processes, if the run is finished.
             ConfigError: On all processes, if another process holds the directory, or another run is in it.
         """
-        if not self._lock_all():
-            raise ConfigError(
-                f"{self.path} is in use by another process, which runs the same. Wait for it, or stop it; to run "
-                "beside it, choose another directory (--trainer.default_root_dir, or the logger's save_dir)."
-            )
+        in_use = ConfigError(
+            f"{self.path} is in use by another process, which runs the same. Wait for it, or stop it; to run beside "
+            "it, choose another directory (--trainer.default_root_dir, or the logger's save_dir)."
+        )
+        if not self.group.first(lambda: self._lock.take(self.path)):  # for all
+            raise in_use
         try:
-            state = None
             if resume == "auto":
                 self.group.first(self._check)
-                state = self._read()
+            if not all(self.group.each(lambda: self._lock.take(self.path, self.group.rank))):  # each says that it lives
+                raise in_use
+            state = self._read() if resume == "auto" else None
             if state is None:
                 self.group.first(self._clear)
             return state
@@ -117,12 +119,6 @@ class RunDirectory:
         self._lock.release()
 
     # Internals
-
-    def _lock_all(self) -> bool:
-        """Whether the directory is this group's: the first process takes it for all, then each says that it lives."""
-        if not self.group.first(lambda: self._lock.take(self.path)):
-            return False
-        return all(self.group.each(lambda: self._lock.take(self.path, self.group.rank)))
 
     def _check(self) -> None:
         """Refuse a finished run, and in a named directory another one than this."""

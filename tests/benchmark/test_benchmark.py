@@ -73,17 +73,28 @@ def test_rows_files_and_no_second_run(tmp_path, capsys):
 
 def test_a_method_has_its_own_arguments_of_the_module(tmp_path):
     methods = {
-        "tent": {"class_path": "Tent", "model": {"channels_last": True}},
+        "tent": {"class_path": "Tent", "run": {"input": {"channels_last": True}}},
         "rdumb": {"class_path": "ETA", "model": {"reset_every": 1}},
     }
-    rows = benchmark(tmp_path, methods, model={"reset_every": 3}, seeds=[0], only=["all"]).run()["rows"]
+    rows = benchmark(
+        tmp_path, methods, model={"reset_every": 3}, run={"board": {"images": 0}}, seeds=[0], only=["all"]
+    ).run()["rows"]
     assert len(rows) == 4
     for row in rows:
-        given = yaml.safe_load((tmp_path / row["directory"] / "config.yaml").read_text())["model"]["init_args"]
-        assert given["channels_last"] == (row["method"] == "tent")
-        assert given["reset_every"] == (1 if row["method"] == "rdumb" else 3)
-    with pytest.raises(ConfigError, match="Did you mean channels_last"):
-        benchmark(tmp_path, {"tent": {"class_path": "Tent", "model": {"chanels_last": True}}})
+        given = yaml.safe_load((tmp_path / row["directory"] / "config.yaml").read_text())
+        assert given["input"]["channels_last"] == (row["method"] == "tent")
+        assert given["board"]["images"] == 0
+        assert given["model"]["init_args"]["reset_every"] == (1 if row["method"] == "rdumb" else 3)
+    for wrong, words in (
+        ({"model": {"reset_evry": 1}}, "Did you mean reset_every"),
+        ({"model": {"channels_last": True}}, r"methods\.tent\.model\.channels_last is now .*methods\.tent\.run"),
+        ({"run": {"input": {"chanels_last": True}}}, "chanels_last"),
+        ({"run": {"inputs": {}}}, r"methods\.tent\.run has no parts \['inputs'\]"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            benchmark(tmp_path, {"tent": {"class_path": "Tent", **wrong}})
+    with pytest.raises(ConfigError, match=r"model\.measure_forgetting is now --report.measure_forgetting"):
+        benchmark(tmp_path, model={"measure_forgetting": True})
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_commands(scripts):
         (["predict", "--model.method", "z"], {"zero", "zerosiam", "zsh"}),  # names, and the files of the folder
         (["predict", "--model.method.help", "z"], {"zero", "zerosiam"}),
         (["predict", "--model.method", "tent", "--model.method.lr_b"], {"--model.method.lr_batch_size"}),
-        (["predict", "--model.on_bad_batch", ""], {"raise", "skip"}),
+        (["predict", "--input.on_bad_batch", ""], {"raise", "skip"}),
         (["predict", "--data.stream", "c"], {"continual", "correlated"}),
         (["predict", "--data", "D"], {"DigitsData", "DomainFolderData"}),
         (["fit", "--model", "S"], {"SourceClassifier"}),

@@ -41,7 +41,8 @@ def message_of(capsys, args):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([*RUN, "--model.resume=always"], "--model.resume must be one of 'never', 'auto'; got 'always'.*help TestTime"),
+        ([*RUN, "--state.resume=always"], "--state.resume must be one of 'auto', 'restart'; got 'always'"),
+        ([*RUN, "--model.resume=auto"], "model.resume is now --state.resume on the command line"),
         ([*RUN, "--data.stream=gradual", "--data.domains=[clean]"], "clean cannot be. Name corruptions"),
         ([*RUN, "--data.function_set=published"], 'computes nothing.*"builtin" or "imagenet_c"'),
         ([*RUN, "--data.domains=[contrasd]"], "Unknown domain 'contrasd'. Did you mean contrast"),
@@ -79,7 +80,7 @@ def message_of(capsys, args):
         (["stream", "--data=DigitsData", "--picture=x.txt"], "goes to a .png or .svg file; got 'x.txt'"),
         (["report", "nowhere"], "nowhere has no report.json or benchmark.json. Give a finished run's directory"),
         (["report"], "Missing: RUNS.*lightning-tta report --help"),
-        (["export", "nowhere"], "nowhere has no saved state .*--model.save_every"),
+        (["export", "nowhere"], "nowhere has no saved state .*--state.save_every"),
         (["benchmark"], "Missing: --output, --data, --nets, --streams, --methods"),
         ([*BENCHMARK, "--only=[nope]"], r"only=\['nope'\] are not methods of this benchmark; there are \['source'"),
         ([*BENCHMARK, "--jobs=many"], "--jobs must be a whole number; got 'many'"),

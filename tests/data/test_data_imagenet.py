@@ -182,7 +182,7 @@ def test_every_row_runs(row, numbered, synsets, tmp_path):
     subset = "imagenet_a" in row.stem
     name, folder = ("imagenet_a", synsets) if subset else ("imagenet_v2", numbered)
     small = ["--data.resize=40", "--data.image_size=32", "--data.num_workers=0", "--model.method.views=2"]
-    net = ["--model.pretrained=false", "--model.source_ckpt=none", "--model.backbone=cifar/resnet20"]
+    net = ["--model.source_ckpt=none", "--model.backbone=cifar/resnet20"]
     place = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     place += [f"--trainer.logger.init_args.save_dir={tmp_path / 'runs'}"]
     main(

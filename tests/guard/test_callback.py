@@ -1,7 +1,6 @@
 """The callback Guard in whole predict runs, and batches that cannot be used."""
 
 import csv
-import inspect
 import json
 from functools import partial
 
@@ -14,10 +13,13 @@ from torch.utils.data import DataLoader
 
 from lightning_tta import ConfigError, Guard, InputError, TestTimeAdaptation, Watch, adapt
 from lightning_tta.cli.main import run_lightning
+from lightning_tta.guard.watch import WatchSettings
 from lightning_tta.methods import Source, Tent
 from lightning_tta.report.terminal import print_report
+from lightning_tta.run.input import StreamInput
 from measure import soak
 from nets import make_images, make_net
+from runs import directory_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Guard")]
 TENT = partial(Tent, lr=1e-2)
@@ -44,7 +46,7 @@ def batches(count=8):
     ]
 
 
-def run(root, method=TENT, stream=None, guard=None, logger=False, **options):
+def run(root, method=TENT, stream=None, guard=None, logger=False, on_bad_batch="raise", **options):
     module = TestTimeAdaptation(method, backbone=make_net("gn"), **options)
     trainer = Trainer(
         accelerator="cpu",
@@ -52,7 +54,7 @@ def run(root, method=TENT, stream=None, guard=None, logger=False, **options):
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=root,
-        callbacks=[guard] if guard else [],
+        callbacks=[StreamInput(on_bad_batch), *([guard] if guard else [])],
     )
     loader = DataLoader(batches() if stream is None else stream, batch_size=None)
     outputs = trainer.predict(module, loader)
@@ -60,7 +62,7 @@ def run(root, method=TENT, stream=None, guard=None, logger=False, **options):
 
 
 def report_of(root):
-    return json.loads((root / "report.json").read_text())
+    return json.loads((directory_of(root) / "report.json").read_text())
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
@@ -72,13 +74,13 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
 
 def test_a_run_without_guard_after_one_with_it(tmp_path):
     module, _ = run(tmp_path / "first", Sick, guard=Guard("stop"))
-    assert module.watch.stopped
+    assert module.run.method.stopped
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=tmp_path / "second",
     )  # fmt: skip
     trainer.predict(module, DataLoader(batches(), batch_size=None))
-    assert module.watch is None
+    assert module.run.method is module.method
     report = report_of(tmp_path / "second")
     assert report.get("guard") is None
     assert report["backwards"] == 8
@@ -92,14 +94,14 @@ def test_actions_in_a_run(tmp_path, action, capsys):
     assert report["guard"]["settings"]["action"] == action
     assert [event["batch"] for event in events] == (list(range(3, 8)) if action == "warn" else [3])
     assert {event["reason"] for event in events} == {"non_finite"}
-    assert [json.loads(line) for line in (tmp_path / "guard.jsonl").read_text().splitlines()] == events
-    rows = [json.loads(line) for line in (tmp_path / "batches.jsonl").read_text().splitlines()]
+    assert [json.loads(line) for line in (directory_of(tmp_path) / "guard.jsonl").read_text().splitlines()] == events
+    rows = [json.loads(line) for line in (directory_of(tmp_path) / "batches.jsonl").read_text().splitlines()]
     assert [row["guard_alarms"] for row in rows][:4] == [0, 0, 0, 1]
     finite = all(torch.isfinite(tensor).all() for tensor in module.method.adaptable.values())
     assert finite == (action != "warn")
     if action != "warn":
         assert all(torch.isfinite(output["logits"]).all() for output in outputs)
-    assert module.watch.stopped == report["guard"]["stopped"] == (action == "stop")
+    assert module.run.method.stopped == report["guard"]["stopped"] == (action == "stop")
     assert report["batches_not_adapted_on"] == (4 if action == "stop" else 0)
     print_report(report, tmp_path)
     printed = capsys.readouterr().out
@@ -149,14 +151,30 @@ def test_on_the_command_line():
     callback = cli.config["predict"]["trainer"]["callbacks"][-1]
     assert callback["class_path"].endswith("Guard")
     assert callback["init_args"]["action"] == "stop"
-    assert cli.config["predict"]["model"]["init_args"]["on_bad_batch"] == "raise"
+    assert callback["init_args"]["window"] == 8  # documented once, known to the parser all the same
 
 
 def test_guard_has_the_settings_of_watch():
-    made = Watch(adapt(make_net("gn"), "source"))
-    assert Guard().settings == made.settings
-    given, watch = (list(inspect.signature(kind).parameters.values()) for kind in (Guard, Watch))
-    assert [(p.name, p.default, p.annotation) for p in given] == [(p.name, p.default, p.annotation) for p in watch[1:]]
+    assert Guard().settings == Watch(adapt(make_net("gn"), "source")).settings == WatchSettings()
+    assert Guard("stop", window=4).settings == WatchSettings("stop", window=4)
+    with pytest.raises(TypeError, match="windows"):
+        Guard(windows=4)
+
+
+def test_a_watched_method_is_predicted_after_the_step(tmp_path):
+    """On probation the source predicts, whatever is asked for; then the net after its step."""
+    _, source = run(tmp_path / "source", method=Source)
+    _, plain = run(tmp_path / "plain", predict="after")
+    _, guarded = run(tmp_path / "guarded", predict="after", guard=Guard(window=2))
+    expected = [*source[:4], *plain[4:]]
+    assert all(torch.equal(a["logits"], b["logits"]) for a, b in zip(expected, guarded, strict=True))
+
+
+def test_alarms_have_the_numbers_of_the_stream(tmp_path):
+    """Batches that were skipped count: an alarm's number is that of the line in batches.jsonl."""
+    stream = [BAD["dimensions"], *batches()]
+    run(tmp_path, Sick, stream, guard=Guard("rollback"), on_bad_batch="skip")
+    assert [event["batch"] for event in report_of(tmp_path)["guard"]["events"]] == [4]
 
 
 def test_guard_refuses():
@@ -165,7 +183,7 @@ def test_guard_refuses():
     with pytest.raises(ConfigError, match="LightningModule"):
         Guard().on_predict_start(None, LightningModule())
     with pytest.raises(ConfigError, match="on_bad_batch"):
-        TestTimeAdaptation(Source, backbone=make_net("gn"), on_bad_batch="ignore")
+        StreamInput(on_bad_batch="ignore")
 
 
 # Bad batches -----------------------------------------------------------------------------------------------------
@@ -206,10 +224,10 @@ def test_bad_batches_are_skipped_and_counted(tmp_path):
     assert report["accuracy"] == clean["accuracy"]
     assert report["images"] == clean["images"] == 24
     assert report["batches"] == 12
-    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    rows = list(csv.DictReader((directory_of(tmp_path) / "predictions.csv").open()))
     assert len(rows) == 24 + 7
     assert [row["index"] for row in rows if row["prediction"] == "-1"][:3] == ["90", "91", "92"]
-    lines = [json.loads(line) for line in (tmp_path / "batches.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (directory_of(tmp_path) / "batches.jsonl").read_text().splitlines()]
     assert ["skipped" in line for line in lines] == [True, False] * 6
     assert "(3, 1, 16, 16)" in lines[2]["skipped"]
 

@@ -102,8 +102,13 @@ def test_left_out_images_and_a_poisoned_parameter():
     assert feed(lambda step: torch.zeros(8, K), 30, action="warn")[0].events == []
     watch = Watch(Scripted(lambda step: spread(2.0)), "rollback", window=4)
     watch(IMAGES)
-    watch.method.weight.fill_(float("nan"))
-    watch.review(IMAGES, spread(2.0))
+
+    def poison(step):
+        watch.method.weight.fill_(float("nan"))
+        return spread(2.0)
+
+    watch.method.script = poison
+    watch(IMAGES)
     assert watch.events[0]["reason"] == "non_finite"
     assert watch.method.weight == 0
 
@@ -149,7 +154,9 @@ def test_a_reset_of_the_stream_begins_anew():
     watch, _ = feed(lambda step: spread(2.0), 10)
     watch.reset()
     assert watch.method.weight == 0
-    watch.review(IMAGES, torch.full((8, K), float("nan")))
+    watch.method.script = lambda step: torch.full((8, K), float("nan"))
+    watch(IMAGES)
+    assert len(watch.events) == 1
     assert watch.method.weight == 0  # not back to a snapshot from before the reset
 
 
@@ -242,12 +249,39 @@ def test_state_goes_on():
     first, second = made(), made()
     for images in stream[:11]:
         first(images)
-    saved = pickle.loads(pickle.dumps((first.state_dict(), first.method.state_dict())))
-    second.load_state_dict(saved[0])
-    second.method.load_state_dict(saved[1])
+    second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
     assert all(torch.equal(second(x), y) for x, y in zip(stream[11:], expected[11:], strict=True))
     assert second.events == whole.events
     assert len(whole.events) > 0
+
+
+def test_a_watch_has_the_interface_of_its_method():
+    plain, watch = adapt(make_net("bn"), "tent"), Watch(adapt(make_net("bn"), "tent"), compare="history")
+    for name in ("name", "options", "returns", "weight_names", "lacks", "prepared", "needs_source"):
+        assert getattr(watch, name) == getattr(plain, name)
+    images = make_images(4)
+    assert torch.equal(watch.forward(images), plain.forward(images))
+    assert torch.equal(watch.predict(images), plain.predict(images))
+    assert watch.stats == {**plain.stats, "guard_alarms": 0.0}
+    state = watch.state_dict()
+    assert same({name: value for name, value in state.items() if name != "watch"}, plain.state_dict())
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = watch.no_such_name
+    with pytest.raises(ConfigError, match="got a Linear"):
+        Watch(nn.Linear(1, 2))
+    with pytest.raises(ConfigError, match="got a Watch"):
+        Watch(watch)
+
+
+def test_predict_shows_the_source_on_probation_only():
+    source, images = adapt(make_net("gn"), "source"), make_images(4)
+    for settings in ({"window": 2}, {"window": 2, "action": "warn"}, {"window": 2, "probation": 0}):
+        watch = Watch(adapt(make_net("gn"), "tent", lr=1e-2), **settings)
+        watch(images)
+        assert torch.equal(watch.predict(images), source.predict(images)) == (settings == {"window": 2})
+        for batch in make_stream(6):
+            watch(batch)
+        assert torch.equal(watch.predict(images), watch.method.predict(images))
 
 
 @pytest.mark.parametrize(

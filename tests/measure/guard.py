@@ -75,14 +75,12 @@ def main(args: list[str] | None = None) -> dict[str, tuple[float, int | None]]:
     found: dict[str, tuple[float, int | None]] = {}
     with tempfile.TemporaryDirectory() as place:
         for number, (name, (method, guard)) in enumerate(runs.items()):
-            module = TestTimeAdaptation(
-                method, source_ckpt=given.source_ckpt, backbone=given.net, num_classes=10, log_images=0
-            )
+            module = TestTimeAdaptation(method, source_ckpt=given.source_ckpt, backbone=given.net, num_classes=10)
             trainer = quiet_trainer(f"{place}/{number}", *([Guard(**guard)] if guard is not None else []))
             trainer.predict(module, datamodule=make_data(given.root, given.images), return_predictions=False)
-            assert module.summary is not None
-            alarms = len(module.watch.events) if module.watch is not None else None
-            found[name] = (100 * (module.summary.accuracy or 0.0), alarms)
+            assert module.run is not None
+            alarms = None if guard is None else int(module.run.summary.last["guard_alarms"])
+            found[name] = (100 * (module.run.summary.accuracy or 0.0), alarms)
             print(f"{name:40} {found[name][0]:6.2f}  {'' if alarms is None else f'{alarms} alarms'}", flush=True)
     return found
 

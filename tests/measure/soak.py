@@ -28,6 +28,7 @@ from lightning_tta.guard.callback import Guard
 from lightning_tta.methods import available_methods
 from lightning_tta.methods.base.moments import size
 from lightning_tta.modules import TestTimeAdaptation
+from lightning_tta.run.input import StreamInput
 from stream_memory import resident_mb
 from tiny import DOMAINS, Made, quiet_trainer, train
 
@@ -92,11 +93,10 @@ def soak(
     method: str, net: nn.Module, made: Made, batches: int, batch_size: int, broken: float, guard: bool
 ) -> dict[str, Any]:
     """One run; the account of it."""
-    notes = Notes(batches)
+    notes, watching = Notes(batches), Guard() if guard else None
     module = TestTimeAdaptation(
         partial(available_methods()[method], **OPTIONS.get(method, {})),
         backbone=net,
-        on_bad_batch="skip",
         reset="never",
     )
     if not module.method.prepared:
@@ -105,17 +105,17 @@ def soak(
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = quiet_trainer(place, notes, *([Guard()] if guard else []))
+        trainer = quiet_trainer(place, notes, StreamInput(on_bad_batch="skip"), *([watching] if watching else []))
         loader = DataLoader(Soak(made, batches, batch_size, broken), batch_size=None)
         trainer.predict(module, loader, return_predictions=False)
-    assert module.summary is not None
+    assert module.run is not None
     return {
         "accuracy": notes.right / notes.images,
         "good": notes.good,
         "memory": notes.memory,
         "seconds": time.perf_counter() - start,
-        "alarms": len(module.watch.events) if module.watch is not None else 0,
-        **{name: module.summary.result()[name] for name in ("batches", "skipped_batches", "nonfinite_images")},
+        "alarms": len(watching.watch.events) if watching is not None and watching.watch is not None else 0,
+        **{name: module.run.summary.result()[name] for name in ("batches", "skipped_batches", "nonfinite_images")},
     }
 
 

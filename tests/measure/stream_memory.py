@@ -87,7 +87,7 @@ class Watch(Callback):
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """Note and print."""
-        seen = pl_module.summary.images
+        seen = pl_module.run.summary.images
         if seen % self.every < pl_module.trainer.datamodule.batch_size:
             self.found.append((seen, resident_mb()))
             print(f"{seen:>9,} samples: {self.found[-1][1]:7.1f} MB", flush=True)

@@ -53,7 +53,7 @@ def test_replicas_write_what_one_process_writes(two, tmp_path, case):
     main(1, tmp_path, case)
     one, both = directory_of(tmp_path / case), directory_of(two / case)
     assert (both / "predictions.csv").read_bytes() == (one / "predictions.csv").read_bytes()
-    assert without(report(both), "protocol") == without(report(one), "protocol")
+    assert without(report(both), "protocol", "run_digest") == without(report(one), "protocol", "run_digest")
     protocol = report(both)["protocol"]
     assert (protocol["world_size"], protocol["mode"]) == (2, "replicas")
     same = {"world_size": 1, "mode": "single", "hash": report(one)["protocol"]["hash"]}
@@ -75,7 +75,7 @@ def test_synchronised_processes_are_one_with_the_joined_batch(two, tmp_path, cas
     for name in ("confidence", "entropy"):
         for row, wanted in zip(found, expected, strict=True):
             assert float(row[name]) == pytest.approx(float(wanted[name]), abs=2e-5)  # six digits are written
-    inexact = ("protocol", "domains", "ece", "nll", "brier", "reliability")
+    inexact = ("protocol", "run_digest", "domains", "ece", "nll", "brier", "reliability")
     for name in ("ece", "nll", "brier"):
         assert report(both)[name] == pytest.approx(report(one)[name], abs=1e-5)
     assert sum(report(both)["reliability"][0]) == sum(report(one)["reliability"][0])

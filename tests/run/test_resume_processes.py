@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_tta import Guard
 from lightning_tta.cli.main import main
 from processes import MARKS, Processes
+from runs import directory_of
 
 pytestmark = MARKS
 
@@ -33,24 +34,30 @@ def refused(root, *words, world=2, **options):
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
+def named(root):
+    return lambda: TensorBoardLogger(root, name="", version="x")
+
+
 def test_a_finished_run_is_left_alone(tmp_path):
     root = tmp_path / "a"
     assert together(root)[0] == [0, 0]
     refused(root, "FinishedError", "nothing to continue")
-    refused(root, "ConfigError", "a finished run that differs", "'tent' != 'source'", name="source")
+    replaced = directory_of(root) / "final_state.rank1.pt"
+    assert together(root, resume="restart", save_every=None)[0] == [0, 0]
+    assert not replaced.exists()
 
 
-def test_another_run_or_number_of_processes_is_refused_and_named(tmp_path):
+def test_in_a_named_directory_another_run_or_number_of_processes_is_refused_and_named(tmp_path):
     root = tmp_path / "a"
-    stopped_at(root, [5, 3])
-    refused(root, "ConfigError", "method: 'tent' != 'source'", name="source")
-    refused(root, "ConfigError", "protocol.world_size: 2 != 3", world=3)
-    refused(root, "ConfigError", "protocol.world_size: 2 != 1", "'replicas' != 'single'", world=1)
-    (root / "state.rank0.pt").unlink()
-    refused(root, "ConfigError", "protocol.world_size: 2 != 1", world=1)
+    stopped_at(root, [5, 3], logger=named(root))
+    refused(root, "ConfigError", "method: 'tent' != 'source'", name="source", logger=named(root))
+    refused(root, "ConfigError", "protocol.world_size: 2 != 3", world=3, logger=named(root))
+    refused(root, "ConfigError", "protocol.world_size: 2 != 1", "'replicas' != 'single'", world=1, logger=named(root))
+    (root / "x" / "state.rank0.pt").unlink()
+    refused(root, "ConfigError", "protocol.world_size: 2 != 1", world=1, logger=named(root))
 
 
-@pytest.mark.parametrize("options", [{"save_every": 1, "resume": "never"}, {"save_every": None}])
+@pytest.mark.parametrize("options", [{"save_every": 1}, {"save_every": None, "on_bad_batch": "skip"}])
 def test_synchronised_processes_cannot(tmp_path, options):
     root = tmp_path / "a"
     refused(root, "ConfigError", "cannot be used with synchronised", processes="synchronised", **options)
@@ -62,18 +69,19 @@ def test_a_guard_is_for_one(tmp_path):
     refused(tmp_path / "a", "ConfigError", "Guard is for one process", callbacks=[Guard()])
 
 
-def test_two_processes_do_not_take_what_one_has_left(tmp_path):
+def test_two_processes_leave_what_one_has_begun(tmp_path):
+    """Another number of processes is another run, and has a directory of its own."""
     root = tmp_path / "a"
-    processes = Processes(lambda rank: run(root, world=1, callbacks=[Stop(root, [3])]), root, world=1)
+    stop = Stop(root, [3])
+    processes = Processes(lambda rank: run(root, world=1, callbacks=[stop]), root, world=1)
     until((root / "held0").exists)
-    refused(root, "ConfigError", "protocol.world_size: 1 != 2")
     processes.kill()
     processes.wait()
-    (root / "held0").unlink()  # of the one: the two have yet to get there
-    refused(root, "ConfigError", "protocol.world_size: 1 != 2")
-    assert stopped_at(root, [5, 3], resume="never") == [4, 2]  # takes its place
-    assert not (root / "state.pt").exists()
+    (one,) = root.glob("*/state.pt")
+    before = one.read_bytes()
     assert together(root)[0] == [0, 0]
+    assert one.read_bytes() == before
+    assert len(list(root.glob("tent-*"))) == 2
 
 
 def test_one_that_lives_keeps_the_directory(tmp_path, whole):
@@ -85,7 +93,7 @@ def test_one_that_lives_keeps_the_directory(tmp_path, whole):
     os.kill(processes.children[0], signal.SIGKILL)
     os.waitid(os.P_PID, processes.children[0], os.WEXITED | os.WNOWAIT)
     refused(tmp_path, "ConfigError", "in use")
-    refused(tmp_path, "ConfigError", "in use", resume="never")
+    refused(tmp_path, "ConfigError", "in use", resume="restart")
     processes.kill()
     processes.wait()
     assert together(tmp_path)[0] == [0, 0]
@@ -110,7 +118,7 @@ def test_one_that_is_killed_leaves_none_waiting(tmp_path, whole, dead):
 def test_shorter_predictions_of_one_are_noticed_by_both(tmp_path):
     root = tmp_path / "a"
     stopped_at(root, [5, 3])
-    (root / "predictions.rank1.csv").write_text("index\n")
+    (directory_of(root) / "predictions.rank1.csv").write_text("index\n")
     refused(root, "predictions.rank1.csv has 6 bytes", "remove state.rank1.pt")
 
 
@@ -119,28 +127,27 @@ def test_shorter_predictions_of_one_are_noticed_by_both(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
-def test_newest_version_that_both_can_continue(tmp_path, whole, kind):
+def test_loggers_write_into_the_directory_of_the_configuration(tmp_path, whole, kind):
     def logger():
         return kind(tmp_path, name="run")
 
-    def versions():
-        return sorted(path.name for path in (tmp_path / "run").iterdir() if path.name.startswith("version"))
+    def runs():
+        return sorted(path.name.partition("-")[0] for path in (tmp_path / "run").iterdir())
 
-    stopped_at(tmp_path / "run" / "version_0", [5, 3], logger=logger)
-    stopped_at(tmp_path / "run" / "version_1", [5, 3], "source", logger=logger)  # another method: a run of its own
-    stopped_at(tmp_path / "run" / "version_0", [7, 3], logger=logger)
-    assert versions() == ["version_0", "version_1"]
+    stopped_at(tmp_path / "run", [5, 3], logger=logger)
+    (tent,) = (tmp_path / "run").iterdir()
+    stopped_at(tmp_path / "run", [5, 3], "source", logger=logger)  # another method: a run of its own
+    assert runs() == ["source", "tent"]
     assert together(tmp_path, logger=logger)[0] == [0, 0]
-    assert outcome(tmp_path / "run" / "version_0") == whole()
-    refused(tmp_path, "FinishedError", "version_0 is finished", logger=logger)
+    assert outcome(tent) == whole()
+    refused(tmp_path, "FinishedError", f"{tent.name} is finished", logger=logger)
     assert together(tmp_path, "source", logger=logger)[0] == [0, 0]
-    assert (tmp_path / "run" / "version_1" / "report.json").exists()
-    assert versions() == ["version_0", "version_1"]
-    stopped_at(tmp_path / "run" / "version_2", [5, 3], "norm", logger=logger)
-    (tmp_path / "run" / "version_2" / "state.rank1.pt").unlink()
+    assert runs() == ["source", "tent"]
+    stopped_at(tmp_path / "run", [5, 3], "norm", logger=logger)
+    next((tmp_path / "run").glob("norm-*/state.rank1.pt")).unlink()
     assert together(tmp_path, "norm", logger=logger)[0] == [0, 0]  # not every process could continue
     assert together(tmp_path, "norm", logger=logger, world=1)[0] == [0]  # another number of processes
-    assert versions() == [f"version_{number}" for number in range(5)]
+    assert runs() == ["norm", "norm", "source", "tent"]
 
 
 @pytest.mark.slow
@@ -150,7 +157,7 @@ def test_command_line(tmp_path):
     command += ["--data=DigitsData", "--data.domains=[contrast, clean, haze]", "--data.num_images=60"]
     command += ["--data.batch_size=4", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
     command += ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    resume = ("--model.save_every=3", "--model.resume=auto")
+    resume = ("--state.save_every=3",)
 
     def arguments(name, *more):
         return [*command, f"--trainer.default_root_dir={tmp_path / name}", *more]
@@ -172,13 +179,13 @@ def test_command_line(tmp_path):
 
     on_copies("whole")
     cut, (whole,) = tmp_path / "cut" / "lightning_logs", (tmp_path / "whole" / "lightning_logs").iterdir()
-    killed, path = start(), cut / "version_0" / "predictions.rank1.csv"
+    killed, path = start(), cut / whole.name / "predictions.rank1.csv"
     until(lambda: path.exists() and path.read_text().count("\n") > 20)
     os.killpg(killed.pid, signal.SIGKILL)
     assert killed.wait(60) == -signal.SIGKILL
-    assert not (cut / "version_0" / "report.json").exists()
+    assert not (cut / whole.name / "report.json").exists()
     assert start().wait(200) == 0
-    assert outcome(cut / "version_0") == outcome(whole)
+    assert outcome(cut / whole.name) == outcome(whole)
     said = on_copies("cut", *resume)  # no error: a supervisor may start it again and again
-    assert sum(text.count("version_0 is finished") for text in said) == 1
-    assert [path.name for path in cut.iterdir()] == ["version_0"]
+    assert sum(text.count(f"{whole.name} is finished") for text in said) == 1
+    assert [path.name for path in cut.iterdir()] == [whole.name]

@@ -46,7 +46,7 @@ def run(root, bad, world, rank=0, **options):
 
 def outcome(root):
     report = json.loads((directory_of(root) / "report.json").read_text())
-    return {name: value for name, value in report.items() if name not in (*TIMES, "protocol")}
+    return {name: value for name, value in report.items() if name not in (*TIMES, "protocol", "run_digest")}
 
 
 EVERY = {(domain, number): "range" for domain in range(3) for number in range(5)}

@@ -57,6 +57,7 @@ class Stop(Callback):
 
     def __init__(self, root, at):
         self.root, self.at = root, at
+        root.mkdir(parents=True, exist_ok=True)
         for path in root.glob("held*"):
             path.unlink()
 
