@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.errors import check_range
+from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.state import NOT_YET
 from lightning_tta.methods.components.entropy import EntropyMethod
 from lightning_tta.methods.components.filters import LowLoss, move_average
@@ -68,7 +69,7 @@ class SAR(EntropyMethod):
         self.reliable = LowLoss(entropy_margin)
         self.add_filter(self.reliable)
         (first, *_) = self.learn(self.select("early_norm", frozen_fraction=frozen_fraction))
-        self.state("mean_loss", torch.full_like(first[:1].detach().float().sum(), NOT_YET), source=NOT_YET)
+        self.state("mean_loss", torch.full_like(at_least_float32(first.detach().sum()), NOT_YET), source=NOT_YET)
 
     def step(self, x: Tensor) -> Tensor:
         """Climb, and step back from there, on the samples that are kept."""

@@ -137,7 +137,7 @@ def test_a_subclass_says_for_itself_what_it_supports():
     assert "synchronised" in Tent.parallel
     assert Same.parallel == Tent.parallel  # with Tent's own step
     assert Mine.parallel == {"replicas"}
-    with pytest.raises(TypeError, match="Silent overrides step.*synchronized = True"):
+    with pytest.raises(TypeError, match=r"Silent overrides step.*synchronized = True"):
 
         class Silent(Tent):
             def step(self, x):

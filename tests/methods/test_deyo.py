@@ -185,7 +185,7 @@ def test_nothing_kept(kind):
 
 
 def test_the_second_pass_has_no_gradient_and_a_fixed_size():
-    """All images go through it, so that its shape does not depend on the data; those that are not sure weigh nothing."""
+    """All images go through it, so that its shape does not depend on the data; unsure ones weigh nothing."""
     net = make_net("gn").double()
     method = adapt(net, "deyo", entropy_margin=0.8, plpd_threshold=-1.0)
     passes = []
