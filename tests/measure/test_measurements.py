@@ -18,8 +18,7 @@ import memo_speed
 import meta_step
 import reasons
 import stream_memory
-from lightning_tta import SourceClassifier, create_backbone
-from lightning_tta.methods.t3a import T3A
+from lightning_tta import SourceClassifier, adapt, create_backbone
 from nets import make_images, make_net
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -93,18 +92,17 @@ def test_reasons(capsys, places):
     assert capsys.readouterr().out.count("|\n") == (2 + 3) + (2 + 3)
 
 
-def test_a_bank_that_is_told_the_labels_has_no_mistakes():
-    images, labels = make_images(12), torch.arange(12) % 5
-    shares = []
-    for kind in (T3A, reasons.Told):
-        method = kind(make_net("gn"))
-        bank = reasons.Bank(method)
-        bank.look(images, labels, domain=0)
-        method.known = bank.known
-        method(images)
-        shares.append(bank.composition(domain=0)[0])
-    assert shares[0] > 0
-    assert shares[1] == 0
+def test_the_bank_is_the_packages_t3a_and_has_no_mistakes_when_told_the_labels():
+    stream = [(make_images(12, seed), torch.arange(12) % 5, 0) for seed in range(3)]
+    method, told = adapt(make_net("gn"), "t3a", filter_k=3), reasons.Bank(make_net("gn"), told=True)
+    bank = reasons.Bank(make_net("gn"), size=3)
+    for images, labels, domain in stream:
+        torch.testing.assert_close(bank(images, labels, domain), method(images))
+        told(images, labels, domain)
+    assert len(bank.rows) <= 5 * 3
+    assert bank.composition(domain=0)[0] > 0
+    assert told.composition(domain=0) == [0, 0]
+    assert told.composition(domain=1) == [0, 100]
 
 
 def test_memo_leak(monkeypatch, capsys, tmp_path):
