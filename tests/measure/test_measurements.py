@@ -16,7 +16,9 @@ import memo_cifar
 import memo_leak
 import memo_speed
 import meta_step
+import overhead
 import reasons
+import startup
 import stream_memory
 from lightning_tta import SourceClassifier, adapt, create_backbone
 from nets import make_images, make_net
@@ -155,3 +157,20 @@ def test_cost(capsys):
     assert found["eata"][1] == 1
     assert "| source |" in (text := capsys.readouterr().out)
     assert " 1.00 |" in text
+
+
+def test_a_checkout_is_as_fast_as_itself(capsys):
+    this = f"--against={overhead.ROOT}"
+    ratios = overhead.main([this, "--nets", "resnet18", "--methods", "tent", "--repeats=2"])
+    ratios |= overhead.main([this, "--bare", "--repeats=3", "--calls=20"])
+    assert 0.2 < ratios["resnet18, tent"] < 5  # a sign of life: the machine may be busy
+    assert ratios["this checkout"] > 1  # a method does more than the loop by hand
+    assert capsys.readouterr().out.count("| resnet18, tent |") == 1
+
+
+def test_startup(capsys):
+    only = ["--repeats=1", "--only", "python -c pass", "import lightning_tta"]
+    table = startup.main([f"--against={startup.ROOT}", *only])
+    assert set(table) == {"python -c pass", "import lightning_tta"}
+    assert all(0 < value < 10 for values in table.values() for value in values.values())
+    assert "| processor seconds | this | the other |" in capsys.readouterr().out
