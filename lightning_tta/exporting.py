@@ -62,7 +62,7 @@ def export_run(run: str | Path, output: str | Path, process: int | None = None) 
     """Write the net of a predict run that saved its state (``save_every``), at its end or as last saved.
 
     Args:
-        run: The run's directory.
+        run: The run's directory, or the one above where only one of the runs has saved its state.
         output: A ``.safetensors`` file.
         process: Of a run of several processes, each of which has adapted a net of its own: whose.
 
@@ -70,7 +70,7 @@ def export_run(run: str | Path, output: str | Path, process: int | None = None) 
         DataError: If the run has no saved state.
         ConfigError: If its method has no adapted weights, or if it does not have the one net that was asked for.
     """
-    run = Path(run)
+    run = _run_directory(Path(run))
     path = run / (FINAL if (run / "report.json").exists() else STATE)
     found = {file: state for file in of_all(path) if (state := read_state(file, head=True)) is not None}
     state = found.get(path if process is None else of_process(path, process))
@@ -85,6 +85,16 @@ def export_run(run: str | Path, output: str | Path, process: int | None = None) 
     options = {name.removeprefix("method."): value for name, value in same.items() if name.startswith("method.")}
     weights = _adapted(same["method"], state["method"], state["weight_names"])
     return _write(Path(output), weights, same["method"], options, state["lacks"])
+
+
+def _run_directory(path: Path) -> Path:
+    """The directory itself, or that of the only run below it with a saved state."""
+    if any(of_all(path / name) for name in (STATE, FINAL)):
+        return path
+    runs = sorted({state.parent for pattern in ("state*.pt", "final_state*.pt") for state in path.glob(f"*/{pattern}")})
+    if len(runs) > 1:
+        raise ConfigError(f"Say which run of {path}: {', '.join(run.name for run in runs)} have saved their states.")
+    return runs[0] if runs else path
 
 
 def _whose(path: Path, state: State) -> str:

@@ -163,3 +163,9 @@ def test_command(tmp_path, capsys):
         assert words in capsys.readouterr().err
     with pytest.raises(DataError, match="no saved state"):
         export_run(tmp_path / "nowhere", output)
+    output.unlink()
+    main(["export", str(tmp_path / "run"), "--output", str(output)])  # the only run in there
+    assert output.is_file()
+    predict(tmp_path / "run", partial(Tent, lr=2e-2), save_every=100)
+    with pytest.raises(ConfigError, match=r"Say which run of .*tent-.*, tent-"):
+        export_run(tmp_path / "run", output)

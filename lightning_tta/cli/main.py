@@ -42,7 +42,7 @@ commands (lightning-tta COMMAND --help lists the options of each):
   methods     the methods, in a table        lightning-tta methods
   streams     the kinds of stream, in a table
   stream      a stream before it is run      lightning-tta stream --config configs/digits/predict.yaml
-  export      adapted weights of a run       lightning-tta export runs/digits/predict/tent-*
+  export      adapted weights of a run       lightning-tta export runs/digits/predict
                                                --output adapted.safetensors
 
 help on a method or data set: lightning-tta predict --model.method.help tent, --data.help DigitsData

@@ -54,7 +54,7 @@ class Guard(RunCallback):
         """What the watch has seen."""
         return {"guard": None if self.watch is None else self.watch.report()}
 
-    def on_start(self, run: StreamRun) -> None:
+    def on_ready(self, run: StreamRun) -> None:
         """Begin ``guard.jsonl`` with the alarms of the first part of a continued run."""
         assert self.watch is not None
         path = run.directory.path / "guard.jsonl"

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.base.moments import put_back, size, take
-from lightning_tta.methods.components.filters import at_source
+from lightning_tta.methods.base.state import put_back, size, take
 from lightning_tta.metrics import Window, WindowMeasures
 
 Action = Literal["warn", "reset", "rollback", "stop"]
@@ -257,7 +256,7 @@ class Watch:
 
     @torch.no_grad()
     def _predict_source(self, images: Tensor) -> Tensor:
-        with at_source(self.method):
+        with self.method.at_source():
             return self.method.predict(images)
 
     def _is_finite(self) -> bool:

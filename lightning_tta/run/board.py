@@ -16,9 +16,8 @@ from torch import Tensor
 
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import check_range
-from lightning_tta.methods.base.inputs import float_dtype
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.components.filters import at_source
+from lightning_tta.methods.base.task import float_dtype
 from lightning_tta.run.callbacks import Outputs, RunCallback
 from lightning_tta.run.stream_run import StreamRun
 
@@ -147,7 +146,7 @@ def draw(
 def _source_prediction(method: TTAMethod, images: Tensor) -> Tensor:
     """What the plain net predicts from its source weights; all that the method has learned or drawn is as before."""
     rng = torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])
-    with rng, at_source(method):
+    with rng, method.at_source():
         return as_logits(method.model(images.to(float_dtype(method.model)))).argmax(1).cpu()
 
 

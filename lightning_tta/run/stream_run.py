@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import IO, Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
@@ -98,7 +97,7 @@ class StreamRun:
     # Before the stream
 
     def begin(self, loggers: list[Logger], resume: ResumePolicy) -> None:
-        """Take the directory of this configuration, and load what was saved there.
+        """Take the directory of this configuration, and read what was saved there.
 
         Args:
             loggers: Those of the Trainer; those that would count a version write into the directory.
@@ -112,7 +111,7 @@ class StreamRun:
         saved = self._saved = self.directory.take(resume)
         if saved is None:
             return
-        self.method.load_state_dict(saved["method"])  # before the strategy moves it
+        self.method.load_state_dict(saved["method"])  # what it allocates moves to the device with it
         if self.data is not None:
             self.data.first_batch = self.done_before = saved["batches"]
         else:
@@ -135,11 +134,9 @@ class StreamRun:
         return named
 
     def restore(self) -> None:
-        """Take up the rest of what was saved; the net is on its device."""
+        """Take up what was saved; the method once more, as the strategy has given all processes that of the first."""
         self._start = time.perf_counter()
         if self._saved is not None:
-            if self.group.world > 1:
-                _put_back(self.method, self._saved["method"])
             self.load_state_dict(self._saved)
 
     @property
@@ -200,7 +197,8 @@ class StreamRun:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Counterpart of :meth:`state_dict`, but for the method, which :meth:`begin` loads."""
+        """Counterpart of :meth:`state_dict`."""
+        self.method.load_state_dict(state["method"])
         self.summary.load_state_dict(state["summary"])
         if self.pace is not None:
             self.pace.load_state_dict(state["pace"])
@@ -234,11 +232,3 @@ def run_of(pl_module: LightningModule) -> StreamRun:
             f"Callbacks of a predict run go with TestTimeAdaptation, in predict; this is a {type(pl_module).__name__}."
         )
     return run
-
-
-def _put_back(method: TTAMethod, saved: dict[str, Any]) -> None:
-    """Tensors as this process saved them: the strategy has since given all processes those of the first."""
-    with torch.inference_mode(False), torch.no_grad():
-        for name, tensor in [*method.named_parameters(), *method.named_buffers()]:
-            if name in saved:
-                tensor.copy_(saved[name])

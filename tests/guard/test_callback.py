@@ -11,13 +11,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+import soak
 from lightning_tta import ConfigError, Guard, InputError, TestTimeAdaptation, Watch, adapt
 from lightning_tta.cli.main import run_lightning
 from lightning_tta.guard.watch import WatchSettings
 from lightning_tta.methods import Source, Tent
 from lightning_tta.report.terminal import print_report
 from lightning_tta.run.input import StreamInput
-from measure import soak
 from nets import make_images, make_net
 from runs import directory_of
 
@@ -29,13 +29,14 @@ class Sick(Tent):
     """Loses its parameters at its fourth batch."""
 
     batches = 0
+    synchronized = False
 
-    def adapt(self, images):
-        logits = super().adapt(images)
+    def step(self, images):
+        logits = super().step(images)
         self.batches += 1
         if self.batches == 4:
             with torch.no_grad():
-                self.trained[0].fill_(float("nan"))
+                self.learned[0].fill_(float("nan"))
         return logits
 
 
@@ -202,11 +203,11 @@ class Strict(Tent):
     """A net of fixed size, as a ViT: refuses other frames."""
 
     def __init__(self, model):
-        model.register_forward_pre_hook(self.look)
+        model.register_forward_pre_hook(self.refuse)
         super().__init__(model, lr=1e-2)
 
     @staticmethod
-    def look(net, given):
+    def refuse(net, given):
         assert given[0].shape[-2:] == (16, 16), "Input height doesn't match model (16)."
 
 
@@ -240,7 +241,9 @@ def test_bad_batches_raise_by_default(tmp_path, name):
 
 def test_other_errors_are_not_skipped(tmp_path):
     class Broken(Source):
-        def adapt(self, images):
+        synchronized = False
+
+        def step(self, images):
             raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):

@@ -138,9 +138,11 @@ def test_loader_of_a_user_is_read_through(tmp_path):
 class Draws(Source):
     """A user's method that draws from every global generator there is."""
 
-    def adapt(self, images):
+    synchronized = False
+
+    def step(self, images):
         number = torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
-        return super().adapt(images) * number
+        return super().step(images) * number
 
 
 def test_global_random_states_go_on(tmp_path):

@@ -70,7 +70,7 @@ def test_default_trainer_adapts_as_the_method_alone_does(tmp_path):
     assert torch.equal(logits_of(outputs), torch.cat(expected))
     for name, tensor in module.method.adaptable.items():
         assert torch.equal(tensor, alone.adaptable[name])
-        assert not torch.equal(tensor, module.method._snapshot[name])
+        assert not torch.equal(tensor, module.method.source_value(name))
     _, again = run(tmp_path / "b", trainer_options={"inference_mode": False})
     assert torch.equal(logits_of(again), logits_of(outputs))
 
