@@ -24,9 +24,9 @@ from lightning.pytorch import Trainer, seed_everything
 from torch.optim import AdamW
 
 from lightning_tta import DigitsData, MetaTTT, SourceClassifier, adapt
-from lightning_tta.meta.mixed_bn import mixed_batch_norm_layers
 from lightning_tta.losses import entropy
 from lightning_tta.meta.inner_loop import minimax
+from lightning_tta.meta.mixed_bn import mixed_batch_norm_layers
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")

@@ -160,8 +160,8 @@ print("resume is exact:", torch.equal(resumed(batches[0]), method(batches[0])))
 # notebook's own classes are in `__main__`. Two corruptions, the class-sorted stream, from Python:
 
 # %%
-from lightning_tta.benchmark.runner import Benchmark
 from lightning_tta.benchmark.config import NetConfig, StreamConfig
+from lightning_tta.benchmark.runner import Benchmark
 
 with tempfile.TemporaryDirectory() as folder:
     torch.save(net.state_dict(), f"{folder}/net.pt")
