@@ -1,7 +1,11 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by processes: threads on top of them only wait
     torch.set_num_threads(1)
@@ -17,6 +21,25 @@ def _seeded():
 def _own_cache(tmp_path_factory):
     """Corrupted images are kept in a folder of this test run's own."""
     os.environ["LIGHTNING_TTA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def digits_source(tmp_path_factory, _own_cache):
+    """A net that was trained on the digits for one epoch, by the command line: the folder of its runs.
+
+    All processes of pytest-xdist share it: the first to ask trains.
+    """
+    from lightning_tta.cli.main import main
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "digits_source"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+            place = f"--trainer.logger.init_args.save_dir={folder}"
+            main(["fit", f"--config={CONFIGS / 'digits/source.yaml'}", "--trainer.max_epochs=1", place, *quiet])
+            (folder / "done").touch()
+    return folder / "source"
 
 
 @pytest.fixture
