@@ -5,11 +5,22 @@ import pytest
 import torch
 from filelock import FileLock
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+TESTS = Path(__file__).parent
+CONFIGS = TESTS.parent / "configs"
+WHOLE_RUNS = ("benchmark", "measure", "run", "test_notebooks.py", "test_readme.py")  # rooms left out of each_commit
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by processes: threads on top of them only wait
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark ``each_commit``: all but the slow ones and the rooms of whole runs."""
+    for item in items:
+        room = item.path.relative_to(TESTS).parts[0]
+        if room not in WHOLE_RUNS and not item.get_closest_marker("slow"):
+            item.add_marker("each_commit")
 
 
 @pytest.fixture(autouse=True)

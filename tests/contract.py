@@ -127,14 +127,9 @@ BASE = FIRST + [
 
 
 def each(cases):
-    """One test for each of these; ``each_commit`` for those on the first net."""
-    return pytest.mark.parametrize(
-        "case",
-        [
-            pytest.param(case, id=case_id(*case), marks=[pytest.mark.each_commit] if case in FIRST else [])
-            for case in cases
-        ],
-    )
+    """One test for each of these; those on further nets are ``slow``: one of many alike."""
+    params = [pytest.param(case, id=case_id(*case), marks=[pytest.mark.slow] * (case not in FIRST)) for case in cases]
+    return pytest.mark.parametrize("case", params)
 
 
 every_case, every_setting, every_mechanism = each(SUPPORTED), each(FIRST), each(BASE)
