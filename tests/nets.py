@@ -133,9 +133,11 @@ def max_difference(a: Tensor, b: Tensor) -> float:
 
 
 def same(a: object, b: object) -> bool:
-    """Whether two nested states (dicts, lists, tensors, numbers) are equal bit by bit."""
+    """Whether two nested states (dicts, lists, tensors, numbers) are equal, NaN to NaN."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape):
+            return False
+        return bool(((a == b) | ((a != a) & (b != b))).all())  # NaN: a state that has no value yet
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
