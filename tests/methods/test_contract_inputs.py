@@ -194,19 +194,20 @@ def test_half_precision_nets_return_float32(case, dtype):
 @every_mechanism
 def test_autocast(case):
     """Within one context, too, the weights are those of the last step: autocast keeps copies that know of none."""
-    method, stream = build(*case), make_stream(2)
+    method, stream, asked = build(*case), make_stream(2), make_images(4, seed=9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run(method, stream)
-        predicted = method.predict(make_images(4))
+        found = [(method(images), method.predict(asked)) for images in stream]
+        method.reset()
+        at_the_source = method.predict(asked)
     assert all(t.dtype == torch.float32 for t in method.adaptable.values())
-    method.reset()
-    for images, logits in zip(stream, found, strict=True):
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        assert torch.equal(method.predict(asked), at_the_source)
+    for images, (logits, predicted) in zip(stream, found, strict=True):
         assert logits.dtype == torch.float32
         assert torch.isfinite(logits).all()
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
             assert torch.equal(method(images), logits)
-    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-        assert torch.equal(method.predict(make_images(4)), predicted)
+            assert torch.equal(method.predict(asked), predicted)
 
 
 WRONG = {
