@@ -133,11 +133,11 @@ def max_difference(a: Tensor, b: Tensor) -> float:
 
 
 def same(a: object, b: object) -> bool:
-    """Whether two nested states (dicts, lists, tensors, numbers) are equal, NaN to NaN."""
+    """Whether two nested states (dicts, lists, tensors, numbers) are equal bit by bit."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.dtype != b.dtype or a.shape != b.shape:
             return False
-        return bool(((a == b) | ((a != a) & (b != b))).all())  # NaN: a state that has no value yet
+        return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())  # a state that is empty is NaN
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
