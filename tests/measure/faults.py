@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fault_cases import CLASSES, FAULTS, FINITE, LEFT_OUT, MODELS, OPTIONS, OTHERS, REFUSED, SAME, net
 from lightning_tta.errors import InputError, UnsupportedModelError
 from lightning_tta.methods import TTAMethod, available_methods
-from plumbing import arguments, header, leaves, make_images, row, same
+from plumbing import arguments, header, make_images, row, same
 
 KINDS = ("bn", "gn", "ln")
 Factory = Callable[[nn.Module], TTAMethod]
