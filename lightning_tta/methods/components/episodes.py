@@ -106,6 +106,8 @@ def _batch_norm(layer: _BatchNorm, x: Tensor, prior: int | None) -> tuple[Tensor
 class ViewMethod(TTAMethod):
     """What the methods of one image and its views share: options, seeds, passes that keep images apart."""
 
+    fixed_options = frozenset({"steps"})
+
     def __init__(
         self,
         model: nn.Module,
