@@ -31,7 +31,7 @@ def _blocks_per_stage(depth: int, layers: int, extra: int) -> int:
     return (depth - extra) // layers
 
 
-def _initialise(net: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
+def _initialize(net: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
     """He initialisation of the convolutions; norm layers start as the identity, the classifier's bias at zero."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -78,7 +78,7 @@ class CifarResNet(nn.Module):
         self.layer2 = nn.Sequential(*(_BasicBlock(32 if i else 16, 32, 1 if i else 2) for i in range(n)))
         self.layer3 = nn.Sequential(*(_BasicBlock(64 if i else 32, 64, 1 if i else 2) for i in range(n)))
         self.linear = nn.Linear(64, num_classes)
-        _initialise(self, "fan_in")
+        _initialize(self, "fan_in")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K)."""
@@ -130,7 +130,7 @@ class GroupNormResNet(nn.Module):
         self.layer3 = nn.Sequential(*(_GroupNormBlock(64 if i else 32, 64, 1 if i else 2, groups) for i in range(n)))
         self.bn = nn.GroupNorm(groups, 64)
         self.fc = nn.Linear(64, num_classes)
-        _initialise(self, "fan_out")
+        _initialize(self, "fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K)."""
@@ -203,7 +203,7 @@ class WideResNet(nn.Module):
         self.block3 = _WideStage(n, 2 * width, 4 * width, 2, drop_rate)
         self.bn1 = nn.BatchNorm2d(4 * width)
         self.fc = nn.Linear(4 * width, num_classes)
-        _initialise(self, "fan_out")
+        _initialize(self, "fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K)."""
