@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_tta.methods.base.inputs import at_least_float32
-
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GAMMA = (0.6, 1.4), (0.7, 1.3), (0.5, 1.5), (-0.06, 0.06), (0.7, 1.3)
 DEGREES, SHIFT, SCALE = (-15.0, 15.0), (-1 / 8, 1 / 8), (0.9, 1.1)
 BLUR, FLIP, NOISE = (0.001, 0.5), 0.5, 0.005
@@ -25,7 +23,8 @@ def jitter(images: Tensor, seed: int) -> Tensor:
         seed: Of the draw. The noise is drawn on the images' device: other there than on a CPU.
     """
     with torch.autocast(images.device.type, enabled=False):  # affine of half precision grids rounds pixels to 0 or 1
-        return _view(at_least_float32(images).clamp(0, 1), seed).to(images.dtype)
+        x = images if images.dtype == torch.float64 else images.float()
+        return _view(x.clamp(0, 1), seed).to(images.dtype)
 
 
 def _view(x: Tensor, seed: int) -> Tensor:
@@ -51,6 +50,6 @@ def _view(x: Tensor, seed: int) -> Tensor:
     x = F.center_crop(F.gaussian_blur(x, [5, 5], [draw(BLUR)]), [height, width])
     if draw((0, 1)) < FLIP:
         x = x.flip(-1)
-    own = torch.Generator(x.device).manual_seed(seed)
-    noise = torch.randn(x.shape, generator=own, device=x.device, dtype=torch.float32)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
     return (x + NOISE * noise).clamp(0, 1)
