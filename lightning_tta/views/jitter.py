@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_tta.losses import at_least_float32
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GAMMA = (0.6, 1.4), (0.7, 1.3), (0.5, 1.5), (-0.06, 0.06), (0.7, 1.3)
 DEGREES, SHIFT, SCALE = (-15.0, 15.0), (-1 / 8, 1 / 8), (0.9, 1.1)
 BLUR, FLIP, NOISE = (0.001, 0.5), 0.5, 0.005
@@ -23,8 +25,7 @@ def jitter(images: Tensor, seed: int) -> Tensor:
         seed: Of the draw. The noise is drawn on the images' device: other there than on a CPU.
     """
     with torch.autocast(images.device.type, enabled=False):  # affine of half precision grids rounds pixels to 0 or 1
-        x = images if images.dtype == torch.float64 else images.float()
-        return _view(x.clamp(0, 1), seed).to(images.dtype)
+        return _view(at_least_float32(images).clamp(0, 1), seed).to(images.dtype)
 
 
 def _view(x: Tensor, seed: int) -> Tensor:
