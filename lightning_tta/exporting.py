@@ -27,7 +27,7 @@ def export(
     """Write the net as adapted so far.
 
     ``safetensors`` has the names of the net's own state dict. Read by
-    :func:`~lightning_tta.backbones.weights.load_weights` into the plain net, it gives the logits of
+    :func:`~lightning_tta.backbones.create.load_weights` into the plain net, it gives the logits of
     ``method.predict``. Where the method does more than run the net, it does not, and the file's metadata says under
     ``lacks`` (``method.lacks``) what is missing: BatchNorm with statistics of the test batch; with CoTTA also the mean
     over views where the source is unsure.
