@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from lightning_tta import ConfigError, Guard, InputError, TestTimeAdaptation, Watch, adapt
-from lightning_tta.cli.main import run_lightning
+from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.methods import Source, Tent
 from lightning_tta.report.terminal import print_report
 from measure import soak
