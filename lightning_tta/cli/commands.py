@@ -98,7 +98,7 @@ def _list_streams(args: list[str]) -> None:
 
 def _list_methods(args: list[str]) -> None:
     if args:
-        from lightning_tta.launch.help import describe_method
+        from lightning_tta.launch.options import describe_method
 
         print(describe_method(args[0]))
         return

@@ -1,4 +1,4 @@
-"""Help of our own options, from signatures and docstrings: ``predict --help`` on one screen, and ``methods tent``.
+"""``predict --help`` on one screen: the options of this package, from signatures and docstrings.
 
 The whole help of LightningCLI has hundreds of lines, nearly all of them of Lightning's classes.
 """
@@ -6,15 +6,13 @@ The whole help of LightningCLI has hundreds of lines, nearly all of them of Ligh
 from __future__ import annotations
 
 import argparse
-import inspect
-import re
 from collections.abc import Iterable
 from typing import Literal, get_args, get_origin
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_tta import methods
 from lightning_tta.data import ShiftedDataModule, data_modules
+from lightning_tta.launch.options import class_options, options_of
 from lightning_tta.launch.text import columns, without_markup
 from lightning_tta.modules import MetaTTT, SourceClassifier, TestTimeAdaptation
 
@@ -33,9 +31,9 @@ def short_help(command: str, parser: LightningArgumentParser) -> str:
     """
     predict, training = command == "predict", command == "fit"
     model: type = TestTimeAdaptation if predict else SourceClassifier
-    own = _class_options(model, "model")
+    own = class_options(model, "model")
     data = [f"data.{name}" for name in (STREAM if predict else SOURCE)]
-    actions = _by_name(parser._actions)
+    actions = options_of(parser)
     run = [name for name in actions if name.startswith(tuple(f"{key}." for key in parser.callback_keys))]
     run += [f"trainer.{name}" for name in (*TRAINER, *["max_epochs"] * training)]
     return f"""usage: lightning-tta {command} --config FILE [--OPTION VALUE ...]
@@ -44,35 +42,13 @@ FILE, which is optional, sets the same options: configs/digits/{"predict" if pre
   --model {model.__name__}{"" if predict else f" (or {MetaTTT.__name__})"}
 {_lines(own, own)}
 {columns([("--data", ", ".join(data_modules()))], left=LEFT)}
-{_lines(_class_options(ShiftedDataModule, "data"), data)}
+{_lines(class_options(ShiftedDataModule, "data"), data)}
   the run
 {_lines(actions, [*run, "seed_everything", "ckpt_path"])}
 
 All options: lightning-tta {command} --help all
 Of a class:  lightning-tta {command} --data.help DigitsData
 Of a method: lightning-tta methods tent"""
-
-
-def describe_method(name: str) -> str:
-    """The docstring of a method, and all its options, those that it inherits too."""
-    kind = methods.find(name)
-    text = re.sub(r"Args:\n(?: .*\n|\n)*", "", f"{inspect.getdoc(kind)}\n").strip()
-    options = _class_options(kind, "model.method").items()
-    rows = [
-        (f"--{name}", f"{without_markup(option.help or '')} (default: {option.default})") for name, option in options
-    ]
-    return f"{kind.__name__}: {text}\n\n{columns(rows, left=32)}"
-
-
-def _class_options(kind: type, key: str) -> dict[str, argparse.Action]:
-    """The arguments of a class and of its bases as options below ``key``."""
-    parser = LightningArgumentParser()
-    parser.add_class_arguments(kind, key, skip={"model"})
-    return {name: action for name, action in _by_name(parser._actions).items() if name.startswith(f"{key}.")}
-
-
-def _by_name(actions: Iterable[argparse.Action]) -> dict[str, argparse.Action]:
-    return {action.dest: action for action in actions if not action.dest.endswith(".help")}
 
 
 def _lines(options: dict[str, argparse.Action], names: Iterable[str]) -> str:

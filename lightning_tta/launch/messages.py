@@ -7,7 +7,6 @@ What no rule knows is said in the library's own words.
 from __future__ import annotations
 
 import argparse
-import inspect
 import pydoc
 import re
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from jsonargparse import ArgumentParser
 
 from lightning_tta.errors import ConfigError, LightningTTAError, did_you_mean
+from lightning_tta.launch.options import class_options
 
 _TYPES = {
     "int": "a whole number",
@@ -125,9 +125,7 @@ class _Problem(NamedTuple):
             allowed = [f"one of {match['choices']}" if match["choices"] else _TYPES[match["type"]] for match in types]
             value = next((match["value"] for match in types if match["value"]), self.value)
             return f"--{self.option} must be {' or '.join(allowed)}; got {value!r}."
-        if match := re.match(r"(?:Option|.* does not accept option) '(.+?)'", text):
-            return self._describe_unknown(match[1], parser)
-        if match := re.match(r"unrecognized arguments: --([^\s=+]+)", text):
+        if match := re.match(r"(?:Option '|.* does not accept option '|unrecognized arguments: --)([^'\s=+]+)", text):
             return self._describe_unknown(match[1], parser)
         if match := re.match(r"the following arguments are required: (.*)", text):
             subcommand = parser.prog.split()[-1] + "."
@@ -142,13 +140,14 @@ class _Problem(NamedTuple):
             example = {"data": "DigitsData", "model": "SourceClassifier"}.get(self.owner, "CLASS")
             return f"--{self.owner}.{option} needs to know the class first: --{self.owner} {example}, or a --config."
         if self.kind:
-            hint = did_you_mean(option, _options_of(self.kind))
-            return f"--{self.owner}.{option}: {self.kind.rpartition('.')[2]} has no option {option!r}.{hint}"
-        known: Iterable[str] = _names(parser)
-        if "init_args" in option:  # of a section of a configuration that no command has
-            option = option.partition(".")[0]
-            known = {name.partition(".")[0] for name in known}
-        return f"There is no option {option!r}.{did_you_mean(option, known)}"
+            kind = pydoc.locate(self.kind)
+            known = class_options(kind) if isinstance(kind, type) else ()
+            name = self.kind.rpartition(".")[2]
+            return f"--{self.owner}.{option}: {name} has no option {option!r}.{did_you_mean(option, known)}"
+        names, section = _names(parser), option.partition(".")[0]
+        if section not in (sections := {name.partition(".")[0] for name in names}):
+            option, names = section, sections
+        return f"There is no option {option!r}.{did_you_mean(option, names)}"
 
     def help_option(self) -> str:
         """The option that lists what is allowed."""
@@ -171,9 +170,3 @@ def _classes(option: str) -> Iterable[str]:
     from lightning_tta import data, methods, modules
 
     return {"model.method": methods.names(), "data": data.data_modules(), "model": modules.__all__}.get(option, ())
-
-
-def _options_of(kind: str) -> set[str]:
-    """The arguments of a class and of those that it hands arguments on to."""
-    bases = getattr(pydoc.locate(kind), "__mro__", ())
-    return {name for base in bases for name in inspect.signature(vars(base).get("__init__", id)).parameters} - {"self"}
