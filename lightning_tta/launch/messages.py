@@ -38,6 +38,13 @@ _LINE = re.compile(
     re.VERBOSE,
 )
 
+REMOVED = {
+    "latex": "--latex is gone. Turn report.md into LaTeX: pandoc report.md -o report.tex",
+    "picture": "--picture is gone. The command stream lists the stream's batches.",
+    "batches": "--batches is gone. The command stream lists the first 20 batches.",
+}
+"""Options that commands had, and what to do without them."""
+
 
 def parse(parser: ArgumentParser, args: list[str]) -> Any:
     """The arguments of a command, parsed.
@@ -136,6 +143,8 @@ class _Problem(NamedTuple):
         return f"--{self.option}: {text}" if self.option else text
 
     def _describe_unknown(self, option: str, parser: argparse.ArgumentParser) -> str:
+        if not self.kind and option in REMOVED:
+            return REMOVED[option]
         if self.kind.rpartition(".")[2] in ("LightningDataModule", "LightningModule"):
             example = {"data": "DigitsData", "model": "SourceClassifier"}.get(self.owner, "CLASS")
             return f"--{self.owner}.{option} needs to know the class first: --{self.owner} {example}, or a --config."

@@ -81,6 +81,7 @@ def message_of(capsys, args):
         (["methods", "tnet"], "Unknown method 'tnet'. Did you mean tent"),
         (["stream"], "Missing: --data. .* --config"),
         (["stream", "--data=DigitsData", "--data.severity=6"], r"severity must be a whole number in \[1, 5\]; got 6"),
+        (["stream", "--data=DigitsData", "--picture=x.png"], "--picture is gone. The command stream lists"),
         (["stream", "--config=nothere.yaml"], "--config: File does not exist: '.*nothere.yaml'"),
         (["report", "nowhere"], "nowhere has no report.json or benchmark.json. Give a finished run's directory"),
         (["report"], "Missing: RUNS.*lightning-tta report --help"),
