@@ -28,5 +28,5 @@ def columns(rows: Iterable[tuple[str, str]], left: int = 17, height: int | None 
 
 
 def without_markup(text: str) -> str:
-    """A docstring's text in one line: ``x`` and :func:`module.x` become x."""
+    """A docstring's text in one line, without double backquotes and roles: of a reference only its last name."""
     return " ".join(re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"\1", text.replace("``", "")).split())
