@@ -58,13 +58,13 @@ def export(
     return Path(path)
 
 
-def export_run(run: str | Path, output: str | Path, process: int | None = None) -> Path:
+def export_run(run: str | Path, output: str | Path = "adapted.safetensors", process: int | None = None) -> Path:
     """Write the net of a predict run that saved its state (``save_every``), at its end or as last saved.
 
     Args:
         run: The run's directory.
         output: A ``.safetensors`` file.
-        process: Of a run of several processes, each of which has adapted a net of its own: whose.
+        process: Whose net, of a run of several processes: each of them has adapted a net of its own.
 
     Raises:
         DataError: If the run has no saved state.
