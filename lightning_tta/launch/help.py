@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from typing import Literal, get_args, get_origin
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -55,8 +54,8 @@ def _lines(options: dict[str, argparse.Action], names: Iterable[str]) -> str:
     """A line for each option: what it may be, where that is short, and as much of its description as fits."""
     rows = []
     for name in names:
-        kind = getattr(options[name], "_typehint", None)
-        choices = f"{'|'.join(get_args(kind))}: " if get_origin(kind) is Literal else ""
-        text = without_markup(options[name].help or "")
-        rows.append((f"--{name}", choices + text if len(choices) < 30 else text))
+        text, choices = without_markup(options[name].help or ""), str(options[name].metavar)
+        if choices.startswith("{") and choices != "{true,false}" and len(choices) < 30:
+            text = f"{choices} {text}"
+        rows.append((f"--{name}", text))
     return columns(rows, left=LEFT, height=1)
