@@ -12,12 +12,6 @@ from lightning_tta.data.streams import build_stream, permutation
 from lightning_tta.errors import ConfigError
 
 T = TypeVar("T")
-_SUBSET_SEED = 20190101  # fixed, so that smaller subsets lie inside larger ones
-
-
-def subset(size: int, limit: int | None) -> Tensor:
-    """Which of ``size`` images are kept where there may be ``limit``: the same ones in each run, in order."""
-    return torch.from_numpy(permutation(size, _SUBSET_SEED)[: limit or size]).sort().values
 
 
 def processes() -> tuple[int, int]:

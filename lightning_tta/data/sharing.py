@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from lightning_tta.data.streams import Stream
 from lightning_tta.errors import ConfigError
@@ -82,33 +81,3 @@ def deal(stream: Stream, frozen: set[int], world: int) -> list[int]:
         for number in units[unit]:
             owner[number] = rank
     return owner
-
-
-class Shared(Protocol):
-    """What is shared: a data module with a stream."""
-
-    sharing: Sharing
-
-    @property
-    def stream(self) -> Stream:
-        """The whole stream."""
-
-    @property
-    def stream_domains(self) -> list[str]:
-        """Names of its domains."""
-
-    @property
-    def frozen_domains(self) -> list[str]:
-        """Those that are predicted with what was learned on the one before."""
-
-
-def own_batches(data: Shared) -> Batches:
-    """The batches of this process; an empty one where a batch of the stream has fewer samples than processes."""
-    frozen = {number for number, name in enumerate(data.stream_domains) if name in data.frozen_domains}
-    return data.sharing.batches(data.stream, frozen)
-
-
-def loaded_batches(data: Shared) -> Batches:
-    """The same with the first sample of the whole batch in the place of an empty part: a loader has no empty batch."""
-    own = own_batches(data)
-    return own if all(own) else [part or whole[:1] for part, whole in zip(own, data.stream.batches, strict=True)]

@@ -86,7 +86,10 @@ def test_digest_follows_the_test_images(tmp_path, files):
         ({"y_test": np.zeros((20, 1), np.int64)}, "whole number"),
         ({"y_train": np.zeros(0, np.int64)}, "whole number"),
         ({"y_train": np.arange(40) % 4 * 2}, r"classes \[1, 3\]"),
-        ({"y_test": None}, r"no array 'y_test'.*\['x_test', 'x_train', 'y_train'\].*Expected: x_train, y_train"),
+        (
+            {"y_test": None},
+            r"no array 'y_test'.*\['x_test', 'x_train', 'y_train'\].*Expected a .npz",
+        ),
         ({"y_test": np.array([None] * 20)}, "not a readable"),
     ],
     ids=(
@@ -102,9 +105,9 @@ def test_wrong_files(tmp_path, replaced, words):
 
 
 def test_missing_and_damaged_files(tmp_path, files):
-    with pytest.raises(DataError, match=r"no file .*nowhere\.npz"):
+    with pytest.raises(DataError, match=r"nowhere\.npz does not exist"):
         ArrayData(str(tmp_path / "nowhere.npz"))
-    with pytest.raises(DataError, match=r"no file .*nowhere\.npz"):
+    with pytest.raises(DataError, match=r"nowhere\.npz does not exist"):
         ArrayData(files[0], {"other": str(tmp_path / "nowhere.npz")})
     broken = tmp_path / "broken.npz"
     with broken.open("wb") as file:

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from lightning_tta.data import DigitsData, ShiftedDataModule, corrupt, corruption_names
 from lightning_tta.data.sets.digits import split_positions
-from lightning_tta.data.storage.memo import MEMO
+from lightning_tta.data.storage.cache import CACHE
 from lightning_tta.errors import ConfigError
 
 
@@ -130,7 +130,7 @@ def test_smaller_subsets_lie_inside_larger_ones_with_the_same_pixels():
 def test_pixels_do_not_depend_on_order_batch_size_or_workers(stream):
     options = {"domains": ["shot_noise", "rotate"], "num_images": 40}
     reference = joined(DigitsData(**options, stream="iid", batch_size=64).predict_dataloader())
-    MEMO.clear()  # or the same tensors would be compared with themselves
+    CACHE.clear()  # or the same tensors would be compared with themselves
     random.seed(5)
     torch.manual_seed(5)
     other = joined(DigitsData(**options, stream=stream, batch_size=7, order_seed=3).predict_dataloader())
@@ -159,7 +159,7 @@ def test_label_shift_stream_is_sorted_by_class():
 def test_shuffled_labels_change_no_image(monkeypatch):
     options = {"domains": ["elastic"], "num_images": 20, "stream": "iid"}
     reference = joined(DigitsData(**options).predict_dataloader())
-    MEMO.clear()
+    CACHE.clear()
     clean = DigitsData.clean
 
     def shuffled(self, split):
@@ -183,7 +183,7 @@ def test_corruption_seed_and_severity_change_pixels_and_order_seed_does_not():
 
 
 def test_corrupted_images_are_computed_once(monkeypatch):
-    MEMO.clear()
+    CACHE.clear()
     first = DigitsData(domains=["contrast"], num_images=10)
     first.setup("predict")
 
@@ -197,13 +197,13 @@ def test_corrupted_images_are_computed_once(monkeypatch):
         DigitsData(domains=["contrast"], num_images=10, severity=1).setup("predict")
 
 
-def test_streams_too_large_for_the_memo_are_made_on_the_fly(monkeypatch):
+def test_streams_too_large_for_memory_are_made_on_the_fly(monkeypatch):
     options = {"domains": ["jpeg", "clean"], "num_images": 10}
     reference = joined(DigitsData(**options).predict_dataloader())
-    MEMO.clear()
-    monkeypatch.setattr(MEMO, "limit", 1000)
+    CACHE.clear()
+    monkeypatch.setattr(CACHE, "limit", 1000)
     lazy = joined(DigitsData(**options).predict_dataloader())
-    assert MEMO.nbytes == 0
+    assert CACHE.nbytes == 0
     assert all(torch.equal(reference[name], lazy[name]) for name in reference)
 
 
@@ -238,7 +238,7 @@ def test_what_a_leaf_must_provide():
     class Leaf(ShiftedDataModule):
         class_names = ("a",)
 
-    with pytest.raises(TypeError, match=r"abstract methods '?clean'?, '?digest'?"):
+    with pytest.raises(TypeError, match=r"abstract methods '?clean'?, '?digest_content'?"):
         Leaf()
     with pytest.raises(ConfigError, match="DigitsData has no natural domain 'sketch'"):
         DigitsData().natural_domain("sketch")

@@ -52,10 +52,10 @@ def server():
     server.server_close()
 
 
-def remote(server, path="/file.tar", content=CONTENT, size=True, checksum=None):
+def remote(server, path="/file.tar?download=1", content=CONTENT, size=True, checksum=None):
     checksum = checksum or f"md5:{hashlib.md5(content).hexdigest()}"
     url = f"http://127.0.0.1:{server.server_address[1]}{path}"
-    return Remote(url, "file.tar", len(content) if size else None, checksum)
+    return Remote(url, len(content) if size else None, checksum)
 
 
 @pytest.mark.parametrize("size", [True, False])
@@ -94,7 +94,7 @@ def test_a_page_in_place_of_an_archive(server, tmp_path):
         fetch(remote(server), tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file.tar").write_bytes(server.content)
-    with pytest.raises(DataError, match="is a web page"):
+    with pytest.raises(DataError, match="web page instead of file"):
         fetch(remote(server), tmp_path)
 
 
@@ -103,13 +103,13 @@ def test_another_checksum_or_size(server, tmp_path):
         fetch(remote(server, checksum="md5:0000"), tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file.tar").write_bytes(CONTENT[:-1])
-    with pytest.raises(DataError, match=r"cut short: 1,279,999 bytes, expected 1,280,000"):
+    with pytest.raises(DataError, match=r"1,279,999 bytes, expected 1,280,000\): it is damaged"):
         fetch(remote(server), tmp_path)
 
 
 def test_a_file_that_moved(server, tmp_path):
     with pytest.raises(DataError, match=r"404.*by hand"):
-        fetch(remote(server, "/gone.tar"), tmp_path)
+        fetch(remote(server, "/gone/file.tar"), tmp_path)
     assert len(server.starts) == 1
 
 

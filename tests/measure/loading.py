@@ -89,7 +89,7 @@ def main() -> None:
         positions = build_stream([domain.labels], batch_size=args.batch).batches
         runs: dict[str, Any] = {
             "torchvision": lambda: bare(folder, args.workers, args.batch),
-            "ours": lambda: ours._stream_loader([domain], positions),  # the files, not what is kept in memory
+            "ours": lambda: ours.stream_loader([domain], positions),  # the files, not what is kept in memory
         }
         rates: dict[str, list[float]] = {key: [] for key in runs}
         for _ in range(args.rounds):

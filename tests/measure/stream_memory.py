@@ -66,9 +66,9 @@ class MadeData(ShiftedDataModule):
         """The same for all splits."""
         return self.made
 
-    def digest(self) -> str:
+    def digest_content(self) -> list[bytes]:
         """The count."""
-        return f"made-{len(self.made)}"
+        return [str(len(self.made)).encode()]
 
     def natural_names(self) -> list[str]:
         """One."""

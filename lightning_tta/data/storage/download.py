@@ -6,6 +6,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lightning_tta.errors import DataError
 
-_BLOCK = 2**20
+_BLOCK = 2**20  # bytes
 _ATTEMPTS = 5
 
 
@@ -24,15 +25,18 @@ class Remote:
 
     Attributes:
         url: Where it is.
-        name: What it is called here.
         size: Bytes; ``None`` where nobody published it.
         checksum: ``md5:...`` or ``sha256:...``.
     """
 
     url: str
-    name: str
     size: int | None
     checksum: str
+
+    @property
+    def name(self) -> str:
+        """The file's name in the address."""
+        return self.url.rpartition("/")[2].partition("?")[0]
 
 
 def fetch(remote: Remote, folder: Path, *, pause: float = 2.0) -> Path:
@@ -51,19 +55,19 @@ def fetch(remote: Remote, folder: Path, *, pause: float = 2.0) -> Path:
     """
     path = folder / remote.name
     if path.is_file():
-        _verify(path, remote, path)
+        _verify(path, remote)
         return path
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{remote.name}.partial")
-    problem: Exception | None = None
     columns = (TextColumn(remote.name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(remote.name, total=remote.size)
+        problem: object = "it ended early"
         for attempt in range(_ATTEMPTS):
-            if attempt:
-                time.sleep(pause)
+            time.sleep(pause if attempt else 0)
             try:
-                done = _continue(remote, partial, lambda count: progress.update(task, completed=count))
+                if _resume(remote, partial, lambda count: progress.update(task, completed=count)):
+                    break
             except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
                 if isinstance(error, urllib.error.HTTPError) and error.code < 500:
                     raise DataError(
@@ -71,66 +75,65 @@ def fetch(remote: Remote, folder: Path, *, pause: float = 2.0) -> Path:
                         f"it by hand to {path}."
                     ) from error
                 problem = error
-                continue
-            if done:
-                break
         else:
-            have = partial.stat().st_size if partial.exists() else 0
             raise DataError(
-                f"{remote.url}: the connection was lost {_ATTEMPTS} times ({problem or 'it ended early'}); "
-                f"{have:,} of {remote.size or 'unknown'} bytes are in {partial}. Run again to go on from there."
+                f"{remote.url}: the connection was lost {_ATTEMPTS} times ({problem}); {_bytes_of(partial):,} of "
+                f"{remote.size or 'unknown'} bytes are in {partial}. Run again to go on from there."
             )
-    _verify(partial, remote, path)
-    partial.replace(path)
-    return path
+    try:
+        _verify(partial, remote)
+    except DataError:
+        partial.unlink()
+        raise
+    return partial.replace(path)
 
 
-def _continue(remote: Remote, partial: Path, advance: object) -> bool:
+def _bytes_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _resume(remote: Remote, partial: Path, show: Callable[[int], None]) -> bool:
     """Append what is missing; whether the file is complete now."""
-    have = partial.stat().st_size if partial.exists() else 0
-    if remote.size is not None and have >= remote.size:
+    start = _bytes_of(partial)
+    if remote.size is not None and start >= remote.size:
         return True
-    request = urllib.request.Request(remote.url, headers={"Range": f"bytes={have}-"} if have else {})
+    request = urllib.request.Request(remote.url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=60) as answer:
-        if have and answer.status != 206:  # the server starts anew
-            have = 0
+        if answer.status != 206:  # the server sends the whole file
+            start = 0
         length = answer.headers.get("Content-Length")
-        expected = remote.size if remote.size is not None else (have + int(length) if length else None)
-        with partial.open("ab" if have else "wb") as file:
-            while block := answer.read(_BLOCK):
-                if not have and _is_page(block):
-                    file.close()
-                    partial.unlink()
-                    raise DataError(
-                        f"{remote.url}: the server sends a web page instead of {remote.name} (a login, an error or a "
-                        "confirmation). Open the address in a browser and fetch the file by hand."
-                    )
+        expected = remote.size or (start + int(length) if length else None)
+        end, block = start, answer.read(_BLOCK)
+        if not start:
+            _refuse_page(block, remote)
+        with partial.open("ab" if start else "wb") as file:
+            while block:
                 file.write(block)
-                have += len(block)
-                advance(have)  # type: ignore[operator]
-    return expected is None or have >= expected
+                end += len(block)
+                show(end)
+                block = answer.read(_BLOCK)
+    return expected is None or end >= expected
 
 
-def _is_page(block: bytes) -> bool:
-    return block.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html"))
-
-
-def _verify(found: Path, remote: Remote, path: Path) -> None:
-    size = found.stat().st_size
-    if _is_page(found.open("rb").read(64)):
-        raise DataError(f"{found} is a web page, not {remote.name}. Remove it and fetch {remote.url} again.")
-    if remote.size is not None and size != remote.size:
-        kind = "cut short" if size < remote.size else "too long"
-        raise DataError(f"{found} is {kind}: {size:,} bytes, expected {remote.size:,}. Remove it and fetch it again.")
-    kind, _, wanted = remote.checksum.partition(":")
-    with found.open("rb") as file:
-        given = hashlib.file_digest(file, kind).hexdigest()
-    if given != wanted:
-        if found != path:
-            found.unlink()
+def _refuse_page(beginning: bytes, remote: Remote) -> None:
+    if beginning.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
         raise DataError(
-            f"{remote.name} from {remote.url} has the {kind} {given}, expected {wanted}: it is damaged or another "
-            f"version, and is not used.{' Remove ' + str(path) + ' to fetch it again.' if found == path else ''}"
+            f"{remote.url} is a web page instead of {remote.name} (a login, an error or a confirmation). Open the "
+            "address in a browser and fetch the file by hand; remove the page if it was saved under that name."
+        )
+
+
+def _verify(file: Path, remote: Remote) -> None:
+    kind, _, wanted = remote.checksum.partition(":")
+    with file.open("rb") as content:
+        _refuse_page(content.read(64), remote)
+        content.seek(0)
+        checksum = hashlib.file_digest(content, kind).hexdigest()
+    if checksum != wanted:
+        size = f"{_bytes_of(file):,} bytes" + (f", expected {remote.size:,}" if remote.size else "")
+        raise DataError(
+            f"{file} from {remote.url} has the {kind} {checksum}, expected {wanted} ({size}): it is damaged or another "
+            "version, and is not used. Remove it if it is still there, and run again."
         )
 
 
