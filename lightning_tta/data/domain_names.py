@@ -10,11 +10,7 @@ FALLING = "-falling"  # tells a gradual stream's way down from its way up
 
 
 def check_domain_names(names: Iterable[str]) -> None:
-    """Refuse names of natural domains that name a corruption or a group already.
-
-    Raises:
-        ConfigError: If there are some.
-    """
+    """Refuse names of natural domains that name a corruption or a group already."""
     reserved = {CLEAN, *GROUPS}.union(*(functions.names for functions in SETS.values()))
     taken = sorted(reserved & set(names))
     if taken:
@@ -25,16 +21,7 @@ def check_domain_names(names: Iterable[str]) -> None:
 
 
 def expand_domains(domains: list[str] | None, natural: list[str], function_set: str) -> list[str]:
-    """Names of domains, with the groups ``reported``, ``held_out`` and ``none`` written out.
-
-    Args:
-        domains: What the user named; ``None`` takes the natural domains where there are some, else ``reported``.
-        natural: Names of the domains that are not made by a corruption.
-        function_set: One of :data:`SETS`.
-
-    Raises:
-        ConfigError: On an unknown name, a severity out of range, a name given twice, or none at all.
-    """
+    """Names of domains, with the groups ``reported``, ``held_out`` and ``none`` written out."""
     reported, held_out = corruption_names(function_set), corruption_names(function_set, held_out=True)
     if domains is None:
         domains = natural or reported
@@ -55,11 +42,7 @@ def expand_domains(domains: list[str] | None, natural: list[str], function_set: 
 
 
 def split_severity(name: str) -> tuple[str, int | None]:
-    """Corruption and severity of a domain's name: ``("fog", 5)`` of ``fog@5``, ``("fog", None)`` of ``fog``.
-
-    Raises:
-        ConfigError: If what follows ``@`` is not a severity from 1 to 5.
-    """
+    """Corruption and severity of a domain's name: ``("fog", 5)`` of ``fog@5``, ``("fog", None)`` of ``fog``."""
     corruption, at, level = name.removesuffix(FALLING).partition("@")
     if not at:
         return name, None
@@ -69,11 +52,7 @@ def split_severity(name: str) -> tuple[str, int | None]:
 
 
 def gradual(names: list[str]) -> list[str]:
-    """Each corruption at severities 1, 2, 3, 4, 5, 4, 3, 2, 1: its domains, one after the other.
-
-    Raises:
-        ConfigError: If a name has a severity already, or is no corruption.
-    """
+    """Each corruption at severities 1, 2, 3, 4, 5, 4, 3, 2, 1: its domains, one after the other."""
     known = set[str]().union(*(functions.names for functions in SETS.values()))
     wrong = [name for name in names if name not in known]
     if wrong:

@@ -122,10 +122,8 @@ def to_float(pixels: Tensor) -> Tensor:
 class LabelledBatches(Dataset[Batch]):
     """Batches {image (B, C, H, W) float32 in [0, 1], label (B,), index (B,)} of one set.
 
-    Args:
-        images: The set.
-        augment: Applied to each image uint8 (C, H, W).
-        domains: The domain of each image, int64 (N,); batches then have ``domain`` (B,) too.
+    ``augment`` is applied to each image uint8 (C, H, W). With the ``domains`` of the images (N,), batches have
+    ``domain`` (B,) too.
     """
 
     def __init__(

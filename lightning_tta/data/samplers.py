@@ -46,10 +46,6 @@ def validation_batches(labels: Sequence[Tensor], batch_size: int) -> list[list[i
 
     Samples are dealt and not batches: each process meets every domain, in the same order, as often as the others. A
     metric that is named after a domain and summed over processes needs this.
-
-    Args:
-        labels: The labels of each domain, int64 (N_d,).
-        batch_size: Samples in a batch of one process.
     """
     rank, world = processes()
     stream = build_stream(labels, kind="iid", batch_size=batch_size * world)

@@ -30,12 +30,7 @@ class Sharing:
         return self.world if self.mode == "synchronised" else 1
 
     def batches(self, stream: Stream, frozen: set[int]) -> Batches:
-        """This process's batches of ``stream``, in order; an empty one where a batch has fewer samples than processes.
-
-        Args:
-            stream: The whole stream, in batches of ``joined`` times the batch size.
-            frozen: Numbers of the domains that are predicted with what was learned on the one before.
-        """
+        """This process's batches, in order; empty ones where a batch of the stream has fewer samples than processes."""
         if self.mode == "single":
             return stream.batches
         if self.mode == "synchronised":
@@ -55,10 +50,7 @@ def part_of(batch: list[int], rank: int, world: int) -> list[int]:
 def deal(stream: Stream, frozen: set[int], world: int) -> list[int]:
     """The process of each domain: the largest first, each to the process that has least so far.
 
-    A frozen domain stays with the one before it, and so does an empty one.
-
-    Raises:
-        ConfigError: If there are more processes than domains, or batches span domains.
+    A frozen domain is predicted with what was learned on the one before: it stays with it, and so does an empty one.
     """
     if stream.kind == "mixed":
         raise ConfigError("The batches of a mixed stream span domains: there are no whole domains to deal out.")

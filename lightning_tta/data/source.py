@@ -22,13 +22,7 @@ Split = Literal["train", "val", "test"]
 
 
 class SourceData(LightningDataModule, ABC):
-    """What :class:`ShiftedDataModule` knows of the source; a leaf implements the first methods.
-
-    Args:
-        train_batch_size: Samples in a batch of the train, val and test loaders, at least 1.
-        num_workers: Worker processes of each loader.
-        augment: Whether the training images are augmented.
-    """
+    """What :class:`ShiftedDataModule` knows of the source; a leaf implements the first methods."""
 
     def __init__(self, train_batch_size: int, num_workers: int, augment: bool) -> None:
         super().__init__()

@@ -59,11 +59,7 @@ NOT_COMPUTABLE = (
 
 
 def get_function_set(name: str) -> FunctionSet:
-    """A function set by name.
-
-    Raises:
-        ConfigError: On an unknown name.
-    """
+    """A function set by name."""
     check_choice("function_set", name, tuple(SETS))
     return SETS[name]
 
@@ -79,20 +75,12 @@ def corruption_names(function_set: str = "builtin", held_out: bool = False) -> l
 
 
 def function_set_id(function_set: str = "builtin") -> str:
-    """Name and version of a function set, for the protocol: ``builtin-1`` for example.
-
-    Raises:
-        ConfigError: On an unknown function set, or when its package is not installed.
-    """
+    """Name and version of a function set, for the protocol: ``builtin-1`` for example."""
     return get_function_set(function_set).version_id()
 
 
 def check_computable(domains: Iterable[str], function_set: str) -> None:
-    """Refuse, before data is read, domains that :func:`corrupt` cannot compute.
-
-    Raises:
-        ConfigError: If the function set is not installed, or has files only.
-    """
+    """Refuse, before data is read, domains that :func:`corrupt` cannot compute."""
     if set(domains) - {CLEAN}:
         if not get_function_set(function_set).computable:
             raise ConfigError(NOT_COMPUTABLE)

@@ -136,11 +136,7 @@ class ArrayData(ShiftedDataModule):
 
 
 def read_array(path: Path, name: str) -> np.ndarray[Any, np.dtype[Any]]:
-    """One array of a ``.npz`` file, without running code that is in it.
-
-    Raises:
-        DataError: If the file is missing or damaged, or has no such array.
-    """
+    """One array of a ``.npz`` file, without running code that is in it."""
     check_file(path, EXPECTED)
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -155,11 +151,7 @@ def read_array(path: Path, name: str) -> np.ndarray[Any, np.dtype[Any]]:
 
 
 def read_labels(path: Path, split: str) -> Tensor:
-    """Labels int64 (N,) of the split ``train`` or ``test`` of a file, N at least 1.
-
-    Raises:
-        DataError: Also if they are not a list of whole numbers from 0.
-    """
+    """Labels int64 (N,) of the split ``train`` or ``test`` of a file, N at least 1."""
     labels = read_array(path, f"y_{split}")
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
         raise DataError(

@@ -154,11 +154,7 @@ class DomainFolderData(ShiftedDataModule):
 
 
 def read_list(path: Path, root: Path) -> Listing:
-    """Image files and labels (N,) from lines ``<path below root> <label>``.
-
-    Raises:
-        DataError: If the file is missing or empty, or a line is something else.
-    """
+    """Image files and labels (N,) from lines ``<path below root> <label>``."""
     check_file(path, f"lines <path of an image below {root}> <label>")
     paths, labels = [], []
     for number, line in enumerate(path.read_text().splitlines(), 1):

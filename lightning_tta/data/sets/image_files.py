@@ -18,11 +18,7 @@ Listing = tuple[list[Path], Tensor]
 
 
 def list_folders(folder: Path) -> list[str]:
-    """Sorted names of the folders in a folder.
-
-    Raises:
-        DataError: If there are none.
-    """
+    """Sorted names of the folders in a folder."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise DataError(f"{folder} has no class folders. Expected {folder}/<class>/<image files>.")
@@ -30,16 +26,7 @@ def list_folders(folder: Path) -> list[str]:
 
 
 def list_images(folder: Path, label_of: Mapping[str, int], classes: str) -> Listing:
-    """Image files of a folder of class folders, sorted by label and name.
-
-    Args:
-        folder: Has a folder for each class, or for some.
-        label_of: Label of each class folder that may be there.
-        classes: What these classes are, for the message.
-
-    Raises:
-        DataError: If there is another class folder, or there are no images.
-    """
+    """Image files of a folder of class folders, sorted by label and name; ``classes`` says which, for the message."""
     names = list_folders(folder)
     unknown = [name for name in names if name not in label_of]
     if unknown:

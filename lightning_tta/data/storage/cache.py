@@ -46,13 +46,9 @@ class ImageCache:
         self._pixels.clear()
 
     def in_memory(self, images: Images, key: Hashable, text: str, *, sets: int = 1) -> Images:
-        """The same images in memory, computed once per process and key; unchanged where they would not fit.
+        """The same images in memory, computed once per process and key; unchanged where ``sets`` like them do not fit.
 
-        Args:
-            images: What to keep, all of one size. Nobody may write into the pixels that come back.
-            key: Says what they are, completely.
-            text: Names the work in the progress bar.
-            sets: How many sets of this size are wanted in memory together.
+        All have one size. Nobody may write into the pixels that come back. ``text`` names the work in a progress bar.
         """
         if isinstance(images, StackedImages) or not len(images):
             return images
@@ -69,11 +65,7 @@ class ImageCache:
     def on_disk(images: Images, key: str, folder: Path, text: str) -> Images:
         """The same images from a file in ``folder``, which is written if no process has written it yet.
 
-        Args:
-            images: What to store, all of one size.
-            key: Says what they are, completely: equal keys share a file.
-            folder: Where the files are; made if it does not exist.
-            text: Names the work in the progress bar.
+        Equal keys share a file: a key says completely what the images are.
         """
         if not len(images):
             return images
@@ -137,17 +129,9 @@ def _write_npy(file: IO[bytes], images: Images, text: str) -> None:
 
 
 class MappedImages(Images):
-    """Rows of an ``.npy`` file of uint8 images, read when asked for and never all at once.
+    """Rows ``first`` to ``first + len(labels)`` of an ``.npy`` file of uint8 images, read when asked for.
 
-    Args:
-        path: The file: (N, C, H, W), or (N, H, W, C) with ``channels_last``.
-        labels: Labels of the rows in use, shape (M,).
-        first: The first row in use.
-        shape: The shape the file must have; ``None`` for any with four dimensions.
-        channels_last: Whether the file has its channels last.
-
-    Raises:
-        DataError: If the file is missing, cut short, or has other contents.
+    The file has the shape ``shape``: (N, C, H, W), or (N, H, W, C) with ``channels_last``.
     """
 
     def __init__(
@@ -180,11 +164,7 @@ class MappedImages(Images):
 
 
 def open_images(path: Path, shape: Sequence[int] | None = None) -> np.memmap[Any, np.dtype[np.uint8]]:
-    """Map an ``.npy`` file of uint8 images into memory.
-
-    Raises:
-        DataError: If it is missing, no such file, cut short, or of another type or shape.
-    """
+    """Map an ``.npy`` file of uint8 images into memory."""
     wanted = "uint8 images with four dimensions" if shape is None else f"uint8 {tuple(shape)}"
     rows = load_npy(path, wanted, mmap_mode="r")
     right_shape = rows.ndim == 4 if shape is None else rows.shape == tuple(shape)
@@ -194,11 +174,7 @@ def open_images(path: Path, shape: Sequence[int] | None = None) -> np.memmap[Any
 
 
 def load_npy(path: Path, wanted: str, mmap_mode: Any = None) -> np.ndarray[Any, Any]:
-    """The array of an ``.npy`` file, without running code that is in it; ``wanted`` says what it should hold.
-
-    Raises:
-        DataError: If it is missing, or no such file.
-    """
+    """The array of an ``.npy`` file, without running code that is in it; ``wanted`` says what it should hold."""
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {kind}. Expected an .npy file with {wanted}.")

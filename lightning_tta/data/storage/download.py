@@ -3,7 +3,6 @@
 import hashlib
 import http.client
 import tarfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from lightning_tta.errors import DataError
 
 _BLOCK = 2**20  # bytes
-_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -39,19 +37,11 @@ class Remote:
         return self.url.rpartition("/")[2].partition("?")[0]
 
 
-def fetch(remote: Remote, folder: Path, *, pause: float = 2.0) -> Path:
+def fetch(remote: Remote, folder: Path) -> Path:
     """Download a file, or finish a download that was cut off; a file that is there and right is not fetched again.
 
-    Args:
-        remote: The file.
-        folder: Where it goes; made if it does not exist.
-        pause: Seconds before another attempt after a lost connection.
-
-    Returns:
-        The file's path.
-
     Raises:
-        DataError: If the server sends something else, or the checksum does not fit.
+        DataError: If the connection is lost, the server sends something else, or the checksum does not fit.
     """
     path = folder / remote.name
     if path.is_file():
@@ -63,23 +53,20 @@ def fetch(remote: Remote, folder: Path, *, pause: float = 2.0) -> Path:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(remote.name, total=remote.size)
         problem: object = "it ended early"
-        for attempt in range(_ATTEMPTS):
-            time.sleep(pause if attempt else 0)
-            try:
-                if _resume(remote, partial, lambda count: progress.update(task, completed=count)):
-                    break
-            except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-                if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                    raise DataError(
-                        f"{remote.url}: the server answers {error.code} {error.reason}. The file may have moved: fetch "
-                        f"it by hand to {path}."
-                    ) from error
-                problem = error
-        else:
-            raise DataError(
-                f"{remote.url}: the connection was lost {_ATTEMPTS} times ({problem}); {_bytes_of(partial):,} of "
-                f"{remote.size or 'unknown'} bytes are in {partial}. Run again to go on from there."
-            )
+        try:
+            complete = _resume(remote, partial, lambda count: progress.update(task, completed=count))
+        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                raise DataError(
+                    f"{remote.url}: the server answers {error.code} {error.reason}. The file may have moved: fetch it "
+                    f"by hand to {path}."
+                ) from error
+            complete, problem = False, error
+    if not complete:
+        raise DataError(
+            f"{remote.url}: the connection was lost ({problem}); {_bytes_of(partial):,} of {remote.size or 'unknown'} "
+            f"bytes are in {partial}. Run again to go on from there."
+        )
     try:
         _verify(partial, remote)
     except DataError:
@@ -138,11 +125,7 @@ def _verify(file: Path, remote: Remote) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar file; members that would leave ``folder``, links out of it and devices are refused.
-
-    Raises:
-        DataError: If it is damaged, or tries to write elsewhere.
-    """
+    """Unpack a tar file; members that would leave ``folder``, links out of it and devices are refused."""
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")

@@ -39,12 +39,7 @@ IMAGENET_C = {
 
 
 def fetch_imagenet(name: str, folder: Path) -> None:
-    """Put ImageNet-A, -R or -V2 into ``folder``, unless that is there.
-
-    Raises:
-        ConfigError: If nobody here knows where the set is.
-        DataError: If the download fails.
-    """
+    """Put ImageNet-A, -R or -V2 into ``folder``, unless that is there."""
     if folder.is_dir():
         return
     if name not in IMAGENET:
