@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 
 from lightning_tta.data import DigitsData, ShiftedDataModule, corrupt, corruption_names
 from lightning_tta.data.sets.digits import split_positions
+from lightning_tta.data.sharing import Sharing
 from lightning_tta.data.storage.cache import CACHE
 from lightning_tta.errors import ConfigError
 
@@ -266,6 +267,45 @@ def test_describe():
     assert data.default_reset == "never"
     clean = DigitsData(domains=["clean"], num_images=12, severity=5).describe()
     assert [clean[name] for name in ("function_set", "severity", "corruption_seed")] == [None] * 3
+
+
+def indices(data):
+    return [batch["index"].tolist() for batch in data.predict_dataloader()]
+
+
+def test_a_stream_is_shared_and_taken_back():
+    data = DigitsData(domains=["clean", "contrast"], num_images=21, batch_size=5)
+    alone = data.stream.batches
+    data.share(Sharing("synchronised", 1, 2))
+    whole = data.stream.batches
+    assert [len(batch) for batch in whole] == [10, 10, 1] * 2  # two processes' batches in one
+    assert data.shard() == [batch[5:] for batch in whole]
+    assert indices(data) == [batch[5:] or batch for batch in whole]  # a loader has no empty batch
+    shards = []
+    for rank in range(2):
+        data.share(Sharing("replicas", rank, 2))
+        shards.append(data.shard())
+        assert indices(data) == shards[-1]
+    assert shards[0] + shards[1] == data.stream.batches == alone
+    with pytest.raises(ConfigError, match="3 processes cannot share 2 domains"):
+        data.share(Sharing("replicas", 0, 3))
+    data.share(Sharing())
+    data.start_at(3)
+    assert (data.sharing, data.first_batch) == (Sharing(), 3)
+    assert indices(data) == alone[3:]
+
+
+def test_blind_spots_make_the_stream_anew():
+    data = DigitsData(domains=["clean"], num_images=6, stream="blind_spot", batch_size=4)
+    with pytest.raises(ConfigError, match="set_blind_spots"):
+        _ = data.stream
+    for wrong in ([True] * 2 + [False] * 4, [False] * 3 + [True] * 3):
+        data.set_blind_spots([torch.tensor(wrong)])
+        assert data.stream.sizes == (sum(wrong), 6)
+        assert data.describe()["images_per_domain"] == [sum(wrong), 6]
+        first = torch.cat([batch["image"] for batch in data.predict_dataloader()])[: sum(wrong)]
+        clean = data.domain_images[0].images(torch.tensor(wrong).nonzero()[:, 0]).float() / 255
+        assert sorted(first.flatten(1).sum(1).tolist()) == sorted(clean.flatten(1).sum(1).tolist())
 
 
 class Recorder(LightningModule):
