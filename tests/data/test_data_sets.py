@@ -109,6 +109,11 @@ def test_digest_follows_the_test_images_and_not_the_place(case, root, tmp_path):
         arrays["x_test"][3, 4, 5] ^= 1
         np.savez(path, **arrays)
     else:
+        content = path.read_bytes()
+        path.write_bytes(content + b"\0")  # of another size in bytes
+        assert case.read(root).digest() != digest
+        path.write_bytes(content)
+        assert case.read(root).digest() == digest
         path.unlink()
     assert case.read(root).digest() != digest
 
