@@ -1,6 +1,5 @@
 """Image corruptions with severities 1 to 5: every method sees the same pixels."""
 
-import difflib
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_tta.data.corruptions import builtin, imagenet_c
-from lightning_tta.errors import ConfigError, check_choice, check_range
+from lightning_tta.errors import ConfigError, check_choice, check_range, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,7 @@ def check_name(name: str, known: Iterable[str], what: str) -> None:
     """Raise :class:`ConfigError` with the closest matches unless ``name`` is one of ``known``."""
     known = list(known)
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(known)}.")
+        raise ConfigError(f"Unknown {what} {name!r}.{did_you_mean(name, known, 3)} Known: {', '.join(known)}.")
 
 
 def image_seed(seed: int, function_set: str, name: str, severity: int, index: int) -> int:
