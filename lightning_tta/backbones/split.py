@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.errors import UnsupportedModelError, check_range
+from lightning_tta.errors import ConfigError, UnsupportedModelError, check_range
 
 
 def as_logits(output: object) -> Tensor:
@@ -216,3 +216,23 @@ def execution_order(model: nn.Module) -> list[str] | None:
                 continue
             return list(ended)
     return None
+
+
+def keep_classes(model: nn.Module, classes: Sequence[int]) -> None:
+    """Cut the last linear layer, in place, to some of its classes: logits (B, K) become (B, len(classes)).
+
+    Raises:
+        UnsupportedModelError: If the net does not end in a linear layer.
+        ConfigError: If it has no such class.
+    """
+    name, head = find_head(model)
+    if max(classes) >= head.out_features:
+        raise ConfigError(f"classes go up to {max(classes)}, but the net has {head.out_features} logits, from 0.")
+    chosen = torch.tensor(list(classes), device=head.weight.device)
+    cut = nn.Linear(head.in_features, len(chosen), bias=head.bias is not None).to(head.weight)
+    with torch.no_grad():
+        cut.weight.copy_(head.weight[chosen])
+        if head.bias is not None:
+            cut.bias.copy_(head.bias[chosen])
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, cut)

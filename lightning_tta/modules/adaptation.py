@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from lightning_tta import collective
 from lightning_tta.backbones import Backbone, state_digest
+from lightning_tta.backbones.split import keep_classes
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.protocol import CUSTOM_DATA, Protocol
-from lightning_tta.data.sharing import own_batches
 from lightning_tta.data.streams import STREAM_KINDS, default_reset
 from lightning_tta.errors import ConfigError, InputError, check_choice, check_range
 from lightning_tta.guard.watch import Watch
-from lightning_tta.imagenet_classes import class_subset, keep_classes
+from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.modules.loading import load_source
 from lightning_tta.run.batches import images_of, outputs, skipped
@@ -185,7 +185,7 @@ class TestTimeAdaptation(LightningModule):
         policy = self._policy(kind)
         apart = [*self.keeper.given, *["on_bad_batch='skip'"] * (self.on_bad_batch == "skip")]
         self.sharing = share_stream(self.trainer, data, self.method, self.processes, policy, apart)
-        self._parts = own_batches(data) if self.sharing.joined > 1 and isinstance(data, ShiftedDataModule) else None
+        self._parts = data.shard() if self.sharing.joined > 1 and isinstance(data, ShiftedDataModule) else None
         description = self._description = data.describe() if isinstance(data, ShiftedDataModule) else CUSTOM_DATA
         if policy == "domain" and kind == "mixed":
             raise ConfigError("reset='domain' has no meaning on a mixed stream: its batches span domains. Use 'never'.")

@@ -142,7 +142,7 @@ class StateKeeper(Callback):
         module.method.load_state_dict(self._state["method"])
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ShiftedDataModule):
-            data.first_batch = self._state["batches"]
+            data.start_at(self._state["batches"])
         else:
             self._to_read = self._state["batches"]
 
@@ -254,7 +254,7 @@ class StateKeeper(Callback):
     def _release(self, trainer: Trainer) -> None:
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ShiftedDataModule):
-            data.first_batch = 0
+            data.start_at(0)
         self._lock.release()
 
 

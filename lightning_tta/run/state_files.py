@@ -15,7 +15,6 @@ import torch
 from filelock import FileLock, Timeout
 
 from lightning_tta.backbones.weights import CodeInFileError, read_checkpoint
-from lightning_tta.data.sharing import own_batches
 from lightning_tta.errors import ConfigError, WeightsError
 from lightning_tta.files import of_all, of_process, write_whole
 from lightning_tta.guard.callback import Guard
@@ -58,7 +57,7 @@ def identity(module: TestTimeAdaptation) -> State:
     assert module.protocol is not None
     sharing, share = module.sharing, {}
     if sharing.world > 1:
-        batches = repr(own_batches(module.trainer.datamodule)).encode()  # type: ignore[attr-defined]
+        batches = repr(module.trainer.datamodule.shard()).encode()  # type: ignore[attr-defined]
         digest = hashlib.sha256(batches).hexdigest()[:12]
         share = {"share": f"batches {digest} of process {sharing.rank} of {sharing.world}"}
     guards = [guard for guard in module.trainer.callbacks if isinstance(guard, Guard)]  # type: ignore[attr-defined]
