@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
-import torch
-from torch import nn
-
-from lightning_tta.backbones.split import find_head
 from lightning_tta.errors import ConfigError, check_choice
 
 SUBSETS = ("imagenet_a", "imagenet_r")
@@ -41,27 +37,7 @@ def class_subset(classes: Sequence[int] | str | None, option: str) -> list[int] 
     if isinstance(classes, str):
         check_choice(option, classes, SUBSETS)
         return [int(line) for line in _lines(f"{classes}_indices.txt")]
-    found = list(classes)
-    if not found or min(found) < 0 or len(set(found)) < len(found):
-        raise ConfigError(f"{option} must name different classes, from 0, or be one of {SUBSETS}; got {found}.")
-    return found
-
-
-def keep_classes(model: nn.Module, classes: Sequence[int]) -> None:
-    """Cut the last linear layer, in place, to some of its classes: logits (B, K) become (B, len(classes)).
-
-    Raises:
-        UnsupportedModelError: If the net does not end in a linear layer.
-        ConfigError: If it has no such class.
-    """
-    name, head = find_head(model)
-    if max(classes) >= head.out_features:
-        raise ConfigError(f"classes go up to {max(classes)}, but the net has {head.out_features} logits, from 0.")
-    chosen = torch.tensor(list(classes), device=head.weight.device)
-    cut = nn.Linear(head.in_features, len(chosen), bias=head.bias is not None).to(head.weight)
-    with torch.no_grad():
-        cut.weight.copy_(head.weight[chosen])
-        if head.bias is not None:
-            cut.bias.copy_(head.bias[chosen])
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, cut)
+    positions = list(classes)
+    if not positions or min(positions) < 0 or len(set(positions)) < len(positions):
+        raise ConfigError(f"{option} must name different classes, from 0, or be one of {SUBSETS}; got {positions}.")
+    return positions

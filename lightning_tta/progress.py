@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from rich.console import Console
+from rich.errors import LiveError
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,9 +19,29 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lightning_tta.data.storage.memo import PATIENCE
+PATIENCE = 2.0  # seconds of work before a progress bar appears
 
 _GRID: ContextVar[Progress | None] = ContextVar("grid", default=None)
+
+
+def with_progress(count: int, text: str) -> Iterator[int]:
+    """Yield ``range(count)``; work that takes more than two seconds shows a progress bar, gone at the end."""
+    start, bar = time.monotonic(), None
+    try:
+        for number in range(count):
+            if bar is None and time.monotonic() - start > PATIENCE:
+                bar = Progress(console=Console(stderr=True), transient=True)
+                task = bar.add_task(text, total=count)
+                try:
+                    bar.start()
+                except LiveError:  # another bar is on the screen
+                    bar.disable = True
+            if bar is not None:
+                bar.update(task, completed=number)
+            yield number
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from torch import nn
 from lightning_tta import ConfigError, DigitsData, available_methods
 
 torch.set_num_threads(1)
-torch.manual_seed(0);
+torch.manual_seed(0)
+EPOCHS = 12
 
 
 # %% [markdown]
@@ -52,8 +53,8 @@ class MyNet(nn.Module):
 model = MyNet()
 loader = DigitsData(train_batch_size=64).train_dataloader()
 optimizer = torch.optim.AdamW(model.parameters())
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, epochs=12, steps_per_epoch=len(loader))
-for _ in range(12):
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, epochs=EPOCHS, steps_per_epoch=len(loader))
+for _ in range(EPOCHS):
     for batch in loader:
         loss = nn.functional.cross_entropy(model(batch["image"]), batch["label"])
         optimizer.zero_grad()

@@ -21,7 +21,8 @@ from torch import nn
 from lightning_tta import DigitsData, adapt
 
 torch.set_num_threads(1)
-torch.manual_seed(2);
+torch.manual_seed(2)
+EPOCHS = 12
 
 
 # %% [markdown]
@@ -44,8 +45,8 @@ net = nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(
 
 loader = DigitsData(train_batch_size=32).train_dataloader()
 optimizer = torch.optim.AdamW(net.parameters())
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, epochs=12, steps_per_epoch=len(loader))
-for _ in range(12):
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, epochs=EPOCHS, steps_per_epoch=len(loader))
+for _ in range(EPOCHS):
     for batch in loader:
         loss = nn.functional.cross_entropy(net(batch["image"]), batch["label"])
         optimizer.zero_grad()

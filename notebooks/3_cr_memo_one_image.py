@@ -25,7 +25,8 @@ from lightning_tta.losses import consistency, entropy, marginal_entropy
 from lightning_tta.views.augmix import make_views
 
 torch.set_num_threads(1)
-torch.manual_seed(0);
+torch.manual_seed(0)
+EPOCHS = 12
 
 
 # %% [markdown]
@@ -47,8 +48,8 @@ net = nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(
 
 loader = DigitsData(train_batch_size=32).train_dataloader()
 optimizer = torch.optim.AdamW(net.parameters())
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, epochs=12, steps_per_epoch=len(loader))
-for _ in range(12):
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, epochs=EPOCHS, steps_per_epoch=len(loader))
+for _ in range(EPOCHS):
     for batch in loader:
         loss = nn.functional.cross_entropy(net(batch["image"]), batch["label"])
         optimizer.zero_grad()

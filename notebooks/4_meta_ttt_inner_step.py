@@ -24,14 +24,16 @@ from lightning.pytorch import Trainer, seed_everything
 from torch.optim import AdamW
 
 from lightning_tta import DigitsData, MetaTTT, SourceClassifier, adapt
-from lightning_tta.meta.mixed_bn import mixed_batch_norm_layers
 from lightning_tta.losses import entropy
-from lightning_tta.meta.inner_loop import minimax
+from lightning_tta.meta.inner_loop import adapt_inner
+from lightning_tta.meta.mixed_bn import mixed_batch_norm_layers
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 seed_everything(0, verbose=False)
+SOURCE_EPOCHS = 5
+META_EPOCHS = 4
 
 
 def train(module, epochs):
@@ -48,7 +50,7 @@ def train(module, epochs):
 # and shifts of the first convolution's channels; each adapts on its own.
 
 # %%
-source = train(SourceClassifier("timm/test_resnet", 10, optimizer=lambda p: AdamW(p, lr=3e-3)), epochs=5)
+source = train(SourceClassifier("timm/test_resnet", 10, optimizer=lambda p: AdamW(p, lr=3e-3)), epochs=SOURCE_EPOCHS)
 
 module = MetaTTT(
     backbone=copy.deepcopy(source),
@@ -62,7 +64,7 @@ module = MetaTTT(
     head_lr_factor=1.0,
     optimizer=lambda p: AdamW(p, lr=3e-3),
 )
-net = train(module, epochs=4)
+net = train(module, epochs=META_EPOCHS)
 settings = module.settings
 
 # %% [markdown]
@@ -78,7 +80,7 @@ images = next(iter(data.predict_dataloader()))["image"]
 entropies = {}
 for name, phases in {"before": (), "after max": ("max",), "after max and min": ("max", "min")}.items():
     with torch.enable_grad():
-        logits = minimax(net, images, settings, phases=phases).after[0].detach()
+        logits = adapt_inner(net, images, settings, phases=phases).after[0].detach()
     entropies[name] = entropy(logits)
     print(f"{name:18} mean entropy {entropies[name].mean():.4f} nats")
 

@@ -31,7 +31,8 @@ from lightning_tta.losses import entropy
 from lightning_tta.methods import TTAMethod
 
 torch.set_num_threads(1)
-torch.manual_seed(0);
+torch.manual_seed(0)
+EPOCHS = 8
 
 
 # %% [markdown]
@@ -75,8 +76,8 @@ source = SourceClassifier("timm/test_resnet", num_classes=10, backbone_options={
 net = source.backbone
 loader = DigitsData(train_batch_size=64).train_dataloader()
 optimizer = torch.optim.AdamW(net.parameters())
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, epochs=8, steps_per_epoch=len(loader))
-for _ in range(8):
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, epochs=EPOCHS, steps_per_epoch=len(loader))
+for _ in range(EPOCHS):
     for batch in loader:
         loss = nn.functional.cross_entropy(net(batch["image"]), batch["label"])
         optimizer.zero_grad()
@@ -160,8 +161,8 @@ print("resume is exact:", torch.equal(resumed(batches[0]), method(batches[0])))
 # notebook's own classes are in `__main__`. Two corruptions, the class-sorted stream, from Python:
 
 # %%
-from lightning_tta.benchmark.runner import Benchmark
 from lightning_tta.benchmark.config import NetConfig, StreamConfig
+from lightning_tta.benchmark.runner import Benchmark
 
 with tempfile.TemporaryDirectory() as folder:
     torch.save(net.state_dict(), f"{folder}/net.pt")

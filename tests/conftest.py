@@ -1,11 +1,26 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+
+TESTS = Path(__file__).parent
+CONFIGS = TESTS.parent / "configs"
+WHOLE_RUNS = ("benchmark", "measure", "run", "test_notebooks.py", "test_readme.py")  # rooms left out of each_commit
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by processes: threads on top of them only wait
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark ``each_commit``: all but the slow ones and the rooms of whole runs."""
+    for item in items:
+        room = item.path.relative_to(TESTS).parts[0]
+        if room not in WHOLE_RUNS and not item.get_closest_marker("slow"):
+            item.add_marker("each_commit")
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +32,25 @@ def _seeded():
 def _own_cache(tmp_path_factory):
     """Corrupted images are kept in a folder of this test run's own."""
     os.environ["LIGHTNING_TTA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def digits_source(tmp_path_factory, _own_cache):
+    """A net that was trained on the digits for one epoch, by the command line: the folder of its runs.
+
+    All processes of pytest-xdist share it: the first to ask trains.
+    """
+    from lightning_tta.cli.main import main
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "digits_source"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+            place = f"--trainer.logger.init_args.save_dir={folder}"
+            main(["fit", f"--config={CONFIGS / 'digits/source.yaml'}", "--trainer.max_epochs=1", place, *quiet])
+            (folder / "done").touch()
+    return folder / "source"
 
 
 @pytest.fixture

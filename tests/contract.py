@@ -102,10 +102,37 @@ CASES = [(name, options, kind) for name, options in SETTINGS for kind in KINDS]
 REFUSED = {case_id(*case): message for case in CASES if (message := refusal(*case))}
 SUPPORTED = [case for case in CASES if case_id(*case) not in REFUSED]
 
-every_case = pytest.mark.parametrize("case", SUPPORTED, ids=[case_id(*case) for case in SUPPORTED])
 # One net for what does not depend on its norm layers: the first one that the setting supports.
 FIRST = list({(name, str(options)): (name, options, kind) for name, options, kind in reversed(SUPPORTED)}.values())
-every_setting = pytest.mark.parametrize("case", FIRST, ids=[case_id(*case) for case in FIRST])
+# One variant for each way in which a method holds what it changes, and one that changes nothing.
+MECHANISMS = {
+    "nothing": ("source", 0),
+    "running statistics": ("norm", 2),
+    "norm parameters": ("tent", 0),
+    "norm parameters that are moved and put back": ("sar", 2),
+    "norm parameters and a module of its own": ("zerosiam", 0),
+    "memory of what it saw": ("eata", 0),
+    "memory of features": ("t3a", 0),
+    "all parameters and a teacher": ("cotta", 1),
+    "an episode for each image": ("memo", 0),
+    "an episode for each batch": ("meta_ttt", 0),
+}
+# Properties of the base: every setting on one net, every mechanism on all nets that support it.
+BASE = FIRST + [
+    case
+    for name, number in MECHANISMS.values()
+    for case in SUPPORTED
+    if case[:2] == (name, VARIANTS.get(name, [{}])[number]) and case not in FIRST
+]
+
+
+def each(cases):
+    """One test for each of these; those on further nets are ``slow``: one of many alike."""
+    params = [pytest.param(case, id=case_id(*case), marks=[pytest.mark.slow] * (case not in FIRST)) for case in cases]
+    return pytest.mark.parametrize("case", params)
+
+
+every_case, every_setting, every_mechanism = each(SUPPORTED), each(FIRST), each(BASE)
 
 
 def options_of(name):

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -108,3 +109,14 @@ def test_the_estimate_is_by_all_runs():
             now[0] += 120
             bars.advance(task)
         assert bars.tasks[0].time_remaining == pytest.approx(7 * 120)
+
+
+def test_work_that_is_slow_shows_a_bar(capsys, monkeypatch):
+    assert list(progress.with_progress(3, "Working")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    for _ in progress.with_progress(3, "Working"):
+        time.sleep(0.01)
+    assert "Working" in capsys.readouterr().err

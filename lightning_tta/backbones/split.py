@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.errors import UnsupportedModelError, check_range
+from lightning_tta.errors import ConfigError, UnsupportedModelError, check_range
 
 
 def as_logits(output: object) -> Tensor:
@@ -134,24 +134,37 @@ def is_inside(layer: str, module: str) -> bool:
     return layer == module or layer.startswith(f"{module}.")
 
 
-def features_at(model: nn.Module, x: Tensor, at: float | Sequence[str]) -> tuple[Any, object]:
-    """Outputs of modules, and that of the net, in one pass.
+def module_at(model: nn.Module, at: float) -> str:
+    """Name of the stage or block (:func:`parts_by_depth`) at a share of the depth, in the order of execution.
+
+    Args:
+        model: Any net.
+        at: In (0, 1]; 1 is the last.
+    """
+    check_range("at", at, 0, 1, low_open=True)
+    layers = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    order = execution_order(model)
+    if order is not None:
+        layers = [name for name in order if name in set(layers)]
+    parts = parts_by_depth(model, layers) or layers
+    if order is not None:
+        parts = [name for name in order if name in set(parts)]
+    if not parts:
+        raise UnsupportedModelError(f"{type(model).__name__} runs none of its stages or blocks as modules.")
+    return parts[max(0, round(at * len(parts)) - 1)]
+
+
+def features_at(model: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[dict[str, Any], object]:
+    """Outputs of modules, by name, and that of the net, in one pass.
 
     Args:
         model: Any net.
         x: Its input.
-        at: A share of the depth in (0, 1]: the output of that stage or block (:func:`parts_by_depth`), in the order of
-            execution. Or names of modules: a dict of their outputs.
+        names: Of the modules.
 
     Raises:
-        UnsupportedModelError: If a named module does not exist or does not run, or no stage or block runs.
+        UnsupportedModelError: If a named module does not exist or does not run.
     """
-    if isinstance(at, (int, float)):
-        check_range("at", at, 0, 1, low_open=True)
-        owners = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
-        names = parts_by_depth(model, owners) or owners
-    else:
-        names = list(at)
     modules = dict(model.named_modules())
     unknown = [name for name in names if name not in modules]
     if unknown:
@@ -163,10 +176,6 @@ def features_at(model: nn.Module, x: Tensor, at: float | Sequence[str]) -> tuple
     finally:
         for handle in handles:
             handle.remove()
-    if isinstance(at, (int, float)):
-        if not outputs:
-            raise UnsupportedModelError(f"{type(model).__name__} runs none of its stages or blocks as modules.")
-        return list(outputs.values())[max(0, round(at * len(outputs)) - 1)], result
     idle = [name for name in names if name not in outputs]
     if idle:
         raise UnsupportedModelError(f"Module {idle[0]!r} of {type(model).__name__} does not run.")
@@ -207,3 +216,23 @@ def execution_order(model: nn.Module) -> list[str] | None:
                 continue
             return list(ended)
     return None
+
+
+def keep_classes(model: nn.Module, classes: Sequence[int]) -> None:
+    """Cut the last linear layer, in place, to some of its classes: logits (B, K) become (B, len(classes)).
+
+    Raises:
+        UnsupportedModelError: If the net does not end in a linear layer.
+        ConfigError: If it has no such class.
+    """
+    name, head = find_head(model)
+    if max(classes) >= head.out_features:
+        raise ConfigError(f"classes go up to {max(classes)}, but the net has {head.out_features} logits, from 0.")
+    chosen = torch.tensor(list(classes), device=head.weight.device)
+    cut = nn.Linear(head.in_features, len(chosen), bias=head.bias is not None).to(head.weight)
+    with torch.no_grad():
+        cut.weight.copy_(head.weight[chosen])
+        if head.bias is not None:
+            cut.bias.copy_(head.bias[chosen])
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, cut)

@@ -33,5 +33,5 @@ __all__ = [
 
 def data_modules() -> dict[str, type[ShiftedDataModule]]:
     """The data modules that a command may name, by name."""
-    found = {name: kind for name, kind in globals().items() if name in __all__ and isinstance(kind, type)}
-    return {n: k for n, k in found.items() if issubclass(k, ShiftedDataModule) and k is not ShiftedDataModule}
+    classes = {name: value for name, value in globals().items() if name in __all__ and isinstance(value, type)}
+    return {n: c for n, c in classes.items() if issubclass(c, ShiftedDataModule) and c is not ShiftedDataModule}

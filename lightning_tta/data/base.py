@@ -5,24 +5,15 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_tta.data import streams
-from lightning_tta.data.corruptions.corrupt import (
-    CLEAN,
-    SETS,
-    FunctionSet,
-    check_computable,
-    expand_domains,
-    function_set_id,
-    gradual,
-    split_severity,
-)
-from lightning_tta.data.corruptions.published import REFUSAL
+from lightning_tta.data.corruptions.corrupt import CLEAN, SETS, FunctionSetName, check_computable, function_set_id
+from lightning_tta.data.domain_names import check_domain_names, expand_domains, gradual, split_severity
 from lightning_tta.data.images import (
     Batch,
     CorruptedImages,
@@ -30,14 +21,12 @@ from lightning_tta.data.images import (
     SelectedImages,
     StreamBatches,
     StreamSampler,
-    estimated_bytes,
-    keep_in_memory,
 )
-from lightning_tta.data.samplers import subset, validation_batches
-from lightning_tta.data.sharing import Sharing, loaded_batches
+from lightning_tta.data.samplers import validation_batches
+from lightning_tta.data.sharing import Sharing
 from lightning_tta.data.source import SourceData
-from lightning_tta.data.storage.cache import default_folder, on_disk
-from lightning_tta.data.storage.memo import MEMO
+from lightning_tta.data.splits import subset
+from lightning_tta.data.storage.cache import CACHE, default_folder
 from lightning_tta.data.streams import ResetPolicy, Stream, StreamKind
 from lightning_tta.errors import ConfigError, check_choice, check_range
 
@@ -48,8 +37,8 @@ BLIND = ":blind_spots"
 class ShiftedDataModule(SourceData):
     """Source data for training, and a stream of shifted test data.
 
-    A leaf sets ``name`` and implements :meth:`clean`, :attr:`class_names`, :meth:`digest`, and if it has them
-    :meth:`augmentation`, :meth:`natural_names`, :meth:`natural_domain` and :meth:`published`.
+    A leaf sets ``name`` and implements :meth:`clean`, :attr:`class_names`, :meth:`digest_content`, and if it has them
+    :meth:`augmentation`, :meth:`natural_names`, :meth:`natural_domain`, and :meth:`published` with ``has_published``.
 
     Train, val and test batches are {image, label, index}; the stream, from :meth:`predict_dataloader`, has {image,
     index, domain, label}: ``image`` float32 (B, C, H, W) in [0, 1]; ``index`` int64, unique in the whole stream;
@@ -92,6 +81,9 @@ class ShiftedDataModule(SourceData):
         ConfigError: On any wrong value, before data is read.
     """
 
+    has_published: ClassVar[bool] = False
+    """Whether a leaf reads files of corrupted images: see :meth:`published`."""
+
     def __init__(
         self,
         *,
@@ -104,7 +96,7 @@ class ShiftedDataModule(SourceData):
         interval: float = 1.0,
         domains: list[str] | None = None,
         severity: int = 3,
-        function_set: FunctionSet = "builtin",
+        function_set: FunctionSetName = "builtin",
         corruption_seed: int = 0,
         num_images: int | None = None,
         num_workers: int = 0,
@@ -130,19 +122,19 @@ class ShiftedDataModule(SourceData):
         self.charge, self.interval = None if charge == "none" else charge, float(interval)
         self.num_images, self.severity, self.corruption_seed = num_images, severity, corruption_seed
         self.function_set: str = function_set
+        check_domain_names(self.natural_names())
         self.cache = None if cache_dir == "none" else Path(cache_dir) if cache_dir else default_folder()
         self.cache_limit = cache_limit_gb * 1e9
         names = expand_domains(domains, self.natural_names(), function_set)
         self.domain_names = gradual(names) if stream == "gradual" else names
         self.val_domain_names = expand_domains(val_domains, [], function_set) if val_domains is not None else []
-        self._corrupted = [n for n in self.domain_names if n != CLEAN and n not in self.natural_names()]
-        own = function_set == "published" and type(self).published is not ShiftedDataModule.published
-        check_computable([*([] if own else self._corrupted), *self.val_domain_names], function_set)
+        shifted = [name for name in self.domain_names if name != CLEAN and name not in self.natural_names()]
+        is_published = function_set == "published" and self.has_published
+        self.published_names, self.corrupted_names = (shifted, []) if is_published else ([], shifted)
+        check_computable([*self.corrupted_names, *self.val_domain_names], function_set)
+        self._sharing, self._first_batch = Sharing(), 0
         self._blind_spots: list[Tensor] | None = None
-        self.first_batch = 0  # where predict_dataloader starts: above 0 when a run is continued
-        self.sharing = Sharing()
-
-    # What a leaf provides.
+        self._stream: Stream | None = None
 
     def natural_names(self) -> list[str]:
         """Names of the domains that are not made by a corruption."""
@@ -154,9 +146,7 @@ class ShiftedDataModule(SourceData):
 
     def published(self, corruption: str, severity: int) -> Images:
         """Test images under a corruption, as somebody published them, in the order of ``clean("test")``."""
-        raise ConfigError(REFUSAL)
-
-    # What the base makes of it.
+        raise NotImplementedError
 
     @property
     def default_reset(self) -> ResetPolicy:
@@ -166,70 +156,91 @@ class ShiftedDataModule(SourceData):
     @cached_property
     def domain_images(self) -> list[Images]:
         """The images of each of ``domain_names``."""
-        key = f"{self.memo_key()}|{self.num_images}"
-        made = [name for name in self._corrupted if self.function_set != "published"]
-        base: Images | None = None
-        ids = torch.zeros(0)
-        if made or CLEAN in self.domain_names:
-            test = self.clean("test")
-            ids = subset(len(test), self.num_images)
-            chosen = SelectedImages(test, ids)
-            fits = estimated_bytes(chosen) <= MEMO.limit
-            base = keep_in_memory(chosen, (key, CLEAN), "Reading test images") if fits else chosen
-        domains: list[Images] = []
-        for name in self.domain_names:
-            if name in self.natural_names():
-                images = self.natural_domain(name)
-                images = SelectedImages(images, subset(len(images), self.num_images))
-                fits = estimated_bytes(images) * len(self.domain_names) <= MEMO.limit
-                domains.append(keep_in_memory(images, (key, "natural", name), f"Reading {name}") if fits else images)
-            elif name != CLEAN and self.function_set == "published":
-                corruption, severity = split_severity(name)
-                images = self.published(corruption, severity or self.severity)
-                domains.append(SelectedImages(images, subset(len(images), self.num_images)))
-            else:
-                assert base is not None
-                domains.append(self._shifted(base, ids, name, key, len(made)))
-        return domains
+        return [self._domain(name) for name in self.domain_names]
 
-    def _shifted(self, base: Images, ids: Tensor, name: str, key: str, count: int) -> Images:
-        """One of ``count`` corruptions of some images: on disk, in memory, or made when asked for."""
+    def _domain(self, name: str) -> Images:
+        key = f"{self.cache_key()}|{self.num_images}"
+        if name in self.natural_names():
+            images, _ = self._subset(self.natural_domain(name))
+            return CACHE.in_memory(images, (key, "natural", name), f"Reading {name}", sets=len(self.domain_names))
+        if name in self.published_names:
+            corruption, severity = split_severity(name)
+            return self._subset(self.published(corruption, severity or self.severity))[0]
+        images, ids = self._clean_test
+        images = CACHE.in_memory(images, (key, CLEAN), "Reading test images")
+        return self._shifted(images, ids, name, key, self.corrupted_names)
+
+    def _subset(self, images: Images) -> tuple[Images, Tensor]:
+        """The images that ``num_images`` leaves, and their positions."""
+        ids = subset(len(images), self.num_images)
+        return SelectedImages(images, ids), ids
+
+    @cached_property
+    def _clean_test(self) -> tuple[Images, Tensor]:
+        return self._subset(self.clean("test"))
+
+    def _shifted(self, base: Images, ids: Tensor, name: str, key: str, names: list[str]) -> Images:
+        """One of the domains ``names`` of some images: on disk, in memory, or made when asked for."""
         if name == CLEAN:
             return base
         corruption, severity = split_severity(name)
         how = (corruption, severity or self.severity, self.corruption_seed, self.function_set)
-        images = CorruptedImages(base, ids, *how)
-        needed, text = count * estimated_bytes(base), f"Corrupting images: {name}"
+        images, text = CorruptedImages(base, ids, *how), f"Corrupting images: {name}"
+        needed = len(names) * base.estimated_bytes()
         if self.cache is not None and needed <= self.cache_limit:
             numbers = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
-            return on_disk(images, f"{key}|{numbers}|{function_set_id(self.function_set)}|{how}", self.cache, text)
-        if self.cache is not None and name == self._corrupted[0]:
+            file_key = f"{key}|{numbers}|{function_set_id(self.function_set)}|{how}"
+            return CACHE.on_disk(images, file_key, self.cache, text)
+        if self.cache is not None and name == names[0]:
             warnings.warn(
-                f"{count} corrupted domains take {needed / 1e9:.0f} GB, more than cache_limit_gb="
+                f"{len(names)} corrupted domains take {needed / 1e9:.0f} GB, more than cache_limit_gb="
                 f"{self.cache_limit / 1e9:.0f}: they are made anew in each run. Raise it, or lower num_images.",
                 stacklevel=2,
             )
-        return keep_in_memory(images, (key, *how), text) if needed <= MEMO.limit else images
+        return CACHE.in_memory(images, (key, *how), text, sets=len(names))
 
     def set_blind_spots(self, wrong: Sequence[Tensor]) -> None:
         """Say which images of each of ``domain_names`` the source gets wrong, bool (N_d,): for ``blind_spot``."""
-        self._blind_spots = [mask.nonzero()[:, 0] for mask in wrong]
-        self.__dict__.pop("stream_parts", None)
-        self.__dict__.pop("stream", None)
+        self._blind_spots, self._stream = [mask.nonzero()[:, 0] for mask in wrong], None
 
-    @cached_property
+    def share(self, sharing: Sharing) -> None:
+        """Share the stream with other processes: see :meth:`shard`.
+
+        Raises:
+            ConfigError: If the domains are too few, or the batches span domains.
+        """
+        if sharing.joined != self._sharing.joined:
+            self._stream = None
+        self._sharing = sharing
+        self.shard()
+
+    def start_at(self, batch: int) -> None:
+        """Let :meth:`predict_dataloader` start at this batch of the shard: above 0 where a run is continued."""
+        self._first_batch = batch
+
+    @property
+    def sharing(self) -> Sharing:
+        """How the stream is shared."""
+        return self._sharing
+
+    @property
+    def first_batch(self) -> int:
+        """Where :meth:`predict_dataloader` starts."""
+        return self._first_batch
+
+    @property
     def stream_parts(self) -> list[tuple[str, Images]]:
         """Name and images of each domain of the stream."""
-        parts = list(zip(self.domain_names, self.domain_images, strict=True))
+        domains = list(zip(self.domain_names, self.domain_images, strict=True))
         if self.stream_kind != "blind_spot":
-            return parts
+            return domains
         if self._blind_spots is None:
             raise ConfigError(
                 "stream='blind_spot' needs to know what the source gets wrong: predict with TestTimeAdaptation, which "
                 "finds it out, or call set_blind_spots."
             )
         both: list[tuple[str, Images]] = []
-        for (name, images), wrong in zip(parts, self._blind_spots, strict=True):
+        for (name, images), wrong in zip(domains, self._blind_spots, strict=True):
             both += [(f"{name}{BLIND}", SelectedImages(images, wrong)), (name, images)]
         return both
 
@@ -243,14 +254,21 @@ class ShiftedDataModule(SourceData):
         """The domains on which nothing adapts: all but the blind spots of a ``blind_spot`` stream."""
         return list(self.domain_names) if self.stream_kind == "blind_spot" else []
 
-    @cached_property
+    @property
     def stream(self) -> Stream:
-        """The batches of the stream, as sample positions."""
-        labels = [images.labels for _, images in self.stream_parts]
-        size = self.batch_size * self.sharing.joined
-        return streams.build_stream(
-            labels, kind=self.stream_kind, batch_size=size, seed=self.order_seed, dirichlet=self.dirichlet
-        )
+        """The batches of the whole stream, as sample positions; synchronised processes share each batch."""
+        if self._stream is None:
+            labels = [images.labels for _, images in self.stream_parts]
+            size = self.batch_size * self._sharing.joined
+            self._stream = streams.build_stream(
+                labels, kind=self.stream_kind, batch_size=size, seed=self.order_seed, dirichlet=self.dirichlet
+            )
+        return self._stream
+
+    def shard(self) -> list[list[int]]:
+        """The stream's batches of this process; empty ones where a batch has fewer samples than processes."""
+        frozen = {number for number, name in enumerate(self.stream_domains) if name in self.frozen_domains}
+        return self._sharing.batches(self.stream, frozen)
 
     def setup(self, stage: str) -> None:
         """Read and corrupt what the stage needs; the loaders do it themselves when this was not called."""
@@ -259,25 +277,31 @@ class ShiftedDataModule(SourceData):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation images: clean, or shifted with ``val_domains``."""
-        if not self.val_domain_names:
+        names = self.val_domain_names
+        if not names:
             return super().val_dataloader()
         images = self._split("val")
-        ids, key = torch.arange(len(images)), f"{self.memo_key()}|val"
-        domains = [self._shifted(images, ids, name, key, len(self.val_domain_names)) for name in self.val_domain_names]
-        batches = validation_batches([part.labels for part in domains], self.train_batch_size)
-        return self._stream_loader(domains, batches)
+        ids, key = torch.arange(len(images)), f"{self.cache_key()}|val"
+        domains = [self._shifted(images, ids, name, key, names) for name in names]
+        batches = validation_batches([images.labels for images in domains], self.train_batch_size)
+        return self.stream_loader(domains, batches)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """The stream, or this process's share."""
-        return self._stream_loader([part for _, part in self.stream_parts], loaded_batches(self)[self.first_batch :])
+        """The batches of :meth:`shard`, with the whole batch's first sample in place of an empty one."""
+        batches = self.shard()
+        if not all(batches):
+            batches = [batch or whole[:1] for batch, whole in zip(batches, self.stream.batches, strict=True)]
+        return self.stream_loader([images for _, images in self.stream_parts], batches[self._first_batch :])
 
-    def _stream_loader(self, domains: list[Images], batches: Sequence[list[int]]) -> DataLoader[Batch]:
-        return self._batches(StreamBatches(domains), batch_sampler=StreamSampler(list(batches)))
+    def stream_loader(self, domains: Sequence[Images], batches: list[list[int]]) -> DataLoader[Batch]:
+        """Loads batches of positions in several domains, one after the other."""
+        return self._loader(StreamBatches(domains), batch_sampler=StreamSampler(batches))
 
     def describe(self) -> dict[str, Any]:
         """What the stream consists of, in primitives, for the protocol."""
         counts = [len(images) for _, images in self.stream_parts]
-        here = [name for name in self._corrupted if split_severity(name)[1] is None]
+        corrupted = self.corrupted_names + self.published_names
+        here = [name for name in corrupted if split_severity(name)[1] is None]
         return {
             "data": self.name,
             "data_digest": self.digest(),
@@ -285,9 +309,9 @@ class ShiftedDataModule(SourceData):
             "domains": self.stream_domains,
             "images": sum(counts),
             "images_per_domain": counts,
-            "function_set": function_set_id(self.function_set) if self._corrupted else None,
+            "function_set": function_set_id(self.function_set) if corrupted else None,
             "severity": self.severity if here else None,
-            "corruption_seed": self.corruption_seed if self._corrupted else None,
+            "corruption_seed": self.corruption_seed if corrupted else None,
             "stream": self.stream_kind,
             "order_seed": self.order_seed,
             "batch_size": self.batch_size,

@@ -1,15 +1,14 @@
 """Labelled 8-bit images in memory, on disk or made on the fly, and the data sets that batch them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
 
 from lightning_tta.data.corruptions.corrupt import corrupt
-from lightning_tta.data.storage.memo import MEMO, with_progress
 from lightning_tta.data.threads import one_thread
 
 Batch = dict[str, Tensor]
@@ -31,6 +30,10 @@ class Images(Dataset[tuple[Tensor, int]], ABC):
     def images(self, positions: Tensor) -> Tensor:
         """Several images: uint8, shape (B, C, H, W)."""
         return torch.stack([self.image(position) for position in positions.tolist()])
+
+    def estimated_bytes(self) -> int:
+        """Bytes of all images together, if they are as large as the first."""
+        return len(self) * self.image(0).nbytes if len(self) else 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,39 +83,35 @@ class CorruptedImages(Images):
         self.source, self.ids, self.labels = source, ids, source.labels
         self.name, self.severity, self.seed, self.function_set = name, severity, seed, function_set
 
+    def estimated_bytes(self) -> int:
+        """Those of the clean images."""
+        return self.source.estimated_bytes()
+
     def image(self, position: int) -> Tensor:
         """One image."""
-        return corrupt(
-            self.source.image(position),
-            self.name,
-            self.severity,
-            seed=self.seed,
-            index=int(self.ids[position]),
-            function_set=self.function_set,
-        )
+        how = {"seed": self.seed, "index": int(self.ids[position]), "function_set": self.function_set}
+        return corrupt(self.source.image(position), self.name, self.severity, **how)  # type: ignore[arg-type]
 
 
-def estimated_bytes(images: Images) -> int:
-    """Bytes of all images together, if they are as large as the first."""
-    return len(images) * images.image(0).nbytes if len(images) else 0
+class JoinedImages(Images):
+    """Several sets, one after the other."""
 
+    def __init__(self, sets: Sequence[Images]) -> None:
+        self.sets, self.labels = list(sets), torch.cat([images.labels for images in sets])
+        self.ends = torch.tensor([len(images) for images in sets]).cumsum(0)
 
-def keep_in_memory(images: Images, key: Hashable, text: str) -> Images:
-    """The same images in memory, computed once per process and key. ``text`` names the work in the progress bar."""
-    if isinstance(images, StackedImages) or not len(images):
-        return images
+    def image(self, position: int) -> Tensor:
+        """One image."""
+        return self.images(torch.tensor([position]))[0]
 
-    def build() -> Tensor:
-        with one_thread():
-            parts = torch.split(torch.arange(len(images)), 16)
-            pixels = torch.empty(0)
-            for number in with_progress(len(parts), text):
-                found = images.images(parts[number])
-                pixels = pixels if number else found.new_empty(len(images), *found.shape[1:])
-                pixels[parts[number]] = found
-            return pixels
-
-    return StackedImages(MEMO.get(key, build), images.labels)
+    def images(self, positions: Tensor) -> Tensor:
+        """Several images."""
+        number = torch.bucketize(positions, self.ends, right=True)
+        rows, pixels = list[Tensor](), list[Tensor]()
+        for n in sorted(set(number.tolist())):
+            rows.append((number == n).nonzero()[:, 0])
+            pixels.append(self.sets[n].images(positions[rows[-1]] - int(self.ends[n]) + len(self.sets[n])))
+        return pixels[0] if len(pixels) == 1 else torch.cat(pixels)[torch.cat(rows).argsort()]
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -123,10 +122,8 @@ def to_float(pixels: Tensor) -> Tensor:
 class LabelledBatches(Dataset[Batch]):
     """Batches {image (B, C, H, W) float32 in [0, 1], label (B,), index (B,)} of one set.
 
-    Args:
-        images: The set.
-        augment: Applied to each image uint8 (C, H, W).
-        domains: The domain of each image, int64 (N,); batches then have ``domain`` (B,) too.
+    ``augment`` is applied to each image uint8 (C, H, W). With the ``domains`` of the images (N,), batches have
+    ``domain`` (B,) too.
     """
 
     def __init__(
@@ -151,38 +148,15 @@ class LabelledBatches(Dataset[Batch]):
         return {name: values[0] for name, values in self.__getitems__([position]).items()}
 
 
-class StreamBatches(Dataset[Batch]):
-    """Batches {image, index, domain, label} of several domains, addressed by their position in the whole stream.
+class StreamBatches(LabelledBatches):
+    """Batches {image, label, index, domain} of several domains.
 
     Position ``p`` of domain ``d`` has the index ``len(domains[0]) + ... + len(domains[d - 1]) + p``.
     """
 
     def __init__(self, domains: Sequence[Images]) -> None:
-        self.domains = list(domains)
-        self.ends = torch.tensor([len(domain) for domain in domains]).cumsum(0)
-        self.labels = torch.cat([domain.labels for domain in domains])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @one_thread()
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """One batch, already collated."""
-        index = torch.tensor(positions)
-        domain = torch.bucketize(index, self.ends, right=True)
-        pixels: Tensor | None = None
-        for d in sorted(set(domain.tolist())):
-            start = int(self.ends[d]) - len(self.domains[d])
-            chosen = (domain == d).nonzero()[:, 0]
-            found = self.domains[d].images(index[chosen] - start)
-            if pixels is None:
-                pixels = found.new_empty(len(index), *found.shape[1:])
-            pixels[chosen] = found
-        image = to_float(cast(Tensor, pixels))
-        return {"image": image, "index": index, "domain": domain, "label": self.labels[index]}
-
-    def __getitem__(self, position: int) -> Batch:
-        return {name: values[0] for name, values in self.__getitems__([position]).items()}
+        sizes = torch.tensor([len(images) for images in domains])
+        super().__init__(JoinedImages(domains), domains=torch.arange(len(sizes)).repeat_interleave(sizes))
 
 
 class StreamSampler(BatchSampler):

@@ -108,17 +108,7 @@ class Protocol:
         world_size: int = 1,
         mode: str = "single",
     ) -> "Protocol":
-        """Put together what the data module, the test-time module and the net know.
-
-        Args:
-            data_description: ``ShiftedDataModule.describe()``, or at least ``data``, a name.
-            reset: Reset policy.
-            predict: Which logits count.
-            weights: Name of the source weights.
-            weights_digest: Hash of the source weights.
-            preprocessing: What happens to pixels before the net.
-            world_size: Number of processes.
-            mode: How they share the stream.
+        """Put together ``ShiftedDataModule.describe()``, or at least ``data``, a name, and what the run and net know.
 
         Raises:
             ConfigError: On a value that is not allowed, or a description with unknown fields.
@@ -162,15 +152,15 @@ class Protocol:
         Raises:
             DataError: When fields are missing or unknown, or do not fit the hash.
         """
-        given = {name: value for name, value in values.items() if name != "hash"}
+        content = {name: value for name, value in values.items() if name != "hash"}
         known = {field.name for field in fields(cls)}
-        if set(given) | _ADDED != known:
+        if set(content) | _ADDED != known:
             raise DataError(
                 "This is not a protocol of this version of lightning_tta: missing "
-                f"{', '.join(sorted(known - set(given) - _ADDED)) or 'nothing'}, unknown "
-                f"{', '.join(sorted(set(given) - known)) or 'nothing'}."
+                f"{', '.join(sorted(known - set(content) - _ADDED)) or 'nothing'}, unknown "
+                f"{', '.join(sorted(set(content) - known)) or 'nothing'}."
             )
-        protocol = cls(**given)
+        protocol = cls(**content)
         if values.get("hash") != protocol.hash:
             raise DataError(
                 f"The protocol was changed after it was written: it says hash {values.get('hash')!r}, its fields give "

@@ -12,12 +12,6 @@ from lightning_tta.data.streams import build_stream, permutation
 from lightning_tta.errors import ConfigError
 
 T = TypeVar("T")
-_SUBSET_SEED = 20190101  # fixed, so that smaller subsets lie inside larger ones
-
-
-def subset(size: int, limit: int | None) -> Tensor:
-    """Which of ``size`` images are kept where there may be ``limit``: the same ones in each run, in order."""
-    return torch.from_numpy(permutation(size, _SUBSET_SEED)[: limit or size]).sort().values
 
 
 def processes() -> tuple[int, int]:
@@ -52,10 +46,6 @@ def validation_batches(labels: Sequence[Tensor], batch_size: int) -> list[list[i
 
     Samples are dealt and not batches: each process meets every domain, in the same order, as often as the others. A
     metric that is named after a domain and summed over processes needs this.
-
-    Args:
-        labels: The labels of each domain, int64 (N_d,).
-        batch_size: Samples in a batch of one process.
     """
     rank, world = processes()
     stream = build_stream(labels, kind="iid", batch_size=batch_size * world)

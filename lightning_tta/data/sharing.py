@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from lightning_tta.data.streams import Stream
 from lightning_tta.errors import ConfigError
@@ -31,12 +30,7 @@ class Sharing:
         return self.world if self.mode == "synchronised" else 1
 
     def batches(self, stream: Stream, frozen: set[int]) -> Batches:
-        """This process's batches of ``stream``, in order; an empty one where a batch has fewer samples than processes.
-
-        Args:
-            stream: The whole stream, in batches of ``joined`` times the batch size.
-            frozen: Numbers of the domains that are predicted with what was learned on the one before.
-        """
+        """This process's batches, in order; empty ones where a batch of the stream has fewer samples than processes."""
         if self.mode == "single":
             return stream.batches
         if self.mode == "synchronised":
@@ -56,10 +50,7 @@ def part_of(batch: list[int], rank: int, world: int) -> list[int]:
 def deal(stream: Stream, frozen: set[int], world: int) -> list[int]:
     """The process of each domain: the largest first, each to the process that has least so far.
 
-    A frozen domain stays with the one before it, and so does an empty one.
-
-    Raises:
-        ConfigError: If there are more processes than domains, or batches span domains.
+    A frozen domain is predicted with what was learned on the one before: it stays with it, and so does an empty one.
     """
     if stream.kind == "mixed":
         raise ConfigError("The batches of a mixed stream span domains: there are no whole domains to deal out.")
@@ -82,33 +73,3 @@ def deal(stream: Stream, frozen: set[int], world: int) -> list[int]:
         for number in units[unit]:
             owner[number] = rank
     return owner
-
-
-class Shared(Protocol):
-    """What is shared: a data module with a stream."""
-
-    sharing: Sharing
-
-    @property
-    def stream(self) -> Stream:
-        """The whole stream."""
-
-    @property
-    def stream_domains(self) -> list[str]:
-        """Names of its domains."""
-
-    @property
-    def frozen_domains(self) -> list[str]:
-        """Those that are predicted with what was learned on the one before."""
-
-
-def own_batches(data: Shared) -> Batches:
-    """The batches of this process; an empty one where a batch of the stream has fewer samples than processes."""
-    frozen = {number for number, name in enumerate(data.stream_domains) if name in data.frozen_domains}
-    return data.sharing.batches(data.stream, frozen)
-
-
-def loaded_batches(data: Shared) -> Batches:
-    """The same with the first sample of the whole batch in the place of an empty part: a loader has no empty batch."""
-    own = own_batches(data)
-    return own if all(own) else [part or whole[:1] for part, whole in zip(own, data.stream.batches, strict=True)]

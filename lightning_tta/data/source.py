@@ -1,7 +1,9 @@
 """Source data: its splits, and the loaders that a source model is trained and tested with."""
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterable
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -9,17 +11,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_tta.data.images import (
-    Batch,
-    Images,
-    LabelledBatches,
-    StreamSampler,
-    already_collated,
-    estimated_bytes,
-    keep_in_memory,
-)
+from lightning_tta.data.augmentations import Augmentation
+from lightning_tta.data.images import Batch, Images, LabelledBatches, StreamSampler, already_collated
 from lightning_tta.data.samplers import DomainBatches, dealt, shuffled
-from lightning_tta.data.storage.memo import MEMO
+from lightning_tta.data.storage.cache import CACHE
 from lightning_tta.data.streams import permutation
 from lightning_tta.errors import check_range
 
@@ -27,21 +22,13 @@ Split = Literal["train", "val", "test"]
 
 
 class SourceData(LightningDataModule, ABC):
-    """What :class:`ShiftedDataModule` knows of the source; a leaf implements the first methods.
-
-    Args:
-        train_batch_size: Samples in a batch of the train, val and test loaders, at least 1.
-        num_workers: Worker processes of each loader.
-        augment: Whether the training images are augmented.
-    """
+    """What :class:`ShiftedDataModule` knows of the source; a leaf implements the first methods."""
 
     def __init__(self, train_batch_size: int, num_workers: int, augment: bool) -> None:
         super().__init__()
         check_range("train_batch_size", train_batch_size, 1, integer=True)
         check_range("num_workers", num_workers, 0, integer=True)
         self.train_batch_size, self.num_workers, self.augment = train_batch_size, num_workers, augment
-
-    # What a leaf provides.
 
     @abstractmethod
     def clean(self, split: Split) -> Images:
@@ -53,14 +40,14 @@ class SourceData(LightningDataModule, ABC):
         """Names of the classes, in the order of the labels."""
 
     @abstractmethod
-    def digest(self) -> str:
-        """A short hash that tells whether two data modules have the same test images, for the protocol."""
+    def digest_content(self) -> Iterable[bytes]:
+        """What tells whether two data modules have the same test images; the digest is a hash of it."""
 
-    def memo_key(self) -> str:
-        """What tells this data apart from any other data; the digest unless a leaf knows better."""
+    def cache_key(self) -> str:
+        """What tells the images of this data from any others in the cache: by default the class and the digest."""
         return f"{type(self).__name__}|{self.digest()}"
 
-    def augmentation(self) -> Callable[[Tensor], Tensor] | None:
+    def augmentation(self) -> Augmentation | None:
         """A random change of one training image uint8 (C, H, W), or ``None``."""
         return None
 
@@ -68,21 +55,26 @@ class SourceData(LightningDataModule, ABC):
         """The source domain of each training image, int64 (N,), where there are several; else ``None``."""
         return None
 
-    # What is made of it.
-
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
 
-    def _split(self, split: Split) -> Images:
-        images = self.clean(split)
-        if estimated_bytes(images) > MEMO.limit:
-            return images
-        return keep_in_memory(images, (self.memo_key(), split), f"Reading {split} images")
+    @cached_property
+    def _digest(self) -> str:
+        content = hashlib.sha256()
+        for piece in self.digest_content():
+            content.update(piece)
+        return content.hexdigest()[:12]
 
-    def _batches(self, dataset: Any, **options: Any) -> DataLoader[Batch]:
-        """A loader with what all loaders here have in common."""
+    def digest(self) -> str:
+        """First 12 hexadecimal digits of the SHA-256 of :meth:`digest_content`, for the protocol."""
+        return self._digest
+
+    def _split(self, split: Split) -> Images:
+        return CACHE.in_memory(self.clean(split), (self.cache_key(), split), f"Reading {split} images")
+
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader[Batch]:
         return DataLoader(
             dataset=dataset,
             num_workers=self.num_workers,
@@ -91,34 +83,32 @@ class SourceData(LightningDataModule, ABC):
             **options,
         )
 
-    def _loader(self, images: Images, **options: Any) -> DataLoader[Batch]:
-        augment, domains = options.pop("augment", None), options.pop("domains", None)
-        return self._batches(LabelledBatches(images, augment, domains), **options)
-
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled and, with ``augment``, augmented; a smaller last batch is left out.
 
         With several source domains, batches have as many images of each, domain after domain, and carry ``domain``.
         """
-        images = self._split("train")
-        augment = self.augmentation() if self.augment else None
-        domains = self.source_domain_of_train()
-        keep = {"augment": augment, "persistent_workers": self.num_workers > 0}
+        images, domains = self._split("train"), self.source_domain_of_train()
+        dataset = LabelledBatches(images, self.augmentation() if self.augment else None, domains)
+        options: dict[str, Any] = {"persistent_workers": self.num_workers > 0}
         if domains is not None:
-            balanced = DomainBatches(domains, self.train_batch_size)
-            return self._loader(images, domains=domains, batch_sampler=balanced, **keep)
+            return self._loader(dataset, batch_sampler=DomainBatches(domains, self.train_batch_size), **options)
         size, sampler = self.train_batch_size, shuffled(len(images))
-        return self._loader(images, batch_size=size, sampler=sampler, drop_last=len(sampler) > size, **keep)
+        return self._loader(dataset, batch_size=size, sampler=sampler, drop_last=len(sampler) > size, **options)
+
+    def _clean_loader(self, split: Split) -> DataLoader[Batch]:
+        images = self._split(split)
+        return self._loader(
+            LabelledBatches(images), batch_size=self.train_batch_size, sampler=dealt(range(len(images)))
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Clean validation images."""
-        images = self._split("val")
-        return self._loader(images, batch_size=self.train_batch_size, sampler=dealt(range(len(images))))
+        return self._clean_loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Clean test images."""
-        images = self._split("test")
-        return self._loader(images, batch_size=self.train_batch_size, sampler=dealt(range(len(images))))
+        return self._clean_loader("test")
 
     def source_batches(self, num_images: int | None = None, batch_size: int = 128, seed: int = 0) -> DataLoader[Batch]:
         """Training images without augmentation, for a method's ``prepare``; can be iterated more than once.
@@ -136,5 +126,5 @@ class SourceData(LightningDataModule, ABC):
         check_range("batch_size", batch_size, 1, integer=True)
         images = self._split("train") if num_images is None else self.clean("train")  # a few: read when asked for
         order = torch.from_numpy(permutation(len(images), seed)[:num_images])
-        batches = [part.tolist() for part in torch.split(order, batch_size)]
-        return self._loader(images, batch_sampler=StreamSampler(batches))
+        batches = [batch.tolist() for batch in torch.split(order, batch_size)]
+        return self._loader(LabelledBatches(images), batch_sampler=StreamSampler(batches))

@@ -164,10 +164,7 @@ def build_stream(
 
     Args:
         labels: For each domain its labels: a tensor, array or sequence of integers, shape (N_d,).
-        kind: ``iid`` (each domain shuffled, one after the other); ``continual`` (the same order, by default never
-            reset); ``gradual`` and ``blind_spot`` (the same order of domains that the data module makes); ``mixed``
-            (all domains shuffled together); ``label_shift`` (each domain sorted by class, or with ``dirichlet``
-            correlated in its labels); ``correlated`` (the same with 0.1, by default never reset).
+        kind: A key of :data:`MEANING`. For ``gradual`` and ``blind_spot`` the data module makes the domains.
         batch_size: Samples in a batch, at least 1. A domain's last batch may be smaller; only ``mixed`` has batches
             with several domains.
         seed: Seed of the order, at least 0.

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lightning_tta import collective
 from lightning_tta.backbones import Backbone, state_digest
+from lightning_tta.backbones.split import keep_classes
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.protocol import CUSTOM_DATA, Protocol
-from lightning_tta.data.sharing import own_batches
 from lightning_tta.data.streams import STREAM_KINDS, default_reset
 from lightning_tta.errors import ConfigError, InputError, check_choice, check_range
-from lightning_tta.imagenet_classes import class_subset, keep_classes
+from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.modules.loading import load_source
 from lightning_tta.run.batches import BatchRecord, domain_of, images_of, index_of, refused_batch
@@ -174,7 +174,7 @@ class TestTimeAdaptation(LightningModule):
         saves = any(isinstance(c, StateKeeper) and c.save_every for c in trainer.callbacks)  # type: ignore[attr-defined]
         apart = [*["save_every"] * saves, *["on_bad_batch='skip'"] * self._input.skips]
         sharing = share_stream(trainer, data, self.method, self.processes, policy, apart)
-        self._shares = own_batches(data) if sharing.joined > 1 and data is not None else None
+        self._shares = data.shard() if sharing.joined > 1 and data is not None else None
         description = CUSTOM_DATA if data is None else data.describe()
         protocol = Protocol.from_parts(
             description,

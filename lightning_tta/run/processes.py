@@ -14,7 +14,7 @@ from torch import distributed
 
 from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.data.sharing import Sharing, own_batches
+from lightning_tta.data.sharing import Sharing
 from lightning_tta.errors import ConfigError, DataError, LightningTTAError
 from lightning_tta.files import write_whole
 from lightning_tta.methods.base.method import TTAMethod
@@ -105,10 +105,7 @@ def share_stream(
     if isinstance(data, ShiftedDataModule):
         if world > 1:
             _check_stream(data, mode, reset, world)
-        if sharing.joined != data.sharing.joined:
-            data.__dict__.pop("stream", None)
-        data.sharing = sharing
-        own_batches(data)  # are there enough domains?
+        data.share(sharing)
     return sharing
 
 

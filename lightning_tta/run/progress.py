@@ -9,8 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-from lightning_tta.data.storage.memo import PATIENCE
-from lightning_tta.progress import GridLine
+from lightning_tta.progress import PATIENCE, GridLine
 from lightning_tta.run.callbacks import Outputs, RunCallback
 from lightning_tta.run.stream_run import StreamRun
 

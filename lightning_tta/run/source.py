@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.images import Batch, Images, to_float
-from lightning_tta.data.storage.memo import with_progress
 from lightning_tta.errors import DataError, NotPreparedError
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.progress import with_progress
 
 
 def labels_among(labels: Tensor, classes: Sequence[int] | None) -> Tensor:

@@ -113,7 +113,8 @@ class StreamRun:
             return
         self.method.load_state_dict(saved["method"])  # what it allocates moves to the device with it
         if self.data is not None:
-            self.data.first_batch = self.done_before = saved["batches"]
+            self.done_before = saved["batches"]
+            self.data.start_at(self.done_before)
         else:
             self._to_read = saved["batches"]
 
@@ -212,7 +213,7 @@ class StreamRun:
     def release(self) -> None:
         """Let others have the directory."""
         if self.data is not None:
-            self.data.first_batch = 0
+            self.data.start_at(0)
         self.directory.release()
 
     def _remembering(self) -> list[Callback]:

@@ -78,7 +78,7 @@ def test_files_are_mapped_and_not_read(published):
 
 
 def test_default_is_the_fifteen(published):
-    with pytest.raises(DataError, match="gaussian_noise"):
+    with pytest.raises(DataError, match="brightness"):
         CIFARData(str(published), function_set="published")
     assert CIFARData(str(published), cache_dir="none").domain_names == corruption_names()
 

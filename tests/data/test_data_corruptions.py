@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_tta.data.corruptions import builtin
-from lightning_tta.data.corruptions.corrupt import corrupt, corruption_names, function_set_id, image_seed
+from lightning_tta.data.corruptions.corrupt import SETS, corrupt, corruption_names, function_set_id, image_seed
 from lightning_tta.errors import ConfigError
 
 BUILTIN = corruption_names() + corruption_names(held_out=True)
@@ -32,6 +32,13 @@ def test_names():
     assert len(corruption_names("imagenet_c")) == 15
     assert len(corruption_names("imagenet_c", held_out=True)) == 4
     assert function_set_id("builtin") == f"builtin-{builtin.VERSION}"
+    assert function_set_id("published") == "published"
+    assert corruption_names("published") == corruption_names("imagenet_c")
+    assert {name: functions.computable for name, functions in SETS.items()} == {
+        "builtin": True,
+        "imagenet_c": True,
+        "published": False,
+    }
 
 
 @pytest.mark.parametrize("name", BUILTIN)

@@ -9,7 +9,8 @@ from sklearn.datasets import load_digits
 
 from lightning_tta.data import DigitsData, ShiftedDataModule, corrupt, corruption_names
 from lightning_tta.data.sets.digits import split_positions
-from lightning_tta.data.storage.memo import MEMO
+from lightning_tta.data.sharing import Sharing
+from lightning_tta.data.storage.cache import CACHE
 from lightning_tta.errors import ConfigError
 
 
@@ -130,7 +131,7 @@ def test_smaller_subsets_lie_inside_larger_ones_with_the_same_pixels():
 def test_pixels_do_not_depend_on_order_batch_size_or_workers(stream):
     options = {"domains": ["shot_noise", "rotate"], "num_images": 40}
     reference = joined(DigitsData(**options, stream="iid", batch_size=64).predict_dataloader())
-    MEMO.clear()  # or the same tensors would be compared with themselves
+    CACHE.clear()  # or the same tensors would be compared with themselves
     random.seed(5)
     torch.manual_seed(5)
     other = joined(DigitsData(**options, stream=stream, batch_size=7, order_seed=3).predict_dataloader())
@@ -159,7 +160,7 @@ def test_label_shift_stream_is_sorted_by_class():
 def test_shuffled_labels_change_no_image(monkeypatch):
     options = {"domains": ["elastic"], "num_images": 20, "stream": "iid"}
     reference = joined(DigitsData(**options).predict_dataloader())
-    MEMO.clear()
+    CACHE.clear()
     clean = DigitsData.clean
 
     def shuffled(self, split):
@@ -183,7 +184,7 @@ def test_corruption_seed_and_severity_change_pixels_and_order_seed_does_not():
 
 
 def test_corrupted_images_are_computed_once(monkeypatch):
-    MEMO.clear()
+    CACHE.clear()
     first = DigitsData(domains=["contrast"], num_images=10)
     first.setup("predict")
 
@@ -197,13 +198,13 @@ def test_corrupted_images_are_computed_once(monkeypatch):
         DigitsData(domains=["contrast"], num_images=10, severity=1).setup("predict")
 
 
-def test_streams_too_large_for_the_memo_are_made_on_the_fly(monkeypatch):
+def test_streams_too_large_for_memory_are_made_on_the_fly(monkeypatch):
     options = {"domains": ["jpeg", "clean"], "num_images": 10}
     reference = joined(DigitsData(**options).predict_dataloader())
-    MEMO.clear()
-    monkeypatch.setattr(MEMO, "limit", 1000)
+    CACHE.clear()
+    monkeypatch.setattr(CACHE, "limit", 1000)
     lazy = joined(DigitsData(**options).predict_dataloader())
-    assert MEMO.nbytes == 0
+    assert CACHE.nbytes == 0
     assert all(torch.equal(reference[name], lazy[name]) for name in reference)
 
 
@@ -238,7 +239,7 @@ def test_what_a_leaf_must_provide():
     class Leaf(ShiftedDataModule):
         class_names = ("a",)
 
-    with pytest.raises(TypeError, match=r"abstract methods '?clean'?, '?digest'?"):
+    with pytest.raises(TypeError, match=r"abstract methods '?clean'?, '?digest_content'?"):
         Leaf()
     with pytest.raises(ConfigError, match="DigitsData has no natural domain 'sketch'"):
         DigitsData().natural_domain("sketch")
@@ -266,6 +267,45 @@ def test_describe():
     assert data.default_reset == "never"
     clean = DigitsData(domains=["clean"], num_images=12, severity=5).describe()
     assert [clean[name] for name in ("function_set", "severity", "corruption_seed")] == [None] * 3
+
+
+def indices(data):
+    return [batch["index"].tolist() for batch in data.predict_dataloader()]
+
+
+def test_a_stream_is_shared_and_taken_back():
+    data = DigitsData(domains=["clean", "contrast"], num_images=21, batch_size=5)
+    alone = data.stream.batches
+    data.share(Sharing("synchronised", 1, 2))
+    whole = data.stream.batches
+    assert [len(batch) for batch in whole] == [10, 10, 1] * 2  # two processes' batches in one
+    assert data.shard() == [batch[5:] for batch in whole]
+    assert indices(data) == [batch[5:] or batch for batch in whole]  # a loader has no empty batch
+    shards = []
+    for rank in range(2):
+        data.share(Sharing("replicas", rank, 2))
+        shards.append(data.shard())
+        assert indices(data) == shards[-1]
+    assert shards[0] + shards[1] == data.stream.batches == alone
+    with pytest.raises(ConfigError, match="3 processes cannot share 2 domains"):
+        data.share(Sharing("replicas", 0, 3))
+    data.share(Sharing())
+    data.start_at(3)
+    assert (data.sharing, data.first_batch) == (Sharing(), 3)
+    assert indices(data) == alone[3:]
+
+
+def test_blind_spots_make_the_stream_anew():
+    data = DigitsData(domains=["clean"], num_images=6, stream="blind_spot", batch_size=4)
+    with pytest.raises(ConfigError, match="set_blind_spots"):
+        _ = data.stream
+    for wrong in ([True] * 2 + [False] * 4, [False] * 3 + [True] * 3):
+        data.set_blind_spots([torch.tensor(wrong)])
+        assert data.stream.sizes == (sum(wrong), 6)
+        assert data.describe()["images_per_domain"] == [sum(wrong), 6]
+        first = torch.cat([batch["image"] for batch in data.predict_dataloader()])[: sum(wrong)]
+        clean = data.domain_images[0].images(torch.tensor(wrong).nonzero()[:, 0]).float() / 255
+        assert sorted(first.flatten(1).sum(1).tolist()) == sorted(clean.flatten(1).sum(1).tolist())
 
 
 class Recorder(LightningModule):

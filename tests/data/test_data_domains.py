@@ -85,7 +85,7 @@ def test_a_class_that_the_sources_lack(root):
         ({"target": []}, "must be different"),
         ({"target": "Art", "sources": ["Clipart", "clipart"]}, "none twice"),
         ({"target": ["Art", "art"]}, "none twice"),
-        ({"target": "Art", "root": "nowhere"}, "no folder nowhere"),
+        ({"target": "Art", "root": "nowhere"}, "folder nowhere does not exist"),
     ],
     ids=str,
 )
@@ -195,7 +195,7 @@ def test_lists(root, listed):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "no file .*Art_list"),
+        (None, "Art_list.txt does not exist"),
         ("", "is empty"),
         ("Art/cat/00.png\n", r"line 1: 'Art/cat/00\.png'"),
         ("Art/cat/00.png one\n", "line 1"),

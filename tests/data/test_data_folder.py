@@ -79,7 +79,7 @@ def test_target_folders_are_matched_by_class_name(root, tmp_path):
     )
     assert mixed.describe()["images_per_domain"] == [12, 2]
     write(tmp_path / "sketch" / "emu" / "a.png", 1)
-    with pytest.raises(DataError, match="does not have: emu"):
+    with pytest.raises(DataError, match=r"not classes of the source \(ant, cat, dog\): emu"):
         FolderData(str(root), target_roots={"sketch": str(tmp_path / "sketch")}).setup("predict")
 
 
@@ -111,10 +111,8 @@ def test_damaged_image_is_named(root):
 def test_missing_folders_are_named(root, tmp_path):
     with pytest.raises(DataError, match=r"nowhere/test.*<class>"):
         FolderData(str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match=r"no folder .*gone"):
+    with pytest.raises(DataError, match=r"gone does not exist"):
         FolderData(str(root), target_roots={"far": str(tmp_path / "gone")})
-    with pytest.raises(ConfigError, match="target_roots: haze"):
-        FolderData(str(root), target_roots={"haze": str(root / "test")})
     with pytest.raises(ConfigError, match="val_share"):
         FolderData(str(root), val_share=0.0)
     (root / "train").rename(root / "unused")
@@ -128,18 +126,8 @@ def test_missing_folders_are_named(root, tmp_path):
 
 def test_class_of_the_test_split_must_be_in_the_source(root):
     write(root / "test" / "emu" / "0.png", 3)
-    with pytest.raises(DataError, match="does not have: emu"):
+    with pytest.raises(DataError, match=r"not classes of the source \(ant, cat, dog\): emu"):
         FolderData(str(root)).clean("test")
-
-
-def test_digest_follows_the_files_and_not_the_place(root, tmp_path):
-    digest = FolderData(str(root)).digest()
-    moved = tmp_path / "elsewhere"
-    root.rename(moved)
-    assert FolderData(str(moved)).digest() == digest
-    assert FolderData(str(moved), image_size=64).digest() != digest
-    (moved / "test" / "ant" / "3.png").unlink()
-    assert FolderData(str(moved)).digest() != digest
 
 
 def test_augmentation_shifts_and_flips(root):

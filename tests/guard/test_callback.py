@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 import soak
 from lightning_tta import ConfigError, Guard, InputError, TestTimeAdaptation, Watch, adapt
-from lightning_tta.cli.main import run_lightning
 from lightning_tta.guard.watch import WatchSettings
+from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.methods import Source, Tent
 from lightning_tta.report.terminal import print_report
 from lightning_tta.run.input import StreamInput

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_tta.backbones import create_backbone
-from lightning_tta.meta.inner_loop import InnerLoop, Minimax, minimax
+from lightning_tta.meta.inner_loop import InnerLoop, InnerParameters, adapt_inner
 from lightning_tta.meta.mixed_bn import convert_mixed_bn
 from plumbing import CUDA_OR_CPU, arguments, medians, resident, take_turns
 
@@ -51,10 +51,12 @@ def build(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Step]:
         return gradients(cross_entropy(plain_net(images), labels), plain_net)
 
     def ours(inner: InnerLoop) -> Step:
-        groups = Minimax(net, inner)
+        inner_parameters = InnerParameters(net, inner)
 
         def step() -> list[Tensor]:
-            result = minimax(net, images, inner, domains=options.domains, second_order=True, groups=groups)
+            result = adapt_inner(
+                net, images, inner, domains=options.domains, second_order=True, inner_parameters=inner_parameters
+            )
             return gradients(cross_entropy(result.after.flatten(0, 1), labels), net)
 
         return step
@@ -62,7 +64,7 @@ def build(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Step]:
     def with_higher(inner: InnerLoop) -> Step:
         import higher
 
-        kinds = Minimax(net, inner).rate_of["min"]
+        kinds = InnerParameters(net, inner).rate_of["min"]
         rates = [inner.rates[kinds[name]] if name in kinds else 0.0 for name, _ in net.named_parameters()]
 
         def step() -> list[Tensor]:

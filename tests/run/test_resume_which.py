@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from test_resume import TENT, make_data, results, run
 
 from lightning_tta import ConfigError, Guard, TestTimeAdaptation
-from lightning_tta.cli.main import main, run_lightning
+from lightning_tta.cli.main import main
 from lightning_tta.errors import FinishedError
+from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.methods import Source, Tent
 from lightning_tta.run.directory import DirectoryLock
 from lightning_tta.run.resume import StateKeeper

@@ -17,11 +17,7 @@ _OWN_SEED = ("impulse_noise", "glass_blur")  # draw from a generator of their ow
 
 
 def version_id() -> str:
-    """Name and version of the function set, for the protocol.
-
-    Raises:
-        ConfigError: When the package is not installed.
-    """
+    """Name and version of the function set, for the protocol."""
     try:
         return f"imagenet_c/{_PACKAGE}-{metadata.version(_PACKAGE)}"
     except metadata.PackageNotFoundError:
@@ -32,11 +28,7 @@ def version_id() -> str:
 
 
 def apply(image: Tensor, name: str, severity: int, seed: int) -> Tensor:
-    """Corrupt one uint8 image (3, H, W); NumPy's global random state is left as it was.
-
-    Raises:
-        ConfigError: When the package is not installed, or the image is not of three channels.
-    """
+    """Corrupt one uint8 image (3, H, W); NumPy's global random state is left as it was."""
     version_id()
     if image.shape[0] != 3:
         raise ConfigError(f"imagenet_c wants images of 3 channels; got {image.shape[0]}. Repeat the channel.")

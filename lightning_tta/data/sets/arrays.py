@@ -1,9 +1,8 @@
 """Images in arrays: ``.npz`` files with a training and a test part."""
 
-import hashlib
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,78 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
+from lightning_tta.data.augmentations import Augmentation, move_and_scale
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.data.corruptions.corrupt import CLEAN, SETS
 from lightning_tta.data.images import Images, SelectedImages, StackedImages
 from lightning_tta.data.source import Split
-from lightning_tta.data.streams import permutation
+from lightning_tta.data.splits import select, shuffled_classes, validation_share
+from lightning_tta.data.storage.paths import check_file
 from lightning_tta.errors import ConfigError, DataError, check_range
 
-EXPECTED = "x_train, y_train, x_test and y_test; a target needs x_test and y_test"
-
-
-def read_array(path: Path, name: str) -> np.ndarray[Any, np.dtype[Any]]:
-    """One array of a ``.npz`` file, without running code that is in it.
-
-    Raises:
-        DataError: If the file is missing or damaged, or has no such array.
-    """
-    if not path.is_file():
-        raise DataError(f"There is no file {path}. Expected a .npz file with {EXPECTED}.")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if name not in arrays:
-                raise DataError(f"{path} has no array '{name}'; it has {sorted(arrays)}. Expected: {EXPECTED}.")
-            found: np.ndarray[Any, np.dtype[Any]] = arrays[name]
-            return found
-    except DataError:
-        raise
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy
-        raise DataError(f"{path} is not a readable .npz file ({error}). Fetch or save it again.") from error
-
-
-def read_labels(path: Path, part: str) -> Tensor:
-    """Labels int64 (N,) of the part ``train`` or ``test`` of a file, N at least 1.
-
-    Raises:
-        DataError: Also if they are not a list of whole numbers from 0.
-    """
-    labels = read_array(path, f"y_{part}")
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
-        raise DataError(
-            f"{path}: y_{part} must hold one whole number for each image; it is {labels.dtype} {labels.shape}."
-        )
-    if labels.min() < 0:
-        raise DataError(f"{path}: y_{part} goes down to {labels.min()}. Number the classes from 0.")
-    return torch.from_numpy(labels.astype(np.int64))
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Changes when the file is written anew."""
-    state = path.stat()
-    return state.st_mtime_ns, state.st_size
-
-
-@lru_cache(maxsize=8)
-def _load(path: Path, part: str, size: int, stamp: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Pixels uint8 (N, 3, size, size) and labels (N,) of the part ``train`` or ``test`` of a file."""
-    from torchvision.transforms.v2 import functional
-
-    images, labels = read_array(path, f"x_{part}"), read_labels(path, part)
-    grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[3] in (1, 3)
-    if images.dtype != np.uint8 or not (grey or colour):
-        raise DataError(
-            f"{path}: x_{part} must be uint8 images (N, H, W) or (N, H, W, 1 or 3); it is {images.dtype} "
-            f"{images.shape}."
-        )
-    if len(labels) != len(images):
-        raise DataError(
-            f"{path}: y_{part} has {len(labels)} labels; expected one for each of the {len(images)} images."
-        )
-    pixels = torch.from_numpy(images).view(len(images), *images.shape[1:3], -1).permute(0, 3, 1, 2)
-    resized = [functional.resize(some, [size, size], antialias=True) for some in torch.split(pixels, 4096)]
-    return torch.cat(resized).expand(-1, 3, -1, -1), labels
+EXPECTED = "a .npz file with x_train, y_train, x_test and y_test; a target needs x_test and y_test"
 
 
 class ArrayData(ShiftedDataModule):
@@ -125,40 +63,35 @@ class ArrayData(ShiftedDataModule):
             raise ConfigError(f"class_names must be at least two different names; got {class_names}.")
         if num_train is not None:
             check_range("num_train", num_train, 2, integer=True)
-        taken = {CLEAN, "none", "reported", "held_out"}.union(*(set(s.REPORTED + s.HELD_OUT) for s in SETS.values()))
-        if taken & set(self.targets):
-            names = ", ".join(sorted(taken & set(self.targets)))
-            raise ConfigError(f"targets: {names} already names a corruption or a group. Choose another name.")
         super().__init__(**kwargs)
         for path in (self.source, *self.targets.values()):
-            if not path.is_file():
-                raise DataError(f"There is no file {path}. Expected a .npz file with {EXPECTED}.")
+            check_file(path, EXPECTED)
         self.name = f"arrays:{self.source.stem}"
 
     @cached_property
-    def _present(self) -> list[int]:
-        """The labels that the source's training part has, sorted."""
+    def _source_labels(self) -> list[int]:
         return torch.unique(read_labels(self.source, "train")).tolist()  # type: ignore[no-any-return]
 
     @cached_property
     def class_names(self) -> list[str]:
         """The names given, else ``0`` to the largest label of the source's training part."""
+        largest = self._source_labels[-1]
         if self._names is None:
-            return [str(label) for label in range(self._present[-1] + 1)]
-        if self._present[-1] >= len(self._names):
+            return [str(label) for label in range(largest + 1)]
+        if largest >= len(self._names):
             raise DataError(
-                f"{self.source}: y_train goes up to {self._present[-1]}, but there are {len(self._names)} class_names."
+                f"{self.source}: y_train goes up to {largest}, but there are {len(self._names)} class_names."
             )
         return list(self._names)
 
-    def _images(self, path: Path, part: str) -> StackedImages:
+    def _images(self, path: Path, split: str) -> StackedImages:
         _ = self.class_names  # do they suffice?
-        pixels, labels = _load(path, part, self.image_size, _stamp(path))
-        unknown = sorted(set(labels.tolist()) - set(self._present))
+        pixels, labels = _load(path, split, self.image_size, _stamp(path))
+        unknown = sorted(set(labels.tolist()) - set(self._source_labels))
         if unknown:
             raise DataError(
-                f"{path}: y_{part} has classes {unknown[:10]} that the source's y_train does not have; it has "
-                f"{self._present[:20]}. Give the labels the source's numbers, or remove these images."
+                f"{path}: y_{split} has classes {unknown[:10]} that the source's y_train does not have; it has "
+                f"{self._source_labels[:20]}. Give the labels the source's numbers, or remove these images."
             )
         return StackedImages(pixels, labels)
 
@@ -167,19 +100,13 @@ class ArrayData(ShiftedDataModule):
         if split == "test":
             return self._images(self.source, "test")
         images = self._images(self.source, "train")
-        train: list[Tensor] = []
-        val: list[Tensor] = []
-        for label in self._present:
-            members = (images.labels == label).nonzero()[:, 0]
-            members = members[torch.from_numpy(permutation(len(members), label))]
-            held_back = min(len(members) - 1, max(1, round(self.val_share * len(members))))
-            val.append(members[:held_back])
-            train.append(members[held_back:])
+        validation = validation_share(images.labels, self.val_share)
         if split == "val":
-            return SelectedImages(images, torch.cat(val).sort().values)
+            return select(images, validation)
         # The first of each class, then the second of each, and so on: any beginning is as balanced as it can be.
-        turn = torch.cat([torch.arange(len(members)) for members in train])
-        chosen = torch.cat(train)[turn.argsort(stable=True)][: self.num_train]
+        classes = [members[~validation[members]] for members in shuffled_classes(images.labels)]
+        turn = torch.cat([torch.arange(len(members)) for members in classes])
+        chosen = torch.cat(classes)[turn.argsort(stable=True)][: self.num_train]
         return SelectedImages(images, chosen.sort().values)
 
     def natural_names(self) -> list[str]:
@@ -190,26 +117,71 @@ class ArrayData(ShiftedDataModule):
         """The test images of a target."""
         return self._images(self.targets[name], "test")
 
-    @cached_property
-    def _digest(self) -> str:
-        content = hashlib.sha256(str(self.image_size).encode())
+    def digest_content(self) -> Iterator[bytes]:
+        """``image_size``, and the test images and labels of the source and of the targets in use."""
+        yield str(self.image_size).encode()
         used = [(name, path) for name, path in self.targets.items() if name in self.domain_names]
         for name, path in (("source", self.source), *sorted(used)):
-            content.update(name.encode())
-            for part in ("x_test", "y_test"):
-                content.update(np.ascontiguousarray(read_array(path, part)).tobytes())
-        return content.hexdigest()[:12]
+            yield name.encode()
+            for array in ("x_test", "y_test"):
+                yield np.ascontiguousarray(read_array(path, array)).tobytes()
 
-    def digest(self) -> str:
-        """Hash of the test images and labels of the source and of the targets in use, and the size."""
-        return self._digest
-
-    def memo_key(self) -> str:
+    def cache_key(self) -> str:
         """The digest, the place, and how training and validation images are chosen."""
-        return f"{self._digest}|{self.source.resolve()}|{_stamp(self.source)}|{self.num_train}|{self.val_share}"
+        return f"{self.digest()}|{self.source.resolve()}|{_stamp(self.source)}|{self.num_train}|{self.val_share}"
 
-    def augmentation(self) -> Callable[[Tensor], Tensor] | None:
+    def augmentation(self) -> Augmentation:
         """A small rotation, shift and change of size."""
-        from torchvision.transforms import v2
+        return move_and_scale()
 
-        return v2.RandomAffine(degrees=10, translate=(0.08, 0.08), scale=(0.9, 1.1))  # type: ignore[no-any-return]
+
+def read_array(path: Path, name: str) -> np.ndarray[Any, np.dtype[Any]]:
+    """One array of a ``.npz`` file, without running code that is in it."""
+    check_file(path, EXPECTED)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if name not in arrays:
+                raise DataError(f"{path} has no array '{name}'; it has {sorted(arrays)}. Expected {EXPECTED}.")
+            array: np.ndarray[Any, np.dtype[Any]] = arrays[name]
+            return array
+    except DataError:
+        raise
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy
+        raise DataError(f"{path} is not a readable .npz file ({error}). Fetch or save it again.") from error
+
+
+def read_labels(path: Path, split: str) -> Tensor:
+    """Labels int64 (N,) of the split ``train`` or ``test`` of a file, N at least 1."""
+    labels = read_array(path, f"y_{split}")
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
+        raise DataError(
+            f"{path}: y_{split} must hold one whole number for each image; it is {labels.dtype} {labels.shape}."
+        )
+    if labels.min() < 0:
+        raise DataError(f"{path}: y_{split} goes down to {labels.min()}. Number the classes from 0.")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Changes when the file is written anew."""
+    state = path.stat()
+    return state.st_mtime_ns, state.st_size
+
+
+@lru_cache(maxsize=8)
+def _load(path: Path, split: str, size: int, stamp: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Pixels uint8 (N, 3, size, size) and labels (N,) of the split ``train`` or ``test`` of a file."""
+    images, labels = read_array(path, f"x_{split}"), read_labels(path, split)
+    grey, color = images.ndim == 3, images.ndim == 4 and images.shape[3] in (1, 3)
+    if images.dtype != np.uint8 or not (grey or color):
+        raise DataError(
+            f"{path}: x_{split} must be uint8 images (N, H, W) or (N, H, W, 1 or 3); it is {images.dtype} "
+            f"{images.shape}."
+        )
+    if len(labels) != len(images):
+        raise DataError(
+            f"{path}: y_{split} has {len(labels)} labels; expected one for each of the {len(images)} images."
+        )
+    pixels = torch.from_numpy(images).view(len(images), *images.shape[1:3], -1).permute(0, 3, 1, 2)
+    resized = [functional.resize(some, [size, size], antialias=True) for some in torch.split(pixels, 4096)]
+    return torch.cat(resized).expand(-1, 3, -1, -1), labels

@@ -1,7 +1,6 @@
 """CIFAR-10 and CIFAR-100, their corrupted versions, and CIFAR-10.1."""
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -10,32 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_tta.data.augmentations import Augmentation, shift_and_flip
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.data.corruptions.corrupt import CLEAN, split_severity
-from lightning_tta.data.images import Images, SelectedImages, StackedImages
+from lightning_tta.data.corruptions.corrupt import CLEAN
+from lightning_tta.data.domain_names import split_severity
+from lightning_tta.data.images import Images, StackedImages
 from lightning_tta.data.source import Split
-from lightning_tta.data.storage.cache import MappedImages, open_array
-from lightning_tta.data.storage.download import Remote, fetch, unpack
-from lightning_tta.data.streams import permutation
+from lightning_tta.data.splits import select, validation_count
+from lightning_tta.data.storage.cache import MappedImages, load_npy, open_images
+from lightning_tta.data.storage.download import fetch, unpack
+from lightning_tta.data.storage.paths import check_file
+from lightning_tta.data.storage.remotes import CIFAR_C
 from lightning_tta.errors import DataError, check_choice, check_range
 
 Dataset = Literal["cifar10", "cifar100"]
 
 ROWS = 10_000  # of one severity
-REMOTE = {
-    "cifar10": Remote(
-        "https://zenodo.org/records/2535967/files/CIFAR-10-C.tar?download=1",
-        "CIFAR-10-C.tar",
-        2_918_471_680,
-        "md5:56bf5dcef84df0e2308c6dcbcbbd8499",
-    ),
-    "cifar100": Remote(
-        "https://zenodo.org/records/3555552/files/CIFAR-100-C.tar?download=1",
-        "CIFAR-100-C.tar",
-        2_918_473_216,
-        "md5:11f0ed0f1191edbf9fa23466ae6021d3",
-    ),
-}
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VERSIONS = {"cifar10_1_v4": 2021, "cifar10_1_v6": 2000}  # CIFAR-10.1, and its number of images
 
@@ -63,6 +52,8 @@ class CIFARData(ShiftedDataModule):
         DataError: If a file is missing, damaged or not of the expected size.
     """
 
+    has_published = True
+
     def __init__(
         self,
         root: str = "data",
@@ -76,103 +67,84 @@ class CIFARData(ShiftedDataModule):
         check_range("num_val", num_val, 1, 40_000, integer=True)
         self.root, self.dataset, self.download, self.num_val = Path(root).expanduser(), dataset, download, num_val
         super().__init__(domains=domains or ["reported"], **kwargs)
-        title = dataset.upper().replace("R1", "R-1")
-        self.folder, self.name = self.root / f"{title}-C", dataset
-        published = self.function_set == "published" and bool(self._corrupted)
-        if published:
-            self.name = f"{title}-C"
+        title = dataset.upper().replace("R1", "R-1") + "-C"
+        self.folder, self.name = self.root / title, title if self.published_names else dataset
         if not download:
-            self._check_files(published)
-
-    def _check_files(self, published: bool) -> None:
-        """Name the first missing file before anything runs."""
-        wanted = [self.folder / "labels.npy"] if published else []
-        if published:
-            wanted += [self.folder / f"{split_severity(name)[0]}.npy" for name in self._corrupted]
-        wanted += [path for name in self.domain_names if name in VERSIONS for path in self._natural_files(name)]
-        for path in wanted:
-            if not path.is_file():
-                state = "is a folder" if path.is_dir() else "does not exist"
-                how = (
-                    "get it from github.com/modestyachts/CIFAR-10.1" if "10.1" in path.name else "--data.download true"
-                )
-                raise DataError(f"{path} {state}. Expected this file of the data set; to get it: {how}.")
+            for path in self._published_files():
+                check_file(path, "this file of the data set; to get it: --data.download true")
+            for name in set(self.domain_names) & set(VERSIONS):
+                for path in self._natural_files(name):
+                    check_file(path, "this file of the data set; to get it: github.com/modestyachts/CIFAR-10.1")
 
     def prepare_data(self) -> None:
         """Download what is missing, if asked to; once per machine."""
-        if not self.download:
-            return
-        if self.function_set == "published" and not (self.folder / "labels.npy").is_file():
-            unpack(fetch(REMOTE[self.dataset], self.root), self.root)
-        if self._needs_clean():
-            self._torchvision(train=False)
+        if self.download and self.published_names and not (self.folder / "labels.npy").is_file():
+            unpack(fetch(CIFAR_C[self.dataset], self.root), self.root)
+        if self.download and self._needs_clean:
+            self._read(train=False)
 
+    @property
     def _needs_clean(self) -> bool:
-        return CLEAN in self.domain_names or (self.function_set != "published" and bool(self._corrupted))
+        return CLEAN in self.domain_names or bool(self.corrupted_names)
 
     @property
     def class_names(self) -> list[str]:
         """CIFAR-10's names; the numbers of CIFAR-100's classes."""
         return list(NAMES) if self.dataset == "cifar10" else [str(number) for number in range(100)]
 
-    def _torchvision(self, train: bool) -> Any:
+    def _read(self, train: bool) -> StackedImages:
         from torchvision import datasets
 
         kind = datasets.CIFAR10 if self.dataset == "cifar10" else datasets.CIFAR100
         try:  # torchvision compares checksums before it unpickles anything
-            return kind(str(self.root), train=train, download=self.download)
+            files = kind(str(self.root), train=train, download=self.download)
         except (RuntimeError, OSError, ValueError) as error:
             raise DataError(
                 f"{self.root} has no complete copy of {self.dataset} ({error}). Expected {self.root}/"
                 f"{kind.base_folder}/ as torchvision unpacks it; --data.download true fetches it."
             ) from error
+        return StackedImages(torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets))
 
     @cached_property
-    def _loaded(self) -> dict[bool, tuple[Tensor, Tensor]]:
-        return {}
+    def _train(self) -> StackedImages:
+        return self._read(train=True)
 
-    def _stacked(self, train: bool) -> StackedImages:
-        if train not in self._loaded:
-            found = self._torchvision(train)
-            self._loaded[train] = (
-                torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(),
-                torch.tensor(found.targets),
-            )
-        return StackedImages(*self._loaded[train])
+    @cached_property
+    def _test(self) -> StackedImages:
+        return self._read(train=False)
 
     def clean(self, split: Split) -> Images:
         """The images of a split; ``num_val`` of the training images are the validation images, fixed."""
         if split == "test":
-            return self._stacked(train=False)
-        images = self._stacked(train=True)
-        order = torch.from_numpy(permutation(len(images), 0))
-        chosen = order[: self.num_val] if split == "val" else order[self.num_val :]
-        return SelectedImages(images, chosen.sort().values)
+            return self._test
+        return select(self._train, validation_count(len(self._train), self.num_val) == (split == "val"))
 
     def _labels(self, path: Path, count: int) -> Tensor:
         """Labels int64 (count,) from an .npy of whole numbers of any width."""
-        try:
-            found = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} is not a readable .npy file ({error}). Expected {count} class numbers.") from error
-        if found.shape != (count,) or not np.issubdtype(found.dtype, np.integer):
-            raise DataError(f"{path} holds {found.dtype} {found.shape}. Expected {count} class numbers.")
-        if found.min() < 0 or found.max() >= self.num_classes:
-            raise DataError(f"{path} has classes {found.min()} to {found.max()}; expected 0 to {self.num_classes - 1}.")
-        return torch.from_numpy(found.astype(np.int64))
+        labels = load_npy(path, f"{count} class numbers")
+        if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+            raise DataError(f"{path} holds {labels.dtype} {labels.shape}. Expected {count} class numbers.")
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise DataError(
+                f"{path} has classes {labels.min()} to {labels.max()}; expected 0 to {self.num_classes - 1}."
+            )
+        return torch.from_numpy(labels.astype(np.int64))
+
+    def _published_files(self) -> list[Path]:
+        """The labels, then the corruptions in use."""
+        names = sorted({split_severity(name)[0] for name in self.published_names})
+        return [self.folder / f"{name}.npy" for name in ["labels", *names]] if names else []
 
     def published(self, corruption: str, severity: int) -> Images:
         """One severity of one file of CIFAR-C."""
         labels = self._labels(self.folder / "labels.npy", 5 * ROWS)
-        first = (severity - 1) * ROWS
+        first, shape = (severity - 1) * ROWS, (5 * ROWS, 32, 32, 3)
         path = self.folder / f"{corruption}.npy"
-        return MappedImages(
-            path, labels[first : first + ROWS], first=first, shape=(5 * ROWS, 32, 32, 3), channels_last=True
-        )
+        return MappedImages(path, labels[first : first + ROWS], first=first, shape=shape, channels_last=True)
 
     def _natural_files(self, name: str) -> tuple[Path, Path]:
-        stem = f"cifar10.1_{name.rpartition('_')[2]}"
-        return self.root / "CIFAR-10.1" / f"{stem}_data.npy", self.root / "CIFAR-10.1" / f"{stem}_labels.npy"
+        stem = self.root / "CIFAR-10.1" / f"cifar10.1_{name.rpartition('_')[2]}"
+        return stem.with_name(f"{stem.name}_data.npy"), stem.with_name(f"{stem.name}_labels.npy")
 
     def natural_names(self) -> list[str]:
         """The versions of CIFAR-10.1, where asked for."""
@@ -184,32 +156,23 @@ class CIFARData(ShiftedDataModule):
         count = VERSIONS[name]
         return MappedImages(data, self._labels(labels, count), shape=(count, 32, 32, 3), channels_last=True)
 
-    @cached_property
-    def _digest(self) -> str:
-        content = hashlib.sha256(self.dataset.encode())
-        if self._needs_clean():
-            images = self._stacked(train=False)
-            content.update(images.pixels.numpy().tobytes() + images.labels.numpy().tobytes())
-        for name in sorted(set(self.domain_names)):
-            if name in VERSIONS:
-                content.update(b"".join(path.read_bytes() for path in self._natural_files(name)))
-        if self.function_set == "published" and self._corrupted:
-            content.update((self.folder / "labels.npy").read_bytes())
-            for corruption in sorted({split_severity(name)[0] for name in self._corrupted}):
-                rows = open_array(self.folder / f"{corruption}.npy", np.uint8, (5 * ROWS, 32, 32, 3))
-                content.update(corruption.encode() + rows[:: ROWS // 10].tobytes())  # 50 images: a fingerprint
-        return content.hexdigest()[:12]
+    def digest_content(self) -> Iterator[bytes]:
+        """The clean test images, CIFAR-10.1 and some of the rows of CIFAR-C: what is in use."""
+        yield self.dataset.encode()
+        if self._needs_clean:
+            yield self._test.pixels.numpy().tobytes() + self._test.labels.numpy().tobytes()
+        for name in sorted(set(self.domain_names) & set(VERSIONS)):
+            yield from (path.read_bytes() for path in self._natural_files(name))
+        for path in self._published_files()[:1]:
+            yield path.read_bytes()
+        for path in self._published_files()[1:]:
+            rows = open_images(path, (5 * ROWS, 32, 32, 3))
+            yield path.stem.encode() + rows[:: ROWS // 10].tobytes()  # 50 images: a fingerprint
 
-    def digest(self) -> str:
-        """Hash of the clean test images, of CIFAR-10.1 and of some of the rows of CIFAR-C: of what is in use."""
-        return self._digest
-
-    def memo_key(self) -> str:
+    def cache_key(self) -> str:
         """The digest and how validation images are chosen."""
-        return f"{self.dataset}|{self._digest}|{self.num_val}"
+        return f"{self.dataset}|{self.digest()}|{self.num_val}"
 
-    def augmentation(self) -> Callable[[Tensor], Tensor] | None:
-        """A random crop after padding by 4 pixels, and a horizontal flip."""
-        from torchvision.transforms import v2
-
-        return v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])  # type: ignore[no-any-return]
+    def augmentation(self) -> Augmentation:
+        """A random shift by up to four pixels, and a horizontal flip."""
+        return shift_and_flip(32, 32)

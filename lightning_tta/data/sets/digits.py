@@ -1,45 +1,19 @@
 """Handwritten digits that come with scikit-learn: real images, no download."""
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_tta.data.augmentations import Augmentation, move_and_scale
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.corruptions.corrupt import MIN_SIZE
 from lightning_tta.data.images import Images, StackedImages
 from lightning_tta.data.source import Split
-from lightning_tta.data.streams import permutation
+from lightning_tta.data.splits import shuffled_classes
 from lightning_tta.errors import check_range
-
-
-@cache
-def _load(size: int) -> tuple[Tensor, Tensor, str]:
-    """Pixels uint8 (1797, 3, size, size), labels (1797,), and a hash of the original data."""
-    from sklearn.datasets import load_digits
-    from torchvision.transforms.v2 import functional
-
-    digits = load_digits()
-    grey = torch.tensor(digits.images)[:, None]  # 16 grey levels above black: 0 to 16
-    labels = torch.tensor(digits.target, dtype=torch.int64)
-    pixels = functional.resize((grey * 255 / 16).round().to(torch.uint8), [size, size], antialias=True)
-    original = grey.to(torch.uint8).numpy().tobytes() + labels.numpy().tobytes()
-    return pixels.repeat(1, 3, 1, 1), labels, hashlib.sha256(original).hexdigest()[:12]
-
-
-def split_positions(labels: Tensor) -> dict[str, Tensor]:
-    """A fixed split of each class: 60 % train, 10 % val, 30 % test. Sorted positions."""
-    parts: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
-    for label in range(10):
-        members = (labels == label).nonzero()[:, 0]
-        shuffled = members[torch.from_numpy(permutation(len(members), label))]
-        train, val = round(0.6 * len(members)), round(0.1 * len(members))
-        for name, part in zip(parts, shuffled.tensor_split([train, train + val]), strict=True):
-            parts[name].append(part)
-    return {name: torch.cat(part).sort().values for name, part in parts.items()}
 
 
 class DigitsData(ShiftedDataModule):
@@ -70,12 +44,38 @@ class DigitsData(ShiftedDataModule):
         chosen = split_positions(labels)[split]
         return StackedImages(pixels[chosen], labels[chosen])
 
+    def digest_content(self) -> Iterator[bytes]:
+        """The original images and labels."""
+        yield _load(self.image_size)[2]
+
     def digest(self) -> str:
         """Hash of the original images and labels, and the size."""
-        return f"{_load(self.image_size)[2]}-{self.image_size}"
+        return f"{super().digest()}-{self.image_size}"
 
-    def augmentation(self) -> Callable[[Tensor], Tensor] | None:
+    def augmentation(self) -> Augmentation:
         """A small rotation, shift and change of size."""
-        from torchvision.transforms import v2
+        return move_and_scale()
 
-        return v2.RandomAffine(degrees=10, translate=(0.08, 0.08), scale=(0.9, 1.1))  # type: ignore[no-any-return]
+
+@cache
+def _load(size: int) -> tuple[Tensor, Tensor, bytes]:
+    """Pixels uint8 (1797, 3, size, size), labels (1797,), and the original data."""
+    from sklearn.datasets import load_digits
+    from torchvision.transforms.v2 import functional
+
+    digits = load_digits()
+    grey = torch.tensor(digits.images)[:, None]  # 16 grey levels above black: 0 to 16
+    labels = torch.tensor(digits.target, dtype=torch.int64)
+    pixels = functional.resize((grey * 255 / 16).round().to(torch.uint8), [size, size], antialias=True)
+    original = grey.to(torch.uint8).numpy().tobytes() + labels.numpy().tobytes()
+    return pixels.repeat(1, 3, 1, 1), labels, original
+
+
+def split_positions(labels: Tensor) -> dict[str, Tensor]:
+    """A fixed split of each class: 60 % train, 10 % val, 30 % test. Sorted positions."""
+    splits: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
+    for members in shuffled_classes(labels):
+        train, val = round(0.6 * len(members)), round(0.1 * len(members))
+        for name, chosen in zip(splits, members.tensor_split([train, train + val]), strict=True):
+            splits[name].append(chosen)
+    return {name: torch.cat(chosen).sort().values for name, chosen in splits.items()}

@@ -1,27 +1,25 @@
 """Shifted sets for ImageNet nets: folders of synsets, or of class numbers."""
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-
+from lightning_tta.data.augmentations import Augmentation, crop_and_flip
 from lightning_tta.data.base import ShiftedDataModule
-from lightning_tta.data.corruptions.corrupt import split_severity
-from lightning_tta.data.images import Images, SelectedImages
-from lightning_tta.data.sets.folder import FileImages, list_classes, read_image
+from lightning_tta.data.corruptions.corrupt import CLEAN
+from lightning_tta.data.domain_names import split_severity
+from lightning_tta.data.images import Images
+from lightning_tta.data.sets.image_files import FileImages, Listing, list_images
 from lightning_tta.data.source import Split
+from lightning_tta.data.splits import select, validation_count
+from lightning_tta.data.storage.paths import check_file, check_folder, file_lines
 from lightning_tta.data.storage.remotes import fetch_imagenet, fetch_imagenet_c
-from lightning_tta.data.streams import permutation
 from lightning_tta.errors import ConfigError, DataError, check_range
 from lightning_tta.imagenet_classes import imagenet_synsets
 
 
-def list_imagenet(folder: Path) -> tuple[list[Path], Tensor]:
+def list_imagenet(folder: Path) -> Listing:
     """Image files under ``<folder>/<class>/`` and their labels among the 1000 classes.
 
     A class folder is a synset (``n01440764``) or the class's number (``0`` to ``999``); the label is read from the
@@ -30,48 +28,8 @@ def list_imagenet(folder: Path) -> tuple[list[Path], Tensor]:
     Raises:
         DataError: If a folder is neither, or there are no images.
     """
-    number = {synset: label for label, synset in enumerate(imagenet_synsets())}
-    number |= {str(label): label for label in range(1000)}
-    names = list_classes(folder)
-    unknown = [name for name in names if name not in number]
-    if unknown:
-        raise DataError(
-            f"{folder} has folders that are neither a synset of ImageNet (n01440764) nor a number from 0 to 999: "
-            f"{', '.join(unknown[:10])}. Move them elsewhere."
-        )
-    endings = Image.registered_extensions()
-    found = [
-        (path, number[name])
-        for name in sorted(names, key=lambda name: number[name])
-        for path in sorted((folder / name).iterdir())
-        if path.suffix.lower() in endings
-    ]
-    if not found:
-        raise DataError(f"{folder} has class folders without images. Expected {folder}/<class>/<image files>.")
-    return [path for path, _ in found], torch.tensor([label for _, label in found])
-
-
-class _Cropped(FileImages):
-    """Images resized to a shorter side (``None``: as they are), then cut to the middle square."""
-
-    def __init__(self, paths: list[Path], labels: Tensor, resize: int | None, size: int) -> None:
-        super().__init__(paths, labels, size, like=paths[0])
-        self.resize, self.side = resize, size
-
-    def image(self, position: int) -> Tensor:
-        """One image."""
-        from torchvision.transforms.v2 import functional
-
-        pixels = read_image(self.paths[position], None)
-        if self.resize is not None:
-            pixels = functional.resize(pixels, [self.resize], antialias=True)
-        elif min(pixels.shape[1:]) < self.side:
-            raise DataError(
-                f"{self.paths[position]} has {pixels.shape[2]}x{pixels.shape[1]} pixels; expected at least "
-                f"{self.side}x{self.side}, as ImageNet-C is published. Lower image_size, or fetch the file again."
-            )
-        cut: Tensor = functional.center_crop(pixels, [self.side, self.side])
-        return cut
+    label_of = {name: label for label, synset in enumerate(imagenet_synsets()) for name in (synset, str(label))}
+    return list_images(folder, label_of, "synsets of ImageNet (n01440764) or numbers from 0 to 999")
 
 
 class ImageNetData(ShiftedDataModule):
@@ -100,6 +58,8 @@ class ImageNetData(ShiftedDataModule):
         DataError: If a folder is missing or has other classes.
     """
 
+    has_published = True
+
     def __init__(
         self,
         folders: dict[str, str] | None = None,
@@ -126,64 +86,65 @@ class ImageNetData(ShiftedDataModule):
         self.image_list = Path(image_list).expanduser() if image_list else None
         self.resize, self.image_size, self.num_val, self.download = resize, image_size, num_val, download
         super().__init__(**kwargs)
-        self.name = "imagenet"
-        if self.function_set == "published" and self._corrupted:
-            self.name = "imagenet_c"
-            if self.corrupted is None:
-                raise ConfigError('function_set="published" needs corrupted=FOLDER, a copy of ImageNet-C.')
+        self.name = "imagenet_c" if self.published_names else "imagenet"
+        if self.published_names and self.corrupted is None:
+            raise ConfigError('function_set="published" needs corrupted=FOLDER, a copy of ImageNet-C.')
         if not download:
             self._check_folders()
 
+    def _folders_in_use(self) -> dict[str, Path]:
+        """The folders that the stream reads, by domain; ``clean`` also stands for corruptions made here."""
+        used = {name: self.folders[name] for name in self.domain_names if name in self.folders}
+        used |= {name: self._published_folder(name) for name in self.published_names}
+        if self.source is not None and set(self.domain_names) - set(used):
+            used[CLEAN] = self.source / "val"
+        return used
+
     def _check_folders(self) -> None:
-        wanted = [self.folders[name] for name in self.domain_names if name in self.folders]
-        if self.name == "imagenet_c":
-            wanted += [self._published_folder(name) for name in self._corrupted]
-        elif set(self.domain_names) - set(self.folders) and self.source is not None:
-            wanted.append(self.source / "val")
-        for folder in wanted:
-            if not folder.is_dir():
-                state = "is a file" if folder.is_file() else "does not exist"
-                raise DataError(f"The folder {folder} {state}. Expected {folder}/<class>/<image files>.")
-        if self.image_list is not None and not self.image_list.is_file():
-            raise DataError(f"There is no file {self.image_list}. Expected lines <synset>/<file name>.")
+        for folder in self._folders_in_use().values():
+            check_folder(folder)
+        if self.image_list is not None:
+            check_file(self.image_list, "lines <synset>/<file name>")
 
     def prepare_data(self) -> None:
         """Download what is missing, if asked to; once per machine."""
-        if self.download:
-            for name in self.domain_names:
-                if name in self.folders:
-                    fetch_imagenet(name, self.folders[name])
-                elif self.name == "imagenet_c" and not self._published_folder(name).is_dir():
-                    assert self.corrupted is not None
-                    fetch_imagenet_c(split_severity(name)[0], self.corrupted)
-            self._check_folders()
+        if not self.download:
+            return
+        for name, folder in self._folders_in_use().items():
+            if name in self.folders:
+                fetch_imagenet(name, folder)
+            elif name in self.published_names and not folder.is_dir():
+                fetch_imagenet_c(split_severity(name)[0], folder.parents[1])
+        self._check_folders()
 
     def _published_folder(self, name: str) -> Path:
-        assert self.corrupted is not None
         corruption, severity = split_severity(name)
-        return self.corrupted / corruption / str(severity or self.severity)
+        return (self.corrupted or Path()) / corruption / str(severity or self.severity)
 
     @cached_property
     def class_names(self) -> list[str]:
         """The 1000 synsets."""
         return imagenet_synsets()
 
-    def _listed(self, folder: Path) -> tuple[list[Path], Tensor]:
+    def _list(self, folder: Path) -> Listing:
         """The images of a folder, or those of them on the list."""
         paths, labels = list_imagenet(folder)
         if self.image_list is None:
             return paths, labels
         number = {f"{path.parent.name}/{path.name}": position for position, path in enumerate(paths)}
-        wanted = [line.strip() for line in self.image_list.read_text().splitlines() if line.strip()]
-        wanted = ["/".join(line.split()[0].split("/")[-2:]) for line in wanted]
-        missing = [line for line in wanted if line not in number]
-        if missing or not wanted:
+        lines = [line.split()[0] for line in self.image_list.read_text().splitlines() if line.strip()]
+        names = ["/".join(line.split("/")[-2:]) for line in lines]
+        missing = [name for name in names if name not in number]
+        if missing or not names:
             raise DataError(
-                f"{folder} lacks {len(missing)} of the {len(wanted)} images that {self.image_list} lists, such as "
+                f"{folder} lacks {len(missing)} of the {len(names)} images that {self.image_list} lists, such as "
                 f"{missing[0] if missing else 'any at all'}. Expected lines <synset>/<file name>."
             )
-        chosen = [number[line] for line in wanted]
+        chosen = [number[name] for name in names]
         return [paths[position] for position in chosen], labels[chosen]
+
+    def _images(self, listing: Listing) -> FileImages:
+        return FileImages(*listing, self.resize, self.image_size)
 
     def clean(self, split: Split) -> Images:
         """The images of ``<source>/val`` (test) and of ``<source>/train``, some of which are held back (val)."""
@@ -192,11 +153,9 @@ class ImageNetData(ShiftedDataModule):
                 return self.natural_domain(next(iter(self.folders)))
             raise DataError(f"There are no {split} images: pass source=FOLDER with train/<class>/* and val/<class>/*.")
         if split == "test":
-            return _Cropped(*self._listed(self.source / "val"), self.resize, self.image_size)
-        images = _Cropped(*list_imagenet(self.source / "train"), self.resize, self.image_size)
-        order = torch.from_numpy(permutation(len(images), 0))
-        held_back = min(self.num_val, len(images) - 1)
-        return SelectedImages(images, (order[:held_back] if split == "val" else order[held_back:]).sort().values)
+            return self._images(self._list(self.source / "val"))
+        images = self._images(list_imagenet(self.source / "train"))
+        return select(images, validation_count(len(images), self.num_val) == (split == "val"))
 
     def natural_names(self) -> list[str]:
         """Names of the folders."""
@@ -204,36 +163,24 @@ class ImageNetData(ShiftedDataModule):
 
     def natural_domain(self, name: str) -> Images:
         """The images of a folder."""
-        return _Cropped(*list_imagenet(self.folders[name]), self.resize, self.image_size)
+        return self._images(list_imagenet(self.folders[name]))
 
     def published(self, corruption: str, severity: int) -> Images:
         """The images of one folder of ImageNet-C."""
-        return _Cropped(*self._listed(self._published_folder(f"{corruption}@{severity}")), None, self.image_size)
+        return FileImages(*self._list(self._published_folder(f"{corruption}@{severity}")), None, self.image_size)
 
-    @cached_property
-    def _digest(self) -> str:
-        content = hashlib.sha256(f"{self.resize}|{self.image_size}".encode())
-        files = {name: list_imagenet(self.folders[name])[0] for name in self.domain_names if name in self.folders}
-        if self.name == "imagenet_c":
-            files |= {name: self._listed(self._published_folder(name))[0] for name in self._corrupted}
-        elif self.source is not None and set(self.domain_names) - set(files):
-            files["val"] = self._listed(self.source / "val")[0]
-        for name, paths in sorted(files.items()):
-            for path in paths:
-                content.update(f"{name}|{path.parent.name}/{path.name}|{path.stat().st_size}\n".encode())
-        return content.hexdigest()[:12]
+    def digest_content(self) -> Iterator[bytes]:
+        """The sizes in pixels, and names and sizes of the files in use."""
+        yield f"{self.resize}|{self.image_size}".encode()
+        folders = {"val" if name == CLEAN else name: folder for name, folder in self._folders_in_use().items()}
+        for name, folder in sorted(folders.items()):
+            paths, _ = list_imagenet(folder) if name in self.folders else self._list(folder)
+            yield from file_lines(name, paths)
 
-    def digest(self) -> str:
-        """Hash of the names and sizes (in bytes) of the files in use, and of the sizes in pixels."""
-        return self._digest
-
-    def memo_key(self) -> str:
+    def cache_key(self) -> str:
         """The digest and the places."""
-        return f"{self._digest}|{self.source}|{[str(folder.resolve()) for folder in self.folders.values()]}"
+        return f"{self.digest()}|{self.source}|{[str(folder.resolve()) for folder in self.folders.values()]}"
 
-    def augmentation(self) -> Callable[[Tensor], Tensor] | None:
+    def augmentation(self) -> Augmentation:
         """A random crop of 35 to 100 % of the (already cut) image, resized, and a horizontal flip."""
-        from torchvision.transforms import v2
-
-        crop = v2.RandomResizedCrop(self.image_size, scale=(0.35, 1.0), antialias=True)
-        return v2.Compose([crop, v2.RandomHorizontalFlip()])  # type: ignore[no-any-return]
+        return crop_and_flip(self.image_size, 0.35)

@@ -1,44 +1,137 @@
-"""Corrupted images on disk: made once, in parallel, and mapped into memory by every later run."""
+"""Pixels that were read or corrupted once: kept in memory up to a limit, or in files that every later run maps."""
 
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from lightning_tta.data.images import Images
-from lightning_tta.data.storage.memo import with_progress
+from lightning_tta.data.images import Images, StackedImages
+from lightning_tta.data.threads import one_thread
 from lightning_tta.errors import DataError
+from lightning_tta.files import write_whole
+from lightning_tta.progress import with_progress
 
-_CHUNK = 32
+_CHUNK = 32  # images
 _WORTH_WORKERS = 4.0  # seconds of work
+
+
+class ImageCache:
+    """Images by key, in memory and on disk.
+
+    Args:
+        limit: Bytes in memory; beyond it the images not used for longest are dropped.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._pixels: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory now."""
+        return sum(pixels.nbytes for pixels in self._pixels.values())
+
+    def clear(self) -> None:
+        """Drop everything that is in memory."""
+        self._pixels.clear()
+
+    def in_memory(self, images: Images, key: Hashable, text: str, *, sets: int = 1) -> Images:
+        """The same images in memory, computed once per process and key; unchanged where ``sets`` like them do not fit.
+
+        All have one size. Nobody may write into the pixels that come back. ``text`` names the work in a progress bar.
+        """
+        if isinstance(images, StackedImages) or not len(images):
+            return images
+        if key not in self._pixels:
+            if sets * images.estimated_bytes() > self.limit:
+                return images
+            self._pixels[key] = _stacked(images, text)
+            while self.nbytes > self.limit:
+                self._pixels.popitem(last=False)
+        self._pixels.move_to_end(key)
+        return StackedImages(self._pixels[key], images.labels)
+
+    @staticmethod
+    def on_disk(images: Images, key: str, folder: Path, text: str) -> Images:
+        """The same images from a file in ``folder``, which is written if no process has written it yet.
+
+        Equal keys share a file: a key says completely what the images are.
+        """
+        if not len(images):
+            return images
+        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):  # several runs may want the same file
+                if not path.exists():
+                    write_whole(path, lambda file: _write_npy(file, images, text))
+        return MappedImages(path, images.labels)
+
+
+CACHE = ImageCache(limit=2**30)
 
 
 def default_folder() -> Path:
     """``$LIGHTNING_TTA_CACHE``, else ``lightning_tta`` in the user's cache folder."""
-    own = os.environ.get("LIGHTNING_TTA_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_tta"
+    chosen = os.environ.get("LIGHTNING_TTA_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_tta"
+
+
+@one_thread()
+def _pixels_of(images: Images, positions: Tensor) -> Tensor:
+    return images.images(positions)
+
+
+def _chunks(images: Images, text: str) -> Iterator[Tensor]:
+    """All pixels, some images at a time, by worker processes where the time of the first says that it is worth it."""
+    compute = partial(_pixels_of, images)
+    first, *rest = torch.split(torch.arange(len(images)), _CHUNK)
+    start = time.perf_counter()
+    yield compute(first)
+    seconds = (time.perf_counter() - start) * len(rest)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    chunks = map(compute, rest)
+    if cores > 1 and seconds > _WORTH_WORKERS:
+        generator = torch.Generator()  # the global random state must not tell whether a file was there
+        options = {"batch_size": None, "num_workers": cores, "generator": generator}
+        chunks = iter(DataLoader(rest, collate_fn=compute, **options))  # type: ignore[arg-type]
+    for _ in with_progress(len(rest), text):
+        yield next(chunks)
+
+
+def _stacked(images: Images, text: str) -> Tensor:
+    """All pixels, uint8 (N, C, H, W)."""
+    pixels, end = torch.empty(0), 0
+    for chunk in _chunks(images, text):
+        pixels = pixels if end else chunk.new_empty(len(images), *chunk.shape[1:])
+        start, end = end, end + len(chunk)
+        pixels[start:end] = chunk
+    return pixels
+
+
+def _write_npy(file: IO[bytes], images: Images, text: str) -> None:
+    """The same as an ``.npy`` file."""
+    for number, chunk in enumerate(_chunks(images, text)):
+        if number == 0:
+            shape = (len(images), *chunk.shape[1:])
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.write(chunk.contiguous().numpy().data)
 
 
 class MappedImages(Images):
-    """Rows of an ``.npy`` file of uint8 images, read when asked for and never all at once.
+    """Rows ``first`` to ``first + len(labels)`` of an ``.npy`` file of uint8 images, read when asked for.
 
-    Args:
-        path: The file: (N, C, H, W), or (N, H, W, C) with ``channels_last``.
-        labels: Labels of the rows in use, shape (M,).
-        first: The first row in use.
-        shape: The shape the file must have; ``None`` for any with four dimensions.
-        channels_last: Whether the file has its channels last.
-
-    Raises:
-        DataError: If the file is missing, cut short, or has other contents.
+    The file has the shape ``shape``: (N, C, H, W), or (N, H, W, C) with ``channels_last``.
     """
 
     def __init__(
@@ -51,14 +144,14 @@ class MappedImages(Images):
         channels_last: bool = False,
     ) -> None:
         self.path, self.labels, self.first, self.channels_last = path, labels, first, channels_last
-        self._rows = open_array(path, np.uint8, shape)
+        self._rows = open_images(path, shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._rows = open_array(self.path, np.uint8, None)
+        self._rows = open_images(self.path)  # each worker process maps the file itself
 
     def image(self, position: int) -> Tensor:
         """One image."""
@@ -70,81 +163,27 @@ class MappedImages(Images):
         return pixels.permute(0, 3, 1, 2).contiguous() if self.channels_last else pixels
 
 
-def open_array(path: Path, dtype: Any, shape: Sequence[int] | None) -> np.memmap[Any, np.dtype[Any]]:
-    """Map an ``.npy`` file into memory.
+def open_images(path: Path, shape: Sequence[int] | None = None) -> np.memmap[Any, np.dtype[np.uint8]]:
+    """Map an ``.npy`` file of uint8 images into memory."""
+    wanted = "uint8 images with four dimensions" if shape is None else f"uint8 {tuple(shape)}"
+    rows = load_npy(path, wanted, mmap_mode="r")
+    right_shape = rows.ndim == 4 if shape is None else rows.shape == tuple(shape)
+    if not isinstance(rows, np.memmap) or rows.dtype != np.uint8 or not right_shape:
+        raise DataError(f"{path} holds {rows.dtype} {rows.shape}. Expected {wanted}.")
+    return rows
 
-    Raises:
-        DataError: If it is missing, no such file, cut short, or of another type or shape.
-    """
-    wanted = "uint8 images with four dimensions" if shape is None else f"{np.dtype(dtype)} {tuple(shape)}"
+
+def load_npy(path: Path, wanted: str, mmap_mode: Any = None) -> np.ndarray[Any, Any]:
+    """The array of an ``.npy`` file, without running code that is in it; ``wanted`` says what it should hold."""
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {kind}. Expected an .npy file with {wanted}.")
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: object = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{path} is not a readable .npy file ({error}). Expected {wanted}: fetch or save it again."
         ) from error
-    if (
-        not isinstance(found, np.memmap)
-        or found.dtype != dtype
-        or (found.ndim != 4 if shape is None else found.shape != tuple(shape))
-    ):
-        what = f"{found.dtype} {found.shape}" if hasattr(found, "dtype") else "several arrays"
-        raise DataError(f"{path} holds {what}. Expected {wanted}.")
-    return found
-
-
-class _Chunks(Dataset[Tensor]):
-    def __init__(self, images: Images, start: int) -> None:
-        self.images, self.start = images, start
-
-    def __len__(self) -> int:
-        return -(-(len(self.images) - self.start) // _CHUNK)
-
-    def __getitem__(self, number: int) -> Tensor:
-        first = self.start + number * _CHUNK
-        return self.images.images(torch.arange(first, min(first + _CHUNK, len(self.images))))
-
-
-def on_disk(images: Images, key: str, folder: Path, text: str) -> Images:
-    """The same images from a file in ``folder``, which is made if no process has made it yet.
-
-    Args:
-        images: What to store, all of one size.
-        key: Says what they are, completely: equal keys share a file.
-        folder: Where the files are; made if it does not exist.
-        text: Names the work in the progress bar.
-    """
-    if not len(images):
-        return images
-    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):  # several runs may want the same file
-            if not path.exists():
-                _write(images, path, text)
-    return MappedImages(path, images.labels)
-
-
-def _write(images: Images, path: Path, text: str) -> None:
-    """Write all images beside ``path``, then give the file its name: it is whole or it is not there."""
-    start = time.perf_counter()
-    first = images.images(torch.arange(min(8, len(images))))
-    pace = (time.perf_counter() - start) / len(first)
-    partial = path.with_suffix(".partial")
-    array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(len(images), *first.shape[1:]))
-    array[: len(first)] = first.numpy()
-    chunks = _Chunks(images, len(first))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = cores if cores > 1 and pace * len(images) > _WORTH_WORKERS else 0
-    made = iter(DataLoader(chunks, batch_size=None, num_workers=workers))
-    done = len(first)
-    for _ in with_progress(len(chunks), text):
-        chunk = next(made)
-        array[done : done + len(chunk)] = chunk.numpy()
-        done += len(chunk)
-    array.flush()
-    del array
-    partial.replace(path)
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path} holds several arrays. Expected {wanted}.")
+    return array

@@ -3,9 +3,9 @@
 import hashlib
 import http.client
 import tarfile
-import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lightning_tta.errors import DataError
 
-_BLOCK = 2**20
-_ATTEMPTS = 5
+_BLOCK = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -24,122 +23,109 @@ class Remote:
 
     Attributes:
         url: Where it is.
-        name: What it is called here.
         size: Bytes; ``None`` where nobody published it.
         checksum: ``md5:...`` or ``sha256:...``.
     """
 
     url: str
-    name: str
     size: int | None
     checksum: str
 
+    @property
+    def name(self) -> str:
+        """The file's name in the address."""
+        return self.url.rpartition("/")[2].partition("?")[0]
 
-def fetch(remote: Remote, folder: Path, *, pause: float = 2.0) -> Path:
+
+def fetch(remote: Remote, folder: Path) -> Path:
     """Download a file, or finish a download that was cut off; a file that is there and right is not fetched again.
 
-    Args:
-        remote: The file.
-        folder: Where it goes; made if it does not exist.
-        pause: Seconds before another attempt after a lost connection.
-
-    Returns:
-        The file's path.
-
     Raises:
-        DataError: If the server sends something else, or the checksum does not fit.
+        DataError: If the connection is lost, the server sends something else, or the checksum does not fit.
     """
     path = folder / remote.name
     if path.is_file():
-        _verify(path, remote, path)
+        _verify(path, remote)
         return path
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{remote.name}.partial")
-    problem: Exception | None = None
     columns = (TextColumn(remote.name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(remote.name, total=remote.size)
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                time.sleep(pause)
-            try:
-                done = _continue(remote, partial, lambda count: progress.update(task, completed=count))
-            except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-                if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                    raise DataError(
-                        f"{remote.url}: the server answers {error.code} {error.reason}. The file may have moved: fetch "
-                        f"it by hand to {path}."
-                    ) from error
-                problem = error
-                continue
-            if done:
-                break
-        else:
-            have = partial.stat().st_size if partial.exists() else 0
-            raise DataError(
-                f"{remote.url}: the connection was lost {_ATTEMPTS} times ({problem or 'it ended early'}); "
-                f"{have:,} of {remote.size or 'unknown'} bytes are in {partial}. Run again to go on from there."
-            )
-    _verify(partial, remote, path)
-    partial.replace(path)
-    return path
-
-
-def _continue(remote: Remote, partial: Path, advance: object) -> bool:
-    """Append what is missing; whether the file is complete now."""
-    have = partial.stat().st_size if partial.exists() else 0
-    if remote.size is not None and have >= remote.size:
-        return True
-    request = urllib.request.Request(remote.url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        if have and answer.status != 206:  # the server starts anew
-            have = 0
-        length = answer.headers.get("Content-Length")
-        expected = remote.size if remote.size is not None else (have + int(length) if length else None)
-        with partial.open("ab" if have else "wb") as file:
-            while block := answer.read(_BLOCK):
-                if not have and _is_page(block):
-                    file.close()
-                    partial.unlink()
-                    raise DataError(
-                        f"{remote.url}: the server sends a web page instead of {remote.name} (a login, an error or a "
-                        "confirmation). Open the address in a browser and fetch the file by hand."
-                    )
-                file.write(block)
-                have += len(block)
-                advance(have)  # type: ignore[operator]
-    return expected is None or have >= expected
-
-
-def _is_page(block: bytes) -> bool:
-    return block.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html"))
-
-
-def _verify(found: Path, remote: Remote, path: Path) -> None:
-    size = found.stat().st_size
-    if _is_page(found.open("rb").read(64)):
-        raise DataError(f"{found} is a web page, not {remote.name}. Remove it and fetch {remote.url} again.")
-    if remote.size is not None and size != remote.size:
-        kind = "cut short" if size < remote.size else "too long"
-        raise DataError(f"{found} is {kind}: {size:,} bytes, expected {remote.size:,}. Remove it and fetch it again.")
-    kind, _, wanted = remote.checksum.partition(":")
-    with found.open("rb") as file:
-        given = hashlib.file_digest(file, kind).hexdigest()
-    if given != wanted:
-        if found != path:
-            found.unlink()
+        problem: object = "it ended early"
+        try:
+            complete = _resume(remote, partial, lambda count: progress.update(task, completed=count))
+        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                raise DataError(
+                    f"{remote.url}: the server answers {error.code} {error.reason}. The file may have moved: fetch it "
+                    f"by hand to {path}."
+                ) from error
+            complete, problem = False, error
+    if not complete:
         raise DataError(
-            f"{remote.name} from {remote.url} has the {kind} {given}, expected {wanted}: it is damaged or another "
-            f"version, and is not used.{' Remove ' + str(path) + ' to fetch it again.' if found == path else ''}"
+            f"{remote.url}: the connection was lost ({problem}); {_bytes_of(partial):,} of {remote.size or 'unknown'} "
+            f"bytes are in {partial}. Run again to go on from there."
+        )
+    try:
+        _verify(partial, remote)
+    except DataError:
+        partial.unlink()
+        raise
+    return partial.replace(path)
+
+
+def _bytes_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _resume(remote: Remote, partial: Path, show: Callable[[int], None]) -> bool:
+    """Append what is missing; whether the file is complete now."""
+    start = _bytes_of(partial)
+    if remote.size is not None and start >= remote.size:
+        return True
+    request = urllib.request.Request(remote.url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        if answer.status != 206:  # the server sends the whole file
+            start = 0
+        length = answer.headers.get("Content-Length")
+        expected = remote.size or (start + int(length) if length else None)
+        end, block = start, answer.read(_BLOCK)
+        if not start:
+            _refuse_page(block, remote)
+        with partial.open("ab" if start else "wb") as file:
+            while block:
+                file.write(block)
+                end += len(block)
+                show(end)
+                block = answer.read(_BLOCK)
+    return expected is None or end >= expected
+
+
+def _refuse_page(beginning: bytes, remote: Remote) -> None:
+    if beginning.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+        raise DataError(
+            f"{remote.url} is a web page instead of {remote.name} (a login, an error or a confirmation). Open the "
+            "address in a browser and fetch the file by hand; remove the page if it was saved under that name."
+        )
+
+
+def _verify(file: Path, remote: Remote) -> None:
+    kind, _, wanted = remote.checksum.partition(":")
+    with file.open("rb") as content:
+        _refuse_page(content.read(64), remote)
+        content.seek(0)
+        checksum = hashlib.file_digest(content, kind).hexdigest()
+    if checksum != wanted:
+        size = f"{_bytes_of(file):,} bytes" + (f", expected {remote.size:,}" if remote.size else "")
+        raise DataError(
+            f"{file} from {remote.url} has the {kind} {checksum}, expected {wanted} ({size}): it is damaged or another "
+            "version, and is not used. Remove it if it is still there, and run again."
         )
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar file; members that would leave ``folder``, links out of it and devices are refused.
-
-    Raises:
-        DataError: If it is damaged, or tries to write elsewhere.
-    """
+    """Unpack a tar file; members that would leave ``folder``, links out of it and devices are refused."""
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")

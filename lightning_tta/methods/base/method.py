@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_tta import collective
 from lightning_tta.backbones.norms import batch_statistics, grouped_batch_statistics
-from lightning_tta.backbones.split import HeadSplit, features_at
+from lightning_tta.backbones.split import HeadSplit, features_at, module_at
 from lightning_tta.errors import NotPreparedError, check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.description import Described
@@ -77,6 +77,7 @@ class TTAMethod(Described, State, ABC):
         self.steps = steps
         self.prepared = not self.needs_source
         self.optimizers: dict[str, Optimizer] = {}
+        self._module_at: dict[float, str] = {}
         self._batch_size = 0
         self._counts = dict.fromkeys(COUNTS, 0)
         self._notes: dict[str, Tensor] = {}
@@ -138,8 +139,13 @@ class TTAMethod(Described, State, ABC):
         """
         if isinstance(at, str):
             return self.split(x)
-        features, output = features_at(self.model, x, at)
-        return features, self.task.logits(output)
+        if isinstance(at, (int, float)):
+            if at not in self._module_at:
+                self._module_at[at] = module_at(self.model, at)
+            outputs, output = features_at(self.model, x, [self._module_at[at]])
+            return outputs[self._module_at[at]], self.task.logits(output)
+        outputs, output = features_at(self.model, x, at)
+        return outputs, self.task.logits(output)
 
     @property
     def split(self) -> HeadSplit:

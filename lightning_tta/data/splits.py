@@ -1,0 +1,43 @@
+"""Which images are for training, validation and testing: the same ones on every machine."""
+
+import torch
+from torch import Tensor
+
+from lightning_tta.data.images import Images, SelectedImages
+from lightning_tta.data.streams import permutation
+
+_SUBSET_SEED = 20190101  # fixed, so that smaller subsets lie inside larger ones
+
+
+def subset(size: int, limit: int | None) -> Tensor:
+    """Positions of at most ``limit`` of ``size`` images: the same ones in each run, sorted."""
+    return torch.from_numpy(permutation(size, _SUBSET_SEED)[: limit or size]).sort().values
+
+
+def shuffled_classes(labels: Tensor, *key: int) -> list[Tensor]:
+    """Positions of the images of each class, each in a random order that ``key`` decides."""
+    classes = []
+    for label in torch.unique(labels).tolist():
+        members = (labels == label).nonzero()[:, 0]
+        classes.append(members[torch.from_numpy(permutation(len(members), *key, label))])
+    return classes
+
+
+def validation_share(labels: Tensor, share: float, *key: int) -> Tensor:
+    """Which images are for validation, bool (N,): a share of each class, at least one image, never all."""
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    for members in shuffled_classes(labels, *key):
+        mask[members[: min(len(members) - 1, max(1, round(share * len(members))))]] = True
+    return mask
+
+
+def validation_count(size: int, count: int) -> Tensor:
+    """Which images are for validation, bool (N,): ``count`` of all, never all."""
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[torch.from_numpy(permutation(size, 0)[: min(count, size - 1)])] = True
+    return mask
+
+
+def select(images: Images, mask: Tensor) -> SelectedImages:
+    """The images that a mask, bool (N,), names."""
+    return SelectedImages(images, mask.nonzero()[:, 0])

@@ -1,0 +1,124 @@
+"""A step is tensors only: it asks the host nothing, and gives the same where empty passes cannot be left out."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from contract import VARIANTS, build, run
+from lightning_tta.methods.components.draws import random_integers, random_orders
+from nets import KINDS, make_images, make_net, make_stream, max_difference, same
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ASKS_NOTHING = ("tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam")
+CASES = [(name, options) for name in ASKS_NOTHING for options in VARIANTS[name]]
+IDS = [f"{name}-{number}" for name in ASKS_NOTHING for number in range(len(VARIANTS[name]))]
+SYNCHRONISES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+
+class HostIsAsked(AssertionError):
+    pass
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Raises where an operation's result, or its shape, would have to come back to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        masks = args[1] if name in ("index", "index_put", "index_put_") else ()  # x[mask]: as long as the mask says
+        if name.startswith(SYNCHRONISES) or any(m is not None and m.dtype == torch.bool for m in masks):
+            raise HostIsAsked(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def in_a_step(method, x):
+    """One step, as forward() takes it."""
+    with torch.enable_grad(), method.running():
+        method._batch_size = len(x)
+        return method.step(x)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_no_step_asks_the_host(name, options, kind, skips):
+    method = build(name, options, kind)
+    method.skips_when_empty = skips
+    with NoSynchronisation():
+        logits = [in_a_step(method, images) for images in make_stream(3)]
+    assert all(torch.isfinite(u).all() for u in logits)
+
+
+def test_on_a_gpu_too():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU: torch.cuda.set_sync_debug_mode exists for CUDA alone")
+    for name, options in CASES:
+        method, stream = build(name, options, "bn").cuda(), [images.cuda() for images in make_stream(3)]
+        in_a_step(method, stream[0])  # what torch sets up at the first call may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for images in stream[1:]:
+                in_a_step(method, images)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("ask", [bool, float, torch.Tensor.item, torch.nonzero, lambda t: torch.ones(1)[t > 0]])
+def test_the_mode_finds_what_asks(ask):
+    x = torch.ones(1)
+    with NoSynchronisation(), pytest.raises(HostIsAsked):
+        ask(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_masked_passes_give_what_skipped_ones_give(name, options, kind):
+    """On a CPU passes that keep nothing are left out; elsewhere they run, masked. Odd batches are among them."""
+    skipping, masking = (build(name, options, kind, net=make_net(kind).double()) for _ in range(2))
+    masking.skips_when_empty = False
+    stream = make_stream(6, batch=3, dtype=torch.float64)
+    stream[2] = stream[2][:1].repeat(3, 1, 1, 1) * 0 + 0.5  # one grey image, three times
+    stream[4][0] = 1e30 / 1e30
+    for images in stream:
+        assert max_difference(skipping(images), masking(images)) < 1e-12
+        shared = skipping.stats.keys() - {"forwards", "backwards"}  # a pass that ran may have more to say
+        assert shared <= masking.stats.keys()
+        for key in shared:
+            assert skipping.stats[key] == pytest.approx(masking.stats[key], rel=1e-9, abs=1e-12)
+        for one, other in zip(skipping.adaptable.values(), masking.adaptable.values(), strict=True):
+            assert max_difference(one.detach(), other.detach()) < 1e-12
+        for key, value in skipping.memory.items():
+            assert (value is None) == (masking.memory[key] is None)
+            assert value is None or max_difference(value.double(), masking.memory[key].double()) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["tent", "eta", "sar", "deyo", "eata"])
+def test_a_masked_step_changes_nothing(name):
+    filters = {} if name == "tent" else {"entropy_margin": 1e-9}
+    options = {"source_filter": True, **filters} if name != "tent" else {}
+    method = build(name, {"lr": 0.1, **options}, "bn")
+    method.skips_when_empty = False
+    run(method, make_stream(1))
+    before = copy.deepcopy(method.state_dict())
+    images = make_images(4)
+    if name == "tent":  # keeps all: its step is masked where the loss is not finite
+        method.entropy = lambda logits: logits.sum(1) * float("inf")
+    method(images)
+    assert method.stats["backwards"] >= 1
+    assert "loss" not in method.stats or name == "tent"
+    assert same(method.state_dict(), before)
+
+
+def test_draws_are_uniform_and_each_its_own():
+    key = torch.tensor([7, 3])
+    numbers = random_integers(key, 200, 50)
+    assert numbers.unique().numel() == numbers.numel()
+    assert abs((numbers > 0).double().mean() - 0.5) < 0.02
+    assert not same(numbers, random_integers(key + torch.tensor([0, 1]), 200, 50))
+    assert not same(numbers, random_integers(key + torch.tensor([1, 0]), 200, 50))
+    orders = random_orders(key, 4000, 4)
+    assert same(orders.sort(1).values, torch.arange(4).expand(4000, 4).contiguous())
+    firsts = torch.bincount(orders[:, 0], minlength=4) / 4000
+    assert (firsts - 0.25).abs().max() < 0.03
