@@ -109,7 +109,7 @@ def test_a_failed_cell_does_not_lose_the_others(tmp_path, monkeypatch):
     def fail(self, images):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("lightning_tta.methods.norm.Norm.adapt", fail)
+    monkeypatch.setattr("lightning_tta.methods.norm.Norm.step", fail)
     with pytest.raises(LightningTTAError, match="failed"):
         benchmark(tmp_path).run()
     content = json.loads((tmp_path / "benchmark.json").read_text())
