@@ -57,11 +57,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def run_directory(trainer: Trainer) -> Path:
-    """Where a run writes: the logger's directory, else the Trainer's root. All processes must ask at the same time."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
-
-
 def own_file(trainer: Trainer, path: Path) -> Path:
     """Where this process writes what others write too: ``name.rank0.csv``; alone ``name.csv``."""
     return path if trainer.world_size == 1 else of_process(path, trainer.global_rank)

@@ -147,15 +147,12 @@ class TestTimeAdaptation(LightningModule):
                 or if the directory is in use.
             FinishedError: If the run is finished.
         """
+        self.trainer.loggers = self._loggers  # nothing asks them to write before the run has its directory
         if stage != "predict":
             raise ConfigError(f"TestTimeAdaptation runs in predict, not in {stage}. Use SourceClassifier to {stage}.")
-        try:
-            run = self._make_run()
-            keeper = next(c for c in run.callbacks if isinstance(c, StateKeeper))
-            run.begin(self._loggers, keeper.resume)
-        except BaseException:
-            self.trainer.loggers = self._loggers
-            raise
+        run = self._make_run()
+        keeper = next(c for c in run.callbacks if isinstance(c, StateKeeper))
+        run.begin(keeper.resume)
         self.run = run
 
     def _make_run(self) -> StreamRun:

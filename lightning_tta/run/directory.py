@@ -40,8 +40,7 @@ class RunDirectory:
     """The directory of one run; every process of the run makes one and calls the same.
 
     Args:
-        trainer: Gets loggers that write into the directory.
-        loggers: Its loggers as they were given.
+        trainer: Its loggers that would count a version write into the directory from now on.
         group: The processes; all decide the same.
         identity: What makes this run another one than others, by name.
 
@@ -50,17 +49,15 @@ class RunDirectory:
         digest: Eight hex digits of the identity.
     """
 
-    def __init__(
-        self, trainer: Trainer, loggers: list[Logger], group: ProcessGroup, identity: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, trainer: Trainer, group: ProcessGroup, identity: Mapping[str, Any]) -> None:
         self.trainer, self.group = trainer, group
         text = json.dumps(identity, sort_keys=True, default=str)
         self.identity: State = json.loads(text)  # as it is read from a file
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         name = group.first(lambda: f"{identity['method']}-{self.digest}")
-        trainer.loggers = [_with_version(logger, name) if counts_versions(logger) else logger for logger in loggers]
+        self.is_named = isinstance(trainer.logger, FILE_LOGGERS) and not counts_versions(trainer.logger)
+        trainer.loggers = [_with_version(each, name) if counts_versions(each) else each for each in trainer.loggers]
         self.path = _path(trainer, name)
-        self.is_named = isinstance(trainer.logger, FILE_LOGGERS) and not counts_versions(loggers[0])
         self._lock = DirectoryLock()
 
     def take(self, resume: ResumePolicy) -> State | None:
@@ -234,7 +231,7 @@ def withhold_loggers(trainer: Trainer) -> list[Logger]:
     """Take away the loggers, before Lightning has them write: nobody knows yet where, and whether the run is new.
 
     Returns:
-        The loggers as they were given to the Trainer, for :class:`RunDirectory` to put in their places.
+        The loggers as they were given to the Trainer, to be given back before :class:`RunDirectory` is made.
     """
     loggers: list[Logger] = [getattr(logger, "counting", logger) for logger in trainer.loggers]
     trainer.loggers = []

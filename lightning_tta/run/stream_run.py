@@ -7,7 +7,6 @@ from typing import IO, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import Logger
 
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.protocol import Protocol
@@ -96,18 +95,17 @@ class StreamRun:
 
     # Before the stream
 
-    def begin(self, loggers: list[Logger], resume: ResumePolicy) -> None:
+    def begin(self, resume: ResumePolicy) -> None:
         """Take the directory of this configuration, and read what was saved there.
 
         Args:
-            loggers: Those of the Trainer; those that would count a version write into the directory.
             resume: What to do with a run that is there.
 
         Raises:
             FinishedError: If the run is finished.
             ConfigError: If the directory is in use, or holds another run.
         """
-        self.directory = RunDirectory(self.trainer, loggers, self.group, self.identity())
+        self.directory = RunDirectory(self.trainer, self.group, self.identity())
         saved = self._saved = self.directory.take(resume)
         if saved is None:
             return
