@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def report_parser() -> ArgumentParser:
     parser.add_argument("runs", nargs="+", type=str, help="Run directories, or their report.json or benchmark.json.")
     parser.add_argument("--allow_different", type=bool, default=False, help="Compare although protocols differ.")
     parser.add_argument("--output", type=str | None, default=None, help="Directory of report.html and report.md.")
-    parser.add_argument("--latex", type=bool, default=False, help="Also write report.tex.")
+    parser.add_argument("--latex", help=argparse.SUPPRESS)
     return parser
 
 
@@ -56,7 +57,9 @@ def _run_report(args: list[str]) -> None:
 
     given = parse(report_parser(), args)
     output = None if given.output is None else Path(given.output)
-    report([Path(run) for run in given.runs], allow_different=given.allow_different, output=output, latex=given.latex)
+    if given.latex is not None:
+        raise ConfigError("--latex is gone. Turn report.md into LaTeX: pandoc report.md -o report.tex")
+    report([Path(run) for run in given.runs], allow_different=given.allow_different, output=output)
 
 
 def export_parser() -> ArgumentParser:
@@ -91,7 +94,8 @@ def _run_stream(args: list[str]) -> None:
     from rich.console import Console
 
     from lightning_tta.cli.stream import check_picture, draw_stream, list_stream
-    from lightning_tta.report.terminal import table
+    from lightning_tta.report.tables import Table
+    from lightning_tta.report.terminal import print_table
 
     parser = stream_parser()
     given = parse(parser, only_data(args))
@@ -112,7 +116,7 @@ def _run_stream(args: list[str]) -> None:
     console = Console(soft_wrap=True)
     description = data.describe()
     title = f"{data.name}: {description['stream']} stream, {description['images']:,} images, {len(rows):,} batches"
-    console.print(table(title, ["batch", "images", "domains", "classes", "largest class %"], cells))
+    print_table(console, Table(title, ["batch", "images", "domains", "classes", "largest class %"], cells))
     if len(rows) > given.batches:
         console.print(f"... and {len(rows) - given.batches} more")
     console.print(", ".join(f"{key} {value}" for key, value in description.items() if key != "domains"))
@@ -148,7 +152,8 @@ def _print_table(what: str) -> None:
 
     from lightning_tta.data.streams import MEANING, default_reset
     from lightning_tta.methods import available_methods
-    from lightning_tta.report.terminal import table
+    from lightning_tta.report.tables import Table
+    from lightning_tta.report.terminal import print_table
 
     if what == "methods":
         header = ["method", "what it does", "logits from", "source data", "paper"]
@@ -161,7 +166,7 @@ def _print_table(what: str) -> None:
     else:
         header = ["stream", "order", "reset"]
         rows = [[name, meaning, default_reset(name)] for name, meaning in MEANING.items()]
-    Console().print(table(what, header, rows, left=len(header)))
+    print_table(Console(), Table(what, header, rows, left=len(header)))
 
 
 PARSERS: dict[str, Callable[[], ArgumentParser]] = {
