@@ -65,9 +65,10 @@ def _group(group: Group, looks: Looks, page: bool) -> list[Section]:
     calibration = Section("Calibration", tables=[tables.calibration(group)])
     cost = Section("Cost", tables=[tables.cost(group)])
     curves = figures.curves_figure(group, looks)
-    if curves is None:
-        stream.warnings = ["No curves: there is no batches.jsonl beside these reports."]
-    else:
+    lacking = [method for method, runs in group.methods.items() if not all(run.batches for run in runs)]
+    if lacking:
+        stream.warnings = [f"There is no batches.jsonl beside some reports of {', '.join(lacking)}."]
+    if curves is not None:
         caption, file = figures.curves_caption(group), f"{group.title.replace(', ', '-')}.png"
         stream.galleries.append(Gallery([("accuracy and class share along the stream", curves)], caption, True, file))
     if page:

@@ -96,7 +96,7 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look) 
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.5, 2.9), layout="constrained")
+    figure = Figure(figsize=(2.35, 2.8), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     total, width = sum(bins[0]), 1 / len(bins[0])
     filled = [(place, *row) for place, row in enumerate(zip(*bins, strict=True)) if row[0]]
@@ -158,8 +158,7 @@ def curves_figure(group: Group, looks: Looks) -> Figure | None:
     """Accuracy and predicted-class share along the stream, mean and range over seeds; ``None`` without batches."""
     from matplotlib.figure import Figure
 
-    with_batches = {method: [run for run in runs if run.batches] for method, runs in group.methods.items()}
-    shown = {method: runs for method, runs in with_batches.items() if runs}
+    shown = with_batches(group)
     if not shown:
         return None
     if len(shown) <= TOGETHER:
@@ -174,7 +173,7 @@ def curves_figure(group: Group, looks: Looks) -> Figure | None:
         panels: Any = figure.subfigures(rows, COLUMNS)
         for panel, (method, runs) in zip(panels.flat, shown.items(), strict=False):
             axes = panel.subplots(2, 1, sharex=True)
-            _draw(axes, {method: runs}, looks, behind=shown.get("source"))
+            _draw(axes, {method: runs}, looks, behind=shown.get("source", ()))
             axes[0].set_title(method)
     figure.suptitle(group.title, x=0.01, ha="left", fontweight="bold")
     return figure
@@ -182,16 +181,23 @@ def curves_figure(group: Group, looks: Looks) -> Figure | None:
 
 def curves_caption(group: Group) -> str:
     """What that figure shows."""
-    run = next(run for run in group.runs if run.batches)
+    shown = with_batches(group)
+    run = next(iter(shown.values()))[0]
     text = (
         f"Accuracy over the last {run.window} batches of the domain, and share of the most predicted class over the "
         f"last {run.window} of all; mean and range over seeds. Grey area: the largest share among the labels. Vertical "
         "lines: a new domain."
     )
-    if len(group.methods) > TOGETHER:
-        names = [name for name, _, _ in domain_spans(run.batches) if name]
-        text += f" Grey line: source. The domains, in turn: {', '.join(names)}."
+    if len(shown) > TOGETHER:
+        text += " Grey line: source." * ("source" in shown)
+        text += f" The domains, in turn: {', '.join(name for name, _, _ in domain_spans(run.batches))}."
     return text
+
+
+def with_batches(group: Group) -> dict[str, list[Run]]:
+    """The runs that have a batches.jsonl, by method."""
+    found = {method: [run for run in runs if run.batches] for method, runs in group.methods.items()}
+    return {method: runs for method, runs in found.items() if runs}
 
 
 def _draw(axes: Any, shown: Mapping[str, Sequence[Run]], looks: Looks, behind: Sequence[Run] | None = None) -> None:
