@@ -119,7 +119,9 @@ def pareto_figure(points: Mapping[str, Mapping[str, tuple[float, float]]], looks
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(3.3 * len(points), 3.4), layout="constrained")
+    names, width = dict.fromkeys(name for found in points.values() for name in found), 3.3 * len(points)
+    columns = legend_columns(names, width)
+    figure = Figure(figsize=(width, 3.1 + 0.2 * -(-len(names) // columns)), layout="constrained")
     handles: dict[str, Any] = {}
     for axes, (label, found) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
         front = [found[m] for m in front_of(found)]
@@ -138,8 +140,14 @@ def pareto_figure(points: Mapping[str, Mapping[str, tuple[float, float]]], looks
         axes.margins(0.12)
         axes.set(xlabel=label, ylabel="accuracy %")
         axes.grid()
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(6, len(handles)))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
     return figure
+
+
+def legend_columns(names: Iterable[str], width: float) -> int:
+    """How many names of methods fit beside each other in so many inches."""
+    lengths = [len(name) for name in names]
+    return max(1, min(len(lengths), int(width / (0.75 + 0.085 * max(lengths)))))
 
 
 def front_of(points: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -166,7 +174,8 @@ def curves_figure(group: Group, looks: Looks) -> Figure | None:
         axes = figure.subplots(2, 1, sharex=True)
         _draw(axes, shown, looks)
         if len(shown) > 1:
-            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shown))
+            handles, names = axes[0].get_legend_handles_labels()
+            figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names, 9.2))
     else:
         rows = -(-len(shown) // COLUMNS)
         figure = Figure(figsize=(COLUMNS * 3.35, rows * 2.9), layout="constrained")
