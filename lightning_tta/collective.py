@@ -1,11 +1,10 @@
 """Several processes that adapt as one: sums and means over the samples of all of them.
 
-A method takes its means, counts and gradients through the functions here. Alone they are the ordinary ones. While
+A method takes its means and gradients through the functions here. Alone they are the ordinary ones. While
 :func:`joined` is active, each process holds a part of one batch, and they are those of the whole batch: every process
 has the same loss, the same gradients and takes the same decisions, so the nets stay equal without being sent around.
 
-Every process must call them equally often and in the same order, also one that has no sample, or keeps none: a decision
-that leads to a step must rest on :func:`count`, not on the samples of one process.
+Every process must call them equally often and in the same order, also one that has no sample, or keeps none.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lightning_tta.losses import at_least_float32
+
 
 @dataclass(frozen=True)
 class _Group:
     size: int
-    present: bool = True  # otherwise what this process holds counts for nothing
+    present: bool = True  # otherwise the samples of this process count for nothing
 
 
 _GROUP: ContextVar[_Group | None] = ContextVar("group", default=None)
@@ -45,11 +46,6 @@ class _Sum(torch.autograd.Function):
         return result
 
 
-def _sum(tensor: Tensor) -> Tensor:
-    total: Tensor = _Sum.apply(tensor)
-    return total
-
-
 @contextmanager
 def joined(size: int, *, present: bool = True) -> Iterator[None]:
     """While active, this process's samples are a part of a batch that all ``size`` processes share.
@@ -67,27 +63,13 @@ def joined(size: int, *, present: bool = True) -> Iterator[None]:
 
 @contextmanager
 def absent() -> Iterator[None]:
-    """While active, what this process holds counts for nothing; alone, nothing changes."""
+    """While active, the samples of this process count for nothing; alone, nothing changes."""
     group = _GROUP.get()
     token = _GROUP.set(group and replace(group, present=False))
     try:
         yield
     finally:
         _GROUP.reset(token)
-
-
-@contextmanager
-def with_stand_in(images: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Images to adapt on, and how many there are in all, for images (B, C, H, W) of this process, B >= 0.
-
-    A process without images, while others have some, is given one, grey, that counts for nothing.
-    """
-    total = count(images)
-    if len(images) or not total:
-        yield images, total
-    else:
-        with absent():
-            yield images.new_full((1, *images.shape[1:]), 0.5), total
 
 
 def is_joined() -> bool:
@@ -105,13 +87,34 @@ def count(values: Tensor) -> int:
     return int(total)
 
 
-def mean(values: Tensor) -> Tensor:
-    """Mean over the first dimension of all values (N, ...); with gradient. Not a number where there are none."""
+def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over the first dimension of all values (N, ...); with gradient.
+
+    Args:
+        values: (N, ...).
+        weights: (N,), >= 0: the mean is ``sum_n w_n v_n / sum_n w_n``; values of weight 0 may be anything.
+
+    Returns:
+        (...); not a number where there is no value, or all weights are 0.
+    """
+    if weights is not None:
+        return weighted_sums(values, weights)[0]
     group = _GROUP.get()
     if group is None:
         return values.mean(0)
     total, number = _total(values.sum(0), len(values), group)
     return total / number
+
+
+def weighted_sums(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted mean over the first dimension, as :func:`mean` has it, and the sum of all weights, 0-dimensional."""
+    weights = weights.detach().to(values.dtype)
+    column = weights.view(-1, *(1,) * (values.ndim - 1))
+    here, number = torch.where(column > 0, values * column, 0).sum(0), weights.sum()
+    group = _GROUP.get()
+    if group is not None:
+        here, number = _total(here, number, group)
+    return here / number, number
 
 
 def moments(x: Tensor, dims: Sequence[int], *, unbiased: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,6 +124,7 @@ def moments(x: Tensor, dims: Sequence[int], *, unbiased: bool = False) -> tuple[
     """
     group = _GROUP.get()
     assert group is not None
+    x = at_least_float32(x)
     here = x.numel() // max(x.sum(list(dims)).numel(), 1)
     total, number = _total(x.sum(list(dims)), here, group)
     mean = total / number
@@ -129,11 +133,11 @@ def moments(x: Tensor, dims: Sequence[int], *, unbiased: bool = False) -> tuple[
     return mean, squares / (number - int(unbiased)), number
 
 
-def _total(here: Tensor, number: int, group: _Group) -> tuple[Tensor, Tensor]:
+def _total(here: Tensor, number: int | Tensor, group: _Group) -> tuple[Tensor, Tensor]:
     """A sum over processes, and the number of values in it, in one message."""
-    weight = float(group.present)
-    message = torch.cat([(weight * here).flatten(), here.new_full((1,), weight * number).detach()])
-    message = _sum(message)
+    presence = float(group.present)
+    count = torch.as_tensor(number, dtype=here.dtype, device=here.device).detach().view(1)
+    message: Tensor = _Sum.apply(presence * torch.cat([here.flatten(), count]))
     return message[:-1].reshape(here.shape), message[-1].detach()
 
 
@@ -143,10 +147,10 @@ def average(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     The loss is the same on every process, and sums hand back the sum of the gradients, hence the mean.
     """
     group = _GROUP.get()
-    given = [gradient for gradient in gradients if gradient is not None]
-    if group is None or not given:
+    present = [gradient for gradient in gradients if gradient is not None]
+    if group is None or not present:
         return tuple(gradients)
-    message = torch.cat([gradient.flatten().to(given[0].dtype) for gradient in given])
+    message = torch.cat([gradient.flatten().to(present[0].dtype) for gradient in present])
     dist.all_reduce(message)
-    parts = iter(torch.split(message / group.size, [gradient.numel() for gradient in given]))
-    return tuple(None if g is None else next(parts).view_as(g).to(g.dtype) for g in gradients)
+    shares = iter(torch.split(message / group.size, [gradient.numel() for gradient in present]))
+    return tuple(None if g is None else next(shares).view_as(g).to(g.dtype) for g in gradients)

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _log_probabilities(logits: Tensor) -> Tensor:
     """Log-softmax over the last dimension, in at least float32 (half precision loses small probabilities)."""
-    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return torch.log_softmax(at_least_float32(logits), dim=-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -32,20 +37,11 @@ def come_entropy(logits: Tensor) -> Tensor:
     Shape: logits (..., K) -> (...), values in [0, log(K + 1)]. Source: COME, ICLR 2025, arXiv 2410.10894. Differs from
     the authors' code: K is the number of logits (there 1000), and a softmax, which does not overflow.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = at_least_float32(logits)
     length = torch.linalg.vector_norm(logits, dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
     fixed = logits / length * length.detach()
     uncertainty = torch.full_like(fixed[..., :1], math.log(logits.shape[-1]))
     return entropy(torch.cat([fixed, uncertainty], dim=-1))
-
-
-def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) = sum_k p_k (log p_k - log q_k) of two predicted distributions, per sample.
-
-    Shape: both (..., K) -> (...). Gradients flow into both arguments; detach what is a target.
-    """
-    log_p, log_q = _log_probabilities(p_logits), _log_probabilities(q_logits)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def symmetric_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:

@@ -86,7 +86,15 @@ def asks(words):
 
 def test_there_are_some():
     assert len(ALL) > 25
-    assert {words[1] for words in ALL} >= {"fit", "predict", "benchmark", "report", "stream", "export", "tests/measure/cost.py"}
+    assert {words[1] for words in ALL} >= {
+        "fit",
+        "predict",
+        "benchmark",
+        "report",
+        "stream",
+        "export",
+        "tests/measure/cost.py",
+    }
 
 
 @pytest.mark.parametrize("words", ALL, ids=lambda words: " ".join(words[1:])[:80])

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lightning_tta import collective
+from lightning_tta.backbones.split import execution_order, is_inside, parts_by_depth
 from lightning_tta.errors import UnsupportedModelError, check_range
+from lightning_tta.losses import at_least_float32
 
 NORM_TYPES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """The norm layers torch knows: BatchNorm (SyncBatchNorm too), InstanceNorm, GroupNorm, LayerNorm, RMSNorm."""
@@ -45,54 +47,54 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.
     """
-    found: dict[str, nn.Parameter] = {}
+    parameters: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for layer_name, layer in norm_layers(model).items():
         for name, parameter in layer.named_parameters(recurse=False):
             affine = name in ("weight", "bias") or not isinstance(layer, NORM_TYPES)
             if affine and id(parameter) not in seen:
                 seen.add(id(parameter))
-                found[f"{layer_name}.{name}" if layer_name else name] = parameter
-    if not found:
+                parameters[f"{layer_name}.{name}" if layer_name else name] = parameter
+    if not parameters:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no normalisation layer with affine parameters, which this method adapts. "
             "Allowed: nets with BatchNorm, GroupNorm, LayerNorm, InstanceNorm (affine) or RMSNorm layers. "
             "Use method 'source' (no adaptation) for this net, or put normalisation layers into it."
         )
-    return found
+    return parameters
 
 
 def early_norm_parameters(model: nn.Module, frozen_fraction: float) -> dict[str, nn.Parameter]:
-    """:func:`norm_parameters` without those of the last parts of the net and of what comes after them.
+    """:func:`norm_parameters` without those of the last stages or blocks of the net and of what comes after them.
 
-    Parts: from the net inwards, while one child alone holds several norm layers, the parts are its children; those
-    that hold several count. So a ResNet has its four stages, a ViT its blocks; a net without such has its norm layers.
-    The last ``frozen_fraction`` of the parts (rounded up, but not the first one) and all norm layers behind are left
-    out. With 0.25: ``layer4`` of an ImageNet ResNet; of a ViT with 12 blocks the last 3 and the final norm.
+    Depth is the order of execution (:func:`~lightning_tta.backbones.split.execution_order`), layers that do not run are
+    left out; where no pass can be tried it is the net's own order. The last ``frozen_fraction`` of the stages or
+    blocks (:func:`~lightning_tta.backbones.split.parts_by_depth`; rounded up, but not the first one) and all norm
+    layers behind are left out; in a net without such each norm layer is one. With 0.25: ``layer4`` of an ImageNet
+    ResNet; of a ViT with 12 blocks the last 3 and the final norm.
 
     Args:
-        model: Any net; its modules are in order of depth.
+        model: Any net.
         frozen_fraction: In [0, 1].
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.
     """
     check_range("frozen_fraction", frozen_fraction, 0, 1)
-    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in norm_parameters(model)))
-    prefix, parts = "", [""]
-    while len(parts) == 1:
-        prefix = parts[0]
-        children = [f"{prefix}.{name}".lstrip(".") for name, _ in model.get_submodule(prefix).named_children()]
-        parts = [child for child in children if sum(_inside(layer, child) for layer in layers) > 1]
-    parts = parts or layers
+    parameters = norm_parameters(model)
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    order = execution_order(model)
+    if order is not None and not set(layers).isdisjoint(order):
+        layers = sorted(set(layers).intersection(order), key=order.index)
+    first = {
+        part: next(i for i, layer in enumerate(layers) if is_inside(layer, part))
+        for part in parts_by_depth(model, layers) or layers
+    }
+    parts = sorted(first, key=first.__getitem__)
     frozen = min(math.ceil(frozen_fraction * len(parts) - 1e-9), len(parts) - 1)
     if frozen > 0:
-        layers = layers[: next(i for i, layer in enumerate(layers) if _inside(layer, parts[-frozen]))]
-    return {name: p for name, p in norm_parameters(model).items() if name.rpartition(".")[0] in layers}
-
-
-def _inside(layer: str, module: str) -> bool:
-    return layer == module or layer.startswith(f"{module}.")
+        layers = layers[: first[parts[-frozen]]]
+    return {name: p for name, p in parameters.items() if name.rpartition(".")[0] in layers}
 
 
 def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -105,7 +107,7 @@ def moments(x: Tensor, dims: Sequence[int], *, unbiased: bool = False) -> tuple[
 
     On a CPU in two passes: torch's own reduction in one pass is ten times slower there.
     """
-    x = x if x.dtype == torch.float64 else x.float()
+    x = at_least_float32(x)
     if x.device.type != "cpu":
         var, mean = torch.var_mean(x, dim=list(dims), correction=int(unbiased))
         return mean, var
@@ -120,7 +122,7 @@ def batch_moments(x: Tensor, *, unbiased: bool = False) -> tuple[Tensor, Tensor]
     """Mean and variance per channel of ``x`` (B, C, ...), in at least float32; each (C,). In a group: of all parts."""
     dims = [0, *range(2, x.ndim)]
     if collective.is_joined():
-        return collective.moments(x if x.dtype == torch.float64 else x.float(), dims, unbiased=unbiased)[:2]
+        return collective.moments(x, dims, unbiased=unbiased)[:2]
     return moments(x, dims, unbiased=unbiased)
 
 
@@ -142,20 +144,20 @@ class _Swap:
         self.kept = (layer.running_mean, layer.running_var)
         if statistics is None and collective.is_joined():
             like = x if layer.weight is None else layer.weight
-            self._set(layer, like.new_zeros(x.shape[1]), like.new_full((x.shape[1],), 1 - layer.eps))
+            _set_statistics(layer, like.new_zeros(x.shape[1]), like.new_full((x.shape[1],), 1 - layer.eps))
             return (_normalised(x, layer.eps), *inputs[1:])
-        self._set(layer, *(statistics or (None, None)))
+        _set_statistics(layer, *(statistics or (None, None)))
         return None
 
     def after(self, layer: nn.Module, inputs: object, output: object) -> None:
         if self.kept is not None:
-            self._set(layer, *self.kept)
+            _set_statistics(layer, *self.kept)
             self.kept = None
 
-    @staticmethod
-    def _set(layer: nn.Module, mean: Tensor | None, var: Tensor | None) -> None:
-        layer.running_mean = mean  # type: ignore[assignment]  # a buffer may be None: batch statistics in eval mode
-        layer.running_var = var  # type: ignore[assignment]
+
+def _set_statistics(layer: nn.Module, mean: Tensor | None, var: Tensor | None) -> None:
+    layer.running_mean = mean  # type: ignore[assignment]  # a buffer may be None: batch statistics in eval mode
+    layer.running_var = var  # type: ignore[assignment]
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:
@@ -186,7 +188,8 @@ def bn_statistics(model: nn.Module, rule: StatisticsRule) -> Iterator[None]:
             swap = _Swap(name, rule)
             swaps.append((swap, layer))
             handles.append(layer.register_forward_pre_hook(swap.before))
-            handles.append(layer.register_forward_hook(swap.after, always_call=True))
+            # prepended: where rules are nested, the inner one ends first
+            handles.append(layer.register_forward_hook(swap.after, prepend=True, always_call=True))
         yield
     finally:
         for handle in handles:
@@ -230,6 +233,36 @@ def batch_statistics(
     return bn_statistics(model, rule)
 
 
+def weighted_batch_statistics(model: nn.Module, weights: Tensor) -> AbstractContextManager[None]:
+    """BatchNorm with the statistics of the samples of a batch that count, as if the others were not in it.
+
+    Without gradient through the statistics. A layer that sees one value per channel, of one sample that counts, keeps
+    its source statistics.
+
+    Args:
+        model: Any net in eval mode; one without BatchNorm is left as it is.
+        weights: (B,), bool or >= 0: how much each sample counts.
+
+    Returns:
+        A context manager, see :func:`bn_statistics`.
+    """
+    source = {name: (layer.running_mean, layer.running_var) for name, layer in batch_norm_layers(model).items()}
+
+    def rule(name: str, layer: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype, x = x.dtype if layer.weight is None else layer.weight.dtype, at_least_float32(x.detach())
+        dims, column = [0, *range(2, x.ndim)], weights.to(x).view(-1, *(1,) * (x.ndim - 1))
+        number = column.sum() * (x[0].numel() // x.shape[1])
+        mean = torch.where(column > 0, column * x, 0).sum(dims) / number
+        deviation = (x - mean.view(-1, *(1,) * (x.ndim - 2))).square()
+        var = torch.where(column > 0, column * deviation, 0).sum(dims) / number
+        old_mean, old_var = source[name]
+        if old_mean is not None and old_var is not None:
+            mean, var = (torch.where(number > 1, new, old) for new, old in ((mean, old_mean), (var, old_var)))
+        return mean.to(dtype), var.to(dtype)
+
+    return bn_statistics(model, rule)
+
+
 @contextmanager
 def grouped_batch_statistics(model: nn.Module, groups: int) -> Iterator[None]:
     """While active, BatchNorm takes the statistics of each of ``groups`` equal parts of a batch for that part alone.
@@ -244,7 +277,7 @@ def grouped_batch_statistics(model: nn.Module, groups: int) -> Iterator[None]:
     changed: list[_BatchNorm] = []
     try:
         for layer in batch_norm_layers(model).values():
-            _run_by_part(layer, layer.forward, groups)
+            _run_by_group(layer, groups)
             changed.append(layer)
         yield
     finally:
@@ -252,16 +285,19 @@ def grouped_batch_statistics(model: nn.Module, groups: int) -> Iterator[None]:
             del layer.forward
 
 
-def _run_by_part(layer: nn.Module, own_forward: Callable[[Tensor], Tensor], groups: int) -> None:
-    swap = _Swap("", lambda name, layer, x: None)
+def _run_by_group(layer: _BatchNorm, groups: int) -> None:
+    own_forward, source = layer.forward, (layer.running_mean, layer.running_var)
 
     def forward(x: Tensor) -> Tensor:
+        before = (layer.running_mean, layer.running_var)  # another rule may be active
         outputs = []
-        for part in x.chunk(groups):
-            try:
-                outputs.append(own_forward(*(swap.before(layer, (part,)) or (part,))))
-            finally:
-                swap.after(layer, None, None)
+        try:
+            for group in x.chunk(groups):
+                keeps_source = source[0] is not None and group.numel() == group.shape[1]  # else: no variance
+                _set_statistics(layer, *(source if keeps_source else (None, None)))
+                outputs.append(own_forward(group))
+        finally:
+            _set_statistics(layer, *before)
         return torch.cat(outputs)
 
-    layer.forward = forward
+    layer.forward = forward  # type: ignore[assignment, method-assign]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.errors import UnsupportedModelError
+from lightning_tta.errors import UnsupportedModelError, check_range
 
 
 def as_logits(output: object) -> Tensor:
@@ -97,8 +101,9 @@ class HeadSplit:
             )
         features, head_output = captured[0]
         if not self._checked:  # a net that overflowed cannot be compared: look again at the next pass
-            finite = bool(torch.isfinite(logits).all())
-            same = head_output is logits or (head_output.shape == logits.shape and torch.equal(head_output, logits))
+            same = head_output is logits
+            finite = same or bool(torch.isfinite(logits).all())
+            same = same or (head_output.shape == logits.shape and torch.equal(head_output, logits))
             if features.ndim != 2 or (finite and not same):
                 raise UnsupportedModelError(
                     f"The net's output is not the output of its head '{self.name}' (softmax or another layer after "
@@ -107,3 +112,98 @@ class HeadSplit:
                 )
             self._checked = finite
         return features, logits
+
+
+def parts_by_depth(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """The stages or blocks of a net, by name, in the net's own order.
+
+    From the net inwards: while one child alone holds several of ``layers``, the parts are its children; those that hold
+    several count. So a ResNet has its four stages, a ViT its blocks. Empty if there are none.
+    """
+    layers = list(layers)
+    prefix, parts = "", [""]
+    while len(parts) == 1:
+        prefix = parts[0]
+        children = [f"{prefix}.{name}".lstrip(".") for name, _ in model.get_submodule(prefix).named_children()]
+        parts = [child for child in children if sum(is_inside(layer, child) for layer in layers) > 1]
+    return parts
+
+
+def is_inside(layer: str, module: str) -> bool:
+    """Whether a layer is a module, or a descendant of it, by their names."""
+    return layer == module or layer.startswith(f"{module}.")
+
+
+def features_at(model: nn.Module, x: Tensor, at: float | Sequence[str]) -> tuple[Any, object]:
+    """Outputs of modules, and that of the net, in one pass.
+
+    Args:
+        model: Any net.
+        x: Its input.
+        at: A share of the depth in (0, 1]: the output of that stage or block (:func:`parts_by_depth`), in the order of
+            execution. Or names of modules: a dict of their outputs.
+
+    Raises:
+        UnsupportedModelError: If a named module does not exist or does not run, or no stage or block runs.
+    """
+    if isinstance(at, (int, float)):
+        check_range("at", at, 0, 1, low_open=True)
+        owners = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+        names = parts_by_depth(model, owners) or owners
+    else:
+        names = list(at)
+    modules = dict(model.named_modules())
+    unknown = [name for name in names if name not in modules]
+    if unknown:
+        raise UnsupportedModelError(f"{type(model).__name__} has no module {unknown[0]!r}.")
+    outputs: dict[str, Any] = {}
+    handles = [modules[name].register_forward_hook(_put(outputs, name)) for name in names]
+    try:
+        result = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if isinstance(at, (int, float)):
+        if not outputs:
+            raise UnsupportedModelError(f"{type(model).__name__} runs none of its stages or blocks as modules.")
+        return list(outputs.values())[max(0, round(at * len(outputs)) - 1)], result
+    idle = [name for name in names if name not in outputs]
+    if idle:
+        raise UnsupportedModelError(f"Module {idle[0]!r} of {type(model).__name__} does not run.")
+    return outputs, result
+
+
+def _put(outputs: dict[str, Any], name: str) -> Callable[..., None]:
+    def put(module: nn.Module, inputs: object, output: Any) -> None:
+        outputs.setdefault(name, output)
+
+    return put
+
+
+def execution_order(model: nn.Module) -> list[str] | None:
+    """Names of the modules in the order in which they first end in a pass; ``None`` where no pass could be tried.
+
+    The pass is one of an image of zeros, through a copy of the net's modules that shares its tensors: the net itself
+    does not run. Tried are the channels of the net's convolutions, and usual sizes.
+    """
+    try:
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        twin = copy.deepcopy(model, dict(shared)).eval()
+    except Exception:  # a net that cannot be copied: its own order must do
+        return None
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    channels = list(dict.fromkeys([m.in_channels for m in convolutions if m.in_channels in (1, 3)])) or [3]
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    ended: dict[str, Any] = {}
+    for name, module in twin.named_modules():
+        module.register_forward_hook(_put(ended, name))
+    for size in (32, 64, 224, 16, 28, 96, 128, 256, 384):
+        for channel in channels:
+            ended.clear()
+            try:
+                with torch.no_grad(), torch.inference_mode(False):
+                    twin(torch.zeros(1, channel, size, size, dtype=like.dtype, device=like.device))
+            except Exception:  # not this net's size: the next
+                continue
+            return list(ended)
+    return None

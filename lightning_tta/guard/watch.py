@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.base.moments import put_back, size, take
-from lightning_tta.methods.components.filters import at_source
+from lightning_tta.methods.base.state import put_back, size, take
 from lightning_tta.run.windows import Measures, gained, measure, pool
 
 Action = Literal["warn", "reset", "rollback", "stop"]
@@ -168,7 +167,7 @@ class Watch:
                 return logits
             self._recent.append(measure(used))
             if self.compare == "source":
-                with torch.no_grad(), at_source(self.method):
+                with torch.no_grad(), self.method.at_source():
                     source = self.method.predict(images)
                 self.forwards += 1
                 self._source.append(measure(source[(logits != 0).any(1)]))

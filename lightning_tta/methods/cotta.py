@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.backbones.norms import batch_statistics
-from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import check_range
-from lightning_tta.losses import soft_cross_entropy
-from lightning_tta.methods.base.inputs import at_least_float32
-from lightning_tta.methods.base.optimizers import OptimizerName
+from lightning_tta.losses import at_least_float32, soft_cross_entropy
 from lightning_tta.methods.components.teacher import TeacherMethod, restore_some
 from lightning_tta.views.jitter import jitter
 
@@ -62,10 +60,6 @@ class CoTTA(TeacherMethod):
         self,
         model: nn.Module,
         *,
-        lr: float = 1e-3,
-        optimizer: OptimizerName = "adam",
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
         ema_decay: float = 0.999,
         anchor_threshold: float = 0.92,
         views: int = 32,
@@ -73,9 +67,9 @@ class CoTTA(TeacherMethod):
         symmetric: bool = False,
         chunk_views: int | None = 512,
         seed: int = 0,
-        steps: int = 1,
+        **options: Any,
     ) -> None:
-        super().__init__(model, ema_decay=ema_decay, seed=seed, steps=steps)
+        super().__init__(model, ema_decay=ema_decay, seed=seed, **options)
         check_range("anchor_threshold", anchor_threshold, 0, 1)
         check_range("restore", restore, 0, 1)
         check_range("views", views, 1, integer=True)
@@ -83,18 +77,15 @@ class CoTTA(TeacherMethod):
             check_range("chunk_views", chunk_views, 1, integer=True)
         self.anchor_threshold, self.restore, self.symmetric = anchor_threshold, restore, symmetric
         self.views, self.chunk_views = views, chunk_views
-        parameters = self.student().values()
-        self.add_optimizer("model", parameters, optimizer, lr, momentum=momentum, weight_decay=weight_decay)
 
-    def adapt(self, images: Tensor) -> Tensor:
+    def step(self, x: Tensor) -> Tensor:
         """One step of the student towards the teacher, of the teacher towards the student, and restore."""
-        target = self.infer(images)
-        with batch_statistics(self.model):
-            logits = as_logits(self.model(images))
-        if self.step(soft_cross_entropy(target, logits, 0.5 if self.symmetric else 0.0).mean()):
+        target = self.infer(x)
+        losses = soft_cross_entropy(target, self.logits(x), 0.5 if self.symmetric else 0.0)
+        if bool(self.descend(losses)):
             self.update_teacher()
             restore_some(self.student(), self.source(), self.restore, self.draw_seed())
-            self.steps_taken += 1
+            self.write("steps_taken", self.value("steps_taken") + 1)
         return target
 
     @property
@@ -104,22 +95,22 @@ class CoTTA(TeacherMethod):
         return f"{super().lacks} {views}".strip() if self.anchor_threshold > 0 else super().lacks
 
     @torch.no_grad()
-    def infer(self, images: Tensor) -> Tensor:
-        """The teacher's prediction, averaged over views where the anchor is unsure."""
+    def infer(self, x: Tensor) -> Tensor:
+        """The teacher's prediction, averaged over views where the anchor is unsure, which asks the device."""
         if self.anchor_threshold > 0:
-            anchor = at_least_float32(self.logits_with(self.source(), images))
+            anchor = at_least_float32(self.logits(x, self.source()))
             confidence = anchor.softmax(1).amax(1).mean()
-            self.record(anchor_confidence=confidence)
+            self.note(anchor_confidence=confidence)
             if bool(confidence < self.anchor_threshold):
-                return self._mean_over_views(images)
-        return self.logits_with(self.teacher.weights(), images)
+                return self._mean_over_views(x)
+        return self.logits(x, self.teacher.weights())
 
-    def _mean_over_views(self, images: Tensor) -> Tensor:
-        size = self.views if self.chunk_views is None else max(1, self.chunk_views // len(images))
+    def _mean_over_views(self, x: Tensor) -> Tensor:
+        size = self.views if self.chunk_views is None else max(1, self.chunk_views // len(x))
         seeds = [self.draw_seed(1 + number) for number in range(self.views)]
         logits = []
         for start in range(0, self.views, size):
-            views = [jitter(images, seed) for seed in seeds[start : start + size]]
-            chunk = self.logits_with(self.teacher.weights(), torch.cat(views), parts=len(views))
-            logits.append(chunk.view(len(views), len(images), -1))
+            views = [jitter(x, seed) for seed in seeds[start : start + size]]
+            chunk = self.logits(torch.cat(views), self.teacher.weights(), groups=len(views))
+            logits.append(chunk.view(len(views), len(x), -1))
         return at_least_float32(torch.cat(logits)).mean(0)

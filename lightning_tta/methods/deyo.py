@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.backbones.norms import early_norm_parameters
+from lightning_tta.backbones.norms import weighted_batch_statistics
 from lightning_tta.errors import check_range
-from lightning_tta.losses import entropy
-from lightning_tta.methods.base.inputs import at_least_float32
-from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.base.optimizers import OptimizerName
-from lightning_tta.methods.components.filters import reliable
-from lightning_tta.views.augmix import shuffle_patches
+from lightning_tta.losses import at_least_float32
+from lightning_tta.methods.components.draws import random_orders
+from lightning_tta.methods.components.entropy import EntropyMethod
+from lightning_tta.methods.components.filters import LowLoss
+from lightning_tta.views.augmix import permute_patches
 
 
-class DeYO(TTAMethod):
+class DeYO(EntropyMethod):
     """Minimises the weighted entropy of samples that are sure, and sure because of the object.
 
     With x' the image with its patches shuffled and y the arg-max of p(x), PLPD = p_y(x) - p_y(x'). A sample is kept
@@ -26,21 +26,14 @@ class DeYO(TTAMethod):
         L = mean [ stopgrad( exp(weight_margin * ln K - H) + exp(PLPD) ) * H ]
 
     Parameters touched: weight and bias of the normalisation layers but for the last blocks'
-    (:func:`~lightning_tta.backbones.norms.early_norm_parameters`); BatchNorm uses batch statistics. State: these, the
-    optimizer, and the generator of the shuffles. Per batch and step: one forward pass, one without gradient on the
-    shuffled images of the samples that the entropy keeps, if any, and one backward pass if a sample is kept; else no
-    step. Returns the logits before the step. ``stats``: ``kept_by_entropy`` and ``kept``, shares of the batch, and
-    ``plpd``, its mean over the former.
+    (:func:`~lightning_tta.backbones.norms.early_norm_parameters`); BatchNorm uses batch statistics, for the shuffled
+    images those of the samples that the entropy keeps. State: these, the optimizer, and the number of shuffles. Per
+    batch and step: one forward pass, one without gradient on the shuffled images, and one backward pass; no step if no
+    sample is kept. Returns the logits before the step. ``stats``: ``kept_by_entropy`` and ``kept``, shares of the
+    batch, and ``plpd``, its mean over the former.
 
     Args:
         model: A classifier with normalisation layers (BatchNorm, GroupNorm, LayerNorm, ...).
-        lr: Learning rate, >= 0. Authors (ImageNet, SGD, batch 64): 2.5e-4 for ResNet-50, 1e-3 for ViT-B. They give none
-            for CIFAR; the default, Adam 1e-3 at batch 200, is Tent's there and usual in public benchmarks.
-        optimizer: ``adam``, ``sgd`` (authors) or ``adamw``.
-        momentum: Momentum of SGD, or Adam's first beta, in [0, 0.9999].
-        weight_decay: >= 0; authors 0.
-        steps: Steps per batch, >= 1.
-        lr_batch_size: If given, the learning rate is multiplied by (batch size / this).
         entropy_margin: As a share of ln K, > 0; authors 0.5. ``None``: no such filter.
         weight_margin: As a share of ln K, >= 0; authors 0.4.
         plpd_threshold: In [-1, 1]; authors 0.2, and 0.3 for mild shifts.
@@ -48,81 +41,65 @@ class DeYO(TTAMethod):
         frozen_fraction: Share of the net's stages or blocks, from the last, that stay fixed, see
             :class:`~lightning_tta.methods.sar.SAR`, whose parameters these are.
         seed: Of the shuffles.
+        **options: ``lr``: authors (ImageNet, SGD, batch 64) 2.5e-4 for ResNet-50, 1e-3 for ViT-B. They give none for
+            CIFAR; the default, Adam 1e-3 at batch 200, is Tent's there and usual in public benchmarks. ``entropy``,
+            ``source_filter``, ``optimizer``, ``momentum``, ``weight_decay``, ``steps``, ``lr_batch_size``.
 
     Raises:
         ConfigError: If an image has fewer pixels than patches along a side.
         UnsupportedModelError: If the net has no affine normalisation layer.
 
     Source: Lee et al., DeYO, ICLR 2024, arXiv 2403.07366. Differs from the authors' code: the shuffles are seeded and
-    resumed; the last blocks are found by depth, not by name; the net stays in eval mode.
+    resumed, and the same on every device; the last blocks are found by depth, not by name; the net stays in eval mode.
     """
-
-    uses_batch_statistics = True
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        lr: float = 1e-3,
-        optimizer: OptimizerName = "adam",
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        steps: int = 1,
-        lr_batch_size: int | None = None,
         entropy_margin: float | None = 0.5,
         weight_margin: float = 0.4,
         plpd_threshold: float = 0.2,
         patches: int = 4,
         frozen_fraction: float = 0.25,
         seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(model, steps=steps)
-        if entropy_margin is not None:
-            check_range("entropy_margin", entropy_margin, 0, low_open=True)
+        super().__init__(model, **options)
         check_range("weight_margin", weight_margin, 0)
         check_range("plpd_threshold", plpd_threshold, -1, 1)
         check_range("patches", patches, 1, integer=True)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
-        self.entropy_margin, self.weight_margin = entropy_margin, weight_margin
-        self.plpd_threshold, self.patches = plpd_threshold, patches
-        parameters = self.declare(early_norm_parameters(self.model, frozen_fraction))
-        self.add_optimizer("model", parameters, optimizer, lr, momentum=momentum, weight_decay=weight_decay)
-        self.scale_lr_by_batch(lr_batch_size)
-        self.remember(generator=torch.Generator().manual_seed(seed).get_state())
+        self.weight_margin, self.plpd_threshold, self.patches = weight_margin, plpd_threshold, patches
+        self.add_filter(LowLoss(entropy_margin))
+        (first, *_) = self.learn(self.select("early_norm", frozen_fraction=frozen_fraction))
+        self.state("shuffles", torch.tensor([seed, 0], device=first.device))  # the key of the next ones
 
-    def adapt(self, images: Tensor) -> Tensor:
-        """One step on the samples that are kept, if any."""
-        logits = self.infer(images)
-        entropies = entropy(logits)
-        sure = reliable(entropies, logits, self.entropy_margin)
-        self.record(kept_by_entropy=sure.float().mean(), kept=sure.new_zeros((), dtype=torch.float32))
-        entropies = entropies[sure]
-        if not len(entropies):
+    def step(self, x: Tensor) -> Tensor:
+        """One step on the samples that are kept."""
+        self.look(x)
+        logits = self.logits(x)
+        entropies = self.entropy(logits)
+        sure = self.keep(logits, entropies)
+        assert sure is not None
+        self.note(kept_by_entropy=sure.float().mean())
+        if self.known(~sure.any()):
             return logits
-        generator = self._generator()
-        plpd = self._plpd(images[sure], logits[sure], generator)
-        keep = plpd > self.plpd_threshold
-        self.record(kept=keep.sum() / len(logits), plpd=plpd.mean())
-        entropies, plpd = entropies[keep], plpd[keep]
-        if len(entropies):
-            bound = self.weight_margin * math.log(logits.shape[-1])
-            weights = (bound - entropies.detach()).exp() + plpd.exp()
-            if not self.step((weights * entropies).mean()):
-                return logits
-        self.memory["generator"] = generator.get_state()
+        plpd = self._plpd(x, logits, sure)
+        kept = sure & (plpd > self.plpd_threshold)
+        self.note(kept=kept.float().mean(), plpd=torch.where(sure, plpd, 0).sum() / sure.sum())
+        bound = self.weight_margin * math.log(logits.shape[-1])
+        taken = self.descend(((bound - entropies.detach()).exp() + plpd.exp()) * entropies, kept)
+        key = self.value("shuffles")
+        self.write("shuffles", key + torch.arange(2, device=key.device), sure.any() & (taken | ~kept.any()))
         return logits
 
     @torch.no_grad()
-    def _plpd(self, images: Tensor, logits: Tensor, generator: torch.Generator) -> Tensor:
+    def _plpd(self, x: Tensor, logits: Tensor, sure: Tensor) -> Tensor:
         """How much of the probability of the predicted class is lost with the object's shape, (B,)."""
-        shuffled = self.infer(shuffle_patches(images, self.patches, generator))
+        orders = random_orders(self.value("shuffles"), len(x), self.patches**2)
+        with weighted_batch_statistics(self.model, sure):
+            shuffled = self.logits(permute_patches(x, self.patches, orders))
         before, after = (at_least_float32(u).softmax(-1) for u in (logits, shuffled))
         highest, label = before.max(-1)
         return highest - after.gather(-1, label[:, None]).squeeze(-1)
-
-    def _generator(self) -> torch.Generator:
-        state = self.memory["generator"]
-        assert state is not None
-        generator = torch.Generator()
-        generator.set_state(state.cpu())
-        return generator

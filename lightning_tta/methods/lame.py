@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import check_choice, check_range
-from lightning_tta.methods.base.inputs import at_least_float32
+from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.method import TTAMethod
 
 Affinity = Literal["knn", "rbf", "linear"]
@@ -101,20 +101,20 @@ class LAME(TTAMethod):
         self.affinity, self.neighbours = affinity, neighbours
         self.split = HeadSplit(self.model, head)
 
-    def adapt(self, images: Tensor) -> Tensor:
+    def step(self, x: Tensor) -> Tensor:
         """Refine the batch's predictions."""
-        return self.infer(images)
+        return self.infer(x)
 
     @torch.no_grad()
-    def infer(self, images: Tensor) -> Tensor:
+    def infer(self, x: Tensor) -> Tensor:
         """The same: nothing is kept between batches."""
-        features, logits = self.split(images)
+        features, logits = self.features(x)
         refined = torch.log_softmax(at_least_float32(logits), dim=1)
         whole = torch.isfinite(features).all(1) & torch.isfinite(logits).all(1)  # half precision may overflow
         if bool(whole.any()):
-            with torch.autocast(images.device.type, enabled=False):
+            with torch.autocast(x.device.type, enabled=False):
                 affinity = affinity_matrix(features[whole].double(), self.affinity, self.neighbours)
                 log_y, bounds = refine(torch.log_softmax(logits[whole].double(), dim=1), affinity)
             refined[whole] = log_y.to(refined.dtype)
-            self.record(iterations=torch.tensor(len(bounds)), objective=torch.tensor(bounds[-1], dtype=torch.float64))
+            self.note(iterations=torch.tensor(len(bounds)), objective=torch.tensor(bounds[-1], dtype=torch.float64))
         return refined

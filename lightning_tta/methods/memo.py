@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from lightning_tta.backbones.norms import norm_parameters
-from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.losses import consistency, marginal_entropy
-from lightning_tta.methods.base.optimizers import OptimizerName, make_optimizer
+from lightning_tta.methods.base.gradient import GradientMethod
+from lightning_tta.methods.base.optimizers import OptimizerName, masked_step
 from lightning_tta.methods.components.episodes import ViewMethod, per_image
 from lightning_tta.views.augmix import make_views
 
 _VIEWS_AT_ONCE = 128
 
 
-class MEMO(ViewMethod):
+class MEMO(ViewMethod, GradientMethod):
     """Minimises ``H(pbar) + kl_weight * mean_k KL(p_k || pbar)``, pbar the mean prediction over an image's views.
 
     ``kl_weight = 0`` is MEMO, above 0 CR-MEMO. Each image of a batch is an episode of its own: its views, ``steps``
@@ -94,7 +93,19 @@ class MEMO(ViewMethod):
         together: bool | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, views, augment, bn_prior, chunk_views, seed, predict_classes)
+        super().__init__(
+            model,
+            views=views,
+            augment=augment,
+            bn_prior=bn_prior,
+            chunk_views=chunk_views,
+            seed=seed,
+            predict_classes=predict_classes,
+            lr=lr,
+            optimizer=optimizer,
+            momentum=(0.0 if optimizer == "sgd" else 0.9) if momentum is None else momentum,
+            weight_decay=weight_decay,
+        )
         check_range("steps", steps, 1, integer=True)
         check_range("kl_weight", kl_weight, 0)
         check_choice("kl_direction", kl_direction, ("view_to_mean", "mean_to_view"))
@@ -105,16 +116,11 @@ class MEMO(ViewMethod):
         self.loss_classes = class_subset(loss_classes, "loss_classes")
         if self.loss_classes is not None and len(self.loss_classes) < 2:
             raise ConfigError(f"loss_classes must name at least two classes; got {loss_classes}.")
-        if momentum is None:
-            momentum = 0.0 if optimizer == "sgd" else 0.9
-        named = norm_parameters(self.model) if params == "norm" else dict(self.model.named_parameters())
-        self._trained = self.declare(named)
-        self._source = [self._snapshot[f"model.{name}"] for name in named]
+        named = self.select(params)
+        self.learn(named)
         self._names = list(named)
-        self._settings = {"kind": optimizer, "lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        self.add_optimizer("model", self._trained, optimizer, lr, momentum=momentum, weight_decay=weight_decay)
         split = chunk_views is not None and chunk_views < views
-        self.can_together = params == "norm" and self.fresh and not split and self._runs_per_image
+        self.can_together = params == "norm" and self.fresh and not split and self.runs_per_image
         if together and not self.can_together:
             raise ConfigError(
                 "together=True needs params='norm', optimizer_state='fresh', chunk_views of at least views, and norm "
@@ -127,18 +133,18 @@ class MEMO(ViewMethod):
         """None: each image starts from the source."""
         return {}
 
-    def adapt(self, images: Tensor) -> Tensor:
+    def step(self, x: Tensor) -> Tensor:
         """An episode for each image; several at once where that is the same and fits."""
-        together = images.device.type != "cpu" if self.together is None else self.together
+        together = x.device.type != "cpu" if self.together is None else self.together
         at_once = max(1, (self.chunk_views or _VIEWS_AT_ONCE) // self.views)
         if together and self.can_together:
-            size = len(images) if self.chunk_views is None else at_once
-            return self._allowed(torch.cat([self._episodes(part) for part in torch.split(images, size)]))
+            size = len(x) if self.chunk_views is None else at_once
+            return self.allowed(torch.cat([self._episodes(images) for images in torch.split(x, size)]))
         logits = []
-        for part in torch.split(images, at_once):  # views of several images are made at once, which is faster
-            made = make_views(part, self.views, self.augment, self._seeds(part))
-            logits += [self._episode(image[None], views) for image, views in zip(part, made, strict=True)]
-        return self._allowed(torch.cat(logits))
+        for images in torch.split(x, at_once):  # views of several images are made at once, which is faster
+            views_of_each = make_views(images, self.views, self.augment, self.seeds(images))
+            logits += [self._episode(image[None], views) for image, views in zip(images, views_of_each, strict=True)]
+        return self.allowed(torch.cat(logits))
 
     def _loss(self, logits: Tensor) -> Tensor:
         """The loss of each image, from the logits of its views (S, V, K)."""
@@ -152,83 +158,58 @@ class MEMO(ViewMethod):
     def _episodes(self, images: Tensor) -> Tensor:
         """Several images at once: each has its own row of scales and shifts, the rest of the net is shared."""
         count = len(images)
-        views = make_views(images, self.views, self.augment, self._seeds(images)).flatten(0, 1)
-        rows = [p.detach().expand(count, *p.shape).clone().requires_grad_() for p in self._trained]
+        views = make_views(images, self.views, self.augment, self.seeds(images)).flatten(0, 1)
+        rows = [p.detach().expand(count, *p.shape).clone().requires_grad_() for p in self.learned]
         affine = dict(zip(self._names, rows, strict=True))
-        optimizer = make_optimizer(parameters=rows, **self._settings)  # type: ignore[arg-type]
+        optimizer = self.new_optimizer(rows)
         good = torch.ones(count, dtype=torch.bool, device=images.device)
         for _ in range(self.episode_steps):
             with per_image(self.model, count, affine, self.bn_prior):
-                loss = self._loss(as_logits(self.model(views)).view(count, self.views, -1))
-            self.record(loss=loss.mean())
+                loss = self._loss(self.logits(views).view(count, self.views, -1))
+            self.note(loss=loss.mean())
             gradients = torch.autograd.grad(loss.sum(), rows, allow_unused=True)
-            good &= loss.detach().isfinite()
+            good = good & loss.detach().isfinite()
             for gradient in gradients:
-                good &= True if gradient is None else gradient.flatten(1).isfinite().all(1)
-            for row, gradient in zip(rows, gradients, strict=True):
-                row.grad = None if gradient is None else _where(good, gradient, torch.zeros_like(gradient))
-            optimizer.step()
-            self._counts["backwards"] += 1
-            self._counts["skipped_steps"] += int(not good.all())
+                good = good if gradient is None else good & gradient.flatten(1).isfinite().all(1)
+            masked = [None if g is None else _where(good, g, torch.zeros_like(g)) for g in gradients]
+            masked_step(optimizer, masked, torch.ones_like(good[0]))
+            self.count("backwards")
+            self.count("skipped_steps", ~good.all())
         with torch.no_grad():
-            for name, p in zip(self._names, self._trained, strict=True):
+            for name, p in zip(self._names, self.learned, strict=True):
                 affine[name] = _where(good, affine[name], p.expand_as(affine[name]))
             with per_image(self.model, count, affine, self.bn_prior):
-                return as_logits(self.model(images))
+                return self.logits(images)
 
     def _episode(self, image: Tensor, views: Tensor) -> Tensor:
-        """One image (1, C, H, W) with its views (V, C, H, W), on the net itself."""
+        """One image (1, C, H, W) with its views (V, C, H, W), on the net itself. Asks the device once a step."""
         if self.fresh:
-            self.optimizers["model"].state.clear()
+            self.forget_moments()
         try:
             for _ in range(self.episode_steps):
-                if not self.step(self._loss_in_chunks(views)):
+                if not bool(self.descend(self._loss(self._logits_of_views(views)[None]))):
                     self._restore()
                     break
             with torch.no_grad(), self.source_statistics():
-                return as_logits(self.model(image))
+                return self.logits(image)
         finally:
             self._restore()
             if self.fresh:
-                self.optimizers["model"].state.clear()
+                self.forget_moments()
 
-    @torch.no_grad()
     def _restore(self) -> None:
-        torch._foreach_copy_(self._trained, self._source)
+        with torch.no_grad():
+            sources = [self.source_value(f"model.{name}") for name in self._names]
+            torch._foreach_copy_([tensor.detach() for tensor in self.learned], sources)
 
-    def _loss_in_chunks(self, views: Tensor) -> Tensor:
-        """The loss of one image's views (V, C, H, W)."""
+    def _logits_of_views(self, views: Tensor) -> Tensor:
+        """Logits (V, K); of views in chunks, one chunk's activations are kept at a time, and made again backwards."""
         if self.chunk_views is None or self.chunk_views >= self.views:
             with self.source_statistics():
-                return self._loss(as_logits(self.model(views))[None])[0]
-        parts = torch.split(views, self.chunk_views)
-        with torch.no_grad():
-            logits = torch.cat([as_logits(self.model(part)) for part in parts])
-        return cast(Tensor, _InChunks.apply(self, parts, logits, *self._trained))
+                return self.logits(views)
+        chunks = torch.split(views, self.chunk_views)
+        return torch.cat([checkpoint(self.logits, chunk, use_reentrant=False) for chunk in chunks])
 
 
 def _where(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return torch.where(rows.view(-1, *(1,) * (yes.ndim - 1)), yes, no)
-
-
-class _InChunks(torch.autograd.Function):
-    """The loss from all views' logits; backward runs each chunk again, so that one chunk's activations are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, method: MEMO, parts: Sequence[Tensor], logits: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.method, ctx.parts, ctx.logits = method, parts, logits
-        return method._loss(logits[None])[0]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        method = ctx.method
-        with torch.enable_grad():
-            logits = ctx.logits.requires_grad_()
-            (wanted,) = torch.autograd.grad(method._loss(logits[None])[0], logits, gradient)
-            total = [torch.zeros_like(p) for p in method._trained]
-            for part, cotangent in zip(ctx.parts, wanted.split([len(part) for part in ctx.parts]), strict=True):
-                found = torch.autograd.grad(
-                    as_logits(method.model(part)), method._trained, cotangent, materialize_grads=True
-                )
-                torch._foreach_add_(total, found)
-        return None, None, None, *total

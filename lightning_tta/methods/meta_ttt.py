@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -87,29 +86,27 @@ class MetaTTT(TTAMethod):
         for layer in self._layers.values():
             layer.source_weight.requires_grad_(False)
         self.mixing = nn.ParameterList([layer.source_weight for layer in self._layers.values()])
-        with self._mixed():
+        with self.running():
             self._groups = Minimax(self.model, self.settings)
         own = {id(parameter): f"mixing.{number}" for number, parameter in enumerate(self.mixing)}
         named = {own.get(id(p), f"model.{name}"): p for name, p in self._groups.parameters.items()}
         self._names = dict(zip(self._groups.parameters, named, strict=True))
-        self.declare(named, prefix="")
+        for name, parameter in named.items():
+            self.state(name, parameter)
 
-    def adapt(self, images: Tensor) -> Tensor:
+    def step(self, x: Tensor) -> Tensor:
         """Max steps, min steps, and a forward pass with the result."""
-        with self._mixed():
-            result = minimax(self.model, images, self.settings, groups=self._groups)
+        result = minimax(self.model, x, self.settings, groups=self._groups)
         steps = sum(map(len, result.losses.values()))
-        self._counts["backwards"] += steps
+        self.count("backwards", steps)
         for phase, losses in result.losses.items():
-            self.record(**{f"{phase}_loss": losses[0], "loss": losses[-1]})
-        if not all(bool(value.isfinite().all()) for value in (result.after, *result.parameters.values())):
-            self._counts["skipped_steps"] += steps
-            return result.before[0]
+            self.note(**{f"{phase}_loss": losses[0], "loss": losses[-1]})
+        finite = torch.stack([value.isfinite().all() for value in (result.after, *result.parameters.values())]).all()
+        self.count("skipped_steps", steps * ~finite)
         if not self.episodic:
-            with torch.no_grad():
-                for name, value in result.parameters.items():
-                    self.adaptable[self._names[name]].copy_(value)
-        return result.after[0]
+            for name, value in result.parameters.items():
+                self.write(self._names[name], value, finite)
+        return torch.where(finite, result.after[0], result.before[0])
 
     @property
     def weight_names(self) -> dict[str, str]:
@@ -124,16 +121,9 @@ class MetaTTT(TTAMethod):
         )
         return text if self._layers else ""
 
-    def infer(self, images: Tensor) -> Tensor:
-        """A forward pass with the parameters as they are, the source's if episodic."""
-        with self._mixed():
-            return super().infer(images)
-
-    @contextmanager
-    def _mixed(self) -> Iterator[None]:
+    def running(self) -> AbstractContextManager[None]:
         """Mixed layers in place of BatchNorm, only while the net runs: the net itself stays what it was."""
-        with mixed_layers(self.model, self._layers):
-            yield
+        return mixed_layers(self.model, self._layers)
 
 
 _SETTINGS = tuple(setting.name for setting in dataclasses.fields(InnerLoop))

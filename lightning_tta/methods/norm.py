@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_tta.backbones.norms import batch_moments, batch_norm_layers, batch_statistics, bn_statistics
-from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import UnsupportedModelError, check_range
 from lightning_tta.methods.base.method import TTAMethod
 
@@ -36,7 +37,7 @@ class Norm(TTAMethod):
     uses the biased batch variance, so that ``source_weight = 0`` is its exact limit.
     """
 
-    parallel = frozenset({"replicas", "synchronised"})
+    synchronized = True
 
     def __init__(self, model: nn.Module, *, source_weight: float = 0.0, momentum: float | None = None) -> None:
         super().__init__(model)
@@ -64,42 +65,39 @@ class Norm(TTAMethod):
                 assert layer.running_mean is not None
                 assert layer.running_var is not None
                 self.register_buffer(f"ema_{number}", torch.stack([layer.running_mean, layer.running_var]))
-            self.declare({slot: getattr(self, slot) for slot in self._slots.values()}, prefix="")
+            for slot in self._slots.values():
+                self.state(slot, self.get_buffer(slot))
+        self._updating = False
 
     @torch.no_grad()
-    def adapt(self, images: Tensor) -> Tensor:
+    def step(self, x: Tensor) -> Tensor:
         """Take in the batch's statistics and predict with them."""
         if self.momentum is None:
-            return self.infer(images)
-        kept = {name: ema.clone() for name, ema in self.adaptable.items()}
-        whole = False
+            return self.infer(x)
+        before = {name: ema.clone() for name, ema in self.adaptable.items()}
+        finite: Tensor | None = None
+        self._updating = True
         try:
-            with bn_statistics(self.model, self._update_ema):
-                logits = as_logits(self.model(images))
-            whole = all(bool(ema.isfinite().all()) for ema in self.adaptable.values())
-        finally:
-            if not whole:  # the net overflowed on this batch, or refused it half way
-                self._counts["skipped_steps"] += 1
-                for name, ema in self.adaptable.items():
-                    ema.copy_(kept[name])
+            logits = self.logits(x)
+            finite = torch.stack([ema.isfinite().all() for ema in self.adaptable.values()]).all()
+            self.count("skipped_steps", ~finite)
+        finally:  # the net overflowed on this batch, or refused it half way
+            self._updating = False
+            for name, ema in self.adaptable.items():
+                ema.copy_(before[name] if finite is None else torch.where(finite, ema, before[name]))
         return logits
 
-    def infer(self, images: Tensor) -> Tensor:
-        """A forward pass with the statistics as they are (EMA), or with this batch's own."""
+    def running(self) -> AbstractContextManager[None]:
+        """With the statistics of the batch, mixed with the source's, or with their moving average."""
         if self.momentum is None:
-            with batch_statistics(self.model, self.source_weight):
-                return as_logits(self.model(images))
-        with bn_statistics(self.model, lambda name, layer, x: self._mixed(name, layer)):
-            return as_logits(self.model(images))
+            return batch_statistics(self.model, self.source_weight)
+        return bn_statistics(self.model, self._average)
 
-    def _update_ema(self, name: str, layer: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-        ema = getattr(self, self._slots[name])
-        assert self.momentum is not None
-        ema.lerp_(torch.stack(batch_moments(x)).to(ema), self.momentum)
-        return self._mixed(name, layer)
-
-    def _mixed(self, name: str, layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-        ema = getattr(self, self._slots[name])
+    def _average(self, name: str, layer: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+        ema = self.get_buffer(self._slots[name])
+        if self._updating:
+            assert self.momentum is not None
+            ema.lerp_(torch.stack(batch_moments(x)).to(ema), self.momentum)
         assert layer.running_mean is not None
         assert layer.running_var is not None
         source = torch.stack([layer.running_mean, layer.running_var])

@@ -25,13 +25,13 @@ class SingleImageBN(ViewMethod):
     """
 
     def __init__(self, model: nn.Module, *, prior: int = 16) -> None:
-        super().__init__(model, 1, "none", prior)
+        super().__init__(model, views=1, augment="none", bn_prior=prior)
         if not batch_norm_layers(self.model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no BatchNorm layer, so there are no statistics to mix. For GroupNorm or "
                 "LayerNorm nets use 'memo' or 'view_averaging'."
             )
 
-    def adapt(self, images: Tensor) -> Tensor:
+    def step(self, x: Tensor) -> Tensor:
         """Predict with each image's statistics."""
-        return self.infer(images)
+        return self.infer(x)

@@ -17,12 +17,12 @@ class Source(TTAMethod):
         model: Any classifier.
     """
 
-    parallel = frozenset({"replicas", "synchronised"})
+    synchronized = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
 
     @torch.no_grad()
-    def adapt(self, images: Tensor) -> Tensor:
+    def step(self, x: Tensor) -> Tensor:
         """A plain forward pass."""
-        return self.infer(images)
+        return self.infer(x)

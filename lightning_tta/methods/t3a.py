@@ -8,8 +8,7 @@ from torch.nn.functional import normalize
 
 from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import check_range
-from lightning_tta.losses import entropy
-from lightning_tta.methods.base.inputs import at_least_float32
+from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.method import TTAMethod
 
 EMPTY = 1e4  # the entropy of an empty place: above any real one, finite in half precision too
@@ -68,27 +67,27 @@ class T3A(TTAMethod):
             self.register_buffer("entropies", torch.full((len(rows), filter_k), EMPTY).to(row_entropies))
             self.entropies[:, 0] = row_entropies
             bank["entropies"] = self.entropies
-        self.declare(bank, prefix="")
+        for name, tensor in bank.items():
+            self.state(name, tensor)
         if filter_k is not None:
-            self._declared["supports"] = self.supports
-            self._snapshot["supports"] = rows[:, None].clone()
+            self.state("supports", self.supports, source=rows[:, None].clone())
 
     @torch.no_grad()
-    def adapt(self, images: Tensor) -> Tensor:
+    def step(self, x: Tensor) -> Tensor:
         """Add the batch to the bank, then predict it."""
-        features, logits = self.split(images)
+        features, logits = self.features(x)
         features = features.to(self.sums.dtype)
         if not bool(torch.isfinite(features).all() & torch.isfinite(logits).all()):
-            self._counts["skipped_steps"] += 1
+            self.count("skipped_steps")
             return self._scores(features)
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             self._add(normalize(features, dim=1), logits.argmax(1), entropy(logits))
         return self._scores(features)
 
     @torch.no_grad()
-    def infer(self, images: Tensor) -> Tensor:
+    def infer(self, x: Tensor) -> Tensor:
         """Predict with the prototypes as they are."""
-        return self._scores(self.split(images)[0].to(self.sums.dtype))
+        return self._scores(self.features(x)[0].to(self.sums.dtype))
 
     def _scores(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
@@ -111,4 +110,4 @@ class T3A(TTAMethod):
         filled = table.gather(1, kept)
         self.supports[touched], self.entropies[touched] = supports, filled
         self.sums[touched] = torch.where((filled < EMPTY / 2)[..., None], supports, 0).sum(1)
-        self.record(supports=(self.entropies < EMPTY / 2).sum())
+        self.note(supports=(self.entropies < EMPTY / 2).sum())

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from lightning_tta import collective
-from lightning_tta.backbones.norms import norm_parameters
-from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.base.optimizers import OptimizerName
-from lightning_tta.methods.components.filters import EntropyName, entropy_function, source_filter
+from lightning_tta.methods.components.entropy import EntropyMethod
 
 
-class Tent(TTAMethod):
+class Tent(EntropyMethod):
     """Minimises the mean prediction entropy of the batch.
 
     ``L = mean_b H(p_b)``, ``H(p) = -sum_k p_k log p_k``.
@@ -21,16 +19,10 @@ class Tent(TTAMethod):
 
     Args:
         model: A classifier with normalisation layers (BatchNorm, GroupNorm, LayerNorm, ...).
-        lr: Learning rate, >= 0. Authors: 1e-3 with Adam (CIFAR, batch 200), 2.5e-4 with SGD (ImageNet, batch 64).
-        optimizer: ``adam`` (authors, CIFAR), ``sgd`` (authors, ImageNet) or ``adamw``.
-        momentum: Momentum of SGD, or Adam's first beta, in [0, 0.9999].
-        weight_decay: >= 0; authors 0.
-        steps: Steps per batch, >= 1.
-        lr_batch_size: If given, the learning rate is multiplied by (batch size / this).
-        entropy: ``softmax``, H above, or ``come``, :func:`~lightning_tta.losses.come_entropy` in its place.
-        source_filter: Take the mean over the samples that OSTTA's filter keeps
-            (:func:`~lightning_tta.methods.components.filters.source_filter`), one more forward pass; no step if it
-            keeps none.
+        **options: ``lr``, >= 0; authors: 1e-3 with Adam (CIFAR, batch 200), 2.5e-4 with SGD (ImageNet, batch 64).
+            ``optimizer``: ``adam`` (authors, CIFAR) or ``sgd`` (authors, ImageNet). ``weight_decay``: authors 0.
+            ``entropy``: ``come`` is :class:`~lightning_tta.methods.come.COME`. ``source_filter``: no step if the filter
+            keeps nothing. And ``momentum``, ``steps``, ``lr_batch_size``.
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.
@@ -39,36 +31,16 @@ class Tent(TTAMethod):
     nets are allowed, the net stays in eval mode with batch statistics, source statistics survive.
     """
 
-    parallel = frozenset({"replicas", "synchronised"})
-    uses_batch_statistics = True
+    synchronized = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        lr: float = 1e-3,
-        optimizer: OptimizerName = "adam",
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        steps: int = 1,
-        lr_batch_size: int | None = None,
-        entropy: EntropyName = "softmax",
-        source_filter: bool = False,
-    ) -> None:
-        super().__init__(model, steps=steps)
-        self.entropy = entropy_function(entropy)
-        self.source_filter = source_filter
-        parameters = self.declare(norm_parameters(self.model))
-        self.add_optimizer("model", parameters, optimizer, lr, momentum=momentum, weight_decay=weight_decay)
-        self.scale_lr_by_batch(lr_batch_size)
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.learn(self.select("norm"))
 
-    def adapt(self, images: Tensor) -> Tensor:
-        """One entropy step on every image of the batch, or on those that the filter keeps."""
-        keep = source_filter(self, images) if self.source_filter else None
-        logits = self.infer(images)
+    def step(self, x: Tensor) -> Tensor:
+        """One entropy step on the samples that the filters keep."""
+        self.look(x)
+        logits = self.logits(x)
         entropies = self.entropy(logits)
-        if keep is not None:
-            entropies = entropies[keep(logits)]
-        if collective.count(entropies):
-            self.step(collective.mean(entropies))
+        self.descend(entropies, self.keep(logits, entropies))
         return logits

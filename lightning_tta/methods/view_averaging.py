@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lightning_tta.losses import log_mean_probability
@@ -33,17 +35,14 @@ class ViewAveraging(ViewMethod):
         *,
         views: int = 32,
         augment: str = "crop_flip",
-        bn_prior: int | None = None,
-        predict_classes: list[int] | str | None = None,
-        chunk_views: int | None = None,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(model, views, augment, bn_prior, chunk_views, seed, predict_classes)
+        super().__init__(model, views=views, augment=augment, **options)
 
-    def adapt(self, images: Tensor) -> Tensor:
+    def step(self, x: Tensor) -> Tensor:
         """Average."""
-        return self.infer(images)
+        return self.infer(x)
 
-    def infer(self, images: Tensor) -> Tensor:
+    def infer(self, x: Tensor) -> Tensor:
         """Average."""
-        return self._allowed(log_mean_probability(self._view_logits(images)))
+        return self.allowed(log_mean_probability(self.view_logits(x)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from lightning_tta.errors import check_range
-from lightning_tta.losses import entropy
-from lightning_tta.methods.base.inputs import at_least_float32
+from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.components.episodes import ViewMethod
 
 
@@ -31,6 +32,8 @@ class Zero(ViewMethod):
     Source: Farina et al., arXiv 2405.18330, for vision-language models; here any classifier.
     """
 
+    fixed_options = frozenset({"bn_prior"})
+
     def __init__(
         self,
         model: nn.Module,
@@ -38,23 +41,21 @@ class Zero(ViewMethod):
         views: int = 64,
         keep: float = 0.3,
         augment: str = "rrc_flip",
-        predict_classes: list[int] | str | None = None,
-        chunk_views: int | None = None,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(model, views, augment, None, chunk_views, seed, predict_classes)
+        super().__init__(model, views=views, augment=augment, bn_prior=None, **options)
         check_range("keep", keep, 0, 1, low_open=True)
         self.keep = keep
 
-    def adapt(self, images: Tensor) -> Tensor:
+    def step(self, x: Tensor) -> Tensor:
         """Vote."""
-        return self.infer(images)
+        return self.infer(x)
 
-    def infer(self, images: Tensor) -> Tensor:
+    def infer(self, x: Tensor) -> Tensor:
         """Vote."""
-        logits = at_least_float32(self._view_logits(images))
+        logits = at_least_float32(self.view_logits(x))
         count = max(1, int(self.keep * self.views))
         sure = entropy(logits).topk(count, dim=1, largest=False).indices
         kept = logits.gather(1, sure[..., None].expand(-1, -1, logits.shape[-1]))
         votes = one_hot(kept.argmax(-1), logits.shape[-1]).to(kept).mean(1)
-        return self._allowed(torch.log(votes + 1e-3 * kept.softmax(-1).mean(1) + 1e-12))
+        return self.allowed(torch.log(votes + 1e-3 * kept.softmax(-1).mean(1) + 1e-12))

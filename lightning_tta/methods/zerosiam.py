@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta import collective
-from lightning_tta.backbones.norms import batch_norm_layers, batch_statistics, norm_layers, norm_parameters
+from lightning_tta.backbones.norms import batch_norm_layers, norm_layers
 from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import check_choice, check_range
 from lightning_tta.losses import symmetric_kl
-from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.components.filters import EntropyName, entropy_function, source_filter
+from lightning_tta.methods.components.entropy import EntropyMethod
+from lightning_tta.methods.components.objectives import EntropyName
 
 Predictor = Literal["learned", "identity", "random"]
 
@@ -41,7 +41,7 @@ def default_learning_rates(model: nn.Module) -> tuple[float, float]:
     return (5e-4, 2.5e-3) if attention else (2.5e-4, 2.5e-3)
 
 
-class ZeroSiam(TTAMethod):
+class ZeroSiam(EntropyMethod):
     """Minimises the entropy of an online branch plus its symmetric KL divergence to a stop-gradient reference branch.
 
     With features z, frozen head g and a predictor h (linear, no bias, identity at the start)::
@@ -70,7 +70,7 @@ class ZeroSiam(TTAMethod):
         head: Name of the last linear layer where the search finds another.
         entropy: ``softmax``, H above, or ``come``, :func:`~lightning_tta.losses.come_entropy` in its place.
         source_filter: Take the mean over the samples that OSTTA's filter keeps, by the reference branch
-            (:func:`~lightning_tta.methods.components.filters.source_filter`), one more forward pass; no step if it
+            (:class:`~lightning_tta.methods.components.filters.SureAsSource`), one more forward pass; no step if it
             keeps none.
 
     Raises:
@@ -80,8 +80,7 @@ class ZeroSiam(TTAMethod):
     parameters, h and both optimizers, not h alone.
     """
 
-    parallel = frozenset({"replicas", "synchronised"})
-    uses_batch_statistics = True
+    synchronized = True
 
     def __init__(
         self,
@@ -99,22 +98,25 @@ class ZeroSiam(TTAMethod):
         entropy: EntropyName = "softmax",
         source_filter: bool = False,
     ) -> None:
-        super().__init__(model, steps=steps)
-        self.entropy = entropy_function(entropy)
-        self.source_filter = source_filter
+        super().__init__(
+            model,
+            optimizer="sgd",
+            momentum=momentum,
+            steps=steps,
+            lr_batch_size=lr_batch_size,
+            entropy=entropy,
+            source_filter=source_filter,
+        )
         check_range("alpha", alpha, 0)
         check_choice("predictor", predictor, ("learned", "identity", "random"))
         self.alpha = alpha
         self.split = HeadSplit(self.model, head)
         default_lr, default_predictor_lr = default_learning_rates(self.model)
         self.predictor = self._build_predictor(predictor, predictor_seed)
-        parameters = self.declare(norm_parameters(self.model))
-        self.add_optimizer("model", parameters, "sgd", default_lr if lr is None else lr, momentum=momentum)
+        self.learn(self.select("norm"), lr=default_lr if lr is None else lr)
         if predictor == "learned":
-            weight = self.declare({"weight": self.predictor.weight}, prefix="predictor.")
             predictor_lr = default_predictor_lr if predictor_lr is None else predictor_lr
-            self.add_optimizer("predictor", weight, "sgd", predictor_lr, momentum=momentum)
-        self.scale_lr_by_batch(lr_batch_size)
+            self.learn({"weight": self.predictor.weight}, "predictor.", optimizer="predictor", lr=predictor_lr)
 
     def _build_predictor(self, kind: Predictor, seed: int) -> nn.Linear:
         width, like = self.split.num_features, self.split.head.weight
@@ -126,20 +128,15 @@ class ZeroSiam(TTAMethod):
             predictor.weight.copy_(matrix)
         return predictor.requires_grad_(False)
 
-    def adapt(self, images: Tensor) -> Tensor:
-        """One step of the asymmetric objective on every image of the batch, or on those that the filter keeps."""
-        keep = source_filter(self, images) if self.source_filter else None
-        with batch_statistics(self.model):
-            features, logits = self.split(images)
+    def step(self, x: Tensor) -> Tensor:
+        """One step of the asymmetric objective on the samples that the filters keep."""
+        self.look(x)
+        features, logits = self.features(x)
         online, reference = self.split.head(self.predictor(features)), logits.detach()
-        if keep is not None:
-            kept = keep(logits)
-            online, reference = online[kept], reference[kept]
-        if collective.count(online):
-            online_entropy = collective.mean(self.entropy(online))
-            alignment = collective.mean(symmetric_kl(reference, online))
-            self.step(online_entropy + self.alpha * alignment)
-            self.record(online_entropy=online_entropy, alignment=alignment)
+        entropies, alignment = self.entropy(online), symmetric_kl(reference, online)
+        kept = self.keep(logits, entropies)
+        self.descend(entropies + self.alpha * alignment, kept)
+        self.note(online_entropy=collective.mean(entropies, kept), alignment=collective.mean(alignment, kept))
         identity = torch.eye(self.split.num_features, device=online.device, dtype=self.predictor.weight.dtype)
-        self.record(predictor_distance=(self.predictor.weight - identity).norm())
+        self.note(predictor_distance=(self.predictor.weight - identity).norm())
         return logits

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_tta.errors import InputError
 from lightning_tta.losses import entropy
-from lightning_tta.methods.base.inputs import check_shape
+from lightning_tta.methods.base.task import check_shape
 from lightning_tta.run.summary import StreamSummary
 
 

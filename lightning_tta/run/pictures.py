@@ -11,9 +11,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lightning_tta.backbones.split import as_logits
-from lightning_tta.methods.base.inputs import float_dtype
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.components.filters import at_source
+from lightning_tta.methods.base.task import float_dtype
 
 BATCHES = 2
 SIDE, LINE = 96, 12  # pixels
@@ -74,5 +73,5 @@ class StreamPictures:
 def _source_prediction(method: TTAMethod, images: Tensor) -> Tensor:
     """What the plain net predicts from its source weights; all that the method has learned or drawn is as before."""
     own_draws = torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])
-    with own_draws, at_source(method):
+    with own_draws, method.at_source():
         return as_logits(method.model(images.to(float_dtype(method.model)))).argmax(1).cpu()

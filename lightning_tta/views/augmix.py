@@ -231,6 +231,12 @@ def _augmix(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 def shuffle_patches(images: Tensor, patches: int, generator: torch.Generator) -> Tensor:
+    """:func:`permute_patches` in an order drawn from a generator on the CPU."""
+    order = torch.rand(len(images), patches * patches, generator=generator).argsort(1)
+    return permute_patches(images, patches, order.to(images.device))
+
+
+def permute_patches(images: Tensor, patches: int, order: Tensor) -> Tensor:
     """Images cut into ``patches`` x ``patches``, put together in another order, each image in its own.
 
     Sizes that ``patches`` does not divide are made smaller before and larger after (bilinear).
@@ -238,7 +244,7 @@ def shuffle_patches(images: Tensor, patches: int, generator: torch.Generator) ->
     Args:
         images: (B, C, H, W), at least ``patches`` pixels a side.
         patches: Patches along a side, at least 1.
-        generator: On the CPU; the order is the same on any device.
+        order: (B, patches * patches), a permutation for each image: the new i-th patch is the old ``order[i]``-th.
 
     Raises:
         ConfigError: If an image has fewer pixels than patches along a side.
@@ -250,7 +256,6 @@ def shuffle_patches(images: Tensor, patches: int, generator: torch.Generator) ->
     fits = [height * patches, width * patches]
     x = images if fits == size else interpolate(images, fits, mode="bilinear")
     x = x.reshape(batch, channels, patches, height, patches, width).permute(0, 2, 4, 1, 3, 5)
-    order = torch.rand(batch, patches * patches, generator=generator).argsort(1).to(images.device)
     x = x.flatten(1, 2)[torch.arange(batch, device=images.device)[:, None], order]
     x = x.reshape(batch, patches, patches, channels, height, width).permute(0, 3, 1, 4, 2, 5)
     x = x.reshape(batch, channels, *fits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_tta.methods.base.inputs import at_least_float32
+from lightning_tta.losses import at_least_float32
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GAMMA = (0.6, 1.4), (0.7, 1.3), (0.5, 1.5), (-0.06, 0.06), (0.7, 1.3)
 DEGREES, SHIFT, SCALE = (-15.0, 15.0), (-1 / 8, 1 / 8), (0.9, 1.1)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_tta import ConfigError, Watch, adapt
 from lightning_tta.methods import Source, TTAMethod
-from lightning_tta.methods.base.moments import put_back, size, take
+from lightning_tta.methods.base.state import put_back, size, take
 from nets import make_images, make_net, make_stream, same
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Guard")]

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tta.guard.callback import Guard
 from lightning_tta.methods import available_methods
-from lightning_tta.methods.base.moments import size
+from lightning_tta.methods.base.state import size
 from lightning_tta.modules import TestTimeAdaptation
 from stream_memory import resident_mb
 from tiny import DOMAINS, Made, quiet_trainer, train

@@ -125,8 +125,20 @@ def test_the_cases_are_what_they_should_be():
 
 
 def test_a_subclass_says_for_itself_what_it_supports():
-    class Mine(Tent):
+    class Same(Tent):
         pass
 
+    class Mine(Tent):
+        synchronized = False
+
+        def step(self, x):
+            return super().step(x)
+
     assert "synchronised" in Tent.parallel
+    assert Same.parallel == Tent.parallel  # with Tent's own step
     assert Mine.parallel == {"replicas"}
+    with pytest.raises(TypeError, match="Silent overrides step.*synchronized = True"):
+
+        class Silent(Tent):
+            def step(self, x):
+                return super().step(x)

@@ -92,7 +92,7 @@ def test_the_anchor_stays_the_source():
 def test_one_copy_of_the_source():
     method = adapt(make_net("bn"), "cotta")
     for _ in range(2):
-        state = method.get_extra_state()["snapshot"]
+        state = {name: method.source_value(name) for name in method.adaptable}
         assert len(state) == 2 * len(list(method.model.parameters()))
         pointers = {value.data_ptr() for value in state.values()}
         assert len(pointers) == len(state) // 2  # student, teacher and anchor share it

@@ -138,7 +138,7 @@ def test_memory_is_bounded_and_known_from_the_start():
             if images is not None:
                 method(images)
             assert sum(t.numel() for t in method.adaptable.values()) == floats
-        extra = method.get_extra_state()["snapshot"]
+        extra = method.get_extra_state()["source"]
         assert sum(t.numel() for t in extra.values()) <= 2 * 5 * 12 + 5 * 8  # not a second bank
 
 

@@ -195,11 +195,13 @@ def test_reset_restores_norms_predictor_and_both_momenta():
     stream = make_stream(3)
     first = [method(images) for images in stream]
     assert all(not torch.equal(t, start[name]) for name, t in method.adaptable.items())
-    assert all(optimizer.state for optimizer in method.optimizers.values())
+    momenta = [moment for o in method.optimizers.values() for s in o.state.values() for moment in s.values()]
+    assert len(momenta) == 5
+    assert all(momentum.any() for momentum in momenta)
     method.reset()
     assert same(dict(method.adaptable), start)
     assert torch.equal(method.predictor.weight, torch.eye(12))
-    assert not any(optimizer.state for optimizer in method.optimizers.values())
+    assert not any(momentum.any() for momentum in momenta)
     assert same([method(images) for images in stream], first)
 
 

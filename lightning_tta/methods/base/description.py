@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -18,24 +17,35 @@ BATCH_STATISTICS = (
 )
 
 
-class Described(ABC):
+class Described:
     """Base of the methods' base.
 
     Attributes:
         options: What the method was built with, defaults included, in primitives.
-        parallel: Ways to run on several processes, of each class for itself: ``replicas``, and ``synchronised`` where
-            all that is taken over a batch goes through :mod:`lightning_tta.collective`.
+        parallel: Ways to run on several processes: ``replicas``, and ``synchronised`` where ``synchronized``.
+        synchronized: Whether several processes can adapt as one: all that is taken over a batch goes through
+            :mod:`lightning_tta.collective`. A subclass that overrides ``step`` must say it again.
+        fixed_options: Options of a base class that this class sets itself, and does not take.
         uses_batch_statistics: Whether its plain pass has BatchNorm normalise with the batch's own statistics.
     """
 
     parallel: ClassVar[frozenset[str]] = frozenset({"replicas"})
+    synchronized: ClassVar[bool] = False
+    fixed_options: ClassVar[frozenset[str]] = frozenset()
     uses_batch_statistics: ClassVar[bool] = False
     options: dict[str, Any]
     model: nn.Module
 
-    def __init_subclass__(cls, **options: Any) -> None:  # what holds for a class need not hold for its subclass
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.parallel = cls.__dict__.get("parallel", Described.parallel)
+        if cls.synchronized and "step" in cls.__dict__ and "synchronized" not in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__} overrides step() of a method that several processes can run as one. Say whether that "
+                "still holds: `synchronized = True` if all that is taken over a batch goes through "
+                "lightning_tta.collective, as self.descend() does, else `synchronized = False`."
+            )
+        cls.parallel = frozenset({"replicas", "synchronised"} if cls.synchronized else {"replicas"})
+        cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]  # what inspect.signature(cls) gives
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Note the arguments; the model is none of them."""
@@ -50,18 +60,14 @@ class Described(ABC):
         return file if package == "lightning_tta.methods" else type(self).__name__
 
     @property
-    @abstractmethod
-    def adaptable(self) -> dict[str, Tensor]:
-        """The tensors that the method may change, by their name in ``state_dict()``."""
-
-    @property
     def weight_names(self) -> dict[str, str]:
         """The net's tensors as adapted: their names in ``state_dict()`` by those in the net's own state dict.
 
         Empty where there are none to take away: nothing of the net adapts, or not for longer than a batch.
         """
         names = {name: f"model.{name}" for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
-        return names if any(name.startswith("model.") for name in self.adaptable) else {}
+        adaptable: dict[str, Tensor] = self.adaptable  # type: ignore[attr-defined]  # of State
+        return names if any(name.startswith("model.") for name in adaptable) else {}
 
     @property
     def lacks(self) -> str:
@@ -69,18 +75,35 @@ class Described(ABC):
         return BATCH_STATISTICS if batch_norm_layers(self.model) else ""
 
 
+def signature_of(cls: type) -> inspect.Signature:
+    """The constructor's signature, ``**options`` resolved: with the keyword arguments of the base classes."""
+    parameters: dict[str, inspect.Parameter] = {}
+    fixed: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" not in base.__dict__:
+            fixed |= base.__dict__.get("fixed_options", set())
+            continue
+        own = list(inspect.signature(base.__dict__["__init__"]).parameters.values())[1:]
+        for parameter in own:
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.name not in fixed:
+                parameters.setdefault(parameter.name, parameter)
+        fixed |= base.__dict__.get("fixed_options", set())
+        if own and own[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+            break
+    return inspect.Signature(sorted(parameters.values(), key=lambda parameter: parameter.kind))
+
+
 def _options(cls: type, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    signature = signature_of(cls)
     try:
-        signature = inspect.signature(cls.__init__)  # type: ignore[misc]  # of a class
-        bound = signature.bind(None, *args, **options)
+        bound = signature.bind(*args, **options)
     except TypeError:  # __init__ says what is wrong; a copy is made without arguments and gets its options later
         return {}
     bound.apply_defaults()
     for name, value in bound.arguments.items():
         if signature.parameters[name].annotation in (bool, "bool"):  # a text such as "false" would count as true
             check_choice(name, value, (True, False))
-    given = {name: value for name, value in list(bound.arguments.items())[1:] if not isinstance(value, nn.Module)}
-    return {name: _primitive(value) for name, value in given.items()}
+    return {n: _primitive(v) for n, v in list(bound.arguments.items()) if not isinstance(v, nn.Module)}
 
 
 def _primitive(value: Any) -> Any:

@@ -1,45 +1,52 @@
-"""The contract of every method: a plain module that wraps a classifier and adapts it while it predicts."""
+"""The contract of every method: a plain module that wraps a net and adapts it while it predicts."""
 
 from __future__ import annotations
 
-import copy
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 
 from lightning_tta import collective
-from lightning_tta.backbones.norms import batch_statistics
-from lightning_tta.backbones.split import as_logits
-from lightning_tta.errors import NotPreparedError, UnsupportedModelError, check_range
+from lightning_tta.backbones.norms import batch_statistics, grouped_batch_statistics
+from lightning_tta.backbones.split import HeadSplit, features_at
+from lightning_tta.errors import NotPreparedError, check_range
+from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.description import Described
-from lightning_tta.methods.base.inputs import (
-    adapting,
-    at_least_float32,
-    check_images,
+from lightning_tta.methods.base.selection import frozen_by_the_user, select_parameters
+from lightning_tta.methods.base.state import State
+from lightning_tta.methods.base.task import (
+    Images,
+    Task,
     explained,
+    fill,
     float_dtype,
     fresh_casts,
     plain_model,
-    zero_rows,
+    with_gradients,
 )
-from lightning_tta.methods.base.optimizers import OptimizerName, check_precision, make_optimizer
-from lightning_tta.methods.base.state import CheckedState
 from lightning_tta.metrics import collapse_measures
 
+Stats = dict[str, float]
+COUNTS = ("forwards", "backwards", "skipped_steps", "nonfinite_images")
 
-class TTAMethod(Described, CheckedState, ABC):
-    """Wraps a classifier; ``forward(images) -> logits`` adapts it on the way.
 
-    A method writes only the tensors it declared (:meth:`declare`), and a snapshot of these alone makes
-    :meth:`reset` exact. ``state_dict()`` is complete: net, snapshot, optimizers. The net stays in eval mode,
-    whatever mode the method is put in. A method sees images only: no labels, domains, trainer or device names.
+class TTAMethod(Described, State, ABC):
+    """Wraps a net; ``forward(x) -> logits`` adapts it on the way, and writes the declared state and nothing else.
 
-    To write one: call ``super().__init__(model)``, declare what it may change, and implement :meth:`adapt`.
+    ``state_dict()`` is complete, :meth:`reset` exact. The net stays in eval mode, whatever mode the method is put in.
+    A method sees the input only: no labels, domains, trainer or device names.
+
+    To write one: call ``super().__init__(model)``, declare what it may change with :meth:`state`, and implement
+    :meth:`step`; with gradients start from :class:`~lightning_tta.methods.base.gradient.GradientMethod`. A step is
+    tensors only: no ``bool(t)``, ``.item()``, ``x[mask]``. A sample that does not count has weight 0; a write that must
+    not happen is masked (:meth:`write`). So a step can be captured, and summed over processes.
 
     Args:
         model: Pixels (B, C, H, W) in [0, 1] -> logits (B, K). Used and changed in place;
@@ -47,42 +54,48 @@ class TTAMethod(Described, CheckedState, ABC):
         steps: Adaptation steps per batch, at least 1. The logits are those of the last step.
 
     Attributes:
-        stats: Floats that describe the last batch (loss, entropy, passes, collapse measures, skipped steps).
         returns: Whether the logits come from before or after the batch's own update.
         needs_source: Whether :meth:`prepare` must run before the stream; may depend on the options.
-        memory: What :meth:`remember` registered, as it is now.
+        prepared: Whether it has.
+        optimizers: By name; empty for methods without gradients. Their moments are state, and exist from the start.
+        task: What the input is: :class:`~lightning_tta.methods.base.task.Images`.
+        skips_when_empty: Whether passes that cannot change anything, as no sample is kept, are left out where the host
+            knows that at no cost: on a CPU. On other devices they run, and their result is masked.
     """
 
     returns: ClassVar[Literal["before the step", "after the step"]] = "before the step"
     needs_source: bool = False
+    task: Task = Images()
+    skips_when_empty: bool = True
 
     def __init__(self, model: nn.Module, *, steps: int = 1) -> None:
         super().__init__()
         check_range("steps", steps, 1, integer=True)
-        self.model = plain_model(model).eval().requires_grad_(False)
+        plain = plain_model(model).eval()
+        self._frozen = frozen_by_the_user(plain)
+        self.model = plain.requires_grad_(False)
         self.steps = steps
-        self.stats: dict[str, float] = {}
-        self.optimizers: dict[str, Optimizer] = {}
         self.prepared = not self.needs_source
-        self.memory: dict[str, Tensor | None] = {}
-        self._first_memory: dict[str, Tensor | None] = {}
-        self._snapshot: dict[str, Tensor] = {}
-        self._declared: dict[str, Tensor] = {}
-        self._reference_batch: int | None = None
+        self.optimizers: dict[str, Optimizer] = {}
         self._batch_size = 0
-        self._counts: dict[str, int] = {}
-        self._record: dict[str, Tensor] = {}
+        self._counts = dict.fromkeys(COUNTS, 0)
+        self._notes: dict[str, Tensor] = {}
+        self._logits: Tensor | None = None  # of the last batch
+        self._stats: Stats | None = {}  # None: not computed yet
 
     # What a method implements ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def adapt(self, images: Tensor) -> Tensor:
-        """One adaptation step on finite images (B, C, H, W); returns logits (B, K). Gradients are enabled."""
+    def step(self, x: Tensor) -> Tensor:
+        """One adaptation step on usable samples (B, C, H, W); returns logits (B, ..., K). Gradients are enabled."""
 
-    def infer(self, images: Tensor) -> Tensor:
-        """The net's logits as this method predicts, without adapting. Override where that is not a plain pass."""
-        with batch_statistics(self.model) if self.uses_batch_statistics else nullcontext():
-            return as_logits(self.model(images))
+    def infer(self, x: Tensor) -> Tensor:
+        """The logits as this method predicts, without adapting. Override where that is not a pass of the net."""
+        return self.logits(x)
+
+    def running(self) -> AbstractContextManager[None]:
+        """How the net runs in every pass: by default with batch statistics, if :attr:`uses_batch_statistics`."""
+        return batch_statistics(self.model) if self.uses_batch_statistics else nullcontext()
 
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Collect what the method needs from source data, once, before the stream. Most need nothing."""
@@ -90,101 +103,108 @@ class TTAMethod(Described, CheckedState, ABC):
 
     # What a method uses ----------------------------------------------------------------------------------------------
 
-    def declare(self, tensors: Mapping[str, Tensor], prefix: str = "model.") -> list[Tensor]:
-        """Register tensors (by name under ``prefix``) that the method may change, and keep their source values."""
-        for name, tensor in tensors.items():
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(True)
-            self._declared[prefix + name] = tensor
-            self._snapshot[prefix + name] = tensor.detach().clone()
-        return list(tensors.values())
+    def logits(self, x: Tensor, weights: Mapping[str, Tensor] | None = None, groups: int = 1) -> Tensor:
+        """A pass of the net.
 
-    def remember(self, **initial: Tensor | None) -> None:
-        """Register entries of :attr:`memory`, of any shape, ``None`` for nothing yet: saved, loaded, reset to this.
-
-        A method replaces an entry and never writes into it.
-        """
-        self.memory.update(initial)
-        self._first_memory.update(initial)
-
-    def add_optimizer(
-        self,
-        name: str,
-        parameters: Iterable[Tensor],
-        kind: OptimizerName,
-        lr: float,
-        *,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-    ) -> None:
-        """Add an optimizer over declared parameters. ``momentum`` is SGD's, or Adam's first beta (second: 0.999)."""
-        optimizer = make_optimizer(kind, parameters, lr, momentum=momentum, weight_decay=weight_decay)
-        self.optimizers[name] = optimizer
-
-    def scale_lr_by_batch(self, reference: int | None) -> None:
-        """Multiply every learning rate by (images in the batch) / ``reference``; ``None`` leaves them as given."""
-        if reference is not None:
-            check_range("lr_batch_size", reference, 1, integer=True)
-        self._reference_batch = reference
-
-    def record(self, **values: Tensor) -> None:
-        """Put scalars of this step into :attr:`stats`."""
-        self._record.update({name: value.detach() for name, value in values.items()})
-
-    @property
-    def trained(self) -> list[Tensor]:
-        """What the optimizers hold, in order."""
-        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
-        return [parameter for group in groups for parameter in group["params"]]
-
-    def step(self, loss: Tensor) -> bool:
-        """Differentiate ``loss`` and step every optimizer, unless the loss or a gradient is not finite.
+        Args:
+            x: Samples (B, C, H, W).
+            weights: Other values for some of the net's parameters, by name; cast to their dtype.
+            groups: Number of equal batches in ``x``, one after the other: BatchNorm takes the statistics of each apart.
 
         Returns:
-            Whether the step was taken. A skipped step changes nothing and is counted in ``stats``.
+            Logits (B, ..., K).
         """
-        gradients = self.gradients(loss)
-        if gradients is not None:
-            self.apply_gradients(gradients)
-        return gradients is not None
+        with nullcontext() if groups == 1 else grouped_batch_statistics(self.model, groups):
+            if weights is None:
+                return self.task.logits(self.model(x))
+            parameters = dict(self.model.named_parameters(remove_duplicate=False))
+            cast = {name: weight.to(parameters[name].dtype) for name, weight in weights.items()}
+            return self.task.logits(functional_call(self.model, cast, (x,)))
 
-    def gradients(self, loss: Tensor) -> tuple[Tensor | None, ...] | None:
-        """Gradients of ``loss`` by :attr:`trained`, or ``None``, a skipped step, if one or the loss is not finite."""
-        self.record(loss=loss)
-        if not loss.requires_grad:
-            net = type(self.model).__name__
-            raise UnsupportedModelError(
-                f"The logits of {net} have no gradients (torch.no_grad, detach in its forward?): take that out."
-            )
-        gradients = collective.average(torch.autograd.grad(loss, self.trained, allow_unused=True))
-        self._counts["backwards"] += 1
-        norm = nn.utils.get_total_norm([g for g in gradients if g is not None], error_if_nonfinite=False)
-        if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
-            self._counts["skipped_steps"] += 1
-            return None
-        return gradients
+    def features(self, x: Tensor, at: float | Sequence[str] | Literal["head"] = "head") -> tuple[Any, Tensor]:
+        """Features and logits in one pass.
 
-    def apply_gradients(self, gradients: tuple[Tensor | None, ...]) -> None:
-        """Step every optimizer with these gradients of :attr:`trained`."""
-        for parameter, gradient in zip(self.trained, gradients, strict=True):
-            parameter.grad = gradient
-        scale = 1.0 if self._reference_batch is None else self._batch_size / self._reference_batch
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * scale
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        Args:
+            x: Samples (B, C, H, W).
+            at: ``head``: the input of the last linear layer, (B, D). A number in (0, 1]: the output of the stage or
+                block at this share of the net's depth, in the order of execution. Names of modules: a dict of their
+                outputs.
+
+        Returns:
+            Features, with their graph, and logits (B, ..., K).
+
+        Raises:
+            UnsupportedModelError: If the net does not end in a linear layer, or a named module does not run.
+        """
+        if isinstance(at, str):
+            return self.split(x)
+        features, output = features_at(self.model, x, at)
+        return features, self.task.logits(output)
+
+    @property
+    def split(self) -> HeadSplit:
+        """Where the net parts into features and head: its last linear layer, unless the method names another."""
+        if "_split" not in self.__dict__:
+            self.__dict__["_split"] = HeadSplit(self.model)  # not a module of its own
+        split: HeadSplit = self.__dict__["_split"]
+        return split
+
+    @split.setter
+    def split(self, split: HeadSplit) -> None:
+        self.__dict__["_split"] = split
+
+    def select(
+        self,
+        what: str | re.Pattern[str],
+        *,
+        frozen_fraction: float = 0.25,
+        include_frozen: bool = False,
+    ) -> dict[str, nn.Parameter]:
+        """Parameters of the net, by name: those that a method may :meth:`state` or learn.
+
+        Args:
+            what: ``norm``: weight and bias of the normalisation layers; ``early_norm``: without those of the net's last
+                stages or blocks, in the order of execution; ``all``; or a pattern that names must match as a whole.
+            frozen_fraction: Of ``early_norm``: the share of the stages or blocks that is left out.
+            include_frozen: Also take what the user had frozen (``requires_grad = False``) in a net of which other
+                parameters were not. They stay frozen otherwise.
+
+        Raises:
+            UnsupportedModelError: If there is none.
+        """
+        frozen = frozenset() if include_frozen else self._frozen
+        return select_parameters(self.model, what, frozen_fraction, frozen)
+
+    def note(self, **values: Tensor) -> None:
+        """Put scalars of this step into :attr:`stats`; they stay on the device until somebody reads them.
+
+        One that is not a number, such as a mean over no sample, is left out there.
+        """
+        self._notes.update({name: value.detach() for name, value in values.items()})
+
+    def count(self, name: str, number: int | Tensor = 1) -> None:
+        """Add to a counter of this batch in :attr:`stats`; it starts at 0 with each batch."""
+        self._counts[name] = self._counts.get(name, 0) + number  # type: ignore[assignment]
+
+    def known(self, condition: Tensor) -> bool:
+        """Whether a condition, 0-dimensional, is true and the host knows it at no cost.
+
+        ``False`` says nothing. For leaving out passes whose result is masked anyway, and for nothing else.
+        """
+        if not self.skips_when_empty or condition.device.type != "cpu":
+            return False
+        return bool(condition.detach().numpy())  # reads the host's own memory; no synchronisation
 
     # What users call -------------------------------------------------------------------------------------------------
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Adapt on a batch and predict it.
 
         Images with non-finite pixels are left out of the adaptation and get zero logits (the uniform distribution);
         ``stats["nonfinite_images"]`` counts them. Works under ``no_grad`` and ``inference_mode`` too.
 
         Args:
-            images: (B, C, H, W), floating point, pixels in [0, 1], B >= 1.
+            x: Images (B, C, H, W), floating point, pixels in [0, 1], B >= 1.
 
         Returns:
             Logits (B, K), at least float32, detached.
@@ -198,45 +218,68 @@ class TTAMethod(Described, CheckedState, ABC):
                 f"{type(self).__name__} must see source data before the stream: call prepare(source_batches) with "
                 "batches {'image': (B, C, H, W) in [0, 1], 'label': (B,)} from the training set."
             )
-        finite = check_images(images)
-        self._counts = dict.fromkeys(("forwards", "backwards", "skipped_steps"), 0)
-        self._counts["nonfinite_images"] = int((~finite).sum())
-        self._record = {}
-        with adapting(self.model, images, self._counts) as images:
-            usable = images if self._counts["nonfinite_images"] == 0 else images[finite]
-            with collective.with_stand_in(usable) as (given, self._batch_size):
-                for _ in range(self.steps if self._batch_size else 0):
-                    self._record = {}
-                    logits = self.adapt(given).detach()
-            logits = at_least_float32(logits[: len(usable)] if self._batch_size else self._no_logits(images))
-        self._update_stats(logits)
-        return zero_rows(logits, finite)
+        usable = self.task.usable(x)
+        number = int(usable.sum())
+        self._counts = {**dict.fromkeys(COUNTS, 0), "nonfinite_images": len(usable) - number}
+        self._notes, self._stats, self._logits = {}, None, None
+        with (
+            explained(self.model, x),
+            with_gradients(x, float_dtype(self.model)) as x,
+            self._counted_forwards(),
+            self.running(),
+        ):
+            x = x if number == len(usable) else x[usable.to(x.device)]
+            logits = at_least_float32(self._adapted(x))
+        if number:
+            self._logits = logits.clone()  # for stats; the caller may write to what it gets
+        return fill(logits, usable)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        """All steps on usable samples (B, C, H, W), B >= 0; their logits."""
+        self._batch_size = collective.count(x)
+        if not self._batch_size:
+            return self._no_logits(x)
+        present = len(x) > 0  # else other processes have samples
+        with nullcontext() if present else collective.absent():
+            x = x if present else self.task.stand_in(x)
+            for _ in range(self.steps):
+                self._notes = {}
+                logits = self.step(x).detach()
+        return logits if present else logits[:0]
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, x: Tensor) -> Tensor:
         """Logits (B, K) of the net as adapted so far; changes nothing. Same input and errors as :meth:`forward`."""
-        finite = check_images(images)
-        usable = images.to(float_dtype(self.model))[finite]
-        with explained(self.model, images), fresh_casts():
-            logits = self.infer(usable) if len(usable) else self._no_logits(images)
-        return zero_rows(at_least_float32(logits), finite)
-
-    def reset(self) -> None:
-        """Back to the source: declared tensors, optimizers and memory, exactly as at construction."""
-        with torch.inference_mode(False), torch.no_grad():
-            for name, tensor in self._declared.items():
-                tensor.copy_(self._snapshot[name])
-            for optimizer in self.optimizers.values():
-                optimizer.state.clear()
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"]
-        self.memory = dict(self._first_memory)
-        self.stats = {}
+        usable = self.task.usable(x)
+        kept = self._counts, self._notes
+        self._counts, self._notes = {}, {}
+        try:
+            with explained(self.model, x), fresh_casts(), self.running():
+                samples = x.to(float_dtype(self.model))
+                samples = samples if bool(usable.all()) else samples[usable.to(x.device)]
+                logits = self.infer(samples) if len(samples) else self._no_logits(samples)
+        finally:
+            self._counts, self._notes = kept
+        return fill(at_least_float32(logits), usable)
 
     @property
-    def adaptable(self) -> dict[str, Tensor]:
-        """The tensors this method may change, by their name in ``state_dict()``."""
-        return dict(self._declared)
+    def stats(self) -> Stats:
+        """Floats that describe the last batch: loss, passes, skipped steps, what the method noted, collapse measures.
+
+        ``forwards`` and ``backwards`` count the passes that ran. Reading them waits for the device.
+        """
+        if self._stats is None:
+            measures = {} if self._logits is None else collapse_measures(self._logits)
+            scalars = {**self._notes, **measures, **self._counts}
+            tensors = [torch.as_tensor(value).double().cpu().view(()) for value in scalars.values()]
+            numbers = dict(zip(scalars, torch.stack(tensors).tolist(), strict=True))
+            self._stats = {name: value for name, value in numbers.items() if value == value}  # NaN: there is none
+        return self._stats
+
+    def reset(self) -> None:
+        """Back to the source: every declared state exactly as at construction."""
+        super().reset()
+        self._stats, self._logits, self._notes = {}, None, {}
 
     def train(self, mode: bool = True) -> TTAMethod:
         """Record ``mode`` on the method; the net inside stays in eval mode (no dropout, no drop path)."""
@@ -244,53 +287,29 @@ class TTAMethod(Described, CheckedState, ABC):
         self.model.eval()
         return self
 
-    # State -----------------------------------------------------------------------------------------------------------
-
     def get_extra_state(self) -> dict[str, Any]:
-        """What is neither parameter nor buffer: snapshot, optimizers, memory. Safe for ``weights_only`` loading."""
-        return {
-            "snapshot": dict(self._snapshot),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "memory": dict(self.memory),
-            "prepared": self.prepared,
-        }
+        """What is neither parameter nor buffer. Safe for ``weights_only`` loading."""
+        return {**super().get_extra_state(), "prepared": self.prepared}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Counterpart of :meth:`get_extra_state`. Learning rates, momenta and weight decay are the saved ones."""
-        with torch.inference_mode(False), torch.no_grad():  # else the optimizers could not step afterwards
-            for name, value in state["snapshot"].items():
-                self._snapshot[name].copy_(value)
-            for name, value in state["optimizers"].items():
-                self.optimizers[name].load_state_dict(copy.deepcopy(value))  # it would share the tensors
-            self.memory = {name: None if v is None else v.clone() for name, v in state["memory"].items()}
-        self.prepared = state["prepared"]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> TTAMethod:
-        for optimizer in self.optimizers.values():
-            check_precision(optimizer, fn(torch.empty(0)).dtype)
-        # Parameters are moved in place, so optimizers keep them; buffers are replaced.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._snapshot = {name: fn(value) for name, value in self._snapshot.items()}
-        self.memory = {name: None if value is None else fn(value) for name, value in self.memory.items()}
-        modules = dict(self.named_modules())
-        for name in self._declared:
-            owner, _, leaf = name.rpartition(".")
-            self._declared[name] = getattr(modules[owner], leaf)
-        for optimizer in self.optimizers.values():
-            optimizer.load_state_dict(optimizer.state_dict())  # brings momentum to the parameters' device and dtype
-        return self
+        """Counterpart of :meth:`get_extra_state`."""
+        super().set_extra_state(state)
+        self.prepared = state.get("prepared", self.prepared)
 
     # Internals -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _no_logits(self, images: Tensor) -> Tensor:
-        """Logits (0, K): what is left when every image is left out."""
+    def _no_logits(self, x: Tensor) -> Tensor:
+        """Logits (0, K): what is left when every sample is left out."""
         with collective.absent():
-            logits = self.infer(torch.zeros_like(images[:1], dtype=float_dtype(self.model)))[:0]
-        self._record = {}  # of an image that nobody gave
+            logits = self.infer(self.task.stand_in(x))[:0]
+        self._notes = {}  # of a sample that stands in for none
         return logits
 
-    def _update_stats(self, logits: Tensor) -> None:
-        values = {**self._record, **(collapse_measures(logits) if len(logits) else {})}
-        floats = torch.stack([v.double() for v in values.values()]).tolist() if values else []  # one device sync
-        self.stats = {**dict(zip(values, floats, strict=True)), **{k: float(v) for k, v in self._counts.items()}}
+    @contextmanager
+    def _counted_forwards(self) -> Iterator[None]:
+        handle = self.model.register_forward_pre_hook(lambda module, inputs: self.count("forwards"))
+        try:
+            yield
+        finally:
+            handle.remove()

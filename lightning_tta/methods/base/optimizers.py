@@ -1,8 +1,8 @@
-"""The optimizers a method may use, with one set of arguments."""
+"""The optimizers a method may use: torch's fused ones, whose state is fixed from the start and whose step is masked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -15,9 +15,18 @@ OptimizerName = Literal["sgd", "adam", "adamw"]
 
 
 def make_optimizer(
-    kind: OptimizerName, parameters: Iterable[Tensor], lr: float, *, momentum: float, weight_decay: float
+    kind: OptimizerName, parameters: Iterable[Tensor], lr: float, *, momentum: float = 0.9, weight_decay: float = 0.0
 ) -> Optimizer:
-    """An optimizer whose groups keep the given rate as ``initial_lr``; arguments as in ``TTAMethod.add_optimizer``.
+    """An optimizer whose groups keep the given rate as ``initial_lr`` and whose moments exist, as zeros.
+
+    Zeros are what torch's own start from, so the steps are the same.
+
+    Args:
+        kind: ``sgd``, ``adam`` or ``adamw``.
+        parameters: What it steps.
+        lr: Learning rate, >= 0.
+        momentum: SGD's, or Adam's first beta (the second is 0.999), in [0, 0.9999].
+        weight_decay: >= 0.
 
     Raises:
         ConfigError: If an argument is out of range, or Adam is to learn float16 weights.
@@ -28,15 +37,52 @@ def make_optimizer(
     check_range("weight_decay", weight_decay, 0)
     optimizer: Optimizer
     if kind == "sgd":
-        optimizer = SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        optimizer = SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     else:
         family = Adam if kind == "adam" else AdamW
-        optimizer = family(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
+        optimizer = family(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = lr
         for parameter in group["params"]:
             check_precision(optimizer, parameter.dtype)
+            optimizer.state[parameter].update(_moments(kind, momentum, parameter))
     return optimizer
+
+
+def _moments(kind: OptimizerName, momentum: float, parameter: Tensor) -> dict[str, Tensor]:
+    if kind == "sgd":
+        return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)} if momentum else {}
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),  # as torch has it, in any precision
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+    }
+
+
+@torch.no_grad()
+def masked_step(
+    optimizer: Optimizer, gradients: Sequence[Tensor | None], taken: Tensor, lr_factor: float = 1.0
+) -> None:
+    """One step, or none, without asking the host which.
+
+    Args:
+        optimizer: From :func:`make_optimizer`.
+        gradients: Of its parameters, in order; where there is none, the parameter stays.
+        taken: 0-dimensional, bool: whether parameters and moments change.
+        lr_factor: Learning rates are ``initial_lr`` times this.
+    """
+    remaining = iter(gradients)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lr_factor
+        for parameter, gradient in zip(group["params"], remaining, strict=False):
+            if gradient is not None and gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter).copy_(gradient)  # fused kernels walk through memory
+            parameter.grad = gradient
+    optimizer.grad_scale, optimizer.found_inf = None, (~taken).float()  # type: ignore[attr-defined]  # AMP's interface
+    try:
+        optimizer.step()
+    finally:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def check_precision(optimizer: Optimizer, dtype: torch.dtype) -> None:

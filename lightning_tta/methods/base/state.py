@@ -1,55 +1,241 @@
-"""Whether a saved state is one of this method."""
+"""State of one kind: every tensor that a method may change, declared once, of a fixed shape, written in place.
+
+From the one declaration follow reset, saving, loading, conversion, copies and the rollback of the guard.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_tta.errors import ConfigError
 
+NOT_YET = float("nan")
+"""What a floating-point state holds that nothing has been written to yet."""
 
-class CheckedState(nn.Module):
-    """Refuses a state of another method, or of other options, before anything of it is written."""
+Moment = dict[str, dict[str, Tensor]]
+"""The state at one moment: ``tensors``, those of :attr:`State.adaptable`, and ``rest``. Plain data, can be saved."""
 
-    optimizers: dict[str, Optimizer]
-    memory: dict[str, Tensor | None]
-    _snapshot: dict[str, Tensor]
+
+class State(nn.Module):
+    """Base of the methods' base: holds what :meth:`state` declares.
+
+    A tensor that is a parameter or buffer of a module inside stands in the state dict under its own name and in
+    :attr:`adaptable`. Any other one (a moving average, a counter, an optimizer's moments) belongs to this object alone,
+    and is saved beside them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._adaptable: dict[str, Tensor] = {}  # parameters and buffers, by their name in the state dict
+        self._rest: dict[str, Tensor] = {}  # all other tensors
+        self._sources: dict[str, Tensor] = {}  # by name, of both; broadcast to the tensor's shape
+        self._fixed_dtype: set[str] = set()
+
+    # What a method uses ----------------------------------------------------------------------------------------------
+
+    def state(
+        self, name: str, tensor: Tensor, *, source: Tensor | float | None = None, fixed_dtype: bool = False
+    ) -> Tensor:
+        """Declare a tensor that the method may change; write to it in place, with :meth:`write` or by hand.
+
+        Args:
+            name: Of a parameter or buffer, its name in the state dict, such as ``model.norm1.weight``; else any.
+            tensor: The tensor, as it is at the source.
+            source: What :meth:`reset` writes: a number, or a tensor that broadcasts to ``tensor``, to save memory where
+                it is the same all over or shared. Default: a copy of ``tensor``.
+            fixed_dtype: Whether ``method.half()`` and the like leave its dtype alone.
+
+        Returns:
+            ``tensor``.
+        """
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(True)
+        owned = tensor is self._lookup(name)
+        (self._adaptable if owned else self._rest)[name] = tensor
+        if fixed_dtype:
+            self._fixed_dtype.add(name)
+        if source is None:
+            source = tensor.detach().clone()
+        elif not isinstance(source, Tensor):
+            source = torch.tensor(source, dtype=tensor.dtype, device=tensor.device)
+        self._sources[name] = source
+        return tensor
+
+    def sized(self, name: str, like: Tensor) -> Tensor:
+        """A state whose shape depends on the net's output, as it is now; allocated, not written, at its first use.
+
+        Args:
+            name: Declared with ``source=NOT_YET`` and a shape that may be wrong.
+            like: Has the shape, dtype and device to have.
+        """
+        if self._rest[name].shape != like.shape:
+            self._rest[name] = torch.full_like(like, NOT_YET)
+        return self._rest[name]
+
+    @torch.no_grad()
+    def write(self, name: str, value: Tensor, where: Tensor | None = None) -> None:
+        """Write to a state in place.
+
+        Args:
+            name: As declared.
+            value: Broadcasts to the state's shape.
+            where: 0-dimensional, bool: whether to write, or leave the old value. ``None``: write.
+        """
+        tensor = self.value(name)
+        value = value.detach().to(tensor)
+        tensor.copy_(value if where is None else torch.where(where, value, tensor))
+
+    def value(self, name: str) -> Tensor:
+        """A state as it is now."""
+        return self._rest[name] if name in self._rest else self._adaptable[name]
+
+    def source_value(self, name: str) -> Tensor:
+        """What a state is at the source; may be of fewer dimensions, and broadcasts. Not to be written to."""
+        return self._sources[name]
+
+    @property
+    def adaptable(self) -> dict[str, Tensor]:
+        """The parameters and buffers that the method may change, by their name in ``state_dict()``."""
+        return dict(self._adaptable)
+
+    @property
+    def memory(self) -> dict[str, Tensor | None]:
+        """The method's own state beside parameters, buffers and optimizers; ``None`` for what has no value yet."""
+        own = {name: tensor for name, tensor in self._rest.items() if not name.startswith("optimizers.")}
+        return {name: None if is_empty(tensor) else tensor for name, tensor in own.items()}
+
+    @contextmanager
+    def at_source(self) -> Iterator[None]:
+        """While active, :attr:`adaptable` has its source values. Not while a graph still needs the others."""
+        names, tensors = list(self._adaptable), [tensor.detach() for tensor in self._adaptable.values()]
+        learned = [tensor.clone() for tensor in tensors]
+        try:
+            self._copy(tensors, [self._sources[name].expand_as(self._adaptable[name]) for name in names])
+            yield
+        finally:
+            self._copy(tensors, learned)
+
+    def reset(self) -> None:
+        """Every state back to its source value, exactly."""
+        self.reset_where(None)
+
+    def reset_where(self, condition: Tensor | None) -> None:
+        """Every state back to its source value if ``condition``, 0-dimensional and bool, is true, or ``None``."""
+        with torch.inference_mode(False), torch.no_grad():
+            for name, tensor in {**self._adaptable, **self._rest}.items():
+                source = self._sources[name]
+                tensor.copy_(source if condition is None else torch.where(condition, source, tensor))
+
+    @staticmethod
+    def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
+        if tensors:
+            with torch.inference_mode(False), torch.no_grad():
+                torch._foreach_copy_(tensors, values)
+
+    # Saving, loading, moving -----------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What is neither parameter nor buffer. Safe for ``weights_only`` loading."""
+        return {"source": dict(self._sources), "memory": dict(self._rest)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Counterpart of :meth:`get_extra_state`."""
+        with torch.inference_mode(False), torch.no_grad():  # else the optimizers could not step afterwards
+            for name, value in state["memory"].items():
+                (self.sized(name, value) if self._resizes(name, value) else self._rest[name]).copy_(value)
+            for name, value in state["source"].items():
+                self._sources[name].copy_(value)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if prefix + "_extra_state" in state_dict:
-            given = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
-            self._check_fits(state_dict[prefix + "_extra_state"], {name for name in given if "." not in name})
+            names = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+            self._check_fits(state_dict[prefix + "_extra_state"], {name for name in names if "." not in name})
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _check_fits(self, state: Mapping[str, Any], tensors: set[str]) -> None:
-        own = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        parts = (
-            ("adapted tensors", _shapes(state["snapshot"]), _shapes(self._snapshot)),
-            ("memory", set(state["memory"]), set(self.memory)),
+        """Refuse a state of another method, or of other options, before anything of it is written."""
+        saved = state.get("memory", {})
+        memory = {name: value for name, value in saved.items() if not self._resizes(name, value)}
+        mine = {name: value for name, value in self._rest.items() if name in memory or name not in saved}
+        kinds: tuple[tuple[str, set[str], set[str]], ...] = (
+            ("memory", _shapes(memory, "", "optimizers."), _shapes(mine, "", "optimizers.")),
+            ("optimizers' settings", _shapes(memory, "optimizers."), _shapes(mine, "optimizers.")),
+            ("adapted tensors", _shapes(state.get("source", {})), _shapes(self._sources)),
             ("own tensors", tensors - {"_extra_state"}, {*self._buffers, *self._parameters}),
-            ("optimizers' settings", _settings(state["optimizers"]), _settings(own)),
         )
-        for part, given, mine in parts:
-            if given != mine:
-                more, missing = (", ".join(sorted(names)[:3]) or "nothing" for names in (given - mine, mine - given))
+        for kind, theirs, ours in kinds:
+            if theirs != ours:
+                more, missing = (", ".join(sorted(s)[:3]) or "nothing" for s in (theirs - ours, ours - theirs))
                 raise ConfigError(
-                    f"This state does not fit {type(self).__name__}. Only the state has, among its {part}: {more}; "
+                    f"This state does not fit {type(self).__name__}. Only the state has, among its {kind}: {more}; "
                     f"only this method: {missing}. Build the method with the options that the state was saved with."
                 )
 
+    def _resizes(self, name: str, value: Tensor) -> bool:
+        """Whether a saved value differs in shape from a state that is allocated at its first use."""
+        return name in self._rest and value.shape != self._rest[name].shape and is_empty(self._rest[name])
 
-def _shapes(tensors: Mapping[str, Tensor]) -> set[str]:
-    return {f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # parameters in place; buffers are replaced
+        for name in self._adaptable:
+            replaced = self._lookup(name)
+            assert replaced is not None
+            self._adaptable[name] = replaced
+        before = [*self._rest.values(), *self._sources.values()]  # kept alive: they are told apart by their id
+        moved = {id(tensor): fn(tensor) for tensor in {id(t): t for t in before}.values()}  # sources may be shared
+        for tensors in (self._rest, self._sources):
+            for name, tensor in tensors.items():
+                new: Tensor = moved[id(tensor)]
+                tensors[name] = new.to(tensor.dtype) if name in self._fixed_dtype else new
+        return self
+
+    def _lookup(self, name: str) -> Tensor | None:
+        """The parameter or buffer of this name."""
+        module: nn.Module | None = self
+        *path, leaf = name.split(".")
+        for part in path:
+            module = module._modules.get(part) if module is not None else None
+        if module is None:
+            return None
+        return module._parameters.get(leaf, module._buffers.get(leaf))
 
 
-def _settings(optimizers: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """Names of the settings and of the moments' places of optimizers: other ones for another kind of optimizer."""
+def is_empty(tensor: Tensor) -> bool:
+    """Whether nothing has been written to a state yet."""
+    return tensor.is_floating_point() and bool(tensor.isnan().all())
+
+
+def _shapes(tensors: Mapping[str, Tensor], prefix: str = "", without: str | None = None) -> set[str]:
     return {
-        f"{name}.{setting}"
-        for name, state in optimizers.items()
-        for number, group in enumerate(state["param_groups"])
-        for setting in (*group, *(f"{number}.{position}" for position in group["params"]))
+        f"{name.removeprefix(prefix)} {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and not (without and name.startswith(without))
     }
+
+
+def take(method: State) -> Moment:
+    """The state as it is now, copied."""
+    rest = method.get_extra_state()["memory"]
+    groups = {"tensors": method.adaptable, "rest": rest}
+    return {group: {name: tensor.detach().clone() for name, tensor in t.items()} for group, t in groups.items()}
+
+
+def put_back(method: State, moment: Moment) -> None:
+    """Bring ``method`` to where it was, exactly."""
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in method.adaptable.items():
+            tensor.copy_(moment["tensors"][name])
+    method.set_extra_state({"source": {}, "memory": moment["rest"]})
+
+
+def size(value: Any) -> int:
+    """Bytes of all tensors in a nested state."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(size(item) for item in values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from torch.nn.functional import group_norm, layer_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_tta.backbones.norms import batch_norm_layers, batch_statistics, moments, norm_layers
-from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.meta.mixed_bn import affine
@@ -91,7 +91,7 @@ def _forward(
 
 
 def _batch_norm(layer: _BatchNorm, x: Tensor, prior: int | None) -> tuple[Tensor, Tensor]:
-    """Scale and shift, before the affine part, for x (S, B, C, ...): (S, C) or (C,)."""
+    """Scale and shift, before the affine chunk, for x (S, B, C, ...): (S, C) or (C,)."""
     mean, var = layer.running_mean, layer.running_var
     if mean is None or var is None:
         raise RuntimeError("BatchNorm without source statistics")  # refused when the method is built
@@ -103,24 +103,22 @@ def _batch_norm(layer: _BatchNorm, x: Tensor, prior: int | None) -> tuple[Tensor
     return scale, -mean * scale
 
 
-def _split(x: Tensor, size: int) -> tuple[Tensor, ...]:
-    return torch.split(x, size)
-
-
 class ViewMethod(TTAMethod):
     """What the methods of one image and its views share: options, seeds, passes that keep images apart."""
 
     def __init__(
         self,
         model: nn.Module,
+        *,
         views: int,
         augment: str,
-        bn_prior: int | None,
+        bn_prior: int | None = None,
         chunk_views: int | None = None,
         seed: int = 0,
         predict_classes: list[int] | str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, **options)
         check_range("views", views, 1, integer=True)
         check_choice("augment", augment, AUGMENTATIONS)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
@@ -144,17 +142,17 @@ class ViewMethod(TTAMethod):
         self.predict_classes = class_subset(predict_classes, "predict_classes")
         layers = per_image_layers(self.model)
         kept = [layer.running_mean is not None for layer in batch_norm_layers(self.model).values()]
-        self._runs_per_image = layers is not None and all(kept)
+        self.runs_per_image = layers is not None and all(kept)
 
     def source_statistics(self) -> AbstractContextManager[None]:
-        """The statistics of one image's views: the source's, or its own mixed in."""
+        """The statistics of the views of one image: the source's, or its own mixed in."""
         if self.bn_prior is None:
             return nullcontext()
         return batch_statistics(self.model, self.bn_prior / (self.bn_prior + 1), unbiased=True)
 
-    def infer(self, images: Tensor) -> Tensor:
+    def infer(self, x: Tensor) -> Tensor:
         """The source's prediction, with each image's own statistics if there is a prior."""
-        return self._allowed(self._apart(images, 1))
+        return self.allowed(self._apart(x, 1))
 
     def _apart(self, batch: Tensor, views: int) -> Tensor:
         """Logits of S x ``views`` images, the statistics of each image its own; nothing learns."""
@@ -162,31 +160,31 @@ class ViewMethod(TTAMethod):
         with torch.no_grad():
             if self.bn_prior is None or not batch_norm_layers(self.model):
                 size = self.chunk_views or len(batch)
-                return torch.cat([as_logits(self.model(part)) for part in _split(batch, size)])
-            if self._runs_per_image:
+                return torch.cat([self.logits(chunk) for chunk in torch.split(batch, size)])
+            if self.runs_per_image:
                 size = max(1, (self.chunk_views or len(batch)) // views)
                 logits = []
-                for part in _split(batch.view(images, views, *batch.shape[1:]), size):
-                    with per_image(self.model, len(part), prior=self.bn_prior):
-                        logits.append(as_logits(self.model(part.flatten(0, 1))))
+                for chunk in torch.split(batch.view(images, views, *batch.shape[1:]), size):
+                    with per_image(self.model, len(chunk), prior=self.bn_prior):
+                        logits.append(self.logits(chunk.flatten(0, 1)))
                 return torch.cat(logits)
             with self.source_statistics():
-                return torch.cat([as_logits(self.model(part)) for part in _split(batch, views)])
+                return torch.cat([self.logits(chunk) for chunk in torch.split(batch, views)])
 
-    def _view_logits(self, images: Tensor) -> Tensor:
+    def view_logits(self, images: Tensor) -> Tensor:
         """Logits of every image's views, without adapting: (S, V, K)."""
-        views = make_views(images, self.views, self.augment, self._seeds(images))
+        views = make_views(images, self.views, self.augment, self.seeds(images))
         return self._apart(views.flatten(0, 1), self.views).view(len(images), self.views, -1)
 
-    def _seeds(self, images: Tensor) -> list[int]:
+    def seeds(self, images: Tensor) -> list[int]:
         """A seed for each image, from its pixels: the same in any order, batch and process."""
         bits = images.detach().float().contiguous().view(torch.int32).flatten(1).long()
         factors = 2 * torch.arange(bits.shape[1], device=bits.device) + 1
         sums: list[int] = (bits * factors * 0x9E3779B1).sum(1).tolist()  # 64-bit arithmetic wraps: exact anywhere
         return [(total ^ (self.seed * 0x85EBCA6B)) & (2**62 - 1) for total in sums]
 
-    def _allowed(self, logits: Tensor) -> Tensor:
-        """Logits with the classes out of the question far below the others."""
+    def allowed(self, logits: Tensor) -> Tensor:
+        """Logits with the classes that may not be predicted far below the others."""
         if self.predict_classes is None:
             return logits
         out = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)

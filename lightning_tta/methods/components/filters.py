@@ -1,62 +1,134 @@
-"""Pieces that entropy methods share: the objective, which samples count, moving averages, a look at the source."""
+"""Which samples count: filters, as weights of 0 and 1, that entropy methods put together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from lightning_tta import collective
-from lightning_tta.errors import check_choice
-from lightning_tta.losses import come_entropy, entropy
-from lightning_tta.methods.base.inputs import at_least_float32
+from lightning_tta.errors import check_range
+from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.method import TTAMethod
-
-EntropyName = Literal["softmax", "come"]
-_ENTROPIES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": entropy, "come": come_entropy}
+from lightning_tta.methods.base.state import NOT_YET
 
 
-def entropy_function(name: EntropyName) -> Callable[[Tensor], Tensor]:
-    """The objective per sample, logits (B, K) -> (B,): ``softmax``, the entropy of the prediction, or ``come``.
+class Filter:
+    """Keeps some samples of a batch. In a step :meth:`look`, :meth:`keep` and :meth:`accept` are called, in this order.
 
-    Raises:
-        ConfigError: If there is no such objective.
+    Args of the methods: ``method``, which uses the filter; ``logits`` (B, K) and ``losses`` (B,) of its pass.
     """
-    check_choice("entropy", name, tuple(_ENTROPIES))
-    return _ENTROPIES[name]
+
+    def attach(self, method: TTAMethod) -> None:
+        """Declare on ``method`` what the filter remembers; once, in the method's constructor."""
+
+    def look(self, method: TTAMethod, x: Tensor) -> None:
+        """See the batch (B, C, H, W) before the pass that is to be filtered."""
+
+    def keep(self, method: TTAMethod, logits: Tensor, losses: Tensor) -> Tensor:
+        """Which samples to keep: (B,), bool."""
+        raise NotImplementedError
+
+    def accept(self, method: TTAMethod, logits: Tensor, kept: Tensor, taken: Tensor) -> None:
+        """Learn from the samples that all filters kept, (B,) bool, if the step was ``taken``, 0-dimensional bool."""
 
 
-def reliable(entropies: Tensor, logits: Tensor, margin: float | None) -> Tensor:
-    """Which samples (B,) have an entropy below ``margin`` times log K; with ``None`` all that have a finite one."""
-    bound = math.inf if margin is None else margin * math.log(logits.shape[-1])
-    return entropies.detach() < bound  # not so with NaN
+class LowLoss(Filter):
+    """Keeps samples whose loss is below a share of log K (EATA, SAR, DeYO); those whose loss is NaN it never keeps.
+
+    Args:
+        margin: The share, > 0; ``None``: every finite loss will do.
+        name: Of the option, for messages.
+    """
+
+    def __init__(self, margin: float | None, name: str = "entropy_margin") -> None:
+        if margin is not None:
+            check_range(name, margin, 0, low_open=True)
+        self.margin = margin
+
+    def bound(self, logits: Tensor) -> float:
+        """The largest loss, in nats, for logits (..., K)."""
+        return math.inf if self.margin is None else self.margin * math.log(logits.shape[-1])
+
+    def keep(self, method: TTAMethod, logits: Tensor, losses: Tensor) -> Tensor:
+        """Losses below the bound."""
+        return losses.detach() < self.bound(logits)
 
 
-def moving_average(average: Tensor | None, new: Tensor, momentum: float) -> Tensor:
-    """``momentum * average + (1 - momentum) * new``; ``new`` itself the first time. Without gradient."""
+class Diverse(Filter):
+    """EATA's second filter: keeps samples whose prediction differs from the moving average of those kept before.
+
+    ``cos(pbar, p) < margin``; all while there is no pbar yet, which is ``mean_probability`` in the method's state.
+
+    Args:
+        margin: Largest similarity, > 0; ``None``: no filter, but pbar is kept all the same.
+    """
+
+    def __init__(self, margin: float | None) -> None:
+        if margin is not None:
+            check_range("diversity_margin", margin, 0, low_open=True)
+        self.margin = margin
+
+    def attach(self, method: TTAMethod) -> None:
+        """Declare pbar, of as many classes as the last linear layer has; put right at the first batch."""
+        linear = [module for module in method.model.modules() if isinstance(module, torch.nn.Linear)]
+        like = next((p for p in method.model.parameters() if p.is_floating_point()), torch.empty(0))
+        empty = like.new_full((linear[-1].out_features if linear else 0,), NOT_YET)
+        method.state("mean_probability", at_least_float32(empty.detach()), source=NOT_YET)
+
+    def keep(self, method: TTAMethod, logits: Tensor, losses: Tensor) -> Tensor:
+        """What is unlike pbar."""
+        probabilities = at_least_float32(logits.detach()).softmax(-1)
+        average = method.sized("mean_probability", probabilities[0])
+        if self.margin is None:
+            return torch.ones_like(losses, dtype=torch.bool)
+        similarity = cosine_similarity(average[None], probabilities, dim=-1)
+        return (similarity < self.margin) | average.isnan().any()
+
+    def accept(self, method: TTAMethod, logits: Tensor, kept: Tensor, taken: Tensor) -> None:
+        """Move pbar towards the mean prediction of the kept samples."""
+        probabilities = at_least_float32(logits.detach()).softmax(-1)
+        move_average(method, "mean_probability", collective.mean(probabilities, kept), 0.9, taken)
+
+
+class SureAsSource(Filter):
+    """OSTTA's filter: keeps a sample while the net is at least as sure of the source's answer as the source was.
+
+    ``p_theta(x_i)[c_i] >= p_theta0(x_i)[c_i]``, ``c_i`` the arg-max of the source model theta0, which sees the same
+    batch statistics. Costs one forward pass without gradient; no second net is kept.
+
+    Source: Lee et al., OSTTA, ICCV 2023, arXiv 2308.06879.
+    """
+
+    @torch.no_grad()
+    def look(self, method: TTAMethod, x: Tensor) -> None:
+        """Ask the source."""
+        with method.at_source(), _usual_attention():
+            self.confidence, self.answer = at_least_float32(method.infer(x)).softmax(-1).max(-1)
+
+    def keep(self, method: TTAMethod, logits: Tensor, losses: Tensor) -> Tensor:
+        """What the net is still as sure of."""
+        probabilities = at_least_float32(logits.detach()).softmax(-1)
+        kept = probabilities.gather(-1, self.answer[:, None]).squeeze(-1) >= self.confidence
+        del self.confidence, self.answer
+        method.note(kept_by_source_filter=collective.mean(kept.float()))
+        return kept
+
+
+def move_average(method: TTAMethod, name: str, new: Tensor, momentum: float, where: Tensor) -> Tensor:
+    """``momentum * average + (1 - momentum) * new`` into a state, where ``where``; ``new`` itself the first time.
+
+    Returns:
+        The average as it is now.
+    """
     new = new.detach()
-    return new if average is None else momentum * average.to(new) + (1 - momentum) * new
-
-
-@contextmanager
-def at_source(method: TTAMethod) -> Iterator[None]:
-    """While active, all that ``method`` adapts has its source value. Not while a graph still needs the others."""
-    learned = {name: tensor.detach().clone() for name, tensor in method.adaptable.items()}
-    try:
-        _write(method, method._snapshot)
-        yield
-    finally:
-        _write(method, learned)
-
-
-def _write(method: TTAMethod, values: dict[str, Tensor]) -> None:
-    with torch.inference_mode(False), torch.no_grad():
-        for name, tensor in method.adaptable.items():
-            tensor.copy_(values[name])
+    average = method.sized(name, new)
+    method.write(name, torch.where(average.isnan(), new, momentum * average + (1 - momentum) * new), where)
+    return average
 
 
 @contextmanager
@@ -68,30 +140,3 @@ def _usual_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def source_filter(method: TTAMethod, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """OSTTA's filter: keep a sample while it is at least as sure of the source's answer as the source was.
-
-    ``keep_i = p_theta(x_i)[c_i] >= p_theta0(x_i)[c_i]``, ``c_i`` the arg-max of the source model theta0, which sees
-    the same batch statistics. Costs one forward pass without gradient, now: call it before the pass to be filtered.
-
-    Args:
-        method: Its declared tensors are put back to their source values for the pass; no second net is kept.
-        images: The batch (B, C, H, W).
-
-    Returns:
-        A function of the logits (B, K), which gives the kept samples (B,), bool.
-
-    Source: Lee et al., OSTTA, ICCV 2023, arXiv 2308.06879.
-    """
-    with torch.no_grad(), at_source(method), _usual_attention():
-        confidence, answer = at_least_float32(method.infer(images)).softmax(-1).max(-1)
-
-    def keep(logits: Tensor) -> Tensor:
-        now = at_least_float32(logits.detach()).softmax(-1).gather(-1, answer[:, None]).squeeze(-1)
-        kept = now >= confidence
-        method.record(kept_by_source_filter=collective.mean(kept.float()))
-        return kept
-
-    return keep

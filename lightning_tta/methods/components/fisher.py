@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_tta.errors import DataError
-from lightning_tta.methods.base.inputs import at_least_float32, check_images, explained, float_dtype, with_gradients
-from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.components.filters import at_source
+from lightning_tta.losses import at_least_float32
+from lightning_tta.methods.base.gradient import GradientMethod
+from lightning_tta.methods.base.task import explained, float_dtype, with_gradients
 
 
-def fisher_information(method: TTAMethod, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """Mean over batches of the squared gradient of the cross-entropy with the net's own arg-max, at the source.
 
     The gradient is that of a batch's mean, as in EATA (arXiv 2204.02610): larger batches give smaller values.
@@ -27,23 +27,23 @@ def fisher_information(method: TTAMethod, batches: Iterable[Mapping[str, Tensor]
         DataError: If there is no image, a batch is no such dict, or a gradient is not finite.
         InputError: If images are none, or the net refuses them.
     """
-    total = [torch.zeros_like(tensor, requires_grad=False) for tensor in method.trained]
+    total = [torch.zeros_like(tensor, requires_grad=False) for tensor in method.learned]
     count = 0
-    with at_source(method):
+    with method.at_source(), method.running():
         for batch in batches:
             if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
                 given = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
                 raise DataError(f"Source batches must be dicts with 'image' (B, C, H, W) in [0, 1]; got {given}.")
-            part = batch["image"].to(total[0].device)
-            part = part[check_images(part)]
-            if len(part):
+            images = batch["image"].to(total[0].device)
+            images = images[method.task.usable(images).to(images.device)]
+            if len(images):
                 with (
-                    explained(method.model, part),
-                    with_gradients(part, float_dtype(method.model)) as part,
+                    explained(method.model, images),
+                    with_gradients(images, float_dtype(method.model)) as images,
                 ):
-                    logits = at_least_float32(method.infer(part))
+                    logits = at_least_float32(method.infer(images))
                     loss = cross_entropy(logits, logits.argmax(-1))
-                    gradients = torch.autograd.grad(loss, method.trained, materialize_grads=True)
+                    gradients = torch.autograd.grad(loss, method.learned, materialize_grads=True)
                 total = [sum_ + gradient.square() for sum_, gradient in zip(total, gradients, strict=True)]
                 count += 1
     if not count or not all(bool(sum_.isfinite().all()) for sum_ in total):

@@ -7,13 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from lightning_tta.backbones.norms import batch_statistics, grouped_batch_statistics
-from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import check_range
-from lightning_tta.methods.base.inputs import at_least_float32
-from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.losses import at_least_float32
+from lightning_tta.methods.base.gradient import GradientMethod
 
 
 class Teacher(nn.Module):
@@ -44,8 +41,9 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         """``teacher = decay * teacher + (1 - decay) * student``; exactly nothing where both are equal."""
-        for name, average in self.weights().items():
-            average.lerp_(parameters[name].to(average.dtype), 1 - decay)
+        averages = self.weights()
+        students = [parameters[name].detach().to(average.dtype) for name, average in averages.items()]
+        torch._foreach_lerp_(list(averages.values()), students, 1 - decay)
 
 
 @torch.no_grad()
@@ -63,30 +61,40 @@ def restore_some(parameters: Mapping[str, Tensor], source: Mapping[str, Tensor],
         parameter.copy_(torch.where(mask, source[name], parameter))
 
 
-class TeacherMethod(TTAMethod):
+class TeacherMethod(GradientMethod):
     """What the methods share whose student, all of the net, follows a :class:`Teacher` that follows the student.
 
-    Declares both. The snapshot for :meth:`reset` is the source, which such methods also ask: one copy serves student,
-    teacher and anchor. All random draws come from ``seed`` and the number of steps taken, which is state.
+    Declares both. The source values for :meth:`reset` are the anchor, which such methods also ask: one copy serves
+    student, teacher and anchor. All random draws come from ``seed`` and the number of steps taken, which is state.
+
+    Args:
+        model: A classifier.
+        ema_decay: Share of the teacher that stays, in [0, 1].
+        seed: Of all draws.
+        **options: See :class:`~lightning_tta.methods.base.gradient.GradientMethod`.
     """
 
-    def __init__(self, model: nn.Module, *, ema_decay: float, seed: int = 0, steps: int = 1) -> None:
-        super().__init__(model, steps=steps)
+    uses_batch_statistics = True
+
+    def __init__(self, model: nn.Module, *, ema_decay: float, seed: int = 0, **options: Any) -> None:
+        super().__init__(model, **options)
         check_range("ema_decay", ema_decay, 0, 1)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
-        self.ema_decay, self.seed, self.steps_taken = ema_decay, seed, 0
-        self.declare({n: p for n, p in self.model.named_parameters() if p.is_floating_point()})
+        self.ema_decay, self.seed = ema_decay, seed
+        learned = self.learn(self.select("all"))
         self.teacher = Teacher(self.student())
-        self.declare(dict(self.teacher.named_buffers()), prefix="teacher.")
-        self._share_snapshot()
+        for name, slot in self.teacher.slots.items():
+            source = self.source_value(f"model.{name}")
+            self.state(f"teacher.{slot}", self.teacher.get_buffer(slot), source=source)
+        self.state("steps_taken", torch.zeros((), dtype=torch.int64, device=learned[0].device), source=0)
 
     def student(self) -> dict[str, Tensor]:
         """The net's own weights, which learn."""
-        return {n: p for n, p in self.model.named_parameters() if f"model.{n}" in self._declared}
+        return {n.removeprefix("model."): t for n, t in self.adaptable.items() if n.startswith("model.")}
 
     def source(self) -> dict[str, Tensor]:
         """The weights that the student started with."""
-        return {n: self._snapshot[f"model.{n}"] for n in self.teacher.slots}
+        return {name: self.source_value(f"model.{name}") for name in self.teacher.slots}
 
     @property
     def weight_names(self) -> dict[str, str]:
@@ -97,38 +105,6 @@ class TeacherMethod(TTAMethod):
         """Move the teacher towards the student."""
         self.teacher.update(self.student(), self.ema_decay)
 
-    @torch.no_grad()
-    def logits_with(self, weights: Mapping[str, Tensor], images: Tensor, parts: int = 1) -> Tensor:
-        """A pass of the net with other weights, in the dtype of its own, and batch statistics of each of the parts."""
-        own = self.student()
-        cast = {name: weight.to(own[name].dtype) for name, weight in weights.items()}
-        statistics = batch_statistics(self.model) if parts == 1 else grouped_batch_statistics(self.model, parts)
-        with statistics:
-            return as_logits(functional_call(self.model, cast, (images,)))
-
     def draw_seed(self, number: int = 0) -> int:
-        """The seed of draw ``number`` (below a million) of the coming step."""
-        return ((self.seed * 1_000_003 + self.steps_taken) * 1_000_003 + number) % 2**62
-
-    def reset(self) -> None:
-        """Back to the source, and to the first draw."""
-        super().reset()
-        self.steps_taken = 0
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Adds the number of steps."""
-        return {**super().get_extra_state(), "steps_taken": self.steps_taken}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Counterpart of :meth:`get_extra_state`."""
-        super().set_extra_state(state)
-        self.steps_taken = state["steps_taken"]
-
-    def _share_snapshot(self) -> None:
-        for name, slot in self.teacher.slots.items():
-            self._snapshot[f"teacher.{slot}"] = self._snapshot[f"model.{name}"]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> TTAMethod:
-        super()._apply(fn, recurse)
-        self._share_snapshot()
-        return self
+        """The seed of draw ``number`` (below a million) of the coming step. Asks the device."""
+        return ((self.seed * 1_000_003 + int(self.value("steps_taken"))) * 1_000_003 + number) % 2**62

@@ -1,0 +1,204 @@
+"""The base of methods that learn by gradient descent: one set of options, and one descent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_tta import collective
+from lightning_tta.errors import UnsupportedModelError, check_range
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.optimizers import OptimizerName, check_precision, make_optimizer, masked_step
+
+
+@dataclass
+class Gradients:
+    """What :meth:`GradientMethod.gradients` returns.
+
+    Attributes:
+        values: By each learned tensor, in order; ``None`` where the loss does not depend on it.
+        loss: The loss, 0-dimensional, detached.
+        usable: 0-dimensional, bool: a sample counts, and loss and gradients are finite.
+        norm: L2 norm of all of them.
+    """
+
+    values: Sequence[Tensor | None]
+    loss: Tensor
+    usable: Tensor
+    norm: Tensor
+
+
+class GradientMethod(TTAMethod):
+    """Learns some of the net's parameters with an optimizer.
+
+    To write one: call ``super().__init__(model, **options)`` and :meth:`learn`, and implement ``step``, which calls
+    :meth:`descend` with the loss of each sample.
+
+    Args:
+        model: Pixels (B, C, H, W) in [0, 1] -> logits (B, K).
+        lr: Learning rate, >= 0.
+        optimizer: ``adam``, ``sgd`` or ``adamw``.
+        momentum: Momentum of SGD, or Adam's first beta, in [0, 0.9999].
+        weight_decay: >= 0.
+        steps: Steps per batch, >= 1.
+        lr_batch_size: If given, the learning rate is multiplied by (batch size / this).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float = 1e-3,
+        optimizer: OptimizerName = "adam",
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        steps: int = 1,
+        lr_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(model, steps=steps)
+        if lr_batch_size is not None:
+            check_range("lr_batch_size", lr_batch_size, 1, integer=True)
+        self.lr_batch_size = lr_batch_size
+        self._moments: dict[str, tuple[str, str, str]] = {}  # state -> optimizer, parameter, key
+        self._settings: dict[str, Any] = {
+            "kind": optimizer,
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+        }
+
+    def learn(
+        self, parameters: Mapping[str, Tensor], prefix: str = "model.", optimizer: str = "model", **settings: Any
+    ) -> list[Tensor]:
+        """Declare parameters as state, with an optimizer of their own.
+
+        Args:
+            parameters: By name under ``prefix``.
+            prefix: Of their names in the state dict.
+            optimizer: The optimizer's name.
+            **settings: What differs from this method's options: ``kind``, ``lr``, ``momentum``, ``weight_decay``.
+
+        Returns:
+            The parameters.
+        """
+        tensors = [self.state(prefix + name, tensor) for name, tensor in parameters.items()]
+        made = make_optimizer(parameters=tensors, **{**self._settings, **settings})
+        self.optimizers[optimizer] = made
+        for name, tensor in zip(parameters, tensors, strict=True):
+            for key, moment in made.state[tensor].items():
+                state = f"optimizers.{optimizer}.{key}.{name}"
+                self.state(state, moment, source=0.0, fixed_dtype=key == "step")
+                self._moments[state] = (optimizer, prefix + name, key)
+        return tensors
+
+    def new_optimizer(self, tensors: Sequence[Tensor]) -> Optimizer:
+        """One with this method's settings over other tensors, which is no state."""
+        return make_optimizer(parameters=tensors, **self._settings)
+
+    @torch.no_grad()
+    def forget_moments(self) -> None:
+        """Bring the moments of all optimizers to where they start."""
+        if self._moments:
+            torch._foreach_zero_([self.value(name) for name in self._moments])
+
+    @property
+    def learned(self) -> list[Tensor]:
+        """What the optimizers hold, in order."""
+        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        return [parameter for group in groups for parameter in group["params"]]
+
+    def descend(self, losses: Tensor, weights: Tensor | None = None, extra: Tensor | float = 0.0) -> Tensor:
+        """One step of every optimizer down ``sum_b w_b l_b / sum_b w_b + extra``, over all processes, or none.
+
+        There is none where all weights are 0, or where the loss or a gradient is not finite; nothing changes then, and
+        the host is not asked. ``stats`` gets ``loss``, and counts of ``backwards`` and ``skipped_steps``.
+
+        Args:
+            losses: Of each sample, (B, ...), with a graph; of several positions the mean.
+            weights: (B,), >= 0; ``None``: all 1.
+            extra: A term that is no mean over samples, 0-dimensional.
+
+        Returns:
+            Whether the step was taken, 0-dimensional, bool.
+
+        Raises:
+            UnsupportedModelError: If no gradient reaches what is to learn.
+        """
+        return self.apply_gradients(self.gradients(losses, weights, extra))
+
+    def gradients(self, losses: Tensor, weights: Tensor | None = None, extra: Tensor | float = 0.0) -> Gradients:
+        """Gradients of the loss that :meth:`descend` has, by :attr:`learned`."""
+        if weights is None:
+            loss, counts = collective.mean(losses.flatten()), None
+        else:
+            each = weights.view(-1, *(1,) * (losses.ndim - 1)).expand_as(losses)
+            loss, number = collective.weighted_sums(losses.flatten(), each.flatten())
+            counts = number > 0
+        if isinstance(extra, Tensor) or extra:
+            loss = loss + extra
+        self.note(loss=loss)
+        if not loss.requires_grad:
+            raise self._no_gradient("the logits have none (torch.no_grad, detach in its forward?)")
+        if counts is not None and self.known(~counts):
+            return Gradients([None] * len(self.learned), loss.detach(), counts, torch.zeros_like(loss))
+        values = collective.average(torch.autograd.grad(loss, self.learned, allow_unused=True))
+        present = [value for value in values if value is not None]
+        if not present:
+            raise self._no_gradient("the loss does not depend on what is to learn (a quantised or bypassed layer?)")
+        self.count("backwards")
+        norm = nn.utils.get_total_norm(present, error_if_nonfinite=False)
+        finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
+        usable = finite if counts is None else finite & counts
+        self.count("skipped_steps", ~finite if counts is None else ~finite & counts)
+        return Gradients(values, loss.detach(), usable, norm)
+
+    def apply_gradients(self, gradients: Gradients) -> Tensor:
+        """Step every optimizer with these gradients, where they are usable; returns whether that was so."""
+        if any(value is not None for value in gradients.values):
+            factor = 1.0 if self.lr_batch_size is None else self._batch_size / self.lr_batch_size
+            values = iter(gradients.values)
+            for optimizer in self.optimizers.values():
+                number = sum(len(group["params"]) for group in optimizer.param_groups)
+                masked_step(optimizer, [next(values) for _ in range(number)], gradients.usable, factor)
+        return gradients.usable
+
+    @contextmanager
+    def moved(self, gradients: Gradients, radius: float) -> Iterator[None]:
+        """While active, what is learned is ``radius`` up the gradient; afterwards exactly where it was."""
+        pairs = [(t.detach(), g) for t, g in zip(self.learned, gradients.values, strict=True) if g is not None]
+        tensors, directions = [t for t, _ in pairs], [g for _, g in pairs]
+        before = [tensor.clone() for tensor in tensors]
+        try:
+            with torch.no_grad():
+                torch._foreach_add_(tensors, torch._foreach_mul(directions, radius / (gradients.norm + 1e-12)))
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(tensors, before)
+
+    def reset_where(self, condition: Tensor | None) -> None:
+        """Every state back to its source value, and learning rates to those given."""
+        super().reset_where(condition)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        for optimizer in self.optimizers.values():
+            check_precision(optimizer, fn(torch.empty(0)).dtype)
+        super()._apply(fn, recurse)
+        for name, (owner, parameter, key) in self._moments.items():  # which are other tensors now
+            self.optimizers[owner].state[self.value(parameter)][key] = self.value(name)
+        return self
+
+    def _no_gradient(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"No gradient reaches what {type(self).__name__} is to learn in {type(self.model).__name__}: {reason}. "
+            "Take that out, or use a method without gradients ('norm', 't3a', 'lame')."
+        )

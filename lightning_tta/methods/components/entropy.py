@@ -1,0 +1,62 @@
+"""What entropy methods share: an objective per sample, and filters that decide which samples count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tta import collective
+from lightning_tta.methods.base.gradient import GradientMethod
+from lightning_tta.methods.components.filters import Filter, SureAsSource
+from lightning_tta.methods.components.objectives import EntropyName, find_objective
+
+
+class EntropyMethod(GradientMethod):
+    """Minimises an entropy of the predictions of the samples that all its filters keep, with batch statistics.
+
+    To write one: declare what learns, add filters with :meth:`add_filter`, and implement ``step`` with
+    :meth:`filtered`.
+
+    Args:
+        model: A classifier.
+        entropy: ``softmax``, the entropy of the prediction, or ``come``,
+            :func:`~lightning_tta.losses.come_entropy` in its place; in Python also any function of the logits.
+        source_filter: Keep only samples that :class:`~lightning_tta.methods.components.filters.SureAsSource` keeps too,
+            one more forward pass.
+        **options: See :class:`~lightning_tta.methods.base.gradient.GradientMethod`.
+    """
+
+    uses_batch_statistics = True
+
+    def __init__(
+        self, model: nn.Module, *, entropy: EntropyName = "softmax", source_filter: bool = False, **options: Any
+    ) -> None:
+        super().__init__(model, **options)
+        self.entropy = find_objective(entropy)
+        self.filters: list[Filter] = [SureAsSource()] if source_filter else []
+
+    def add_filter(self, new: Filter) -> None:
+        """Keep only samples that this filter keeps too."""
+        new.attach(self)
+        self.filters.append(new)
+
+    def look(self, x: Tensor) -> None:
+        """Show the batch to the filters that want to see it before the pass."""
+        for each in self.filters:
+            each.look(self, x)
+
+    def keep(self, logits: Tensor, losses: Tensor) -> Tensor | None:
+        """Which samples all filters keep, (B,) bool; ``None`` without a filter: all. ``stats["kept"]`` is the share."""
+        if not self.filters:
+            return None
+        kept = torch.stack([each.keep(self, logits, losses) for each in self.filters]).all(0)
+        self.note(kept=collective.mean(kept.float()))
+        return kept
+
+    def accept(self, logits: Tensor, kept: Tensor | None, taken: Tensor) -> None:
+        """Tell the filters what came of the step."""
+        if kept is not None:
+            for each in self.filters:
+                each.accept(self, logits, kept, taken)
