@@ -98,11 +98,11 @@ def report(runs: list[Path], *, allow_different: bool = False, output: Path | No
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Print each group's tables: accuracy, by domain, cost; what is not comparable, what is missing."""
+    """Print each group's tables: accuracy, of single runs by domain too, and cost; what to beware of, what is missing."""
     for text in results.warnings:
         console.print(Text(text), style="bold red")
     for group in results.groups:
-        domains = tables.by_domain(group)[:1] if len(group.domains) > 1 else []
+        domains = tables.by_domain(group)[:1] if results.singles and len(group.domains) > 1 else []
         for table in (tables.overview(group), *domains, tables.cost(group)):
             print_table(console, table)
         for text in group.warnings:
