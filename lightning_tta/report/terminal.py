@@ -98,7 +98,7 @@ def report(runs: list[Path], *, allow_different: bool = False, output: Path | No
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Print each group's tables: accuracy, of single runs by domain too, and cost; what to beware of, what is missing."""
+    """Print each group's tables: accuracy, of single runs by domain too, and cost; then warnings and missing cells."""
     for text in results.warnings:
         console.print(Text(text), style="bold red")
     for group in results.groups:
