@@ -65,6 +65,9 @@ def test_rows_files_and_no_second_run(tmp_path, capsys):
     report([first, second], allow_different=True, output=tmp_path / "compared")
     assert "source" in capsys.readouterr().out
     content = json.loads((first / "report.json").read_text())
+    assert (content["options"], content["window"]) == ({}, 8)
+    assert "source_weight" in json.loads((tmp_path / rows[2]["directory"] / "report.json").read_text())["options"]
+    assert all(domain["counted"] for domain in content["domains"].values())
     content["protocol"]["severity"] = 1
     (first / "report.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="changed"):
@@ -98,7 +101,7 @@ def test_a_failed_cell_does_not_lose_the_others(tmp_path, monkeypatch):
     def fail(self, images):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("lightning_tta.methods.norm.Norm.adapt", fail)
+    monkeypatch.setattr("lightning_tta.methods.norm.Norm.step", fail)
     with pytest.raises(LightningTTAError, match="failed"):
         benchmark(tmp_path).run()
     content = json.loads((tmp_path / "benchmark.json").read_text())
