@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, RichProgressBar, T
 from lightning_tta.errors import ConfigError
 from lightning_tta.files import environment, own_file, run_directory, write_json
 from lightning_tta.report.terminal import print_report
+from lightning_tta.run.summary import WINDOW
 
 if TYPE_CHECKING:
     from lightning_tta.modules.adaptation import TestTimeAdaptation
@@ -162,10 +163,12 @@ class StreamReport(Callback):
             return
         report = {
             "method": module.method.name,
+            "options": module.method.options,
             "returns": module.method.returns,
             "net": module.net_info,
             "protocol": module.protocol.to_dict(),
             **summary.result(),
+            "window": WINDOW,
             "guard": module.watch.report() if module.watch is not None else None,
             "wall_seconds": time.perf_counter() - self._start + module.keeper.earlier_seconds,
             **measure(module),
