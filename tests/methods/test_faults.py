@@ -59,10 +59,12 @@ class Swallows(Source):
 class Poisoned(Tent):
     """Adapts before it looks, and so keeps what an unusable batch did."""
 
-    def adapt(self, images):
+    synchronized = False
+
+    def step(self, x):
         with torch.no_grad():
-            next(iter(self.adaptable.values())).add_(images.mean())
-        return super().adapt(images)
+            next(iter(self.adaptable.values())).add_(x.mean())
+        return super().step(x)
 
 
 class TakesEverything(Tent):
@@ -118,7 +120,9 @@ def test_a_refusal_quotes_the_net_and_the_shape():
 
 def test_an_error_that_is_not_the_inputs_fault_is_passed_on():
     class Broken(Tent):
-        def adapt(self, images):
+        synchronized = False
+
+        def step(self, x):
             raise RuntimeError("a bug in the method")
 
     method = Broken(fault_cases.net("bn"))
