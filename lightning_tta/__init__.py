@@ -24,7 +24,7 @@ from lightning_tta.errors import (
     WeightsError,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first use
     from lightning_tta.backbones import Backbone, create_backbone
     from lightning_tta.data import (
         ArrayData,
@@ -41,28 +41,6 @@ if TYPE_CHECKING:
     from lightning_tta.guard.watch import Watch
     from lightning_tta.methods import TTAMethod, adapt, available_methods
     from lightning_tta.modules import MetaTTT, SourceClassifier, TestTimeAdaptation
-
-_LAZY = {  # imported on first use: `import lightning_tta` stays fast
-    "adapt": "methods",
-    "export": "exporting",
-    "Backbone": "backbones",
-    "create_backbone": "backbones",
-    "ArrayData": "data",
-    "CIFARData": "data",
-    "DigitsData": "data",
-    "DomainFolderData": "data",
-    "FolderData": "data",
-    "ImageNetData": "data",
-    "Guard": "guard.callback",
-    "Protocol": "data",
-    "ShiftedDataModule": "data",
-    "TTAMethod": "methods",
-    "available_methods": "methods",
-    "MetaTTT": "modules",
-    "SourceClassifier": "modules",
-    "TestTimeAdaptation": "modules",
-    "Watch": "guard.watch",
-}
 
 __all__ = [
     "ArrayData",
@@ -94,11 +72,25 @@ __all__ = [
     "create_backbone",
     "export",
 ]
+_HOMES = {
+    "backbones": ("Backbone", "create_backbone"),
+    "data": (
+        *("ArrayData", "CIFARData", "DigitsData", "DomainFolderData", "FolderData", "ImageNetData"),
+        *("Protocol", "ShiftedDataModule"),
+    ),
+    "exporting": ("export",),
+    "guard.callback": ("Guard",),
+    "guard.watch": ("Watch",),
+    "methods": ("TTAMethod", "adapt", "available_methods"),
+    "modules": ("MetaTTT", "SourceClassifier", "TestTimeAdaptation"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    """A public name, imported on first use, so that ``import lightning_tta`` takes no time."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

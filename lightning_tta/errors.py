@@ -1,6 +1,8 @@
 """Errors a user can act on. Each message says what was given, what is allowed and what to do."""
 
+import difflib
 import math
+from collections.abc import Iterable
 
 
 class LightningTTAError(Exception):
@@ -70,3 +72,10 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise :class:`ConfigError` unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+
+
+def did_you_mean(name: object, known: Iterable[str], count: int = 1) -> str:
+    """A question, after a space, that names up to ``count`` similar ones of the known names; empty where none is."""
+    by_lower = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(str(name).lower(), sorted(by_lower), n=count, cutoff=0.7)
+    return f" Did you mean {' or '.join(by_lower[match] for match in close)}?" if close else ""

@@ -27,7 +27,7 @@ def export(
     """Write the net as adapted so far.
 
     ``safetensors`` has the names of the net's own state dict. Read by
-    :func:`~lightning_tta.backbones.weights.load_weights` into the plain net, it gives the logits of
+    :func:`~lightning_tta.backbones.create.load_weights` into the plain net, it gives the logits of
     ``method.predict``. Where the method does more than run the net, it does not, and the file's metadata says under
     ``lacks`` (``method.lacks``) what is missing: BatchNorm with statistics of the test batch; with CoTTA also the mean
     over views where the source is unsure.
@@ -58,13 +58,13 @@ def export(
     return Path(path)
 
 
-def export_run(run: str | Path, output: str | Path, process: int | None = None) -> Path:
+def export_run(run: str | Path, output: str | Path = "adapted.safetensors", process: int | None = None) -> Path:
     """Write the net of a predict run that saved its state (``save_every``), at its end or as last saved.
 
     Args:
         run: The run's directory.
         output: A ``.safetensors`` file.
-        process: Of a run of several processes, each of which has adapted a net of its own: whose.
+        process: Whose net, of a run of several processes: each of them has adapted a net of its own.
 
     Raises:
         DataError: If the run has no saved state.

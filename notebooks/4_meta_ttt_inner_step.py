@@ -25,7 +25,7 @@ from torch.optim import AdamW
 
 from lightning_tta import DigitsData, MetaTTT, SourceClassifier, adapt
 from lightning_tta.losses import entropy
-from lightning_tta.meta.inner_loop import minimax
+from lightning_tta.meta.inner_loop import adapt_inner
 from lightning_tta.meta.mixed_bn import mixed_batch_norm_layers
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -80,7 +80,7 @@ images = next(iter(data.predict_dataloader()))["image"]
 entropies = {}
 for name, phases in {"before": (), "after max": ("max",), "after max and min": ("max", "min")}.items():
     with torch.enable_grad():
-        logits = minimax(net, images, settings, phases=phases).after[0].detach()
+        logits = adapt_inner(net, images, settings, phases=phases).after[0].detach()
     entropies[name] = entropy(logits)
     print(f"{name:18} mean entropy {entropies[name].mean():.4f} nats")
 

@@ -75,6 +75,24 @@ class UserNet(nn.Module):
         return self.decide(self.features(x))
 
 
+class TinyNet(nn.Module):
+    """Two convolutions without padding: 2 x 2 pixels are too few. Any norm layer or ``none``; no features()."""
+
+    def __init__(self, kind: str, num_classes: int, width: int = 12) -> None:
+        super().__init__()
+        make = {"bn": nn.BatchNorm2d, "gn": lambda n: nn.GroupNorm(3, n)}.get(kind, lambda n: nn.Identity())
+        self.conv1, self.norm1 = nn.Conv2d(3, width, 3, 2, 1), make(width)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, 2), make(width)
+        self.norm = nn.LayerNorm(width) if kind == "ln" else nn.Identity()
+        self.hidden, self.drop = nn.Linear(width, width), nn.Dropout(0.1)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(x)))
+        x = F.relu(self.norm2(self.conv2(x))).amax((2, 3))
+        return self.head(self.drop(F.relu(self.hidden(self.norm(x)))))
+
+
 def make_net(kind: str, num_classes: int = 5, seed: int = 0) -> nn.Module:
     """A net in eval mode with random weights, affine parameters and running statistics; global RNG untouched."""
     with torch.random.fork_rng(devices=[]):

@@ -1,3 +1,4 @@
+import inspect
 import subprocess
 import sys
 
@@ -6,8 +7,8 @@ import torch
 
 import lightning_tta
 from lightning_tta import ConfigError, LightningTTAError, TTAMethod, UnsupportedModelError, adapt, available_methods
-from lightning_tta.errors import check_choice, check_range
-from lightning_tta.methods import create_method
+from lightning_tta.errors import check_choice, check_range, did_you_mean
+from lightning_tta.methods import create_method, docstring, find
 from nets import make_images, make_net, same
 
 
@@ -31,6 +32,8 @@ def test_methods_by_name(name):
     assert method.name == name
     assert type(method).__name__.lower() == name.replace("_", "")
     assert getattr(lightning_tta.methods, type(method).__name__) is type(method)
+    assert find(name) is find(type(method).__name__) is type(method)
+    assert docstring(name) == inspect.getdoc(type(method))
 
 
 def test_names_are_sorted_and_the_dictionary_is_a_copy():
@@ -60,7 +63,8 @@ def test_options_arrive():
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("tnet", "Did you mean 'tent'"), ("Tent", "'tent'"), ("qqq", "Available: ")]
+    ("name", "hint"),
+    [("tnet", r"mean tent\?"), ("Tents", r"mean tent\?"), ("qqq", "Available: "), (None, "None")],
 )
 def test_unknown_method(name, hint):
     with pytest.raises(ConfigError, match=hint) as caught:
@@ -102,6 +106,15 @@ def test_public_names_exist(name):
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="no attribute 'adopt'"):
         _ = lightning_tta.adopt
+    for name in ("Tnet", "TENT", "adopt"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
+            getattr(lightning_tta.methods, name)
+
+
+def test_did_you_mean():
+    assert did_you_mean("Tnet", ["norm", "tent", "source"]) == " Did you mean tent?"
+    assert did_you_mean("gausian", ["gaussian", "Gausiann", "fog"], count=3) == " Did you mean gaussian or Gausiann?"
+    assert did_you_mean("xyz", ["tent"]) == did_you_mean(None, []) == ""
 
 
 def test_plain_use_imports_no_lightning():

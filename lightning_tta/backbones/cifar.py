@@ -4,8 +4,10 @@ Input: images (B, C, H, W), normalised by the caller (32 x 32 in the papers; any
 pooling is global). Output: logits (B, num_classes).
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -23,6 +25,13 @@ def _pad_channels(x: Tensor, before: int, after: int) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, before, after))
 
 
+def _stage(
+    block: Callable[[int, int, int], nn.Module], n: int, in_planes: int, planes: int, stride: int
+) -> nn.Sequential:
+    """``n`` blocks, called with (in_planes, planes, stride); the first changes the width and has the stride."""
+    return nn.Sequential(*(block(planes if i else in_planes, planes, 1 if i else stride) for i in range(n)))
+
+
 def _blocks_per_stage(depth: int, layers: int, extra: int) -> int:
     """Solve ``depth = layers * n + extra`` for a whole number ``n`` of blocks, or raise :class:`ConfigError`."""
     check_range("depth", depth, low=layers + extra, integer=True)
@@ -31,7 +40,7 @@ def _blocks_per_stage(depth: int, layers: int, extra: int) -> int:
     return (depth - extra) // layers
 
 
-def _initialise(net: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
+def _initialize(net: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
     """He initialisation of the convolutions; norm layers start as the identity, the classifier's bias at zero."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -74,11 +83,11 @@ class CifarResNet(nn.Module):
         n = _blocks_per_stage(depth, 6, 2)
         self.conv1 = _conv3x3(in_chans, 16)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(_BasicBlock(16, 16, 1) for _ in range(n)))
-        self.layer2 = nn.Sequential(*(_BasicBlock(32 if i else 16, 32, 1 if i else 2) for i in range(n)))
-        self.layer3 = nn.Sequential(*(_BasicBlock(64 if i else 32, 64, 1 if i else 2) for i in range(n)))
+        self.layer1 = _stage(_BasicBlock, n, 16, 16, 1)
+        self.layer2 = _stage(_BasicBlock, n, 16, 32, 2)
+        self.layer3 = _stage(_BasicBlock, n, 32, 64, 2)
         self.linear = nn.Linear(64, num_classes)
-        _initialise(self, "fan_in")
+        _initialize(self, "fan_in")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K)."""
@@ -125,12 +134,13 @@ class GroupNormResNet(nn.Module):
         if 16 % groups:
             raise ConfigError(f"groups must divide 16, the channels of the first stage; got {groups}.")
         self.conv1 = _conv3x3(in_chans, 16)
-        self.layer1 = nn.Sequential(*(_GroupNormBlock(16, 16, 1, groups) for _ in range(n)))
-        self.layer2 = nn.Sequential(*(_GroupNormBlock(32 if i else 16, 32, 1 if i else 2, groups) for i in range(n)))
-        self.layer3 = nn.Sequential(*(_GroupNormBlock(64 if i else 32, 64, 1 if i else 2, groups) for i in range(n)))
+        block = partial(_GroupNormBlock, groups=groups)
+        self.layer1 = _stage(block, n, 16, 16, 1)
+        self.layer2 = _stage(block, n, 16, 32, 2)
+        self.layer3 = _stage(block, n, 32, 64, 2)
         self.bn = nn.GroupNorm(groups, 64)
         self.fc = nn.Linear(64, num_classes)
-        _initialise(self, "fan_out")
+        _initialize(self, "fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K)."""
@@ -160,19 +170,6 @@ class _WideBlock(nn.Module):
         return shortcut + out
 
 
-class _WideStage(nn.Module):
-    """``n`` wide blocks under the name ``layer``, the first one with the stride."""
-
-    def __init__(self, n: int, in_planes: int, planes: int, stride: int, drop_rate: float) -> None:
-        super().__init__()
-        blocks = (_WideBlock(planes if i else in_planes, planes, 1 if i else stride, drop_rate) for i in range(n))
-        self.layer = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x)
-        return out
-
-
 class WideResNet(nn.Module):
     """Wide ResNet, WRN-``depth``-``widen_factor``, with BatchNorm (Zagoruyko and Komodakis 2016, arXiv 1605.07146).
 
@@ -198,12 +195,13 @@ class WideResNet(nn.Module):
         check_range("drop_rate", drop_rate, low=0, high=1)
         width = 16 * widen_factor
         self.conv1 = _conv3x3(in_chans, 16)
-        self.block1 = _WideStage(n, 16, width, 1, drop_rate)
-        self.block2 = _WideStage(n, width, 2 * width, 2, drop_rate)
-        self.block3 = _WideStage(n, 2 * width, 4 * width, 2, drop_rate)
+        block = partial(_WideBlock, drop_rate=drop_rate)
+        self.block1 = nn.Sequential(OrderedDict(layer=_stage(block, n, 16, width, 1)))
+        self.block2 = nn.Sequential(OrderedDict(layer=_stage(block, n, width, 2 * width, 2)))
+        self.block3 = nn.Sequential(OrderedDict(layer=_stage(block, n, 2 * width, 4 * width, 2)))
         self.bn1 = nn.BatchNorm2d(4 * width)
         self.fc = nn.Linear(4 * width, num_classes)
-        _initialise(self, "fan_out")
+        _initialize(self, "fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K)."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.backbones.families import FAMILIES, Built, build, names, resolve, torchvision_weights
-from lightning_tta.backbones.weights import Normalisation, check_weights_file, fit_state, read_state_dict, state_digest
-from lightning_tta.errors import ConfigError, DataError, UnsupportedModelError, check_choice, check_range
+from lightning_tta.backbones.families import FAMILIES, Built, build, resolve, torchvision_weights
+from lightning_tta.backbones.weights import Normalization, check_weights_file, fit_state, read_state_dict, state_digest
+from lightning_tta.errors import ConfigError, DataError, UnsupportedModelError, WeightsError, check_choice, check_range
 
 _TOLERANCE = 1e-4  # between two ways of writing the same mean
 
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         """Primitive arguments: ``create_backbone(**config)`` rebuilds the architecture, with random weights."""
         return {**copy.deepcopy(self._config), "mean": list(self._mean), "std": list(self._std)}
 
-    def normalises_with(self, mean: Sequence[float], std: Sequence[float]) -> bool:
+    def normalizes_with(self, mean: Sequence[float], std: Sequence[float]) -> bool:
         """Return whether this backbone applies ``mean`` and ``std`` (length C or 1), up to rounding."""
         return _close(self._mean, mean) and _close(self._std, std)
 
@@ -133,7 +133,7 @@ def create_backbone(
             only one has the name. See :func:`~lightning_tta.backbones.create.list_backbones`.
         num_classes: Number of logits, 2 or more; ``None`` takes the net's own (1000; 10 for the CIFAR nets).
         pretrained: Whether to download the weights of timm or torchvision.
-        weights: A weights file (see :func:`~lightning_tta.backbones.weights.load_weights`), or the name of
+        weights: A weights file (see :func:`~lightning_tta.backbones.create.load_weights`), or the name of
             torchvision weights ("IMAGENET1K_V2").
         mean: Mean per channel, length C or 1; ``None`` takes the weights' own: what the file carries beside them, else
             timm's ``pretrained_cfg``, torchvision's transforms or the convention of the CIFAR net.
@@ -165,12 +165,11 @@ def create_backbone(
     built = build(family, arch, num_classes, pretrained, enum, options)
     carried = None
     if path is not None and state is not None:
-        fit = fit_state(built.net, state, str(path))
-        built.net.load_state_dict(fit.tensors, strict=False)
+        tensors, carried = fit_state(built.net, state, str(path))
+        built.net.load_state_dict(tensors, strict=False)
         built.weights = path.name
-        carried = fit.normalisation
     downloaded = pretrained or enum is not None
-    mean, std = _normalisation(built, carried, downloaded, mean, std)
+    mean, std = _normalization(built, carried, downloaded, mean, std)
     return Backbone(
         built.net,
         mean,
@@ -196,34 +195,72 @@ def list_backbones(family: str | None = None) -> list[str]:
         family: "cifar", "torchvision" or "timm".
     """
     if family is not None:
-        check_choice("family", family, FAMILIES)
-    return [f"{f}/{arch}" for f in FAMILIES if family in (None, f) for arch in names(f)]
+        check_choice("family", family, tuple(FAMILIES))
+    names = {name: source.names() for name, source in FAMILIES.items() if family in (None, name)}
+    return [f"{name}/{arch}" for name, archs in names.items() for arch in archs]
 
 
-def _normalisation(
+def load_weights(net: nn.Module, path: str | Path, *, strict: bool = True, prefix: str | None = None) -> None:
+    """Load a weights file into ``net``, in place; when an error is raised nothing has been changed.
+
+    Prefixes such as ``module.`` or ``model.backbone.net.`` are found by structure: the one under which the net's
+    names occur. Entries beside it (metrics, losses) are left out with a warning.
+
+    Args:
+        net: The net, or a :class:`Backbone` around it.
+        path: A ``.safetensors``, ``.pt``, ``.pth`` or ``.ckpt`` file.
+        strict: Whether every name and shape must fit (BatchNorm's ``num_batches_tracked`` may be missing). If
+            ``False``, what fits is loaded and the rest is listed in a warning.
+        prefix: The prefix to take, dot included, where several fit (a student and its teacher, say).
+
+    Raises:
+        WeightsError: The file cannot be read, does not fit (the names are listed), or carries another mean and std
+            than the backbone applies.
+    """
+    backbone = net if isinstance(net, Backbone) else None
+    core = net if backbone is None else backbone.net
+    tensors, carried = fit_state(core, read_state_dict(path), str(path), strict=strict, prefix=prefix)
+    if carried and backbone and not backbone.normalizes_with(carried.mean, carried.std):
+        raise WeightsError(
+            f"{path} carries its own normalisation ({carried}), but the backbone applies mean "
+            f"{backbone.preprocessing['mean']}, std {backbone.preprocessing['std']}: build it with the file's mean and "
+            "std."
+        )
+    if carried and not backbone:
+        warnings.warn(
+            f"{path} carries its own normalisation ({carried}), which {type(net).__name__} does not apply: wrap the "
+            "net in a Backbone with this mean and std.",
+            stacklevel=2,
+        )
+    core.load_state_dict(tensors, strict=False)
+    if backbone:
+        backbone.weights = Path(path).name
+
+
+def _normalization(
     built: Built,
-    carried: Normalisation | None,
+    carried: Normalization | None,
     downloaded: bool,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
-) -> tuple[Sequence[float], Sequence[float]]:
-    """Choose mean and std: what was given, else the weights' own; warn where both are known and differ."""
-    own_mean, own_std = (carried.mean, carried.std) if carried else (built.mean, built.std)
+) -> list[Sequence[float]]:
+    """Mean and std: the arguments, else the weights' own; a warning where both are known and differ."""
+    trained = carried or built
     chosen: list[Sequence[float]] = []
-    for key, given, own in (("mean", mean, own_mean), ("std", std, own_std)):
-        if given is not None and (downloaded or carried) and not _close(given, own):
-            warnings.warn(
-                f"{key}={list(given)} differs from the {key} {list(own)} that the weights ({built.weights}) were "
-                "trained with; accuracy will suffer unless this is meant.",
-                stacklevel=3,
-            )
-        if given is None and len(own) not in (1, built.input_size[0]):
+    for key, value, own in (("mean", mean, trained.mean), ("std", std, trained.std)):
+        if value is None and len(own) not in (1, built.input_size[0]):
             raise ConfigError(
                 f"The net takes {built.input_size[0]} channels, but its own {key} has {len(own)}: {list(own)}. Give "
                 "mean and std of length 1 or of that many channels."
             )
-        chosen.append(own if given is None else given)
-    return chosen[0], chosen[1]
+        if value is not None and (downloaded or carried) and not _close(value, own):
+            warnings.warn(
+                f"{key}={list(value)} differs from the {key} {list(own)} that the weights ({built.weights}) were "
+                "trained with; accuracy will suffer unless this is meant.",
+                stacklevel=3,
+            )
+        chosen.append(own if value is None else value)
+    return chosen
 
 
 def _channels(key: str, values: Sequence[float], in_chans: int | None) -> tuple[float, ...]:

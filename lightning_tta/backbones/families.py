@@ -4,7 +4,7 @@ timm and torchvision are imported when a net or a name of theirs is asked for: b
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,6 @@ from torch import nn
 
 from lightning_tta.backbones.cifar import CIFAR_NETS
 from lightning_tta.errors import ConfigError, WeightsError
-
-FAMILIES = ("cifar", "torchvision", "timm")
 
 
 @dataclass
@@ -31,33 +29,20 @@ class Built:
     weights: str = "random"
 
 
-def names(family: str) -> list[str]:
-    """Return the names of a family's nets, sorted."""
-    if family == "cifar":
-        return sorted(CIFAR_NETS)
-    if family == "torchvision":
-        from torchvision import models
-
-        return sorted(models.list_models(module=models))
-    import timm
-
-    return sorted(timm.list_models())
-
-
 def resolve(name: str) -> tuple[str, str]:
     """Split a name into family and architecture; raise :class:`ConfigError` with what else it may mean."""
-    family, _, arch = name.rpartition("/")
-    if family and family not in FAMILIES:
-        raise ConfigError(f"Unknown family {family!r} in {name!r}; families: {', '.join(FAMILIES)}.")
-    known = {f: names(f) for f in ((family,) if family else FAMILIES)}
+    prefix, _, arch = name.rpartition("/")
+    if prefix and prefix not in FAMILIES:
+        raise ConfigError(f"Unknown family {prefix!r} in {name!r}; families: {', '.join(FAMILIES)}.")
+    known = {family: source.names() for family, source in FAMILIES.items() if prefix in ("", family)}
     untagged = arch.partition(".")[0]  # a name of timm may end in the tag of its weights: resnet50.a1_in1k
-    found = [f for f in known if (untagged if f == "timm" else arch) in known[f]]
-    if len(found) == 1:
-        return found[0], arch
-    if found:
-        raise ConfigError(f"{name!r} is ambiguous; say which: {', '.join(f'{f}/{arch}' for f in found)}.")
-    close = [f"{f}/{arch_}" for f in known for arch_ in difflib.get_close_matches(untagged, known[f], n=3)]
-    raise ConfigError(f"Unknown backbone {name!r}; similar: {', '.join(close) or 'none'}. See list_backbones().")
+    families = [family for family in known if (untagged if family == "timm" else arch) in known[family]]
+    if len(families) == 1:
+        return families[0], arch
+    if families:
+        raise ConfigError(f"{name!r} is ambiguous; say which: {', '.join(f'{f}/{arch}' for f in families)}.")
+    similar = [f"{f}/{match}" for f in known for match in difflib.get_close_matches(untagged, known[f], n=3)]
+    raise ConfigError(f"Unknown backbone {name!r}; similar: {', '.join(similar) or 'none'}. See list_backbones().")
 
 
 def torchvision_weights(arch: str, pretrained: bool, weights: str | Path | None) -> Any:
@@ -86,11 +71,7 @@ def build(
         WeightsError: The pretrained weights cannot be fetched.
     """
     try:
-        if family == "cifar":
-            return _build_cifar(arch, num_classes, pretrained, options)
-        if family == "torchvision":
-            return _build_torchvision(arch, num_classes, enum, options)
-        return _build_timm(arch, num_classes, pretrained, options)
+        return FAMILIES[family].build(arch, num_classes, pretrained, enum, options)
     except ConfigError:
         raise
     except OSError as error:  # what the download clients raise without a network
@@ -99,11 +80,11 @@ def build(
             "network, and give the file as weights=..."
         ) from error
     except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
-        raise ConfigError(f"{family}/{arch} cannot be built with {given}: {error}") from error
+        listed = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
+        raise ConfigError(f"{family}/{arch} cannot be built with {listed}: {error}") from error
 
 
-def _build_cifar(arch: str, num_classes: int | None, pretrained: bool, options: Mapping[str, Any]) -> Built:
+def _cifar(arch: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]) -> Built:
     if pretrained:
         raise ConfigError(f"cifar/{arch} has no weights to download: give a file as weights=...")
     spec = CIFAR_NETS[arch]
@@ -112,7 +93,13 @@ def _build_cifar(arch: str, num_classes: int | None, pretrained: bool, options: 
     return Built(net, classes, spec.mean, spec.std, (options.get("in_chans", 3), 32, 32))
 
 
-def _build_torchvision(arch: str, num_classes: int | None, enum: Any, options: Mapping[str, Any]) -> Built:
+def _torchvision_names() -> list[str]:
+    from torchvision import models
+
+    return sorted(models.list_models(module=models))
+
+
+def _torchvision(arch: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]) -> Built:
     from torchvision import models
 
     # Without weights: the input that the first weights published for the net were trained with.
@@ -141,7 +128,13 @@ def _build_torchvision(arch: str, num_classes: int | None, enum: Any, options: M
     )
 
 
-def _build_timm(arch: str, num_classes: int | None, pretrained: bool, options: Mapping[str, Any]) -> Built:
+def _timm_names() -> list[str]:
+    import timm
+
+    return sorted(timm.list_models())
+
+
+def _timm(arch: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]) -> Built:
     import timm
 
     arguments = dict(options) if num_classes is None else {"num_classes": num_classes, **options}
@@ -160,3 +153,18 @@ def _build_timm(arch: str, num_classes: int | None, pretrained: bool, options: M
         recipe["crop_pct"],
         (recipe.get("tag") or "pretrained") if pretrained else "random",
     )
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where nets come from: their names, sorted, and what :func:`build` calls, without ``family``."""
+
+    names: Callable[[], list[str]]
+    build: Callable[[str, int | None, bool, Any, Mapping[str, Any]], Built]
+
+
+FAMILIES: dict[str, Family] = {
+    "cifar": Family(lambda: sorted(CIFAR_NETS), _cifar),
+    "torchvision": Family(_torchvision_names, _torchvision),
+    "timm": Family(_timm_names, _timm),
+}

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lightning_tta.errors import ConfigError, UnsupportedModelError
-from lightning_tta.methods import available_methods, create_method
+from lightning_tta.methods import create_method, find
 
 T = TypeVar("T")
 
@@ -114,9 +114,9 @@ def from_dict(kind: type[T], key: str, entry: dict[str, Any]) -> T:
 
 def check_method(label: str, method: MethodConfig) -> None:
     """Refuse wrong options and ranges by building the method on a tiny net."""
-    known = {cls.__name__: name for name, cls in available_methods().items()}
-    name = known.get(method.class_path.rpartition(".")[2])
-    if name is None:
+    try:
+        find(name := method.class_path.removeprefix("lightning_tta.methods."))
+    except ConfigError:
         return  # a user's own class: checked when it is parsed
     probe = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     try:

@@ -29,9 +29,9 @@ from lightning_tta.benchmark.config import (
     from_dict,
 )
 from lightning_tta.benchmark.sources import Sources, digest
-from lightning_tta.cli.main import run_lightning
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError, check_range
 from lightning_tta.files import environment
+from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.modules.loading import find_checkpoint
 from lightning_tta.progress import grid
 from lightning_tta.report.terminal import write_benchmark

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tta.benchmark.config import NetConfig
-from lightning_tta.cli.main import run_lightning
+from lightning_tta.launch.lightning import run_lightning
 
 Source = tuple[str, int]  # net's label, seed
 

@@ -1,22 +1,22 @@
-"""What is wrong with the arguments of a command, in two lines: jsonargparse's own account is a tree of types."""
+"""The wording of configuration errors: jsonargparse answers with a tree of types, this module with two lines.
+
+The rules below read the prose of one minor version of jsonargparse, to which ``pyproject.toml`` binds the package.
+What no rule knows is said in the library's own words.
+"""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import inspect
 import pydoc
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader
+from jsonargparse import ArgumentParser
 
-from lightning_tta.errors import ConfigError, LightningTTAError
+from lightning_tta.errors import ConfigError, LightningTTAError, did_you_mean
+from lightning_tta.launch.options import class_options
 
-_NOISE = ("Does not validate against any", "Subtypes:", "Errors:", "Given value type:")
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -30,18 +30,20 @@ _EXPECTED = re.compile(
     rf"Expected an? (?:<class '(?P<type>{'|'.join(_TYPES)})'>|typing\.Literal\[(?P<choices>.*)\])"
     r"(?:\. Got value: (?P<value>.*))?$"
 )
+_NEITHER = "Expected a path but"
+_LINE = re.compile(
+    r"""(?P<indent>\ *)(?:-\ )?(?=\S)
+    (?:Parser\ key\ "(?P<key>.+?)":\s* | Problem\ with\ given\ class_path\ '(?P<kind>.+?)':?)?
+    (?P<problem>(?!Does\ not\ validate|Subtypes:|Errors:|Given\ value).*)""",
+    re.VERBOSE,
+)
 
-MODE = "yaml, None is null"
-"""The parser mode of :class:`~lightning_tta.cli.main.TTACLI`."""
-
-
-def _load(text: str) -> Any:
-    """YAML, and ``None`` is null: jsonargparse 4.53 hands the null of a nested option on as that text."""
-    value = get_loader("yaml")(text)
-    return None if isinstance(value, str) and value.strip() == "None" else value
-
-
-set_loader(MODE, _load, exceptions=(yaml.YAMLError,))
+REMOVED = {
+    "latex": "--latex is gone. Turn report.md into LaTeX: pandoc report.md -o report.tex",
+    "picture": "--picture is gone. The command stream lists the stream's batches.",
+    "batches": "--batches is gone. The command stream lists the first 20 batches.",
+}
+"""Options that commands had, and what to do without them."""
 
 
 def parse(parser: ArgumentParser, args: list[str]) -> Any:
@@ -55,19 +57,7 @@ def parse(parser: ArgumentParser, args: list[str]) -> Any:
     try:
         return parser.parse_args(args)
     except argparse.ArgumentError as error:
-        raise explained(error, parser, parser.prog) from None
-
-
-def instantiate(parser: ArgumentParser, values: Any) -> Any:
-    """The objects that parsed arguments name.
-
-    Raises:
-        LightningTTAError: As their constructors raise it.
-    """
-    try:
-        return parser.instantiate_classes(values)
-    except (ValueError, TypeError) as error:
-        raise our_error(error) or error from None
+        raise explain(error, parser, parser.prog) from None
 
 
 def our_error(error: BaseException | None) -> LightningTTAError | None:
@@ -77,144 +67,115 @@ def our_error(error: BaseException | None) -> LightningTTAError | None:
     return error
 
 
-def explained(error: argparse.ArgumentError, parser: argparse.ArgumentParser, command: str) -> ConfigError:
-    """The same in short: what was given, what is allowed, and where to read on.
+def explain(error: argparse.ArgumentError, parser: argparse.ArgumentParser, command: str) -> ConfigError:
+    """The same error in short: what was given, what is allowed, and where to read on.
 
     Args:
         error: From ``parser``, of jsonargparse.
         parser: Knows the options.
         command: How the user calls it.
     """
-    account = _Account.read(str(error))
-    return ConfigError(f"{account.said(parser)}\nAll options: {command} {account.help_option()}")
+    problem = _Problem.read(str(error))
+    return ConfigError(f"{problem.describe(parser)}\nAll options: {command} {problem.help_option()}")
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """A question that names the most similar of the known names, or nothing."""
-    lower = {other.lower(): other for other in known}
-    found = difflib.get_close_matches(name.lower(), sorted(lower), n=1, cutoff=0.7)
-    return f" Did you mean {lower[found[0]]}?" if found else ""
+class _Problem(NamedTuple):
+    """The deepest branch of jsonargparse's tree."""
 
-
-@dataclass
-class _Account:
-    """The first branch of jsonargparse's tree.
-
-    Attributes:
-        keys: From the outside in.
-        kind: The class whose options these are, as it was given.
-        depth: How many of the keys lead to that class.
-        findings: What is wrong.
-        given: The value, where it is told apart from the findings.
-    """
-
-    keys: list[str] = field(default_factory=list)
-    kind: str = ""
-    depth: int = 0
-    findings: list[str] = field(default_factory=list)
-    given: str | None = None
+    option: str  # its full name, without dashes
+    owner: str  # of the option whose value is a class that has this option; or empty
+    kind: str  # that class, as it was given
+    lines: list[str]  # what is wrong, one for each type that the option may have
+    value: str | None  # what was given, where the tree says so
 
     @classmethod
-    def read(cls, text: str) -> _Account:
-        """Take the tree's lines one by one, up to where the first branch with a finding ends."""
-        made = re.search(r"Got value: Namespace\(class_path='([^']*)'", text)  # a class that is called, a method
-        head = f"Problem with given class_path '{made[1]}':\n" if made else ""
-        text = re.sub(r"Type .*? expects a function or a callable class: ", head, text)
-        text = re.sub(r"\.? Got value: Namespace\(.*", "", text)
-        account, level = cls(), -1
-        for line in text.splitlines():
-            words = line.strip().removeprefix("- ")
-            if account.findings and len(line) - len(line.lstrip()) < level:
-                if words.startswith("Given value:"):
-                    account.given = words.removeprefix("Given value:").strip()
-                if not words.startswith("Given value type:"):
-                    break
-            key = re.match(r'Parser key "(.+?)":\s*', words)
-            kind = re.match(r"Problem with given class_path '(.+?)'", words)
-            if kind and account.kind and account.findings:
-                break
-            if kind:
-                account.kind, account.depth = kind[1], len(account.keys)
-            elif key:
-                account.keys += key[1].split(".")
-                words = words[key.end() :]
-            if words and not kind and not words.startswith(_NOISE):
-                level = level if account.findings else len(line) - len(line.lstrip())
-                account.findings.append(words)
-        account.findings = account.findings or text.split()
-        return account
-
-    def said(self, parser: argparse.ArgumentParser) -> str:
-        """One sentence or two."""
-        name, text = ".".join(self.keys), " ".join(self.findings)
-        if found := re.search(r"Expected a path but (.+?) either not accessible or invalid", text):
-            known = _classes(name)
-            listed = f" Known: {', '.join(known)}." if known else ""
-            return f"--{name} {found[1]!r} is neither a file nor a class.{closest(found[1], known)}{listed}"
-        types = [found for finding in self.findings if (found := _EXPECTED.match(finding))]
-        if len(types) == len(self.findings):
-            allowed = [f"one of {found['choices']}" if found["choices"] else _TYPES[found["type"]] for found in types]
-            value = next((found["value"] for found in types if found["value"]), self.given)
-            return f"--{name} must be {' or '.join(allowed)}; got {value!r}."
-        if found := re.match(r"(?:Option|.* does not accept option) '(.+?)'", text):
-            return self._unknown(found[1], parser)
-        if found := re.match(r"unrecognized arguments: --(\S+)", text):
-            return self._unknown(re.split(r"[=+]", found[1])[0], parser)
-        if found := re.match(r"the following arguments are required: (.*)", text):
-            place = parser.prog.split()[-1] + "."  # a subcommand's name
-            missing = [".".join([*self.keys, argument.removeprefix(place)]) for argument in found[1].split(", ")]
-            plain = {action.dest for action in parser._actions if not action.option_strings}
-            hint = " Give what is missing, or a --config that has it." if "config" in _names(parser) else ""
-            return f"Missing: {', '.join(key.upper() if key in plain else f'--{key}' for key in missing)}.{hint}"
-        text = re.sub(r' in "<unicode string>",', ",", text)
-        text = text.replace("Problems parsing config:", "The --config is no YAML file:")
-        text = text.replace(
-            "Unexpected config:", "The --config must hold options, as configs/digits/predict.yaml; it is:"
+    def read(cls, text: str) -> _Problem:
+        called = re.search(r"Got value: Namespace\(class_path='([^']*)'", text)  # a class that is called: a method
+        if called:
+            head = rf"\1Problem with given class_path '{called[1]}':\n\1 "
+            text = re.sub(r"^( *)Type .*? expects a function or a callable class: ", head, text, flags=re.MULTILINE)
+            text = re.sub(r"\.? Got value: Namespace\(.*", "", text)
+        path: list[tuple[int, str, str]] = []  # to the line at hand: indentation, key, class
+        deepest, branch, lines = -1, path, [] if "Parser key" in text else text.splitlines()
+        for line in filter(None, map(_LINE.fullmatch, [] if lines else text.splitlines())):
+            depth = len(line["indent"])
+            while path and path[-1][0] >= depth:
+                path.pop()
+            if line["key"] or line["kind"]:
+                path.append((depth, line["key"] or "", line["kind"] or ""))
+            if line["problem"].startswith(_NEITHER):
+                depth = len(text)  # says more than what the types of the option make of the value
+            if line["problem"] and depth == deepest and path == branch:
+                lines.append(line["problem"])
+            elif line["problem"] and depth > deepest:
+                deepest, branch, lines = depth, list(path), [line["problem"]]
+        classes = [number for number, (_, _, kind) in enumerate(branch) if kind]
+        keys = [key for _, key, _ in branch]
+        given = re.search(r"Given value: (.*)", text.partition(lines[0])[2])
+        return cls(
+            option=_join(keys),
+            owner=_join(keys[: classes[-1]]) if classes else "",
+            kind=branch[classes[-1]][2] if classes else "",
+            lines=lines,
+            value=given[1] if given else None,
         )
-        return f"--{name}: {text}" if name else text
 
-    def _unknown(self, option: str, parser: argparse.ArgumentParser) -> str:
-        place = "".join(f"{key}." for key in self.keys[: self.depth])
+    def describe(self, parser: argparse.ArgumentParser) -> str:
+        """One sentence or two."""
+        text = " ".join(" ".join(self.lines).split())
+        if match := re.match(rf"{_NEITHER} (.+?) either", text):
+            known = _classes(self.option)
+            listed = f" Known: {', '.join(known)}." if known else ""
+            return f"--{self.option} {match[1]!r} is neither a file nor a class.{did_you_mean(match[1], known)}{listed}"
+        types = [match for line in self.lines if (match := _EXPECTED.match(line))]
+        if len(types) == len(self.lines):
+            allowed = [f"one of {match['choices']}" if match["choices"] else _TYPES[match["type"]] for match in types]
+            value = next((match["value"] for match in types if match["value"]), self.value)
+            return f"--{self.option} must be {' or '.join(allowed)}; got {value!r}."
+        if match := re.match(r"(?:Option '|.* does not accept option '|unrecognized arguments: --)([^'\s=+]+)", text):
+            return self._describe_unknown(match[1], parser)
+        if match := re.match(r"the following arguments are required: (.*)", text):
+            subcommand = parser.prog.split()[-1] + "."
+            names = [_join([self.option, name.removeprefix(subcommand)]) for name in match[1].split(", ")]
+            positional = {action.dest for action in parser._actions if not action.option_strings}
+            hint = " Give what is missing, or a --config that has it." if "config" in _names(parser) else ""
+            return f"Missing: {', '.join(n.upper() if n in positional else f'--{n}' for n in names)}.{hint}"
+        return f"--{self.option}: {text}" if self.option else text
+
+    def _describe_unknown(self, option: str, parser: argparse.ArgumentParser) -> str:
+        if not self.kind and option in REMOVED:
+            return REMOVED[option]
         if self.kind.rpartition(".")[2] in ("LightningDataModule", "LightningModule"):
-            example = {"data": "DigitsData", "model": "SourceClassifier"}.get(self.keys[0], "CLASS")
-            return f"--{place}{option} needs to know the class first: --{self.keys[0]} {example}, or a --config."
+            example = {"data": "DigitsData", "model": "SourceClassifier"}.get(self.owner, "CLASS")
+            return f"--{self.owner}.{option} needs to know the class first: --{self.owner} {example}, or a --config."
         if self.kind:
-            hint = closest(option, _options_of(self.kind))
-            return f"--{place}{option}: {self.kind.rpartition('.')[2]} has no option {option!r}.{hint}"
-        known = _names(parser)
-        if "init_args" in option:  # of a configuration's part that there is not
-            option = option.partition(".")[0]
-            known = {name.partition(".")[0] for name in known}
-        return f"There is no option {option!r}.{closest(option, known)}"
+            kind = pydoc.locate(self.kind)
+            known = class_options(kind) if isinstance(kind, type) else ()
+            name = self.kind.rpartition(".")[2]
+            return f"--{self.owner}.{option}: {name} has no option {option!r}.{did_you_mean(option, known)}"
+        names, section = _names(parser), option.partition(".")[0]
+        if section not in (sections := {name.partition(".")[0] for name in names}):
+            option, names = section, sections
+        return f"There is no option {option!r}.{did_you_mean(option, names)}"
 
     def help_option(self) -> str:
         """The option that lists what is allowed."""
         if not self.kind or pydoc.locate(self.kind) is None or self.kind.startswith("lightning."):
             return "--help"
-        name = self.kind.rpartition(".")[2] if self.keys[0] in ("data", "model") else self.kind
-        return f"--{'.'.join(self.keys[: self.depth])}.help {name}"
+        short = self.owner.startswith(("model", "data"))  # found by their short names
+        return f"--{self.owner}.help {self.kind.rpartition('.')[2] if short else self.kind}"
+
+
+def _join(keys: Iterable[str]) -> str:
+    return ".".join(filter(None, keys))
 
 
 def _names(parser: argparse.ArgumentParser) -> set[str]:
     return {action.dest for action in parser._actions}
 
 
-def _classes(name: str) -> list[str]:
-    """What an option that takes a class may be, of this package."""
-    import lightning_tta.modules
-    from lightning_tta.data import data_modules
-    from lightning_tta.methods import available_methods
+def _classes(option: str) -> Iterable[str]:
+    """The classes of this package that an option may name."""
+    from lightning_tta import data, methods, modules
 
-    return {
-        "model.method": list(available_methods()),
-        "data": list(data_modules()),
-        "model": lightning_tta.modules.__all__,
-    }.get(name, [])
-
-
-def _options_of(kind: str) -> set[str]:
-    """Names of the arguments of a class, those that it hands on to its bases too."""
-    found = pydoc.locate(kind)
-    bases = inspect.getmro(found) if isinstance(found, type) else ()
-    makers = [vars(base)["__init__"] for base in bases if "__init__" in vars(base)]
-    return {name for maker in makers for name in inspect.signature(maker).parameters} - {"self", "args", "kwargs"}
+    return {"model.method": methods.names(), "data": data.data_modules(), "model": modules.__all__}.get(option, ())

@@ -1,28 +1,32 @@
 """The inner loop of Meta-TTT: max and min entropy steps on a functional copy of the norm layers' parameters.
 
 Training (:class:`lightning_tta.modules.meta_ttt.MetaTTT`) and test time (:class:`lightning_tta.methods.MetaTTT`) call
-the same :func:`minimax`.
+the same :func:`adapt_inner`.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import Parameter
+from typing import Literal, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from lightning_tta.backbones.norms import shortcut_norms
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import confident_loss, unconfident_entropy
-from lightning_tta.meta.mixed_bn import domain_groups, mixed_batch_norm_layers
+from lightning_tta.meta.mixed_bn import batch_of_domains, mixed_batch_norm_layers
 from lightning_tta.meta.prefix import shared_prefix
 
 Phase = Literal["max", "min"]
 ConfidentLoss = Literal["hard_ce", "entropy"]
 Temperature = Literal["none", "gem_t"]
+Init = TypeVar("Init", bound=Callable[..., None])
 
 
 @dataclass(frozen=True)
@@ -97,18 +101,50 @@ class InnerLoop:
         return confident - unconfident if phase == "max" else confident + unconfident
 
 
-class Minimax:
-    """A net's parameters by their part in the inner loop: ``rate_of[phase]`` is parameter name -> kind of rate."""
+def with_inner_options(init: Init) -> Init:
+    """Name the settings of :class:`InnerLoop` in the signature of a constructor with ``**inner``; default: ``None``.
+
+    The command line, the check of options and ``help`` read them from the signature.
+    """
+    signature = inspect.signature(init)
+    named = [parameter for parameter in signature.parameters.values() if parameter.kind != Parameter.VAR_KEYWORD]
+    kinds = get_type_hints(InnerLoop).items()
+    inner = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind | None) for name, kind in kinds]
+    init.__signature__ = signature.replace(parameters=[*named, *inner])  # type: ignore[attr-defined]
+    return init
+
+
+def set_inner_loop(net: nn.Module, settings: InnerLoop) -> None:
+    """Note on a meta-trained net how it was trained, as its attribute ``inner_loop``; copies of the net keep it."""
+    net.inner_loop = settings  # type: ignore[assignment]  # a plain attribute is neither a tensor nor a module
+
+
+def inner_loop_of(net: nn.Module) -> InnerLoop:
+    """The settings that a net was meta-trained with, see :func:`set_inner_loop`; else the defaults."""
+    settings = getattr(net, "inner_loop", None)
+    return settings if isinstance(settings, InnerLoop) else InnerLoop()
+
+
+class InnerParameters:
+    """The parameters of a net with mixed batch norm that the inner loop moves.
+
+    Attributes:
+        rate_of: For each phase with steps: parameter name -> kind of learning rate, see :attr:`InnerLoop.rates`.
+        parameters: All of them by name, sorted.
+
+    Raises:
+        UnsupportedModelError: If the net has no mixed batch norm, or none with weight and bias.
+    """
 
     def __init__(self, net: nn.Module, settings: InnerLoop) -> None:
-        layers = list(mixed_batch_norm_layers(net))
+        layers = mixed_batch_norm_layers(net)
         if not layers:
             raise UnsupportedModelError(
                 f"{type(net).__name__} has no mixed batch norm. Convert it with convert_mixed_bn(net); for nets "
                 "without BatchNorm use method 'tent' or 'zerosiam'."
             )
-        aside = shortcut_norms(net)
-        main = [name for name in layers if name not in aside and mixed_batch_norm_layers(net)[name].affine]
+        shortcuts = shortcut_norms(net)
+        main = [name for name, layer in layers.items() if name not in shortcuts and layer.affine]
         if not main:
             raise UnsupportedModelError(
                 f"The BatchNorm layers of {type(net).__name__} have no weight and bias to adapt. Use layers with "
@@ -126,51 +162,20 @@ class Minimax:
         if settings.source_weight_lr > 0:
             self.rate_of["min"] |= {f"{name}.source_weight": "source_weight" for name in adapted}
         self.rate_of = {phase: rates for phase, rates in self.rate_of.items() if settings.steps(phase)}
-        parameters = dict(net.named_parameters())
-        self.parameters = {
-            name: parameters[name] for name in sorted({name for rates in self.rate_of.values() for name in rates})
-        }
+        named = dict(net.named_parameters())
+        self.parameters = {name: named[name] for name in sorted(set().union(*self.rate_of.values()))}
 
 
 def _last(names: Sequence[str], share: float) -> list[str]:
     return list(names[-max(1, math.floor(min(share, 1) * len(names) + 1e-6)) :])
 
 
-def shortcut_norms(net: nn.Module) -> set[str]:
-    """Names of the norm layers in the shortcuts of residual blocks (often called downsample).
-
-    A shortcut is a Sequential inside a block, itself no Sequential, that holds one 1x1 convolution, its norm layer
-    and no activation.
-    """
-    found: set[str] = set()
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Sequential):
-            continue
-        for child_name, child in module.named_children():
-            if not isinstance(child, nn.Sequential):
-                continue
-            kinds = [part for part in child.modules() if not list(part.children())]
-            convs = [part for part in kinds if isinstance(part, nn.Conv2d)]
-            norms = [part for part in kinds if _is_norm(part)]
-            others = [part for part in kinds if part not in convs and part not in norms]
-            plain = all(isinstance(part, (nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.Dropout)) for part in others)
-            if len(convs) == len(norms) == 1 and convs[0].kernel_size == (1, 1) and plain:
-                prefix = f"{name}.{child_name}" if name else child_name
-                found |= {f"{prefix}.{part_name}" for part_name, part in child.named_modules() if part in norms}
-    return found
-
-
-def _is_norm(module: nn.Module) -> bool:
-    from lightning_tta.backbones.norms import is_norm_layer
-
-    return is_norm_layer(module)
-
-
 class Adapted(NamedTuple):
-    """What :func:`minimax` returns, for D domains of B images and K classes.
+    """What :func:`adapt_inner` returns, for D domains of B images and K classes.
 
     Attributes:
-        logits: Before the first step and after the last: (D, B, K) each; ``after`` only if asked for.
+        before: Logits (D, B, K) before the first step.
+        after: Logits (D, B, K) after the last step.
         parameters: The adapted parameters by name, (C,) for one domain, (D, C) for several.
         losses: The mean over domains of the loss at each step, by phase.
         gradients: Of the first step of the first phase, by parameter name.
@@ -183,29 +188,19 @@ class Adapted(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def alignment(result: Adapted, groups: Minimax, labels: Tensor) -> Tensor:
+def alignment(result: Adapted, inner_parameters: InnerParameters, labels: Tensor) -> Tensor:
     """Cosine between the gradients of the inner loss and of the cross-entropy with ``labels``, before the first step.
 
     In [-1, 1]; 1: adapting without labels goes where labels would lead. ``result`` needs its ``before`` kept.
     """
-    parameters = [groups.parameters[name] for name in result.gradients]
+    parameters = [inner_parameters.parameters[name] for name in result.gradients]
     loss = cross_entropy(result.before.flatten(0, 1), labels)
     main = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
     inner = [gradient.mean(0) if gradient.ndim > 1 else gradient for gradient in result.gradients.values()]
     return cosine_similarity(torch.cat(inner).detach(), torch.cat(main), dim=0)
 
 
-def _by_domain(logits: Tensor, domains: int) -> Tensor:
-    return logits.view(domains, -1, logits.shape[-1])
-
-
-@dataclass
-class _Trace:
-    losses: dict[Phase, list[Tensor]] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-
-
-def minimax(
+def adapt_inner(
     net: nn.Module,
     images: Tensor,
     settings: InnerLoop,
@@ -216,7 +211,7 @@ def minimax(
     differentiable: bool = False,
     keep_before: bool = False,
     rates: Mapping[str, Tensor | float] | None = None,
-    groups: Minimax | None = None,
+    inner_parameters: InnerParameters | None = None,
 ) -> Adapted:
     """Adapt the norm layers' parameters to unlabelled images, on a functional copy; the net itself does not change.
 
@@ -234,47 +229,51 @@ def minimax(
             ``second_order``. Alone it is the first-order approximation: the steps' gradients count as constants.
         keep_before: Whether ``before`` keeps a graph of its own, which the first-order steps otherwise use up.
         rates: Learning rates by kind, in place of the settings' (tensors may be learned).
-        groups: The parameter groups, if they are known already.
+        inner_parameters: The net's, if they are known already.
 
     Returns:
         See :class:`Adapted`.
 
     Source: Meta-TTT, arXiv 2410.01709.
     """
-    groups = groups or Minimax(net, settings)
+    rate_of = (inner_parameters or InnerParameters(net, settings)).rate_of
     rates = rates or settings.rates
     phases = settings.phases if phases is None else phases
-    trace = _Trace()
     differentiable = differentiable or second_order
-    start = dict(net.named_parameters())
+    losses: dict[Phase, list[Tensor]] = {}
+    first_gradients: dict[str, Tensor] = {}
+    before: Tensor | None = None
+    named = dict(net.named_parameters())
     current: dict[str, Tensor] = {}
-    for name in [name for phase in phases for name in groups.rate_of[phase]]:
-        value = start[name] if differentiable else start[name].detach()
+    for name in [name for phase in phases for name in rate_of[phase]]:
+        value = named[name] if differentiable else named[name].detach()
         value = value.expand(domains, -1) if domains > 1 else value
         current[name] = value if value.requires_grad else value.clone().requires_grad_()
-    first: Tensor | None = None
-    with domain_groups(net, domains), shared_prefix(net, images, list(current)) as run:
+    with batch_of_domains(net, domains), shared_prefix(net, images, list(current)) as run:
         for phase in phases:
-            names = groups.rate_of[phase]
+            kinds = rate_of[phase]
             for _ in range(settings.steps(phase)):
                 # Aliases of this pass alone: else, at second order, a gradient would also run through earlier steps.
                 used = {name: value.view_as(value) for name, value in current.items()}
                 logits = _by_domain(run(used), domains)
-                first = logits if first is None else first
+                before = logits if before is None else before
                 loss = settings.loss(logits, phase)
-                wanted = [used[name] for name in names]
                 gradients = torch.autograd.grad(
                     loss.sum(),
-                    wanted,
+                    [used[name] for name in kinds],
                     create_graph=second_order,
                     retain_graph=second_order or keep_before,
                     materialize_grads=True,
                 )
-                trace.losses.setdefault(phase, []).append(loss.detach().mean())
-                trace.gradients = trace.gradients or dict(zip(names, gradients, strict=True))
-                for (name, kind), gradient in zip(names.items(), gradients, strict=True):
+                losses.setdefault(phase, []).append(loss.detach().mean())
+                first_gradients = first_gradients or dict(zip(kinds, gradients, strict=True))
+                for (name, kind), gradient in zip(kinds.items(), gradients, strict=True):
                     current[name] = current[name] - rates[kind] * gradient
         with torch.set_grad_enabled(differentiable):
             after = _by_domain(run(current), domains)
-    before = after if first is None else first
-    return Adapted(before if differentiable else before.detach(), after, current, trace.losses, trace.gradients)
+    before = after if before is None else before
+    return Adapted(before if differentiable else before.detach(), after, current, losses, first_gradients)
+
+
+def _by_domain(logits: Tensor, domains: int) -> Tensor:
+    return logits.view(domains, -1, logits.shape[-1])

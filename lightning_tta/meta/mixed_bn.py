@@ -11,33 +11,14 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from lightning_tta.backbones.norms import batch_norm_layers, moments
+from lightning_tta.backbones.norms import affine, batch_norm_layers, moments
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 
-Parametrisation = Literal["raw", "sigmoid"]
-
-
-class _Affine(Function):
-    """scale * x + shift with scale and shift broadcast over x; its derivatives keep x and the gradient, no copies."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        return (x * scale).add_(shift).to(x.dtype)  # faster on a CPU than addcmul, which does not broadcast well
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, scale = ctx.saved_tensors
-        wide = gradient.to(scale.dtype)
-        return (
-            (wide * scale).to(x.dtype),
-            (wide * x).sum_to_size(scale.shape),
-            wide.sum_to_size(scale.shape),
-        )
+Parametrization = Literal["raw", "sigmoid"]
 
 
 class _Moments(Function):
-    """Unbiased variance and mean of x (D, B, C, ...), each (D, C); the derivatives keep x and no centred copy."""
+    """The derivatives keep x and no centred copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,12 +35,8 @@ class _Moments(Function):
         return affine(x, slope.view(shape), (mean_gradient / count - slope * mean).view(shape))
 
 
-def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``scale * x + shift``, twice differentiable; keeps x and what it is multiplied with, and no copies."""
-    return _Affine.apply(x, scale, shift)  # type: ignore[no-any-return]
-
-
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Unbiased variance and mean of x (D, B, C, ...), each (D, C)."""
     return _Moments.apply(x)  # type: ignore[no-any-return]
 
 
@@ -76,19 +53,19 @@ class MixedBatchNorm(_NormBase):
     is folded into one scale and shift per channel, so that a pass keeps its input for backward and nothing else of
     that size. ``w = 1`` is BatchNorm in eval mode. Where a channel has one value, the source statistics are used.
 
-    Shape: x (N, C) or (N, C, ...) -> the same. With ``groups`` D > 1, x holds D domains of N / D images one after the
-    other; each has its own batch statistics, and each parameter is (C,) for all or (D, C), one row a domain.
+    Shape: x (N, C) or (N, C, ...) -> the same. With ``domains`` D > 1, x holds D domains of N / D images one after
+    the other; each has its own batch statistics, and each parameter is (C,) for all or (D, C), one row a domain.
 
     Args:
         norm: The BatchNorm layer to take over; parameters and statistics are shared with it.
         source_weight: Initial w, in [0, 1] (sigmoid: strictly inside).
         std: Standard deviation of its initial values.
-        parametrisation: ``raw``: the parameter is w, as in the authors' code; it may leave [0, 1], so the variance is
+        parametrization: ``raw``: the parameter is w, as in the authors' code; it may leave [0, 1], so the variance is
             kept from falling below zero. ``sigmoid``: w = sigmoid(parameter), always inside.
 
     Attributes:
         source_weight: The raw parameter (C,), see :attr:`mixing` for w.
-        groups: Number of domains in a batch, see :func:`domain_groups`.
+        domains: Number of domains in a batch, see :func:`batch_of_domains`.
 
     Raises:
         UnsupportedModelError: If the layer keeps no running statistics, or computes more than BatchNorm.
@@ -103,9 +80,9 @@ class MixedBatchNorm(_NormBase):
         norm: _BatchNorm,
         source_weight: float = 0.75,
         std: float = 0.0,
-        parametrisation: Parametrisation = "raw",
+        parametrization: Parametrization = "raw",
     ) -> None:
-        check_mixing(source_weight, std, parametrisation)
+        _check_mixing(source_weight, std, parametrization)
         running = norm.running_mean
         if running is None or norm.running_var is None:
             raise UnsupportedModelError(
@@ -113,86 +90,74 @@ class MixedBatchNorm(_NormBase):
                 "mix with. Train the net with running statistics."
             )
         super().__init__(norm.num_features, norm.eps, norm.momentum, affine=False)
-        self.after = _fused_layers(norm)
+        self.activation = _fused_activation(norm)
         self.affine = norm.affine
         self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var = running, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked
-        self.parametrisation = parametrisation
+        self.parametrization = parametrization
         initial = torch.full_like(running, source_weight) + std * torch.randn_like(running)
-        if parametrisation == "sigmoid":
+        if parametrization == "sigmoid":
             initial = torch.logit(initial, eps=1e-3)
         self.source_weight = nn.Parameter(initial)
-        self.groups = 1
-        self._taken_over = [norm]  # in a list it is no submodule: its tensors are ours
+        self.domains = 1
 
     @property
     def mixing(self) -> Tensor:
         """The weight w on the source statistics: (C,) or (D, C)."""
-        return self.source_weight.sigmoid() if self.parametrisation == "sigmoid" else self.source_weight
-
-    def restored(self) -> _BatchNorm:
-        """The BatchNorm layer that was taken over, with the parameters and statistics as they are now."""
-        norm = self._taken_over[0]
-        norm.weight, norm.bias = self.weight, self.bias
-        norm.running_mean, norm.running_var = self.running_mean, self.running_var
-        norm.num_batches_tracked = self.num_batches_tracked
-        return norm
+        return self.source_weight.sigmoid() if self.parametrization == "sigmoid" else self.source_weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (N, C, ...)."""
         self._check_input_dim(x)
-        x = x.view(self.groups, len(x) // self.groups, *x.shape[1:])
+        x = x.view(self.domains, len(x) // self.domains, *x.shape[1:])
         scale, shift = self._scale_and_shift(x)
         shape = (-1, 1, self.num_features) + (1,) * (x.ndim - 3)
         y = affine(x, scale.view(shape), shift.view(shape)).flatten(0, 1)
-        return y if self.after is None else self.after(y)
+        return y if self.activation is None else self.activation(y)
 
     def _scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer does to x (D, B, C, ...), folded: each (1, C) or (D, C)."""
+        """Normalisation and affine map of x (D, B, C, ...) in one: each (1, C) or (D, C)."""
         mean, var = self.running_mean, self.running_var
         assert mean is not None
         assert var is not None
-        if x.numel() > self.groups * self.num_features:  # else one value a channel: it has no variance
+        if x.numel() > self.domains * self.num_features:  # else one value a channel: it has no variance
             w = self.mixing
             var_t, mean_t = _moments(x)
             var = w * var + (1 - w) * var_t + w * (1 - w) * (mean - mean_t).square()
-            if self.parametrisation == "raw":
+            if self.parametrization == "raw":
                 var = var.clamp_min(0)
             mean = w * mean + (1 - w) * mean_t
         scale = (var + self.eps).rsqrt()
-        if self.affine:
-            scale = scale * self.weight
-            shift = self.bias - mean * scale
-        else:
-            shift = -mean * scale
-        return scale, shift
+        if not self.affine:
+            return scale, -mean * scale
+        scale = scale * self.weight
+        return scale, self.bias - mean * scale
 
     def _check_input_dim(self, x: Tensor) -> None:
-        if x.ndim < 2 or len(x) % self.groups:
+        if x.ndim < 2 or len(x) % self.domains:
             raise ConfigError(
-                f"MixedBatchNorm wants (N, C, ...), N a multiple of its {self.groups} domains; got {tuple(x.shape)}."
+                f"MixedBatchNorm wants (N, C, ...), N a multiple of its {self.domains} domains; got {tuple(x.shape)}."
             )
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""
-        return f"{self.num_features}, eps={self.eps}, parametrisation={self.parametrisation}"
+        return f"{self.num_features}, eps={self.eps}, parametrization={self.parametrization}"
 
 
-def check_mixing(source_weight: float, std: float, parametrisation: str) -> None:
-    """Raise :class:`ConfigError` on a wrong argument of :class:`MixedBatchNorm`."""
+def _check_mixing(source_weight: float, std: float, parametrization: str) -> None:
     check_range("source_weight", source_weight, 0, 1)
     check_range("std", std, 0)
-    check_choice("parametrisation", parametrisation, ("raw", "sigmoid"))
-    if parametrisation == "sigmoid" and source_weight in (0, 1):
+    check_choice("parametrization", parametrization, ("raw", "sigmoid"))
+    if parametrization == "sigmoid" and source_weight in (0, 1):
         raise ConfigError(
             f"source_weight={source_weight} cannot be reached by a sigmoid. Give a value inside (0, 1), or use "
-            "parametrisation='raw'."
+            "parametrization='raw'."
         )
 
 
-def _fused_layers(norm: _BatchNorm) -> nn.Module | None:
-    """What a BatchNorm layer with a fused activation (timm's BatchNormAct2d) does after the normalisation."""
+def _fused_activation(norm: _BatchNorm) -> nn.Module | None:
+    """What timm's BatchNormAct2d does after the normalisation; ``None`` for torch's own layers."""
     if type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return None
     drop, act = getattr(norm, "drop", None), getattr(norm, "act", None)
@@ -213,29 +178,29 @@ MixedLayers = dict[_BatchNorm, MixedBatchNorm]
 
 
 def make_mixed_layers(
-    model: nn.Module, source_weight: float = 0.75, std: float = 0.0, parametrisation: Parametrisation = "raw"
+    model: nn.Module, source_weight: float = 0.75, std: float = 0.0, parametrization: Parametrization = "raw"
 ) -> MixedLayers:
     """A :class:`MixedBatchNorm` for every BatchNorm layer of ``model``, which stays as it is.
 
     Arguments and errors as in :func:`convert_mixed_bn`.
     """
-    check_mixing(source_weight, std, parametrisation)
-    made: MixedLayers = {}
+    _check_mixing(source_weight, std, parametrization)
+    layers: MixedLayers = {}
     for name, norm in batch_norm_layers(model).items():
         try:
-            made[norm] = MixedBatchNorm(norm, source_weight, std, parametrisation).train(norm.training)
+            layers[norm] = MixedBatchNorm(norm, source_weight, std, parametrization).train(norm.training)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"Layer '{name}': {error}") from None
-    if not made and not mixed_batch_norm_layers(model):
+    if not layers and not mixed_batch_norm_layers(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no BatchNorm layer, so there are no statistics to mix. For GroupNorm or "
             "LayerNorm nets use method 'tent' or 'zerosiam'."
         )
-    return made
+    return layers
 
 
 def convert_mixed_bn(
-    model: nn.Module, source_weight: float = 0.75, std: float = 0.0, parametrisation: Parametrisation = "raw"
+    model: nn.Module, source_weight: float = 0.75, std: float = 0.0, parametrization: Parametrization = "raw"
 ) -> nn.Module:
     """Replace every BatchNorm layer of ``model``, in place, by a :class:`MixedBatchNorm` with the same parameters.
 
@@ -244,7 +209,7 @@ def convert_mixed_bn(
         source_weight: Initial weight on the source statistics, in [0, 1]; the authors take 0.75.
         std: Spread of the initial weights over the channels, >= 0; the authors take 0.01 (drawn from torch's global
             RNG).
-        parametrisation: ``raw`` or ``sigmoid``.
+        parametrization: ``raw`` or ``sigmoid``.
 
     Returns:
         The net (a lone layer comes back as a new module).
@@ -253,13 +218,7 @@ def convert_mixed_bn(
         ConfigError: If a value is out of range.
         UnsupportedModelError: If the net has no BatchNorm layer, or one that cannot be taken over; it is unchanged.
     """
-    return _replace(model, make_mixed_layers(model, source_weight, std, parametrisation))
-
-
-def restore_batch_norm(model: nn.Module) -> nn.Module:
-    """The way back from :func:`convert_mixed_bn`, in place: BatchNorm layers again, the mixing weights are dropped."""
-    layers = mixed_batch_norm_layers(model).values()
-    return _replace(model, {layer: layer.restored().train(layer.training) for layer in layers})
+    return _replace(model, make_mixed_layers(model, source_weight, std, parametrization))
 
 
 @contextmanager
@@ -275,22 +234,22 @@ def mixed_layers(model: nn.Module, layers: MixedLayers) -> Iterator[None]:
 
 
 def _replace(model: nn.Module, replacement: Mapping[Any, nn.Module]) -> nn.Module:
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # a shared layer has several places
-            if child in replacement:
-                parent._modules[name] = replacement[child]
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a shared layer has several names
+        parent, _, child = name.rpartition(".")
+        if name and module in replacement:
+            setattr(model.get_submodule(parent), child, replacement[module])
     return replacement.get(model, model)
 
 
 @contextmanager
-def domain_groups(model: nn.Module, groups: int) -> Iterator[None]:
-    """While active, batches hold ``groups`` domains of equal size, one after the other; see :class:`MixedBatchNorm`."""
-    check_range("groups", groups, 1, integer=True)
+def batch_of_domains(model: nn.Module, domains: int) -> Iterator[None]:
+    """While active, batches hold ``domains`` of equal size, one after the other; see :class:`MixedBatchNorm`."""
+    check_range("domains", domains, 1, integer=True)
     layers = mixed_batch_norm_layers(model).values()
     for layer in layers:
-        layer.groups = groups
+        layer.domains = domains
     try:
         yield
     finally:
         for layer in layers:
-            layer.groups = 1
+            layer.domains = 1

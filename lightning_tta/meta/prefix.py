@@ -1,4 +1,8 @@
-"""Several passes of one net on the same images, of which the first layers run once."""
+"""Several passes of one net on the same images, of which the first layers run once.
+
+Worth its lines where few layers change, which is so in every max step of Meta-TTT (ResNet-18, 64 pixels, one core: an
+outer step through it takes half the time); where nearly all layers change it saves 2 to 3 %.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,13 @@ Run = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 def _versions(output: Any) -> list[int]:
-    """How often each tensor in what a module returned has been written to."""
+    """How often each tensor in a module's output has been written to."""
     return [leaf._version for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 @dataclass
 class _Call:
-    """What a module returned, and whether it has been overwritten since by something that runs again."""
+    """A module's output, and whether something that runs again has written into it since."""
 
     module: nn.Module
     output: Any
@@ -34,10 +38,10 @@ class _Call:
 
 
 class _Recorder:
-    """Keeps what modules return until the first of ``layers`` runs, and hands it out again in later passes.
+    """Records modules' outputs until the first of ``layers`` runs, and returns them in later passes.
 
-    In-place operations: a kept module may write into what another one returned (an in-place ReLU does), for both are
-    handed out as they ended. Where code between modules does, or one that runs again, the value is computed anew.
+    In-place operations: a recorded module may write into another's output (an in-place ReLU does), for both are
+    returned as they ended. Where code between modules does, or a module that runs again, the output is computed anew.
     """
 
     def __init__(self, layers: Collection[nn.Module]) -> None:
@@ -51,9 +55,9 @@ class _Recorder:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self.recording:
-                kept = next(self.replay.get(module, iter(())), None)
-                return forward(*args, **kwargs) if kept is None or kept.overwritten else kept.output
-            self._find_overwritten()
+                recorded = next(self.replay.get(module, iter(())), None)
+                return forward(*args, **kwargs) if recorded is None or recorded.overwritten else recorded.output
+            self._mark_overwritten()
             if module in self.layers:
                 self.recording = False
                 return forward(*args, **kwargs)
@@ -69,15 +73,14 @@ class _Recorder:
         return call
 
     def start_pass(self) -> None:
-        """Hand out from the beginning."""
         self.recording = False
-        self._find_overwritten()
+        self._mark_overwritten()
         calls: dict[nn.Module, list[_Call]] = defaultdict(list)
         for call in self.calls:
             calls[call.module].append(call)
         self.replay = {module: iter(values) for module, values in calls.items()}
 
-    def _find_overwritten(self) -> None:
+    def _mark_overwritten(self) -> None:
         for call in self.calls:
             call.overwritten = call.overwritten or _versions(call.output) != call.versions
 
@@ -87,11 +90,10 @@ def shared_prefix(net: nn.Module, images: Tensor, changing: Collection[str]) -> 
     """Passes of ``net`` on ``images`` with other values of some parameters; what does not depend on them runs once.
 
     The modules that end, in the first pass, before one that owns a changing parameter starts give the same result in
-    every pass, as the images are the same: it is kept, with its graph, and not computed again. The modules' hooks
-    still run. The net must be deterministic between passes (eval mode) up to there.
+    every pass: their outputs are kept, with their graph, and not computed again. Their hooks still run.
 
     Args:
-        net: Any classifier.
+        net: A classifier that is deterministic between passes (eval mode) up to the first changing layer.
         images: Its input (B, C, H, W).
         changing: Names of the parameters that differ between passes.
 
@@ -99,10 +101,9 @@ def shared_prefix(net: nn.Module, images: Tensor, changing: Collection[str]) -> 
         ``run(parameters) -> logits (B, K)``; ``parameters`` by name replace the net's own (functional call).
     """
     modules = dict(net.named_modules())
-    owners = [modules[name.rpartition(".")[0]] for name in changing]
-    recorder = _Recorder(owners)
+    recorder = _Recorder([modules[name.rpartition(".")[0]] for name in changing])
     wrapped = [module for module in modules.values() if not isinstance(module, torch.jit.ScriptModule)]
-    own = {module: module.__dict__["forward"] for module in wrapped if "forward" in module.__dict__}
+    replaced = {module: module.__dict__["forward"] for module in wrapped if "forward" in module.__dict__}
     first = True
 
     def run(parameters: Mapping[str, Tensor]) -> Tensor:
@@ -119,5 +120,5 @@ def shared_prefix(net: nn.Module, images: Tensor, changing: Collection[str]) -> 
     finally:
         for module in wrapped:
             del module.forward
-            if module in own:
-                module.forward = own[module]
+            if module in replaced:
+                module.forward = replaced[module]

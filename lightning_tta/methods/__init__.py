@@ -1,50 +1,69 @@
-"""The methods. A file ``foo_bar.py`` with a class ``FooBar`` here is a method named "foo_bar"; nothing to register."""
+"""The methods. A file ``foo_bar.py`` with a class ``FooBar`` here is a method named "foo_bar"; nothing to register.
+
+Importing this package imports no method and no torch: :func:`find` or an attribute such as ``Tent`` imports one file.
+"""
 
 from __future__ import annotations
 
+import ast
 import copy
-import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from lightning_tta.errors import ConfigError, did_you_mean
 
-from lightning_tta.errors import ConfigError
-from lightning_tta.methods.base.method import TTAMethod
+if TYPE_CHECKING:
+    from torch import nn
 
-__all__ = ["TTAMethod", "adapt", "available_methods", "create_method"]
+    from lightning_tta.methods.base.method import TTAMethod
+
+__all__ = ["TTAMethod", "adapt", "available_methods", "create_method", "docstring", "find", "names"]
 
 
-def _discover() -> dict[str, type[TTAMethod]]:
-    found: dict[str, type[TTAMethod]] = {}
-    for info in pkgutil.iter_modules(__path__):
-        if info.ispkg:
+@functools.cache
+def names() -> tuple[str, ...]:
+    """The names of the methods, which are those of their files, alphabetically."""
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg))
+
+
+def find(name: str) -> type[TTAMethod]:
+    """The class of a method. Only its file is imported.
+
+    Args:
+        name: The file's name or the class's: ``"single_image_bn"`` or ``"SingleImageBN"``.
+
+    Raises:
+        ConfigError: If there is no such method.
+        ImportError: If the file does not define the method.
+    """
+    from lightning_tta.methods.base.method import TTAMethod
+
+    for file in names():
+        class_name = file.replace("_", "")
+        if str(name).lower() not in (file, class_name):
             continue
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        wanted = info.name.replace("_", "")
-        matches = [
-            member
-            for name, member in vars(module).items()
-            if name.lower() == wanted and inspect.isclass(member) and issubclass(member, TTAMethod)
-        ]
-        if len(matches) != 1:
-            raise ImportError(f"{module.__name__} must define one TTAMethod named like the file, '{info.name}'.")
-        found[info.name] = matches[0]
-    return found
-
-
-_METHODS = _discover()
-for _method in _METHODS.values():  # so that `lightning_tta.methods.Tent` works
-    globals()[_method.__name__] = _method
-    __all__.append(_method.__name__)
+        module = importlib.import_module(f"{__name__}.{file}")
+        for key, member in vars(module).items():
+            if key.lower() == class_name and inspect.isclass(member) and issubclass(member, TTAMethod):
+                return member
+        raise ImportError(f"{module.__name__} must define a TTAMethod named like the file, '{file}'.")
+    raise ConfigError(f"Unknown method {name!r}.{did_you_mean(name, names())} Available: {', '.join(names())}.")
 
 
 def available_methods() -> dict[str, type[TTAMethod]]:
-    """Method classes by name (the file names in this package), alphabetically."""
-    return dict(_METHODS)
+    """Method classes by name, alphabetically. Imports all of them."""
+    return {name: find(name) for name in names()}
+
+
+def docstring(name: str) -> str:
+    """The docstring of a method's class, read from its file, which is not imported."""
+    tree = ast.parse(Path(__path__[0], f"{name}.py").read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return next(ast.get_docstring(node) or "" for node in classes if node.name.lower() == name.replace("_", ""))
 
 
 def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
@@ -59,21 +78,20 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
         ConfigError: If the name or an option is unknown, or a value is out of range.
         UnsupportedModelError: If the method cannot run on this net.
     """
-    if name not in _METHODS:
-        close = difflib.get_close_matches(str(name), _METHODS, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"Unknown method {name!r}.{hint} Available: {', '.join(_METHODS)}.")
-    allowed = [p for p in inspect.signature(_METHODS[name]).parameters if p != "model"]
+    import torch
+
+    kind = find(name)
+    allowed = [option for option in inspect.signature(kind).parameters if option != "model"]
     unknown = [option for option in options if option not in allowed]
     if unknown:
         raise ConfigError(
-            f"Method '{name}' has no option {', '.join(map(repr, unknown))}. "
+            f"Method '{name}' has no option {', '.join(map(repr, unknown))}.{did_you_mean(unknown[0], allowed)} "
             f"Its options: {', '.join(allowed) or 'none'}."
         )
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     with torch.inference_mode(False):  # what is created under inference_mode could not be adapted
-        return _METHODS[name](model, **options)
+        return kind(model, **options)
 
 
 def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False, **options: Any) -> TTAMethod:
@@ -92,7 +110,20 @@ def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False,
         ConfigError: If the name or an option is unknown, or a value is out of range.
         UnsupportedModelError: If the method cannot run on this net.
     """
-    if not in_place and isinstance(model, nn.Module):
+    import torch
+
+    if not in_place and isinstance(model, torch.nn.Module):
         with torch.inference_mode(False):  # a copy made under inference_mode could not be adapted
             model = copy.deepcopy(model)
     return create_method(method, model, **options)
+
+
+def __getattr__(name: str) -> Any:
+    """``lightning_tta.methods.Tent`` and the base class, imported when they are asked for."""
+    if name == "TTAMethod":
+        return importlib.import_module(f"{__name__}.base.method").TTAMethod
+    if name not in names() and name.lower() in (file.replace("_", "") for file in names()):  # else: a file, a module
+        kind = find(name)
+        if kind.__name__ == name:
+            return kind
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.errors import ConfigError
-from lightning_tta.meta.inner_loop import ConfidentLoss, InnerLoop, Minimax, Temperature, minimax
+from lightning_tta.meta.inner_loop import InnerParameters, adapt_inner, inner_loop_of, with_inner_options
 from lightning_tta.meta.mixed_bn import MixedLayers, make_mixed_layers, mixed_batch_norm_layers, mixed_layers
 from lightning_tta.methods.base.method import TTAMethod
 
@@ -21,7 +21,7 @@ class MetaTTT(TTAMethod):
     ``L_conf`` is the cross-entropy of the confident samples with their own arg-max, ``L_ent`` the entropy of the
     others (:mod:`lightning_tta.losses`); the rest are the scales of all norm layers and the other shifts. BatchNorm
     mixes source and batch statistics (:class:`~lightning_tta.meta.mixed_bn.MixedBatchNorm`). Steps are plain
-    gradient descent on a functional copy, see :func:`lightning_tta.meta.inner_loop.minimax`.
+    gradient descent on a functional copy, see :func:`lightning_tta.meta.inner_loop.adapt_inner`.
 
     Meant for nets that were meta-trained (``lightning-tta fit --config configs/digits/meta_ttt.yaml``), which bring
     their settings along; runs on any BatchNorm net, whose layers then mix with ``source_weight``.
@@ -34,18 +34,8 @@ class MetaTTT(TTAMethod):
         model: A net with BatchNorm or mixed batch norm layers.
         episodic: Every batch starts from the source. ``False``: from where the batch before ended.
         source_weight: Weight on the source statistics where the net is not meta-trained, in [0, 1].
-        max_steps: This and the following: see :class:`~lightning_tta.meta.inner_loop.InnerLoop`. ``None``: as the net
-            was trained, else the default there.
-        min_steps: Steps of the min phase.
-        max_lr: Rate of the max step.
-        scale_lr: Rate of the scales in the min step.
-        shift_lr: Rate of the shifts in the min step.
-        source_weight_lr: Rate of the mixing weights in the min step; 0 leaves them fixed.
-        threshold: Confident means a largest probability of at least this.
-        confident_loss: ``hard_ce`` or ``entropy``.
-        temperature: ``none`` or ``gem_t``.
-        max_layers: Share of the norm layers, from the last, that the max step moves.
-        adapt_layers: Share of the norm layers, from the last, that are adapted at all.
+        inner: Settings of :class:`~lightning_tta.meta.inner_loop.InnerLoop` by name, such as ``max_lr=0.3``; those not
+            given, or ``None``, are as the net was trained, else the defaults there.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -57,29 +47,12 @@ class MetaTTT(TTAMethod):
 
     returns = "after the step"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        episodic: bool = True,
-        source_weight: float = 0.75,
-        max_steps: int | None = None,
-        min_steps: int | None = None,
-        max_lr: float | None = None,
-        scale_lr: float | None = None,
-        shift_lr: float | None = None,
-        source_weight_lr: float | None = None,
-        threshold: float | None = None,
-        confident_loss: ConfidentLoss | None = None,
-        temperature: Temperature | None = None,
-        max_layers: float | None = None,
-        adapt_layers: float | None = None,
-    ) -> None:
-        given = {k: v for k, v in locals().items() if k in _SETTINGS and v is not None}
+    @with_inner_options
+    def __init__(self, model: nn.Module, *, episodic: bool = True, source_weight: float = 0.75, **inner: Any) -> None:
         super().__init__(model)
         self.episodic = episodic
-        trained: dict[str, Any] = getattr(self.model, "meta_ttt", {})
-        self.settings = dataclasses.replace(InnerLoop(**trained), **given)
+        changes = {name: value for name, value in inner.items() if value is not None}
+        self.settings = dataclasses.replace(inner_loop_of(self.model), **changes)
         self._layers: MixedLayers = make_mixed_layers(self.model, source_weight)
         if self._layers and mixed_batch_norm_layers(self.model):
             raise ConfigError("The net has both BatchNorm and mixed batch norm layers. Convert all or none of them.")
@@ -87,16 +60,16 @@ class MetaTTT(TTAMethod):
             layer.source_weight.requires_grad_(False)
         self.mixing = nn.ParameterList([layer.source_weight for layer in self._layers.values()])
         with self.running():
-            self._groups = Minimax(self.model, self.settings)
-        own = {id(parameter): f"mixing.{number}" for number, parameter in enumerate(self.mixing)}
-        named = {own.get(id(p), f"model.{name}"): p for name, p in self._groups.parameters.items()}
-        self._names = dict(zip(self._groups.parameters, named, strict=True))
-        for name, parameter in named.items():
-            self.state(name, parameter)
+            self._inner_parameters = InnerParameters(self.model, self.settings)
+        mixing_names = {id(parameter): f"mixing.{number}" for number, parameter in enumerate(self.mixing)}
+        self._state_names: dict[str, str] = {}
+        for name, parameter in self._inner_parameters.parameters.items():
+            self._state_names[name] = mixing_names.get(id(parameter), f"model.{name}")
+            self.state(self._state_names[name], parameter)
 
     def step(self, x: Tensor) -> Tensor:
         """Max steps, min steps, and a forward pass with the result."""
-        result = minimax(self.model, x, self.settings, groups=self._groups)
+        result = adapt_inner(self.model, x, self.settings, inner_parameters=self._inner_parameters)
         steps = sum(map(len, result.losses.values()))
         self.count("backwards", steps)
         for phase, losses in result.losses.items():
@@ -105,7 +78,7 @@ class MetaTTT(TTAMethod):
         self.count("skipped_steps", steps * ~finite)
         if not self.episodic:
             for name, value in result.parameters.items():
-                self.write(self._names[name], value, finite)
+                self.write(self._state_names[name], value, finite)
         return torch.where(finite, result.after[0], result.before[0])
 
     @property
@@ -124,6 +97,3 @@ class MetaTTT(TTAMethod):
     def running(self) -> AbstractContextManager[None]:
         """Mixed layers in place of BatchNorm, only while the net runs: the net itself stays what it was."""
         return mixed_layers(self.model, self._layers)
-
-
-_SETTINGS = tuple(setting.name for setting in dataclasses.fields(InnerLoop))

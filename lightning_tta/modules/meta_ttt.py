@@ -16,11 +16,11 @@ from torch.nn.functional import cross_entropy
 from lightning_tta.backbones import Backbone
 from lightning_tta.backbones.split import find_head
 from lightning_tta.errors import ConfigError, check_choice, check_range
-from lightning_tta.meta.inner_loop import ConfidentLoss, InnerLoop, Minimax, Phase, Temperature, alignment, minimax
-from lightning_tta.meta.mixed_bn import Parametrisation, convert_mixed_bn, mixed_batch_norm_layers
+from lightning_tta.meta.inner_loop import InnerLoop, InnerParameters, Phase, adapt_inner, alignment
+from lightning_tta.meta.mixed_bn import Parametrization, convert_mixed_bn, mixed_batch_norm_layers
 from lightning_tta.meta.synthesis import DomainShiftSynthesis
 from lightning_tta.modules.loading import load_source
-from lightning_tta.modules.reduced import log_mean
+from lightning_tta.modules.source import log_mean
 
 Schedule = Literal["alternating", "chained"]
 
@@ -28,12 +28,12 @@ Schedule = Literal["alternating", "chained"]
 class MetaTTT(LightningModule):
     """Minimises the cross-entropy of the net *after* it has adapted to the batch without labels.
 
-    Inner loop (:func:`lightning_tta.meta.inner_loop.minimax`): steps of plain gradient descent on the unsupervised max
-    and min losses, on a functional copy of the norm layers' parameters. Outer step: the cross-entropy of the adapted
-    net on the same batch, differentiated through the inner steps (second order), into all parameters: convolutions,
-    scales, shifts, mixing weights, head. The source statistics of BatchNorm stay fixed and the net stays in eval
-    mode. Logs under ``meta/``: ``train_loss`` (outer), ``inner_max_loss``, ``inner_min_loss``, ``alignment`` (cosine
-    between the inner gradient and that of the cross-entropy, both before the first step), ``val_before`` and
+    Inner loop (:func:`lightning_tta.meta.inner_loop.adapt_inner`): steps of plain gradient descent on the unsupervised
+    max and min losses, on a functional copy of the norm layers' parameters. Outer step: the cross-entropy of the
+    adapted net on the same batch, differentiated through the inner steps (second order), into all parameters:
+    convolutions, scales, shifts, mixing weights, head. The source statistics of BatchNorm stay fixed and the net stays
+    in eval mode. Logs under ``meta/``: ``train_loss`` (outer), ``inner_max_loss``, ``inner_min_loss``, ``alignment``
+    (cosine between the inner gradient and that of the cross-entropy, both before the first step), ``val_before`` and
     ``val_after`` (accuracy without and with adaptation), ``source_weight`` (mean, lowest, highest, and a histogram).
 
     Batches are ``{image (B, C, H, W) in [0, 1], label (B,)}``; with several source domains also ``domain`` (B,), one
@@ -50,17 +50,6 @@ class MetaTTT(LightningModule):
             ``chained``: each through the max steps and then the min steps, as at test time.
         second_order: ``False``: the inner gradients count as constants (first order).
         meta: ``False``: plain cross-entropy of the mixed net, no inner loop: what the same training does without it.
-        max_steps: This and the following up to ``adapt_layers``: see :class:`~lightning_tta.meta.inner_loop.InnerLoop`.
-        min_steps: Steps of the min phase.
-        max_lr: Rate of the max step.
-        scale_lr: Rate of the scales in the min step.
-        shift_lr: Rate of the shifts in the min step.
-        source_weight_lr: Rate of the mixing weights in the min step.
-        threshold: Confident means a largest probability of at least this.
-        confident_loss: ``hard_ce`` or ``entropy``.
-        temperature: ``none`` or ``gem_t``.
-        max_layers: Share of the norm layers, from the last, that the max step moves.
-        adapt_layers: Share of the norm layers, from the last, that are adapted at all.
         learn_inner_lr: Learn the rates (their logarithms) too; a rate of 0 stays 0.
         source_weight: Initial weight on the source statistics.
         source_weight_std: Spread of the initial weights.
@@ -72,6 +61,7 @@ class MetaTTT(LightningModule):
         head_lr_factor: The head's learning rate over that of the rest; the authors take 10.
         optimizer: Called with the parameters. Default: SGD, lr 1e-3, Nesterov momentum 0.9, weight decay 5e-4.
         lr_scheduler: Called with the optimizer; stepped per epoch.
+        inner: Settings of :class:`~lightning_tta.meta.inner_loop.InnerLoop` by name, such as ``max_lr=0.3``.
 
     Raises:
         ConfigError: If a value is out of range, or the Trainer asks for what cannot be differentiated twice.
@@ -92,21 +82,10 @@ class MetaTTT(LightningModule):
         schedule: Schedule = "alternating",
         second_order: bool = True,
         meta: bool = True,
-        max_steps: int = 1,
-        min_steps: int = 1,
-        max_lr: float = 0.1,
-        scale_lr: float = 0.1,
-        shift_lr: float = 0.1,
-        source_weight_lr: float = 0.0,
-        threshold: float = 0.75,
-        confident_loss: ConfidentLoss = "hard_ce",
-        temperature: Temperature = "none",
-        max_layers: float = 0.05,
-        adapt_layers: float = 1.0,
         learn_inner_lr: bool = False,
         source_weight: float = 0.75,
         source_weight_std: float = 0.01,
-        source_weight_kind: Parametrisation = "raw",
+        source_weight_kind: Parametrization = "raw",
         learn_source_weight: bool = True,
         synthesis_probability: float = 0.03,
         pseudo_domains: int = 1,
@@ -115,21 +94,21 @@ class MetaTTT(LightningModule):
             p, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4
         ),
         lr_scheduler: LRSchedulerCallable | None = None,
+        **inner: Any,
     ) -> None:
-        given = dict(locals())
         super().__init__()
         check_choice("schedule", schedule, ("alternating", "chained"))
         check_range("synthesis_probability", synthesis_probability, 0, 1)
         check_range("pseudo_domains", pseudo_domains, 1, integer=True)
         check_range("head_lr_factor", head_lr_factor, 0)
-        self.settings = InnerLoop(**{name: given[name] for name in asdict(InnerLoop())})
+        self.settings = InnerLoop(**inner)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone"])
         net = load_source(source_ckpt, backbone, num_classes, pretrained, backbone_options)
         self.backbone = convert_mixed_bn(net, source_weight, source_weight_std, source_weight_kind)
         self.backbone.requires_grad_(True)
         for layer in mixed_batch_norm_layers(self.backbone).values():
             layer.source_weight.requires_grad_(learn_source_weight)
-        self.groups = Minimax(self.backbone, self.settings)
+        self.inner_parameters = InnerParameters(self.backbone, self.settings)
         self.schedule, self.second_order, self.meta = schedule, second_order, meta
         self.pseudo_domains, self.head_lr_factor = pseudo_domains, head_lr_factor
         self.synthesis = DomainShiftSynthesis(self.backbone, synthesis_probability) if synthesis_probability else None
@@ -171,8 +150,6 @@ class MetaTTT(LightningModule):
                 "torch.compile cannot differentiate a compiled net twice. Train it uncompiled; compile the net later."
             )
 
-    # Training --------------------------------------------------------------------------------------------------------
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Adapt without labels, then the cross-entropy with them."""
         domains = self._domains(batch)
@@ -187,22 +164,24 @@ class MetaTTT(LightningModule):
                 key = f"{self.trainer.current_epoch}|{batch_idx}|{torch.initial_seed()}"
                 drawn = self.synthesis.draw([f"{key}|{first + number}" for number in range(domains)])
                 stack.enter_context(self.synthesis.active(*drawn))
-            result = minimax(
-                *(self.backbone, images, self.settings),
+            result = adapt_inner(
+                self.backbone,
+                images,
+                self.settings,
                 phases=phases,
                 domains=domains,
                 second_order=self.second_order,
                 differentiable=True,
                 keep_before=measure,
                 rates=self.rates,
-                groups=self.groups,
+                inner_parameters=self.inner_parameters,
             )
         loss = cross_entropy(result.after.flatten(0, 1), labels)
         self.log("meta/train_loss", loss, prog_bar=True)
         for phase, losses in result.losses.items():
             self.log(f"meta/inner_{phase}_loss", losses[0])
         if measure:
-            self.log("meta/alignment", alignment(result, self.groups, labels))
+            self.log("meta/alignment", alignment(result, self.inner_parameters, labels))
         return loss
 
     def _phases(self) -> tuple[Phase, ...]:
@@ -228,8 +207,6 @@ class MetaTTT(LightningModule):
             )
         return domains
 
-    # Evaluation ------------------------------------------------------------------------------------------------------
-
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accuracy before and after adaptation to the batch."""
         self._evaluate(batch, "val", getattr(getattr(self.trainer, "datamodule", None), "val_domain_names", ()))
@@ -243,7 +220,8 @@ class MetaTTT(LightningModule):
             images = batch["image"].clone()  # inference tensors cannot be saved for backward
             rates = {kind: float(torch.as_tensor(rate).detach()) for kind, rate in self.rates.items()}
             phases = self.settings.phases if self.meta else ()
-            result = minimax(self.backbone, images, self.settings, phases=phases, rates=rates, groups=self.groups)
+            options: dict[str, Any] = {"phases": phases, "rates": rates, "inner_parameters": self.inner_parameters}
+            result = adapt_inner(self.backbone, images, self.settings, **options)
         ends = ["", f"/{names[int(batch['domain'][0])]}"] if "domain" in batch and len(names) > 1 else [""]
         for when, logits in (("before", result.before[0]), ("after", result.after[0])):
             right = (logits.argmax(-1) == batch["label"]).float()
@@ -269,23 +247,17 @@ class MetaTTT(LightningModule):
             "--model.method MetaTTT."
         )
 
-    # Optimizer and checkpoint ----------------------------------------------------------------------------------------
-
     def configure_optimizers(self) -> Any:
         """The optimizer, with the head's own rate, and, per epoch, the schedule of the configuration."""
         _, head = find_head(self.backbone)
-        own = {id(parameter) for parameter in head.parameters()}
-        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = self.optimizer(
-            [
-                {"params": [p for p in learned if id(p) not in own]},
-                {"params": [p for p in learned if id(p) in own]},
-            ]
-        )
+        of_head = {id(parameter) for parameter in head.parameters()}
+        groups: dict[bool, list[Tensor]] = {False: [], True: []}
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                groups[id(parameter) in of_head].append(parameter)
+        optimizer = self.optimizer([{"params": parameters} for parameters in groups.values()])
         optimizer.param_groups[1]["lr"] *= self.head_lr_factor
-        if self.lr_scheduler is None:
-            return optimizer
-        return [optimizer], [self.lr_scheduler(optimizer)]
+        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the class, the net and the inner loop, for whoever loads the file."""
@@ -294,6 +266,6 @@ class MetaTTT(LightningModule):
         checkpoint["lightning_tta"] = {
             "class": type(self).__name__,
             "backbone": self.backbone.config if isinstance(self.backbone, Backbone) else None,
-            "mixed_bn": {"parametrisation": layer.parametrisation},
+            "mixed_bn": {"parametrisation": layer.parametrization},
             "meta_ttt": {**asdict(self.settings), **learned},
         }

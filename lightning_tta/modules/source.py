@@ -13,7 +13,6 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from lightning_tta.backbones import create_backbone
 from lightning_tta.errors import ConfigError, check_range
-from lightning_tta.modules.reduced import log_mean
 
 
 class SourceClassifier(LightningModule):
@@ -56,15 +55,10 @@ class SourceClassifier(LightningModule):
         self.backbone = create_backbone(
             backbone, num_classes, pretrained=pretrained, weights=weights, **(backbone_options or {})
         )
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "ece": MulticlassCalibrationError(num_classes),
-            }
-        )
+        accuracy, ece = MulticlassAccuracy(num_classes, average="micro"), MulticlassCalibrationError(num_classes)
+        metrics = MetricCollection({"accuracy": accuracy, "ece": ece})
         self.val_metrics = metrics.clone(prefix="source/val_")
         self.test_metrics = metrics.clone(prefix="source/test_")
 
@@ -103,10 +97,18 @@ class SourceClassifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer and, per epoch, the schedule of the configuration."""
         optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        return [optimizer], [self.lr_scheduler(optimizer)]
+        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the class and the net, for whoever loads the file."""
         checkpoint["lightning_tta"] = {"class": type(self).__name__, "backbone": self.backbone.config}
+
+
+def log_mean(module: LightningModule, name: str, value: Tensor, count: int, *, prog_bar: bool = False) -> None:
+    """Log the mean of ``value`` over an epoch, weighted by ``count``, the number of samples it is the mean of.
+
+    Processes may have different numbers of samples. Lightning (2.6, issue 21838) averages whole-number counts over
+    processes and rounds the result down, so that 4 and 3 samples count as 3 each; as a float the count is kept.
+    """
+    weight: int = float(count)  # type: ignore[assignment]
+    module.log(name, value, on_epoch=True, batch_size=weight, prog_bar=prog_bar, sync_dist=True)

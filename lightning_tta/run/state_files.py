@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import random
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +14,9 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
+from lightning_tta.backbones.weights import CodeInFileError, read_checkpoint
 from lightning_tta.data.sharing import own_batches
-from lightning_tta.errors import ConfigError
+from lightning_tta.errors import ConfigError, WeightsError
 from lightning_tta.files import of_all, of_process, write_whole
 from lightning_tta.guard.callback import Guard
 
@@ -42,15 +41,11 @@ def read_state(path: Path, *, head: bool = False) -> State | None:
     if not path.is_file():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=head)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        blocked = re.search(r"GLOBAL (\S+)", str(error))
-        if blocked:
-            raise ConfigError(
-                f"{path} is no state of a run: to read it, code would have to run ({blocked.group(1)}), which is "
-                "refused. Remove it."
-            ) from error
-        warnings.warn(f"{path} cannot be read ({type(error).__name__}) and is ignored.", stacklevel=2)
+        state = read_checkpoint(path, mmap=head)
+    except CodeInFileError as error:
+        raise ConfigError(f"{path} is no state of a run, remove it: {error}") from error
+    except WeightsError:
+        warnings.warn(f"{path} cannot be read and is ignored.", stacklevel=2)
         return None
     if not isinstance(state, dict) or "identity" not in state:
         warnings.warn(f"{path} is no state of a run and is ignored.", stacklevel=2)

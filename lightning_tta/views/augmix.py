@@ -21,6 +21,7 @@ AUGMENTATIONS = ("none", "rrc", "rrc_flip", "crop", "crop_flip", "augmix", "augm
 augmix: rrc_flip, then AugMix (MEMO on ImageNet); augmix_crop: crop_flip, then AugMix (MEMO on CIFAR); augmix_only:
 AugMix of the image itself (where a flip changes the class)."""
 
+Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 WIDTH, DEPTH, PADDING = 3, 3, 4
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
@@ -62,9 +63,6 @@ def _draw(
     return torch.stack([draw(generator) for generator in generators]).to(device)
 
 
-# Crops -----------------------------------------------------------------------------------------------------------
-
-
 def _crop_boxes(views: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Top, left, height, width of random crops as torchvision draws them: (V, 4)."""
     attempts = 10
@@ -75,8 +73,8 @@ def _crop_boxes(views: int, height: int, width: int, generator: torch.Generator)
     fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
     first = fits.to(torch.uint8).argmax(1, keepdim=True)
     h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
-    place = torch.rand(2, views, generator=generator)
-    top, left = (place[0] * (height - h + 1)).floor(), (place[1] * (width - w + 1)).floor()
+    position = torch.rand(2, views, generator=generator)
+    top, left = (position[0] * (height - h + 1)).floor(), (position[1] * (width - w + 1)).floor()
     # None fits: the largest crop in the middle whose ratio is allowed.
     h0, w0 = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
     middle = torch.tensor([(height - h0) // 2, (width - w0) // 2, h0, w0], dtype=torch.float)
@@ -108,56 +106,47 @@ def _padded_crop(images: Tensor, views: int, generators: Sequence[torch.Generato
     columns = shift[..., 1, None] + torch.arange(width, device=images.device)
     padded = pad(images, [PADDING] * 4)
     number = torch.arange(len(images), device=images.device)[:, None, None, None]
-    found = padded.permute(0, 2, 3, 1)[number, rows[..., :, None], columns[..., None, :]]
-    return found.permute(0, 1, 4, 2, 3)
+    crops = padded.permute(0, 2, 3, 1)[number, rows[..., :, None], columns[..., None, :]]
+    return crops.permute(0, 1, 4, 2, 3)
 
 
-# AugMix ----------------------------------------------------------------------------------------------------------
+def _resample(x: Tensor, *matrix: Tensor | float) -> Tensor:
+    """Resample x (N, C, H, W) bilinearly; black outside.
 
-
-def _affine(x: Tensor, matrix: Tensor) -> Tensor:
-    """Resample x (N, C, H, W) at matrix (N, 2, 3) of output pixel centres, from the middle; black outside."""
+    With the matrix (a, b, c, d, e, f), each a number or (N,), the output at (p, q), right and down from the middle, is
+    the input at (a p + b q + c, d p + e q + f).
+    """
     height, width = x.shape[-2:]
-    y = torch.arange(height, device=x.device, dtype=x.dtype) - (height - 1) / 2
-    z = torch.arange(width, device=x.device, dtype=x.dtype) - (width - 1) / 2
-    points = torch.stack([z.expand(height, -1), y[:, None].expand(-1, width), torch.ones_like(x[0, 0])], -1)
-    moved = points.view(1, -1, 3) @ matrix.to(x.dtype).transpose(1, 2)
+    columns = [torch.as_tensor(value, device=x.device).expand(len(x)) for value in matrix]
+    p = torch.arange(width, device=x.device, dtype=x.dtype) - (width - 1) / 2
+    q = torch.arange(height, device=x.device, dtype=x.dtype) - (height - 1) / 2
+    points = torch.stack([p.expand(height, -1), q[:, None].expand(-1, width), torch.ones_like(x[0, 0])], -1)
+    moved = points.view(1, -1, 3) @ torch.stack(columns, -1).view(-1, 2, 3).to(x.dtype).transpose(1, 2)
     grid = (2 * moved / torch.tensor([width, height], device=x.device, dtype=x.dtype)).view(-1, height, width, 2)
     return grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _matrix(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> Tensor:
-    return torch.stack([torch.stack([a, b, c], -1), torch.stack([d, e, f], -1)], -2)
-
-
 def _rotate(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
     angle = torch.deg2rad((level * 3).floor() * sign)  # whole degrees, up to 30 at level 10
-    zero = torch.zeros_like(angle)
-    return _affine(x, _matrix(angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero))
+    return _resample(x, angle.cos(), -angle.sin(), 0, angle.sin(), angle.cos(), 0)
 
 
 def _shear_x(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    amount, zero, one = level * 0.03 * sign, torch.zeros_like(level), torch.ones_like(level)
-    offset = amount * (x.shape[-2] - 1) / 2  # PIL shears from the corner
-    return _affine(x, _matrix(one, amount, offset, zero, one, zero))
+    amount = level * 0.03 * sign
+    return _resample(x, 1, amount, amount * (x.shape[-2] - 1) / 2, 0, 1, 0)  # PIL shears from the corner
 
 
 def _shear_y(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    amount, zero, one = level * 0.03 * sign, torch.zeros_like(level), torch.ones_like(level)
-    offset = amount * (x.shape[-1] - 1) / 2
-    return _affine(x, _matrix(one, zero, zero, amount, one, offset))
+    amount = level * 0.03 * sign
+    return _resample(x, 1, 0, 0, amount, 1, amount * (x.shape[-1] - 1) / 2)
 
 
 def _translate_x(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    amount = (level * x.shape[-1] / 30).floor() * sign  # whole pixels, up to a third at level 10
-    zero, one = torch.zeros_like(level), torch.ones_like(level)
-    return _affine(x, _matrix(one, zero, amount, zero, one, zero))
+    return _resample(x, 1, 0, (level * x.shape[-1] / 30).floor() * sign, 0, 1, 0)  # whole pixels, a third at level 10
 
 
 def _translate_y(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    amount = (level * x.shape[-2] / 30).floor() * sign
-    zero, one = torch.zeros_like(level), torch.ones_like(level)
-    return _affine(x, _matrix(one, zero, zero, zero, one, amount))
+    return _resample(x, 1, 0, 0, 0, 1, (level * x.shape[-2] / 30).floor() * sign)
 
 
 def _solarize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
@@ -165,35 +154,29 @@ def _solarize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
     return torch.where(x >= threshold.view(-1, 1, 1, 1), 1 - x, x)
 
 
-def _functional() -> Any:
-    """Torchvision's functions on tensors; imported when needed, for it takes seconds."""
-    from torchvision.transforms.v2 import functional
+def _pixelwise(name: str, *arguments: Any) -> Operation:
+    """A function of torchvision, imported when needed, for it takes seconds."""
 
-    return functional
+    def operation(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+        from torchvision.transforms.v2 import functional
 
+        changed: Tensor = getattr(functional, name)(x, *arguments)
+        return changed
 
-def _posterize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return _functional().posterize(x, 4)  # type: ignore[no-any-return]  # 4 - floor(0.4 level) is 4
-
-
-def _autocontrast(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return _functional().autocontrast(x)  # type: ignore[no-any-return]
+    operation.__name__ = name
+    return operation
 
 
-def _equalize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    return _functional().equalize(x)  # type: ignore[no-any-return]
-
-
-OPERATIONS: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
-    _autocontrast,
-    _equalize,
+OPERATIONS: tuple[Operation, ...] = (
+    _pixelwise("autocontrast"),
+    _pixelwise("equalize"),
     _rotate,
     _solarize,
     _shear_x,
     _shear_y,
     _translate_x,
     _translate_y,
-    _posterize,
+    _pixelwise("posterize", 4),  # 4 - floor(0.4 level) is 4
 )
 """MEMO's list at severity 1; each takes x (N, C, H, W), a level in (0.1, 1) and a sign for each image."""
 

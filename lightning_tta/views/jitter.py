@@ -51,6 +51,6 @@ def _view(x: Tensor, seed: int) -> Tensor:
     x = F.center_crop(F.gaussian_blur(x, [5, 5], [draw(BLUR)]), [height, width])
     if draw((0, 1)) < FLIP:
         x = x.flip(-1)
-    own = torch.Generator(x.device).manual_seed(seed)
-    noise = torch.randn(x.shape, generator=own, device=x.device, dtype=torch.float32)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
     return (x + NOISE * noise).clamp(0, 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones import Backbone, create_backbone, load_weights, state_digest
 from lightning_tta.backbones.cifar import WideResNet
-from lightning_tta.backbones.weights import read_state_dict
+from lightning_tta.backbones.weights import CodeInFileError, read_state_dict
 from lightning_tta.errors import WeightsError
 
 
@@ -112,6 +112,7 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, make: Callable[[P
     make(path)
     with pytest.raises(WeightsError, match=f"(?s)^(W|{tmp_path}).*{says}") as caught:
         read_state_dict(path)
+    assert isinstance(caught.value, CodeInFileError) == ("refused" in says)
     assert str(path) in str(caught.value)
 
 

@@ -1,6 +1,5 @@
 """The command line as users run it, in this process."""
 
-import inspect
 import json
 from pathlib import Path
 
@@ -9,10 +8,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_tta.cli.commands import build_benchmark
-from lightning_tta.cli.main import main, run_lightning
-from lightning_tta.data.streams import MEANING, STREAM_KINDS
-from lightning_tta.methods import available_methods
+from lightning_tta.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
@@ -103,54 +99,6 @@ def test_wrong_configuration_fails_before_data_is_read(monkeypatch, capsys, args
     fails(capsys, [*PREDICT, "--model.source_ckpt=none", "--model.backbone=cifar/resnet20", *args], *words)
 
 
-def test_help(capsys):
-    main(["--help"])
-    text = capsys.readouterr().out
-    assert all(command in text for command in ("fit", "validate", "test", "predict", "benchmark", "report"))
-    with pytest.raises(SystemExit) as caught:
-        main(["predict", "--model.method.help", "Tent"])
-    assert caught.value.code == 0
-    assert "lr_batch_size" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", available_methods())
-def test_every_method_has_a_config_with_all_its_options(name):
-    content = yaml.safe_load((CONFIGS / f"methods/{name}.yaml").read_text())
-    options = set(inspect.signature(available_methods()[name]).parameters) - {"model"}
-    assert set(content.get("init_args", {})) == options
-
-
-@pytest.mark.parametrize("name", available_methods())
-@pytest.mark.parametrize("null", ["null", "None"])
-def test_options_can_be_null(name, null):
-    options = inspect.signature(available_methods()[name]).parameters.values()
-    options = [option.name for option in options if "None" in str(option.annotation)]
-    given = [f"--model.method.{option}={null}" for option in options]
-    cli = run_lightning([*PREDICT, f"--model.method={name}", *given, "--model.reset_every", null], parse_only=True)
-    model = cli.config["predict"]["model"]["init_args"]
-    assert model["reset_every"] is None
-    assert [model["method"]["init_args"][option] for option in options] == [None] * len(options)
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_every_config_parses(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    room, text = path.parent.name, path.read_text()
-    if room == "methods" or "lightning_tta.methods." in text:
-        source = ["--model.source_ckpt=none", "--model.backbone=cifar/resnet20"]
-        run_lightning([*PREDICT, *source, f"--model.method={path}"], parse_only=True)
-    elif room == "trainer":
-        run_lightning(["fit", f"--config={CONFIGS / 'digits/source.yaml'}", f"--config={path}"], parse_only=True)
-    elif "methods:" in text:
-        weights = yaml.safe_load(text)["nets"].items()  # the user's own: not in the repository
-        given = [f"--nets.{label}.source_ckpt=none" for label, net in weights if "source_ckpt" in net]
-        assert build_benchmark([f"--config={path}", *given]).cells
-    else:
-        command = "predict" if "TestTimeAdaptation" in text else "fit"
-        extra = ["--model.method=Source"] if command == "predict" else []
-        run_lightning([command, f"--config={path}", *extra], parse_only=True)
-
-
 @pytest.mark.slow
 def test_meta_training_on_domain_folders_and_adaptation_to_the_one_left_out(tmp_path):
     for number, domain in enumerate(("art", "photo", "sketch")):
@@ -181,18 +129,6 @@ def test_meta_training_on_domain_folders_and_adaptation_to_the_one_left_out(tmp_
     assert list(content["domains"]) == ["sketch"]
     assert content["images"] == 28
     assert content["backwards"] == 2
-
-
-def test_tables_of_methods_and_streams(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    main(["methods"])
-    text = capsys.readouterr().out
-    assert all(name in text for name in available_methods())
-    assert "2006.10726" in text
-    main(["streams"])
-    text = capsys.readouterr().out
-    assert all(kind in text for kind in STREAM_KINDS)
-    assert set(MEANING) == set(STREAM_KINDS)
 
 
 def test_random_weights_are_said_aloud(tmp_path, capsys):

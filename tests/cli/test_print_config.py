@@ -6,7 +6,8 @@ import re
 import pytest
 import yaml
 
-from lightning_tta.cli.main import main, run_lightning
+from lightning_tta.cli.main import main
+from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.methods import TTAMethod, available_methods
 
 DATA = ["--data", "DigitsData"]

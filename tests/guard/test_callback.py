@@ -12,11 +12,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+import soak
 from lightning_tta import ConfigError, Guard, InputError, TestTimeAdaptation, Watch, adapt
-from lightning_tta.cli.main import run_lightning
+from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.methods import Source, Tent
 from lightning_tta.report.terminal import print_report
-from measure import soak
 from nets import make_images, make_net
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Guard")]

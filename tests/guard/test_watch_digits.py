@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_tta import DigitsData, Watch, adapt
 from lightning_tta.data.threads import one_thread
-from measure.tiny import TinyNet
+from nets import TinyNet
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Guard")]
 

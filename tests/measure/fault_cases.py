@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tiny import TinyNet
+from plumbing import TinyNet, make_images
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "norm": {"momentum": 0.3},
@@ -30,30 +30,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 CLASSES = 5
 
 
-def made(batch: int, seed: int, pixels: int = 16) -> Tensor:
-    """Images in [0, 1], each with its own brightness."""
-    generator = torch.Generator().manual_seed(seed)
-    noise, base = (
-        torch.rand(batch, 3, pixels, pixels, generator=generator),
-        torch.rand(batch, 3, 1, 1, generator=generator),
-    )
-    return 0.5 * noise + 0.5 * base
-
-
 def net(kind: str) -> nn.Module:
     """A net with random weights and running statistics, neither uniform nor saturated."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        made_net = TinyNet(kind, CLASSES)
-        for module in made_net.modules():
+        model = TinyNet(kind, CLASSES)
+        for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                assert module.running_mean is not None
-                assert module.running_var is not None
                 module.running_mean.normal_(std=0.2)
                 module.running_var.uniform_(0.3, 1.0)
         with torch.no_grad():
-            made_net.head.weight.mul_(6)
-    return made_net.eval()
+            model.head.weight.mul_(6)
+    return model.eval()
 
 
 def _some(images: Tensor, value: float) -> Tensor:
@@ -89,7 +77,7 @@ FINITE: dict[str, Callable[[Tensor], Tensor]] = {
     "a constant batch": lambda x: torch.full_like(x, 0.5),
     "all black": lambda x: torch.zeros_like(x),
     "one image repeated": lambda x: x[:1].expand(6, -1, -1, -1),
-    "larger frames, 24 x 24": lambda x: made(6, 9, pixels=24),
+    "larger frames, 24 x 24": lambda x: make_images(6, 9, size=24),
 }
 SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {  # given, and what it should equal
     "float16": (lambda x: x.half(), lambda x: x.half().float()),
@@ -101,34 +89,22 @@ SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
 }
 
 
-def _in_training(model: nn.Module) -> nn.Module:
-    return model.train()
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    return model.requires_grad_(False)
-
-
-def _compiled(model: nn.Module) -> nn.Module:
-    return torch.compile(model, backend="eager")  # type: ignore[return-value]
-
-
 def _compiled_in_place(model: nn.Module) -> nn.Module:
     model.compile(backend="eager")
     return model
 
 
-def _compiled_part(model: nn.Module) -> nn.Module:
-    model.norm2 = torch.compile(cast(nn.Module, model.norm2), backend="eager")  # type: ignore[assignment]
+def _compiled_layer(model: nn.Module) -> nn.Module:
+    model.norm2 = torch.compile(model.norm2, backend="eager")
     return model
 
 
 MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "frozen model": _frozen,
-    "model in train mode": _in_training,
-    "compiled model": _compiled,
+    "frozen model": lambda model: model.requires_grad_(False),
+    "model in train mode": lambda model: model.train(),
+    "compiled model": lambda model: torch.compile(model, backend="eager"),
     "compiled in place": _compiled_in_place,
-    "compiled part": _compiled_part,
+    "compiled part": _compiled_layer,
 }
 OTHERS = ("model without values (meta)", "model on another device", "no norm layers", "a class never predicted")
 FAULTS = (*LEFT_OUT, *REFUSED, *FINITE, *SAME, *MODELS, *OTHERS)

@@ -11,7 +11,6 @@ predicted as by the twin. Anything else is ``WRONG``.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -20,23 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fault_cases import (
-    CLASSES,
-    FAULTS,
-    FINITE,
-    LEFT_OUT,
-    MODELS,
-    OPTIONS,
-    OTHERS,
-    REFUSED,
-    SAME,
-    made,
-    net,
-)
+from fault_cases import CLASSES, FAULTS, FINITE, LEFT_OUT, MODELS, OPTIONS, OTHERS, REFUSED, SAME, net
 from lightning_tta.errors import InputError, UnsupportedModelError
 from lightning_tta.methods import TTAMethod, available_methods
-from tiny import KINDS
+from plumbing import arguments, header, make_images, row, same
 
+KINDS = ("bn", "gn", "ln")
 Factory = Callable[[nn.Module], TTAMethod]
 
 
@@ -45,7 +33,7 @@ def build(factory: Factory, model: nn.Module) -> TTAMethod:
     method = factory(model)
     if not method.prepared:
         labels = torch.arange(8) % CLASSES
-        method.prepare([{"image": made(8, 50 + number), "label": labels} for number in range(2)])
+        method.prepare([{"image": make_images(8, 50 + number), "label": labels} for number in range(2)])
     return method
 
 
@@ -80,7 +68,7 @@ def _outcome(factory: Factory, kind: str, fault: str) -> str:
     if fault in OTHERS:
         return _other(factory, kind, fault)
     method, twin = build(factory, net(kind)), build(factory, net(kind))
-    first, images, after = made(6, 1), made(6, 2), made(6, 3)
+    first, images, after = make_images(6, 1), make_images(6, 2), make_images(6, 3)
     _check(torch.equal(method(first), twin(first)), "not deterministic")
     if fault in REFUSED:
         for call in (method, method.predict):
@@ -98,7 +86,7 @@ def _outcome(factory: Factory, kind: str, fault: str) -> str:
         logits = method(given)
         _check(logits.shape == (len(given), CLASSES) and bool(logits.isfinite().all()), "not finite")
         _check(torch.equal(logits, twin(given)), "not deterministic")
-        _check(_all_finite(method.state_dict()), "state is not finite")
+        _check(_all_finite(method), "state is not finite")
         word = "finite"
     else:
         given, plain = (change(images) for change in SAME[fault])
@@ -106,7 +94,7 @@ def _outcome(factory: Factory, kind: str, fault: str) -> str:
         _check(_close(method(given), twin(plain)), "logits differ")
         _check(_close(method(after), twin(after)), "the next batch differs")
         return "same"
-    _check(_same(method.state_dict(), twin.state_dict()), "state differs from the twin's")
+    _check(same(method.state_dict(), twin.state_dict()), "state differs from the twin's")
     logits = method(after)
     _check(bool(logits.isfinite().all()) and torch.equal(logits, twin(after)), "the next batch differs")
     return word
@@ -124,14 +112,14 @@ def _check_refusal(call: Callable[[Any], Tensor], given: Any) -> None:
 def _model(factory: Factory, kind: str, change: Callable[[nn.Module], nn.Module]) -> str:
     method, twin = build(factory, change(net(kind))), build(factory, net(kind))
     for seed in (1, 2, 3):
-        images = made(6, seed)
+        images = make_images(6, seed)
         _check(torch.equal(method(images), twin(images)), "logits differ")
     _check(torch.equal(method.predict(images), twin.predict(images)), "predicted otherwise")
     return "same"
 
 
 def _other(factory: Factory, kind: str, fault: str) -> str:
-    images = made(6, 2)
+    images = make_images(6, 2)
     if fault == "no norm layers":
         try:
             method = build(factory, net("none"))
@@ -153,37 +141,23 @@ def _other(factory: Factory, kind: str, fault: str) -> str:
         method, twin = build(factory, net(kind)).to("cuda"), build(factory, net(kind)).to("cuda")
         for call in (method, method.predict):
             _check_refusal(call, images)
-        _check(_same(method.state_dict(), twin.state_dict()), "state differs from the twin's")
+        _check(same(method.state_dict(), twin.state_dict()), "state differs from the twin's")
         _check(bool(method(images.to("cuda")).isfinite().all()), "not finite")
         return "refused"
     model = net(kind)
     with torch.no_grad():
-        assert isinstance(model.head, nn.Linear)
         model.head.bias[2] = -1e3
     method = build(factory, model)
     for seed in (1, 2, 3):
-        _check(bool(method(made(6, seed)).isfinite().all()), "not finite")
-    _check(_all_finite(method.state_dict()), "state is not finite")
+        _check(bool(method(make_images(6, seed)).isfinite().all()), "not finite")
+    _check(_all_finite(method), "state is not finite")
     return "finite"
 
 
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [leaf for key in value for leaf in (key, *_leaves(value[key]))]
-    if isinstance(value, (list, tuple)):
-        return [leaf for part in value for leaf in _leaves(part)]
-    return [value]
-
-
-def _same(one: Any, other: Any) -> bool:
-    a, b = _leaves(one), _leaves(other)
-    return len(a) == len(b) and all(
-        torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a, b, strict=True)
-    )
-
-
-def _all_finite(state: Any) -> bool:
-    return all(bool(x.isfinite().all()) for x in _leaves(state) if isinstance(x, Tensor))
+def _all_finite(method: TTAMethod) -> bool:
+    """Whether all that the method may change is finite; what has no value yet does not count."""
+    tensors = (*method.state_dict().values(), *method.memory.values())
+    return all(bool(x.isfinite().all()) for x in tensors if isinstance(x, Tensor))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
@@ -197,16 +171,15 @@ def factories() -> dict[str, Factory]:
 
 def main(args: list[str] | None = None) -> dict[str, dict[str, list[str]]]:
     """Print the table as Markdown, one for each kind of net; returns it by net, fault and method."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--methods", nargs="+", default=list(available_methods()))
-    options = parser.parse_args(args)
+    options = arguments(__doc__, args, methods=list(available_methods()))
     chosen = {name: factory for name, factory in factories().items() if name in options.methods}
     tables = {}
     for kind in KINDS:
-        print(f"\n## {kind}\n\n| | {' | '.join(chosen)} |\n|---|{'---|' * len(chosen)}")
+        print(f"\n## {kind}\n")
+        header("", *chosen)
         tables[kind] = {fault: [outcome(factory, kind, fault) for factory in chosen.values()] for fault in FAULTS}
         for fault, words in tables[kind].items():
-            print(f"| {fault} | {' | '.join(words)} |")
+            row(fault, *words)
     wrong = sum(word.startswith("WRONG") for table in tables.values() for words in table.values() for word in words)
     print(f"\n{wrong} wrong of {sum(len(words) for table in tables.values() for words in table.values())}")
     return tables

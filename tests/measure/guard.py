@@ -9,62 +9,31 @@ severity 1, 1,000 images each, batches of 50. Reset at each domain.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
-
-from lightning_tta.data import DigitsData, FolderData
-from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.guard.callback import Guard
-from lightning_tta.methods import Source, Tent, TTAMethod, ZeroSiam  # type: ignore[attr-defined]
-from lightning_tta.modules import TestTimeAdaptation
-from tiny import quiet_trainer
+from lightning_tta.methods import Source, Tent, ZeroSiam
+from plumbing import arguments, digits_or_folder, predict
 
 SIX = ["gaussian_noise", "defocus_blur", "fog", "contrast", "pixelate", "jpeg_compression"]
 GUARDS: dict[str, dict[str, Any]] = {
-    f"{action}, {compare}, window {window}": {"action": action, "compare": compare, "window": window}
-    for action, compare, window in (
-        ("stop", "source", 8),
-        ("rollback", "source", 8),
-        ("stop", "history", 8),
-        ("rollback", "history", 8),
-    )
+    f"{action}, {compare}, window 8": {"action": action, "compare": compare, "window": 8}
+    for compare in ("source", "history")
+    for action in ("stop", "rollback")
 }
-
-
-def make_data(root: str | None, images: int | None) -> ShiftedDataModule:
-    """The stream."""
-    if root is None:
-        return DigitsData(domains=["reported"], severity=5, num_images=images, batch_size=16, stream="label_shift")
-    return FolderData(
-        root=root,
-        domains=SIX,
-        function_set="imagenet_c",
-        severity=1,
-        num_images=images or 1000,
-        batch_size=50,
-        stream="label_shift",
-    )
 
 
 def main(args: list[str] | None = None) -> dict[str, tuple[float, int | None]]:
     """Run all and print accuracy (percent) and alarms."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--source-ckpt", required=True)
-    parser.add_argument("--net", default=None)
-    parser.add_argument("--root", default=None)
-    parser.add_argument("--images", type=int, default=None, help="of each domain")
-    given = parser.parse_args(args)
-    fast: Callable[[nn.Module], TTAMethod]
-    if given.root is None:  # the rates of configs/digits/benchmark.yaml
+    options = arguments(
+        __doc__, args, source_ckpt=str, net="", root="", images=(0, "of each domain; 0: all digits, 1000 of a folder")
+    )
+    if options.root:
+        fast, healthy = partial(Tent, lr=20 * 1e-3), partial(ZeroSiam)
+    else:  # the rates of configs/digits/benchmark.yaml
         fast = partial(Tent, optimizer="sgd", lr=20 * 2e-2)
         healthy = partial(ZeroSiam, lr=2e-2, predictor_lr=3e-3, lr_batch_size=None)
-    else:
-        fast, healthy = partial(Tent, lr=20 * 1e-3), ZeroSiam
     runs: dict[str, tuple[Any, dict[str, Any] | None]] = {
         "source": (Source, None),
         "tent at 20x": (fast, None),
@@ -72,19 +41,17 @@ def main(args: list[str] | None = None) -> dict[str, tuple[float, int | None]]:
         "zerosiam": (healthy, None),
         **{f"zerosiam, {name}": (healthy, guard) for name, guard in GUARDS.items() if name.startswith("stop")},
     }
-    found: dict[str, tuple[float, int | None]] = {}
-    with tempfile.TemporaryDirectory() as place:
-        for number, (name, (method, guard)) in enumerate(runs.items()):
-            module = TestTimeAdaptation(
-                method, source_ckpt=given.source_ckpt, backbone=given.net, num_classes=10, log_images=0
-            )
-            trainer = quiet_trainer(f"{place}/{number}", *([Guard(**guard)] if guard is not None else []))
-            trainer.predict(module, datamodule=make_data(given.root, given.images), return_predictions=False)
-            assert module.summary is not None
-            alarms = len(module.watch.events) if module.watch is not None else None
-            found[name] = (100 * (module.summary.accuracy or 0.0), alarms)
-            print(f"{name:40} {found[name][0]:6.2f}  {'' if alarms is None else f'{alarms} alarms'}", flush=True)
-    return found
+    digits = {"domains": ["reported"], "num_images": options.images or None, "batch_size": 16}
+    folder = {"domains": SIX, "num_images": options.images or 1000, "batch_size": 50}
+    net = {"source_ckpt": options.source_ckpt, "backbone": options.net or None, "num_classes": 10}
+    results: dict[str, tuple[float, int | None]] = {}
+    for name, (method, guard) in runs.items():
+        data = digits_or_folder(options.root, digits, folder, stream="label_shift")
+        report = predict(method, data, *([] if guard is None else [Guard(**guard)]), **net)
+        alarms = None if guard is None else len(report["guard"]["events"])
+        results[name] = (100 * report["accuracy"], alarms)
+        print(f"{name:40} {results[name][0]:6.2f}  {'' if guard is None else f'{alarms} alarms'}", flush=True)
+    return results
 
 
 if __name__ == "__main__":

@@ -8,10 +8,7 @@ Both decode the same files (made here: 500 x 375 pixels, as ImageNet's are), res
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,11 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
-from lightning_tta.data import CIFARData, ImageNetData
-from lightning_tta.data.images import StreamBatches, StreamSampler, already_collated
+from lightning_tta.data import CIFARData, ImageNetData, build_stream
+from lightning_tta.data.images import Images, StreamBatches, StreamSampler, already_collated
 from lightning_tta.data.storage.cache import MappedImages
-from lightning_tta.data.streams import build_stream
+from plumbing import arguments, medians, take_turns
 
 
 def make_files(folder: Path, images: int) -> None:
@@ -42,66 +41,44 @@ def make_files(folder: Path, images: int) -> None:
 
 def bare(folder: Path, workers: int, batch: int) -> Iterable[Any]:
     """What one writes without this package."""
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
-
     crop = [v2.Resize(256), v2.CenterCrop(224), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     return DataLoader(ImageFolder(str(folder), v2.Compose(crop)), batch_size=batch, num_workers=workers, shuffle=True)
 
 
-def rate(batches: Iterable[Any], count: int) -> float:
-    """Images per second of one pass."""
-    start = time.perf_counter()
+def stream_of(images: Images, workers: int, batch: int) -> Iterable[Any]:
+    """The stream that this package makes of images, without its caches."""
+    batches = build_stream([images.labels], batch_size=batch).batches
+    sampler = StreamSampler(batches)
+    return DataLoader(StreamBatches([images]), batch_sampler=sampler, num_workers=workers, collate_fn=already_collated)
+
+
+def read(batches: Iterable[Any], count: int) -> None:
+    """One pass."""
     seen = sum(len(batch["image"] if isinstance(batch, dict) else batch[0]) for batch in batches)
     assert seen == count, f"{seen} images, expected {count}"
-    return seen / (time.perf_counter() - start)
 
 
-def mapped(folder: Path, images: int, batch: int, workers: int) -> Iterable[Any]:
-    """A stream from an array on disk in the layout of CIFAR-C."""
-    path = folder / "rows.npy"
-    rows = np.random.default_rng(0).integers(256, size=(images, 32, 32, 3), dtype=np.uint8)
-    np.save(path, rows)
-    found = MappedImages(path, torch.zeros(images, dtype=torch.int64), channels_last=True)
-    stream = build_stream([found.labels], batch_size=batch)
-    return DataLoader(
-        StreamBatches([found]),
-        batch_sampler=StreamSampler(stream.batches),
-        num_workers=workers,
-        collate_fn=already_collated,
-    )
-
-
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Time both."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--images", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    options = arguments(__doc__, args, images=600, batch=64, workers=2, rounds=5)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "jpeg"
-        make_files(folder, args.images)
-        limit = {"num_workers": args.workers, "batch_size": args.batch}
-        ours = ImageNetData({"files": str(folder)}, **limit)
-        domain = ours.natural_domain("files")
-        positions = build_stream([domain.labels], batch_size=args.batch).batches
-        runs: dict[str, Any] = {
-            "torchvision": lambda: bare(folder, args.workers, args.batch),
-            "ours": lambda: ours._stream_loader([domain], positions),  # the files, not what is kept in memory
+        folder, rows = Path(name) / "jpeg", Path(name) / "rows.npy"
+        make_files(folder, options.images)
+        files = ImageNetData({"files": str(folder)}).natural_domain("files")
+        load = {"workers": options.workers, "batch": options.batch}
+        runs = {
+            "torchvision": lambda: read(bare(folder, **load), options.images),
+            "ours": lambda: read(stream_of(files, **load), options.images),
         }
-        rates: dict[str, list[float]] = {key: [] for key in runs}
-        for _ in range(args.rounds):
-            for key, make in runs.items():
-                rates[key].append(rate(make(), args.images))
-        middle = {key: statistics.median(values) for key, values in rates.items()}
-        print(f"JPEG files, 500 x 375 -> 224 x 224, {args.workers} workers")
-        for key, value in middle.items():
-            print(f"{key:12} {value:8.0f} images a second  {value / middle['torchvision']:5.2f}x")
-        count = 20_000
-        value = statistics.median(rate(mapped(Path(name), count, 200, 0), count) for _ in range(3))
-        print(f"{CIFARData.__name__}'s mapped arrays, 32 x 32, no workers: {value:.0f} images a second")
+        rates = {key: options.images / value for key, value in medians(take_turns(runs, options.rounds)).items()}
+        print(f"JPEG files, 500 x 375 -> 224 x 224, {options.workers} workers")
+        for key, value in rates.items():
+            print(f"{key:12} {value:8.0f} images a second  {value / rates['torchvision']:5.2f}x")
+        count = 20_000  # in the layout of CIFAR-C
+        np.save(rows, np.random.default_rng(0).integers(256, size=(count, 32, 32, 3), dtype=np.uint8))
+        mapped = MappedImages(rows, torch.zeros(count, dtype=torch.int64), channels_last=True)
+        seconds = medians(take_turns({"mapped": lambda: read(stream_of(mapped, 0, 200), count)}, 3))["mapped"]
+        print(f"{CIFARData.__name__}'s mapped arrays, 32 x 32, no workers: {count / seconds:.0f} images a second")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ pixels are far stronger than CIFAR-10-C's own. All methods see the same images; 
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_tta.backbones import create_backbone
-from lightning_tta.data import FolderData
 from lightning_tta.methods import adapt
+from plumbing import CUDA_OR_CPU, arguments, digits_or_folder, row
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "source": ("source", {}),
@@ -36,64 +35,54 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Run every method on every domain and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--root", required=True)
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--net", default="cifar/resnet26_gn")
-    parser.add_argument("--domains", nargs="+", default=["clean", "gaussian_noise", "defocus_blur"])
-    parser.add_argument("--function-set", default="imagenet_c", choices=("imagenet_c", "builtin"))
-    parser.add_argument("--severity", type=int, default=1)
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", help="JSON file for the figures")
-    args = parser.parse_args()
-    data = FolderData(
-        args.root,
-        domains=args.domains,
-        function_set=args.function_set,
-        severity=args.severity,
-        num_images=args.images,
-        batch_size=args.batch,
+    options = arguments(
+        __doc__,
+        args,
+        root=str,
+        weights=str,
+        net="cifar/resnet26_gn",
+        domains=["clean", "gaussian_noise", "defocus_blur"],
+        function_set=("imagenet_c", "or builtin"),
+        severity=1,
+        images=500,
+        batch=20,
+        device=CUDA_OR_CPU,
+        output=("", "JSON file for the figures"),
     )
-    data.setup("predict")
-    net = create_backbone(args.net, data.num_classes, weights=args.weights).to(args.device)
+    stream = {name: getattr(options, name) for name in ("domains", "function_set", "severity")}
+    data = digits_or_folder(options.root, {}, {}, num_images=options.images, batch_size=options.batch, **stream)
+    net = create_backbone(options.net, data.num_classes, weights=options.weights).to(options.device)
     protocol = data.describe()
-    print(f"{protocol['data']} ({protocol['data_digest']}), {args.images} images, {args.function_set} {args.severity}")
+    functions = f"{options.function_set} {options.severity}"
+    print(f"{protocol['data']} ({protocol['data_digest']}), {options.images} images, {functions}")
 
-    wrong: dict[str, dict[str, Tensor]] = {}
+    source: dict[str, Tensor] = {}
     rows = []
-    for name, (method_name, options) in METHODS.items():
-        method = adapt(net, method_name, **options)
-        found: dict[str, list[Tensor]] = {domain: [] for domain in args.domains}
+    for name, (method_name, settings) in METHODS.items():
+        method = adapt(net, method_name, **settings)
+        wrong: dict[str, list[Tensor]] = {domain: [] for domain in options.domains}
         start = time.perf_counter()
         for batch in data.predict_dataloader():
-            domain = args.domains[int(batch["domain"][0])]
-            prediction = method(batch["image"].to(args.device)).argmax(1).cpu()
-            found[domain].append((prediction != batch["label"]).double())
-        seconds = (time.perf_counter() - start) / (args.images * len(args.domains))
-        wrong[name] = {domain: torch.cat(parts) for domain, parts in found.items()}
+            prediction = method(batch["image"].to(options.device)).argmax(1).cpu()
+            wrong[options.domains[int(batch["domain"][0])]].append((prediction != batch["label"]).double())
+        seconds = (time.perf_counter() - start) / (options.images * len(options.domains))
         cells = []
-        for domain, errors in wrong[name].items():
-            difference = errors - wrong["source"][domain]
-            row: dict[str, Any] = {
-                "method": name,
-                "domain": domain,
+        for domain, batches in wrong.items():
+            errors = torch.cat(batches)
+            difference = errors - source.setdefault(domain, errors)
+            figures = {
                 "error": float(errors.mean()),
                 "difference": float(difference.mean()),
                 "standard_error": float(difference.std() / len(difference) ** 0.5),
-                "seconds_per_image": seconds,
             }
-            rows.append(row)
-            paired = (
-                "" if name == "source" else f" ({100 * row['difference']:+.1f} ± {100 * row['standard_error']:.1f})"
-            )
-            cells.append(f"{100 * row['error']:.1f}{paired}")
-        print(f"| {name} | {' | '.join(cells)} | {1000 * seconds:.0f} ms |", flush=True)
-    if args.output:
-        Path(args.output).write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2))
+            rows.append({"method": name, "domain": domain, **figures, "seconds_per_image": seconds})
+            error, change, spread = (100 * figure for figure in figures.values())
+            cells.append(f"{error:.1f}" + ("" if name == "source" else f" ({change:+.1f} ± {spread:.1f})"))
+        row(name, *cells, f"{1000 * seconds:.0f} ms")
+    if options.output:
+        Path(options.output).write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -9,62 +9,56 @@ of stale to fresh with its standard error. Only the order and the leak differ be
 
 from __future__ import annotations
 
-import argparse
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_tta.data import DigitsData
-from lightning_tta.data.streams import StreamKind
 from lightning_tta.methods import adapt
 from lightning_tta.modules.loading import load_source
+from plumbing import arguments, header, row
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Run the four cells, and the source."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--source-ckpt", required=True)
-    parser.add_argument("--domains", nargs="+", default=["gaussian_noise", "haze", "motion_blur"])
-    parser.add_argument("--severity", type=int, default=4)
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--views", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2.5e-4)
-    parser.add_argument("--kl-weight", type=float, default=0.5)
-    parser.add_argument("--augment", default="rrc", help="as in CR-MEMO's table")
-    args = parser.parse_args()
-    net = load_source(args.source_ckpt).eval()
+    options = arguments(
+        __doc__,
+        args,
+        source_ckpt=str,
+        domains=["gaussian_noise", "haze", "motion_blur"],
+        severity=4,
+        images=200,
+        views=16,
+        lr=2.5e-4,
+        kl_weight=0.5,
+        augment=("rrc", "as in CR-MEMO's table"),
+    )
+    net = load_source(options.source_ckpt).eval()
 
-    def run(kind: str, method: str, **options: Any) -> Tensor:
+    def run(stream: Any, name: str, **settings: Any) -> Tensor:
         """Whether each image is right, in the order of the images' numbers."""
-        data = DigitsData(
-            domains=args.domains,
-            severity=args.severity,
-            num_images=args.images,
-            batch_size=10,
-            stream=cast(StreamKind, kind),
-        )
-        adapted = adapt(net, method, **options)
-        right = torch.zeros(args.images * len(args.domains), dtype=torch.float64)
+        images = {"num_images": options.images, "batch_size": 10, "severity": options.severity}
+        data = DigitsData(domains=options.domains, stream=stream, **images)
+        method = adapt(net, name, **settings)
+        right = torch.zeros(options.images * len(options.domains), dtype=torch.float64)
         last = -1
         for batch in data.predict_dataloader():
             if int(batch["domain"][0]) != last:  # the leak is within a domain
-                adapted.reset()
+                method.reset()
                 last = int(batch["domain"][0])
-            right[batch["index"]] = (adapted(batch["image"]).argmax(1) == batch["label"]).double()
+            right[batch["index"]] = (method(batch["image"]).argmax(1) == batch["label"]).double()
         return right
 
-    memo: dict[str, Any] = {"optimizer": "adamw", "weight_decay": 0.01, "lr": args.lr, "kl_weight": args.kl_weight}
-    memo |= {"views": args.views, "augment": args.augment}
+    memo: dict[str, Any] = {"optimizer": "adamw", "weight_decay": 0.01}
+    memo |= {name: getattr(options, name) for name in ("lr", "kl_weight", "views", "augment")}
     print(f"source {100 * run('iid', 'source').mean():.1f}")
-    print("| order | fresh | stale | stale - fresh |")
-    print("|---|---:|---:|---:|")
-    for kind, label in (("label_shift", "class-sorted"), ("iid", "shuffled")):
-        fresh, stale = (run(kind, "memo", optimizer_state=state, **memo) for state in ("fresh", "stale"))
-        change = stale - fresh
+    header("order", "fresh", "stale", "stale - fresh")
+    for stream, order in (("label_shift", "class-sorted"), ("iid", "shuffled")):
+        fresh, stale = (run(stream, "memo", optimizer_state=state, **memo) for state in ("fresh", "stale"))
+        change = 100 * (stale - fresh)
         error = change.std() / len(change) ** 0.5
-        row = f"{100 * fresh.mean():.1f} | {100 * stale.mean():.1f} | {100 * change.mean():+.1f} ± {100 * error:.1f}"
-        print(f"| {label} | {row} |", flush=True)
+        row(order, *(f"{100 * x.mean():.1f}" for x in (fresh, stale)), f"{change.mean():+.1f} ± {error:.1f}")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ differentiates all weights. Rounds take turns, so that a busy machine slows all 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +24,7 @@ from lightning_tta.backbones import create_backbone
 from lightning_tta.losses import marginal_entropy
 from lightning_tta.methods import adapt
 from lightning_tta.views.augmix import make_views
+from plumbing import arguments, medians, take_turns
 
 BILINEAR = Image.Resampling.BILINEAR
 Timed = Callable[[], object]
@@ -62,62 +60,61 @@ def pil_chain(image: Image.Image, random: np.random.Generator) -> Image.Image:
 
 def pil_views(image: Tensor, views: int, crop: Any, random: np.random.Generator) -> Tensor:
     """Crop, flip and AugMix, one view after the other: (V, C, H, W)."""
-    picture, made = functional.to_pil_image(image), []
+    picture, result = functional.to_pil_image(image), []
     for _ in range(views):
         start = v2.functional.horizontal_flip(crop(picture)) if random.random() < 0.5 else crop(picture)
         weights, share = random.dirichlet([1.0] * 3), random.beta(1.0, 1.0)
         chains = sum(w * np.asarray(pil_chain(start, random), np.float32) for w in weights)
-        made.append(torch.from_numpy(share * np.asarray(start, np.float32) + (1 - share) * chains))
-    return torch.stack(made).permute(0, 3, 1, 2).contiguous().float() / 255
+        result.append(torch.from_numpy(share * np.asarray(start, np.float32) + (1 - share) * chains))
+    return torch.stack(result).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Time whole episodes, and their parts."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--net", default="cifar/resnet26_gn")
-    parser.add_argument("--pixels", type=int, default=32)
-    parser.add_argument("--views", type=int, default=32)
-    parser.add_argument("--images", type=int, default=4, help="in a batch, and in a round")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--bf16", action="store_true", help="also under bfloat16 autocast")
-    args = parser.parse_args()
+    options = arguments(
+        __doc__,
+        args,
+        net="cifar/resnet26_gn",
+        pixels=32,
+        views=32,
+        images=(4, "in a batch, and in a round"),
+        rounds=7,
+        bf16=(False, "also under bfloat16 autocast"),
+    )
     torch.manual_seed(0)
     random = np.random.default_rng(0)
-    net: nn.Module = create_backbone(args.net).eval()
-    images = torch.rand(args.images, 3, args.pixels, args.pixels)
-    small = args.pixels <= 64
-    crop = v2.RandomCrop(args.pixels, padding=4) if small else v2.RandomResizedCrop(args.pixels)
+    net: nn.Module = create_backbone(options.net).eval()
+    images = torch.rand(options.images, 3, options.pixels, options.pixels)
+    small = options.pixels <= 64
+    crop = v2.RandomCrop(options.pixels, padding=4) if small else v2.RandomResizedCrop(options.pixels)
     augment = "augmix_crop" if small else "augmix"
-
-    def plain_step(own: nn.Module, views: Tensor) -> None:
-        optimizer = torch.optim.SGD(own.parameters(), lr=5e-3)
-        torch.autograd.backward(marginal_entropy(own(views)[None]).sum())
-        optimizer.step()
 
     def plain() -> None:
         for image in images:
-            views = pil_views(image, args.views, crop, random)
-            own = copy.deepcopy(net)
-            plain_step(own, views)
+            views = pil_views(image, options.views, crop, random)
+            model = copy.deepcopy(net)
+            optimizer = torch.optim.SGD(model.parameters(), lr=5e-3)
+            marginal_entropy(model(views)[None]).sum().backward()
+            optimizer.step()
             with torch.no_grad():
-                own(image[None])
+                model(image[None])
 
     methods = {
-        "ours, all": adapt(net, "memo", views=args.views, augment=augment),
-        "ours, norm": adapt(net, "memo", views=args.views, augment=augment, params="norm"),
+        "ours, all": adapt(net, "memo", views=options.views, augment=augment),
+        "ours, norm": adapt(net, "memo", views=options.views, augment=augment, params="norm"),
     }
 
     def ours(name: str, bf16: bool = False, layout: torch.memory_format = torch.contiguous_format) -> Timed:
-        given = images.contiguous(memory_format=layout)
+        batch = images.contiguous(memory_format=layout)
 
         def run() -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                methods[name](given)
+                methods[name](batch)
 
         return run
 
-    memo = methods["ours, all"]
-    weights, source = list(memo.adaptable.values()), [value.detach().clone() for value in memo.adaptable.values()]
+    weights = list(methods["ours, all"].adaptable.values())
+    source = [value.detach().clone() for value in weights]
 
     @torch.no_grad()
     def restore() -> None:
@@ -125,28 +122,21 @@ def main() -> None:
 
     runs: dict[str, Timed] = {"plain": plain, **{name: ours(name) for name in methods}}
     runs |= {f"{name}, channels last": ours(name, layout=torch.channels_last) for name in methods}
-    if args.bf16:
+    if options.bf16:
         runs |= {f"{name}, bf16": ours(name, True) for name in methods}
-    parts: dict[str, tuple[Timed, Timed]] = {
-        "augmentation": (
-            lambda: [pil_views(image, args.views, crop, random) for image in images],
-            lambda: make_views(images, args.views, augment, range(len(images))),
-        ),
-        "restore": (lambda: copy.deepcopy(net), restore),
+    runs |= {
+        "augmentation, plain": lambda: [pil_views(image, options.views, crop, random) for image in images],
+        "augmentation, ours": lambda: make_views(images, options.views, augment, range(len(images))),
+        "restore, plain": lambda: copy.deepcopy(net),
+        "restore, ours": restore,
     }
-    for name, (theirs, mine) in parts.items():
-        runs |= {f"{name}, plain": theirs, f"{name}, ours": mine}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_number in range(args.rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if round_number:  # the first is for warming up
-                times[name].append((time.perf_counter() - start) / (1 if "restore" in name else args.images))
-    middle = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{args.net}, {args.pixels} px, {args.views} views, batches of {args.images}, torch {torch.__version__}")
-    for name, value in middle.items():
-        base = middle[f"{name.split(',')[0]}, plain"] if name.split(",")[0] in parts else middle["plain"]
+    times = medians(take_turns(runs, options.rounds))
+    times = {name: value if "restore" in name else value / len(images) for name, value in times.items()}
+    size = f"{options.pixels} px, {options.views} views, batches of {len(images)}"
+    print(f"{options.net}, {size}, torch {torch.__version__}")
+    for name, value in times.items():
+        part = name.split(",")[0]
+        base = times["plain" if part in ("plain", "ours") else f"{part}, plain"]
         print(f"{name:26} {1000 * value:9.2f} ms an image  {value / base:5.2f}x plain")
 
 

@@ -14,34 +14,35 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_tta.backbones import create_backbone
-from lightning_tta.meta.inner_loop import InnerLoop, Minimax, minimax
+from lightning_tta.meta.inner_loop import InnerLoop, InnerParameters, adapt_inner
 from lightning_tta.meta.mixed_bn import convert_mixed_bn
+from plumbing import CUDA_OR_CPU, arguments, medians, resident, take_turns
 
 Step = Callable[[], list[Tensor]]
 
 
-def build(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Step]:
+def build(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Step]:
     """Each kind of step, as a function that returns the gradient of every parameter."""
     torch.manual_seed(0)
-    net: nn.Module = create_backbone(args.net, args.classes)
-    settings = InnerLoop(max_steps=0, min_steps=args.steps, threshold=0.5)
-    deep = InnerLoop(max_steps=0, min_steps=args.steps, threshold=0.5, adapt_layers=args.deep)
-    plain_net = create_backbone(args.net, args.classes).to(args.device, dtype).train()
-    net = convert_mixed_bn(net.to(args.device, dtype).eval(), 0.6)
-    images = torch.rand(args.domains * args.images, 3, args.pixels, args.pixels, device=args.device, dtype=dtype)
-    labels = torch.randint(args.classes, (len(images),), device=args.device)
+    net: nn.Module = create_backbone(options.net, options.classes)
+    all_layers, deep = (
+        InnerLoop(max_steps=0, min_steps=options.steps, threshold=0.5, adapt_layers=share)
+        for share in (1.0, options.deep)
+    )
+    plain_net = create_backbone(options.net, options.classes).to(options.device, dtype).train()
+    net = convert_mixed_bn(net.to(options.device, dtype).eval(), 0.6)
+    shape = (options.domains * options.images, 3, options.pixels, options.pixels)
+    images = torch.rand(shape, device=options.device, dtype=dtype)
+    labels = torch.randint(options.classes, shape[:1], device=options.device)
 
     def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
         return list(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
@@ -50,10 +51,12 @@ def build(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Step]:
         return gradients(cross_entropy(plain_net(images), labels), plain_net)
 
     def ours(inner: InnerLoop) -> Step:
-        groups = Minimax(net, inner)
+        inner_parameters = InnerParameters(net, inner)
 
         def step() -> list[Tensor]:
-            result = minimax(net, images, inner, domains=args.domains, second_order=True, groups=groups)
+            result = adapt_inner(
+                net, images, inner, domains=options.domains, second_order=True, inner_parameters=inner_parameters
+            )
             return gradients(cross_entropy(result.after.flatten(0, 1), labels), net)
 
         return step
@@ -61,103 +64,77 @@ def build(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Step]:
     def with_higher(inner: InnerLoop) -> Step:
         import higher
 
-        kinds = Minimax(net, inner).rate_of["min"]
+        kinds = InnerParameters(net, inner).rate_of["min"]
         rates = [inner.rates[kinds[name]] if name in kinds else 0.0 for name, _ in net.named_parameters()]
 
         def step() -> list[Tensor]:
-            total: list[Tensor] = []
-            for part, wanted in zip(images.chunk(args.domains), labels.chunk(args.domains), strict=True):
+            by_domain = []
+            for x, y in zip(images.chunk(options.domains), labels.chunk(options.domains), strict=True):
                 optimizer = torch.optim.SGD([{"params": [p]} for p in net.parameters()], lr=0.1)
                 with higher.innerloop_ctx(net, optimizer, copy_initial_weights=False) as (fast, differentiable):
                     for _ in range(inner.min_steps):
-                        differentiable.step(inner.loss(fast(part), "min"), override={"lr": rates})
-                    found = gradients(cross_entropy(fast(part), wanted) / args.domains, net)
-                total = [a + b for a, b in zip(total, found, strict=True)] if total else found
-            return total
+                        differentiable.step(inner.loss(fast(x), "min"), override={"lr": rates})
+                    by_domain.append(gradients(cross_entropy(fast(x), y) / options.domains, net))
+            return [torch.stack(domains).sum(0) for domains in zip(*by_domain, strict=True)]
 
         return step
 
-    steps = {"plain": plain, "higher": with_higher(settings), "ours": ours(settings), "ours_deep": ours(deep)}
+    steps = {"plain": plain, "higher": with_higher(all_layers), "ours": ours(all_layers), "ours_deep": ours(deep)}
     return {**steps, "higher_deep": with_higher(deep)}
-
-
-def seconds(step: Step, device: str) -> float:
-    """Time of one step."""
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def peak_megabytes(kind: str) -> float:
     """Peak memory of steps of one kind, in a process of its own with the arguments of this one."""
     command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", kind]
     faithful = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: what is freed goes back to the system at once
-    found = subprocess.run(command, capture_output=True, text=True, check=True, env=faithful)
-    return float(found.stdout.strip().splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=faithful)
+    return float(done.stdout.strip().splitlines()[-1])
 
 
-def report_peak(args: argparse.Namespace) -> None:
+def print_peak(options: argparse.Namespace) -> None:
     """Print the peak of this process, above what it held before the first step."""
-    step = build(args, torch.float32)[args.peak_of]
-    if args.device == "cuda":
-        before = torch.cuda.memory_allocated()
-        for _ in range(3):
-            step()
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
-    resident = _resident("VmRSS")
+    step, cuda = build(options, torch.float32)[options.peak_of], options.device == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else resident()
     for _ in range(3):
         step()
-    print(_resident("VmHWM") - resident)
+    print(((torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before) / 2**20)
 
 
-def _resident(field: str) -> float:
-    """Megabytes of this process, now (VmRSS) or at most so far (VmHWM); from /proc, so on Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-
-
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Compare the gradients, then time and memory."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--net", default="torchvision/resnet18")
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--domains", type=int, default=2)
-    parser.add_argument("--images", type=int, default=16, help="of each domain")
-    parser.add_argument("--pixels", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=1, help="inner steps")
-    parser.add_argument("--deep", type=float, default=0.3, help="share of the norm layers that the deep mode adapts")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-memory", action="store_true", help="measure time only")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.peak_of:
-        report_peak(args)
+    options = arguments(
+        __doc__,
+        args,
+        net="torchvision/resnet18",
+        classes=10,
+        domains=2,
+        images=(16, "of each domain"),
+        pixels=64,
+        steps=(1, "inner steps"),
+        deep=(0.3, "share of the norm layers that the deep mode adapts"),
+        rounds=20,
+        device=CUDA_OR_CPU,
+        no_memory=(False, "measure time only"),
+        peak_of=("", "print the peak memory of this kind of step, nothing else"),
+    )
+    if options.peak_of:
+        print_peak(options)
         return
 
-    exact = build(args, torch.float64)
+    exact = build(options, torch.float64)
     for name in ("", "_deep"):
         pairs = zip(exact[f"ours{name}"](), exact[f"higher{name}"](), strict=True)
         worst = max(float((a - b).abs().max()) for a, b in pairs)
         print(f"ours{name} against higher, float64: gradients differ by {worst:.1e}")
     del exact
 
-    steps = build(args, torch.float32)
-    times: dict[str, list[float]] = {kind: [] for kind in steps}
-    for step in steps.values():
-        step()
-    for _ in range(args.rounds):
-        for kind, step in steps.items():
-            times[kind].append(seconds(step, args.device))
-    middle = {kind: statistics.median(values) for kind, values in times.items()}
-    memory = {} if args.no_memory else {kind: peak_megabytes(kind) for kind in steps}
+    steps = build(options, torch.float32)
+    times = medians(take_turns(steps, options.rounds, options.device))
+    memory = {} if options.no_memory else {kind: peak_megabytes(kind) for kind in steps}
     for kind in steps:
-        line = f"{kind:12} {1000 * middle[kind]:8.1f} ms  {_ratios(middle, kind)}"
+        line = f"{kind:12} {1000 * times[kind]:8.1f} ms  {_ratios(times, kind)}"
         print(line + (f"   {memory[kind]:7.0f} MB  {_ratios(memory, kind)}" if memory else ""))
-    print(json.dumps({"seconds": middle, "megabytes": memory, "torch": torch.__version__, "device": args.device}))
+    print(json.dumps({"seconds": times, "megabytes": memory, "torch": torch.__version__, "device": options.device}))
 
 
 def _ratios(values: dict[str, float], kind: str) -> str:

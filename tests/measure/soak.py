@@ -10,9 +10,7 @@ method's state along the way, and the accuracy on the good batches of both runs.
 
 from __future__ import annotations
 
-import argparse
 import random
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,51 +18,81 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tta.guard.callback import Guard
 from lightning_tta.methods import available_methods
-from lightning_tta.methods.base.state import size
-from lightning_tta.modules import TestTimeAdaptation
-from stream_memory import resident_mb
-from tiny import DOMAINS, Made, quiet_trainer, train
+from plumbing import TinyNet, arguments, leaves, predict, resident
 
 OPTIONS: dict[str, dict[str, Any]] = {"eata": {"entropy_margin": 0.9, "diversity_margin": 0.95}}
 """Options that make a method's filters keep something on this problem."""
+DOMAINS = ("plain", "dark", "noisy", "tinted")
 BROKEN = ("nan", "some nan", "constant", "too small", "channels", "empty", "0-255")
+CLASSES, PIXELS = 10, 12
 
 
-class Soak(IterableDataset[dict[str, Tensor]]):
-    """Good batches, with a share of broken ones between them. Broken ones have the label -1."""
+def make_batch(size: int, domain: str, seed: int) -> dict[str, Tensor]:
+    """Images (size, 3, 12, 12) in [0, 1] of ten patterns with noise, and their labels; the same from the same seed."""
+    coarse = torch.rand(CLASSES, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    patterns = interpolate(coarse, size=(PIXELS, PIXELS), mode="bilinear")
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (size,), generator=generator)
+    images = 0.3 + 0.4 * patterns[labels] + 0.3 * torch.randn(size, 3, PIXELS, PIXELS, generator=generator)
+    if domain == "dark":
+        images = 0.4 * images
+    elif domain == "noisy":
+        images = images + 0.2 * torch.randn(images.shape, generator=generator)
+    elif domain == "tinted":
+        images = images * torch.tensor([1.0, 0.7, 0.5])[:, None, None] + 0.1
+    return {"image": images.clamp(0, 1), "label": labels}
 
-    def __init__(self, made: Made, batches: int, batch_size: int, broken: float) -> None:
-        self.made, self.batches, self.batch_size, self.broken = made, batches, batch_size, broken
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """All of them, in order."""
-        dice, kind = random.Random(0), 0
-        for number in range(self.batches):
-            images, labels = self.made.batch(self.batch_size, DOMAINS[number // 50 % len(DOMAINS)], number)
-            if dice.random() < self.broken:
-                yield break_batch(images, BROKEN[kind % len(BROKEN)])
-                kind += 1
-            yield {"image": images, "label": labels}
+def train(kind: str, steps: int = 300) -> nn.Module:
+    """A net that knows the plain domain; a second or two. The global random numbers are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        net = TinyNet(kind, CLASSES)
+        optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
+        for step in range(steps):
+            batch = make_batch(64, "plain", -1 - step)
+            optimizer.zero_grad()
+            cross_entropy(net(batch["image"]), batch["label"]).backward()
+            optimizer.step()
+    return net.eval()
 
 
 def break_batch(images: Tensor, how: str) -> dict[str, Tensor]:
-    """A broken batch in the place of ``images``."""
-    if how == "nan":
-        images = torch.full_like(images, float("nan"))
-    elif how == "some nan":
-        images = torch.where(torch.arange(len(images))[:, None, None, None] % 2 == 0, images, float("nan"))
-    elif how == "constant":
-        images = torch.full_like(images, 0.5)
-    else:
-        changed = {"too small": images[..., :2, :2], "channels": images[:, :1], "empty": images[:0]}
-        images = changed[how] if how in changed else images * 255
-    return {"image": images, "label": torch.full((len(images),), -1)}
+    """A broken batch in the place of ``images``, with the label -1."""
+    odd = torch.arange(len(images))[:, None, None, None] % 2 == 0
+    broken = {
+        "nan": torch.full_like(images, float("nan")),
+        "some nan": torch.where(odd, images, float("nan")),
+        "constant": torch.full_like(images, 0.5),
+        "too small": images[..., :2, :2],
+        "channels": images[:, :1],
+        "empty": images[:0],
+        "0-255": images * 255,
+    }[how]
+    return {"image": broken, "label": torch.full((len(broken),), -1)}
+
+
+class Soak(IterableDataset[dict[str, Tensor]]):
+    """Good batches, with a share of broken ones between them."""
+
+    def __init__(self, batches: int, batch_size: int, broken: float) -> None:
+        self.batches, self.batch_size, self.broken = batches, batch_size, broken
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        dice, count = random.Random(0), 0
+        for number in range(self.batches):
+            batch = make_batch(self.batch_size, DOMAINS[number // 50 % len(DOMAINS)], number)
+            if dice.random() < self.broken:
+                yield break_batch(batch["image"], BROKEN[count % len(BROKEN)])
+                count += 1
+            yield batch
 
 
 class Notes(Callback):
@@ -73,69 +101,57 @@ class Notes(Callback):
     def __init__(self, batches: int) -> None:
         self.every = max(1, batches // 20)
         self.right = self.images = self.good = 0
-        self.memory: list[tuple[int, float, int]] = []
+        self.memory: list[tuple[int, float, int]] = []  # good batches, MB, bytes of the method's state
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Count and note."""
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
         known = outputs["label"] >= 0
         if bool(known.any()):
             self.right += int((outputs["prediction"] == outputs["label"])[known].sum())
             self.images += int(known.sum())
             self.good += 1
             if self.good % self.every == 0:
-                self.memory.append((self.good, resident_mb(), size(pl_module.method.state_dict())))
+                state = [leaf for leaf in leaves(pl_module.method.state_dict()) if isinstance(leaf, Tensor)]
+                self.memory.append((self.good, resident() / 1e6, sum(tensor.nbytes for tensor in state)))
 
 
-def soak(
-    method: str, net: nn.Module, made: Made, batches: int, batch_size: int, broken: float, guard: bool
-) -> dict[str, Any]:
+def soak(method: str, net: nn.Module, batches: int, batch_size: int, broken: float, guard: bool) -> dict[str, Any]:
     """One run; the account of it."""
     notes = Notes(batches)
-    module = TestTimeAdaptation(
-        partial(available_methods()[method], **OPTIONS.get(method, {})),
-        backbone=net,
-        on_bad_batch="skip",
-        reset="never",
-    )
-    if not module.method.prepared:
-        seeds = range(-1000, -992)
-        module.method.prepare([dict(zip(("image", "label"), made.batch(64, "plain", s), strict=True)) for s in seeds])
+    loader = DataLoader(Soak(batches, batch_size, broken), batch_size=None)
+    source = [make_batch(64, "plain", seed) for seed in range(-1000, -992)]
+    kind = partial(available_methods()[method], **OPTIONS.get(method, {}))
+    guards = [Guard()] if guard else []
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = quiet_trainer(place, notes, *([Guard()] if guard else []))
-        loader = DataLoader(Soak(made, batches, batch_size, broken), batch_size=None)
-        trainer.predict(module, loader, return_predictions=False)
-    assert module.summary is not None
+        report = predict(kind, loader, notes, *guards, source=source, backbone=net, on_bad_batch="skip", reset="never")
     return {
         "accuracy": notes.right / notes.images,
         "good": notes.good,
         "memory": notes.memory,
         "seconds": time.perf_counter() - start,
-        "alarms": len(module.watch.events) if module.watch is not None else 0,
-        **{name: module.summary.result()[name] for name in ("batches", "skipped_batches", "nonfinite_images")},
+        "alarms": len(report["guard"]["events"]) if guard else 0,
+        **{name: report[name] for name in ("batches", "skipped_batches", "nonfinite_images")},
     }
 
 
 def main(args: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     """Run each method without and with broken batches, print, and return the accounts."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--batches", type=int, default=20_000, help="Good batches.")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--broken", type=float, default=0.01, help="Share of broken batches.")
-    parser.add_argument("--methods", nargs="+", default=["tent", "eata", "zerosiam"])
-    parser.add_argument("--net", default="bn", choices=("bn", "gn", "ln"))
-    parser.add_argument("--guard", action="store_true", help="With the callback Guard.")
-    options = parser.parse_args(args)
-    made = Made()
-    found = {}
+    options = arguments(
+        __doc__,
+        args,
+        batches=(20_000, "good batches"),
+        batch_size=16,
+        broken=(0.01, "share of broken batches"),
+        methods=["tent", "eata", "zerosiam"],
+        net=("bn", "bn, gn or ln"),
+        guard=(False, "with the callback Guard"),
+    )
+    accounts = {}
     for method in options.methods:
         runs = []
         for broken in (0.0, options.broken):
-            net = train(options.net, made)
-            run = soak(method, net, made, options.batches, options.batch_size, broken, options.guard)
+            run = soak(method, train(options.net), options.batches, options.batch_size, broken, options.guard)
             runs.append(run)
             print(
                 f"{method}, {100 * broken:g} % broken: accuracy {100 * run['accuracy']:.2f} % on {run['good']} good of "
@@ -144,14 +160,14 @@ def main(args: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
             )
         for good, memory, state in runs[1]["memory"]:
             print(f"{good:>9,} batches: {memory:7.1f} MB resident, state {state:,} bytes")
-        second = [entry for entry in runs[1]["memory"] if entry[0] >= options.batches / 2]
+        second = [memory for good, memory, _ in runs[1]["memory"] if good >= options.batches / 2]
         print(
             f"{method}: accuracy {100 * (runs[1]['accuracy'] - runs[0]['accuracy']):+.2f} points with broken batches; "
-            f"second half {second[0][1]:.1f} to {second[-1][1]:.1f} MB",
+            f"second half {second[0]:.1f} to {second[-1]:.1f} MB",
             flush=True,
         )
-        found[method] = runs
-    return found
+        accounts[method] = runs
+    return accounts
 
 
 if __name__ == "__main__":

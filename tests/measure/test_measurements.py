@@ -16,10 +16,11 @@ import memo_cifar
 import memo_leak
 import memo_speed
 import meta_step
+import overhead
 import reasons
+import startup
 import stream_memory
-from lightning_tta import SourceClassifier, create_backbone
-from lightning_tta.methods.t3a import T3A
+from lightning_tta import SourceClassifier, adapt, create_backbone
 from nets import make_images, make_net
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -93,18 +94,17 @@ def test_reasons(capsys, places):
     assert capsys.readouterr().out.count("|\n") == (2 + 3) + (2 + 3)
 
 
-def test_a_bank_that_is_told_the_labels_has_no_mistakes():
-    images, labels = make_images(12), torch.arange(12) % 5
-    shares = []
-    for kind in (T3A, reasons.Told):
-        method = kind(make_net("gn"))
-        bank = reasons.Bank(method)
-        bank.look(images, labels, domain=0)
-        method.known = bank.known
-        method(images)
-        shares.append(bank.composition(domain=0)[0])
-    assert shares[0] > 0
-    assert shares[1] == 0
+def test_the_bank_is_the_packages_t3a_and_has_no_mistakes_when_told_the_labels():
+    stream = [(make_images(12, seed), torch.arange(12) % 5, 0) for seed in range(3)]
+    method, told = adapt(make_net("gn"), "t3a", filter_k=3), reasons.Bank(make_net("gn"), told=True)
+    bank = reasons.Bank(make_net("gn"), size=3)
+    for images, labels, domain in stream:
+        torch.testing.assert_close(bank(images, labels, domain), method(images))
+        told(images, labels, domain)
+    assert len(bank.rows) <= 5 * 3
+    assert bank.composition(domain=0)[0] > 0
+    assert told.composition(domain=0) == [0, 0]
+    assert told.composition(domain=1) == [0, 100]
 
 
 def test_memo_leak(monkeypatch, capsys, tmp_path):
@@ -157,3 +157,20 @@ def test_cost(capsys):
     assert found["eata"][1] == 1
     assert "| source |" in (text := capsys.readouterr().out)
     assert " 1.00 |" in text
+
+
+def test_a_checkout_is_as_fast_as_itself(capsys):
+    this = f"--against={overhead.ROOT}"
+    ratios = overhead.main([this, "--nets", "resnet18", "--methods", "tent", "--repeats=2"])
+    ratios |= overhead.main([this, "--bare", "--repeats=3", "--calls=20"])
+    assert 0.2 < ratios["resnet18, tent"] < 5  # a sign of life: the machine may be busy
+    assert ratios["this checkout"] > 1  # a method does more than the loop by hand
+    assert capsys.readouterr().out.count("| resnet18, tent |") == 1
+
+
+def test_startup(capsys):
+    only = ["--repeats=1", "--only", "python -c pass", "import lightning_tta"]
+    table = startup.main([f"--against={startup.ROOT}", *only])
+    assert set(table) == {"python -c pass", "import lightning_tta"}
+    assert all(0 < value < 10 for values in table.values() for value in values.values())
+    assert "| processor seconds | this | the other |" in capsys.readouterr().out

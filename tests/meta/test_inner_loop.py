@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from lightning_tta import ConfigError, UnsupportedModelError
-from lightning_tta.meta.inner_loop import InnerLoop, Minimax, minimax
+from lightning_tta.meta.inner_loop import InnerLoop, InnerParameters, adapt_inner
 from lightning_tta.meta.mixed_bn import convert_mixed_bn
 from meta_reference import plain_adapt, plain_loss
 from nets import make_images, make_net, max_difference
@@ -39,7 +39,7 @@ def images_of(count=12):
 
 
 def outer_loss(net, inner, **options):
-    result = minimax(net, images_of(), inner, differentiable=True, **options)
+    result = adapt_inner(net, images_of(), inner, differentiable=True, **options)
     return cross_entropy(result.after.flatten(0, 1), LABELS)
 
 
@@ -74,7 +74,7 @@ def rates_by_hand(inner):
 def test_steps_are_those_of_the_reference(phases, second_order, options):
     net, inner = make_mixed(), settings(**options)
     before = copy.deepcopy(net.state_dict())
-    result = minimax(net, images_of(), inner, phases=phases, second_order=second_order)
+    result = adapt_inner(net, images_of(), inner, phases=phases, second_order=second_order)
     weights = plain_adapt(net, images_of(), inner, phases, rates_by_hand(inner), second_order)
     logits = functional_call(net, weights, (images_of(),)).detach()
     assert max_difference(result.after[0].detach(), logits) < 1e-12
@@ -96,9 +96,9 @@ def test_confident_and_unconfident_samples_both_count():
 @pytest.mark.parametrize("domains", [2, 3])
 def test_domains_adapt_on_their_own(phases, domains):
     net, inner = make_mixed(), settings(min_steps=2)
-    together = minimax(net, images_of(), inner, phases=phases, domains=domains)
+    together = adapt_inner(net, images_of(), inner, phases=phases, domains=domains)
     for d, part in enumerate(images_of().chunk(domains)):
-        apart = minimax(net, part, inner, phases=phases)
+        apart = adapt_inner(net, part, inner, phases=phases)
         assert max_difference(together.after[d], apart.after[0]) < 1e-12
         for name, value in apart.parameters.items():
             assert max_difference(together.parameters[name][d], value) < 1e-12
@@ -148,7 +148,7 @@ def test_outer_gradient_against_higher(phases, steps, domains, temperature):
     net = make_mixed()
     inner = settings(max_steps=steps, min_steps=steps, temperature=temperature)
     ours = gradient(net, inner, phases=phases, domains=domains, second_order=True)
-    rate_of = Minimax(net, inner).rate_of
+    rate_of = InnerParameters(net, inner).rate_of
     names = [name for name, _ in net.named_parameters()]
     groups = [{"params": [p], "lr": 0.0} for p in net.parameters()]
     theirs = [torch.zeros_like(p) for p in net.parameters()]
@@ -191,7 +191,7 @@ def test_max_raises_and_min_lowers_the_entropy_of_unconfident_samples():
     net = make_mixed()
     for phase, sign in (("max", 1), ("min", -1)):
         inner = settings(threshold=0.999, max_lr=0.02, scale_lr=0.02, shift_lr=0.02)  # all are unconfident
-        result = minimax(net, images_of(), inner, phases=(phase,))
+        result = adapt_inner(net, images_of(), inner, phases=(phase,))
         before, after = (entropy_of_unconfident(x.detach(), 0.999) for x in (result.before, result.after))
         assert sign * (after - before) > 1e-4
 
@@ -202,7 +202,7 @@ def test_max_raises_and_min_lowers_the_entropy_of_unconfident_samples():
 def test_only_confident_or_only_unconfident_samples(threshold, temperature, images):
     net = make_mixed()
     inner = settings(threshold=threshold, temperature=temperature, max_steps=2, min_steps=2)
-    result = minimax(net, images, inner, second_order=True)
+    result = adapt_inner(net, images, inner, second_order=True)
     gradients = torch.autograd.grad(result.after.logsumexp(-1).sum(), list(net.parameters()), materialize_grads=True)
     assert all(torch.isfinite(value).all() for value in (result.after, *result.parameters.values(), *gradients))
 
@@ -211,7 +211,7 @@ def test_saturated_logits_stay_finite():
     net = make_mixed()
     with torch.no_grad():
         net.head.weight.mul_(1e4)
-    result = minimax(net, images_of(), settings(threshold=1.0), second_order=True)
+    result = adapt_inner(net, images_of(), settings(threshold=1.0), second_order=True)
     assert torch.isfinite(result.after).all()
 
 
@@ -235,7 +235,7 @@ def test_wrong_settings(options):
 
 def test_nets_that_cannot_adapt():
     with pytest.raises(UnsupportedModelError, match="no mixed batch norm"):
-        Minimax(make_net("bn"), InnerLoop())
+        InnerParameters(make_net("bn"), InnerLoop())
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))
     with pytest.raises(UnsupportedModelError, match="no weight and bias"):
-        Minimax(convert_mixed_bn(plain), InnerLoop())
+        InnerParameters(convert_mixed_bn(plain), InnerLoop())

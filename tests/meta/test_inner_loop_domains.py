@@ -5,7 +5,8 @@ import torch
 from test_inner_loop import LABELS, PHASES, gradient, images_of, settings
 from torch import nn
 
-from lightning_tta.meta.inner_loop import InnerLoop, Minimax, shortcut_norms
+from lightning_tta.backbones.norms import shortcut_norms
+from lightning_tta.meta.inner_loop import InnerLoop, InnerParameters
 from lightning_tta.meta.mixed_bn import convert_mixed_bn
 from meta_reference import plain_outer_loss
 from nets import max_difference
@@ -39,16 +40,16 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def test_groups_by_depth_without_shortcuts():
+def test_parameters_by_depth_without_shortcuts():
     net = convert_mixed_bn(Residual())
     assert shortcut_norms(net) == {"deep.0.aside.1"}
-    groups = Minimax(net, InnerLoop(max_layers=0.4)).rate_of
-    assert groups["max"] == {"deep.1.main.1.bias": "max"}
+    rate_of = InnerParameters(net, InnerLoop(max_layers=0.4)).rate_of
+    assert rate_of["max"] == {"deep.1.main.1.bias": "max"}
     scales = {f"{layer}.weight": "scale" for layer in ("stem.1", "deep.0.main.1", "deep.1.main.1")}
-    assert groups["min"] == {**scales, "stem.1.bias": "shift", "deep.0.main.1.bias": "shift"}
-    groups = Minimax(net, InnerLoop(adapt_layers=0.7, max_steps=0, source_weight_lr=0.1)).rate_of
-    assert set(groups) == {"min"}
-    assert groups["min"] == {
+    assert rate_of["min"] == {**scales, "stem.1.bias": "shift", "deep.0.main.1.bias": "shift"}
+    rate_of = InnerParameters(net, InnerLoop(adapt_layers=0.7, max_steps=0, source_weight_lr=0.1)).rate_of
+    assert set(rate_of) == {"min"}
+    assert rate_of["min"] == {
         f"{layer}.{leaf}": kind
         for layer in ("deep.0.main.1", "deep.1.main.1")
         for leaf, kind in (("weight", "scale"), ("bias", "shift"), ("source_weight", "source_weight"))
@@ -89,7 +90,7 @@ def test_what_runs_once_changes_no_number(phases, share, monkeypatch):
     passes = sum(inner.steps(phase) for phase in phases) + 1
     assert calls.count(net.stem[0]) == 1
     assert calls.count(net.deep[1].main[0]) == (passes if share > 0.34 and phases != ("max",) else 1)
-    rate_of = Minimax(net, inner).rate_of
+    rate_of = InnerParameters(net, inner).rate_of
     rates_of = {phase: {name: inner.rates[kind] for name, kind in kinds.items()} for phase, kinds in rate_of.items()}
     loss = plain_outer_loss(net, images_of(), LABELS, inner, phases, rates_of)
     theirs = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)

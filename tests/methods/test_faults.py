@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+import fault_cases
+import faults
 from contract import MECHANISMS
+from faults import KINDS
 from lightning_tta import InputError, UnsupportedModelError, adapt, available_methods
 from lightning_tta.methods import Source, Tent
-from measure import fault_cases, faults
-from measure.tiny import KINDS
+from nets import make_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,7 +117,7 @@ def test_the_table_is_printed(capsys):
 def test_a_refusal_quotes_the_net_and_the_shape():
     method = adapt(fault_cases.net("bn"), "tent")
     with pytest.raises(InputError, match=r"\(2, 1, 16, 16\).*channels.*Give the channels"):
-        method(fault_cases.made(2, 1)[:, :1])
+        method(make_images(2, 1)[:, :1])
 
 
 def test_an_error_that_is_not_the_inputs_fault_is_passed_on():
@@ -127,7 +129,7 @@ def test_an_error_that_is_not_the_inputs_fault_is_passed_on():
 
     method = Broken(fault_cases.net("bn"))
     with pytest.raises(RuntimeError, match="a bug in the method"):
-        method(fault_cases.made(2, 1))
+        method(make_images(2, 1))
 
 
 def test_compiled_parts_are_taken_apart():

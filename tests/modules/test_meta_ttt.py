@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.nn.functional import cross_entropy
 
 from lightning_tta import MetaTTT
+from lightning_tta.meta.inner_loop import inner_loop_of
 from lightning_tta.meta.mixed_bn import mixed_batch_norm_layers
 from lightning_tta.modules.loading import load_source
 from meta_reference import plain_outer_loss
@@ -167,7 +168,7 @@ def test_learned_rates_move_and_are_saved(tmp_path):
     assert all(after[kind] != before[kind] for kind in ("max", "scale", "shift"))
     trainer.save_checkpoint(tmp_path / "best.ckpt")
     loaded = load_source(str(tmp_path), make_net("bn"))
-    assert loaded.meta_ttt["scale_lr"] == after["scale"]
+    assert inner_loop_of(loaded).scale_lr == after["scale"]
 
 
 def test_head_has_its_own_rate():

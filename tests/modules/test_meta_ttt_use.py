@@ -1,6 +1,7 @@
 """Meta-TTT's module in use: what is logged, saved and refused."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -69,6 +70,21 @@ def test_checkpoint_adapts_as_the_module_does(tmp_path):
     method = TestTimeAdaptation(Method, source_ckpt=str(tmp_path), backbone=make_net("bn")).method
     assert method.settings == model.settings
     assert torch.equal(method(images), adapt(model.backbone, "meta_ttt", **INNER, temperature="gem_t")(images))
+
+
+def test_settings_by_name_change_those_that_were_trained(tmp_path):
+    model = module(source_weight_kind="sigmoid", temperature="gem_t")
+    fit(model, batches(1)).save_checkpoint(tmp_path / "best.ckpt")
+    saved = torch.load(tmp_path / "best.ckpt", weights_only=True)["lightning_tta"]  # the format of earlier files
+    assert saved["mixed_bn"] == {"parametrisation": "sigmoid"}
+    assert saved["meta_ttt"] == dataclasses.asdict(model.settings)
+    net = load_source(str(tmp_path), make_net("bn"))
+    method = adapt(net, "meta_ttt", scale_lr=0.5, max_lr=None)
+    assert method.settings == dataclasses.replace(model.settings, scale_lr=0.5)
+    unchanged = dict.fromkeys(saved["meta_ttt"])
+    assert method.options == {"episodic": True, "source_weight": 0.75, **unchanged, "scale_lr": 0.5}
+    with pytest.raises(ConfigError, match="no option 'max_lrr'"):
+        adapt(net, "meta_ttt", max_lrr=0.1)
 
 
 def test_net_by_name_comes_back_by_itself(tmp_path):

@@ -142,7 +142,8 @@ class GradientMethod(TTAMethod):
             counts = number > 0
         if isinstance(extra, Tensor) or extra:
             loss = loss + extra
-        self.note(loss=loss)
+        before = self._notes.get("loss")  # of an earlier pass of this step, which stands if no sample counts now
+        self.note(loss=loss if counts is None or before is None else torch.where(counts, loss, before))
         if not loss.requires_grad:
             raise self._no_gradient("the logits have none (torch.no_grad, detach in its forward?)")
         if counts is not None and self.known(~counts):

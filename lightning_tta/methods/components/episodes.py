@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_tta.backbones.norms import batch_norm_layers, batch_statistics, moments, norm_layers
+from lightning_tta.backbones.norms import affine, batch_norm_layers, batch_statistics, moments, norm_layers
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
-from lightning_tta.meta.mixed_bn import affine
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.views.augmix import AUGMENTATIONS, make_views
 
@@ -105,6 +104,8 @@ def _batch_norm(layer: _BatchNorm, x: Tensor, prior: int | None) -> tuple[Tensor
 
 class ViewMethod(TTAMethod):
     """What the methods of one image and its views share: options, seeds, passes that keep images apart."""
+
+    fixed_options = frozenset({"steps"})
 
     def __init__(
         self,

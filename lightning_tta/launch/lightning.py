@@ -1,0 +1,215 @@
+"""From a configuration to a run: LightningCLI's fit, validate, test and predict with this package's defaults."""
+
+from __future__ import annotations
+
+import argparse
+import pydoc
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_tta.backbones.weights import read_checkpoint
+from lightning_tta.errors import ConfigError
+from lightning_tta.launch.help import short_help
+from lightning_tta.launch.messages import explain, our_error
+from lightning_tta.methods import available_methods, find
+from lightning_tta.progress import RunProgress
+from lightning_tta.run.board import FitBoard
+
+METHOD_OPTIONS = ("--model.method", "--model.method.help", "--model.init_args.method")
+READABLE = 40
+"""So many subclasses are listed in help and comments; ``torch.nn.Module`` has a thousand."""
+MODE = "yaml, None is null"
+"""The parser mode: jsonargparse 4.53 hands the null of a nested option on as the text ``None``."""
+
+
+def _load(text: str) -> Any:
+    value = get_loader("yaml")(text)
+    return None if isinstance(value, str) and value.strip() == "None" else value
+
+
+set_loader(MODE, _load, exceptions=(yaml.YAMLError,))
+
+
+class _ShortLists(DefaultHelpFormatter):
+    """Counts known subclasses where they are too many to read."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = super()._get_help_string(action)
+        head, _, names = text.partition(", known subclasses: ")
+        count = names.count(",") + 1
+        return text if count <= READABLE else f"{head}, {count} known subclasses)"
+
+
+class TTACLI(LightningCLI):
+    """LightningCLI with this package's defaults and checks."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose help, and the comments of ``--print_config=comments``, can be read."""
+        return super().init_parser(formatter_class=_ShortLists, parser_mode=MODE, **kwargs)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.set_defaults(return_predictions=False)  # else all outputs of the stream are kept in memory
+            parser.set_defaults({"model": {"class_path": "lightning_tta.TestTimeAdaptation"}})
+            # Callbacks of predict with options of their own are added to the parser here, by add_lightning_class_args.
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments, or show the short help; say in short what does not parse."""
+        name = args["subcommand"] if isinstance(args, dict) else "".join(args[:1])
+        command = self._subcommand_parsers.get(name, parser)
+        if isinstance(args, list) and {"-h", "--help"} & set(args):
+            if command is not parser and args[-1] != "all":
+                print(short_help(name, command))
+                raise SystemExit(0)
+            args = [name, "--help"]
+        for each in (parser, *self._subcommand_parsers.values()):
+            each.exit_on_error = False
+        try:
+            super().parse_arguments(parser, _name_classes(args) if isinstance(args, list) else args)
+        except argparse.ArgumentError as error:
+            raise explain(error, command, f"lightning-tta {name}") from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer; what it does not accept is the configuration's fault."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            text = " ".join(str(error).split())
+            raise ConfigError(f"The Trainer refuses its options: {text} Change what --trainer sets.") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Check ``--ckpt_path`` instead of merging its hyper-parameters, which replaces the model asked for."""
+        config = self.config[self.config["subcommand"]]
+        path = config.get("ckpt_path")
+        if path is None or not Path(path).is_file():
+            if path is not None and str(path) not in ("best", "last", "hpc", "registry"):
+                raise ConfigError(f"--ckpt_path {path}: no such file.")
+            return
+        saved = read_checkpoint(path)
+        wanted = config["model"]["class_path"].rpartition(".")[2]
+        ours = saved.get("lightning_tta", {}) if isinstance(saved, dict) else {}
+        written_by = ours.get("class", "a class of another package")
+        if written_by != wanted:
+            raise ConfigError(
+                f"--ckpt_path {path} was written by {written_by}, but the model is {wanted}. --ckpt_path resumes a run "
+                "of the same class. Source weights to adapt go to --model.source_ckpt."
+            )
+
+
+class _ParseOnlyCLI(TTACLI):
+    """Stops after the checks of the parser: no net is built, no data read."""
+
+    def _set_seed(self) -> None:
+        """Leave the generators alone."""
+
+    def instantiate_classes(self) -> None:
+        """Instantiate nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False) -> TTACLI:
+    """Run fit, validate, test or predict.
+
+    Args:
+        args: As on the command line, or a nested dict with ``subcommand``.
+        parse_only: Only check the configuration.
+
+    Raises:
+        LightningTTAError: If the arguments do not parse, or the configuration, data or weights are wrong.
+    """
+    available_methods()  # a configuration may name any of them by its class alone
+    with _in_our_words():
+        return (_ParseOnlyCLI if parse_only else TTACLI)(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            trainer_defaults={
+                "inference_mode": False,
+                "use_distributed_sampler": False,
+                "default_root_dir": "runs",
+                "callbacks": [FitBoard(), RunProgress()],
+            },
+            args=args,
+        )
+
+
+def check_configurations(every: Iterable[list[str] | dict[str, Any]]) -> Iterator[Namespace]:
+    """Parse what :func:`run_lightning` takes, with one parser for all: to build it takes a third of a second.
+
+    Yields:
+        The configuration of each, without running it.
+
+    Raises:
+        ConfigError: If one does not parse.
+    """
+    cli = None
+    for args in every:
+        if cli is None:
+            cli = run_lightning(args, parse_only=True)
+        else:
+            with _in_our_words():
+                cli.parse_arguments(cli.parser, args)
+        yield cli.config[cli.config["subcommand"]]
+
+
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    """An error of ours that jsonargparse has wrapped is raised as it was."""
+    with warnings.catch_warnings():  # notebooks, tests and the benchmark parse beside another command line
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            cause = our_error(error)
+            if cause is None:
+                raise
+            raise cause from None
+
+
+def build_data(args: list[str]) -> LightningDataModule:
+    """The data module that ``predict`` would have with these arguments.
+
+    Raises:
+        LightningTTAError: If the arguments do not parse, name no data, or the data module refuses them.
+    """
+    (config,) = check_configurations([["predict", "--model.method=source", *args]])
+    if config["data"] is None:
+        raise ConfigError("No data. Give --data CLASS, such as --data DigitsData, or a --config that has it.")
+    return pydoc.locate(config["data"]["class_path"])(**config["data"]["init_args"].as_dict())  # type: ignore[operator, no-any-return]
+
+
+def _name_classes(args: list[str]) -> list[str]:
+    """The arguments with ``--model.method tent`` as ``--model.method lightning_tta.methods.Tent``."""
+    named: list[str] = []
+    for arg in args:
+        option, equals, value = arg.partition("=")
+        if equals and option in METHOD_OPTIONS:
+            arg = f"{option}={_class_path(value)}"
+        elif named and named[-1] in METHOD_OPTIONS:
+            arg = _class_path(arg)
+        named.append(arg)
+    return named
+
+
+def _class_path(name: str) -> str:
+    try:
+        return f"lightning_tta.methods.{find(name).__name__}"
+    except ConfigError:
+        return name  # a file, a user's own class, or a mistake of which the parser knows more

@@ -1,0 +1,127 @@
+"""Help, and what needs neither torch nor lightning."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_tta import Guard, TestTimeAdaptation
+from lightning_tta.cli.commands import COMMANDS
+from lightning_tta.cli.main import main
+from lightning_tta.data.streams import MEANING, STREAM_KINDS
+from lightning_tta.launch.help import short_help
+from lightning_tta.methods import find, names
+
+ROOT = Path(__file__).parents[2]
+LIGHT = """
+import contextlib, io, json, sys
+import lightning_tta, lightning_tta.methods
+from lightning_tta.cli.main import main
+results = []
+for args in json.loads(sys.argv[1]):
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(args)
+        except SystemExit as end:
+            code = end.code
+    results.append((code, out.getvalue() + err.getvalue()))
+heavy = [name for name in ("torch", "lightning", "numpy", "jsonargparse", "rich") if name in sys.modules]
+print(json.dumps((results, heavy)))
+"""
+
+
+def test_what_answers_at_once_imports_nothing_heavy():
+    asked = [["--help"], [], ["--version"], ["pedict"], ["methods"]]
+    run = subprocess.run(
+        [sys.executable, "-c", LIGHT, json.dumps(asked)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    results, heavy = json.loads(run.stdout)
+    assert heavy == []
+    assert [code for code, _ in results] == [0, 0, 0, 2, 0]
+    overview, same, version, typo, methods = (text for _, text in results)
+    assert overview == same
+    assert all(f"  {command} " in overview for command in COMMANDS)
+    assert version.strip()[0].isdigit()
+    assert "Did you mean predict?" in typo
+    assert all(f"  {name} " in methods for name in names())
+    assert "2006.10726)" in methods
+
+
+def test_one_method_is_imported_where_one_is_asked_for():
+    code = (
+        "import sys\nfrom lightning_tta.methods import Norm, find\nassert find('norm') is find('Norm') is Norm\n"
+        "print(*(n for n in sys.modules if n.startswith('lightning_tta.methods.') and n.count('.') == 2))\n"
+        "print('lightning' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    modules, lightning = run.stdout.splitlines()
+    assert not {f"lightning_tta.methods.{name}" for name in names() if name != "norm"} & set(modules.split())
+    assert lightning == "False"
+
+
+def test_methods_describes_one_with_all_its_options(capsys):
+    main(["methods", "SingleImageBN"])
+    text = capsys.readouterr().out
+    kind = find("single_image_bn")
+    assert kind.__doc__.split("\n")[0] in text
+    assert all(f"--model.method.{option} " in text for option in set(inspect.signature(kind).parameters) - {"model"})
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_help_of_a_command_fits_on_a_screen(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    for args in (["--help"], ["--config=none.yaml", "-h"]):
+        with pytest.raises(SystemExit) as caught:
+            main([command, *args])
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        lines = text.splitlines()
+        assert len(lines) <= 45
+        assert max(map(len, lines)) <= 80
+        assert f"lightning-tta {command} --help all" in text
+        assert "--data.batch_size" in text or command != "predict"
+    if command == "predict":
+        options = set(inspect.signature(TestTimeAdaptation).parameters) - {"removed"}
+        assert {"method", "source_ckpt", "backbone", "reset"} <= options
+        assert all(f"--model.{option} " in text for option in options)
+        assert text.index("--model.method ") < text.index("--data.stream ") < text.index("--trainer.devices ")
+
+
+def test_help_lists_the_options_of_callbacks():
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.add_argument("--seed_everything")
+    parser.add_argument("--ckpt_path")
+    parser.add_lightning_class_args(Guard, "watch")
+    assert "  --watch.action " in short_help("predict", parser)
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["fit", "--help", "all"], "--trainer.max_steps"),
+        (["predict", "--data.help", "DigitsData"], "--data.severity"),
+        (["predict", "--model.method.help", "Tent"], "lr_batch_size"),
+        (["benchmark", "--help"], "--jobs"),
+        (["report", "--help"], "--output"),
+        (["export", "--help"], "--process"),
+    ],
+)
+def test_the_other_kinds_of_help(capsys, args, word):
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 0
+    assert word in capsys.readouterr().out
+
+
+def test_table_of_streams(capsys):
+    main(["streams"])
+    text = capsys.readouterr().out
+    assert all(kind in text for kind in STREAM_KINDS)
+    assert set(MEANING) == set(STREAM_KINDS)
