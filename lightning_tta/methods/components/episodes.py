@@ -119,7 +119,7 @@ class ViewMethod(TTAMethod):
         predict_classes: list[int] | str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, **options)
+        super().__init__(model, steps=1, **options)
         check_range("views", views, 1, integer=True)
         check_choice("augment", augment, AUGMENTATIONS)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
