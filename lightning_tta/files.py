@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -9,9 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from lightning.pytorch import Trainer
 
 from lightning_tta._version import __version__
@@ -20,6 +20,7 @@ from lightning_tta._version import __version__
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Versions and hardware of this run; ``device``: the CPU by default."""
     import lightning
+    import torch
     import torchvision
 
     gpu = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else None
@@ -55,6 +56,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     text = json.dumps(content, indent=2) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def json_digest(values: Mapping[str, Any]) -> str:
+    """First 12 hexadecimal digits of the SHA-256 of the values as canonical JSON."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def own_file(trainer: Trainer, path: Path) -> Path:

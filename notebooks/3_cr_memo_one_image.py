@@ -79,7 +79,7 @@ repaired = (method.predict(images).argmax(1) != labels) & (method(images).argmax
 number = int(repaired.nonzero()[0])
 image, label = images[number : number + 1], int(labels[number])
 
-views = make_views(image, VIEWS, "augmix_only", seeds=method._seeds(image))[0]  # the seed the method takes from pixels
+views = make_views(image, VIEWS, "augmix_only", seeds=method.seeds(image))[0]  # the seed the method takes from pixels
 figure, axes = plt.subplots(2, 9, figsize=(9, 2.4), layout="constrained")
 shown = {(0, 0): ("image", image[0])}
 shown |= {(n // 8, 1 + n % 8): (f"view {n + 1}", view) for n, view in enumerate(views)}

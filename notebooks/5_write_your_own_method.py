@@ -9,7 +9,7 @@
 # %% [markdown]
 # # Write your own method in twenty lines
 #
-# A method is a class with a constructor, which says what may change, and `adapt`, which changes it. Snapshot, reset,
+# A method is a class with a constructor, which says what may change, and `step`, which changes it. Snapshot, reset,
 # saving, input checks, counting of passes and guards against bad numbers come from the base class. This page writes one,
 # compares it with Tent, and puts it into the benchmark. Runs in about half a minute on a CPU.
 
@@ -26,9 +26,8 @@ from IPython.display import Image
 from torch import nn
 
 from lightning_tta import DigitsData, SourceClassifier, adapt
-from lightning_tta.backbones.norms import batch_statistics, norm_parameters
 from lightning_tta.losses import entropy
-from lightning_tta.methods import TTAMethod
+from lightning_tta.methods.base.gradient import GradientMethod
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -43,26 +42,22 @@ EPOCHS = 8
 # the mean prediction.
 
 # %%
-class InfoMax(TTAMethod):
+class InfoMax(GradientMethod):
     """Minimises ``mean_b H(p_b) - diversity * H(mean_b p_b)`` through the norm layers' scales and shifts."""
 
-    def __init__(self, model: nn.Module, *, lr: float = 2e-2, diversity: float = 1.0) -> None:
-        super().__init__(model)
+    uses_batch_statistics = True  # in every pass: BatchNorm takes the mean and variance of the batch
+
+    def __init__(self, model: nn.Module, *, diversity: float = 1.0, lr: float = 2e-2, **options) -> None:
+        super().__init__(model, lr=lr, optimizer="sgd", **options)
         self.diversity = diversity
-        parameters = self.declare(norm_parameters(self.model))
-        self.add_optimizer("model", parameters, "sgd", lr)
+        self.learn(self.select("norm"))
 
-    def infer(self, images: torch.Tensor) -> torch.Tensor:
-        """A forward pass with the batch's statistics."""
-        with batch_statistics(self.model):
-            return self.model(images)
-
-    def adapt(self, images: torch.Tensor) -> torch.Tensor:
+    def step(self, x: torch.Tensor) -> torch.Tensor:
         """One step on the batch; returns the logits before it."""
-        logits = self.infer(images)
+        logits = self.logits(x)
         spread = entropy(logits.softmax(1).mean(0).log())
-        self.step(entropy(logits).mean() - self.diversity * spread)
-        self.record(spread=spread)
+        self.descend(entropy(logits), extra=-self.diversity * spread)
+        self.note(spread=spread)
         return logits
 
 
@@ -138,7 +133,7 @@ plt.show()
 #
 # ## What the base class gave it
 #
-# Reset is exact, and a saved state goes on as if nothing had happened. `stats` has what we recorded.
+# Reset is exact, and a saved state goes on as if nothing had happened. `stats` has what we noted.
 
 # %%
 method = InfoMax(copy.deepcopy(net))

@@ -133,5 +133,5 @@ def page_of(files):
     return Page(files[0].read_text())
 
 
-def row_of(page, name, length):
-    return next(row for row in page.rows if row[0] == name and len(row) == length)
+def row_of(page, name, length, which=0):
+    return [row for row in page.rows if row[0] == name and len(row) == length][which]

@@ -1,16 +1,11 @@
-"""The parts of a benchmark's configuration file."""
+"""The sections of a benchmark's configuration file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any
 
-from torch import nn
-
-from lightning_tta.errors import ConfigError, UnsupportedModelError
-from lightning_tta.methods import create_method, find
-
-T = TypeVar("T")
+from lightning_tta.errors import ConfigError
 
 
 @dataclass
@@ -79,51 +74,29 @@ class MethodConfig:
     run: dict[str, dict[str, Any]] = field(default_factory=dict)
     default: bool = True
 
+    @classmethod
+    def from_dict(cls, label: str, entry: dict[str, Any]) -> MethodConfig:
+        """Read an entry of the file; jsonargparse would take its ``class_path`` for a class of ``MethodConfig``.
 
-@dataclass
-class DataConfig:
-    """The data module of the benchmark: class name and arguments."""
-
-    class_path: str
-    init_args: dict[str, Any] = field(default_factory=dict)
+        Raises:
+            ConfigError: If the entry lacks its ``class_path`` or has an unknown key.
+        """
+        allowed = [option.name for option in fields(cls)]
+        if not set(entry) <= set(allowed) or not isinstance(entry.get("class_path"), str):
+            raise ConfigError(
+                f"methods.{label} must have a class_path and may have {allowed[1:]}; got {sorted(entry)}."
+            )
+        return cls(**entry)
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run: a method on a net and a stream with a seed."""
 
+    method: str
     net: str
     stream: str
-    method: str
     seed: int
 
     def __str__(self) -> str:
         return f"{self.net}/{self.stream}/{self.method}/seed{self.seed}"
-
-
-def from_dict(kind: type[T], key: str, entry: dict[str, Any]) -> T:
-    """Build a part from its place in the file; jsonargparse keeps ``class_path`` for classes of its own.
-
-    Raises:
-        ConfigError: If the entry lacks its ``class_path`` or has an unknown key.
-    """
-    allowed = [part.name for part in fields(kind)]  # type: ignore[arg-type]
-    unknown = [name for name in entry if name not in allowed]
-    if unknown or not isinstance(entry.get("class_path"), str):
-        raise ConfigError(f"{key} must have a class_path and may have {allowed[1:]}; got {sorted(entry)}.")
-    return kind(**entry)
-
-
-def check_method(label: str, method: MethodConfig) -> None:
-    """Refuse wrong options and ranges by building the method on a tiny net."""
-    try:
-        find(name := method.class_path.removeprefix("lightning_tta.methods."))
-    except ConfigError:
-        return  # a user's own class: checked when it is parsed
-    probe = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
-    try:
-        create_method(name, probe, **method.init_args)
-    except UnsupportedModelError:
-        pass  # the probe says nothing about the nets of the benchmark
-    except ConfigError as error:
-        raise ConfigError(f"Method '{label}': {error}") from error

@@ -9,34 +9,30 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
-from lightning_tta.benchmark.config import (
-    Cell,
-    DataConfig,
-    MethodConfig,
-    NetConfig,
-    StreamConfig,
-    check_method,
-    from_dict,
-)
+from lightning_tta.benchmark.config import Cell, MethodConfig, NetConfig, StreamConfig
 from lightning_tta.benchmark.sources import Sources, digest
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError, check_range
 from lightning_tta.files import environment
 from lightning_tta.launch.lightning import run_lightning
-from lightning_tta.modules.loading import find_checkpoint
+from lightning_tta.methods import create_method, find
 from lightning_tta.progress import grid
 from lightning_tta.report.terminal import write_benchmark
 from lightning_tta.run.options import PARTS, where_moved
 from lightning_tta.run.state_files import FINAL
+
+MEASURES = ("accuracy", "domains", "forwards", "backwards", "ece", "seconds_per_batch")
+"""What a row of ``benchmark.json`` has of a cell's report; reports of earlier versions lack the calibration error."""
 
 
 class Benchmark:
@@ -48,8 +44,8 @@ class Benchmark:
 
     Args:
         output: Directory of the results.
-        data: The data module: ``class_path`` and ``init_args``, see :class:`DataConfig`; ``--data.root ROOT`` on the
-            command line adds to the ``init_args``.
+        data: The data module: ``class_path`` and ``init_args``; ``--data.root ROOT`` on the command line adds to the
+            ``init_args``.
         nets: Nets by label.
         streams: Streams by label.
         methods: Methods by label: ``class_path``, ``init_args``, ..., see :class:`MethodConfig`.
@@ -83,22 +79,16 @@ class Benchmark:
         run: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         self.output = Path(output)
-        more = {name: value for name, value in data.items() if name not in ("class_path", "init_args")}
-        init_args = {**data.get("init_args", {}), **more}  # --data.root ROOT
-        self.data = from_dict(DataConfig, "data", {"class_path": data.get("class_path"), "init_args": init_args})
-        self.nets, self.streams = nets, streams
-        self.methods = {label: from_dict(MethodConfig, f"methods.{label}", entry) for label, entry in methods.items()}
-        self.seeds = list(seeds)
+        rest = {name: value for name, value in data.items() if name not in ("class_path", "init_args")}
+        self.data, self.data_options = data.get("class_path"), {**data.get("init_args", {}), **rest}  # --data.root ROOT
+        self.nets, self.streams, self.seeds = nets, streams, list(seeds)
+        self.methods = {label: MethodConfig.from_dict(label, entry) for label, entry in methods.items()}
         self.trainer, self.model, self.run_options = trainer or {}, model or {}, run or {}
-        check_range("jobs", jobs, 1, integer=True)
-        if save_every is not None:
-            check_range("save_every", save_every, 1, integer=True)
         self.jobs, self.save_every = jobs, save_every
         self.sources = Sources(self.output, nets)
-        with _quiet():
-            self._check(only)
+        self._check(only)
         self.cells = [
-            Cell(net, stream, method, seed)
+            Cell(method, net, stream, seed)
             for net in nets
             for stream in streams
             for method, config in self.methods.items()
@@ -112,49 +102,52 @@ class Benchmark:
 
     def _check(self, only: list[str] | None) -> None:
         """Find what is wrong with the configuration before anything is trained."""
-        for name, entries in (("nets", self.nets), ("streams", self.streams), ("methods", self.methods)):
-            if not entries:
+        for name in ("nets", "streams", "methods", "seeds"):
+            if not getattr(self, name):
                 raise ConfigError(f"The benchmark has no {name}; name at least one.")
-        if not self.seeds:
-            raise ConfigError("The benchmark has no seeds; name at least one.")
+        if not isinstance(self.data, str):
+            raise ConfigError("data must have a class_path, such as DigitsData.")
+        check_range("jobs", self.jobs, 1, integer=True)
+        check_range("save_every", 1 if self.save_every is None else self.save_every, 1, integer=True)
         for seed in self.seeds:
             check_range("seeds", seed, 0, integer=True)
         for label, net in self.nets.items():
-            if (net.fit is None) == (net.source_ckpt is None and not net.pretrained):
-                raise ConfigError(f"Net '{label}' needs either fit=CONFIG, or weights (source_ckpt or pretrained).")
-            if net.start is not None and (net.fit is None or net.start not in self.nets or net.start == label):
-                raise ConfigError(f"Net '{label}': start={net.start!r} must name another net, for a fit to start from.")
-            if net.start is not None and self.nets[net.start].start is not None:
-                raise ConfigError(f"Net '{label}' starts from '{net.start}', which must not start from another itself.")
-            for path in (net.fit, net.source_ckpt):
-                if path not in (None, "none") and not Path(path or "").exists():
-                    raise ConfigError(f"Net '{label}': {path} does not exist (seen from {Path.cwd().name}/).")
-        chosen: list[tuple[str, str, list[str] | None, Collection[str]]] = [
-            *((f"Method '{label}'", "nets", m.nets, self.nets) for label, m in self.methods.items()),
-            *((f"Method '{label}'", "streams", m.streams, self.streams) for label, m in self.methods.items()),
-            *((f"Stream '{label}'", "nets", stream.nets, self.nets) for label, stream in self.streams.items()),
-        ]
-        for who, kind, names, allowed in chosen:
-            unknown = [name for name in names or [] if name not in allowed]
-            if unknown:
-                raise ConfigError(f"{who} names {kind} {unknown}; there are {list(allowed)}.")
-        unknown = [label for label in only or [] if label not in (*self.methods, "all")]
-        if unknown:
-            raise ConfigError(f"only={unknown} are not methods of this benchmark; there are {list(self.methods)}.")
+            self._check_net(label, net)
+        self._check_labels("only names methods", only, [*self.methods, "all"])
+        for label, stream in self.streams.items():
+            self._check_labels(f"Stream '{label}' names nets", stream.nets, self.nets)
         for label, method in self.methods.items():
-            check_method(label, method)
+            self._check_labels(f"Method '{label}' names nets", method.nets, self.nets)
+            self._check_labels(f"Method '{label}' names streams", method.streams, self.streams)
+            _check_options(label, method)
         for label, options in (("", self.run_options), *((f"methods.{k}.", m.run) for k, m in self.methods.items())):
-            unknown = [name for name in options if name not in PARTS]
-            if unknown:
-                raise ConfigError(f"{label}run has no parts {unknown}; there are {list(PARTS)}.")
-        for label, given in (("", self.model), *((f"methods.{k}.", m.model) for k, m in self.methods.items())):
-            for moved in filter(None, map(where_moved, given)):
-                raise ConfigError(f"{label}{moved} Here: under {label}run.")
-        first, usual = next(iter(self.nets)), next(iter(self.streams))
-        pairs = [(label, usual) for label in self.methods]  # not every one: each parse takes a while
-        pairs += [(next(iter(self.methods)), name) for name in self.streams]
-        for label, name in dict.fromkeys(pairs):
-            run_lightning(self._config(Cell(first, name, label, self.seeds[0]), "none"), parse_only=True)
+            self._check_labels(f"{label}run names parts", options, PARTS)
+        for label, options in (("", self.model), *((f"methods.{k}.", m.model) for k, m in self.methods.items())):
+            for sentence in filter(None, map(where_moved, options)):
+                raise ConfigError(f"{label}{sentence} Here: under {label}run.")
+        usual = Cell(next(iter(self.methods)), next(iter(self.nets)), next(iter(self.streams)), self.seeds[0])
+        cells = [replace(usual, method=label) for label in self.methods]  # not every pair: each parse takes a while
+        cells += [replace(usual, stream=label) for label in self.streams]
+        with _quiet():
+            for cell in dict.fromkeys(cells):
+                run_lightning(self._config(cell, "none"), parse_only=True)
+
+    def _check_net(self, label: str, net: NetConfig) -> None:
+        if (net.fit is None) == (net.source_ckpt is None and not net.pretrained):
+            raise ConfigError(f"Net '{label}' needs either fit=CONFIG, or weights (source_ckpt or pretrained).")
+        if net.start is not None and (net.fit is None or net.start not in self.nets or net.start == label):
+            raise ConfigError(f"Net '{label}': start={net.start!r} must name another net, for a fit to start from.")
+        if net.start is not None and self.nets[net.start].start is not None:
+            raise ConfigError(f"Net '{label}' starts from '{net.start}', which must not start from another itself.")
+        for path in (net.fit, net.source_ckpt):
+            if path not in (None, "none") and not Path(path or "").exists():
+                raise ConfigError(f"Net '{label}': {path} does not exist (seen from {Path.cwd().name}/).")
+
+    @staticmethod
+    def _check_labels(who: str, names: Iterable[str] | None, allowed: Iterable[str]) -> None:
+        unknown = [name for name in names or [] if name not in allowed]
+        if unknown:
+            raise ConfigError(f"{who} {unknown}; there are {list(allowed)}.")
 
     # Running ---------------------------------------------------------------------------------------------------------
 
@@ -217,34 +210,29 @@ class Benchmark:
         """What ``lightning-tta predict`` would be given for this cell."""
         net, stream, method = self.nets[cell.net], self.streams[cell.stream], self.methods[cell.method]
         training = ("fit", "options", "start", "source_ckpt", "pretrained")
-        source = {k: v for k, v in asdict(net).items() if k not in training and v not in (None, False)}
         model = {
             "method": {"class_path": method.class_path, "init_args": method.init_args},
             "source_ckpt": "pretrained" if net.pretrained else source_ckpt,
             "reset": stream.reset,
-            **source,
+            **{k: v for k, v in asdict(net).items() if k not in training and v not in (None, False)},
             **self.model,
             **method.model,
         }
         parts = {name: {**self.run_options.get(name, {}), **method.run.get(name, {})} for name in PARTS}
-        data = {**self.data.init_args, "stream": stream.kind, "order_seed": cell.seed, **stream.data}
+        data = {**self.data_options, "stream": stream.kind, "order_seed": cell.seed, **stream.data}
         return {
             "subcommand": "predict",
             "predict": {
                 "seed_everything": cell.seed,
                 "trainer": {"devices": 1, "enable_progress_bar": False, **self.trainer},
                 "model": {"class_path": "lightning_tta.TestTimeAdaptation", "init_args": model},
-                "data": {"class_path": self.data.class_path, "init_args": data},
+                "data": {"class_path": self.data, "init_args": data},
                 **{name: options for name, options in parts.items() if options},
             },
         }
 
     def _run(self, cell: Cell) -> dict[str, Any]:
-        net = self.nets[cell.net]
-        source = self.sources.weights(cell.net, cell.seed)
-        if net.fit:
-            source = str(find_checkpoint(str(source)))
-        config = self._config(cell, source)
+        config = self._config(cell, self.sources.weights(cell.net, cell.seed))
         name = f"{cell.method}-seed{cell.seed}-{digest(json.dumps(config, sort_keys=True))}"
         directory = self.output / "cells" / cell.net / cell.stream / name
         path = directory / "report.json"
@@ -259,19 +247,26 @@ class Benchmark:
             (directory / FINAL).unlink(missing_ok=True)  # a net for each cell would fill the disk
         report = json.loads(path.read_text())
         return {
-            "method": cell.method,
-            "net": cell.net,
-            "stream": cell.stream,
-            "seed": cell.seed,
-            "accuracy": report["accuracy"],
-            "domains": report["domains"],
+            **asdict(cell),
+            **{name: report.get(name) for name in MEASURES},
             "protocol_hash": report["protocol"]["hash"],
-            "forwards": report["forwards"],
-            "backwards": report["backwards"],
-            "ece": report.get("ece"),  # not in reports of earlier versions
-            "seconds_per_batch": report["seconds_per_batch"],
             "directory": str(directory.relative_to(self.output)),
         }
+
+
+def _check_options(label: str, method: MethodConfig) -> None:
+    """Refuse wrong options and ranges by building the method on a tiny net."""
+    try:
+        find(name := method.class_path.removeprefix("lightning_tta.methods."))
+    except ConfigError:
+        return  # a user's own class: checked when it is parsed
+    probe = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    try:
+        create_method(name, probe, **method.init_args)
+    except UnsupportedModelError:
+        pass  # the probe says nothing about the nets of the benchmark
+    except ConfigError as error:
+        raise ConfigError(f"Method '{label}': {error}") from error
 
 
 _FOR_GOOD = ExitStack()  # what lasts as long as a worker

@@ -7,10 +7,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lightning_tta.benchmark.config import NetConfig
 from lightning_tta.launch.lightning import run_lightning
+from lightning_tta.modules.loading import find_checkpoint
 
 Source = tuple[str, int]  # net's label, seed
 
@@ -29,20 +29,22 @@ class Sources:
         return sorted(first), sorted(wanted - first)
 
     def weights(self, net: str, seed: int) -> str | None:
-        """Where the weights of a net are, or will be."""
+        """The weights of a net, which was trained if it has to be."""
         config = self.nets[net]
-        return str(self.directory(net, seed)) if config.fit else config.source_ckpt
+        return str(find_checkpoint(self.directory(net, seed))) if config.fit else config.source_ckpt
 
     def directory(self, net: str, seed: int) -> Path:
         """Where a training writes."""
         config = self.nets[net]
-        assert config.fit is not None
-        text = Path(config.fit).read_text()
+        text = Path(str(config.fit)).read_text()
         if config.options:
             text += json.dumps(config.options, sort_keys=True)
         if config.start is not None:
-            text += str(self.weights(config.start, seed))
+            text += self._start(config.start, seed)
         return self.output / "sources" / f"{net}-seed{seed}-{digest(text)}"
+
+    def _start(self, net: str, seed: int) -> str:
+        return str(self.directory(net, seed) if self.nets[net].fit else self.nets[net].source_ckpt)
 
     def train(self, source: Source) -> None:
         """Train one net, unless it was."""
@@ -51,20 +53,20 @@ class Sources:
         if (directory / "done").exists():
             return
         shutil.rmtree(directory, ignore_errors=True)  # a training that was cut off
-        logger = "--trainer.logger.init_args."
-        place = [f"{logger}save_dir={directory.parent}", f"{logger}name={directory.name}", f"{logger}version=fit"]
-        options = [f"--{name}={_as_argument(value)}" for name, value in config.options.items()]
-        if config.start is not None:
-            options.append(f"--model.source_ckpt={self.weights(config.start, seed)}")
-        quiet = ["--trainer.enable_progress_bar=false"]
-        run_lightning(["fit", "--config", str(config.fit), f"--seed_everything={seed}", *place, *quiet, *options])
+        options = {
+            "seed_everything": seed,
+            "trainer.logger.init_args.save_dir": str(directory.parent),
+            "trainer.logger.init_args.name": directory.name,
+            "trainer.logger.init_args.version": "fit",
+            "trainer.enable_progress_bar": False,
+            **config.options,
+            **({"model.source_ckpt": self._start(config.start, seed)} if config.start is not None else {}),
+        }
+        texts = [f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in options.items()]
+        run_lightning(["fit", "--config", str(config.fit), *texts])
         (directory / "done").touch()
 
 
 def digest(text: str) -> str:
     """Eight hex digits that identify a configuration."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _as_argument(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -1,13 +1,12 @@
 """The protocol of a run: all that must be equal before two results may be compared."""
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from lightning_tta.errors import ConfigError, DataError, check_choice, check_range
+from lightning_tta.files import json_digest
 
 
 def _canonical(value: Any) -> Any:
@@ -138,8 +137,7 @@ class Protocol:
     @property
     def hash(self) -> str:
         """First 12 hexadecimal digits of the SHA-256 of all fields, as canonical JSON."""
-        text = json.dumps(_canonical(self._values()), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return json_digest(_canonical(self._values()))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON has them, and ``hash``."""

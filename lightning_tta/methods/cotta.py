@@ -37,10 +37,6 @@ class CoTTA(TeacherMethod):
 
     Args:
         model: Any classifier.
-        lr: Learning rate, >= 0. Authors: 1e-3 with Adam (CIFAR, batch 200), 1e-2 with SGD (ImageNet, batch 64).
-        optimizer: ``adam`` (authors, CIFAR), ``sgd`` (authors, ImageNet) or ``adamw``.
-        momentum: Momentum of SGD, or Adam's first beta, in [0, 0.9999].
-        weight_decay: >= 0; authors 0.
         ema_decay: Of the teacher, in [0, 1]. Authors: 0.999.
         anchor_threshold: In [0, 1]. Authors: 0.92 (CIFAR-10), 0.72 (CIFAR-100), 0.1 (ImageNet).
         views: Views where the anchor is unsure, >= 1. Authors: 32.
@@ -49,7 +45,8 @@ class CoTTA(TeacherMethod):
         chunk_views: At most this many images in one pass of views (but one view of the batch at least): a limit of
             memory that changes nothing else; ``None``: all views in one pass.
         seed: Of the views and masks.
-        steps: Steps per batch, >= 1; authors 1.
+        **options: ``lr`` and ``optimizer``: authors 1e-3 with ``adam`` (CIFAR, batch 200), 1e-2 with ``sgd`` (ImageNet,
+            batch 64). ``momentum``, ``weight_decay`` (authors 0), ``steps`` (authors 1), ``lr_batch_size``.
 
     Source: Wang et al., CVPR 2022, arXiv 2203.13591. Views as in the authors' code, their mean over logits too. Differs
     from it: weights of every name are restored, class tokens too; a teacher's pass that is not used is not made; the

@@ -20,11 +20,8 @@ class ViewAveraging(ViewMethod):
         model: Any classifier.
         views: Views of each image, at least 1.
         augment: One of :data:`lightning_tta.views.augmix.AUGMENTATIONS`.
-        bn_prior: N: BatchNorm takes N / (N + 1) of the source statistics, the rest of the image's views; ``None``:
-            the source statistics.
-        predict_classes: Classes that may be predicted: positions, ``imagenet_a`` or ``imagenet_r``; ``None``: all.
-        chunk_views: At most this many views in one pass; ``None``: all of the batch.
-        seed: Seed of the views; an image's views depend on it and the pixels alone.
+        **options: ``bn_prior``, ``predict_classes``, ``chunk_views``, ``seed``: see
+            :class:`~lightning_tta.methods.components.episodes.ViewMethod`.
 
     Source: a baseline in Zhang et al., arXiv 2110.09506.
     """

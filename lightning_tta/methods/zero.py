@@ -25,9 +25,8 @@ class Zero(ViewMethod):
         views: Views of each image, at least 1.
         keep: Share of the views that vote, in (0, 1]; at least one.
         augment: One of :data:`lightning_tta.views.augmix.AUGMENTATIONS`.
-        predict_classes: Classes that may be predicted: positions, ``imagenet_a`` or ``imagenet_r``; ``None``: all.
-        chunk_views: At most this many views in one pass; ``None``: all of the batch.
-        seed: Seed of the views; an image's views depend on it and the pixels alone.
+        **options: ``predict_classes``, ``chunk_views``, ``seed``: see
+            :class:`~lightning_tta.methods.components.episodes.ViewMethod`.
 
     Source: Farina et al., arXiv 2405.18330, for vision-language models; here any classifier.
     """

@@ -1,5 +1,5 @@
-"""The report that people look at: one HTML page, Markdown and LaTeX, from finished runs."""
+"""Finished runs as tables and figures: in the terminal, as Markdown and as one HTML page. Imports no torch."""
 
-from lightning_tta.report.write import write_report
+from lightning_tta.report.document import write_report
 
 __all__ = ["write_report"]

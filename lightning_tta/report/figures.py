@@ -1,165 +1,153 @@
-"""The figures of a group of runs, as inline SVG."""
+"""The figures of a group of runs. Each method looks the same in all figures of a report."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import base64
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lightning_tta.report.runs import Group
-from lightning_tta.report.statistics import Difference
-from lightning_tta.report.style import GRID, INK, MUTED, PAPER, Look, to_svg
+from lightning_tta.report.runs import Group, Run
+from lightning_tta.report.statistics import Estimate
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's first, safe for colour-blind readers, without their yellow, which white paper swallows.
+COLORS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#6A3D9A", "#8C5A3C", "#808000", "#D6207F", "#7CB518"),
+)
+LINES, MARKERS = ("--", "-.", ":", "-"), ("s", "^", "D", "v", "P", "X", "<", ">", "o")  # 11, 4, 9: coprime
+MUTED, GRID = "#6d737c", "#d9dce1"
+TOGETHER, COLUMNS = 6, 3
+"""Up to so many methods share one figure; more get a panel each, so many side by side, with the source behind."""
+POINTS, BOUNDARIES = 400, 60
+"""Points of a curve; more changes of domain than so many are no boundaries to draw."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Color, line style and marker of a method, as matplotlib takes them."""
+
+    color: str
+    line: str
+    marker: str
+
 
 Looks = Mapping[str, Look]
 
 
-def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str]], looks: Looks) -> None:
-    """Write names (x, y, name) right of the axes, moved apart where they would overlap, with lines to their points."""
-    figure: Any = axes.figure
-    figure.draw_without_rendering()  # the transforms are right only now
-    box = axes.get_window_extent()
-    step = 11.5 / 72 * figure.dpi
-    points = [(*axes.transData.transform((x, y)), name) for x, y, name in labels]
-    points.sort(key=lambda point: point[1])
-    heights = _apart([point[1] for point in points], step, box.y0, box.y1)
-    for (x, y, name), height in zip(points, heights, strict=True):
-        start = axes.transAxes.inverted().transform((x, y))
-        end = axes.transAxes.inverted().transform((box.x1 + 0.14 * figure.dpi, height))
-        colour = looks[name].in_page
-        axes.plot(
-            [start[0], end[0]], [start[1], end[1]], transform=axes.transAxes, color=colour, lw=0.5, alpha=0.6,
-            clip_on=False, zorder=1, scalex=False, scaley=False,
-        )  # fmt: skip
-        along = figure.dpi / box.width  # an inch
-        axes.plot(
-            end[0] + 0.05 * along, end[1], transform=axes.transAxes, color=colour, ls="", marker=looks[name].marker,
-            markersize=4.5, clip_on=False, scalex=False, scaley=False,
-        )  # fmt: skip
-        axes.text(
-            end[0] + 0.16 * along, end[1], name, transform=axes.transAxes, va="center", ha="left", fontsize=8, color=INK
-        )
+def looks(methods: Iterable[str]) -> dict[str, Look]:
+    """A look for each method of a report: the source black, the others by the order of their names."""
+    names = sorted(set(methods) - {"source"})
+    found = {m: Look(COLORS[i % len(COLORS)], LINES[i % 4], MARKERS[i % 9]) for i, m in enumerate(names)}
+    return {"source": Look("#000000", "-", "o"), **found}
 
 
-def text_width(texts: Iterable[str], size: float) -> float:
-    """About how many inches the longest text takes at a font size in points."""
-    return 0.64 * size / 72 * max((len(text) for text in texts), default=0)
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Matplotlib set up for the report; the user's settings come back."""
+    import matplotlib
+
+    spines = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.edgecolor": MUTED}
+    sizes = {"font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+    others = {"grid.color": GRID, "grid.linewidth": 0.6, "legend.frameon": False, "svg.hashsalt": "lightning_tta"}
+    settings: Any = {**spines, **sizes, **others}
+    with matplotlib.rc_context(settings):
+        yield
 
 
-def _apart(wanted: Sequence[float], step: float, low: float, high: float) -> list[float]:
-    """Positions near ``wanted`` (ascending), at least ``step`` apart and within ``low`` and ``high`` if they fit."""
-    clusters: list[tuple[float, int]] = []  # sum of what is wanted, members: they stand about their mean
-    for value in wanted:
-        clusters.append((value, 1))
-        while len(clusters) > 1 and _start(clusters[-1], step) < _end(clusters[-2], step) + step:
-            total, count = clusters.pop()
-            clusters[-1] = (clusters[-1][0] + total, clusters[-1][1] + count)
-    positions = [_start(cluster, step) + k * step for cluster in clusters for k in range(cluster[1])]
-    last = len(positions) - 1
-    positions = [min(position, high - (last - k) * step) for k, position in enumerate(positions)]
-    return [max(position, low + k * step) for k, position in enumerate(positions)]
+def as_image(figure: Figure) -> str:
+    """The figure as an SVG that stands in the page itself."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _start(cluster: tuple[float, int], step: float) -> float:
-    return cluster[0] / cluster[1] - (cluster[1] - 1) * step / 2
-
-
-def _end(cluster: tuple[float, int], step: float) -> float:
-    return cluster[0] / cluster[1] + (cluster[1] - 1) * step / 2
-
-
-def differences_figure(found: Mapping[str, Difference], looks: Looks, name: str) -> str:
-    """Mean difference to the source by method, with its interval."""
+def differences_figure(gains: Mapping[str, Estimate], looks: Looks) -> Figure:
+    """Mean difference to the source by method, with its interval; filled where that leaves out zero."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 0.6 + 0.27 * len(found)), layout="constrained")
+    figure = Figure(figsize=(5.6, 0.7 + 0.27 * len(gains)), layout="constrained")
     axes = figure.subplots()
-    for place, (method, difference) in enumerate(found.items()):
-        look = looks[method]
-        half = None if difference.half is None else 100 * difference.half
-        axes.errorbar(
-            100 * difference.mean, place, xerr=half, color=look.in_page, marker=look.marker, markersize=5.5,
-            capsize=3, lw=1.4, mfc=look.in_page if difference.clear else PAPER,
-        )  # fmt: skip
+    for place, (method, gain) in enumerate(gains.items()):
+        look, half = looks[method], None if gain.half is None else 100 * gain.half
+        fill = look.color if gain.clear else "white"
+        axes.errorbar(100 * gain.mean, place, xerr=half, color=look.color, marker=look.marker, capsize=3, mfc=fill)
     axes.axvline(0, color=MUTED, lw=1)
-    axes.set_yticks(range(len(found)), list(found))
-    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_yticks(range(len(gains)), list(gains))
+    axes.set(ylim=(len(gains) - 0.5, -0.5), xlabel="difference to source, points of accuracy")
     axes.grid(axis="x")
-    axes.set_xlabel("difference to source, points of accuracy")
-    return to_svg(figure, name)
+    return figure
 
 
-def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look, name: str) -> str:
-    """Accuracy by confidence, against the diagonal, over the share of samples in each bin.
+def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look) -> Figure:
+    """Accuracy by confidence, against the diagonal, over the share of images in each bin.
 
     Args:
-        bins: Rows (samples, sum of confidences, right ones) by bin.
+        bins: Rows (images, sum of confidences, right ones) by bin.
         title: Title.
         look: The method's look.
-        name: Prefix of the ids.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.4, 2.8))
+    figure = Figure(figsize=(2.35, 2.8), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-    figure.subplots_adjust(left=0.25, right=0.94, top=0.92, bottom=0.16, hspace=0.14)
     total, width = sum(bins[0]), 1 / len(bins[0])
     filled = [(place, *row) for place, row in enumerate(zip(*bins, strict=True)) if row[0]]
-    centres = [(place + 0.5) * width for place, *_ in filled]
+    centers = [(place + 0.5) * width for place, *_ in filled]
     confidences = [confident / count for _, count, confident, _ in filled]
     accuracies = [right / count for _, count, _, right in filled]
-    axes.bar(centres, accuracies, width * 0.92, color=look.in_page, alpha=0.35, lw=0)
-    axes.vlines(centres, confidences, accuracies, color=look.in_page, lw=1.6)
-    axes.plot(centres, accuracies, color=look.in_page, marker=look.marker, markersize=3.5, ls="")
-    below.bar(centres, [100 * count / total for _, count, *_ in filled], width * 0.92, color=MUTED, lw=0)
+    axes.bar(centers, accuracies, width * 0.92, color=look.color, alpha=0.35, lw=0)
+    axes.vlines(centers, confidences, accuracies, color=look.color, lw=1.6)
+    axes.plot(centers, accuracies, color=look.color, marker=look.marker, markersize=3.5, ls="")
     axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=(0, (4, 3)))
-    axes.set_title(title, loc="left", fontweight="bold")
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-    below.set(xlabel="confidence", ylabel="% of\nimages", ylim=(0, None))
+    below.bar(centers, [100 * count / total for _, count, *_ in filled], width * 0.92, color=MUTED, lw=0)
+    axes.set(title=title, xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    below.set(xlabel="confidence", ylabel="% of\nimages")
     axes.grid()
-    return to_svg(figure, name)
+    return figure
 
 
-def pareto_figure(points: Mapping[str, tuple[float, float]], label: str, looks: Looks, name: str) -> str:
-    """Accuracy against a cost, with the front of those that nothing beats in both."""
+def pareto_figure(points: Mapping[str, Mapping[str, tuple[float, float]]], looks: Looks) -> Figure:
+    """Accuracy against each cost (label -> method -> cost, accuracy), with those that nothing beats in both."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    height = max(2.9, 0.9 + 0.165 * len(points))
-    width = 3.2 + text_width(points, 8)
-    figure = Figure(figsize=(width, height))
-    axes = figure.subplots()
-    figure.subplots_adjust(left=0.56 / width, right=2.84 / width, bottom=0.5 / height, top=1 - 0.15 / height)
-    costs = [cost for cost, _ in points.values()]
-    if min(costs) > 0 and max(costs) > 4 * min(costs):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        decades = math.log10(max(costs) / min(costs))
-        ticks = [m * 10.0**e for e in range(-5, 8) for m in ((1, 2, 5) if decades < 2 else (1,))]
-        axes.set_xticks([t for t in ticks if min(costs) / 1.4 <= t <= max(costs) * 1.4])
-        axes.set_xlim(min(costs) / 1.4, max(costs) * 1.4)
-    elif min(costs) > max(costs) / 2:
-        axes.margins(x=0.12)
-    else:
-        axes.set_xlim(0, max(costs) * 1.1 or 1)
-    front = front_of(points)
-    axes.step(
-        [points[m][0] for m in front], [points[m][1] for m in front], where="post", color=MUTED, lw=1, ls=(0, (4, 2))
-    )
-    for method, (cost, accuracy) in points.items():
-        look = looks[method]
-        axes.plot(
-            cost, accuracy, color=look.in_page, marker=look.marker, markersize=7, ls="", mec=PAPER, mew=0.6, zorder=3
-        )
-    axes.margins(y=0.12)
-    axes.set(xlabel=label, ylabel="accuracy %")
-    axes.grid()
-    place_labels(axes, [(cost, accuracy, method) for method, (cost, accuracy) in points.items()], looks)
-    return to_svg(figure, name)
+    names, width = dict.fromkeys(name for found in points.values() for name in found), 3.3 * len(points)
+    columns = legend_columns(names, width)
+    figure = Figure(figsize=(width, 3.1 + 0.2 * -(-len(names) // columns)), layout="constrained")
+    handles: dict[str, Any] = {}
+    for axes, (label, found) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
+        front = [found[m] for m in front_of(found)]
+        axes.step(*zip(*front, strict=True), where="post", color=MUTED, lw=1, ls=(0, (4, 2)))
+        for method, point in found.items():
+            look = looks[method]
+            (handles[method],) = axes.plot(
+                *point, color=look.color, marker=look.marker, markersize=7, ls="", mec="white", mew=0.6
+            )
+        spent = [cost for cost, _ in found.values()]
+        if min(spent) > 0 and max(spent) > 4 * min(spent):
+            axes.set(xscale="log", xlim=(min(spent) / 1.5, max(spent) * 1.5))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(spent) < 100 * min(spent) else (1,)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(0.12)
+        axes.set(xlabel=label, ylabel="accuracy %")
+        axes.grid()
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
+    return figure
+
+
+def legend_columns(names: Iterable[str], width: float) -> int:
+    """How many names of methods fit beside each other in so many inches."""
+    lengths = [len(name) for name in names]
+    return max(1, min(len(lengths), int(width / (0.75 + 0.085 * max(lengths)))))
 
 
 def front_of(points: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -171,92 +159,124 @@ def front_of(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return front
 
 
-def collapse_figure(group: Group, looks: Looks, name: str) -> str | None:
-    """Share of the most predicted class over time, a bar a method: dark is collapse. ``None`` without batches."""
+# Along the stream ------------------------------------------------------------------------------------------------
+
+
+def curves_figure(group: Group, looks: Looks) -> Figure | None:
+    """Accuracy and predicted-class share along the stream, mean and range over seeds; ``None`` without batches."""
     from matplotlib.figure import Figure
 
-    shown = {m: runs for m, runs in group.methods.items() if any(run.batches for run in runs)}
+    shown = with_batches(group)
     if not shown:
         return None
-    rows: dict[str, list[float | None]] = {}
-    first = next(run.batches for run in group.runs if run.batches)
-    truth = [batch.get("recent_label_share") for batch in first]
-    if all(share is not None for share in truth):
-        rows["labels"] = truth
-    for method, runs in shown.items():
-        curves = [[b.get("recent_class_share") for b in run.batches] for run in runs if run.batches]
-        length = min(len(curve) for curve in curves)
-        rows[method] = [
-            None if None in column else fmean(column)
-            for column in zip(*(curve[:length] for curve in curves), strict=True)
-        ]
-    figure = Figure(figsize=(9.2, 1.1 + 0.24 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    seen = first[-1]["images_seen"]
-    for place, shares in enumerate(rows.values()):
-        for level, pieces in _levels(shares).items():
-            axes.broken_barh(
-                [(seen * start, seen * width) for start, width in pieces],
-                (place - 0.38, 0.76),
-                color=INK,
-                alpha=level / 10,
-                lw=0,
-            )
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.tick_params(axis="y", length=0)
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, seen), xlabel="images seen")
-    axes.spines["left"].set_visible(False)
-    mark_domains([axes], first)
-    return to_svg(figure, name)
+    if len(shown) <= TOGETHER:
+        figure = Figure(figsize=(9.2, 5.4), layout="constrained")
+        axes = figure.subplots(2, 1, sharex=True)
+        _draw(axes, shown, looks)
+        if len(shown) > 1:
+            handles, names = axes[0].get_legend_handles_labels()
+            figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names, 9.2))
+    else:
+        rows = -(-len(shown) // COLUMNS)
+        figure = Figure(figsize=(COLUMNS * 3.35, rows * 2.9), layout="constrained")
+        panels: Any = figure.subfigures(rows, COLUMNS)
+        for panel, (method, runs) in zip(panels.flat, shown.items(), strict=False):
+            axes = panel.subplots(2, 1, sharex=True)
+            _draw(axes, {method: runs}, looks, behind=shown.get("source", ()))
+            axes[0].set_title(method)
+    figure.suptitle(group.title, x=0.01, ha="left", fontweight="bold")
+    return figure
 
 
-def _levels(shares: Sequence[float | None]) -> dict[int, list[tuple[float, float]]]:
-    """Pieces (start, width) in [0, 1] by darkness 0 to 10; equal neighbours joined, to keep the page small."""
-    cells = min(len(shares), 240)
-    pieces: dict[int, list[tuple[float, float]]] = {}
-    before = -1
-    for cell in range(cells):
-        part = shares[cell * len(shares) // cells : (cell + 1) * len(shares) // cells]
-        known = [share for share in part if share is not None]
-        level = round(10 * fmean(known)) if known else 0
-        if level == before:
-            start, width = pieces[level][-1]
-            pieces[level][-1] = (start, width + 1 / cells)
-        else:
-            pieces.setdefault(level, []).append((cell / cells, 1 / cells))
-        before = level
-    return pieces
+def curves_caption(group: Group) -> str:
+    """What that figure shows."""
+    shown = with_batches(group)
+    run = next(iter(shown.values()))[0]
+    text = (
+        f"Accuracy over the last {run.window} batches of the domain, and share of the most predicted class over the "
+        f"last {run.window} of all; mean and range over seeds. Grey area: the largest share among the labels. Vertical "
+        "lines: a new domain."
+    )
+    if len(shown) > TOGETHER:
+        text += " Grey line: source." * ("source" in shown)
+        text += f" The domains, in turn: {', '.join(name for name, _, _ in domain_spans(run.batches))}."
+    return text
 
 
-MANY = 60
-"""More changes of domain than so many are no boundaries to draw."""
+def with_batches(group: Group) -> dict[str, list[Run]]:
+    """The runs that have a batches.jsonl, by method."""
+    found = {method: [run for run in runs if run.batches] for method, runs in group.methods.items()}
+    return {method: runs for method, runs in found.items() if runs}
 
 
-def domain_pieces(batches: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
-    """Name, first and last batch + 1 of each domain in turn; one piece where domains take turns all the time."""
+def _draw(axes: Any, shown: Mapping[str, Sequence[Run]], looks: Looks, behind: Sequence[Run] | None = None) -> None:
+    batches = next(iter(shown.values()))[0].batches
+    for panel, which in zip(axes, ("accuracy", "recent_class_share"), strict=True):
+        if behind and (curve := _curve(behind, which)):
+            panel.plot(curve[0], curve[1], color=MUTED, lw=1, alpha=0.8)
+        for turn, (method, runs) in enumerate(shown.items()):
+            if not (curve := _curve(runs, which)):
+                continue
+            seen, mean, low, high = curve
+            look, every = looks[method], max(1, len(seen) // 9)
+            marks = (every * (turn + 1) // (len(shown) + 1), every)
+            line = {"color": look.color, "ls": look.line, "marker": look.marker, "label": method}
+            panel.plot(seen, mean, lw=1.5, markersize=4, markevery=marks, **line)
+            if len(runs) > 1:
+                panel.fill_between(seen, low, high, color=look.color, alpha=0.1, lw=0)
+        panel.grid(axis="y")  # a vertical line is a new domain
+    if truth := _curve([next(iter(shown.values()))[0]], "recent_label_share"):
+        axes[1].fill_between(truth[0], truth[1], color=GRID, alpha=0.7, lw=0, zorder=0)
+    spans = domain_spans(batches)
+    for name, start, end in spans if len(spans) > 1 else ():
+        left, right = batches[start]["images_seen"] - batches[start]["images"], batches[end - 1]["images_seen"]
+        for panel in axes if start else ():
+            panel.axvline(left, color=GRID, lw=0.9, zorder=0)
+        if behind is None:
+            across = axes[0].get_xaxis_transform()
+            style = {"rotation": 35, "fontsize": 7.5, "rotation_mode": "anchor", "transform": across}
+            axes[0].text(0.7 * left + 0.3 * right, 1.02, name, **style)
+    axes[0].set(ylabel="accuracy %", ylim=(0, 102), xlim=(0, batches[-1]["images_seen"]))
+    axes[1].set(ylabel="largest class %", ylim=(0, 102), xlabel="images seen")
+
+
+def _curve(runs: Sequence[Run], which: str) -> tuple[list[float], list[float], list[float], list[float]] | None:
+    """Images seen, mean, lowest and highest over seeds, thinned to some hundred points."""
+    curves = [
+        rolling_accuracy(run.batches, run.window)
+        if which == "accuracy"
+        else [None if b.get(which) is None else 100 * b[which] for b in run.batches]
+        for run in runs
+    ]
+    length = min(map(len, curves))
+    columns = list(
+        zip([b["images_seen"] for b in runs[0].batches[:length]], *(c[:length] for c in curves), strict=True)
+    )
+    kept: list[Any] = [column for column in columns[:: max(1, -(-length // POINTS))] if None not in column]
+    if not kept:
+        return None
+    values = [column[1:] for column in kept]
+    return [c[0] for c in kept], [fmean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+
+
+def rolling_accuracy(batches: Sequence[Mapping[str, Any]], window: int) -> list[float | None]:
+    """Accuracy in percent over the last ``window`` batches of the same domain, each labelled batch by its images."""
+    counts = [(0.0, 0.0)] + [
+        (b["accuracy"] * b["images"], b["images"]) if b.get("accuracy") is not None else (0, 0) for b in batches
+    ]
+    right, images = (list(accumulate(column)) for column in zip(*counts, strict=True))
+    found: list[float | None] = []
+    for _, first, last in domain_spans(batches):
+        for end in range(first + 1, last + 1):
+            start = max(first, end - window)
+            count = images[end] - images[start]
+            found.append(100 * (right[end] - right[start]) / count if count else None)
+    return found
+
+
+def domain_spans(batches: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
+    """Name, first and last batch + 1 of each domain in turn; one span where domains take turns all the time."""
     starts = [k for k, b in enumerate(batches) if k == 0 or b["domain"] != batches[k - 1]["domain"]]
-    if len(starts) > MANY:
+    if len(starts) > BOUNDARIES:
         return [("", 0, len(batches))]
     return [(batches[a]["domain"], a, b) for a, b in zip(starts, [*starts[1:], len(batches)], strict=True)]
-
-
-def boundary_names(batches: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names to write where domains begin: none where it is one domain, or domains take turns all the time."""
-    names = [name for name, _, _ in domain_pieces(batches)]
-    return names if len(names) > 1 else []
-
-
-def mark_domains(all_axes: Sequence[Any], batches: Sequence[Mapping[str, Any]], *, names: bool = True) -> None:
-    """Lines where a new domain begins, its name above the first axes."""
-    names = names and bool(boundary_names(batches))
-    for domain, start, end in domain_pieces(batches):
-        left, right = batches[start]["images_seen"] - batches[start]["images"], batches[end - 1]["images_seen"]
-        if start:
-            for axes in all_axes:
-                axes.axvline(left, color=GRID, lw=0.9, zorder=0)
-        if names:
-            top = all_axes[0]
-            top.text(
-                0.7 * left + 0.3 * right, 1.02, domain, transform=top.get_xaxis_transform(), rotation=35, fontsize=7.5,
-                ha="left", va="bottom", rotation_mode="anchor",
-            )  # fmt: skip

@@ -4,45 +4,55 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning_tta.data.protocol import Protocol
 from lightning_tta.errors import ConfigError, DataError
+from lightning_tta.files import json_digest
+from lightning_tta.report.statistics import MIN_SEEDS
 
 SEED_FIELDS = ("order_seed", "weights", "weights_digest", "hash")
 """Fields of a protocol in which the seeds of one experiment differ."""
+Report = Mapping[str, Any]
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """One run: its label, its place in the comparison, and its files.
-
-    Attributes:
-        method: Label of the method.
-        seed: What tells it from the method's other runs.
-        report: Content of ``report.json``; the benchmark's row where that is gone.
-        directory: Where its files are.
-    """
+    """One run: its label, what tells it from the method's other runs, and its files."""
 
     method: str
     seed: str
-    report: Mapping[str, Any]
+    report: Report  # content of report.json; the benchmark's row where that is gone
     directory: Path
 
     @property
-    def protocol(self) -> Mapping[str, Any]:
+    def protocol(self) -> Report:
         """The protocol, empty where the report has none."""
-        found: Mapping[str, Any] = self.report.get("protocol") or {}
-        return found
+        return self.report.get("protocol") or {}
+
+    @property
+    def net(self) -> str:
+        """Name of the net."""
+        return str((self.report.get("net") or {}).get("name", "net"))
 
     @property
     def hash(self) -> str:
         """Hash of the protocol."""
         return str(self.protocol.get("hash") or self.report.get("protocol_hash") or "unknown")
+
+    @property
+    def domains(self) -> dict[str, Report]:
+        """The numbers by domain."""
+        return self.report.get("domains") or {}
+
+    @property
+    def window(self) -> int:
+        """Batches over which the recent class share was taken; reports of earlier versions do not say, and took 8."""
+        return int(self.report.get("window", 8))
 
     @cached_property
     def batches(self) -> list[dict[str, Any]]:
@@ -66,26 +76,25 @@ class Run:
             rows = [r for r in csv.DictReader(file) if int(r["label"]) >= 0]
         return sorted((r["domain"], int(r["index"]), r["label"] == r["prediction"]) for r in rows)
 
+    def hits_in(self, domain: str | None) -> list[tuple[str, int, bool]]:
+        """The hits of a domain, or of all domains that make up the accuracy."""
+        # reports of earlier versions do not say which domains count
+        counted = {n for n, part in self.domains.items() if part.get("counted", not n.endswith(":blind_spots"))}
+        return [hit for hit in self.hits if (hit[0] == domain if domain else hit[0] in counted)]
+
     def accuracy(self, domain: str | None = None) -> float | None:
         """Accuracy in [0, 1], of a domain or of all."""
-        part = self.report if domain is None else self.report.get("domains", {}).get(domain, {})
-        value: float | None = part.get("accuracy")
+        value: float | None = (self.report if domain is None else self.domains.get(domain, {})).get("accuracy")
         return value
 
 
 @dataclass
 class Group:
-    """Runs that one table compares: a net on a stream.
-
-    Attributes:
-        title: Heading.
-        runs: The runs.
-        warnings: What a reader must know before believing the numbers.
-    """
+    """Runs that one table compares: a net on a stream."""
 
     title: str
     runs: list[Run]
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # what to know before believing the numbers
 
     @cached_property
     def methods(self) -> dict[str, list[Run]]:
@@ -98,7 +107,7 @@ class Group:
     @property
     def domains(self) -> list[str]:
         """All domains, in order."""
-        return list(dict.fromkeys(name for run in self.runs for name in run.report.get("domains", {})))
+        return list(dict.fromkeys(name for run in self.runs for name in run.domains))
 
     @property
     def seeds(self) -> list[str]:
@@ -106,26 +115,20 @@ class Group:
         return list(dict.fromkeys(run.seed for run in self.runs))
 
     def pairs(self, method: str) -> list[tuple[Run, Run]]:
-        """Runs of a method, each with the source's run under the same protocol."""
+        """Runs of a method, each with the source's run under the same protocol; none for the source itself."""
         source = {run.hash: run for run in self.methods.get("source", []) if run.hash != "unknown"}
-        return [(run, source[run.hash]) for run in self.methods.get(method, []) if run.hash in source]
+        runs = self.methods[method] if method != "source" else []
+        return [(run, source[run.hash]) for run in runs if run.hash in source]
 
 
 @dataclass
-class Material:
-    """All that a report shows.
+class Results:
+    """All that a report shows."""
 
-    Attributes:
-        groups: What is compared.
-        missing: Cells without a result, with the reason.
-        warnings: What concerns several groups.
-        title: Heading of the page.
-    """
-
-    groups: list[Group]
-    missing: list[tuple[str, str]]
-    warnings: list[str]
-    title: str
+    groups: list[Group] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)  # a benchmark's cells, and why
+    warnings: list[str] = field(default_factory=list)  # what concerns several groups
+    singles: list[Run] = field(default_factory=list)  # named one by one, not by a benchmark
 
     @property
     def methods(self) -> list[str]:
@@ -133,44 +136,78 @@ class Material:
         return list(dict.fromkeys(method for group in self.groups for method in group.methods))
 
 
-def result_file(run: Path) -> Path:
-    """The file with a run's or a benchmark's result.
+def result_files(path: Path) -> list[Path]:
+    """The files with the results of a run, of a benchmark, or of all runs below a directory.
 
     Raises:
-        DataError: If there is none, or the file holds something else.
+        DataError: If there is none, or a file holds something else.
     """
-    for path in (run, run / "report.json", run / "benchmark.json"):
-        if path.is_file():
-            try:
-                content = json.loads(path.read_bytes())
-            except ValueError as error:
-                raise DataError(f"{path} cannot be read as JSON ({error}). Run once more, or leave it out.") from error
-            if not isinstance(content, dict) or not {"rows", "protocol"} & set(content):
-                raise DataError(f"{path} is no report of a run or benchmark. Give a finished run's directory.")
-            return path
-    raise DataError(
-        f"{run} has no report.json or benchmark.json. Give a finished run's directory; a run that was cut off has its "
-        "predictions.csv, but no report."
-    )
+    files = [path] if path.is_file() else list(_below(path))
+    if not files:
+        raise DataError(
+            f"{path} has no report.json or benchmark.json, nor has a directory in it. Give a finished run's directory; "
+            "a run that was cut off has its predictions.csv, but no report."
+        )
+    for file in files:
+        try:
+            content = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise DataError(f"{file} cannot be read as JSON ({error}). Run once more, or leave it out.") from error
+        if not isinstance(content, dict) or not {"rows", "protocol"} & set(content):
+            raise DataError(f"{file} is no report of a run or benchmark. Give a finished run's directory.")
+    return files
 
 
-def read(paths: Sequence[Path]) -> Material:
-    """Read benchmarks and single runs."""
-    material = Material([], [], [], "Test-time adaptation")
-    singles: list[tuple[Path, dict[str, Any]]] = []
-    for path in dict.fromkeys(result_file(path).resolve() for path in paths):
-        content = json.loads(path.read_text())
+def _below(directory: Path) -> Iterator[Path]:
+    """Results in a directory, else those in the directories below."""
+    for name in ("report.json", "benchmark.json"):
+        if (directory / name).is_file():
+            yield directory / name
+            return
+    for child in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if child.is_dir():
+            yield from _below(child)
+
+
+def read(paths: Sequence[Path], *, allow_different: bool = True) -> Results:
+    """Read benchmarks and single runs.
+
+    Raises:
+        DataError: If a path has no result, or the protocol of runs to compare was changed after it was written.
+        ConfigError: If single runs have different protocols and ``allow_different`` is false.
+    """
+    results = Results()
+    for file in dict.fromkeys(file.resolve() for path in paths for file in result_files(path)):
+        content = json.loads(file.read_text())
         if "rows" in content:
-            _read_benchmark(path.parent, content, material)
+            _read_benchmark(file.parent, content, results)
         else:
-            singles.append((path.parent, content))
-    _read_singles(singles, material)
-    for group in material.groups:
-        _check(group)
-    return material
+            results.singles.append(Run(str(content.get("method", file.parent.name)), "", content, file.parent))
+    if not allow_different:
+        _refuse_different(results.singles)
+    _group_singles(results)
+    for group in results.groups:
+        group.warnings += _warnings(group)
+    return results
 
 
-def _read_benchmark(root: Path, content: Mapping[str, Any], material: Material) -> None:
+def _refuse_different(runs: Sequence[Run]) -> None:
+    for run in runs if len(runs) > 1 else ():
+        if text := protocol_problem(run):
+            raise DataError(f"{run.directory}: {text}")
+        lines = differing(runs[0].protocol, run.protocol)
+        if lines:
+            seeds = all(line.split(":")[0] in SEED_FIELDS for line in lines)
+            raise ConfigError(
+                f"{runs[0].directory} and {run.directory} were measured under different protocols and are not "
+                "comparable:\n  "
+                + "\n  ".join(lines)
+                + "\nRun them under one protocol, or pass --allow_different true "
+                f"to see {'means over the seeds' if seeds else 'them side by side'}."
+            )
+
+
+def _read_benchmark(root: Path, content: Report, results: Results) -> None:
     groups: dict[tuple[str, str], list[Run]] = {}
     lost = 0
     for row in content["rows"]:
@@ -178,103 +215,127 @@ def _read_benchmark(root: Path, content: Mapping[str, Any], material: Material) 
         path = directory / "report.json"
         lost += not path.is_file()
         report = json.loads(path.read_text()) if path.is_file() else {k: v for k, v in row.items() if k != "net"}
-        groups.setdefault((row["net"], row["stream"]), []).append(
-            Run(row["method"], str(row["seed"]), report, directory)
-        )
+        runs = groups.setdefault((row["net"], row["stream"]), [])
+        runs.append(Run(row["method"], str(row["seed"]), report, directory))
     if lost:
-        material.warnings.append(
+        results.warnings.append(
             f"{root.name}: {lost} of {len(content['rows'])} cells have no report.json beside benchmark.json any more. "
             "Their accuracies are those of benchmark.json; curves, calibration and protocol are missing."
         )
     reasons = {entry["cell"]: entry["reason"] for entry in content.get("skipped", [])}
     for (net, stream), runs in groups.items():
         group = Group(f"{net}, {stream}", runs)
-        found = {(run.method, run.seed) for run in runs}
-        for method in group.methods:
-            for seed in group.seeds:
-                cell = f"{net}/{stream}/{method}/seed{seed}"
-                if (method, seed) not in found:
-                    reasons.setdefault(cell, "not in benchmark.json, and no reason given")
-        material.groups.append(group)
-    material.missing += list(reasons.items())
+        finished = {(run.method, run.seed) for run in runs}
+        for method, seed in ((method, seed) for method in group.methods for seed in group.seeds):
+            if (method, seed) not in finished:
+                reasons.setdefault(f"{net}/{stream}/{method}/seed{seed}", "not in benchmark.json, and no reason given")
+        results.groups.append(group)
+    results.missing += list(reasons.items())
     if not content["rows"]:
-        material.warnings.append(f"{root.name}: the benchmark has no finished cell.")
+        results.warnings.append(f"{root.name}: the benchmark has no finished cell.")
 
 
-def _read_singles(singles: Sequence[tuple[Path, dict[str, Any]]], material: Material) -> None:
-    groups: dict[str, Group] = {}
-    parts: dict[str, dict[str, Any]] = {}
-    names = [(content.get("method"), (content.get("protocol") or {}).get("hash")) for _, content in singles]
-    for (directory, content), name in zip(singles, names, strict=True):
-        protocol = content.get("protocol") or {}
-        net = (content.get("net") or {}).get("name", "net")
-        part = {"net": net, **{k: v for k, v in protocol.items() if k not in SEED_FIELDS}}
-        key = json.dumps(part, sort_keys=True)
-        label = str(content.get("method", directory.name))
-        if names.count(name) > 1:
-            label = f"{label} ({directory.name})"
-        title = f"{net}, {protocol.get('data', 'data')}, {protocol.get('stream', 'stream')}"
-        seed = f"{protocol.get('order_seed', 0)} ({str(protocol.get('weights_digest'))[:6]})"
-        if key not in groups:
-            parts[key] = part
-            groups[key] = Group(title, [])
-        groups[key].runs.append(Run(label, seed, content, directory))
-    if len(groups) > 1:
-        first, *others = parts.values()
-        for number, other in enumerate(others, 2):
-            lines = _unlike(first, other)
-            material.warnings.append(
-                f"The runs of parts 1 and {number} have different protocols and are not comparable: {'; '.join(lines)}."
-            )
-        for number, group in enumerate(groups.values(), 1):
-            group.title = f"Part {number}: {group.title}"
-    material.groups += groups.values()
+def _group_singles(results: Results) -> None:
+    """Group single runs by what must be equal; a seed stands for an order and the weights that were trained with it."""
+    _label(results.singles)
+    experiments: dict[str, list[Run]] = {}
+    for run in results.singles:
+        key = {"net": run.net, **{k: v for k, v in run.protocol.items() if k not in SEED_FIELDS}}
+        experiments.setdefault(json.dumps(key, sort_keys=True), []).append(run)
+        run.seed = f"{run.protocol.get('order_seed', 0)} ({str(run.protocol.get('weights_digest'))[:6]})"
+    groups: list[Group] = []
+    for runs in experiments.values():
+        protocol = runs[0].protocol
+        title = f"{runs[0].net}, {protocol.get('data', 'data')}, {protocol.get('stream', 'stream')}"
+        weights = {run: f"{run.protocol.get('weights')} {run.protocol.get('weights_digest')}" for run in runs}
+        pairs = {(run.protocol.get("order_seed"), weights[run]) for run in runs}
+        if len(pairs) > len({seed for seed, _ in pairs}):  # one order with several weights: these are not its seeds
+            for name in dict.fromkeys(weights.values()):
+                groups.append(Group(f"{title}, {name}", [run for run in runs if weights[run] == name]))
+        else:
+            groups.append(Group(title, runs))
+    first, *others = [{"net": group.runs[0].net, **group.runs[0].protocol} for group in groups] or [{}]
+    for number, other in enumerate(others, 2):
+        results.warnings.append(
+            f"The runs of parts 1 and {number} have different protocols and are not comparable: "
+            f"{'; '.join(differing(first, other))}."
+        )
+    for number, group in enumerate(groups, 1):
+        group.title = f"Part {number}: {group.title}" if others else group.title
+    results.groups += groups
 
 
-def _unlike(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def _label(runs: Sequence[Run]) -> None:
+    """Tell runs of one method apart by the options in which they differ, and equal ones by their directories."""
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.method, []).append(run)
+    for same in by_method.values():
+        options = [run.report.get("options") or {} for run in same]
+        names = [n for n in dict.fromkeys(n for o in options for n in o) if len({short(o.get(n)) for o in options}) > 1]
+        for run, values in zip(same, options, strict=True):
+            if names and values:
+                run.method += f" ({', '.join(f'{name} {short(values.get(name))}' for name in names)})"
+    counts = Counter((run.method, run.hash) for run in runs)
+    for run in [run for run in runs if counts[run.method, run.hash] > 1]:
+        run.method += f" ({run.directory.name})"
+
+
+def protocol_problem(run: Run) -> str:
+    """Why a run's protocol cannot be relied on; empty where it can."""
+    if not run.protocol:
+        return "no protocol in the report"
+    digest = json_digest({name: value for name, value in run.protocol.items() if name != "hash"})
+    if digest == run.hash:
+        return ""
+    return (
+        f"the protocol was changed after it was written (hash {run.hash!r}, its fields give {digest!r}). Run the "
+        "experiment again, or restore the file"
+    )
+
+
+def differing(first: Report, other: Report) -> list[str]:
     """One line ``field: a != b`` for each field of two protocols that differs; the hash says no more than these."""
     names = [name for name in dict.fromkeys([*first, *other]) if name != "hash"]
-    return [f"{n}: {_short(first.get(n))} != {_short(other.get(n))}" for n in names if first.get(n) != other.get(n)]
+    return [f"{n}: {short(first.get(n))} != {short(other.get(n))}" for n in names if first.get(n) != other.get(n)]
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
+def short(value: Any) -> str:
+    """A value of a protocol or an option in at most 60 characters."""
+    text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _check(group: Group) -> None:
-    """Find what makes a group's numbers less than they seem."""
+def _warnings(group: Group) -> list[str]:
+    """What makes a group's numbers less than they seem."""
+    warnings = []
     by_seed: dict[str, dict[str, Run]] = {}
     for run in group.runs:
         by_seed.setdefault(run.seed, {})[run.hash] = run
-    for seed, found in by_seed.items():
-        if len(found) > 1:
-            first, *others = [run.protocol for run in found.values()]
-            lines = sorted({line for other in others for line in _unlike(first, other)})
-            group.warnings.append(
-                f"Seed {seed}: the rows have different protocols and are not comparable ({', '.join(found)})"
+    for seed, runs in by_seed.items():
+        if len(runs) > 1:
+            first, *others = [run.protocol for run in runs.values()]
+            lines = sorted({line for other in others for line in differing(first, other)})
+            warnings.append(
+                f"Seed {seed}: the rows have different protocols and are not comparable ({', '.join(runs)})"
                 + (f": {'; '.join(lines)}." if lines else ".")
             )
     problems: dict[str, list[str]] = {}
     for run in group.runs:
-        if not run.protocol:
-            problems.setdefault("no protocol in the report", []).append(run.method)
-            continue
-        try:
-            Protocol.from_dict(run.protocol)
-        except (DataError, ConfigError) as error:
-            problems.setdefault(str(error), []).append(run.method)
-    group.warnings += [f"{', '.join(dict.fromkeys(who))}: {what}" for what, who in problems.items()]
+        problems.setdefault(protocol_problem(run), []).append(run.method)
+    warnings += [f"{', '.join(dict.fromkeys(who))}: {what}." for what, who in problems.items() if what]
     if any(str(run.protocol.get("weights", "")).endswith("random") for run in group.runs):
-        group.warnings.append("The net is randomly initialised: these numbers say nothing of a trained one.")
+        warnings.append("The net is randomly initialised: these numbers say nothing of a trained one.")
     if len(group.seeds) == 1:
-        group.warnings.append(
+        warnings.append(
             "One seed: there is no spread over seeds, so accuracies have no interval. Differences to the source are "
             "tested over the images of this one run."
         )
-    if len(group.seeds) == 2:
-        group.warnings.append(
-            "Two seeds: with one degree of freedom an interval is 12.7 standard errors to each side, and says little."
+    elif len(group.seeds) < MIN_SEEDS:
+        warnings.append(
+            "Two seeds are too few for an interval over seeds (it would be 12.7 standard errors to each side): the "
+            "tables show mean [lowest, highest], and nothing is tested."
         )
     if "source" not in group.methods:
-        group.warnings.append("No run of source under this protocol: no differences to it, and no forgetting.")
+        warnings.append("No run of source under this protocol: no differences to it, and no forgetting.")
+    return warnings

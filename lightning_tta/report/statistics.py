@@ -4,89 +4,76 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 UPPER = 0.975
 """Upper quantile of the 95 % confidence intervals."""
+MIN_SEEDS = 3
+"""Fewer values get no interval: of two, Student's t would make 12.7 standard errors to each side."""
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean with the half width of its 95 % confidence interval.
+class Estimate:
+    """A mean, of values or of paired differences.
 
     Attributes:
         mean: Mean of the values.
-        half: Half width; ``None`` for a single value, which has no spread.
+        low: Lowest value.
+        high: Highest value.
         count: Number of values.
+        half: Half width of the 95 % confidence interval; ``None`` where the values are too few for one.
+        p: Of differences, the two-sided p-value of "no difference"; ``None`` where nothing was tested.
+        over: What the values belong to: ``seeds`` or ``images``.
     """
 
     mean: float
-    half: float | None
+    low: float
+    high: float
     count: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A mean paired difference.
-
-    Attributes:
-        mean: Mean of the differences.
-        half: Half width of the 95 % confidence interval; ``None`` where there is none.
-        p: Two-sided p-value of "no difference"; ``None`` where there is none.
-        count: Number of pairs.
-        over: What was paired: ``seeds`` or ``images``.
-    """
-
-    mean: float
-    half: float | None
-    p: float | None
-    count: int
-    over: str
+    half: float | None = None
+    p: float | None = None
+    over: str = "seeds"
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out zero; differences without any spread are no evidence."""
+        """Whether a tested difference's interval leaves out zero; differences without any spread are no evidence."""
         return self.half is not None and self.p is not None and abs(self.mean) > self.half
 
 
-def interval(values: Sequence[float]) -> Interval | None:
+def interval(values: Sequence[float]) -> Estimate | None:
     """Mean and interval by the t distribution with n - 1 degrees of freedom; ``None`` without values."""
     if not values:
         return None
-    count = len(values)
-    half = float(stdtrit(count - 1, UPPER)) * stdev(values) / math.sqrt(count) if count > 1 else None
-    return Interval(fmean(values), half, count)
+    n = len(values)
+    half = float(stdtrit(n - 1, UPPER)) * stdev(values) / math.sqrt(n) if n >= MIN_SEEDS else None
+    return Estimate(fmean(values), min(values), max(values), n, half)
 
 
-def over_seeds(differences: Sequence[float]) -> Difference:
-    """The paired t test over seeds; one seed alone has no interval."""
+def over_seeds(differences: Sequence[float]) -> Estimate:
+    """The paired t test over seeds; fewer than ``MIN_SEEDS`` are not tested."""
     found = interval(differences)
     assert found is not None
-    if found.half is None:
-        return Difference(found.mean, None, None, 1, "seeds")
-    error = stdev(differences) / math.sqrt(found.count)
-    if error <= 1e-12:  # equal but for rounding: no test
-        return Difference(found.mean, found.half, None, found.count, "seeds")
-    p = 2 * float(stdtr(found.count - 1, -abs(found.mean) / error))
-    return Difference(found.mean, found.half, p, found.count, "seeds")
+    error = stdev(differences) / math.sqrt(found.count) if found.half is not None else 0.0
+    if error <= 1e-12:  # too few, or equal but for rounding: no test
+        return found
+    return replace(found, p=2 * float(stdtr(found.count - 1, -abs(found.mean) / error)))
 
 
-def over_images(differences: Sequence[int]) -> Difference | None:
+def over_images(differences: Sequence[int]) -> Estimate | None:
     """The mean of per-image differences in {-1, 0, 1} with its standard error, by the normal distribution.
 
     It takes images as independent draws, and speaks of this net and this order of the stream only.
     """
-    count = len(differences)
-    if count < 2:
+    n = len(differences)
+    if n < MIN_SEEDS:
         return None
-    mean = sum(differences) / count
-    squares = sum(d * d for d in differences)
-    error = math.sqrt(max(0.0, squares - count * mean**2) / (count - 1) / count)
+    mean = sum(differences) / n
+    error = math.sqrt(max(0.0, sum(d * d for d in differences) - n * mean**2) / (n - 1) / n)
     p = 2 * float(ndtr(-abs(mean) / error)) if error else None
-    return Difference(mean, float(ndtri(UPPER)) * error, p, count, "images")
+    return Estimate(mean, min(differences), max(differences), n, float(ndtri(UPPER)) * error, p, "images")
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

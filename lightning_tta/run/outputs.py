@@ -19,7 +19,7 @@ from lightning_tta.run.directory import GROWING, REPORT
 from lightning_tta.run.processes import merge_predictions
 from lightning_tta.run.source import source_accuracy
 from lightning_tta.run.stream_run import StreamRun
-from lightning_tta.run.summary import StreamSummary
+from lightning_tta.run.summary import WINDOW, StreamSummary
 
 PREDICTIONS, BATCHES = GROWING
 COLUMNS = ("index", "domain", "label", "prediction", "confidence", "entropy")
@@ -129,6 +129,7 @@ class StreamReport(RunCallback):
             "net": run.net,
             "protocol": run.protocol.to_dict(),
             **summary.result(),
+            "window": WINDOW,
             "guard": None,
             "wall_seconds": run.wall_seconds,
             **peak_memory(run.device),

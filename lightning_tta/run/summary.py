@@ -164,6 +164,7 @@ class StreamSummary:
                     "images": images,
                     "entropy": self._entropy[number] / images,
                     "largest_class_share": float(counts.max() / counts.sum()),
+                    "counted": self._counted[number],
                 }
         return {
             "accuracy": self.accuracy,

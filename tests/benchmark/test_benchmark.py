@@ -14,7 +14,7 @@ from lightning_tta import ConfigError, DataError, TestTimeAdaptation
 from lightning_tta.benchmark.config import NetConfig, StreamConfig
 from lightning_tta.benchmark.runner import Benchmark
 from lightning_tta.errors import LightningTTAError
-from lightning_tta.report.terminal import report, spread, summary_table
+from lightning_tta.report.terminal import report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = {"method", "net", "stream", "seed", "accuracy", "domains", "protocol_hash", "forwards", "backwards"}
@@ -65,10 +65,13 @@ def test_rows_files_and_no_second_run(tmp_path, capsys):
     report([first, second], allow_different=True, output=tmp_path / "compared")
     assert "source" in capsys.readouterr().out
     content = json.loads((first / "report.json").read_text())
+    assert (content["options"], content["window"]) == ({}, 8)
+    assert "source_weight" in json.loads((tmp_path / rows[2]["directory"] / "report.json").read_text())["options"]
+    assert all(domain["counted"] for domain in content["domains"].values())
     content["protocol"]["severity"] = 1
     (first / "report.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="changed"):
-        report([first, first])
+        report([first, second])
 
 
 def test_a_method_has_its_own_arguments_of_the_module(tmp_path):
@@ -89,7 +92,7 @@ def test_a_method_has_its_own_arguments_of_the_module(tmp_path):
         ({"model": {"reset_evry": 1}}, "Did you mean reset_every"),
         ({"model": {"channels_last": True}}, r"methods\.tent\.model\.channels_last is now .*methods\.tent\.run"),
         ({"run": {"input": {"chanels_last": True}}}, "chanels_last"),
-        ({"run": {"inputs": {}}}, r"methods\.tent\.run has no parts \['inputs'\]"),
+        ({"run": {"inputs": {}}}, r"methods\.tent\.run names parts \['inputs'\]"),
     ):
         with pytest.raises(ConfigError, match=words):
             benchmark(tmp_path, {"tent": {"class_path": "Tent", **wrong}})
@@ -160,24 +163,6 @@ def test_wrong_configuration_is_refused_before_anything_runs(tmp_path, methods, 
 def test_missing_result_is_named(tmp_path):
     with pytest.raises(DataError, match=Path(tmp_path).name):
         report([tmp_path])
-
-
-def test_summary_by_hand():
-    def row(method, seed, accuracy, seconds):
-        domains = {"a": {"largest_class_share": 0.2}, "b": {"largest_class_share": 0.4}}
-        passes = {"forwards": 3, "backwards": 0, "seconds_per_batch": seconds, "protocol_hash": f"h{seed}"}
-        return {"method": method, "seed": seed, "accuracy": accuracy, "ece": 0.1, "domains": domains, **passes}
-
-    rows = [
-        row("source", 0, 0.5, 0.01),
-        row("source", 1, 0.7, 0.01),
-        row("tent", 0, 0.6, 0.03),
-        row("tent", 1, 0.9, 0.03),
-    ]
-    _, table = summary_table(rows)
-    assert table[1] == ["tent", "75.0 ± 21.2", "+15.0", "10.0 ± 0.0", "40.0 ± 0.0", "3/0", "30.0", "3.00"]
-    assert spread([0.5]) == "50.0"
-    assert spread([None]) == "-"
 
 
 @pytest.mark.slow

@@ -63,7 +63,8 @@ def test_every_method_prints_what_parses_back(parser, capsys, tmp_path, name):
     assert set(options) == set(inspect.signature(kind).parameters) - {"model"}
     described, comments = args_of(kind), comments_of(text)
     for option in options:
-        assert comments[option].startswith(described[option]), option
+        assert comments[option].startswith(described.get(option, "")), option
+        assert comments[option], option
     assert not options or inspect.getdoc(kind).split("\n")[0].rstrip(".:") in text
     assert max(map(len, text.splitlines())) < 2000  # no list of a thousand subclasses
 

@@ -1,28 +1,34 @@
 """The report's figures: what they show, and that it fits."""
 
-import re
-
+import matplotlib
 import pytest
 from PIL import Image
 
-from lightning_tta.report.curves import caption, stream_figures, stream_picture
-from lightning_tta.report.figures import _apart, front_of, pareto_figure
-from lightning_tta.report.runs import Group, Run
-from lightning_tta.report.style import COLOURS, KNOWN, drawing, looks
-from lightning_tta.report.write import write_picture
+from lightning_tta.report.document import sections
+from lightning_tta.report.figures import (
+    COLORS,
+    curves_caption,
+    curves_figure,
+    domain_spans,
+    drawing,
+    front_of,
+    looks,
+    pareto_figure,
+    rolling_accuracy,
+)
+from lightning_tta.report.runs import Group, Results, Run
+
+NAMES = ["source", *(f"a_rather_long_method_{n:02}" for n in range(1, 18))]
 
 
-def test_a_method_keeps_its_look():
-    everyone = looks(KNOWN)
-    assert len(set(everyone.values())) == len(KNOWN) == 18
-    assert len({(look.line, look.marker) for look in everyone.values()}) == 18  # in greyscale too
-    first = list(everyone.values())[:12]
-    assert len({look.colour for look in first}) == 12
-    assert looks(["tent"])["tent"] == looks(["mine", "tent", "source"])["tent"]
-    assert looks(["mine"])["mine"] == looks(["other", "mine", "tent"])["mine"]
-    many = looks([*KNOWN, *map(str, range(100))])
+def test_methods_of_a_report_never_look_alike():
+    twelve = looks(NAMES[:12])
+    assert len({look.color for look in twelve.values()}) == 12
+    assert len({(look.line, look.marker) for look in twelve.values()}) == 12  # in greyscale too
+    many = looks([*NAMES, *map(str, range(100))])
     assert len(set(many.values())) == len(many)
-    assert [name for name, look in many.items() if look.colour == COLOURS[0]] == ["source"]
+    assert [name for name, look in many.items() if look.color == "#000000"] == ["source"]
+    assert looks(["tent", "norm", "source"]) == looks(["source", "norm", "tent"])  # whatever the order of the runs
 
 
 def test_pareto_front_by_hand():
@@ -30,10 +36,15 @@ def test_pareto_front_by_hand():
     assert front_of(points) == ["fast", "slow"]
 
 
-def test_labels_are_moved_apart_within_the_axes():
-    assert _apart([1.0, 5.0, 5.0, 5.0, 20.0], 2.0, 0.0, 20.0) == [1.0, 3.0, 5.0, 7.0, 20.0]
-    assert _apart([0.0, 0.0, 9.5, 10.0], 1.0, 0.0, 10.0) == [0.0, 1.0, 9.0, 10.0]
-    assert _apart([], 1.0, 0.0, 1.0) == []
+def test_rolling_accuracy_by_hand():
+    batches = [
+        {"domain": d, "images": n, "accuracy": a} for d, n, a in [("a", 10, 1.0), ("a", 30, 0.0), ("a", 10, 0.5)]
+    ]
+    batches += [{"domain": "b", "images": 10, "accuracy": None}, {"domain": "b", "images": 10, "accuracy": 0.2}]
+    assert rolling_accuracy(batches, 2) == pytest.approx([100.0, 25.0, 12.5, None, 20.0])
+    assert domain_spans(batches) == [("a", 0, 3), ("b", 3, 5)]
+    turns = [{"domain": "ab"[n % 2]} for n in range(100)]
+    assert domain_spans(turns) == [("", 0, 100)]
 
 
 def group(directory, methods, domains=("fog", "noise")):
@@ -53,57 +64,60 @@ def group(directory, methods, domains=("fog", "noise")):
 
 def sticking_out(figure):
     """How far, in inches, what is drawn goes beyond the figure's edges."""
-    with drawing():
-        box = figure.get_tightbbox()
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox()
     return max(-box.x0, -box.y0, box.x1 - figure.get_figwidth(), box.y1 - figure.get_figheight())
+
+
+def legend_of(figure):
+    return {text.get_text() for legend in figure.legends for text in legend.get_texts()}
 
 
 @pytest.mark.parametrize("count", [1, 6, 12])
 @pytest.mark.parametrize("domains", [("fog",), ("fog", "a_domain_with_quite_a_long_name"), tuple("abcdefghijklmno")])
 def test_names_stay_within_the_figure(tmp_path, count, domains):
-    made = group(tmp_path, ["source", *[f"a_rather_long_method_{n}" for n in range(1, count)]], domains)
+    made = group(tmp_path, NAMES[:count], domains)
     with drawing():
-        figures = stream_figures(made, looks(made.methods))
-    assert len(figures) == (1 if count <= 6 else count)
-    assert max(sticking_out(figure) for _, figure in figures) <= 0
-    wide = figures[0][1]
-    written = {text.get_text() for axes in wide.axes for text in axes.texts}
-    assert written == ({*made.methods, *(domains if len(domains) > 1 else ())} if count <= 6 else set())
+        figure = curves_figure(made, looks(made.methods))
+        assert sticking_out(figure) <= 0.01
+    names = {text.get_text() for axes in figure.axes for text in axes.texts}
+    if count <= 6:
+        assert names == (set(domains) if len(domains) > 1 else set())
+        assert legend_of(figure) == (set(made.methods) if count > 1 else set())
+    else:
+        assert names == set()
+        assert [panel.axes[0].get_title(loc="left") for panel in figure.subfigs] == list(made.methods)
+        lines = [panel.axes[0].lines[1].get_color() for panel in figure.subfigs[1:]]
+        assert lines == [looks(made.methods)[method].color for method in NAMES[1:count]]
+        assert len(set(lines)) == len(COLORS)
 
 
-def test_the_picture_of_twelve_methods(tmp_path):
-    made = group(tmp_path, KNOWN[:12])
-    assert "Grey line: source" in caption(made)
+def test_caption_names_what_a_figure_of_many_methods_cannot(tmp_path):
+    said = curves_caption(group(tmp_path, NAMES[:12]))
+    assert "Grey line: source. The domains, in turn: fog, noise." in said
+    assert "Grey line" not in curves_caption(group(tmp_path, NAMES[1:12]))
+    assert "in turn" not in curves_caption(group(tmp_path, NAMES[:6]))
+
+
+def test_cost_of_many_methods_has_a_legend_within_the_figure():
+    points = {name: (1.0 + place, 50.0 + place) for place, name in enumerate(NAMES)}
     with drawing():
-        figure = stream_picture(made, looks(KNOWN))
-    parts = figure.subfigs
-    assert [part.axes[0].get_title(loc="left") for part in parts] == list(KNOWN[:12])
-    assert [part.axes[0].lines[1].get_color() for part in parts[1:]] == list(COLOURS[1:12])
-    assert write_picture(made, looks(KNOWN), tmp_path / "picture.png") == caption(made)
-    image = Image.open(tmp_path / "picture.png").convert("RGB")
-    assert image.width > image.height / 2 > 500
+        figure = pareto_figure({"ms per image": points, "peak memory, MB": points}, looks(NAMES))
+        assert sticking_out(figure) <= 0.01
+    assert legend_of(figure) == set(NAMES)
+
+
+def test_curves_as_a_picture(tmp_path):
+    made = Results([group(tmp_path, NAMES[:2])])
+    backend = matplotlib.get_backend()
+    with drawing():
+        found = sections(made, looks(made.methods), page=False)
+        ((gallery,),) = [section.galleries for section in found if section.galleries]
+        gallery.figures[0][1].savefig(tmp_path / gallery.file)
+    assert gallery.file == "net-iid.png"
+    image = Image.open(tmp_path / gallery.file).convert("RGB")
+    assert image.width > image.height > 400
     assert image.getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_no_picture_without_batches(tmp_path):
-    assert (
-        write_picture(Group("net, iid", [Run("tent", "0", {}, tmp_path)]), looks(["tent"]), tmp_path / "a.png") is None
-    )
-    assert not list(tmp_path.iterdir())
-
-
-def test_drawing_leaves_the_users_backend_alone(tmp_path):
-    import matplotlib
-
-    matplotlib.use("svg")
-    write_picture(group(tmp_path, ["source", "tent"]), looks(["source", "tent"]), tmp_path / "a.png")
-    assert matplotlib.get_backend() == "svg"
-
-
-def test_cost_with_long_names_makes_room(tmp_path):
-    def width(name):
-        with drawing():
-            text = pareto_figure({"source": (1.0, 50.0), name: (9.0, 60.0)}, "ms", looks(["source", name]), "id")
-        return float(re.search(r'width="([\d.]+)pt"', text)[1])
-
-    assert width("a_rather_long_method_name") - width("source_2") > (25 - 8) * 0.6 * 8  # points of a font of 8
+    assert matplotlib.get_backend() == backend
+    empty = sections(Results([Group("net, iid", [Run("tent", "0", {}, tmp_path)])]), looks(["tent"]), page=True)
+    assert not [section for section in empty if section.galleries]

@@ -196,13 +196,12 @@ class State(nn.Module):
 
     def _lookup(self, name: str) -> Tensor | None:
         """The parameter or buffer of this name."""
-        module: nn.Module | None = self
-        *path, leaf = name.split(".")
-        for part in path:
-            module = module._modules.get(part) if module is not None else None
-        if module is None:
+        path, _, leaf = name.rpartition(".")
+        try:
+            tensor = getattr(self.get_submodule(path), leaf, None)
+        except AttributeError:
             return None
-        return module._parameters.get(leaf, module._buffers.get(leaf))
+        return tensor if isinstance(tensor, Tensor) else None
 
 
 def is_empty(tensor: Tensor) -> bool:

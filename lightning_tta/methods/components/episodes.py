@@ -103,7 +103,19 @@ def _batch_norm(layer: _BatchNorm, x: Tensor, prior: int | None) -> tuple[Tensor
 
 
 class ViewMethod(TTAMethod):
-    """What the methods of one image and its views share: options, seeds, passes that keep images apart."""
+    """What the methods of one image and its views share: options, seeds, passes that keep images apart.
+
+    Args:
+        model: Any classifier.
+        views: Views of each image, at least 1.
+        augment: One of :data:`lightning_tta.views.augmix.AUGMENTATIONS`.
+        bn_prior: N: BatchNorm takes N / (N + 1) of the source statistics, the rest of the image's views; ``None``:
+            the source statistics.
+        predict_classes: Classes that may be predicted: positions, ``imagenet_a`` or ``imagenet_r``; ``None``: all.
+        chunk_views: At most this many views in one pass; ``None``: all of the batch.
+        seed: Seed of the views; an image's views depend on it and the pixels alone.
+        **options: Of a further base class.
+    """
 
     fixed_options = frozenset({"steps"})
 
@@ -119,7 +131,7 @@ class ViewMethod(TTAMethod):
         predict_classes: list[int] | str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, **options)
+        super().__init__(model, steps=1, **options)
         check_range("views", views, 1, integer=True)
         check_choice("augment", augment, AUGMENTATIONS)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
