@@ -41,6 +41,10 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
     from lightning_tta.guard.watch import Watch
     from lightning_tta.methods import TTAMethod, adapt, available_methods
     from lightning_tta.modules import MetaTTT, SourceClassifier, TestTimeAdaptation
+    from lightning_tta.run.board import StreamBoard
+    from lightning_tta.run.input import StreamInput
+    from lightning_tta.run.outputs import StreamReport
+    from lightning_tta.run.resume import StateKeeper
 
 __all__ = [
     "ArrayData",
@@ -61,6 +65,10 @@ __all__ = [
     "Protocol",
     "ShiftedDataModule",
     "SourceClassifier",
+    "StateKeeper",
+    "StreamBoard",
+    "StreamInput",
+    "StreamReport",
     "TTAMethod",
     "TestTimeAdaptation",
     "UnsupportedModelError",
@@ -81,6 +89,10 @@ _HOMES = {
     "exporting": ("export",),
     "guard.callback": ("Guard",),
     "guard.watch": ("Watch",),
+    "run.board": ("StreamBoard",),
+    "run.input": ("StreamInput",),
+    "run.outputs": ("StreamReport",),
+    "run.resume": ("StateKeeper",),
     "methods": ("TTAMethod", "adapt", "available_methods"),
     "modules": ("MetaTTT", "SourceClassifier", "TestTimeAdaptation"),
 }
