@@ -41,8 +41,8 @@ def select_parameters(
     free = {name: parameter for name, parameter in chosen.items() if name not in frozen}
     if not free:
         reason = (
-            f"all {len(chosen)} of them are frozen (requires_grad=False), while others of the net are not. Unfreeze "
-            "them, or pass include_frozen=True"
+            f"all {len(chosen)} parameters that it would learn are frozen (requires_grad=False), while others of the "
+            "net are not. Call requires_grad_() on those that may adapt, before the method is made"
             if chosen
             else f"the net has no parameter whose name matches {what!r}"
         )
