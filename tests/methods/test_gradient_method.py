@@ -93,6 +93,12 @@ def test_frozen_layers_stay_frozen_unless_asked_for():
     assert set(adapt(net, "tent", in_place=True).adaptable) == set(again.adaptable)  # of the user's flags, not ours
     assert set(again.select("norm", include_frozen=True)) == set(norm_weights(net))
     assert not any(name.startswith("model.norm1") for name in adapt(net, "cotta").adaptable)
+    assert "model.conv1.weight" in adapt(net, "cotta").adaptable  # frozen by tent, not by the user
+    net.norm1.requires_grad_()
+    assert "model.norm1.weight" in adapt(net, "tent").adaptable  # the user thought again
+    net = make_net("gn")
+    net.norm1.requires_grad_(False)
+    assert not any(name.startswith("model.norm1") for name in adapt(net, "cotta").adaptable)
     whole = make_net("gn").requires_grad_(False)  # for inference: says nothing of any layer
     assert set(adapt(whole, "tent").adaptable) == {f"model.{name}" for name in norm_weights(whole)}
     net.norm2.requires_grad_(False)

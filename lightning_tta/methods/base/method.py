@@ -19,7 +19,7 @@ from lightning_tta.backbones.split import HeadSplit, features_at, module_at
 from lightning_tta.errors import NotPreparedError, check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.description import Described
-from lightning_tta.methods.base.selection import frozen_by_the_user, select_parameters
+from lightning_tta.methods.base.selection import read_flags, select_parameters
 from lightning_tta.methods.base.state import State
 from lightning_tta.methods.base.task import (
     Images,
@@ -72,7 +72,7 @@ class TTAMethod(Described, State, ABC):
         super().__init__()
         check_range("steps", steps, 1, integer=True)
         plain = plain_model(model).eval()
-        self._frozen = frozen_by_the_user(plain)
+        self._flags = read_flags(plain)
         self.model = plain.requires_grad_(False)
         self.steps = steps
         self.prepared = not self.needs_source
@@ -178,8 +178,14 @@ class TTAMethod(Described, State, ABC):
         Raises:
             UnsupportedModelError: If there is none.
         """
-        frozen = frozenset() if include_frozen else self._frozen
+        frozen = frozenset() if include_frozen else self._flags.frozen
         return select_parameters(self.model, what, frozen_fraction, frozen)
+
+    def state(self, name: str, tensor: Tensor, **settings: Any) -> Tensor:
+        """Declare a tensor that the method may change, see :meth:`State.state`."""
+        if name.startswith("model."):
+            self._flags.learned.add(name.removeprefix("model."))
+        return super().state(name, tensor, **settings)
 
     def note(self, **values: Tensor) -> None:
         """Put scalars of this step into :attr:`stats`; they stay on the device until somebody reads them.

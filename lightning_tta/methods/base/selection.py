@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import re
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from lightning_tta.backbones.norms import early_norm_parameters, norm_parameters
 from lightning_tta.errors import UnsupportedModelError
 
-_FROZEN: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
+@dataclass
+class Flags:
+    """What a net's ``requires_grad`` flags mean; kept with the net as methods change them, and copied with it.
 
-def frozen_by_the_user(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters that do not require a gradient, in a net of which others do.
-
-    A net all of whose parameters are frozen is one for inference, which says nothing about any of them. The answer is
-    kept with the net, as methods change these flags and a net may be wrapped twice.
+    Attributes:
+        frozen: Names of the parameters that the user had frozen.
+        learned: Names of those that a method lets learn; it freezes all others.
     """
-    if model not in _FROZEN:
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad and p.is_floating_point()}
-        learn = any(p.requires_grad for p in model.parameters())
-        _FROZEN[model] = frozenset(frozen) if learn else frozenset()
-    return _FROZEN[model]
+
+    frozen: frozenset[str]
+    learned: set[str] = field(default_factory=set)
+
+
+def read_flags(model: nn.Module) -> Flags:
+    """Which parameters of a net the user froze: those that require no gradient, in a net of which others do.
+
+    A net all of whose parameters are frozen is one for inference, which says nothing about any of them. In a net that
+    was adapted before, and whose flags the user has not touched since, the answer is what it was then.
+    """
+    learn = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = model.__dict__.get("_tta_flags")
+    if isinstance(before, Flags) and before.learned == learn:
+        frozen = before.frozen
+    else:
+        frozen = frozenset(name for name, _ in model.named_parameters() if name not in learn) if learn else frozenset()
+    flags = Flags(frozen)
+    model.__dict__["_tta_flags"] = flags
+    return flags
 
 
 def select_parameters(
