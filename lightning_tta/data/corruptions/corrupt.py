@@ -43,7 +43,7 @@ class FunctionSet:
 FunctionSetName = Literal["builtin", "imagenet_c", "published"]
 SETS: dict[str, FunctionSet] = {
     # the groups of ImageNet-C (noise, blur, weather, digital) and a geometric one; needs torchvision only
-    "builtin": FunctionSet(builtin.REPORTED, builtin.HELD_OUT, builtin.version_id, builtin.apply),
+    "builtin": FunctionSet(builtin.REPORTED, builtin.HELD_OUT, lambda: f"builtin-{builtin.VERSION}", builtin.apply),
     # the 15 + 4 functions of ImageNet-C itself (Hendrycks and Dietterich, arXiv 1903.12261)
     "imagenet_c": FunctionSet(imagenet_c.REPORTED, imagenet_c.HELD_OUT, imagenet_c.version_id, imagenet_c.apply),
     # files with the same names, such as CIFAR-10-C, which a data module reads; its digest says which files
@@ -74,7 +74,7 @@ def corruption_names(function_set: str = "builtin", held_out: bool = False) -> l
 
 
 def function_set_id(function_set: str = "builtin") -> str:
-    """Name and version of a function set, for the protocol: ``builtin-1`` for example."""
+    """Name and version of a function set, for the protocol, such as ``builtin-1``."""
     return get_function_set(function_set).version_id()
 
 

@@ -34,15 +34,11 @@ def list_images(folder: Path, label_of: Mapping[str, int], classes: str) -> List
             f"{folder} has class folders that are not {classes}: {', '.join(unknown[:10])}. Rename or remove them."
         )
     endings = Image.registered_extensions()
-    listed = [
-        (path, label_of[name])
-        for name in sorted(names, key=lambda name: label_of[name])
-        for path in sorted((folder / name).iterdir())
-        if path.suffix.lower() in endings
-    ]
-    if not listed:
+    files = [path for name in sorted(names, key=label_of.__getitem__) for path in sorted((folder / name).iterdir())]
+    paths = [path for path in files if path.suffix.lower() in endings]
+    if not paths:
         raise DataError(f"{folder} has class folders without images. Expected {folder}/<class>/<image files>.")
-    return [path for path, _ in listed], torch.tensor([label for _, label in listed])
+    return paths, torch.tensor([label_of[path.parent.name] for path in paths])
 
 
 class FileImages(Images):

@@ -5,16 +5,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning_tta.data.augmentations import Augmentation, crop_and_flip
-from lightning_tta.data.base import ShiftedDataModule
+from lightning_tta.data import augmentations, splits
+from lightning_tta.data.base import ShiftedDataModule, Split
 from lightning_tta.data.corruptions.corrupt import CLEAN
 from lightning_tta.data.domain_names import split_severity
 from lightning_tta.data.images import Images
 from lightning_tta.data.sets.image_files import FileImages, Listing, list_images
-from lightning_tta.data.source import Split
-from lightning_tta.data.splits import select, validation_count
+from lightning_tta.data.storage.download import fetch, unpack
 from lightning_tta.data.storage.paths import check_file, check_folder, file_lines
-from lightning_tta.data.storage.remotes import fetch_imagenet, fetch_imagenet_c
+from lightning_tta.data.storage.remotes import IMAGENET_C, fetch_imagenet
 from lightning_tta.errors import ConfigError, DataError, check_range
 from lightning_tta.imagenet_classes import imagenet_synsets
 
@@ -114,7 +113,7 @@ class ImageNetData(ShiftedDataModule):
             if name in self.folders:
                 fetch_imagenet(name, folder)
             elif name in self.published_names and not folder.is_dir():
-                fetch_imagenet_c(split_severity(name)[0], folder.parents[1])
+                unpack(fetch(IMAGENET_C[folder.parent.name], folder.parents[1]), folder.parents[1])
         self._check_folders()
 
     def _published_folder(self, name: str) -> Path:
@@ -155,7 +154,7 @@ class ImageNetData(ShiftedDataModule):
         if split == "test":
             return self._images(self._list(self.source / "val"))
         images = self._images(list_imagenet(self.source / "train"))
-        return select(images, validation_count(len(images), self.num_val) == (split == "val"))
+        return splits.select(images, splits.validation_count(len(images), self.num_val) == (split == "val"))
 
     def natural_names(self) -> list[str]:
         """Names of the folders."""
@@ -174,13 +173,13 @@ class ImageNetData(ShiftedDataModule):
         yield f"{self.resize}|{self.image_size}".encode()
         folders = {"val" if name == CLEAN else name: folder for name, folder in self._folders_in_use().items()}
         for name, folder in sorted(folders.items()):
-            paths, _ = list_imagenet(folder) if name in self.folders else self._list(folder)
-            yield from file_lines(name, paths)
+            listing = list_imagenet(folder) if name in self.folders else self._list(folder)
+            yield from file_lines(name, listing[0])
 
     def cache_key(self) -> str:
         """The digest and the places."""
         return f"{self.digest()}|{self.source}|{[str(folder.resolve()) for folder in self.folders.values()]}"
 
-    def augmentation(self) -> Augmentation:
+    def augmentation(self) -> augmentations.Augmentation:
         """A random crop of 35 to 100 % of the (already cut) image, resized, and a horizontal flip."""
-        return crop_and_flip(self.image_size, 0.35)
+        return augmentations.crop_and_flip(self.image_size, 0.35)

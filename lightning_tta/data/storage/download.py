@@ -2,15 +2,15 @@
 
 import hashlib
 import http.client
+import shutil
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import wrap_file
 
 from lightning_tta.errors import DataError
 
@@ -49,22 +49,19 @@ def fetch(remote: Remote, folder: Path) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{remote.name}.partial")
-    columns = (TextColumn(remote.name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(remote.name, total=remote.size)
-        problem: object = "it ended early"
-        try:
-            complete = _resume(remote, partial, lambda count: progress.update(task, completed=count))
-        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                raise DataError(
-                    f"{remote.url}: the server answers {error.code} {error.reason}. The file may have moved: fetch it "
-                    f"by hand to {path}."
-                ) from error
-            complete, problem = False, error
-    if not complete:
+    problem: object = "it ended early"
+    try:
+        complete = _resume(remote, partial)
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+            raise DataError(
+                f"{remote.url}: the server answers {error.code} {error.reason}. The file may have moved: fetch it "
+                f"by hand to {path}."
+            ) from error
+        complete, problem = False, error
+    if not complete and not _is_page(partial):
         raise DataError(
-            f"{remote.url}: the connection was lost ({problem}); {_bytes_of(partial):,} of {remote.size or 'unknown'} "
+            f"{remote.url}: the connection was lost ({problem}); {_size(partial):,} of {remote.size or 'unknown'} "
             f"bytes are in {partial}. Run again to go on from there."
         )
     try:
@@ -75,49 +72,46 @@ def fetch(remote: Remote, folder: Path) -> Path:
     return partial.replace(path)
 
 
-def _bytes_of(path: Path) -> int:
+def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _resume(remote: Remote, partial: Path, show: Callable[[int], None]) -> bool:
+def _is_page(path: Path) -> bool:
+    """Whether a file begins as a web page does."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        return file.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html"))
+
+
+def _resume(remote: Remote, partial: Path) -> bool:
     """Append what is missing; whether the file is complete now."""
-    start = _bytes_of(partial)
+    start = _size(partial)
     if remote.size is not None and start >= remote.size:
         return True
     request = urllib.request.Request(remote.url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=60) as answer:
-        if answer.status != 206:  # the server sends the whole file
-            start = 0
-        length = answer.headers.get("Content-Length")
-        expected = remote.size or (start + int(length) if length else None)
-        end, block = start, answer.read(_BLOCK)
-        if not start:
-            _refuse_page(block, remote)
-        with partial.open("ab" if start else "wb") as file:
-            while block:
-                file.write(block)
-                end += len(block)
-                show(end)
-                block = answer.read(_BLOCK)
-    return expected is None or end >= expected
+        start = start if answer.status == 206 else 0  # else the server sends the whole file
+        length = int(answer.headers.get("Content-Length") or 0)
+        expected = remote.size or (start + length)
+        rest = max(0, expected - start)
+        shown = wrap_file(answer, rest, description=remote.name, console=Console(stderr=True))
+        with shown as content, partial.open("ab" if start else "wb") as file:
+            shutil.copyfileobj(content, file, _BLOCK)
+    return _size(partial) >= expected
 
 
-def _refuse_page(beginning: bytes, remote: Remote) -> None:
-    if beginning.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+def _verify(file: Path, remote: Remote) -> None:
+    if _is_page(file):
         raise DataError(
             f"{remote.url} is a web page instead of {remote.name} (a login, an error or a confirmation). Open the "
             "address in a browser and fetch the file by hand; remove the page if it was saved under that name."
         )
-
-
-def _verify(file: Path, remote: Remote) -> None:
     kind, _, wanted = remote.checksum.partition(":")
     with file.open("rb") as content:
-        _refuse_page(content.read(64), remote)
-        content.seek(0)
         checksum = hashlib.file_digest(content, kind).hexdigest()
     if checksum != wanted:
-        size = f"{_bytes_of(file):,} bytes" + (f", expected {remote.size:,}" if remote.size else "")
+        size = f"{_size(file):,} bytes" + (f", expected {remote.size:,}" if remote.size else "")
         raise DataError(
             f"{file} from {remote.url} has the {kind} {checksum}, expected {wanted} ({size}): it is damaged or another "
             "version, and is not used. Remove it if it is still there, and run again."

@@ -52,8 +52,3 @@ def fetch_imagenet(name: str, folder: Path) -> None:
         raise DataError(f"{archive} unpacks to {len(inner)} folders, expected one of class folders. See {partial}.")
     inner[0].replace(folder)
     shutil.rmtree(partial)
-
-
-def fetch_imagenet_c(corruption: str, folder: Path) -> None:
-    """Put the archive of ImageNet-C with this corruption into ``folder``."""
-    unpack(fetch(IMAGENET_C[corruption], folder), folder)
