@@ -326,12 +326,12 @@ class ShiftedDataModule(LightningDataModule, ABC):
             return self._loader(
                 dataset, batch_sampler=samplers.DomainBatches(domains, self.train_batch_size), **options
             )
-        size, sampler = self.train_batch_size, samplers.shuffled(len(images))
+        size, sampler = self.train_batch_size, samplers.make_train_sampler(len(images))
         return self._loader(dataset, batch_size=size, sampler=sampler, drop_last=len(sampler) > size, **options)
 
     def _clean_loader(self, split: Split) -> DataLoader[Batch]:
         images, size = self._split(split), self.train_batch_size
-        return self._loader(LabelledBatches(images), batch_size=size, sampler=samplers.dealt(range(len(images))))
+        return self._loader(LabelledBatches(images), batch_size=size, sampler=samplers.take_shard(range(len(images))))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Clean test images."""

@@ -147,11 +147,7 @@ class StreamBatches(LabelledBatches):
 
 
 class StreamSampler(BatchSampler):
-    """Hands out the batches of a stream as they are.
-
-    Lightning builds batch samplers anew for prediction and offers a sampler of its own: it is ignored, so that the
-    order of a stream never changes.
-    """
+    """Hands out the batches of a stream as they are; the sampler that Lightning offers for prediction is ignored."""
 
     def __init__(self, batches: list[list[int]], sampler: Iterable[int] = (), drop_last: bool = False) -> None:
         self.batches, self.sampler, self.drop_last = batches, sampler, drop_last

@@ -20,9 +20,8 @@ def _canonical(value: Any) -> Any:
         return [_canonical(item) for item in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _canonical(value[key]) for key in sorted(value)}
-    raise ConfigError(
-        f"A protocol holds finite numbers, strings, lists and dicts with string keys only; got {value!r}. Convert it."
-    )
+    allowed = "finite numbers, strings, lists and dicts with string keys"
+    raise ConfigError(f"A protocol holds {allowed} only; got {value!r}. Convert it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +84,8 @@ class Protocol:
         check_choice("mode", self.mode, ("single", "replicas", "synchronised"))
         check_range("world_size", self.world_size, 1, integer=True)
         if (self.mode == "single") != (self.world_size == 1):
-            raise ConfigError(
-                f'mode="single" is for one process, and one process only; got mode={self.mode!r} with '
-                f"world_size={self.world_size}."
-            )
+            processes = f"mode={self.mode!r} with world_size={self.world_size}"
+            raise ConfigError(f'mode="single" is for one process, and one process only; got {processes}.')
         for name in ("domains", "images_per_domain"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "preprocessing", _canonical(self.preprocessing))
@@ -117,7 +114,7 @@ class Protocol:
     def _values(self) -> dict[str, Any]:
         """The fields; those added later only where they say something, so that old hashes stay."""
         values = {name: getattr(self, name) for name in _names()}
-        return {name: value for name, value in values.items() if name not in _ADDED or value is not None}
+        return {name: value for name, value in values.items() if name not in _LATER_FIELDS or value is not None}
 
     @property
     def hash(self) -> str:
@@ -137,12 +134,10 @@ class Protocol:
         """
         content = {name: value for name, value in values.items() if name != "hash"}
         known = set(_names())
-        if set(content) | _ADDED != known:
-            raise DataError(
-                "This is not a protocol of this version of lightning_tta: missing "
-                f"{', '.join(sorted(known - set(content) - _ADDED)) or 'nothing'}, unknown "
-                f"{', '.join(sorted(set(content) - known)) or 'nothing'}."
-            )
+        if set(content) | _LATER_FIELDS != known:
+            missing = ", ".join(sorted(known - set(content) - _LATER_FIELDS)) or "nothing"
+            unknown = ", ".join(sorted(set(content) - known)) or "nothing"
+            raise DataError(f"Not a protocol of this version of lightning_tta: missing {missing}, unknown {unknown}.")
         protocol = cls(**content)
         if values.get("hash") != protocol.hash:
             raise DataError(
@@ -162,7 +157,7 @@ def _names() -> list[str]:
     return [field.name for field in fields(Protocol)]
 
 
-_ADDED = {"dirichlet", "charge", "interval"}
+_LATER_FIELDS = {"dirichlet", "charge", "interval"}
 _RUN_FIELDS = {"reset", "predict", "weights", "weights_digest", "preprocessing", "world_size", "mode"}
 _DATA_FIELDS = set(_names()) - _RUN_FIELDS
 

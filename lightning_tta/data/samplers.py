@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler
 
 from lightning_tta.data.streams import build_stream, permutation
@@ -17,26 +17,25 @@ T = TypeVar("T")
 
 def processes() -> tuple[int, int]:
     """This process's number and how many there are."""
-    distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def run_seed() -> int:
+def get_run_seed() -> int:
     """The seed of this run, the same on every process: that of ``seed_everything``, else 0."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
-def shuffled(size: int) -> RandomSampler | DistributedSampler[int]:
+def make_train_sampler(size: int) -> RandomSampler | DistributedSampler[int]:
     """All samples in random order; on several processes, each its share of one common order."""
     rank, world = processes()
     if world == 1:
         return RandomSampler(range(size))
-    return DistributedSampler(range(size), world, rank, shuffle=True, seed=run_seed(), drop_last=True)  # type: ignore[arg-type]
+    return DistributedSampler(range(size), world, rank, shuffle=True, seed=get_run_seed(), drop_last=True)  # type: ignore[arg-type]
 
 
-def dealt(items: Sequence[T]) -> Sequence[T]:
+def take_shard(items: Sequence[T]) -> Sequence[T]:
     """This process's share of the items, in order; none twice, so that metrics stay exact."""
     rank, world = processes()
     return items[rank::world]
@@ -85,7 +84,7 @@ class DomainBatches(BatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         (rank, world), count, epoch = processes(), len(self), self.epoch
         self.epoch += 1
-        seed = self.seed if world == 1 else run_seed()
+        seed = self.seed if world == 1 else get_run_seed()
         length = count * world * self.per_domain
         orders = [_repeat(members, length, seed, epoch, d) for d, members in enumerate(self.members)]
         for step in range(count):

@@ -20,7 +20,7 @@ def _scale(image: Tensor) -> float:
     return min(image.shape[1:]) / 32
 
 
-def _either_way(angle: float) -> float:
+def _random_sign(angle: float) -> float:
     return angle if torch.rand(()) < 0.5 else -angle
 
 
@@ -108,11 +108,11 @@ def _jpeg(image: Tensor, quality: float) -> Tensor:
 
 
 def _rotate(image: Tensor, angle: float) -> Tensor:
-    return functional.rotate(image, _either_way(angle), interpolation=InterpolationMode.BILINEAR)  # type: ignore[no-any-return]
+    return functional.rotate(image, _random_sign(angle), interpolation=InterpolationMode.BILINEAR)  # type: ignore[no-any-return]
 
 
 def _shear(image: Tensor, angle: float) -> Tensor:
-    shear = [_either_way(angle), 0.0]
+    shear = [_random_sign(angle), 0.0]
     return functional.affine(  # type: ignore[no-any-return]
         image, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, interpolation=InterpolationMode.BILINEAR
     )

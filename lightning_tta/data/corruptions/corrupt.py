@@ -14,30 +14,17 @@ from lightning_tta.errors import ConfigError, check_choice, check_range, did_you
 
 @dataclass(frozen=True)
 class FunctionSet:
-    """Corruptions that go by one name in the protocol.
-
-    Attributes:
-        reported: Names of those to report on.
-        held_out: Names of those on which settings may be chosen.
-        version_id: Name and version for the protocol; raises :class:`ConfigError` if a package is not installed.
-        apply: (image uint8 (C, H, W), name, severity, seed) -> corrupted image; ``None`` where corrupted images are
-            read from files only.
-    """
+    """Corruptions to report on, and held-out ones on which settings may be chosen, under one name in the protocol."""
 
     reported: tuple[str, ...]
     held_out: tuple[str, ...]
-    version_id: Callable[[], str]
-    apply: Callable[[Tensor, str, int, int], Tensor] | None = None
+    version_id: Callable[[], str]  # raises ConfigError if a package is not installed
+    apply: Callable[[Tensor, str, int, int], Tensor] | None = None  # image, name, severity, seed; None: files only
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names."""
         return self.reported + self.held_out
-
-    @property
-    def computable(self) -> bool:
-        """Whether :func:`corrupt` can compute them."""
-        return self.apply is not None
 
 
 FunctionSetName = Literal["builtin", "imagenet_c", "published"]
@@ -81,7 +68,7 @@ def function_set_id(function_set: str = "builtin") -> str:
 def check_computable(domains: Iterable[str], function_set: str) -> None:
     """Refuse, before data is read, domains that :func:`corrupt` cannot compute."""
     if set(domains) - {CLEAN}:
-        if not get_function_set(function_set).computable:
+        if get_function_set(function_set).apply is None:
             raise ConfigError(NOT_COMPUTABLE)
         function_set_id(function_set)  # is its package installed?
 
@@ -128,10 +115,8 @@ def corrupt(
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ConfigError(f"corrupt wants a uint8 image (1 or 3, H, W); got {image.dtype} {tuple(image.shape)}.")
     if min(image.shape[1:]) < MIN_SIZE:
-        raise ConfigError(
-            f"Corruptions want images of at least {MIN_SIZE}x{MIN_SIZE} pixels; got "
-            f"{image.shape[1]}x{image.shape[2]}. Resize them first (image_size={MIN_SIZE})."
-        )
+        least, size = f"{MIN_SIZE}x{MIN_SIZE}", f"{image.shape[1]}x{image.shape[2]}"
+        raise ConfigError(f"Corruptions want images of at least {least} pixels; got {size}. Set image_size={MIN_SIZE}.")
     if functions.apply is None:
         raise ConfigError(NOT_COMPUTABLE)
     return functions.apply(image, name, severity, image_seed(seed, function_set, name, severity, index))

@@ -25,7 +25,7 @@ class ArrayData(ShiftedDataModule):
     """Images in ``.npz`` files: a source with ``x_train, y_train, x_test, y_test``, and targets.
 
     Images are uint8 (N, H, W) or (N, H, W, 1 or 3), labels whole numbers from 0. Everything becomes RGB of
-    ``image_size``. The stream takes the targets' test part. See :class:`ShiftedDataModule` for the other arguments.
+    ``image_size``. The stream takes the targets' test part.
 
     Args:
         source: The source's file.

@@ -34,7 +34,7 @@ class CIFARData(ShiftedDataModule):
     (50000, 32, 32, 3), severity s in rows (s - 1) * 10000 to s * 10000) and ``labels.npy``; they are mapped into
     memory, never read as a whole. The other function sets corrupt the clean test images. The domains ``cifar10_1_v4``
     and ``cifar10_1_v6`` come from ``<root>/CIFAR-10.1/cifar10.1_v6_data.npy`` and ``_labels.npy``. Only the files of
-    the domains in use need be there. See :class:`ShiftedDataModule` for the other arguments.
+    the domains in use need be there.
 
     Args:
         root: Folder of the files: torchvision's ``cifar-10-batches-py`` or ``cifar-100-python``, ``CIFAR-10-C``, ...

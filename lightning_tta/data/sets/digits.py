@@ -18,7 +18,7 @@ from lightning_tta.errors import check_range
 class DigitsData(ShiftedDataModule):
     """1,797 handwritten digits (scikit-learn, 8x8 pixels) upsampled to 3 x ``image_size`` x ``image_size``.
 
-    The split (1,078 train, 179 val, 540 test) never changes. See :class:`ShiftedDataModule` for the other arguments.
+    The split (1,078 train, 179 val, 540 test) never changes.
 
     Args:
         image_size: Side of the images in pixels, at least 32.

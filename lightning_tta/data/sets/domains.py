@@ -21,8 +21,7 @@ class DomainFolderData(ShiftedDataModule):
 
     For PACS, Office-Home, VLCS, TerraIncognita and their like. Training batches have as many images of each source
     domain, domain after domain. The stream takes all images of the targets. Where the source is tested, it is on its
-    validation images. Names are compared without case, spaces and signs. See :class:`ShiftedDataModule` for the other
-    arguments.
+    validation images. Names are compared without case, spaces and signs.
 
     Args:
         root: The folder of the domains; a folder ``kfold`` in it (PACS) is entered.
@@ -62,10 +61,8 @@ class DomainFolderData(ShiftedDataModule):
         self.sources = rest if sources is None else [self._find(name, domains) for name in sources]
         used = [*self.sources, *self.targets]
         if len(set(used)) < len(used) or not self.sources or not self.targets:
-            raise ConfigError(
-                f"sources {self.sources} and targets {self.targets} must be different domains, at least one each, "
-                "none twice."
-            )
+            both = f"sources {self.sources} and targets {self.targets}"
+            raise ConfigError(f"{both} must be different domains, at least one each, none twice.")
         super().__init__(**kwargs)
         self.name = f"domains:{self.root.resolve().name}"
 
@@ -155,10 +152,10 @@ def read_list(path: Path, root: Path) -> Listing:
     check_file(path, f"lines <path of an image below {root}> <label>")
     paths, labels = [], []
     for number, line in enumerate(path.read_text().splitlines(), 1):
-        if line.strip():
-            name, _, label = line.strip().rpartition(" ")
-            if not name or not label.isdecimal():
-                raise DataError(f"{path}, line {number}: {line!r}. Expected <path of an image> <label>, from 0.")
+        name, _, label = line.strip().rpartition(" ")
+        if line.strip() and not (name and label.isdecimal()):
+            raise DataError(f"{path}, line {number}: {line!r}. Expected <path of an image> <label>, from 0.")
+        if name:
             paths.append(root / name)
             labels.append(int(label))
     if not paths:

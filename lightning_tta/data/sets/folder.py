@@ -18,7 +18,7 @@ class FolderData(ShiftedDataModule):
 
     The classes are the sorted folder names of ``<root>/train`` (of ``<root>/test`` where there is no train). Validation
     images come from ``<root>/val``, else they are a share of each class of the training images. Target folders have
-    class folders with the same names; some may be missing. See :class:`ShiftedDataModule` for the other arguments.
+    class folders with the same names; some may be missing.
 
     Args:
         root: Folder with ``test`` and, for training, ``train`` and optionally ``val``.
@@ -73,11 +73,7 @@ class FolderData(ShiftedDataModule):
         return FileImages(*listing, self.image_size, self.image_size, like=self._test[0][0])
 
     def clean(self, split: Split) -> Images:
-        """The images of a split.
-
-        Raises:
-            DataError: When there is no training folder and the split is ``train`` or ``val``.
-        """
+        """The images of a split."""
         if split == "test":
             return self._images(self._test)
         has_val = (self.root / "val").is_dir()

@@ -19,14 +19,7 @@ from lightning_tta.imagenet_classes import imagenet_synsets
 
 
 def list_imagenet(folder: Path) -> Listing:
-    """Image files under ``<folder>/<class>/`` and their labels among the 1000 classes.
-
-    A class folder is a synset (``n01440764``) or the class's number (``0`` to ``999``); the label is read from the
-    name, never from the order of the folders.
-
-    Raises:
-        DataError: If a folder is neither, or there are no images.
-    """
+    """Image files under ``<folder>/<class>/``; labels are read from the names, never from the order of the folders."""
     label_of = {name: label for label, synset in enumerate(imagenet_synsets()) for name in (synset, str(label))}
     return list_images(folder, label_of, "synsets of ImageNet (n01440764) or numbers from 0 to 999")
 
@@ -36,8 +29,7 @@ class ImageNetData(ShiftedDataModule):
 
     Class folders are synsets or numbers; either way the label is the position among the 1000 logits. With
     ``function_set="published"`` corruptions come from ``<corrupted>/<corruption>/<severity>/<synset>/*.JPEG``, which
-    is not resized; the other function sets corrupt the images of ``<source>/val``. See :class:`ShiftedDataModule` for
-    the other arguments.
+    is not resized; the other function sets corrupt the images of ``<source>/val``.
 
     Args:
         folders: Name of a domain -> its folder.
@@ -89,7 +81,7 @@ class ImageNetData(ShiftedDataModule):
         if self.published_names and self.corrupted is None:
             raise ConfigError('function_set="published" needs corrupted=FOLDER, a copy of ImageNet-C.')
         if not download:
-            self._check_folders()
+            self.prepare_data()
 
     def _folders_in_use(self) -> dict[str, Path]:
         """The folders that the stream reads, by domain; ``clean`` also stands for corruptions made here."""
@@ -99,22 +91,16 @@ class ImageNetData(ShiftedDataModule):
             used[CLEAN] = self.source / "val"
         return used
 
-    def _check_folders(self) -> None:
-        for folder in self._folders_in_use().values():
+    def prepare_data(self) -> None:
+        """Download what is missing, if asked to, and check that all is there; once per machine."""
+        for name, folder in self._folders_in_use().items():
+            if self.download and name in self.folders:
+                fetch_imagenet(name, folder)
+            elif self.download and name in self.published_names and not folder.is_dir():
+                unpack(fetch(IMAGENET_C[folder.parent.name], folder.parents[1]), folder.parents[1])
             check_folder(folder)
         if self.image_list is not None:
             check_file(self.image_list, "lines <synset>/<file name>")
-
-    def prepare_data(self) -> None:
-        """Download what is missing, if asked to; once per machine."""
-        if not self.download:
-            return
-        for name, folder in self._folders_in_use().items():
-            if name in self.folders:
-                fetch_imagenet(name, folder)
-            elif name in self.published_names and not folder.is_dir():
-                unpack(fetch(IMAGENET_C[folder.parent.name], folder.parents[1]), folder.parents[1])
-        self._check_folders()
 
     def _published_folder(self, name: str) -> Path:
         corruption, severity = split_severity(name)

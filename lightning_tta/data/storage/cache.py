@@ -27,11 +27,7 @@ _WORTH_WORKERS = 4.0  # seconds of work
 
 
 class ImageCache:
-    """Images by key, in memory and on disk.
-
-    Args:
-        limit: Bytes in memory; beyond it the images not used for longest are dropped.
-    """
+    """Images by key, in memory and on disk; beyond ``limit`` bytes in memory the least recently used are dropped."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

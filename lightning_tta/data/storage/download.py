@@ -19,17 +19,11 @@ _BLOCK = 2**20  # bytes
 
 @dataclass(frozen=True)
 class Remote:
-    """A file to download.
-
-    Attributes:
-        url: Where it is.
-        size: Bytes; ``None`` where nobody published it.
-        checksum: ``md5:...`` or ``sha256:...``.
-    """
+    """A file to download."""
 
     url: str
-    size: int | None
-    checksum: str
+    size: int | None  # bytes; None where nobody published it
+    checksum: str  # md5:... or sha256:...
 
     @property
     def name(self) -> str:
@@ -54,10 +48,8 @@ def fetch(remote: Remote, folder: Path) -> Path:
         complete = _resume(remote, partial)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-            raise DataError(
-                f"{remote.url}: the server answers {error.code} {error.reason}. The file may have moved: fetch it "
-                f"by hand to {path}."
-            ) from error
+            message = f"{remote.url}: the server answers {error.code} {error.reason}. Fetch the file by hand to {path}."
+            raise DataError(message) from error
         complete, problem = False, error
     if not complete and not _is_page(partial):
         raise DataError(
