@@ -15,9 +15,8 @@ from lightning_tta.data.corruptions.corrupt import CLEAN
 from lightning_tta.data.domain_names import split_severity
 from lightning_tta.data.images import Images, StackedImages
 from lightning_tta.data.storage.cache import MappedImages, load_npy, open_images
-from lightning_tta.data.storage.download import fetch, unpack
+from lightning_tta.data.storage.download import CIFAR_C, fetch, unpack
 from lightning_tta.data.storage.paths import check_file
-from lightning_tta.data.storage.remotes import CIFAR_C
 from lightning_tta.errors import DataError, check_choice, check_range
 
 Dataset = Literal["cifar10", "cifar100"]

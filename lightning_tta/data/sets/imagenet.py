@@ -11,9 +11,8 @@ from lightning_tta.data.corruptions.corrupt import CLEAN
 from lightning_tta.data.domain_names import split_severity
 from lightning_tta.data.images import Images
 from lightning_tta.data.sets.image_files import FileImages, Listing, list_images
-from lightning_tta.data.storage.download import fetch, unpack
+from lightning_tta.data.storage.download import IMAGENET_C, fetch, fetch_imagenet, unpack
 from lightning_tta.data.storage.paths import check_file, check_folder, file_lines
-from lightning_tta.data.storage.remotes import IMAGENET_C, fetch_imagenet
 from lightning_tta.errors import ConfigError, DataError, check_range
 from lightning_tta.imagenet_classes import imagenet_synsets
 
@@ -41,7 +40,7 @@ class ImageNetData(ShiftedDataModule):
         image_size: Then this middle square is cut out; at most ``resize``.
         num_val: Training images held back to validate on, at least 1.
         download: Fetch the archives of ImageNet-C, -A, -R and -V2 that are missing (see
-            :mod:`lightning_tta.data.storage.remotes`).
+            :mod:`lightning_tta.data.storage.download`).
         **kwargs: Stream, domains, batch sizes: the arguments of :class:`ShiftedDataModule`.
 
     Raises:
