@@ -88,7 +88,7 @@ class Protocol:
             raise ConfigError(f'mode="single" is for one process, and one process only; got {processes}.')
         for name in ("domains", "images_per_domain"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "preprocessing", _canonical(self.preprocessing))
+        object.__setattr__(self, "preprocessing", _canonical(self.preprocessing or {}))
         _canonical(self._values())
 
     @classmethod
