@@ -35,12 +35,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file whole or not at all, also when the process or the machine stops meanwhile.
-
-    Args:
-        path: A file there stays until the new one is complete.
-        write: Called with a temporary file beside it.
-    """
+    """Write a file whole or not at all, also when the process or the machine stops: ``write`` gets a temporary one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

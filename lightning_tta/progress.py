@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from rich import progress as bars
 from rich.console import Console
 from rich.errors import LiveError
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 PATIENCE = 2.0  # seconds of work before a progress bar appears
 
-_GRID: ContextVar[Progress | None] = ContextVar("grid", default=None)
+_GRID: ContextVar[bars.Progress | None] = ContextVar("grid", default=None)
 
 
 def with_progress(count: int, text: str) -> Iterator[int]:
@@ -30,7 +23,7 @@ def with_progress(count: int, text: str) -> Iterator[int]:
     try:
         for number in range(count):
             if bar is None and time.monotonic() - start > PATIENCE:
-                bar = Progress(console=Console(stderr=True), transient=True)
+                bar = bars.Progress(console=Console(stderr=True), transient=True)
                 task = bar.add_task(text, total=count)
                 try:
                     bar.start()
@@ -45,17 +38,11 @@ def with_progress(count: int, text: str) -> Iterator[int]:
 
 
 @contextmanager
-def grid(console: Console) -> Iterator[Progress]:
+def grid(console: Console) -> Iterator[bars.Progress]:
     """The bars of many runs; a run that takes longer than two seconds gets a line of its own for as long as it runs."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
     # the estimate is by all runs so far: by default those of the last 30 seconds count, often none
-    with Progress(*columns, console=console, speed_estimate_period=float("inf")) as progress:
+    with bars.Progress("{task.description}", *columns, console=console, speed_estimate_period=math.inf) as progress:
         token = _GRID.set(progress)
         try:
             yield progress
@@ -68,7 +55,7 @@ class GridLine:
 
     def __init__(self) -> None:
         self.start = time.monotonic()
-        self._task: TaskID | None = None
+        self._task: bars.TaskID | None = None
 
     def show(self, text: str, done: int, total: int | None) -> None:
         """Say how far the run has come, once it has taken more than two seconds."""

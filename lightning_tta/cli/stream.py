@@ -20,7 +20,7 @@ def list_stream(data: ShiftedDataModule) -> list[dict[str, Any]]:
         For each batch ``batch``, ``images``, ``domains`` (name -> images), ``classes`` (how many different) and
         ``largest_class`` (the share of the most frequent class, 0 to 1).
     """
-    labels = torch.cat([images.labels for _, images in data.stream_parts]).numpy()
+    labels = torch.cat([images.labels for _, images in data.stream_images]).numpy()
     rows = []
     for number, batch in enumerate(data.stream.batches):
         positions = list(batch)

@@ -2,39 +2,43 @@
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_tta.data import streams
+from lightning_tta.data import samplers, streams
+from lightning_tta.data.augmentations import Augmentation
 from lightning_tta.data.corruptions.corrupt import CLEAN, SETS, FunctionSetName, check_computable, function_set_id
 from lightning_tta.data.domain_names import check_domain_names, expand_domains, gradual, split_severity
 from lightning_tta.data.images import (
     Batch,
     CorruptedImages,
     Images,
+    LabelledBatches,
     SelectedImages,
     StreamBatches,
     StreamSampler,
+    already_collated,
 )
-from lightning_tta.data.samplers import validation_batches
 from lightning_tta.data.sharing import Sharing
-from lightning_tta.data.source import SourceData
 from lightning_tta.data.splits import subset
 from lightning_tta.data.storage.cache import CACHE, default_folder
-from lightning_tta.data.streams import ResetPolicy, Stream, StreamKind
+from lightning_tta.data.streams import Stream, StreamKind
 from lightning_tta.errors import ConfigError, check_choice, check_range
 
+Split = Literal["train", "val", "test"]
 Charge = Literal["none", "passes", "seconds"]
 BLIND = ":blind_spots"
 
 
-class ShiftedDataModule(SourceData):
+class ShiftedDataModule(LightningDataModule, ABC):
     """Source data for training, and a stream of shifted test data.
 
     A leaf sets ``name`` and implements :meth:`clean`, :attr:`class_names`, :meth:`digest_content`, and if it has them
@@ -105,19 +109,22 @@ class ShiftedDataModule(SourceData):
         cache_dir: str | None = None,
         cache_limit_gb: float = 20.0,
     ) -> None:
-        super().__init__(train_batch_size, num_workers, augment)
+        super().__init__()
         check_range("batch_size", batch_size, 1, integer=True)
-        check_range("order_seed", order_seed, 0, integer=True)
-        check_range("corruption_seed", corruption_seed, 0, integer=True)
+        check_range("train_batch_size", train_batch_size, 1, integer=True)
         if num_images is not None:
             check_range("num_images", num_images, 1, integer=True)
+        check_range("order_seed", order_seed, 0, integer=True)
+        check_range("corruption_seed", corruption_seed, 0, integer=True)
+        check_range("num_workers", num_workers, 0, integer=True)
         check_range("severity", severity, 1, 5, integer=True)
         check_range("interval", interval, 0, low_open=True)
         check_range("cache_limit_gb", cache_limit_gb, 0)
         check_choice("stream", stream, streams.STREAM_KINDS)
         check_choice("charge", charge, ("none", "passes", "seconds"))
         check_choice("function_set", function_set, tuple(SETS))
-        self.batch_size, self.stream_kind, self.order_seed = batch_size, stream, order_seed
+        self.batch_size, self.train_batch_size, self.num_workers = batch_size, train_batch_size, num_workers
+        self.augment, self.stream_kind, self.order_seed = augment, stream, order_seed
         self.dirichlet = streams.concentration_of(stream, dirichlet)
         self.charge, self.interval = None if charge == "none" else charge, float(interval)
         self.num_images, self.severity, self.corruption_seed = num_images, severity, corruption_seed
@@ -132,9 +139,50 @@ class ShiftedDataModule(SourceData):
         is_published = function_set == "published" and self.has_published
         self.published_names, self.corrupted_names = (shifted, []) if is_published else ([], shifted)
         check_computable([*self.corrupted_names, *self.val_domain_names], function_set)
-        self._sharing, self._first_batch = Sharing(), 0
+        self.sharing, self.first_batch = Sharing(), 0  # changed by `share` and `start_at` only
         self._blind_spots: list[Tensor] | None = None
         self._stream: Stream | None = None
+
+    @abstractmethod
+    def clean(self, split: Split) -> Images:
+        """The unshifted images of a split."""
+
+    @property
+    @abstractmethod
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the labels."""
+
+    @abstractmethod
+    def digest_content(self) -> Iterable[bytes]:
+        """What tells whether two data modules have the same test images; the digest is a hash of it."""
+
+    def cache_key(self) -> str:
+        """What tells the images of this data from any others in the cache: by default the class and the digest."""
+        return f"{type(self).__name__}|{self.digest()}"
+
+    def augmentation(self) -> Augmentation | None:
+        """A random change of one training image uint8 (C, H, W), or ``None``."""
+        return None
+
+    def source_domain_of_train(self) -> Tensor | None:
+        """The source domain of each training image, int64 (N,), where there are several; else ``None``."""
+        return None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @cached_property
+    def _digest(self) -> str:
+        content = hashlib.sha256()
+        for piece in self.digest_content():
+            content.update(piece)
+        return content.hexdigest()[:12]
+
+    def digest(self) -> str:
+        """First 12 hexadecimal digits of the SHA-256 of :meth:`digest_content`, for the protocol."""
+        return self._digest
 
     def natural_names(self) -> list[str]:
         """Names of the domains that are not made by a corruption."""
@@ -148,11 +196,6 @@ class ShiftedDataModule(SourceData):
         """Test images under a corruption, as somebody published them, in the order of ``clean("test")``."""
         raise NotImplementedError
 
-    @property
-    def default_reset(self) -> ResetPolicy:
-        """When a method starts anew on this kind of stream, unless told otherwise."""
-        return streams.default_reset(self.stream_kind)
-
     @cached_property
     def domain_images(self) -> list[Images]:
         """The images of each of ``domain_names``."""
@@ -161,22 +204,20 @@ class ShiftedDataModule(SourceData):
     def _domain(self, name: str) -> Images:
         key = f"{self.cache_key()}|{self.num_images}"
         if name in self.natural_names():
-            images, _ = self._subset(self.natural_domain(name))
+            images: Images = self._subset(self.natural_domain(name))
             return CACHE.in_memory(images, (key, "natural", name), f"Reading {name}", sets=len(self.domain_names))
         if name in self.published_names:
             corruption, severity = split_severity(name)
-            return self._subset(self.published(corruption, severity or self.severity))[0]
-        images, ids = self._clean_test
-        images = CACHE.in_memory(images, (key, CLEAN), "Reading test images")
-        return self._shifted(images, ids, name, key, self.corrupted_names)
+            return self._subset(self.published(corruption, severity or self.severity))
+        images = CACHE.in_memory(self._clean_test, (key, CLEAN), "Reading test images")
+        return self._shifted(images, self._clean_test.positions, name, key, self.corrupted_names)
 
-    def _subset(self, images: Images) -> tuple[Images, Tensor]:
-        """The images that ``num_images`` leaves, and their positions."""
-        ids = subset(len(images), self.num_images)
-        return SelectedImages(images, ids), ids
+    def _subset(self, images: Images) -> SelectedImages:
+        """The images that ``num_images`` leaves."""
+        return SelectedImages(images, subset(len(images), self.num_images))
 
     @cached_property
-    def _clean_test(self) -> tuple[Images, Tensor]:
+    def _clean_test(self) -> SelectedImages:
         return self._subset(self.clean("test"))
 
     def _shifted(self, base: Images, ids: Tensor, name: str, key: str, names: list[str]) -> Images:
@@ -184,12 +225,12 @@ class ShiftedDataModule(SourceData):
         if name == CLEAN:
             return base
         corruption, severity = split_severity(name)
-        how = (corruption, severity or self.severity, self.corruption_seed, self.function_set)
-        images, text = CorruptedImages(base, ids, *how), f"Corrupting images: {name}"
+        settings = (corruption, severity or self.severity, self.corruption_seed, self.function_set)
+        images, text = CorruptedImages(base, ids, *settings), f"Corrupting images: {name}"
         needed = len(names) * base.estimated_bytes()
         if self.cache is not None and needed <= self.cache_limit:
             numbers = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
-            file_key = f"{key}|{numbers}|{function_set_id(self.function_set)}|{how}"
+            file_key = f"{key}|{numbers}|{function_set_id(self.function_set)}|{settings}"
             return CACHE.on_disk(images, file_key, self.cache, text)
         if self.cache is not None and name == names[0]:
             warnings.warn(
@@ -197,7 +238,7 @@ class ShiftedDataModule(SourceData):
                 f"{self.cache_limit / 1e9:.0f}: they are made anew in each run. Raise it, or lower num_images.",
                 stacklevel=2,
             )
-        return CACHE.in_memory(images, (key, *how), text, sets=len(names))
+        return CACHE.in_memory(images, (key, *settings), text, sets=len(names))
 
     def set_blind_spots(self, wrong: Sequence[Tensor]) -> None:
         """Say which images of each of ``domain_names`` the source gets wrong, bool (N_d,): for ``blind_spot``."""
@@ -209,28 +250,18 @@ class ShiftedDataModule(SourceData):
         Raises:
             ConfigError: If the domains are too few, or the batches span domains.
         """
-        if sharing.joined != self._sharing.joined:
+        if sharing.joined != self.sharing.joined:
             self._stream = None
-        self._sharing = sharing
+        self.sharing = sharing
         self.shard()
 
     def start_at(self, batch: int) -> None:
         """Let :meth:`predict_dataloader` start at this batch of the shard: above 0 where a run is continued."""
-        self._first_batch = batch
+        self.first_batch = batch
 
     @property
-    def sharing(self) -> Sharing:
-        """How the stream is shared."""
-        return self._sharing
-
-    @property
-    def first_batch(self) -> int:
-        """Where :meth:`predict_dataloader` starts."""
-        return self._first_batch
-
-    @property
-    def stream_parts(self) -> list[tuple[str, Images]]:
-        """Name and images of each domain of the stream."""
+    def stream_images(self) -> list[tuple[str, Images]]:
+        """Name and images of each domain of the stream, in the order of its ``domain`` numbers."""
         domains = list(zip(self.domain_names, self.domain_images, strict=True))
         if self.stream_kind != "blind_spot":
             return domains
@@ -239,15 +270,16 @@ class ShiftedDataModule(SourceData):
                 "stream='blind_spot' needs to know what the source gets wrong: predict with TestTimeAdaptation, which "
                 "finds it out, or call set_blind_spots."
             )
-        both: list[tuple[str, Images]] = []
-        for (name, images), wrong in zip(domains, self._blind_spots, strict=True):
-            both += [(f"{name}{BLIND}", SelectedImages(images, wrong)), (name, images)]
-        return both
+        return [
+            domain
+            for (name, images), wrong in zip(domains, self._blind_spots, strict=True)
+            for domain in ((f"{name}{BLIND}", SelectedImages(images, wrong)), (name, images))
+        ]
 
     @property
     def stream_domains(self) -> list[str]:
         """Names of the domains in the order of the stream's ``domain`` numbers."""
-        return [name for name, _ in self.stream_parts]
+        return [name for name, _ in self.stream_images]
 
     @property
     def frozen_domains(self) -> list[str]:
@@ -258,32 +290,81 @@ class ShiftedDataModule(SourceData):
     def stream(self) -> Stream:
         """The batches of the whole stream, as sample positions; synchronised processes share each batch."""
         if self._stream is None:
-            labels = [images.labels for _, images in self.stream_parts]
-            size = self.batch_size * self._sharing.joined
+            labels = [images.labels for _, images in self.stream_images]
+            size, kind = self.batch_size * self.sharing.joined, self.stream_kind
             self._stream = streams.build_stream(
-                labels, kind=self.stream_kind, batch_size=size, seed=self.order_seed, dirichlet=self.dirichlet
+                labels, kind=kind, batch_size=size, seed=self.order_seed, dirichlet=self.dirichlet
             )
         return self._stream
 
     def shard(self) -> list[list[int]]:
         """The stream's batches of this process; empty ones where a batch has fewer samples than processes."""
         frozen = {number for number, name in enumerate(self.stream_domains) if name in self.frozen_domains}
-        return self._sharing.batches(self.stream, frozen)
+        return self.sharing.batches(self.stream, frozen)
 
     def setup(self, stage: str) -> None:
         """Read and corrupt what the stage needs; the loaders do it themselves when this was not called."""
         if stage == "predict":
             _ = self.domain_images if self.stream_kind == "blind_spot" else self.stream
 
+    def _split(self, split: Split) -> Images:
+        return CACHE.in_memory(self.clean(split), (self.cache_key(), split), f"Reading {split} images")
+
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader[Batch]:
+        options |= {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        return DataLoader(dataset, collate_fn=already_collated, **options)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled and, with ``augment``, augmented; a smaller last batch is left out.
+
+        With several source domains, batches have as many images of each, domain after domain, and carry ``domain``.
+        """
+        images, domains = self._split("train"), self.source_domain_of_train()
+        dataset = LabelledBatches(images, self.augmentation() if self.augment else None, domains)
+        options: dict[str, Any] = {"persistent_workers": self.num_workers > 0}
+        if domains is not None:
+            return self._loader(
+                dataset, batch_sampler=samplers.DomainBatches(domains, self.train_batch_size), **options
+            )
+        size, sampler = self.train_batch_size, samplers.make_train_sampler(len(images))
+        return self._loader(dataset, batch_size=size, sampler=sampler, drop_last=len(sampler) > size, **options)
+
+    def _clean_loader(self, split: Split) -> DataLoader[Batch]:
+        images, size = self._split(split), self.train_batch_size
+        return self._loader(LabelledBatches(images), batch_size=size, sampler=samplers.take_shard(range(len(images))))
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Clean test images."""
+        return self._clean_loader("test")
+
+    def source_batches(self, num_images: int | None = None, batch_size: int = 128, seed: int = 0) -> DataLoader[Batch]:
+        """Training images without augmentation, for a method's ``prepare``; can be iterated more than once.
+
+        Args:
+            num_images: At most this many, a random choice; by default all.
+            batch_size: Samples in a batch.
+            seed: Seed of the choice and the order.
+
+        Returns:
+            Batches {image, label, index}, the same in each iteration.
+        """
+        if num_images is not None:
+            check_range("num_images", num_images, 1, integer=True)
+        check_range("batch_size", batch_size, 1, integer=True)
+        images = self._split("train") if num_images is None else self.clean("train")  # a few: read when asked for
+        order = torch.from_numpy(streams.permutation(len(images), seed)[:num_images])
+        batches = [batch.tolist() for batch in torch.split(order, batch_size)]
+        return self._loader(LabelledBatches(images), batch_sampler=StreamSampler(batches))
+
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation images: clean, or shifted with ``val_domains``."""
         names = self.val_domain_names
         if not names:
-            return super().val_dataloader()
+            return self._clean_loader("val")
         images = self._split("val")
         ids, key = torch.arange(len(images)), f"{self.cache_key()}|val"
         domains = [self._shifted(images, ids, name, key, names) for name in names]
-        batches = validation_batches([images.labels for images in domains], self.train_batch_size)
+        batches = samplers.validation_batches([images.labels for images in domains], self.train_batch_size)
         return self.stream_loader(domains, batches)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
@@ -291,7 +372,7 @@ class ShiftedDataModule(SourceData):
         batches = self.shard()
         if not all(batches):
             batches = [batch or whole[:1] for batch, whole in zip(batches, self.stream.batches, strict=True)]
-        return self.stream_loader([images for _, images in self.stream_parts], batches[self._first_batch :])
+        return self.stream_loader([images for _, images in self.stream_images], batches[self.first_batch :])
 
     def stream_loader(self, domains: Sequence[Images], batches: list[list[int]]) -> DataLoader[Batch]:
         """Loads batches of positions in several domains, one after the other."""
@@ -299,9 +380,9 @@ class ShiftedDataModule(SourceData):
 
     def describe(self) -> dict[str, Any]:
         """What the stream consists of, in primitives, for the protocol."""
-        counts = [len(images) for _, images in self.stream_parts]
+        counts = [len(images) for _, images in self.stream_images]
         corrupted = self.corrupted_names + self.published_names
-        here = [name for name in corrupted if split_severity(name)[1] is None]
+        has_default_severity = any(split_severity(name)[1] is None for name in corrupted)
         return {
             "data": self.name,
             "data_digest": self.digest(),
@@ -310,7 +391,7 @@ class ShiftedDataModule(SourceData):
             "images": sum(counts),
             "images_per_domain": counts,
             "function_set": function_set_id(self.function_set) if corrupted else None,
-            "severity": self.severity if here else None,
+            "severity": self.severity if has_default_severity else None,
             "corruption_seed": self.corruption_seed if corrupted else None,
             "stream": self.stream_kind,
             "order_seed": self.order_seed,

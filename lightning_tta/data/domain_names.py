@@ -6,17 +6,17 @@ from lightning_tta.data.corruptions.corrupt import CLEAN, SETS, check_name, corr
 from lightning_tta.errors import ConfigError
 
 GROUPS = ("reported", "held_out", "none")
+_CORRUPTIONS = {name for functions in SETS.values() for name in functions.names}
 FALLING = "-falling"  # tells a gradual stream's way down from its way up
 
 
 def check_domain_names(names: Iterable[str]) -> None:
     """Refuse names of natural domains that name a corruption or a group already."""
-    reserved = {CLEAN, *GROUPS}.union(*(functions.names for functions in SETS.values()))
-    taken = sorted(reserved & set(names))
-    if taken:
+    conflicts = sorted({CLEAN, *GROUPS, *_CORRUPTIONS} & set(names))
+    if conflicts:
         raise ConfigError(
-            f"{', '.join(taken)}: a domain of the data cannot have the name of a corruption or of a group of domains. "
-            "Rename the domain, or its folder."
+            f"{', '.join(conflicts)}: a domain of the data cannot have the name of a corruption or of a group of "
+            "domains. Rename the domain, or its folder."
         )
 
 
@@ -36,8 +36,8 @@ def expand_domains(domains: list[str] | None, natural: list[str], function_set: 
         level = "" if severity is None else f"@{severity}"
         names += [f"{member}{level}" for member in groups.get(corruption, [corruption])]
     if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ConfigError(f"Each domain may occur once; named more than once: {', '.join(twice)}.")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        raise ConfigError(f"Each domain may occur once; named more than once: {', '.join(repeated)}.")
     return names
 
 
@@ -53,11 +53,10 @@ def split_severity(name: str) -> tuple[str, int | None]:
 
 def gradual(names: list[str]) -> list[str]:
     """Each corruption at severities 1, 2, 3, 4, 5, 4, 3, 2, 1: its domains, one after the other."""
-    known = set[str]().union(*(functions.names for functions in SETS.values()))
-    wrong = [name for name in names if name not in known]
-    if wrong:
+    unknown = [name for name in names if name not in _CORRUPTIONS]
+    if unknown:
         raise ConfigError(
-            f"stream='gradual' moves corruptions through all severities; {', '.join(wrong)} cannot be. Name "
+            f"stream='gradual' moves corruptions through all severities; {', '.join(unknown)} cannot be. Name "
             "corruptions without a severity."
         )
     levels = [*(f"@{level}" for level in range(1, 6)), *(f"@{level}{FALLING}" for level in range(4, 0, -1))]

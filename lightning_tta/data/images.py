@@ -1,6 +1,5 @@
 """Labelled 8-bit images in memory, on disk or made on the fly, and the data sets that batch them."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ from lightning_tta.data.threads import one_thread
 Batch = dict[str, Tensor]
 
 
-class Images(Dataset[tuple[Tensor, int]], ABC):
-    """Images uint8 (C, H, W) with labels; a leaf implements :meth:`image`.
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images uint8 (C, H, W) with labels; a leaf implements :meth:`image`, :meth:`images` or both.
 
     Attributes:
         labels: int64, shape (N,); -1 where the label is not known. Known without reading any image.
@@ -23,9 +22,9 @@ class Images(Dataset[tuple[Tensor, int]], ABC):
 
     labels: Tensor
 
-    @abstractmethod
     def image(self, position: int) -> Tensor:
         """One image: uint8, shape (C, H, W)."""
+        return self.images(torch.tensor([position]))[0]
 
     def images(self, positions: Tensor) -> Tensor:
         """Several images: uint8, shape (B, C, H, W)."""
@@ -48,10 +47,6 @@ class StackedImages(Images):
     def __init__(self, pixels: Tensor, labels: Tensor) -> None:
         self.pixels, self.labels = pixels, labels
 
-    def image(self, position: int) -> Tensor:
-        """One image."""
-        return self.pixels[position]
-
     def images(self, positions: Tensor) -> Tensor:
         """Several images, in one copy."""
         return self.pixels.index_select(0, positions)
@@ -62,10 +57,6 @@ class SelectedImages(Images):
 
     def __init__(self, source: Images, positions: Tensor) -> None:
         self.source, self.positions, self.labels = source, positions, source.labels[positions]
-
-    def image(self, position: int) -> Tensor:
-        """One image."""
-        return self.source.image(int(self.positions[position]))
 
     def images(self, positions: Tensor) -> Tensor:
         """Several images."""
@@ -89,8 +80,8 @@ class CorruptedImages(Images):
 
     def image(self, position: int) -> Tensor:
         """One image."""
-        how = {"seed": self.seed, "index": int(self.ids[position]), "function_set": self.function_set}
-        return corrupt(self.source.image(position), self.name, self.severity, **how)  # type: ignore[arg-type]
+        image, index = self.source.image(position), int(self.ids[position])
+        return corrupt(image, self.name, self.severity, seed=self.seed, index=index, function_set=self.function_set)
 
 
 class JoinedImages(Images):
@@ -99,10 +90,6 @@ class JoinedImages(Images):
     def __init__(self, sets: Sequence[Images]) -> None:
         self.sets, self.labels = list(sets), torch.cat([images.labels for images in sets])
         self.ends = torch.tensor([len(images) for images in sets]).cumsum(0)
-
-    def image(self, position: int) -> Tensor:
-        """One image."""
-        return self.images(torch.tensor([position]))[0]
 
     def images(self, positions: Tensor) -> Tensor:
         """Several images."""
@@ -160,11 +147,7 @@ class StreamBatches(LabelledBatches):
 
 
 class StreamSampler(BatchSampler):
-    """Hands out the batches of a stream as they are.
-
-    Lightning builds batch samplers anew for prediction and offers a sampler of its own: it is ignored, so that the
-    order of a stream never changes.
-    """
+    """Hands out the batches of a stream as they are; the sampler that Lightning offers for prediction is ignored."""
 
     def __init__(self, batches: list[list[int]], sampler: Iterable[int] = (), drop_last: bool = False) -> None:
         self.batches, self.sampler, self.drop_last = batches, sampler, drop_last

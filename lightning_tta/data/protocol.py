@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lightning_tta.errors import ConfigError, DataError, check_choice, check_range
@@ -20,9 +20,8 @@ def _canonical(value: Any) -> Any:
         return [_canonical(item) for item in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _canonical(value[key]) for key in sorted(value)}
-    raise ConfigError(
-        f"A protocol holds finite numbers, strings, lists and dicts with string keys only; got {value!r}. Convert it."
-    )
+    allowed = "finite numbers, strings, lists and dicts with string keys"
+    raise ConfigError(f"A protocol holds {allowed} only; got {value!r}. Convert it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +70,8 @@ class Protocol:
     reset: str
     predict: str
     weights: str
-    weights_digest: str | None
-    preprocessing: dict[str, Any]
+    weights_digest: str | None = None
+    preprocessing: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
     mode: str = "single"
     dirichlet: float | None = None
@@ -85,29 +84,21 @@ class Protocol:
         check_choice("mode", self.mode, ("single", "replicas", "synchronised"))
         check_range("world_size", self.world_size, 1, integer=True)
         if (self.mode == "single") != (self.world_size == 1):
-            raise ConfigError(
-                f'mode="single" is for one process, and one process only; got mode={self.mode!r} with '
-                f"world_size={self.world_size}."
-            )
+            processes = f"mode={self.mode!r} with world_size={self.world_size}"
+            raise ConfigError(f'mode="single" is for one process, and one process only; got {processes}.')
         for name in ("domains", "images_per_domain"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "preprocessing", _canonical(self.preprocessing))
+        object.__setattr__(self, "preprocessing", _canonical(self.preprocessing or {}))
         _canonical(self._values())
 
     @classmethod
-    def from_parts(
-        cls,
-        data_description: Mapping[str, Any],
-        *,
-        reset: str,
-        predict: str,
-        weights: str,
-        weights_digest: str | None = None,
-        preprocessing: Mapping[str, Any] | None = None,
-        world_size: int = 1,
-        mode: str = "single",
-    ) -> "Protocol":
-        """Put together ``ShiftedDataModule.describe()``, or at least ``data``, a name, and what the run and net know.
+    def from_parts(cls, data_description: Mapping[str, Any], **run: Any) -> "Protocol":
+        """Put together what the data, the net and the run know.
+
+        Args:
+            data_description: ``ShiftedDataModule.describe()``, or at least ``data``, a name.
+            **run: The other fields: ``reset``, ``predict``, ``weights`` and, where they are not the defaults,
+                ``weights_digest``, ``preprocessing``, ``world_size`` and ``mode``.
 
         Raises:
             ConfigError: On a value that is not allowed, or a description with unknown fields.
@@ -118,21 +109,12 @@ class Protocol:
                 f"The description of the data must have 'data' and may have {', '.join(sorted(_DATA_FIELDS))}; got "
                 f"{', '.join(sorted(data_description)) or 'nothing'}."
             )
-        return cls(
-            **data_description,
-            reset=reset,
-            predict=predict,
-            weights=weights,
-            weights_digest=weights_digest,
-            preprocessing=dict(preprocessing or {}),
-            world_size=world_size,
-            mode=mode,
-        )
+        return cls(**data_description, **run)
 
     def _values(self) -> dict[str, Any]:
         """The fields; those added later only where they say something, so that old hashes stay."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if name not in _ADDED or value is not None}
+        values = {name: getattr(self, name) for name in _names()}
+        return {name: value for name, value in values.items() if name not in _LATER_FIELDS or value is not None}
 
     @property
     def hash(self) -> str:
@@ -151,13 +133,11 @@ class Protocol:
             DataError: When fields are missing or unknown, or do not fit the hash.
         """
         content = {name: value for name, value in values.items() if name != "hash"}
-        known = {field.name for field in fields(cls)}
-        if set(content) | _ADDED != known:
-            raise DataError(
-                "This is not a protocol of this version of lightning_tta: missing "
-                f"{', '.join(sorted(known - set(content) - _ADDED)) or 'nothing'}, unknown "
-                f"{', '.join(sorted(set(content) - known)) or 'nothing'}."
-            )
+        known = set(_names())
+        if set(content) | _LATER_FIELDS != known:
+            missing = ", ".join(sorted(known - set(content) - _LATER_FIELDS)) or "nothing"
+            unknown = ", ".join(sorted(set(content) - known)) or "nothing"
+            raise DataError(f"Not a protocol of this version of lightning_tta: missing {missing}, unknown {unknown}.")
         protocol = cls(**content)
         if values.get("hash") != protocol.hash:
             raise DataError(
@@ -169,14 +149,17 @@ class Protocol:
     def diff(self, other: "Protocol") -> list[str]:
         """One line ``field: a != b`` for each field that differs."""
         mine, theirs = self.to_dict(), other.to_dict()
-        names = [field.name for field in fields(self) if mine.get(field.name) != theirs.get(field.name)]
-        return [f"{name}: {mine.get(name)!r} != {theirs.get(name)!r}" for name in names]
+        different = [name for name in _names() if mine.get(name) != theirs.get(name)]
+        return [f"{name}: {mine.get(name)!r} != {theirs.get(name)!r}" for name in different]
 
 
-_ADDED = {"dirichlet", "charge", "interval"}
-_DATA_FIELDS = {field.name for field in fields(Protocol)} - {
-    *("reset", "predict", "weights", "weights_digest", "preprocessing", "world_size", "mode")
-}
+def _names() -> list[str]:
+    return [field.name for field in fields(Protocol)]
+
+
+_LATER_FIELDS = {"dirichlet", "charge", "interval"}
+_RUN_FIELDS = {"reset", "predict", "weights", "weights_digest", "preprocessing", "world_size", "mode"}
+_DATA_FIELDS = set(_names()) - _RUN_FIELDS
 
 CUSTOM_DATA: dict[str, Any] = {
     "data": "custom loader",
@@ -185,9 +168,6 @@ CUSTOM_DATA: dict[str, Any] = {
     "domains": ["stream"],
     "images": 0,
     "images_per_domain": [0],
-    "function_set": None,
-    "severity": None,
-    "corruption_seed": None,
     "stream": "custom",
     "order_seed": 0,
     "batch_size": 0,

@@ -34,20 +34,20 @@ class Sharing:
         if self.mode == "single":
             return stream.batches
         if self.mode == "synchronised":
-            return [part_of(batch, self.rank, self.world) for batch in stream.batches]
-        owner = deal(stream, frozen, self.world)
+            return [shard_batch(batch, self.rank, self.world) for batch in stream.batches]
+        owner = assign_domains(stream, frozen, self.world)
         domains = stream.domain_of([batch[0] for batch in stream.batches])
         return [batch for batch, d in zip(stream.batches, domains, strict=True) if owner[d] == self.rank]
 
 
-def part_of(batch: list[int], rank: int, world: int) -> list[int]:
+def shard_batch(batch: list[int], rank: int, world: int) -> list[int]:
     """One of ``world`` consecutive parts of a batch, of which the first may have one sample more."""
     each, more = divmod(len(batch), world)
     start = rank * each + min(rank, more)
     return batch[start : start + each + (rank < more)]
 
 
-def deal(stream: Stream, frozen: set[int], world: int) -> list[int]:
+def assign_domains(stream: Stream, frozen: set[int], world: int) -> list[int]:
     """The process of each domain: the largest first, each to the process that has least so far.
 
     A frozen domain is predicted with what was learned on the one before: it stays with it, and so does an empty one.

@@ -34,7 +34,7 @@ def test_names():
     assert function_set_id("builtin") == f"builtin-{builtin.VERSION}"
     assert function_set_id("published") == "published"
     assert corruption_names("published") == corruption_names("imagenet_c")
-    assert {name: functions.computable for name, functions in SETS.items()} == {
+    assert {name: functions.apply is not None for name, functions in SETS.items()} == {
         "builtin": True,
         "imagenet_c": True,
         "published": False,

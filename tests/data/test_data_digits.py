@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from sklearn.datasets import load_digits
 
-from lightning_tta.data import DigitsData, ShiftedDataModule, corrupt, corruption_names
+from lightning_tta.data import DigitsData, ShiftedDataModule, corrupt, corruption_names, default_reset
 from lightning_tta.data.sets.digits import split_positions
 from lightning_tta.data.sharing import Sharing
 from lightning_tta.data.storage.cache import CACHE
@@ -264,7 +264,7 @@ def test_describe():
         "charge": None,
         "interval": None,
     }
-    assert data.default_reset == "never"
+    assert default_reset(data.stream_kind) == "never"
     clean = DigitsData(domains=["clean"], num_images=12, severity=5).describe()
     assert [clean[name] for name in ("function_set", "severity", "corruption_seed")] == [None] * 3
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from lightning_tta import DataError, ImageNetData
-from lightning_tta.data.storage import remotes
+from lightning_tta.data.storage import download
 from lightning_tta.data.storage.download import Remote, fetch, unpack
 from lightning_tta.imagenet_classes import imagenet_synsets
 
@@ -151,7 +151,7 @@ def png():
 def test_imagenet_sets_on_request(server, tmp_path, monkeypatch):
     synset = imagenet_synsets()[6]
     server.content = make_tar(tmp_path / "a.tar", {f"imagenet-a/{synset}/x.png": png()}).read_bytes()
-    monkeypatch.setitem(remotes.IMAGENET, "imagenet_a", remote(server, content=server.content))
+    monkeypatch.setitem(download.IMAGENET, "imagenet_a", remote(server, content=server.content))
     folder = tmp_path / "data" / "mine"
     with pytest.raises(DataError, match="does not exist"):
         ImageNetData({"imagenet_a": str(folder)})
@@ -168,7 +168,7 @@ def test_imagenet_c_on_request(server, tmp_path, monkeypatch):
     synset = imagenet_synsets()[3]
     members = {f"fog/{level}/{synset}/x.png": png() for level in (1, 5)}
     server.content = make_tar(tmp_path / "weather.tar", members).read_bytes()
-    monkeypatch.setitem(remotes.IMAGENET_C, "fog", remote(server, content=server.content))
+    monkeypatch.setitem(download.IMAGENET_C, "fog", remote(server, content=server.content))
     options = {"corrupted": str(tmp_path / "c"), "function_set": "published", "image_size": 32}
     data = ImageNetData(domains=["fog"], severity=5, download=True, **options)
     data.prepare_data()

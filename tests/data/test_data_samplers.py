@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from PIL import Image
 
 from lightning_tta import ConfigError, DigitsData, DomainFolderData
-from lightning_tta.data import base, images, samplers, source
+from lightning_tta.data import base, images, samplers
 from lightning_tta.data.corruptions import corrupt as corruptions
 from lightning_tta.data.samplers import DomainBatches, validation_batches
 from lightning_tta.data.storage.cache import ImageCache
@@ -75,8 +75,7 @@ def test_large_batches_on_several_processes(monkeypatch):
 def test_validation_that_does_not_fit_is_corrupted_when_asked_for(monkeypatch):
     small, calls = ImageCache(limit=2 * 179 * 3 * 32 * 32), []
     corrupt = images.corrupt
-    for module in (base, source):
-        monkeypatch.setattr(module, "CACHE", small)
+    monkeypatch.setattr(base, "CACHE", small)
     monkeypatch.setattr(images, "corrupt", lambda *args, **options: calls.append(1) or corrupt(*args, **options))
     two = DigitsData(val_domains=["clean", "contrast"], train_batch_size=64, cache_dir="none").val_dataloader()
     assert len(calls) == 179

@@ -13,7 +13,7 @@ from adapt_on_processes import REFUSED, REPLICAS, SYNCHRONISED, main
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_tta import ConfigError, DataError, DigitsData, adapt
-from lightning_tta.data.sharing import Sharing, deal, part_of
+from lightning_tta.data.sharing import Sharing, assign_domains, shard_batch
 from lightning_tta.data.streams import build_stream
 from lightning_tta.run.processes import merge_predictions, share_stream
 from nets import make_net, same, without_running_statistics
@@ -160,19 +160,19 @@ def test_only_replicas_save_continue_and_skip():
 
 
 def test_a_part_of_each_batch():
-    assert [part_of([1, 2, 3, 4, 5], rank, 3) for rank in range(3)] == [[1, 2], [3, 4], [5]]
-    assert [part_of([7], rank, 2) for rank in range(2)] == [[7], []]
+    assert [shard_batch([1, 2, 3, 4, 5], rank, 3) for rank in range(3)] == [[1, 2], [3, 4], [5]]
+    assert [shard_batch([7], rank, 2) for rank in range(2)] == [[7], []]
 
 
 def test_domains_are_dealt_by_size_and_stay_whole():
     stream = build_stream([torch.zeros(n) for n in (3, 9, 4, 5, 2)], batch_size=2)
-    assert deal(stream, set(), 2) == [0, 0, 1, 1, 1]  # 9 | 5 + 4; then 3 | 2
+    assert assign_domains(stream, set(), 2) == [0, 0, 1, 1, 1]  # 9 | 5 + 4; then 3 | 2
     parts = [Sharing("replicas", rank, 2).batches(stream, set()) for rank in range(2)]
     assert sorted(index for batch in parts[0] + parts[1] for index in batch) == list(range(23))
     assert [batch for batch in stream.batches if batch in parts[0]] == parts[0]
-    assert deal(stream, {2}, 2) == [1, 0, 0, 1, 1]  # a frozen domain stays with the one before
+    assert assign_domains(stream, {2}, 2) == [1, 0, 0, 1, 1]  # a frozen domain stays with the one before
     with pytest.raises(ConfigError, match="6 processes cannot share 5 domains"):
-        deal(stream, set(), 6)
+        assign_domains(stream, set(), 6)
 
 
 def parts_of(tmp_path, *contents):

@@ -20,7 +20,7 @@ def _scale(image: Tensor) -> float:
     return min(image.shape[1:]) / 32
 
 
-def _either_way(angle: float) -> float:
+def _random_sign(angle: float) -> float:
     return angle if torch.rand(()) < 0.5 else -angle
 
 
@@ -86,18 +86,6 @@ def _haze(image: Tensor, share: float) -> Tensor:
     return image * (1 - share) + haze * share
 
 
-def _brightness(image: Tensor, amount: float) -> Tensor:
-    return image + amount
-
-
-def _contrast(image: Tensor, share: float) -> Tensor:
-    return functional.adjust_contrast(image, share)  # type: ignore[no-any-return]
-
-
-def _gamma(image: Tensor, exponent: float) -> Tensor:
-    return functional.adjust_gamma(image, exponent)  # type: ignore[no-any-return]
-
-
 def _elastic(image: Tensor, displacement: float) -> Tensor:
     sides, scale = image.shape[1:], _scale(image)
     noise = torch.randn(2, *(round(side / scale) for side in sides))  # a field of 32 cells, at any image size
@@ -120,11 +108,11 @@ def _jpeg(image: Tensor, quality: float) -> Tensor:
 
 
 def _rotate(image: Tensor, angle: float) -> Tensor:
-    return functional.rotate(image, _either_way(angle), interpolation=InterpolationMode.BILINEAR)  # type: ignore[no-any-return]
+    return functional.rotate(image, _random_sign(angle), interpolation=InterpolationMode.BILINEAR)  # type: ignore[no-any-return]
 
 
 def _shear(image: Tensor, angle: float) -> Tensor:
-    shear = [_either_way(angle), 0.0]
+    shear = [_random_sign(angle), 0.0]
     return functional.affine(  # type: ignore[no-any-return]
         image, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, interpolation=InterpolationMode.BILINEAR
     )
@@ -147,8 +135,8 @@ TABLE: dict[str, tuple[Callable[[Tensor, float], Tensor], LEVELS]] = {
     "defocus_blur": (_defocus_blur, (1.0, 1.5, 2.0, 2.75, 3.5)),  # radius
     "motion_blur": (_motion_blur, (3, 5, 7, 9, 12)),  # length
     "haze": (_haze, (0.3, 0.4, 0.5, 0.6, 0.7)),  # share of haze
-    "brightness": (_brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),  # added to each value
-    "contrast": (_contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),  # share of the contrast that is left
+    "brightness": (torch.add, (0.1, 0.2, 0.3, 0.4, 0.5)),  # added to each value
+    "contrast": (functional.adjust_contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),  # share of the contrast that is left
     "elastic": (_elastic, (0.75, 1.25, 1.75, 2.25, 3.0)),  # standard deviation of the displacement
     "pixelate": (_pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),  # share of the resolution that is left
     "jpeg": (_jpeg, (25, 18, 15, 10, 7)),  # quality
@@ -156,16 +144,11 @@ TABLE: dict[str, tuple[Callable[[Tensor, float], Tensor], LEVELS]] = {
     "speckle_noise": (_speckle_noise, (0.15, 0.2, 0.35, 0.45, 0.6)),  # standard deviation, times the value
     "gaussian_blur": (_gaussian_blur, (0.8, 1.2, 1.6, 2.2, 3.0)),  # standard deviation
     "occlusion": (_occlusion, (0.2, 0.28, 0.36, 0.44, 0.52)),  # side of a grey square, as a share of the image's
-    "gamma": (_gamma, (1.5, 2.0, 2.75, 3.5, 5.0)),  # exponent
+    "gamma": (functional.adjust_gamma, (1.5, 2.0, 2.75, 3.5, 5.0)),  # exponent
     "shear": (_shear, (8, 14, 20, 26, 32)),  # degrees, either way
 }
 HELD_OUT = ("speckle_noise", "gaussian_blur", "occlusion", "gamma", "shear")
 REPORTED = tuple(name for name in TABLE if name not in HELD_OUT)
-
-
-def version_id() -> str:
-    """Name and version of the function set, for the protocol."""
-    return f"builtin-{VERSION}"
 
 
 def apply(image: Tensor, name: str, severity: int, seed: int) -> Tensor:

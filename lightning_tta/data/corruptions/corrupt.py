@@ -14,36 +14,23 @@ from lightning_tta.errors import ConfigError, check_choice, check_range, did_you
 
 @dataclass(frozen=True)
 class FunctionSet:
-    """Corruptions that go by one name in the protocol.
-
-    Attributes:
-        reported: Names of those to report on.
-        held_out: Names of those on which settings may be chosen.
-        version_id: Name and version for the protocol; raises :class:`ConfigError` if a package is not installed.
-        apply: (image uint8 (C, H, W), name, severity, seed) -> corrupted image; ``None`` where corrupted images are
-            read from files only.
-    """
+    """Corruptions to report on, and held-out ones on which settings may be chosen, under one name in the protocol."""
 
     reported: tuple[str, ...]
     held_out: tuple[str, ...]
-    version_id: Callable[[], str]
-    apply: Callable[[Tensor, str, int, int], Tensor] | None = None
+    version_id: Callable[[], str]  # raises ConfigError if a package is not installed
+    apply: Callable[[Tensor, str, int, int], Tensor] | None = None  # image, name, severity, seed; None: files only
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names."""
         return self.reported + self.held_out
 
-    @property
-    def computable(self) -> bool:
-        """Whether :func:`corrupt` can compute them."""
-        return self.apply is not None
-
 
 FunctionSetName = Literal["builtin", "imagenet_c", "published"]
 SETS: dict[str, FunctionSet] = {
     # the groups of ImageNet-C (noise, blur, weather, digital) and a geometric one; needs torchvision only
-    "builtin": FunctionSet(builtin.REPORTED, builtin.HELD_OUT, builtin.version_id, builtin.apply),
+    "builtin": FunctionSet(builtin.REPORTED, builtin.HELD_OUT, lambda: f"builtin-{builtin.VERSION}", builtin.apply),
     # the 15 + 4 functions of ImageNet-C itself (Hendrycks and Dietterich, arXiv 1903.12261)
     "imagenet_c": FunctionSet(imagenet_c.REPORTED, imagenet_c.HELD_OUT, imagenet_c.version_id, imagenet_c.apply),
     # files with the same names, such as CIFAR-10-C, which a data module reads; its digest says which files
@@ -74,14 +61,14 @@ def corruption_names(function_set: str = "builtin", held_out: bool = False) -> l
 
 
 def function_set_id(function_set: str = "builtin") -> str:
-    """Name and version of a function set, for the protocol: ``builtin-1`` for example."""
+    """Name and version of a function set, for the protocol, such as ``builtin-1``."""
     return get_function_set(function_set).version_id()
 
 
 def check_computable(domains: Iterable[str], function_set: str) -> None:
     """Refuse, before data is read, domains that :func:`corrupt` cannot compute."""
     if set(domains) - {CLEAN}:
-        if not get_function_set(function_set).computable:
+        if get_function_set(function_set).apply is None:
             raise ConfigError(NOT_COMPUTABLE)
         function_set_id(function_set)  # is its package installed?
 
@@ -128,10 +115,8 @@ def corrupt(
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ConfigError(f"corrupt wants a uint8 image (1 or 3, H, W); got {image.dtype} {tuple(image.shape)}.")
     if min(image.shape[1:]) < MIN_SIZE:
-        raise ConfigError(
-            f"Corruptions want images of at least {MIN_SIZE}x{MIN_SIZE} pixels; got "
-            f"{image.shape[1]}x{image.shape[2]}. Resize them first (image_size={MIN_SIZE})."
-        )
+        least, size = f"{MIN_SIZE}x{MIN_SIZE}", f"{image.shape[1]}x{image.shape[2]}"
+        raise ConfigError(f"Corruptions want images of at least {least} pixels; got {size}. Set image_size={MIN_SIZE}.")
     if functions.apply is None:
         raise ConfigError(NOT_COMPUTABLE)
     return functions.apply(image, name, severity, image_seed(seed, function_set, name, severity, index))

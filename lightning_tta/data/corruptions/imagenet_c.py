@@ -13,7 +13,7 @@ REPORTED = (
 )
 HELD_OUT = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 _PACKAGE = "imagecorruptions-imaug"
-_OWN_SEED = ("impulse_noise", "glass_blur")  # draw from a generator of their own, which wants a seed
+_WITH_GENERATOR = ("impulse_noise", "glass_blur")  # draw from another generator, which takes a seed
 
 
 def version_id() -> str:
@@ -37,13 +37,13 @@ def apply(image: Tensor, name: str, severity: int, seed: int) -> Tensor:
     from PIL import Image
 
     short_seed = seed % 2**32
-    own_seed = {"seed": short_seed} if name in _OWN_SEED else {}
+    options = {"seed": short_seed} if name in _WITH_GENERATOR else {}
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     before = np.random.get_state()  # noqa: NPY002  the package draws from the global state only
     try:
         np.random.seed(short_seed)  # noqa: NPY002
         with np.errstate(invalid="ignore"):
-            corrupted = imagecorruptions.corruption_dict[name](Image.fromarray(pixels), severity, **own_seed)
+            corrupted = imagecorruptions.corruption_dict[name](Image.fromarray(pixels), severity, **options)
     finally:
         np.random.set_state(before)  # noqa: NPY002
     values = np.array(corrupted)

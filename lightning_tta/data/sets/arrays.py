@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from lightning_tta.data.augmentations import Augmentation, move_and_scale
-from lightning_tta.data.base import ShiftedDataModule
+from lightning_tta.data import augmentations, splits
+from lightning_tta.data.base import ShiftedDataModule, Split
 from lightning_tta.data.images import Images, SelectedImages, StackedImages
-from lightning_tta.data.source import Split
-from lightning_tta.data.splits import select, shuffled_classes, validation_share
 from lightning_tta.data.storage.paths import check_file
 from lightning_tta.errors import ConfigError, DataError, check_range
 
@@ -27,7 +25,7 @@ class ArrayData(ShiftedDataModule):
     """Images in ``.npz`` files: a source with ``x_train, y_train, x_test, y_test``, and targets.
 
     Images are uint8 (N, H, W) or (N, H, W, 1 or 3), labels whole numbers from 0. Everything becomes RGB of
-    ``image_size``. The stream takes the targets' test part. See :class:`ShiftedDataModule` for the other arguments.
+    ``image_size``. The stream takes the targets' test part.
 
     Args:
         source: The source's file.
@@ -76,35 +74,32 @@ class ArrayData(ShiftedDataModule):
     def class_names(self) -> list[str]:
         """The names given, else ``0`` to the largest label of the source's training part."""
         largest = self._source_labels[-1]
-        if self._names is None:
-            return [str(label) for label in range(largest + 1)]
-        if largest >= len(self._names):
-            raise DataError(
-                f"{self.source}: y_train goes up to {largest}, but there are {len(self._names)} class_names."
-            )
-        return list(self._names)
+        names = self._names or [str(label) for label in range(largest + 1)]
+        if largest >= len(names):
+            raise DataError(f"{self.source}: y_train goes up to {largest}, but there are {len(names)} class_names.")
+        return list(names)
 
     def _images(self, path: Path, split: str) -> StackedImages:
         _ = self.class_names  # do they suffice?
-        pixels, labels = _load(path, split, self.image_size, _stamp(path))
-        unknown = sorted(set(labels.tolist()) - set(self._source_labels))
+        images = _load(path, split, self.image_size, _stamp(path))
+        unknown = sorted(set(images.labels.tolist()) - set(self._source_labels))
         if unknown:
             raise DataError(
                 f"{path}: y_{split} has classes {unknown[:10]} that the source's y_train does not have; it has "
                 f"{self._source_labels[:20]}. Give the labels the source's numbers, or remove these images."
             )
-        return StackedImages(pixels, labels)
+        return images
 
     def clean(self, split: Split) -> Images:
         """The source's images of a split."""
         if split == "test":
             return self._images(self.source, "test")
         images = self._images(self.source, "train")
-        validation = validation_share(images.labels, self.val_share)
+        validation = splits.validation_share(images.labels, self.val_share)
         if split == "val":
-            return select(images, validation)
+            return splits.select(images, validation)
         # The first of each class, then the second of each, and so on: any beginning is as balanced as it can be.
-        classes = [members[~validation[members]] for members in shuffled_classes(images.labels)]
+        classes = [members[~validation[members]] for members in splits.shuffled_classes(images.labels)]
         turn = torch.cat([torch.arange(len(members)) for members in classes])
         chosen = torch.cat(classes)[turn.argsort(stable=True)][: self.num_train]
         return SelectedImages(images, chosen.sort().values)
@@ -120,8 +115,8 @@ class ArrayData(ShiftedDataModule):
     def digest_content(self) -> Iterator[bytes]:
         """``image_size``, and the test images and labels of the source and of the targets in use."""
         yield str(self.image_size).encode()
-        used = [(name, path) for name, path in self.targets.items() if name in self.domain_names]
-        for name, path in (("source", self.source), *sorted(used)):
+        used = {name: path for name, path in self.targets.items() if name in self.domain_names}
+        for name, path in (("source", self.source), *sorted(used.items())):
             yield name.encode()
             for array in ("x_test", "y_test"):
                 yield np.ascontiguousarray(read_array(path, array)).tobytes()
@@ -130,9 +125,9 @@ class ArrayData(ShiftedDataModule):
         """The digest, the place, and how training and validation images are chosen."""
         return f"{self.digest()}|{self.source.resolve()}|{_stamp(self.source)}|{self.num_train}|{self.val_share}"
 
-    def augmentation(self) -> Augmentation:
+    def augmentation(self) -> augmentations.Augmentation:
         """A small rotation, shift and change of size."""
-        return move_and_scale()
+        return augmentations.move_and_scale()
 
 
 def read_array(path: Path, name: str) -> np.ndarray[Any, np.dtype[Any]]:
@@ -142,8 +137,7 @@ def read_array(path: Path, name: str) -> np.ndarray[Any, np.dtype[Any]]:
         with np.load(path, allow_pickle=False) as arrays:
             if name not in arrays:
                 raise DataError(f"{path} has no array '{name}'; it has {sorted(arrays)}. Expected {EXPECTED}.")
-            array: np.ndarray[Any, np.dtype[Any]] = arrays[name]
-            return array
+            return arrays[name]  # type: ignore[no-any-return]
     except DataError:
         raise
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy
@@ -154,9 +148,8 @@ def read_labels(path: Path, split: str) -> Tensor:
     """Labels int64 (N,) of the split ``train`` or ``test`` of a file, N at least 1."""
     labels = read_array(path, f"y_{split}")
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
-        raise DataError(
-            f"{path}: y_{split} must hold one whole number for each image; it is {labels.dtype} {labels.shape}."
-        )
+        form = f"{labels.dtype} {labels.shape}"
+        raise DataError(f"{path}: y_{split} must hold one whole number for each image; it is {form}.")
     if labels.min() < 0:
         raise DataError(f"{path}: y_{split} goes down to {labels.min()}. Number the classes from 0.")
     return torch.from_numpy(labels.astype(np.int64))
@@ -169,19 +162,16 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=8)
-def _load(path: Path, split: str, size: int, stamp: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Pixels uint8 (N, 3, size, size) and labels (N,) of the split ``train`` or ``test`` of a file."""
+def _load(path: Path, split: str, size: int, stamp: tuple[int, int]) -> StackedImages:
+    """The images (N, 3, size, size) of the split ``train`` or ``test`` of a file."""
     images, labels = read_array(path, f"x_{split}"), read_labels(path, split)
-    grey, color = images.ndim == 3, images.ndim == 4 and images.shape[3] in (1, 3)
-    if images.dtype != np.uint8 or not (grey or color):
-        raise DataError(
-            f"{path}: x_{split} must be uint8 images (N, H, W) or (N, H, W, 1 or 3); it is {images.dtype} "
-            f"{images.shape}."
-        )
+    form = f"{images.dtype} {images.shape}"
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
+        raise DataError(f"{path}: x_{split} must be uint8 images (N, H, W) or (N, H, W, 1 or 3); it is {form}.")
     if len(labels) != len(images):
         raise DataError(
             f"{path}: y_{split} has {len(labels)} labels; expected one for each of the {len(images)} images."
         )
     pixels = torch.from_numpy(images).view(len(images), *images.shape[1:3], -1).permute(0, 3, 1, 2)
-    resized = [functional.resize(some, [size, size], antialias=True) for some in torch.split(pixels, 4096)]
-    return torch.cat(resized).expand(-1, 3, -1, -1), labels
+    resized = [functional.resize(chunk, [size, size], antialias=True) for chunk in torch.split(pixels, 4096)]
+    return StackedImages(torch.cat(resized).expand(-1, 3, -1, -1), labels)

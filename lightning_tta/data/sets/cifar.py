@@ -9,17 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_tta.data.augmentations import Augmentation, shift_and_flip
-from lightning_tta.data.base import ShiftedDataModule
+from lightning_tta.data import augmentations, splits
+from lightning_tta.data.base import ShiftedDataModule, Split
 from lightning_tta.data.corruptions.corrupt import CLEAN
 from lightning_tta.data.domain_names import split_severity
 from lightning_tta.data.images import Images, StackedImages
-from lightning_tta.data.source import Split
-from lightning_tta.data.splits import select, validation_count
 from lightning_tta.data.storage.cache import MappedImages, load_npy, open_images
-from lightning_tta.data.storage.download import fetch, unpack
+from lightning_tta.data.storage.download import CIFAR_C, fetch, unpack
 from lightning_tta.data.storage.paths import check_file
-from lightning_tta.data.storage.remotes import CIFAR_C
 from lightning_tta.errors import DataError, check_choice, check_range
 
 Dataset = Literal["cifar10", "cifar100"]
@@ -36,7 +33,7 @@ class CIFARData(ShiftedDataModule):
     (50000, 32, 32, 3), severity s in rows (s - 1) * 10000 to s * 10000) and ``labels.npy``; they are mapped into
     memory, never read as a whole. The other function sets corrupt the clean test images. The domains ``cifar10_1_v4``
     and ``cifar10_1_v6`` come from ``<root>/CIFAR-10.1/cifar10.1_v6_data.npy`` and ``_labels.npy``. Only the files of
-    the domains in use need be there. See :class:`ShiftedDataModule` for the other arguments.
+    the domains in use need be there.
 
     Args:
         root: Folder of the files: torchvision's ``cifar-10-batches-py`` or ``cifar-100-python``, ``CIFAR-10-C``, ...
@@ -72,9 +69,8 @@ class CIFARData(ShiftedDataModule):
         if not download:
             for path in self._published_files():
                 check_file(path, "this file of the data set; to get it: --data.download true")
-            for name in set(self.domain_names) & set(VERSIONS):
-                for path in self._natural_files(name):
-                    check_file(path, "this file of the data set; to get it: github.com/modestyachts/CIFAR-10.1")
+            for path in self._natural_files(*sorted(set(self.domain_names) & set(VERSIONS))):
+                check_file(path, "this file of the data set; to get it: github.com/modestyachts/CIFAR-10.1")
 
     def prepare_data(self) -> None:
         """Download what is missing, if asked to; once per machine."""
@@ -117,7 +113,8 @@ class CIFARData(ShiftedDataModule):
         """The images of a split; ``num_val`` of the training images are the validation images, fixed."""
         if split == "test":
             return self._test
-        return select(self._train, validation_count(len(self._train), self.num_val) == (split == "val"))
+        validation = splits.validation_count(len(self._train), self.num_val)
+        return splits.select(self._train, validation == (split == "val"))
 
     def _labels(self, path: Path, count: int) -> Tensor:
         """Labels int64 (count,) from an .npy of whole numbers of any width."""
@@ -125,9 +122,8 @@ class CIFARData(ShiftedDataModule):
         if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
             raise DataError(f"{path} holds {labels.dtype} {labels.shape}. Expected {count} class numbers.")
         if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise DataError(
-                f"{path} has classes {labels.min()} to {labels.max()}; expected 0 to {self.num_classes - 1}."
-            )
+            largest = self.num_classes - 1
+            raise DataError(f"{path} has classes {labels.min()} to {labels.max()}; expected 0 to {largest}.")
         return torch.from_numpy(labels.astype(np.int64))
 
     def _published_files(self) -> list[Path]:
@@ -142,9 +138,11 @@ class CIFARData(ShiftedDataModule):
         path = self.folder / f"{corruption}.npy"
         return MappedImages(path, labels[first : first + ROWS], first=first, shape=shape, channels_last=True)
 
-    def _natural_files(self, name: str) -> tuple[Path, Path]:
-        stem = self.root / "CIFAR-10.1" / f"cifar10.1_{name.rpartition('_')[2]}"
-        return stem.with_name(f"{stem.name}_data.npy"), stem.with_name(f"{stem.name}_labels.npy")
+    def _natural_files(self, *names: str) -> list[Path]:
+        """The images, then the labels of each of some versions of CIFAR-10.1."""
+        versions = [name.rpartition("_")[2] for name in names]
+        folder = self.root / "CIFAR-10.1"
+        return [folder / f"cifar10.1_{version}_{what}.npy" for version in versions for what in ("data", "labels")]
 
     def natural_names(self) -> list[str]:
         """The versions of CIFAR-10.1, where asked for."""
@@ -161,11 +159,9 @@ class CIFARData(ShiftedDataModule):
         yield self.dataset.encode()
         if self._needs_clean:
             yield self._test.pixels.numpy().tobytes() + self._test.labels.numpy().tobytes()
-        for name in sorted(set(self.domain_names) & set(VERSIONS)):
-            yield from (path.read_bytes() for path in self._natural_files(name))
-        for path in self._published_files()[:1]:
-            yield path.read_bytes()
-        for path in self._published_files()[1:]:
+        natural, published = sorted(set(self.domain_names) & set(VERSIONS)), self._published_files()
+        yield from (path.read_bytes() for path in [*self._natural_files(*natural), *published[:1]])
+        for path in published[1:]:
             rows = open_images(path, (5 * ROWS, 32, 32, 3))
             yield path.stem.encode() + rows[:: ROWS // 10].tobytes()  # 50 images: a fingerprint
 
@@ -173,6 +169,6 @@ class CIFARData(ShiftedDataModule):
         """The digest and how validation images are chosen."""
         return f"{self.dataset}|{self.digest()}|{self.num_val}"
 
-    def augmentation(self) -> Augmentation:
+    def augmentation(self) -> augmentations.Augmentation:
         """A random shift by up to four pixels, and a horizontal flip."""
-        return shift_and_flip(32, 32)
+        return augmentations.shift_and_flip(32, 32)

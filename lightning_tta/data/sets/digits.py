@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tta.data.augmentations import Augmentation, move_and_scale
-from lightning_tta.data.base import ShiftedDataModule
+from lightning_tta.data import augmentations
+from lightning_tta.data.base import ShiftedDataModule, Split
 from lightning_tta.data.corruptions.corrupt import MIN_SIZE
 from lightning_tta.data.images import Images, StackedImages
-from lightning_tta.data.source import Split
 from lightning_tta.data.splits import shuffled_classes
 from lightning_tta.errors import check_range
 
@@ -19,7 +18,7 @@ from lightning_tta.errors import check_range
 class DigitsData(ShiftedDataModule):
     """1,797 handwritten digits (scikit-learn, 8x8 pixels) upsampled to 3 x ``image_size`` x ``image_size``.
 
-    The split (1,078 train, 179 val, 540 test) never changes. See :class:`ShiftedDataModule` for the other arguments.
+    The split (1,078 train, 179 val, 540 test) never changes.
 
     Args:
         image_size: Side of the images in pixels, at least 32.
@@ -52,9 +51,9 @@ class DigitsData(ShiftedDataModule):
         """Hash of the original images and labels, and the size."""
         return f"{super().digest()}-{self.image_size}"
 
-    def augmentation(self) -> Augmentation:
+    def augmentation(self) -> augmentations.Augmentation:
         """A small rotation, shift and change of size."""
-        return move_and_scale()
+        return augmentations.move_and_scale()
 
 
 @cache

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tta.data.augmentations import Augmentation, crop_and_flip
-from lightning_tta.data.base import ShiftedDataModule
+from lightning_tta.data import augmentations, splits
+from lightning_tta.data.base import ShiftedDataModule, Split
 from lightning_tta.data.images import Images
 from lightning_tta.data.sets.image_files import FileImages, Listing, list_folders, list_images
-from lightning_tta.data.source import Split
-from lightning_tta.data.splits import select, validation_share
 from lightning_tta.data.storage.paths import check_file, check_folder, file_lines
 from lightning_tta.errors import ConfigError, DataError, check_range
 
@@ -23,8 +21,7 @@ class DomainFolderData(ShiftedDataModule):
 
     For PACS, Office-Home, VLCS, TerraIncognita and their like. Training batches have as many images of each source
     domain, domain after domain. The stream takes all images of the targets. Where the source is tested, it is on its
-    validation images. Names are compared without case, spaces and signs. See :class:`ShiftedDataModule` for the other
-    arguments.
+    validation images. Names are compared without case, spaces and signs.
 
     Args:
         root: The folder of the domains; a folder ``kfold`` in it (PACS) is entered.
@@ -64,10 +61,8 @@ class DomainFolderData(ShiftedDataModule):
         self.sources = rest if sources is None else [self._find(name, domains) for name in sources]
         used = [*self.sources, *self.targets]
         if len(set(used)) < len(used) or not self.sources or not self.targets:
-            raise ConfigError(
-                f"sources {self.sources} and targets {self.targets} must be different domains, at least one each, "
-                "none twice."
-            )
+            both = f"sources {self.sources} and targets {self.targets}"
+            raise ConfigError(f"{both} must be different domains, at least one each, none twice.")
         super().__init__(**kwargs)
         self.name = f"domains:{self.root.resolve().name}"
 
@@ -97,13 +92,12 @@ class DomainFolderData(ShiftedDataModule):
             label_of = {name: label for label, name in enumerate(self.class_names)}
             return {domain: list_images(self.root / domain, label_of, "classes of the sources") for domain in used}
         listings = {domain: read_list(self.lists[domain], self.root) for domain in used}
-        highest = max(int(listings[domain][1].max()) for domain in self.sources)
+        largest = {domain: int(labels.max()) for domain, (_, labels) in listings.items()}
+        count = 1 + max(largest[domain] for domain in self.sources)
         for domain in self.targets:
-            if int(listings[domain][1].max()) > highest:
-                raise DataError(
-                    f"{self.lists[domain]} has labels up to {int(listings[domain][1].max())}, but the sources have "
-                    f"{highest + 1} classes, from 0."
-                )
+            if largest[domain] >= count:
+                path, label = self.lists[domain], largest[domain]
+                raise DataError(f"{path} has labels up to {label}, but the sources have {count} classes, from 0.")
         return listings
 
     def _images(self, domains: list[str]) -> FileImages:
@@ -116,11 +110,11 @@ class DomainFolderData(ShiftedDataModule):
     def _validation(self) -> list[Tensor]:
         """Which images of each source are for validation."""
         labels = [self._listings[domain][1] for domain in self.sources]
-        return [validation_share(some, self.val_share, number) for number, some in enumerate(labels)]
+        return [splits.validation_share(values, self.val_share, number) for number, values in enumerate(labels)]
 
     def clean(self, split: Split) -> Images:
         """The sources' images; ``test`` is the same as ``val``."""
-        return select(self._images(self.sources), torch.cat(self._validation) != (split == "train"))
+        return splits.select(self._images(self.sources), torch.cat(self._validation) != (split == "train"))
 
     def source_domain_of_train(self) -> Tensor | None:
         """The position in ``sources`` of each training image, where there are several sources."""
@@ -148,9 +142,9 @@ class DomainFolderData(ShiftedDataModule):
         """The digest and the place."""
         return f"{self.digest()}|{self.root.resolve()}"
 
-    def augmentation(self) -> Augmentation:
+    def augmentation(self) -> augmentations.Augmentation:
         """A random crop of 70 to 100 % of the area, resized, and a horizontal flip."""
-        return crop_and_flip(self.image_size, 0.7)
+        return augmentations.crop_and_flip(self.image_size, 0.7)
 
 
 def read_list(path: Path, root: Path) -> Listing:
@@ -158,10 +152,10 @@ def read_list(path: Path, root: Path) -> Listing:
     check_file(path, f"lines <path of an image below {root}> <label>")
     paths, labels = [], []
     for number, line in enumerate(path.read_text().splitlines(), 1):
-        if line.strip():
-            name, _, label = line.strip().rpartition(" ")
-            if not name or not label.isdecimal():
-                raise DataError(f"{path}, line {number}: {line!r}. Expected <path of an image> <label>, from 0.")
+        name, _, label = line.strip().rpartition(" ")
+        if line.strip() and not (name and label.isdecimal()):
+            raise DataError(f"{path}, line {number}: {line!r}. Expected <path of an image> <label>, from 0.")
+        if name:
             paths.append(root / name)
             labels.append(int(label))
     if not paths:

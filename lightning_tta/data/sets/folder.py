@@ -5,12 +5,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning_tta.data.augmentations import Augmentation, shift_and_flip
-from lightning_tta.data.base import ShiftedDataModule
+from lightning_tta.data import augmentations, splits
+from lightning_tta.data.base import ShiftedDataModule, Split
 from lightning_tta.data.images import Images
 from lightning_tta.data.sets.image_files import FileImages, Listing, list_folders, list_images
-from lightning_tta.data.source import Split
-from lightning_tta.data.splits import select, validation_share
 from lightning_tta.data.storage.paths import check_folder, file_lines
 from lightning_tta.errors import check_range
 
@@ -20,7 +18,7 @@ class FolderData(ShiftedDataModule):
 
     The classes are the sorted folder names of ``<root>/train`` (of ``<root>/test`` where there is no train). Validation
     images come from ``<root>/val``, else they are a share of each class of the training images. Target folders have
-    class folders with the same names; some may be missing. See :class:`ShiftedDataModule` for the other arguments.
+    class folders with the same names; some may be missing.
 
     Args:
         root: Folder with ``test`` and, for training, ``train`` and optionally ``val``.
@@ -75,11 +73,7 @@ class FolderData(ShiftedDataModule):
         return FileImages(*listing, self.image_size, self.image_size, like=self._test[0][0])
 
     def clean(self, split: Split) -> Images:
-        """The images of a split.
-
-        Raises:
-            DataError: When there is no training folder and the split is ``train`` or ``val``.
-        """
+        """The images of a split."""
         if split == "test":
             return self._images(self._test)
         has_val = (self.root / "val").is_dir()
@@ -89,7 +83,8 @@ class FolderData(ShiftedDataModule):
         images = self._images(self._list(self.root / "train"))
         if has_val:
             return images
-        return select(images, validation_share(images.labels, self.val_share, self.val_seed) == (split == "val"))
+        validation = splits.validation_share(images.labels, self.val_share, self.val_seed)
+        return splits.select(images, validation == (split == "val"))
 
     def natural_names(self) -> list[str]:
         """Names of the target folders."""
@@ -108,9 +103,9 @@ class FolderData(ShiftedDataModule):
 
     def cache_key(self) -> str:
         """The digest, the place, and how the validation images are chosen."""
-        places = [str(folder.resolve()) for folder in (self.root, *self.target_roots.values())]
-        return f"{self.digest()}|{places}|{self.val_share}|{self.val_seed}"
+        folders = [str(folder.resolve()) for folder in (self.root, *self.target_roots.values())]
+        return f"{self.digest()}|{folders}|{self.val_share}|{self.val_seed}"
 
-    def augmentation(self) -> Augmentation:
+    def augmentation(self) -> augmentations.Augmentation:
         """A random shift by up to an eighth of the side, and a horizontal flip."""
-        return shift_and_flip(*self.clean("train").image(0).shape[1:])
+        return augmentations.shift_and_flip(*self.clean("train").image(0).shape[1:])

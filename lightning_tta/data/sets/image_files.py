@@ -30,33 +30,21 @@ def list_images(folder: Path, label_of: Mapping[str, int], classes: str) -> List
     names = list_folders(folder)
     unknown = [name for name in names if name not in label_of]
     if unknown:
-        raise DataError(
-            f"{folder} has class folders that are not {classes}: {', '.join(unknown[:10])}. Rename or remove them."
-        )
+        first = ", ".join(unknown[:10])
+        raise DataError(f"{folder} has class folders that are not {classes}: {first}. Rename or remove them.")
     endings = Image.registered_extensions()
-    listed = [
-        (path, label_of[name])
-        for name in sorted(names, key=lambda name: label_of[name])
-        for path in sorted((folder / name).iterdir())
-        if path.suffix.lower() in endings
-    ]
-    if not listed:
+    files = [path for name in sorted(names, key=label_of.__getitem__) for path in sorted((folder / name).iterdir())]
+    paths = [path for path in files if path.suffix.lower() in endings]
+    if not paths:
         raise DataError(f"{folder} has class folders without images. Expected {folder}/<class>/<image files>.")
-    return [path for path, _ in listed], torch.tensor([label for _, label in listed])
+    return paths, torch.tensor([label_of[path.parent.name] for path in paths])
 
 
 class FileImages(Images):
-    """Images decoded as RGB when asked for.
+    """Files with labels (N,), decoded as RGB when asked for.
 
-    Args:
-        paths: The files.
-        labels: Their labels, shape (N,).
-        resize: The shorter side is resized to this; ``None``: as it is.
-        crop: The middle square of this side is cut out; ``None``: all images must be as large as ``like``.
-        like: A file of the expected size, by default the first.
-
-    Raises:
-        DataError: When an image is asked for that is missing, damaged or of a wrong size.
+    The shorter side is resized to ``resize``, and the middle square of side ``crop`` is cut out. Without ``crop`` all
+    images must be as large as ``like``, by default the first.
     """
 
     def __init__(
@@ -79,9 +67,9 @@ class FileImages(Images):
         if self.crop is None:
             return pixels
         if min(pixels.shape[1:]) < self.crop:
+            expected = f"expected at least {self.crop}x{self.crop}"
             raise DataError(
-                f"{path} has {_size(pixels)} pixels; expected at least {self.crop}x{self.crop}. Lower image_size, or "
-                "fetch the file again."
+                f"{path} has {_size(pixels)} pixels; {expected}. Lower image_size, or fetch the file again."
             )
         return functional.center_crop(pixels, [self.crop, self.crop])  # type: ignore[no-any-return]
 

@@ -5,29 +5,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning_tta.data.augmentations import Augmentation, crop_and_flip
-from lightning_tta.data.base import ShiftedDataModule
+from lightning_tta.data import augmentations, splits
+from lightning_tta.data.base import ShiftedDataModule, Split
 from lightning_tta.data.corruptions.corrupt import CLEAN
 from lightning_tta.data.domain_names import split_severity
 from lightning_tta.data.images import Images
 from lightning_tta.data.sets.image_files import FileImages, Listing, list_images
-from lightning_tta.data.source import Split
-from lightning_tta.data.splits import select, validation_count
+from lightning_tta.data.storage.download import IMAGENET_C, fetch, fetch_imagenet, unpack
 from lightning_tta.data.storage.paths import check_file, check_folder, file_lines
-from lightning_tta.data.storage.remotes import fetch_imagenet, fetch_imagenet_c
 from lightning_tta.errors import ConfigError, DataError, check_range
 from lightning_tta.imagenet_classes import imagenet_synsets
 
 
 def list_imagenet(folder: Path) -> Listing:
-    """Image files under ``<folder>/<class>/`` and their labels among the 1000 classes.
-
-    A class folder is a synset (``n01440764``) or the class's number (``0`` to ``999``); the label is read from the
-    name, never from the order of the folders.
-
-    Raises:
-        DataError: If a folder is neither, or there are no images.
-    """
+    """Image files under ``<folder>/<class>/``; labels are read from the names, never from the order of the folders."""
     label_of = {name: label for label, synset in enumerate(imagenet_synsets()) for name in (synset, str(label))}
     return list_images(folder, label_of, "synsets of ImageNet (n01440764) or numbers from 0 to 999")
 
@@ -37,8 +28,7 @@ class ImageNetData(ShiftedDataModule):
 
     Class folders are synsets or numbers; either way the label is the position among the 1000 logits. With
     ``function_set="published"`` corruptions come from ``<corrupted>/<corruption>/<severity>/<synset>/*.JPEG``, which
-    is not resized; the other function sets corrupt the images of ``<source>/val``. See :class:`ShiftedDataModule` for
-    the other arguments.
+    is not resized; the other function sets corrupt the images of ``<source>/val``.
 
     Args:
         folders: Name of a domain -> its folder.
@@ -50,7 +40,7 @@ class ImageNetData(ShiftedDataModule):
         image_size: Then this middle square is cut out; at most ``resize``.
         num_val: Training images held back to validate on, at least 1.
         download: Fetch the archives of ImageNet-C, -A, -R and -V2 that are missing (see
-            :mod:`lightning_tta.data.storage.remotes`).
+            :mod:`lightning_tta.data.storage.download`).
         **kwargs: Stream, domains, batch sizes: the arguments of :class:`ShiftedDataModule`.
 
     Raises:
@@ -90,7 +80,7 @@ class ImageNetData(ShiftedDataModule):
         if self.published_names and self.corrupted is None:
             raise ConfigError('function_set="published" needs corrupted=FOLDER, a copy of ImageNet-C.')
         if not download:
-            self._check_folders()
+            self.prepare_data()
 
     def _folders_in_use(self) -> dict[str, Path]:
         """The folders that the stream reads, by domain; ``clean`` also stands for corruptions made here."""
@@ -100,22 +90,16 @@ class ImageNetData(ShiftedDataModule):
             used[CLEAN] = self.source / "val"
         return used
 
-    def _check_folders(self) -> None:
-        for folder in self._folders_in_use().values():
+    def prepare_data(self) -> None:
+        """Download what is missing, if asked to, and check that all is there; once per machine."""
+        for name, folder in self._folders_in_use().items():
+            if self.download and name in self.folders:
+                fetch_imagenet(name, folder)
+            elif self.download and name in self.published_names and not folder.is_dir():
+                unpack(fetch(IMAGENET_C[folder.parent.name], folder.parents[1]), folder.parents[1])
             check_folder(folder)
         if self.image_list is not None:
             check_file(self.image_list, "lines <synset>/<file name>")
-
-    def prepare_data(self) -> None:
-        """Download what is missing, if asked to; once per machine."""
-        if not self.download:
-            return
-        for name, folder in self._folders_in_use().items():
-            if name in self.folders:
-                fetch_imagenet(name, folder)
-            elif name in self.published_names and not folder.is_dir():
-                fetch_imagenet_c(split_severity(name)[0], folder.parents[1])
-        self._check_folders()
 
     def _published_folder(self, name: str) -> Path:
         corruption, severity = split_severity(name)
@@ -155,7 +139,7 @@ class ImageNetData(ShiftedDataModule):
         if split == "test":
             return self._images(self._list(self.source / "val"))
         images = self._images(list_imagenet(self.source / "train"))
-        return select(images, validation_count(len(images), self.num_val) == (split == "val"))
+        return splits.select(images, splits.validation_count(len(images), self.num_val) == (split == "val"))
 
     def natural_names(self) -> list[str]:
         """Names of the folders."""
@@ -174,13 +158,13 @@ class ImageNetData(ShiftedDataModule):
         yield f"{self.resize}|{self.image_size}".encode()
         folders = {"val" if name == CLEAN else name: folder for name, folder in self._folders_in_use().items()}
         for name, folder in sorted(folders.items()):
-            paths, _ = list_imagenet(folder) if name in self.folders else self._list(folder)
-            yield from file_lines(name, paths)
+            listing = list_imagenet(folder) if name in self.folders else self._list(folder)
+            yield from file_lines(name, listing[0])
 
     def cache_key(self) -> str:
         """The digest and the places."""
         return f"{self.digest()}|{self.source}|{[str(folder.resolve()) for folder in self.folders.values()]}"
 
-    def augmentation(self) -> Augmentation:
+    def augmentation(self) -> augmentations.Augmentation:
         """A random crop of 35 to 100 % of the (already cut) image, resized, and a horizontal flip."""
-        return crop_and_flip(self.image_size, 0.35)
+        return augmentations.crop_and_flip(self.image_size, 0.35)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_tta.data.images import Images, StackedImages
+from lightning_tta.data.storage.paths import check_file
 from lightning_tta.data.threads import one_thread
 from lightning_tta.errors import DataError
 from lightning_tta.files import write_whole
@@ -26,11 +27,7 @@ _WORTH_WORKERS = 4.0  # seconds of work
 
 
 class ImageCache:
-    """Images by key, in memory and on disk.
-
-    Args:
-        limit: Bytes in memory; beyond it the images not used for longest are dropped.
-    """
+    """Images by key, in memory and on disk; beyond ``limit`` bytes in memory the least recently used are dropped."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -138,7 +135,6 @@ class MappedImages(Images):
         self,
         path: Path,
         labels: Tensor,
-        *,
         first: int = 0,
         shape: Sequence[int] | None = None,
         channels_last: bool = False,
@@ -152,10 +148,6 @@ class MappedImages(Images):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._rows = open_images(self.path)  # each worker process maps the file itself
-
-    def image(self, position: int) -> Tensor:
-        """One image."""
-        return self.images(torch.tensor([position]))[0]
 
     def images(self, positions: Tensor) -> Tensor:
         """Several images, in one copy."""
@@ -175,15 +167,12 @@ def open_images(path: Path, shape: Sequence[int] | None = None) -> np.memmap[Any
 
 def load_npy(path: Path, wanted: str, mmap_mode: Any = None) -> np.ndarray[Any, Any]:
     """The array of an ``.npy`` file, without running code that is in it; ``wanted`` says what it should hold."""
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{path} {kind}. Expected an .npy file with {wanted}.")
+    check_file(path, f"an .npy file with {wanted}")
     try:
         array: object = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{path} is not a readable .npy file ({error}). Expected {wanted}: fetch or save it again."
-        ) from error
+        message = f"{path} is not a readable .npy file ({error}). Expected {wanted}: fetch or save it again."
+        raise DataError(message) from error
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path} holds several arrays. Expected {wanted}.")
     return array

@@ -1,40 +1,66 @@
-"""Downloads on request: resumed, compared with their checksum, unpacked inside their folder only."""
+"""Downloads on request: what is where; resumed, compared with its checksum, unpacked inside its folder only."""
 
 import hashlib
 import http.client
+import shutil
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import wrap_file
 
-from lightning_tta.errors import DataError
+from lightning_tta.errors import ConfigError, DataError
 
 _BLOCK = 2**20  # bytes
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file to download.
-
-    Attributes:
-        url: Where it is.
-        size: Bytes; ``None`` where nobody published it.
-        checksum: ``md5:...`` or ``sha256:...``.
-    """
+    """A file to download."""
 
     url: str
-    size: int | None
-    checksum: str
+    size: int | None  # bytes; None where nobody published it
+    checksum: str  # md5:... or sha256:...
 
     @property
     def name(self) -> str:
         """The file's name in the address."""
         return self.url.rpartition("/")[2].partition("?")[0]
+
+
+_ZENODO, _BERKELEY = "https://zenodo.org/records", "https://people.eecs.berkeley.edu/~hendrycks"
+CIFAR_C = {
+    "cifar10": Remote(
+        f"{_ZENODO}/2535967/files/CIFAR-10-C.tar?download=1", 2_918_471_680, "md5:56bf5dcef84df0e2308c6dcbcbbd8499"
+    ),
+    "cifar100": Remote(
+        f"{_ZENODO}/3555552/files/CIFAR-100-C.tar?download=1", 2_918_473_216, "md5:11f0ed0f1191edbf9fa23466ae6021d3"
+    ),
+}
+IMAGENET = {
+    "imagenet_a": Remote(f"{_BERKELEY}/imagenet-a.tar", 687_552_512, "md5:c3e55429088dc681f30d81f4726b6595"),
+    "imagenet_r": Remote(f"{_BERKELEY}/imagenet-r.tar", 2_191_079_936, "md5:a61312130a589d0ca1a8fca1f2bd3337"),
+    "imagenet_v2": Remote(
+        "https://huggingface.co/datasets/vaishaal/ImageNetV2/resolve/main/imagenetv2-matched-frequency.tar.gz",
+        1_264_079_360,
+        "sha256:f0c37fdf925916b19ea1323cd9a2208cdb6959ba2c32eef2a7fc393835c9ca7c",
+    ),
+}
+_GROUPS = {
+    "blur": (("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"), "2d8e81fdd8e07fef67b9334fa635e45c"),
+    "digital": (("contrast", "elastic_transform", "pixelate", "jpeg_compression"), "89157860d7b10d5797849337ca2e5c03"),
+    "extra": (("speckle_noise", "gaussian_blur", "spatter", "saturate"), "d492dfba5fc162d8ec2c3cd8ee672984"),
+    "noise": (("gaussian_noise", "shot_noise", "impulse_noise"), "e80562d7f6c3f8834afb1ecf27252745"),
+    "weather": (("snow", "frost", "fog", "brightness"), "33ffea4db4d93fe4a428c40a6ce0c25d"),
+}
+IMAGENET_C = {
+    corruption: Remote(f"{_ZENODO}/2235448/files/{group}.tar?download=1", None, f"md5:{checksum}")
+    for group, (corruptions, checksum) in _GROUPS.items()
+    for corruption in corruptions
+}
 
 
 def fetch(remote: Remote, folder: Path) -> Path:
@@ -49,22 +75,17 @@ def fetch(remote: Remote, folder: Path) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{remote.name}.partial")
-    columns = (TextColumn(remote.name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(remote.name, total=remote.size)
-        problem: object = "it ended early"
-        try:
-            complete = _resume(remote, partial, lambda count: progress.update(task, completed=count))
-        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                raise DataError(
-                    f"{remote.url}: the server answers {error.code} {error.reason}. The file may have moved: fetch it "
-                    f"by hand to {path}."
-                ) from error
-            complete, problem = False, error
-    if not complete:
+    problem: object = "it ended early"
+    try:
+        complete = _resume(remote, partial)
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+            message = f"{remote.url}: the server answers {error.code} {error.reason}. Fetch the file by hand to {path}."
+            raise DataError(message) from error
+        complete, problem = False, error
+    if not complete and not _is_page(partial):
         raise DataError(
-            f"{remote.url}: the connection was lost ({problem}); {_bytes_of(partial):,} of {remote.size or 'unknown'} "
+            f"{remote.url}: the connection was lost ({problem}); {_size(partial):,} of {remote.size or 'unknown'} "
             f"bytes are in {partial}. Run again to go on from there."
         )
     try:
@@ -75,49 +96,46 @@ def fetch(remote: Remote, folder: Path) -> Path:
     return partial.replace(path)
 
 
-def _bytes_of(path: Path) -> int:
+def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _resume(remote: Remote, partial: Path, show: Callable[[int], None]) -> bool:
+def _is_page(path: Path) -> bool:
+    """Whether a file begins as a web page does."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        return file.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html"))
+
+
+def _resume(remote: Remote, partial: Path) -> bool:
     """Append what is missing; whether the file is complete now."""
-    start = _bytes_of(partial)
+    start = _size(partial)
     if remote.size is not None and start >= remote.size:
         return True
     request = urllib.request.Request(remote.url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=60) as answer:
-        if answer.status != 206:  # the server sends the whole file
-            start = 0
-        length = answer.headers.get("Content-Length")
-        expected = remote.size or (start + int(length) if length else None)
-        end, block = start, answer.read(_BLOCK)
-        if not start:
-            _refuse_page(block, remote)
-        with partial.open("ab" if start else "wb") as file:
-            while block:
-                file.write(block)
-                end += len(block)
-                show(end)
-                block = answer.read(_BLOCK)
-    return expected is None or end >= expected
+        start = start if answer.status == 206 else 0  # else the server sends the whole file
+        length = int(answer.headers.get("Content-Length") or 0)
+        expected = remote.size or (start + length)
+        rest = max(0, expected - start)
+        shown = wrap_file(answer, rest, description=remote.name, console=Console(stderr=True))
+        with shown as content, partial.open("ab" if start else "wb") as file:
+            shutil.copyfileobj(content, file, _BLOCK)
+    return _size(partial) >= expected
 
 
-def _refuse_page(beginning: bytes, remote: Remote) -> None:
-    if beginning.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+def _verify(file: Path, remote: Remote) -> None:
+    if _is_page(file):
         raise DataError(
             f"{remote.url} is a web page instead of {remote.name} (a login, an error or a confirmation). Open the "
             "address in a browser and fetch the file by hand; remove the page if it was saved under that name."
         )
-
-
-def _verify(file: Path, remote: Remote) -> None:
     kind, _, wanted = remote.checksum.partition(":")
     with file.open("rb") as content:
-        _refuse_page(content.read(64), remote)
-        content.seek(0)
         checksum = hashlib.file_digest(content, kind).hexdigest()
     if checksum != wanted:
-        size = f"{_bytes_of(file):,} bytes" + (f", expected {remote.size:,}" if remote.size else "")
+        size = f"{_size(file):,} bytes" + (f", expected {remote.size:,}" if remote.size else "")
         raise DataError(
             f"{file} from {remote.url} has the {kind} {checksum}, expected {wanted} ({size}): it is damaged or another "
             "version, and is not used. Remove it if it is still there, and run again."
@@ -133,3 +151,19 @@ def unpack(archive: Path, folder: Path) -> None:
         raise DataError(f"{archive} tries to write outside {folder} ({error}) and is not unpacked.") from error
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{archive} cannot be unpacked ({error}). Remove it and fetch it again.") from error
+
+
+def fetch_imagenet(name: str, folder: Path) -> None:
+    """Put ImageNet-A, -R or -V2 into ``folder``, unless that is there."""
+    if folder.is_dir():
+        return
+    if name not in IMAGENET:
+        raise ConfigError(f"--data.download knows {', '.join(IMAGENET)}; fetch {name!r} by hand into {folder}.")
+    archive = fetch(IMAGENET[name], folder.parent)
+    partial = folder.with_name(f"{folder.name}.partial")
+    unpack(archive, partial)
+    inner = [entry for entry in partial.iterdir() if entry.is_dir()]
+    if len(inner) != 1:
+        raise DataError(f"{archive} unpacks to {len(inner)} folders, expected one of class folders. See {partial}.")
+    inner[0].replace(folder)
+    shutil.rmtree(partial)
