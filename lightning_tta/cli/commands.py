@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_tta import methods
-from lightning_tta.launch.text import columns, without_markup
+from lightning_tta.launch.help import columns, describe_method, without_markup
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -98,8 +98,6 @@ def _list_streams(args: list[str]) -> None:
 
 def _list_methods(args: list[str]) -> None:
     if args:
-        from lightning_tta.launch.options import describe_method
-
         print(describe_method(args[0]))
         return
     rows = []
