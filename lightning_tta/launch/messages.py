@@ -11,11 +11,10 @@ import pydoc
 import re
 from collections.abc import Iterable
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jsonargparse import ArgumentParser
-
-from lightning_tta.errors import ConfigError, LightningTTAError, did_you_mean
+from lightning_tta import data, methods, modules
+from lightning_tta.errors import ConfigError, did_you_mean
 from lightning_tta.launch.help import class_options
 from lightning_tta.run.options import where_moved
 
@@ -45,31 +44,13 @@ REMOVED = {
 """Options that commands had, and what to do without them."""
 
 
-def parse(parser: ArgumentParser, args: list[str]) -> Any:
-    """The arguments of a command, parsed.
-
-    Raises:
-        ConfigError: If they do not parse.
-        SystemExit: After ``--help`` and the like.
-    """
-    parser.exit_on_error = False
-    try:
-        return parser.parse_args(args)
-    except argparse.ArgumentError as error:
-        raise explain(error, parser, parser.prog) from None
-
-
-def our_error(error: BaseException | None) -> LightningTTAError | None:
-    """Our error inside the one that jsonargparse makes of whatever a constructor raises."""
-    while error is not None and not isinstance(error, LightningTTAError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
 def explain(error: argparse.ArgumentError, parser: argparse.ArgumentParser, command: str) -> ConfigError:
     """The error of ``parser`` in short: what is wrong, what is allowed, and the ``command`` that lists the options."""
-    problem = _read(str(error))
-    return ConfigError(f"{_describe(problem, parser)}\nAll options: {command} {_help_option(problem)}")
+    problem, help_option = _read(str(error)), "--help"
+    if problem.kind and pydoc.locate(problem.kind) is not None and not problem.kind.startswith("lightning."):
+        short = problem.owner.startswith(("model", "data"))  # found by their short names
+        help_option = f"--{problem.owner}.help {problem.kind.rpartition('.')[2] if short else problem.kind}"
+    return ConfigError(f"{_describe(problem, parser)}\nAll options: {command} {help_option}")
 
 
 class _Problem(NamedTuple):
@@ -112,7 +93,8 @@ def _describe(problem: _Problem, parser: argparse.ArgumentParser) -> str:
     """One sentence or two."""
     text, option = " ".join(" ".join(problem.lines).split()), problem.option
     if match := re.match(rf"{_NEITHER} (.+?) either", text):
-        known = _classes(option)
+        classes = {"model.method": methods.names(), "data": data.data_modules(), "model": modules.__all__}
+        known: Iterable[str] = classes.get(option, ())
         listed = f" Known: {', '.join(known)}." if known else ""
         return f"--{option} {match[1]!r} is neither a file nor a class.{did_you_mean(match[1], known)}{listed}"
     if all(types := [_EXPECTED.fullmatch(line) for line in problem.lines]):
@@ -150,25 +132,9 @@ def _describe_unknown(problem: _Problem, option: str, parser: argparse.ArgumentP
     return f"There is no option {option!r}.{did_you_mean(option, names)}"
 
 
-def _help_option(problem: _Problem) -> str:
-    """The option that lists what is allowed."""
-    owner, kind = problem.owner, problem.kind
-    if not kind or pydoc.locate(kind) is None or kind.startswith("lightning."):
-        return "--help"
-    short = owner.startswith(("model", "data"))  # found by their short names
-    return f"--{owner}.help {kind.rpartition('.')[2] if short else kind}"
-
-
 def _join(keys: Iterable[str]) -> str:
     return ".".join(filter(None, keys))
 
 
 def _names(parser: argparse.ArgumentParser) -> set[str]:
     return {action.dest for action in parser._actions}
-
-
-def _classes(option: str) -> Iterable[str]:
-    """The classes of this package that an option may name."""
-    from lightning_tta import data, methods, modules
-
-    return {"model.method": methods.names(), "data": data.data_modules(), "model": modules.__all__}.get(option, ())
