@@ -32,15 +32,18 @@ class Run:
     directory: Path
 
     @property
-    def protocol(self) -> Report:  # noqa: D102
+    def protocol(self) -> Report:
+        """The protocol, empty where the report has none."""
         return self.report.get("protocol") or {}
 
     @property
-    def net(self) -> str:  # noqa: D102
+    def net(self) -> str:
+        """Name of the net."""
         return str((self.report.get("net") or {}).get("name", "net"))
 
     @property
-    def hash(self) -> str:  # noqa: D102
+    def hash(self) -> str:
+        """Hash of the protocol."""
         return str(self.protocol.get("hash") or self.report.get("protocol_hash") or "unknown")
 
     @property

@@ -41,35 +41,29 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
     console = Console()
     print_table(console, tables.one_run(report))
     protocol = report["protocol"]
+    settings = {
+        name: value for name, value in protocol.items() if name not in ("domains", "hash") and value is not None
+    }
     lines = [
         f"{report['forwards']} forward and {report['backwards']} backward passes, "
         f"{1000 * (report['seconds_per_batch'] or 0):.1f} ms per batch, {report['resets']} resets, "
-        f"{report['skipped_steps']} steps skipped, {report['nonfinite_images']} non-finite images"
+        f"{report['skipped_steps']} steps skipped, {report['nonfinite_images']} non-finite images",
+        "protocol: " + ", ".join(f"{name} {value}" for name, value in settings.items()),
     ]
-    said = {name: value for name, value in protocol.items() if name not in ("domains", "hash") and value is not None}
-    lines.append("protocol: " + ", ".join(f"{name} {value}" for name, value in said.items()))
-    if str(protocol["weights"]).endswith("random"):
-        lines.append("The net is randomly initialised: these numbers say nothing of a trained one.")
-    lines += [*_incidents(report), f"report: {path}"]
-    for line in lines:
-        style = "bold red" if line.startswith("The net is randomly") else None
-        console.print(Text(line), style=style, soft_wrap=True)
-
-
-def _incidents(report: Mapping[str, Any]) -> list[str]:
-    """What a run's guard did, and what was skipped; reports of older versions have neither."""
-    lines = []
     if report.get("skipped_batches"):
         lines.append(f"skipped: {report['skipped_batches']} bad batches with {report['skipped_images']} images")
-    guard = report.get("guard")
-    if guard is not None:
+    if guard := report.get("guard"):  # reports of older versions have none
         events = guard["events"]
         lines.append(f"guard ({guard['settings']['action']}): {len(events)} alarms" + ", stopped" * guard["stopped"])
         if guard.get("on_probation"):
             lines[-1] += f", {guard['on_probation']} batches predicted by the source on probation"
         lines += [f"  batch {event['batch']}: {event['reason']}, {event['action']}" for event in events[:10]]
         lines += [f"  ... and {len(events) - 10} more"] * (len(events) > 10)
-    return lines
+    if str(protocol["weights"]).endswith("random"):
+        console.print(
+            Text("The net is randomly initialised: these numbers say nothing of a trained one."), style="bold red"
+        )
+    console.print(Text("\n".join([*lines, f"report: {path}"])), soft_wrap=True)
 
 
 def report(runs: list[Path], *, allow_different: bool = False, output: Path | None = None) -> None:
