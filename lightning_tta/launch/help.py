@@ -32,8 +32,9 @@ def columns(rows: Iterable[tuple[str, str]], left: int = 17, height: int | None 
     wrapper = textwrap.TextWrapper(width, subsequent_indent="  ", max_lines=height, placeholder=" ...")
     lines = []
     for name, text in rows:
-        wrapped = [part for line in text.splitlines() for part in wrapper.wrap(line) or [""]] or [""]
-        lines += [f"  {label.ljust(left)}{part}".rstrip() for label, part in zip_longest([name], wrapped, fillvalue="")]
+        wrapped = [piece for line in text.splitlines() for piece in wrapper.wrap(line) or [""]]
+        cells = zip_longest([name], wrapped, fillvalue="")
+        lines += [f"  {label.ljust(left)}{piece}".rstrip() for label, piece in cells]
     return "\n".join(lines)
 
 

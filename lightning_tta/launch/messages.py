@@ -97,10 +97,10 @@ def _describe(problem: _Problem, parser: argparse.ArgumentParser) -> str:
         known: Iterable[str] = classes.get(option, ())
         listed = f" Known: {', '.join(known)}." if known else ""
         return f"--{option} {match[1]!r} is neither a file nor a class.{did_you_mean(match[1], known)}{listed}"
-    if all(types := [_EXPECTED.fullmatch(line) for line in problem.lines]):
-        found = [match for match in types if match]
-        allowed = [f"one of {t['choices']}" if t["choices"] else _TYPES.get(t["type"], t["type"]) for t in found]
-        value = next((match["value"] for match in found if match["value"]), problem.value)
+    types = [match for line in problem.lines if (match := _EXPECTED.fullmatch(line))]
+    if len(types) == len(problem.lines):
+        allowed = [f"one of {t['choices']}" if t["choices"] else _TYPES.get(t["type"], t["type"]) for t in types]
+        value = next((match["value"] for match in types if match["value"]), problem.value)
         return f"--{option} must be {' or '.join(allowed)}; got {value!r}."
     if match := re.match(r"(?:Option '|.* does not accept option '|unrecognized arguments: --)([^'\s=+]+)", text):
         return _describe_unknown(problem, match[1], parser)

@@ -133,13 +133,6 @@ def write_report(runs: Sequence[Path], output: Path | None = None, results: Resu
     return [output / "report.html", output / "report.md"]
 
 
-def write_markdown(results: Results, path: Path, title: str, subtitle: str) -> None:
-    """Write the tables as Markdown, with the curves along the stream as pictures beside the file."""
-    with figures.drawing():
-        everything = sections(results, figures.looks(results.methods))
-        path.write_text(markdown(title, subtitle, everything, path.parent), encoding="utf-8")
-
-
 def markdown(title: str, subtitle: str, sections: Sequence[Section], pictures: Path | None = None) -> str:
     """Tables and warnings, and links to the curves, which are written to ``pictures``, where that is given."""
     blocks = [f"# {title}", subtitle]

@@ -69,10 +69,10 @@ def over_images(differences: Sequence[int]) -> Estimate | None:
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """P-values corrected for their number (Holm 1979); ``None`` stays and does not count."""
-    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0
-    for rank, (p, place) in enumerate(known):
+    for rank, (p, index) in enumerate(known):
         largest = max(largest, min(1.0, p * (len(known) - rank)))
-        corrected[place] = largest
+        corrected[index] = largest
     return corrected

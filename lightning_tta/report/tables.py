@@ -113,33 +113,33 @@ def pairing_note(gains: Iterable[Estimate]) -> str:
     return " ".join([*words, "* the interval leaves out zero; Holm: p corrected for the methods here."])
 
 
+def _by_method(title: str, header: Sequence[str], cells: Mapping[str, Sequence[str]], note: str) -> Table:
+    return Table(title, ["method", *header], [[m, *row] for m, row in cells.items()], note, methods=True)
+
+
 def overview(group: Group) -> Table:
     """Accuracy, difference to the source with its p-value, collapse."""
     gains = differences(group)
     corrected = dict(zip(gains, holm([gain.p for gain in gains.values()]), strict=True))
-    rows = []
+    cells = {}
     for method, runs in group.methods.items():
         gain = gains.get(method)
         worst = known(max(known(d.get("largest_class_share") for d in r.domains.values()), default=None) for r in runs)
         p_values = [p_cell(gain.p if gain else None), p_cell(corrected.get(method))]
         share = number(100 * fmean(worst) if worst else None)
-        rows.append([method, str(len(runs)), cell(accuracy_of(runs)), cell(gain, sign="+"), *p_values, share])
-    header = ["method", "n", "accuracy %", "vs source", "p", "p (Holm)", "largest class %"]
+        cells[method] = [str(len(runs)), cell(accuracy_of(runs)), cell(gain, sign="+"), *p_values, share]
     note = (
         f"{spread_note(group)} {pairing_note(gains.values())} Largest class: share of the most predicted class in the "
         "worst domain, mean over seeds; near 100 after a collapse."
     )
-    return Table(group.title, header, rows, note, methods=True)
+    return _by_method(group.title, ["n", "accuracy %", "vs source", "p", "p (Holm)", "largest class %"], cells, note)
 
 
 def all_groups(results: Results) -> Table:
     """Accuracy of every method in every group."""
-    rows = [
-        [m, *(cell(accuracy_of(group.methods[m])) if m in group.methods else "-" for group in results.groups)]
-        for m in results.methods
-    ]
+    cells = {m: [cell(accuracy_of(group.methods.get(m, []))) for group in results.groups] for m in results.methods}
     note = "Accuracy %; ± as beside each group's own table below. Columns are not comparable with each other."
-    return Table("All groups", ["method", *(group.title for group in results.groups)], rows, note, methods=True)
+    return _by_method("All groups", [group.title for group in results.groups], cells, note)
 
 
 def by_domain(group: Group) -> list[Table]:
@@ -160,28 +160,21 @@ def by_domain(group: Group) -> list[Table]:
 def _crossed(title: str, domains: Sequence[str | None], columns: Mapping[str, list[str]], note: str) -> Table:
     names = [domain or "all" for domain in domains]
     if len(columns) > len(names):
-        return Table(title, ["method", *names], [[m, *cells] for m, cells in columns.items()], note, methods=True)
+        return _by_method(title, names, columns, note)
     rows = [list(row) for row in zip(names, *columns.values(), strict=True)]
     return Table(title, ["domain", *columns], rows, note)
 
 
 def one_run(report: Report) -> Table:
     """A run's account by domain."""
-    percent = [(row["accuracy"], row["largest_class_share"]) for row in report["domains"].values()]
-    shares = [[number(None if value is None else 100 * value) for value in pair] for pair in percent]
-    rows = [[n, str(row["images"]), *s] for (n, row), s in zip(report["domains"].items(), shares, strict=True)]
-    total = report["accuracy"]
-    rows.append(["all", str(report["images"]), number(None if total is None else 100 * total), ""])
+    total = {"images": report["images"], "accuracy": report["accuracy"], "largest_class_share": None}
+    rows = []
+    for name, row in [*report["domains"].items(), ("all", total)]:
+        shares = [row["accuracy"], row["largest_class_share"]]
+        rows.append([name, str(row["images"]), *(number(None if s is None else 100 * s) for s in shares)])
     protocol = report["protocol"]
     title = f"{report['method']}, {protocol['stream']} stream, reset {protocol['reset']}, protocol {protocol['hash']}"
     return Table(title, ["domain", "images", "accuracy %", "largest class %"], rows)
-
-
-def _by_method(title: str, header: Sequence[str], cells: Mapping[str, Sequence[str]], note: str) -> Table | None:
-    """A row for each method; ``None`` where no method has a number."""
-    if all(text == "-" for row in cells.values() for text in row):
-        return None
-    return Table(title, ["method", *header], [[m, *row] for m, row in cells.items()], note, methods=True)
 
 
 def calibration(group: Group) -> Table | None:
@@ -194,7 +187,8 @@ def calibration(group: Group) -> Table | None:
         "Expected calibration error (15 bins of confidence), negative log-likelihood in nats, Brier's score (0 to 2); "
         f"lower is better. {spread_note(group)}"
     )
-    return _by_method("Calibration", ["ECE %", "NLL", "Brier"], cells, note)
+    measured = any(text != "-" for row in cells.values() for text in row)
+    return _by_method("Calibration", ["ECE %", "NLL", "Brier"], cells, note) if measured else None
 
 
 def reliability(runs: Sequence[Run]) -> list[list[float]] | None:
@@ -241,16 +235,16 @@ def cost(group: Group) -> Table:
         "ms / image": ".2f",
         "peak MB": ",.0f",
     }
-    rows = []
+    cells = {}
     for method, means in all_costs.items():
         values = {**means, "x source": _ratio(means.get("ms / batch"), base)}
-        rows.append([method, *(number(values.get(name), form) for name, form in forms.items())])
+        cells[method] = [number(values.get(name), form) for name, form in forms.items()]
     kinds = sorted({str(run.report["peak_memory"]) for run in group.runs if run.report.get("peak_memory")})
     how = f" ({', '.join(kinds)})" if kinds else ""
     note = f"Forward and backward passes a batch, time by the clock, peak memory{how}."
     if any(kind.startswith("resident") for kind in kinds):
         note += " Resident memory holds libraries, data and what earlier runs of the same process left."
-    return Table("Cost", ["method", *forms], rows, f"{note} Means over seeds.", methods=True)
+    return _by_method("Cost", list(forms), cells, f"{note} Means over seeds.")
 
 
 def cost_points(group: Group) -> dict[str, dict[str, tuple[float, float]]]:
@@ -277,7 +271,8 @@ def forgetting(group: Group) -> Table | None:
         "source model's, paired by seed. Under a reset policy, what the last domain or batch left. "
         + spread_note(group)
     )
-    return _by_method("Forgetting", ["source accuracy after %", "vs source"], cells, note)
+    measured = any(text != "-" for text, _ in cells.values())
+    return _by_method("Forgetting", ["source accuracy after %", "vs source"], cells, note) if measured else None
 
 
 def guard(group: Group) -> Table | None:
@@ -318,12 +313,16 @@ def protocol(group: Group) -> Table:
 
 def environment(results: Results) -> Table | None:
     """Versions and hardware, as the runs say; ``None`` where none does."""
-    said_by = [e for group in results.groups for run in group.runs if (e := run.report.get("environment"))]
+    environments = [e for group in results.groups for run in group.runs if (e := run.report.get("environment"))]
     rows = []
-    for key in dict.fromkeys(key for environment in said_by for key in environment):
-        counts = Counter(str(environment.get(key, "-")) for environment in said_by)
+    for key in dict.fromkeys(key for each in environments for key in each):
+        counts = Counter(str(each.get(key, "-")) for each in environments)
         rows.append([key, "; ".join(v if len(counts) == 1 else f"{v} ({n} runs)" for v, n in counts.items())])
-    return Table("Versions and hardware", ["", ""], rows, f"As the {len(said_by)} runs say.", left=2) if rows else None
+    return (
+        Table("Versions and hardware", ["", ""], rows, f"As the {len(environments)} runs say.", left=2)
+        if rows
+        else None
+    )
 
 
 def missing(results: Results) -> Table | None:

@@ -13,8 +13,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lightning_tta.files import write_json
-from lightning_tta.report import tables, write_report
-from lightning_tta.report.document import write_markdown
+from lightning_tta.report import figures, tables, write_report
+from lightning_tta.report.document import markdown, sections
 from lightning_tta.report.runs import Results, read
 from lightning_tta.report.tables import Table
 
@@ -24,10 +24,10 @@ def print_table(console: Console, table: Table) -> None:
     shown = RichTable(
         title=Text(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    for place, (name, *cells) in enumerate(zip(table.header, *table.rows, strict=True)):
+    for column, (name, *cells) in enumerate(zip(table.header, *table.rows, strict=True)):
         width = max([*map(len, cells), *map(len, name.split()), 1])
         header = Text(textwrap.fill(name, width, break_long_words=False, break_on_hyphens=False))
-        shown.add_column(header, justify="left" if place < table.left else "right", no_wrap=True)
+        shown.add_column(header, justify="left" if column < table.left else "right", no_wrap=True)
     for row in table.rows:
         shown.add_row(*map(Text, row))
     width = console.measure(shown, options=console.options.update(width=10_000)).maximum
@@ -113,6 +113,9 @@ def write_benchmark(result: Mapping[str, Any], output: Path, console: Console) -
         f"{environment['device']}; torch {environment['torch']}, lightning_tta {environment['lightning_tta']}; "
         f"{result['seconds']:.0f} s for what was not finished before."
     )
-    write_markdown(results, output / "benchmark.md", "Benchmark", subtitle)
+    with figures.drawing():
+        everything = sections(results, figures.looks(results.methods))
+        text = markdown("Benchmark", subtitle, everything, pictures=output)
+    (output / "benchmark.md").write_text(text, encoding="utf-8")
     print_results(results, console)
     console.print(Text(f"written: {output}/benchmark.json, benchmark.md and plots"), soft_wrap=True)
