@@ -133,8 +133,8 @@ class Results:
         return list(dict.fromkeys(method for group in self.groups for method in group.methods))
 
 
-def result_files(path: Path) -> list[Path]:
-    """The files with the results of a run, of a benchmark, or of all runs below a directory.
+def result_files(path: Path) -> dict[Path, dict[str, Any]]:
+    """The files with the results of a run, of a benchmark, or of all runs below a directory, with their content.
 
     Raises:
         DataError: If there is none, or a file holds something else.
@@ -145,14 +145,15 @@ def result_files(path: Path) -> list[Path]:
             f"{path} has no report.json or benchmark.json, nor has a directory in it. Give a finished run's directory; "
             "a run that was cut off has its predictions.csv, but no report."
         )
+    contents = {}
     for file in files:
         try:
-            content = json.loads(file.read_bytes())
+            contents[file] = content = json.loads(file.read_bytes())
         except ValueError as error:
             raise DataError(f"{file} cannot be read as JSON ({error}). Run once more, or leave it out.") from error
         if not isinstance(content, dict) or not {"rows", "protocol"} & set(content):
             raise DataError(f"{file} is no report of a run or benchmark. Give a finished run's directory.")
-    return files
+    return contents
 
 
 def _files_below(directory: Path) -> list[Path]:
@@ -172,8 +173,8 @@ def read(paths: Sequence[Path], *, allow_different: bool = True) -> Results:
         ConfigError: If single runs have different protocols and ``allow_different`` is false.
     """
     results = Results()
-    for file in dict.fromkeys(file.resolve() for path in paths for file in result_files(path)):
-        content = json.loads(file.read_text())
+    contents = {file.resolve(): content for path in paths for file, content in result_files(path).items()}
+    for file, content in contents.items():
         if "rows" in content:
             _read_benchmark(file.parent, content, results)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -296,10 +295,7 @@ def guard(group: Group) -> Table | None:
 def protocol(group: Group) -> Table:
     """What must be equal before results are compared, hashes, net and precision."""
     protocols = [run.protocol for run in group.runs if run.protocol]
-    values = {
-        key.replace("_", " "): "; ".join(dict.fromkeys(said(protocol.get(key)) for protocol in protocols))
-        for key in dict.fromkeys(key for protocol in protocols for key in protocol if key != "hash")
-    }
+    values = {key.replace("_", " "): value for key, value in _merge(protocols).items()}
     for seed in group.seeds:
         values[f"hash, seed {seed}"] = ", ".join(dict.fromkeys(run.hash for run in group.runs if run.seed == seed))
     rows = [[key, value] for key, value in values.items() if value != "-"]
@@ -314,15 +310,18 @@ def protocol(group: Group) -> Table:
 def environment(results: Results) -> Table | None:
     """Versions and hardware, as the runs say; ``None`` where none does."""
     environments = [e for group in results.groups for run in group.runs if (e := run.report.get("environment"))]
-    rows = []
-    for key in dict.fromkeys(key for each in environments for key in each):
-        counts = Counter(str(each.get(key, "-")) for each in environments)
-        rows.append([key, "; ".join(v if len(counts) == 1 else f"{v} ({n} runs)" for v, n in counts.items())])
+    rows = list(_merge(environments).items())
     return (
         Table("Versions and hardware", ["", ""], rows, f"As the {len(environments)} runs say.", left=2)
         if rows
         else None
     )
+
+
+def _merge(dicts: Sequence[Report]) -> dict[str, str]:
+    """For each key but a hash, all values in words; several where the dicts differ."""
+    keys = dict.fromkeys(key for each in dicts for key in each if key != "hash")
+    return {key: "; ".join(dict.fromkeys(said(each.get(key)) for each in dicts)) for key in keys}
 
 
 def missing(results: Results) -> Table | None:
