@@ -72,19 +72,19 @@ def export_run(run: str | Path, output: str | Path = "adapted.safetensors", proc
     """
     run = _run_directory(Path(run))
     path = run / (FINAL if (run / "report.json").exists() else STATE)
-    found = {file: state for file in of_all(path) if (state := read_state(file, head=True)) is not None}
-    state = found.get(path if process is None else of_process(path, process))
-    if state is None and found:
-        raise ConfigError(f"Say which net of {run}: {'; '.join(_whose(*item) for item in found.items())}.")
+    states = {file: state for file in of_all(path) if (state := read_state(file, head=True)) is not None}
+    state = states.get(path if process is None else of_process(path, process))
+    if state is None and states:
+        raise ConfigError(f"Say which net of {run}: {'; '.join(_describe(*item) for item in states.items())}.")
     if state is None:
         raise DataError(
             f"{run} has no saved state ({FINAL}, or {STATE} of an unfinished run). Give the directory of a predict run "
             "that was made with --state.save_every N."
         )
-    same = state["identity"]
-    options = {name.removeprefix("method."): value for name, value in same.items() if name.startswith("method.")}
-    weights = _adapted(same["method"], state["method"], state["weight_names"])
-    return _write(Path(output), weights, same["method"], options, state["lacks"])
+    identity = state["identity"]
+    options = {name.removeprefix("method."): value for name, value in identity.items() if name.startswith("method.")}
+    weights = _adapted(identity["method"], state["method"], state["weight_names"])
+    return _write(Path(output), weights, identity["method"], options, state["lacks"])
 
 
 def _run_directory(path: Path) -> Path:
@@ -97,11 +97,11 @@ def _run_directory(path: Path) -> Path:
     return runs[0] if runs else path
 
 
-def _whose(path: Path, state: State) -> str:
+def _describe(path: Path, state: State) -> str:
     """Which net a state has, and how to ask for it."""
-    number, domain = path.stem.partition(".rank")[2], state["position"][0]
+    rank, domain = path.stem.partition(".rank")[2], state["position"][0]
     where = "as it began" if domain is None else f"last on '{state['summary']['domain_names'][domain]}'"
-    return f"{path.name}, {where} ({f'--process {number}' if number else 'without --process'})"
+    return f"{path.name}, {where} ({f'--process {rank}' if rank else 'without --process'})"
 
 
 def _adapted(name: str, state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -120,13 +120,8 @@ def _adapted(name: str, state: Mapping[str, Any], names: Mapping[str, str]) -> d
 def _write(path: Path, weights: dict[str, Tensor], method: str, options: Mapping[str, Any], lacks: str) -> Path:
     if path.suffix != ".safetensors":
         raise ConfigError(f"The weights go to a .safetensors file; got {str(path)!r}.")
-    metadata = {
-        "lightning_tta": __version__,
-        "method": method,
-        "options": json.dumps(options, sort_keys=True),
-        "lacks": lacks,
-    }
-    content = save(weights, metadata)
+    metadata = {"lightning_tta": __version__, "method": method, "options": json.dumps(options, sort_keys=True)}
+    content = save(weights, {**metadata, "lacks": lacks})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: file.write(content))
     return path

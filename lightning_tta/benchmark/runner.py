@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 import warnings
@@ -21,11 +23,11 @@ from rich.console import Console
 from torch import nn
 
 from lightning_tta.benchmark.config import Cell, MethodConfig, NetConfig, StreamConfig
-from lightning_tta.benchmark.sources import Sources, digest
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError, check_range
 from lightning_tta.files import environment
 from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.methods import create_method, find
+from lightning_tta.modules.loading import find_checkpoint
 from lightning_tta.progress import grid
 from lightning_tta.report.terminal import write_benchmark
 from lightning_tta.run.options import PARTS, where_moved
@@ -33,6 +35,8 @@ from lightning_tta.run.state_files import FINAL
 
 MEASURES = ("accuracy", "domains", "forwards", "backwards", "ece", "seconds_per_batch")
 """What a row of ``benchmark.json`` has of a cell's report; reports of earlier versions lack the calibration error."""
+
+Source = tuple[str, int]  # a net that is trained: label, seed
 
 
 class Benchmark:
@@ -85,7 +89,6 @@ class Benchmark:
         self.methods = {label: MethodConfig.from_dict(label, entry) for label, entry in methods.items()}
         self.trainer, self.model, self.run_options = trainer or {}, model or {}, run or {}
         self.jobs, self.save_every = jobs, save_every
-        self.sources = Sources(self.output, nets)
         self._check(only)
         self.cells = [
             Cell(method, net, stream, seed)
@@ -113,15 +116,15 @@ class Benchmark:
             check_range("seeds", seed, 0, integer=True)
         for label, net in self.nets.items():
             self._check_net(label, net)
-        self._check_labels("only names methods", only, [*self.methods, "all"])
+        _check_labels("only names methods", only, [*self.methods, "all"])
         for label, stream in self.streams.items():
-            self._check_labels(f"Stream '{label}' names nets", stream.nets, self.nets)
+            _check_labels(f"Stream '{label}' names nets", stream.nets, self.nets)
         for label, method in self.methods.items():
-            self._check_labels(f"Method '{label}' names nets", method.nets, self.nets)
-            self._check_labels(f"Method '{label}' names streams", method.streams, self.streams)
+            _check_labels(f"Method '{label}' names nets", method.nets, self.nets)
+            _check_labels(f"Method '{label}' names streams", method.streams, self.streams)
             _check_options(label, method)
         for label, options in (("", self.run_options), *((f"methods.{k}.", m.run) for k, m in self.methods.items())):
-            self._check_labels(f"{label}run names parts", options, PARTS)
+            _check_labels(f"{label}run names parts", options, PARTS)
         for label, options in (("", self.model), *((f"methods.{k}.", m.model) for k, m in self.methods.items())):
             for sentence in filter(None, map(where_moved, options)):
                 raise ConfigError(f"{label}{sentence} Here: under {label}run.")
@@ -143,26 +146,18 @@ class Benchmark:
             if path not in (None, "none") and not Path(path or "").exists():
                 raise ConfigError(f"Net '{label}': {path} does not exist (seen from {Path.cwd().name}/).")
 
-    @staticmethod
-    def _check_labels(who: str, names: Iterable[str] | None, allowed: Iterable[str]) -> None:
-        unknown = [name for name in names or [] if name not in allowed]
-        if unknown:
-            raise ConfigError(f"{who} {unknown}; there are {list(allowed)}.")
-
-    # Running ---------------------------------------------------------------------------------------------------------
-
     def run(self) -> dict[str, Any]:
         """Train, run, write; returns the content of ``benchmark.json``."""
         start = time.perf_counter()
         self.output.mkdir(parents=True, exist_ok=True)
         rows: list[dict[str, Any]] = []
         skipped: list[dict[str, str]] = []
-        stages = self.sources.stages({(cell.net, cell.seed) for cell in self.cells})
+        stages = self._training_stages()
         console = Console()
         with grid(console) as progress, self._workers() as run_all:
             task = progress.add_task("source models", total=sum(map(len, stages)))
             for sources in stages:
-                for _ in run_all(self.sources.train, sources):
+                for _ in run_all(self._train, sources):
                     progress.advance(task)
             task = progress.add_task("cells", total=len(self.cells))
             for cell, (row, reason) in zip(self.cells, run_all(self._attempt, self.cells), strict=True):
@@ -175,7 +170,7 @@ class Benchmark:
                         progress.console.print(f"[red]{reason}[/red] in {cell}")
         result = {
             "rows": rows,
-            "methods": {label: asdict(self.methods[label]) for label in self.methods},
+            "methods": {label: asdict(method) for label, method in self.methods.items()},
             "skipped": skipped,
             "environment": environment(),
             "seconds": time.perf_counter() - start,
@@ -196,6 +191,47 @@ class Benchmark:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.jobs, context, _start_worker, (threads,)) as pool:
             yield pool.map
+
+    def _training_stages(self) -> tuple[list[Source], list[Source]]:
+        """What must be trained: first the nets that start from nothing, then those that start from them."""
+        wanted = {(cell.net, cell.seed) for cell in self.cells if self.nets[cell.net].fit}
+        wanted |= {(start, seed) for net, seed in wanted if (start := self.nets[net].start) and self.nets[start].fit}
+        first = {source for source in wanted if self.nets[source[0]].start is None}
+        return sorted(first), sorted(wanted - first)
+
+    def _source_directory(self, net: str, seed: int) -> Path:
+        """Where a training writes: named by a hash of its configuration."""
+        config = self.nets[net]
+        text = Path(str(config.fit)).read_text()
+        if config.options:
+            text += json.dumps(config.options, sort_keys=True)
+        if config.start is not None:
+            text += self._start(config.start, seed)
+        return self.output / "sources" / f"{net}-seed{seed}-{digest(text)}"
+
+    def _start(self, net: str, seed: int) -> str:
+        return str(self._source_directory(net, seed) if self.nets[net].fit else self.nets[net].source_ckpt)
+
+    def _train(self, source: Source) -> None:
+        """Train one net, unless it was."""
+        net, seed = source
+        config, directory = self.nets[net], self._source_directory(net, seed)
+        if (directory / "done").exists():
+            return
+        shutil.rmtree(directory, ignore_errors=True)  # a training that was cut off
+        options = {
+            "seed_everything": seed,
+            "trainer.logger.init_args.save_dir": str(directory.parent),
+            "trainer.logger.init_args.name": directory.name,
+            "trainer.logger.init_args.version": "fit",
+            "trainer.enable_progress_bar": False,
+            **config.options,
+        }
+        if config.start is not None:
+            options["model.source_ckpt"] = self._start(config.start, seed)
+        texts = [f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in options.items()]
+        run_lightning(["fit", "--config", str(config.fit), *texts])
+        (directory / "done").touch()
 
     def _attempt(self, cell: Cell) -> tuple[dict[str, Any] | None, str]:
         """A cell's row, or why there is none; the other cells still run."""
@@ -232,7 +268,9 @@ class Benchmark:
         }
 
     def _run(self, cell: Cell) -> dict[str, Any]:
-        config = self._config(cell, self.sources.weights(cell.net, cell.seed))
+        net = self.nets[cell.net]
+        trained = find_checkpoint(self._source_directory(cell.net, cell.seed)) if net.fit else None
+        config = self._config(cell, str(trained) if trained else net.source_ckpt)
         name = f"{cell.method}-seed{cell.seed}-{digest(json.dumps(config, sort_keys=True))}"
         directory = self.output / "cells" / cell.net / cell.stream / name
         path = directory / "report.json"
@@ -254,6 +292,11 @@ class Benchmark:
         }
 
 
+def _check_labels(who: str, names: Iterable[str] | None, allowed: Iterable[str]) -> None:
+    if unknown := [name for name in names or [] if name not in allowed]:
+        raise ConfigError(f"{who} {unknown}; there are {list(allowed)}.")
+
+
 def _check_options(label: str, method: MethodConfig) -> None:
     """Refuse wrong options and ranges by building the method on a tiny net."""
     try:
@@ -267,6 +310,11 @@ def _check_options(label: str, method: MethodConfig) -> None:
         pass  # the probe says nothing about the nets of the benchmark
     except ConfigError as error:
         raise ConfigError(f"Method '{label}': {error}") from error
+
+
+def digest(text: str) -> str:
+    """Eight hex digits that identify a configuration."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 _FOR_GOOD = ExitStack()  # what lasts as long as a worker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_tta import methods
-from lightning_tta.launch.text import columns, without_markup
+from lightning_tta.launch.help import columns, describe_method, without_markup
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -52,7 +53,7 @@ def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
     """What benchmark, report or export calls, and the parser that its signature makes."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=f"lightning-tta {name}", description=COMMANDS[name].summary)
+    parser = ArgumentParser(prog=f"lightning-tta {name}", description=COMMANDS[name].summary, exit_on_error=False)
     if name == "benchmark":
         from lightning_tta.benchmark.runner import Benchmark
 
@@ -62,9 +63,8 @@ def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
     if name == "report":
         from lightning_tta.report.terminal import report
 
-        parser.add_argument(
-            "runs", nargs="+", type=Path, help="Run directories, or their report.json or benchmark.json."
-        )
+        text = "Run directories, or their report.json or benchmark.json."
+        parser.add_argument("runs", nargs="+", type=Path, help=text)
         parser.add_function_arguments(report, skip={"runs"})
         return report, parser
     from lightning_tta.exporting import export_run
@@ -75,10 +75,13 @@ def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
 
 def call(name: str, args: list[str]) -> Any:
     """Call benchmark (which is then built, not run), report or export with the arguments after its name."""
-    from lightning_tta.launch.messages import parse
-
     function, parser = make_parser(name)
-    options = parser.instantiate(parse(parser, args)).as_dict()
+    try:
+        options = parser.instantiate(parser.parse_args(args)).as_dict()
+    except argparse.ArgumentError as error:
+        from lightning_tta.launch.messages import explain
+
+        raise explain(error, parser, parser.prog) from None
     options.pop("config", None)
     return function(**options)
 
@@ -98,8 +101,6 @@ def _list_streams(args: list[str]) -> None:
 
 def _list_methods(args: list[str]) -> None:
     if args:
-        from lightning_tta.launch.options import describe_method
-
         print(describe_method(args[0]))
         return
     rows = []

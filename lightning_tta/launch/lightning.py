@@ -17,9 +17,9 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_tta.backbones.weights import read_checkpoint
-from lightning_tta.errors import ConfigError
+from lightning_tta.errors import ConfigError, LightningTTAError
 from lightning_tta.launch.help import short_help
-from lightning_tta.launch.messages import explain, our_error
+from lightning_tta.launch.messages import explain
 from lightning_tta.methods import available_methods, find
 from lightning_tta.run.board import FitBoard
 from lightning_tta.run.config_file import RunConfig
@@ -112,14 +112,11 @@ class TTACLI(LightningCLI):
 class _ParseOnlyCLI(TTACLI):
     """Stops after the checks of the parser: no net is built, no data read."""
 
-    def _set_seed(self) -> None:
-        """Leave the generators alone."""
+    def _set_seed(self) -> None: ...
 
-    def instantiate_classes(self) -> None:
-        """Instantiate nothing."""
+    def instantiate_classes(self) -> None: ...
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
+    def _run_subcommand(self, subcommand: str) -> None: ...
 
 
 def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False) -> TTACLI:
@@ -180,7 +177,9 @@ def _in_our_words() -> Iterator[None]:
         try:
             yield
         except (ValueError, TypeError) as error:
-            cause = our_error(error)
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, LightningTTAError):
+                cause = cause.__cause__ or cause.__context__
             if cause is None:
                 raise
             raise cause from None

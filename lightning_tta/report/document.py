@@ -21,12 +21,12 @@ TITLE = "Test-time adaptation"
 
 @dataclass
 class Gallery:
-    """Figures side by side where there is room: description and figure of each."""
+    """Figures side by side where there is room, each with its description."""
 
     figures: Sequence[tuple[str, Figure]]
     caption: str
     wide: bool = False
-    file: str | None = None
+    file: str | None = None  # what a picture beside a Markdown file is called; without one there is none
 
 
 @dataclass
@@ -34,69 +34,68 @@ class Section:
     """A heading with warnings, tables and figures, in this order."""
 
     title: str
-    level: int = 3
-    warnings: Sequence[str] = ()
     tables: Sequence[Table | None] = ()
+    warnings: Sequence[str] = ()
     galleries: list[Gallery] = field(default_factory=list)
-    number: int = 0
+    level: int = 3
 
 
-def sections(results: Results, looks: Looks, *, page: bool) -> list[Section]:
-    """All sections, figures drawn; of these, without a ``page``, only the curves along the stream."""
+def sections(results: Results, looks: Looks) -> list[Section]:
+    """All sections, figures drawn."""
     warnings = list(results.warnings)
     if results.missing:
         warnings.append(f"Cells without a result: {len(results.missing)}; see the end.")
-    found = [Section("Before you read", 2, warnings)]
-    if len(results.groups) > 1:
-        found.append(Section("All groups", 2, tables=[tables.all_groups(results)]))
-    for group in results.groups:
-        found += _group(group, looks, page)
-    found.append(Section("Missing cells", 2, tables=[tables.missing(results)]))
-    found.append(Section("Versions and hardware", 2, tables=[tables.environment(results)]))
-    for number, section in enumerate(found):
-        section.number = number
-        section.tables = [table for table in section.tables if table is not None]
-    return [section for section in found if section.warnings or section.tables or section.galleries]
-
-
-def _group(group: Group, looks: Looks, page: bool) -> list[Section]:
-    head = Section(group.title, 2, group.warnings, [tables.overview(group)])
-    stream = Section("Along the stream")
-    calibration = Section("Calibration", tables=[tables.calibration(group)])
-    cost = Section("Cost", tables=[tables.cost(group)])
-    curves = figures.curves_figure(group, looks)
-    lacking = [method for method, runs in group.methods.items() if not all(run.batches for run in runs)]
-    if lacking:
-        stream.warnings = [f"There is no batches.jsonl beside some reports of {', '.join(lacking)}."]
-    if curves is not None:
-        caption, file = figures.curves_caption(group), f"{group.title.replace(', ', '-')}.png"
-        stream.galleries.append(Gallery([("accuracy and class share along the stream", curves)], caption, True, file))
-    if page:
-        gains = tables.differences(group)
-        if gains:
-            caption = "Differences to the source with their 95 % intervals; filled: the interval leaves out zero."
-            shown = [("differences to source", figures.differences_figure(gains, looks))]
-            head.galleries.append(Gallery(shown, caption))
-        bins = {m: found for m, runs in group.methods.items() if (found := tables.reliability(runs)) is not None}
-        if bins:
-            caption = (
-                "Reliability: accuracy by confidence, all seeds together; vertical lines are the gap to the mean "
-                "confidence of the bin. On the diagonal confidence is honest; below it, too high."
-            )
-            shown = [(f"reliability of {m}", figures.reliability_figure(b, m, looks[m])) for m, b in bins.items()]
-            calibration.galleries.append(Gallery(shown, caption))
-        points = tables.cost_points(group)
-        if points:
-            caption = "Accuracy against cost. Dashed: the methods that no other beats in both."
-            shown = [("accuracy against cost", figures.pareto_figure(points, looks))]
-            cost.galleries.append(Gallery(shown, caption, wide=True))
-    domains = tables.by_domain(group) if len(group.domains) > 1 else []
-    rest = [
-        Section("Forgetting", tables=[tables.forgetting(group)]),
-        Section("Guard events", tables=[tables.guard(group)]),
-        Section("Protocol", tables=[tables.protocol(group)]),
+    everything = [
+        Section("Before you read", warnings=warnings, level=2),
+        Section("All groups", [tables.all_groups(results)] if len(results.groups) > 1 else [], level=2),
+        *(section for group in results.groups for section in _group_sections(group, looks)),
+        Section("Missing cells", [tables.missing(results)], level=2),
+        Section("Versions and hardware", [tables.environment(results)], level=2),
     ]
-    return [head, Section("By domain", tables=domains), stream, calibration, cost, *rest]
+    for section in everything:
+        section.tables = [table for table in section.tables if table is not None]
+    return [section for section in everything if section.warnings or section.tables or section.galleries]
+
+
+def _group_sections(group: Group, looks: Looks) -> list[Section]:
+    head = Section(group.title, [tables.overview(group)], group.warnings, level=2)
+    stream = Section("Along the stream")
+    calibration = Section("Calibration", [tables.calibration(group)])
+    cost = Section("Cost", [tables.cost(group)])
+    if gains := tables.differences(group):
+        caption = "Differences to the source with their 95 % intervals; filled: the interval leaves out zero."
+        head.galleries.append(Gallery([("differences to source", figures.differences_figure(gains, looks))], caption))
+    if incomplete := [method for method, runs in group.methods.items() if not all(run.batches for run in runs)]:
+        stream.warnings = [f"There is no batches.jsonl beside some reports of {', '.join(incomplete)}."]
+    if curves := figures.curves_figure(group, looks):
+        described = ("accuracy and class share along the stream", curves)
+        file = f"{group.title.replace(', ', '-')}.png"
+        stream.galleries.append(Gallery([described], figures.curves_caption(group), wide=True, file=file))
+    reliability = [
+        (f"reliability of {method}", figures.reliability_figure(bins, method, looks[method]))
+        for method, runs in group.methods.items()
+        if (bins := tables.reliability(runs)) is not None
+    ]
+    if reliability:
+        caption = (
+            "Reliability: accuracy by confidence, all seeds together; vertical lines are the gap to the mean "
+            "confidence of the bin. On the diagonal confidence is honest; below it, too high."
+        )
+        calibration.galleries.append(Gallery(reliability, caption))
+    if points := tables.cost_points(group):
+        caption = "Accuracy against cost. Dashed: the methods that no other beats in both."
+        described = ("accuracy against cost", figures.pareto_figure(points, looks))
+        cost.galleries.append(Gallery([described], caption, wide=True))
+    return [
+        head,
+        Section("By domain", tables.by_domain(group) if len(group.domains) > 1 else []),
+        stream,
+        calibration,
+        cost,
+        Section("Forgetting", [tables.forgetting(group)]),
+        Section("Guard events", [tables.guard(group)]),
+        Section("Protocol", [tables.protocol(group)]),
+    ]
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None, results: Results | None = None) -> list[Path]:
@@ -123,43 +122,34 @@ def write_report(runs: Sequence[Path], output: Path | None = None, results: Resu
     looks = figures.looks(results.methods)
     count = sum(len(group.runs) for group in results.groups)
     subtitle = f"Runs: {count}. Accuracies are in percent; differences in points."
-    template = Environment(autoescape=True, trim_blocks=True).from_string(
-        files("lightning_tta.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    )
+    template = files("lightning_tta.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     with figures.drawing():
-        found = sections(results, looks, page=True)
-        page = template.render(title=TITLE, subtitle=subtitle, sections=found, looks=looks, as_image=figures.as_image)
-    texts = {"report.html": page, "report.md": markdown(TITLE, f"{subtitle} The figures are in `report.html`.", found)}
-    for name, text in texts.items():
-        (output / name).write_text(text, encoding="utf-8")
-    return [output / name for name in texts]
-
-
-def write_markdown(results: Results, path: Path, title: str, subtitle: str) -> None:
-    """Write the tables as Markdown, with the curves along the stream as pictures beside the file."""
-    with figures.drawing():
-        found = sections(results, figures.looks(results.methods), page=False)
-        path.write_text(markdown(title, subtitle, found, path.parent), encoding="utf-8")
+        everything = sections(results, looks)
+        page = Environment(autoescape=True, trim_blocks=True).from_string(template)
+        html = page.render(title=TITLE, subtitle=subtitle, sections=everything, looks=looks, as_image=figures.as_image)
+    (output / "report.html").write_text(html, encoding="utf-8")
+    text = markdown(TITLE, f"{subtitle} The figures are in `report.html`.", everything)
+    (output / "report.md").write_text(text, encoding="utf-8")
+    return [output / "report.html", output / "report.md"]
 
 
 def markdown(title: str, subtitle: str, sections: Sequence[Section], pictures: Path | None = None) -> str:
     """Tables and warnings, and links to the curves, which are written to ``pictures``, where that is given."""
-    parts = [f"# {title}", subtitle]
+    blocks = [f"# {title}", subtitle]
     for section in sections:
-        parts.append(f"{'#' * section.level} {section.title}")
-        parts += [f"**{_escape(text)}**" for text in section.warnings]
-        for table in section.tables:
-            assert table is not None
-            rule = ["---" if place < table.left else "---:" for place in range(len(table.header))]
+        blocks.append(f"{'#' * section.level} {section.title}")
+        blocks += [f"**{_escape(text)}**" for text in section.warnings]
+        for table in filter(None, section.tables):
+            rule = ["---" if column < table.left else "---:" for column in range(len(table.header))]
             head, *rows = [[_escape(cell).replace("|", "\\|") for cell in row] for row in [table.header, *table.rows]]
-            parts += [f"**{_escape(table.title)}**"] if table.title != section.title else []
-            parts += ["\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows]), _escape(table.note)]
-        for gallery in section.galleries if pictures else ():
+            blocks += [f"**{_escape(table.title)}**"] if table.title != section.title else []
+            blocks += ["\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows]), _escape(table.note)]
+        for gallery in section.galleries:
             if pictures and gallery.file:
-                ((alt, figure),) = gallery.figures
+                ((description, figure),) = gallery.figures
                 figure.savefig(pictures / gallery.file, dpi=130)
-                parts += [f"![{alt}]({gallery.file.replace(' ', '%20')})", gallery.caption]
-    return "\n\n".join(parts) + "\n"
+                blocks += [f"![{description}]({gallery.file.replace(' ', '%20')})", gallery.caption]
+    return "\n\n".join(blocks) + "\n"
 
 
 def _escape(text: str) -> str:

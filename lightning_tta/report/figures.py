@@ -7,15 +7,16 @@ import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lightning_tta.report.runs import Group, Run
 from lightning_tta.report.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 # Okabe and Ito's first, safe for colour-blind readers, without their yellow, which white paper swallows.
 COLORS = (
@@ -45,8 +46,8 @@ Looks = Mapping[str, Look]
 def looks(methods: Iterable[str]) -> dict[str, Look]:
     """A look for each method of a report: the source black, the others by the order of their names."""
     names = sorted(set(methods) - {"source"})
-    found = {m: Look(COLORS[i % len(COLORS)], LINES[i % 4], MARKERS[i % 9]) for i, m in enumerate(names)}
-    return {"source": Look("#000000", "-", "o"), **found}
+    others = {m: Look(COLORS[i % len(COLORS)], LINES[i % 4], MARKERS[i % 9]) for i, m in enumerate(names)}
+    return {"source": Look("#000000", "-", "o"), **others}
 
 
 @contextmanager
@@ -54,12 +55,19 @@ def drawing() -> Iterator[None]:
     """Matplotlib set up for the report; the user's settings come back."""
     import matplotlib
 
-    spines = {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.edgecolor": MUTED}
-    sizes = {"font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left"}
-    others = {"grid.color": GRID, "grid.linewidth": 0.6, "legend.frameon": False, "svg.hashsalt": "lightning_tta"}
-    settings: Any = {**spines, **sizes, **others}
+    settings: Any = {
+        **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.edgecolor": MUTED},
+        **{"font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left"},
+        **{"grid.color": GRID, "grid.linewidth": 0.6, "legend.frameon": False, "svg.hashsalt": "lightning_tta"},
+    }
     with matplotlib.rc_context(settings):
         yield
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def as_image(figure: Figure) -> str:
@@ -71,14 +79,12 @@ def as_image(figure: Figure) -> str:
 
 def differences_figure(gains: Mapping[str, Estimate], looks: Looks) -> Figure:
     """Mean difference to the source by method, with its interval; filled where that leaves out zero."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 0.7 + 0.27 * len(gains)), layout="constrained")
+    figure = _figure(5.6, 0.7 + 0.27 * len(gains))
     axes = figure.subplots()
-    for place, (method, gain) in enumerate(gains.items()):
+    for row, (method, gain) in enumerate(gains.items()):
         look, half = looks[method], None if gain.half is None else 100 * gain.half
         fill = look.color if gain.clear else "white"
-        axes.errorbar(100 * gain.mean, place, xerr=half, color=look.color, marker=look.marker, capsize=3, mfc=fill)
+        axes.errorbar(100 * gain.mean, row, xerr=half, color=look.color, marker=look.marker, capsize=3, mfc=fill)
     axes.axvline(0, color=MUTED, lw=1)
     axes.set_yticks(range(len(gains)), list(gains))
     axes.set(ylim=(len(gains) - 0.5, -0.5), xlabel="difference to source, points of accuracy")
@@ -89,25 +95,19 @@ def differences_figure(gains: Mapping[str, Estimate], looks: Looks) -> Figure:
 def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look) -> Figure:
     """Accuracy by confidence, against the diagonal, over the share of images in each bin.
 
-    Args:
-        bins: Rows (images, sum of confidences, right ones) by bin.
-        title: Title.
-        look: The method's look.
+    ``bins`` has three rows, with a column for each bin: images, sum of confidences, right ones.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.35, 2.8), layout="constrained")
+    figure = _figure(2.35, 2.8)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-    total, width = sum(bins[0]), 1 / len(bins[0])
-    filled = [(place, *row) for place, row in enumerate(zip(*bins, strict=True)) if row[0]]
-    centers = [(place + 0.5) * width for place, *_ in filled]
-    confidences = [confident / count for _, count, confident, _ in filled]
-    accuracies = [right / count for _, count, _, right in filled]
+    width = 1 / len(bins[0])
+    filled = [((n + 0.5) * width, *column) for n, column in enumerate(zip(*bins, strict=True)) if column[0]]
+    centers, images, confidences, right = np.array(filled).reshape(-1, 4).T
+    accuracies = right / images
     axes.bar(centers, accuracies, width * 0.92, color=look.color, alpha=0.35, lw=0)
-    axes.vlines(centers, confidences, accuracies, color=look.color, lw=1.6)
+    axes.vlines(centers, confidences / images, accuracies, color=look.color, lw=1.6)
     axes.plot(centers, accuracies, color=look.color, marker=look.marker, markersize=3.5, ls="")
     axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=(0, (4, 3)))
-    below.bar(centers, [100 * count / total for _, count, *_ in filled], width * 0.92, color=MUTED, lw=0)
+    below.bar(centers, 100 * images / images.sum(), width * 0.92, color=MUTED, lw=0)
     axes.set(title=title, xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     below.set(xlabel="confidence", ylabel="% of\nimages")
     axes.grid()
@@ -116,25 +116,22 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look) 
 
 def pareto_figure(points: Mapping[str, Mapping[str, tuple[float, float]]], looks: Looks) -> Figure:
     """Accuracy against each cost (label -> method -> cost, accuracy), with those that nothing beats in both."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    names, width = dict.fromkeys(name for found in points.values() for name in found), 3.3 * len(points)
+    names, width = dict.fromkeys(name for methods in points.values() for name in methods), 3.3 * len(points)
     columns = legend_columns(names, width)
-    figure = Figure(figsize=(width, 3.1 + 0.2 * -(-len(names) // columns)), layout="constrained")
+    figure = _figure(width, 3.1 + 0.2 * -(-len(names) // columns))
     handles: dict[str, Any] = {}
-    for axes, (label, found) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
-        front = [found[m] for m in front_of(found)]
+    for axes, (label, methods) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
+        front = [methods[m] for m in front_of(methods)]
         axes.step(*zip(*front, strict=True), where="post", color=MUTED, lw=1, ls=(0, (4, 2)))
-        for method, point in found.items():
-            look = looks[method]
-            (handles[method],) = axes.plot(
-                *point, color=look.color, marker=look.marker, markersize=7, ls="", mec="white", mew=0.6
-            )
-        spent = [cost for cost, _ in found.values()]
-        if min(spent) > 0 and max(spent) > 4 * min(spent):
-            axes.set(xscale="log", xlim=(min(spent) / 1.5, max(spent) * 1.5))
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(spent) < 100 * min(spent) else (1,)))
+        for method, point in methods.items():
+            style = {"color": looks[method].color, "marker": looks[method].marker, "mec": "white", "mew": 0.6}
+            (handles[method],) = axes.plot(*point, markersize=7, ls="", **style)
+        costs = [cost for cost, _ in methods.values()]
+        if min(costs) > 0 and max(costs) > 4 * min(costs):
+            axes.set(xscale="log", xlim=(min(costs) / 1.5, max(costs) * 1.5))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(costs) < 100 * min(costs) else (1,)))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(0.12)
@@ -159,18 +156,13 @@ def front_of(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return front
 
 
-# Along the stream ------------------------------------------------------------------------------------------------
-
-
 def curves_figure(group: Group, looks: Looks) -> Figure | None:
     """Accuracy and predicted-class share along the stream, mean and range over seeds; ``None`` without batches."""
-    from matplotlib.figure import Figure
-
     shown = with_batches(group)
     if not shown:
         return None
     if len(shown) <= TOGETHER:
-        figure = Figure(figsize=(9.2, 5.4), layout="constrained")
+        figure = _figure(9.2, 5.4)
         axes = figure.subplots(2, 1, sharex=True)
         _draw(axes, shown, looks)
         if len(shown) > 1:
@@ -178,7 +170,7 @@ def curves_figure(group: Group, looks: Looks) -> Figure | None:
             figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names, 9.2))
     else:
         rows = -(-len(shown) // COLUMNS)
-        figure = Figure(figsize=(COLUMNS * 3.35, rows * 2.9), layout="constrained")
+        figure = _figure(COLUMNS * 3.35, rows * 2.9)
         panels: Any = figure.subfigures(rows, COLUMNS)
         for panel, (method, runs) in zip(panels.flat, shown.items(), strict=False):
             axes = panel.subplots(2, 1, sharex=True)
@@ -205,73 +197,64 @@ def curves_caption(group: Group) -> str:
 
 def with_batches(group: Group) -> dict[str, list[Run]]:
     """The runs that have a batches.jsonl, by method."""
-    found = {method: [run for run in runs if run.batches] for method, runs in group.methods.items()}
-    return {method: runs for method, runs in found.items() if runs}
+    methods = {method: [run for run in runs if run.batches] for method, runs in group.methods.items()}
+    return {method: runs for method, runs in methods.items() if runs}
 
 
 def _draw(axes: Any, shown: Mapping[str, Sequence[Run]], looks: Looks, behind: Sequence[Run] | None = None) -> None:
-    batches = next(iter(shown.values()))[0].batches
-    for panel, which in zip(axes, ("accuracy", "recent_class_share"), strict=True):
-        if behind and (curve := _curve(behind, which)):
-            panel.plot(curve[0], curve[1], color=MUTED, lw=1, alpha=0.8)
+    first = next(iter(shown.values()))[0]
+    for panel, name in zip(axes, ("accuracy", "recent_class_share"), strict=True):
+        seen, mean, *_ = _curve(behind or (), name)
+        panel.plot(seen, mean, color=MUTED, lw=1, alpha=0.8)
         for turn, (method, runs) in enumerate(shown.items()):
-            if not (curve := _curve(runs, which)):
-                continue
-            seen, mean, low, high = curve
-            look, every = looks[method], max(1, len(seen) // 9)
+            look, (seen, mean, low, high) = looks[method], _curve(runs, name)
+            every = max(1, len(seen) // 9)
             marks = (every * (turn + 1) // (len(shown) + 1), every)
             line = {"color": look.color, "ls": look.line, "marker": look.marker, "label": method}
             panel.plot(seen, mean, lw=1.5, markersize=4, markevery=marks, **line)
             if len(runs) > 1:
                 panel.fill_between(seen, low, high, color=look.color, alpha=0.1, lw=0)
         panel.grid(axis="y")  # a vertical line is a new domain
-    if truth := _curve([next(iter(shown.values()))[0]], "recent_label_share"):
-        axes[1].fill_between(truth[0], truth[1], color=GRID, alpha=0.7, lw=0, zorder=0)
-    spans = domain_spans(batches)
+    seen, share, *_ = _curve([first], "recent_label_share")
+    axes[1].fill_between(seen, share, color=GRID, alpha=0.7, lw=0, zorder=0)
+    batches, spans = first.batches, domain_spans(first.batches)
     for name, start, end in spans if len(spans) > 1 else ():
         left, right = batches[start]["images_seen"] - batches[start]["images"], batches[end - 1]["images_seen"]
         for panel in axes if start else ():
             panel.axvline(left, color=GRID, lw=0.9, zorder=0)
         if behind is None:
-            across = axes[0].get_xaxis_transform()
-            style = {"rotation": 35, "fontsize": 7.5, "rotation_mode": "anchor", "transform": across}
-            axes[0].text(0.7 * left + 0.3 * right, 1.02, name, **style)
+            style = {"rotation": 35, "fontsize": 7.5, "rotation_mode": "anchor"}
+            axes[0].text(0.7 * left + 0.3 * right, 1.02, name, transform=axes[0].get_xaxis_transform(), **style)
     axes[0].set(ylabel="accuracy %", ylim=(0, 102), xlim=(0, batches[-1]["images_seen"]))
     axes[1].set(ylabel="largest class %", ylim=(0, 102), xlabel="images seen")
 
 
-def _curve(runs: Sequence[Run], which: str) -> tuple[list[float], list[float], list[float], list[float]] | None:
-    """Images seen, mean, lowest and highest over seeds, thinned to some hundred points."""
-    curves = [
-        rolling_accuracy(run.batches, run.window)
-        if which == "accuracy"
-        else [None if b.get(which) is None else 100 * b[which] for b in run.batches]
+def _curve(runs: Sequence[Run], name: str) -> NDArray[np.float64]:
+    """Rows: images seen, mean, lowest and highest over seeds, thinned to some hundred points; empty without values."""
+    curves: list[Any] = [
+        rolling_accuracy(run.batches, run.window) if name == "accuracy" else [b.get(name) for b in run.batches]
         for run in runs
     ]
-    length = min(map(len, curves))
-    columns = list(
-        zip([b["images_seen"] for b in runs[0].batches[:length]], *(c[:length] for c in curves), strict=True)
-    )
-    kept: list[Any] = [column for column in columns[:: max(1, -(-length // POINTS))] if None not in column]
-    if not kept:
-        return None
-    values = [column[1:] for column in kept]
-    return [c[0] for c in kept], [fmean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+    length = min(map(len, curves), default=0)
+    if not length:
+        return np.empty((4, 0))
+    values = np.array([curve[:length] for curve in curves], dtype=float) * (1 if name == "accuracy" else 100)
+    seen = np.array([batch["images_seen"] for batch in runs[0].batches[:length]])
+    rows = np.stack([seen, values.mean(0), values.min(0), values.max(0)])[:, :: max(1, -(-length // POINTS))]
+    return rows[:, np.isfinite(rows[1])]
 
 
 def rolling_accuracy(batches: Sequence[Mapping[str, Any]], window: int) -> list[float | None]:
     """Accuracy in percent over the last ``window`` batches of the same domain, each labelled batch by its images."""
-    counts = [(0.0, 0.0)] + [
-        (b["accuracy"] * b["images"], b["images"]) if b.get("accuracy") is not None else (0, 0) for b in batches
-    ]
-    right, images = (list(accumulate(column)) for column in zip(*counts, strict=True))
-    found: list[float | None] = []
+    counts = [(b["accuracy"] * b["images"], b["images"]) if b.get("accuracy") is not None else (0, 0) for b in batches]
+    right, images = np.cumsum([(0, 0), *counts], axis=0).T
+    accuracies: list[float | None] = []
     for _, first, last in domain_spans(batches):
         for end in range(first + 1, last + 1):
             start = max(first, end - window)
             count = images[end] - images[start]
-            found.append(100 * (right[end] - right[start]) / count if count else None)
-    return found
+            accuracies.append(100 * (right[end] - right[start]) / count if count else None)
+    return accuracies
 
 
 def domain_spans(batches: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:

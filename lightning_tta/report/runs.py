@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,27 +61,24 @@ class Run:
         """The lines of ``batches.jsonl``; none where it is missing. A last line cut off is left out."""
         path = self.directory / "batches.jsonl"
         lines: list[dict[str, Any]] = []
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            try:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            for line in path.read_text().splitlines():
                 lines.append(json.loads(line))
-            except ValueError:
-                break
         return lines
 
     @cached_property
     def hits(self) -> list[tuple[str, int, bool]]:
         """Domain, index and whether it was right, of each labelled image, sorted; none without predictions."""
         path = self.directory / "predictions.csv"
-        if not path.is_file():
-            return []
-        with path.open(newline="") as file:
-            rows = [r for r in csv.DictReader(file) if int(r["label"]) >= 0]
-        return sorted((r["domain"], int(r["index"]), r["label"] == r["prediction"]) for r in rows)
+        rows = csv.DictReader(path.read_text().splitlines()) if path.is_file() else ()
+        return sorted(
+            (r["domain"], int(r["index"]), r["label"] == r["prediction"]) for r in rows if int(r["label"]) >= 0
+        )
 
     def hits_in(self, domain: str | None) -> list[tuple[str, int, bool]]:
         """The hits of a domain, or of all domains that make up the accuracy."""
         # reports of earlier versions do not say which domains count
-        counted = {n for n, part in self.domains.items() if part.get("counted", not n.endswith(":blind_spots"))}
+        counted = {n for n, row in self.domains.items() if row.get("counted", not n.endswith(":blind_spots"))}
         return [hit for hit in self.hits if (hit[0] == domain if domain else hit[0] in counted)]
 
     def accuracy(self, domain: str | None = None) -> float | None:
@@ -99,10 +98,8 @@ class Group:
     @cached_property
     def methods(self) -> dict[str, list[Run]]:
         """Runs by method, the source first."""
-        found: dict[str, list[Run]] = {}
-        for run in sorted(self.runs, key=lambda run: run.method != "source"):
-            found.setdefault(run.method, []).append(run)
-        return found
+        methods = sorted(dict.fromkeys(run.method for run in self.runs), key=lambda method: method != "source")
+        return {method: [run for run in self.runs if run.method == method] for method in methods}
 
     @property
     def domains(self) -> list[str]:
@@ -136,37 +133,36 @@ class Results:
         return list(dict.fromkeys(method for group in self.groups for method in group.methods))
 
 
-def result_files(path: Path) -> list[Path]:
-    """The files with the results of a run, of a benchmark, or of all runs below a directory.
+def result_files(path: Path) -> dict[Path, dict[str, Any]]:
+    """The files with the results of a run, of a benchmark, or of all runs below a directory, with their content.
 
     Raises:
         DataError: If there is none, or a file holds something else.
     """
-    files = [path] if path.is_file() else list(_below(path))
+    files = [path] if path.is_file() else _files_below(path)
     if not files:
         raise DataError(
             f"{path} has no report.json or benchmark.json, nor has a directory in it. Give a finished run's directory; "
             "a run that was cut off has its predictions.csv, but no report."
         )
+    contents = {}
     for file in files:
         try:
-            content = json.loads(file.read_bytes())
+            contents[file] = content = json.loads(file.read_bytes())
         except ValueError as error:
             raise DataError(f"{file} cannot be read as JSON ({error}). Run once more, or leave it out.") from error
         if not isinstance(content, dict) or not {"rows", "protocol"} & set(content):
             raise DataError(f"{file} is no report of a run or benchmark. Give a finished run's directory.")
-    return files
+    return contents
 
 
-def _below(directory: Path) -> Iterator[Path]:
-    """Results in a directory, else those in the directories below."""
+def _files_below(directory: Path) -> list[Path]:
+    """The result in a directory, else those in the directories below."""
     for name in ("report.json", "benchmark.json"):
         if (directory / name).is_file():
-            yield directory / name
-            return
-    for child in sorted(directory.iterdir()) if directory.is_dir() else ():
-        if child.is_dir():
-            yield from _below(child)
+            return [directory / name]
+    below = sorted(child for child in directory.glob("*") if child.is_dir())
+    return [file for child in below for file in _files_below(child)]
 
 
 def read(paths: Sequence[Path], *, allow_different: bool = True) -> Results:
@@ -177,8 +173,8 @@ def read(paths: Sequence[Path], *, allow_different: bool = True) -> Results:
         ConfigError: If single runs have different protocols and ``allow_different`` is false.
     """
     results = Results()
-    for file in dict.fromkeys(file.resolve() for path in paths for file in result_files(path)):
-        content = json.loads(file.read_text())
+    contents = {file.resolve(): content for path in paths for file, content in result_files(path).items()}
+    for file, content in contents.items():
         if "rows" in content:
             _read_benchmark(file.parent, content, results)
         else:
@@ -193,17 +189,15 @@ def read(paths: Sequence[Path], *, allow_different: bool = True) -> Results:
 
 def _refuse_different(runs: Sequence[Run]) -> None:
     for run in runs if len(runs) > 1 else ():
-        if text := protocol_problem(run):
-            raise DataError(f"{run.directory}: {text}")
-        lines = differing(runs[0].protocol, run.protocol)
-        if lines:
+        if problem := protocol_problem(run):
+            raise DataError(f"{run.directory}: {problem}")
+        if lines := differing(runs[0].protocol, run.protocol):
             seeds = all(line.split(":")[0] in SEED_FIELDS for line in lines)
+            what = "\n  ".join(lines)
             raise ConfigError(
                 f"{runs[0].directory} and {run.directory} were measured under different protocols and are not "
-                "comparable:\n  "
-                + "\n  ".join(lines)
-                + "\nRun them under one protocol, or pass --allow_different true "
-                f"to see {'means over the seeds' if seeds else 'them side by side'}."
+                f"comparable:\n  {what}\nRun them under one protocol, or pass --allow_different true to see "
+                f"{'means over the seeds' if seeds else 'them side by side'}."
             )
 
 
@@ -217,6 +211,8 @@ def _read_benchmark(root: Path, content: Report, results: Results) -> None:
         report = json.loads(path.read_text()) if path.is_file() else {k: v for k, v in row.items() if k != "net"}
         runs = groups.setdefault((row["net"], row["stream"]), [])
         runs.append(Run(row["method"], str(row["seed"]), report, directory))
+    if not content["rows"]:
+        results.warnings.append(f"{root.name}: the benchmark has no finished cell.")
     if lost:
         results.warnings.append(
             f"{root.name}: {lost} of {len(content['rows'])} cells have no report.json beside benchmark.json any more. "
@@ -226,13 +222,11 @@ def _read_benchmark(root: Path, content: Report, results: Results) -> None:
     for (net, stream), runs in groups.items():
         group = Group(f"{net}, {stream}", runs)
         finished = {(run.method, run.seed) for run in runs}
-        for method, seed in ((method, seed) for method in group.methods for seed in group.seeds):
+        for method, seed in product(group.methods, group.seeds):
             if (method, seed) not in finished:
                 reasons.setdefault(f"{net}/{stream}/{method}/seed{seed}", "not in benchmark.json, and no reason given")
         results.groups.append(group)
-    results.missing += list(reasons.items())
-    if not content["rows"]:
-        results.warnings.append(f"{root.name}: the benchmark has no finished cell.")
+    results.missing += reasons.items()
 
 
 def _group_singles(results: Results) -> None:
@@ -245,32 +239,29 @@ def _group_singles(results: Results) -> None:
         run.seed = f"{run.protocol.get('order_seed', 0)} ({str(run.protocol.get('weights_digest'))[:6]})"
     groups: list[Group] = []
     for runs in experiments.values():
-        protocol = runs[0].protocol
-        title = f"{runs[0].net}, {protocol.get('data', 'data')}, {protocol.get('stream', 'stream')}"
-        weights = {run: f"{run.protocol.get('weights')} {run.protocol.get('weights_digest')}" for run in runs}
-        pairs = {(run.protocol.get("order_seed"), weights[run]) for run in runs}
-        if len(pairs) > len({seed for seed, _ in pairs}):  # one order with several weights: these are not its seeds
-            for name in dict.fromkeys(weights.values()):
-                groups.append(Group(f"{title}, {name}", [run for run in runs if weights[run] == name]))
+        title = f"{runs[0].net}, {runs[0].protocol.get('data', 'data')}, {runs[0].protocol.get('stream', 'stream')}"
+        by_weights: dict[str, list[Run]] = {}
+        for run in runs:
+            by_weights.setdefault(f"{run.protocol.get('weights')} {run.protocol.get('weights_digest')}", []).append(run)
+        orders = [{run.protocol.get("order_seed") for run in same} for same in by_weights.values()]
+        if sum(map(len, orders)) > len(set().union(*orders)):  # one order with several weights: these are not its seeds
+            groups += [Group(f"{title}, {name}", same) for name, same in by_weights.items()]
         else:
             groups.append(Group(title, runs))
-    first, *others = [{"net": group.runs[0].net, **group.runs[0].protocol} for group in groups] or [{}]
-    for number, other in enumerate(others, 2):
-        results.warnings.append(
-            f"The runs of parts 1 and {number} have different protocols and are not comparable: "
-            f"{'; '.join(differing(first, other))}."
-        )
     for number, group in enumerate(groups, 1):
-        group.title = f"Part {number}: {group.title}" if others else group.title
+        group.title = f"Part {number}: {group.title}" if len(groups) > 1 else group.title
+        lines = differing(*({"net": each.runs[0].net, **each.runs[0].protocol} for each in (groups[0], group)))
+        if number > 1:
+            results.warnings.append(
+                f"The runs of parts 1 and {number} have different protocols and are not comparable: {'; '.join(lines)}."
+            )
     results.groups += groups
 
 
 def _label(runs: Sequence[Run]) -> None:
     """Tell runs of one method apart by the options in which they differ, and equal ones by their directories."""
-    by_method: dict[str, list[Run]] = {}
-    for run in runs:
-        by_method.setdefault(run.method, []).append(run)
-    for same in by_method.values():
+    for method in {run.method for run in runs}:
+        same = [run for run in runs if run.method == method]
         options = [run.report.get("options") or {} for run in same]
         names = [n for n in dict.fromkeys(n for o in options for n in o) if len({short(o.get(n)) for o in options}) > 1]
         for run, values in zip(same, options, strict=True):
@@ -309,15 +300,13 @@ def short(value: Any) -> str:
 def _warnings(group: Group) -> list[str]:
     """What makes a group's numbers less than they seem."""
     warnings = []
-    by_seed: dict[str, dict[str, Run]] = {}
-    for run in group.runs:
-        by_seed.setdefault(run.seed, {})[run.hash] = run
-    for seed, runs in by_seed.items():
-        if len(runs) > 1:
-            first, *others = [run.protocol for run in runs.values()]
+    for seed in group.seeds:
+        protocols = {run.hash: run.protocol for run in group.runs if run.seed == seed}
+        if len(protocols) > 1:
+            first, *others = protocols.values()
             lines = sorted({line for other in others for line in differing(first, other)})
             warnings.append(
-                f"Seed {seed}: the rows have different protocols and are not comparable ({', '.join(runs)})"
+                f"Seed {seed}: the rows have different protocols and are not comparable ({', '.join(protocols)})"
                 + (f": {'; '.join(lines)}." if lines else ".")
             )
     problems: dict[str, list[str]] = {}

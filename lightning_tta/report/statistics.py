@@ -17,25 +17,15 @@ MIN_SEEDS = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, of values or of paired differences.
-
-    Attributes:
-        mean: Mean of the values.
-        low: Lowest value.
-        high: Highest value.
-        count: Number of values.
-        half: Half width of the 95 % confidence interval; ``None`` where the values are too few for one.
-        p: Of differences, the two-sided p-value of "no difference"; ``None`` where nothing was tested.
-        over: What the values belong to: ``seeds`` or ``images``.
-    """
+    """A mean, of values or of paired differences."""
 
     mean: float
-    low: float
+    low: float  # the lowest value
     high: float
     count: int
-    half: float | None = None
-    p: float | None = None
-    over: str = "seeds"
+    half: float | None = None  # half width of the 95 % interval; None where the values are too few for one
+    p: float | None = None  # of differences, two-sided, for "no difference"; None where nothing was tested
+    over: str = "seeds"  # what the values belong to: seeds or images
 
     @property
     def clear(self) -> bool:
@@ -52,14 +42,15 @@ def interval(values: Sequence[float]) -> Estimate | None:
     return Estimate(fmean(values), min(values), max(values), n, half)
 
 
-def over_seeds(differences: Sequence[float]) -> Estimate:
+def over_seeds(differences: Sequence[float]) -> Estimate | None:
     """The paired t test over seeds; fewer than ``MIN_SEEDS`` are not tested."""
-    found = interval(differences)
-    assert found is not None
-    error = stdev(differences) / math.sqrt(found.count) if found.half is not None else 0.0
-    if error <= 1e-12:  # too few, or equal but for rounding: no test
-        return found
-    return replace(found, p=2 * float(stdtr(found.count - 1, -abs(found.mean) / error)))
+    estimate = interval(differences)
+    if estimate is None or estimate.half is None:
+        return estimate
+    error = stdev(differences) / math.sqrt(estimate.count)
+    if error <= 1e-12:  # equal but for rounding: no test
+        return estimate
+    return replace(estimate, p=2 * float(stdtr(estimate.count - 1, -abs(estimate.mean) / error)))
 
 
 def over_images(differences: Sequence[int]) -> Estimate | None:
@@ -78,10 +69,10 @@ def over_images(differences: Sequence[int]) -> Estimate | None:
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """P-values corrected for their number (Holm 1979); ``None`` stays and does not count."""
-    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0
-    for rank, (p, place) in enumerate(known):
+    for rank, (p, index) in enumerate(known):
         largest = max(largest, min(1.0, p * (len(known) - rank)))
-        corrected[place] = largest
+        corrected[index] = largest
     return corrected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -17,15 +16,9 @@ COSTS = {"ms / image": "ms per image", "passes": "forward + 2 x backward per bat
 
 @dataclass(frozen=True)
 class Table:
-    """A table: the first ``left`` columns are text, the others numbers.
+    """Cells as text, with a note that says what the numbers mean; the first ``left`` columns are no numbers.
 
-    Attributes:
-        title: What it shows.
-        header: Names of the columns.
-        rows: Cells as text; ``*`` at a cell's end marks a difference whose interval leaves out zero.
-        note: What the numbers mean, to stand beside the table.
-        left: How many columns hold text.
-        methods: Whether the first column names methods.
+    ``*`` at a cell's end marks a difference whose interval leaves out zero.
     """
 
     title: str
@@ -33,10 +26,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
     left: int = 1
-    methods: bool = False
-
-
-# Cells -----------------------------------------------------------------------------------------------------------
+    methods: bool = False  # whether the first column names methods
 
 
 def cell(estimate: Estimate | None, scale: float = 100, digits: int = 1, sign: str = "") -> str:
@@ -51,11 +41,6 @@ def cell(estimate: Estimate | None, scale: float = 100, digits: int = 1, sign: s
     elif estimate.count > 1:
         text += f" [{scale * low:{sign}.{digits}f}, {scale * high:{sign}.{digits}f}]"
     return text + "*" * estimate.clear
-
-
-def gain_cell(difference: Estimate | None) -> str:
-    """A difference in points of accuracy."""
-    return cell(difference, sign="+")
 
 
 def p_cell(p: float | None) -> str:
@@ -84,9 +69,6 @@ def known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-# Accuracy and differences ----------------------------------------------------------------------------------------
-
-
 def accuracy_of(runs: Sequence[Run], domain: str | None = None) -> Estimate | None:
     """Accuracy over seeds, of a domain or of all."""
     return interval(known(run.accuracy(domain) for run in runs))
@@ -94,25 +76,19 @@ def accuracy_of(runs: Sequence[Run], domain: str | None = None) -> Estimate | No
 
 def difference(group: Group, method: str, domain: str | None = None) -> Estimate | None:
     """Accuracy minus the source's under the same protocol: over seeds if there are several, else over images."""
-    pairs, gains = [], []
-    for run, source in group.pairs(method):
-        mine, base = run.accuracy(domain), source.accuracy(domain)
-        if mine is not None and base is not None:
-            pairs.append((run, source))
-            gains.append(mine - base)
+    pairs = [pair for pair in group.pairs(method) if None not in [run.accuracy(domain) for run in pair]]
     if len(pairs) == 1:
-        hits, base_hits = (run.hits_in(domain) for run in pairs[0])
-        if hits and [hit[:2] for hit in hits] == [hit[:2] for hit in base_hits]:
-            over = over_images([int(hit[2]) - int(other[2]) for hit, other in zip(hits, base_hits, strict=True)])
+        hits, source_hits = (run.hits_in(domain) for run in pairs[0])
+        if [hit[:2] for hit in hits] == [hit[:2] for hit in source_hits]:
+            over = over_images([int(hit[2]) - int(other[2]) for hit, other in zip(hits, source_hits, strict=True)])
             if over is not None:
                 return over
-    return over_seeds(gains) if gains else None
+    return over_seeds([(run.accuracy(domain) or 0) - (source.accuracy(domain) or 0) for run, source in pairs])
 
 
 def differences(group: Group) -> dict[str, Estimate]:
     """The difference to the source of every method that has one."""
-    found = {method: difference(group, method) for method in group.methods}
-    return {method: value for method, value in found.items() if value is not None}
+    return {method: gain for method in group.methods if (gain := difference(group, method)) is not None}
 
 
 def pairing_note(gains: Iterable[Estimate]) -> str:
@@ -136,33 +112,33 @@ def pairing_note(gains: Iterable[Estimate]) -> str:
     return " ".join([*words, "* the interval leaves out zero; Holm: p corrected for the methods here."])
 
 
+def _by_method(title: str, header: Sequence[str], cells: Mapping[str, Sequence[str]], note: str) -> Table:
+    return Table(title, ["method", *header], [[m, *row] for m, row in cells.items()], note, methods=True)
+
+
 def overview(group: Group) -> Table:
     """Accuracy, difference to the source with its p-value, collapse."""
     gains = differences(group)
     corrected = dict(zip(gains, holm([gain.p for gain in gains.values()]), strict=True))
-    rows = []
+    cells = {}
     for method, runs in group.methods.items():
         gain = gains.get(method)
         worst = known(max(known(d.get("largest_class_share") for d in r.domains.values()), default=None) for r in runs)
         p_values = [p_cell(gain.p if gain else None), p_cell(corrected.get(method))]
         share = number(100 * fmean(worst) if worst else None)
-        rows.append([method, str(len(runs)), cell(accuracy_of(runs)), gain_cell(gain), *p_values, share])
-    header = ["method", "n", "accuracy %", "vs source", "p", "p (Holm)", "largest class %"]
+        cells[method] = [str(len(runs)), cell(accuracy_of(runs)), cell(gain, sign="+"), *p_values, share]
     note = (
         f"{spread_note(group)} {pairing_note(gains.values())} Largest class: share of the most predicted class in the "
         "worst domain, mean over seeds; near 100 after a collapse."
     )
-    return Table(group.title, header, rows, note, methods=True)
+    return _by_method(group.title, ["n", "accuracy %", "vs source", "p", "p (Holm)", "largest class %"], cells, note)
 
 
 def all_groups(results: Results) -> Table:
     """Accuracy of every method in every group."""
-    rows = [
-        [m, *(cell(accuracy_of(group.methods[m])) if m in group.methods else "-" for group in results.groups)]
-        for m in results.methods
-    ]
+    cells = {m: [cell(accuracy_of(group.methods.get(m, []))) for group in results.groups] for m in results.methods}
     note = "Accuracy %; ± as beside each group's own table below. Columns are not comparable with each other."
-    return Table("All groups", ["method", *(group.title for group in results.groups)], rows, note, methods=True)
+    return _by_method("All groups", [group.title for group in results.groups], cells, note)
 
 
 def by_domain(group: Group) -> list[Table]:
@@ -170,7 +146,7 @@ def by_domain(group: Group) -> list[Table]:
     domains: list[str | None] = [*group.domains, None]
     columns = {m: [cell(accuracy_of(runs, d)) for d in domains] for m, runs in group.methods.items()}
     tables = [_crossed("Accuracy % by domain", domains, columns, spread_note(group))]
-    gains = {m: [gain_cell(difference(group, m, d)) for d in domains] for m in differences(group)}
+    gains = {m: [cell(difference(group, m, d), sign="+") for d in domains] for m in differences(group)}
     if gains:
         note = (
             "Paired as above; * the interval leaves out zero. Not corrected for the number of domains: about one star "
@@ -183,39 +159,35 @@ def by_domain(group: Group) -> list[Table]:
 def _crossed(title: str, domains: Sequence[str | None], columns: Mapping[str, list[str]], note: str) -> Table:
     names = [domain or "all" for domain in domains]
     if len(columns) > len(names):
-        return Table(title, ["method", *names], [[m, *cells] for m, cells in columns.items()], note, methods=True)
+        return _by_method(title, names, columns, note)
     rows = [list(row) for row in zip(names, *columns.values(), strict=True)]
     return Table(title, ["domain", *columns], rows, note)
 
 
 def one_run(report: Report) -> Table:
     """A run's account by domain."""
-    percent = [(row["accuracy"], row["largest_class_share"]) for row in report["domains"].values()]
-    shares = [[number(None if value is None else 100 * value) for value in pair] for pair in percent]
-    rows = [[n, str(row["images"]), *s] for (n, row), s in zip(report["domains"].items(), shares, strict=True)]
-    total = report["accuracy"]
-    rows.append(["all", str(report["images"]), number(None if total is None else 100 * total), ""])
+    total = {"images": report["images"], "accuracy": report["accuracy"], "largest_class_share": None}
+    rows = []
+    for name, row in [*report["domains"].items(), ("all", total)]:
+        shares = [row["accuracy"], row["largest_class_share"]]
+        rows.append([name, str(row["images"]), *(number(None if s is None else 100 * s) for s in shares)])
     protocol = report["protocol"]
     title = f"{report['method']}, {protocol['stream']} stream, reset {protocol['reset']}, protocol {protocol['hash']}"
     return Table(title, ["domain", "images", "accuracy %", "largest class %"], rows)
 
 
-# Calibration, cost, forgetting -----------------------------------------------------------------------------------
-
-
 def calibration(group: Group) -> Table | None:
     """ECE, NLL and Brier's score; ``None`` where no report has them."""
-    rows = []
+    cells = {}
     for method, runs in group.methods.items():
         ece, nll, brier = (interval(known(run.report.get(key) for run in runs)) for key in ("ece", "nll", "brier"))
-        rows.append([method, cell(ece), cell(nll, 1, 3), cell(brier, 1, 3)])
-    if all(text == "-" for row in rows for text in row[1:]):
-        return None
+        cells[method] = [cell(ece), cell(nll, 1, 3), cell(brier, 1, 3)]
     note = (
         "Expected calibration error (15 bins of confidence), negative log-likelihood in nats, Brier's score (0 to 2); "
         f"lower is better. {spread_note(group)}"
     )
-    return Table("Calibration", ["method", "ECE %", "NLL", "Brier"], rows, note, methods=True)
+    measured = any(text != "-" for row in cells.values() for text in row)
+    return _by_method("Calibration", ["ECE %", "NLL", "Brier"], cells, note) if measured else None
 
 
 def reliability(runs: Sequence[Run]) -> list[list[float]] | None:
@@ -226,100 +198,95 @@ def reliability(runs: Sequence[Run]) -> list[list[float]] | None:
 
 def costs(runs: Sequence[Run]) -> dict[str, float]:
     """Means over runs of what the reports know: passes a batch, ms a batch and an image, peak memory in MB."""
-    found: dict[str, list[float]] = {}
+    each = []
     for run in runs:
-        report, per_batch = run.report, run.report.get("seconds_per_batch")
-        images = report.get("images") or sum(part.get("images", 0) for part in run.domains.values())
-        batches, seconds = report.get("batches"), report.get("seconds")
-        values = {
-            "forward": report["forwards"] / batches if batches and report.get("forwards") is not None else None,
-            "backward": report["backwards"] / batches if batches and report.get("backwards") is not None else None,
-            "ms / batch": None if per_batch is None else 1000 * per_batch,
-            "ms / image": 1000 * seconds / images if images and seconds is not None else None,
-            "peak MB": report.get("peak_memory_mb"),
-        }
-        for name, value in values.items():
-            found.setdefault(name, []).extend(known([value]))
-    means = {name: fmean(values) for name, values in found.items() if values}
+        get = run.report.get
+        images = get("images") or sum(domain.get("images", 0) for domain in run.domains.values())
+        each.append(
+            {
+                "forward": _ratio(get("forwards"), get("batches")),
+                "backward": _ratio(get("backwards"), get("batches")),
+                "ms / batch": _ratio(get("seconds_per_batch"), 0.001),
+                "ms / image": _ratio(get("seconds"), images / 1000),
+                "peak MB": get("peak_memory_mb"),
+            }
+        )
+    values = {name: known(costs[name] for costs in each) for name in each[0]}
+    means = {name: fmean(several) for name, several in values.items() if several}
     if "forward" in means and "backward" in means:
         means["passes"] = means["forward"] + 2 * means["backward"]
     return means
+
+
+def _ratio(value: float | None, by: float | None) -> float | None:
+    return value / by if value is not None and by else None
 
 
 def cost(group: Group) -> Table:
     """Passes, time and memory."""
     all_costs = {method: costs(runs) for method, runs in group.methods.items()}
     base = all_costs.get("source", {}).get("ms / batch")
-    rows = []
-    for method, found in all_costs.items():
-        time = found.get("ms / batch")
-        rows.append(
-            [
-                method,
-                *(number(found.get(name), ".3g") for name in ("forward", "backward")),
-                number(time),
-                number(time / base if time is not None and base else None, ".2f"),
-                number(found.get("ms / image"), ".2f"),
-                number(found.get("peak MB"), ",.0f"),
-            ]
-        )
+    forms = {
+        "forward": ".3g",
+        "backward": ".3g",
+        "ms / batch": ".1f",
+        "x source": ".2f",
+        "ms / image": ".2f",
+        "peak MB": ",.0f",
+    }
+    cells = {}
+    for method, means in all_costs.items():
+        values = {**means, "x source": _ratio(means.get("ms / batch"), base)}
+        cells[method] = [number(values.get(name), form) for name, form in forms.items()]
     kinds = sorted({str(run.report["peak_memory"]) for run in group.runs if run.report.get("peak_memory")})
-    note = "Forward and backward passes a batch, time by the clock, peak memory" + (
-        f" ({', '.join(kinds)})." if kinds else "."
-    )
+    how = f" ({', '.join(kinds)})" if kinds else ""
+    note = f"Forward and backward passes a batch, time by the clock, peak memory{how}."
     if any(kind.startswith("resident") for kind in kinds):
         note += " Resident memory holds libraries, data and what earlier runs of the same process left."
-    header = ["method", "forward", "backward", "ms / batch", "x source", "ms / image", "peak MB"]
-    return Table("Cost", header, rows, f"{note} Means over seeds.", methods=True)
+    return _by_method("Cost", list(forms), cells, f"{note} Means over seeds.")
 
 
 def cost_points(group: Group) -> dict[str, dict[str, tuple[float, float]]]:
     """Cost and accuracy in percent of every method, by kind of cost, where two methods or more have both."""
-    points: dict[str, dict[str, tuple[float, float]]] = {}
-    for key, label in COSTS.items():
-        for method, runs in group.methods.items():
-            accuracy, found = accuracy_of(runs), costs(runs)
-            if accuracy is not None and key in found:
-                points.setdefault(label, {})[method] = (found[key], 100 * accuracy.mean)
-    return {label: found for label, found in points.items() if len(found) > 1}
+    points: dict[str, dict[str, tuple[float, float]]] = {label: {} for label in COSTS.values()}
+    for method, runs in group.methods.items():
+        accuracy, means = accuracy_of(runs), costs(runs)
+        for key in COSTS if accuracy is not None else ():
+            if accuracy is not None and key in means:
+                points[COSTS[key]][method] = (means[key], 100 * accuracy.mean)
+    return {label: methods for label, methods in points.items() if len(methods) > 1}
 
 
 def forgetting(group: Group) -> Table | None:
     """Accuracy on clean source data after the stream; ``None`` where it was not measured."""
-    after = {m: known(run.report.get("source_accuracy_after") for run in runs) for m, runs in group.methods.items()}
-    if not any(after.values()):
-        return None
-    rows = []
-    for method, values in after.items():
-        both = [[run.report.get("source_accuracy_after") for run in pair] for pair in group.pairs(method)]
-        lost = [mine - base for mine, base in both if mine is not None and base is not None]
-        rows.append([method, cell(interval(values)), gain_cell(over_seeds(lost) if lost else None)])
+    cells = {}
+    for method, runs in group.methods.items():
+        after = interval(known(run.report.get("source_accuracy_after") for run in runs))
+        pairs = [[run.report.get("source_accuracy_after") for run in pair] for pair in group.pairs(method)]
+        change = over_seeds([after - before for after, before in pairs if after is not None and before is not None])
+        cells[method] = [cell(after), cell(change, sign="+")]
     note = (
         "Accuracy on clean source test images after the stream, predicted without adapting, and its difference to the "
         "source model's, paired by seed. Under a reset policy, what the last domain or batch left. "
         + spread_note(group)
     )
-    return Table("Forgetting", ["method", "source accuracy after %", "vs source"], rows, note, methods=True)
-
-
-# Guard, protocol, environment ------------------------------------------------------------------------------------
+    measured = any(text != "-" for text, _ in cells.values())
+    return _by_method("Forgetting", ["source accuracy after %", "vs source"], cells, note) if measured else None
 
 
 def guard(group: Group) -> Table | None:
     """Events of the guard; ``None`` where no run had one."""
     rows, note = [], ""
     guarded = [(run, run.report["guard"]) for run in group.runs if run.report.get("guard") is not None]
-    for run, found in guarded:
-        for event in found.get("events", []):
+    for run, account in guarded:
+        for event in account.get("events", []):
             rest = {k: v for k, v in event.items() if k not in ("batch", "reason", "action") and v is not None}
             texts = [str(event.get(key, "-")) for key in ("batch", "reason", "action")]
             rows.append([run.method, run.seed, *texts, said(rest).replace("_", " ")])
-        if found.get("on_probation"):
-            note += (
-                f" {run.method}, seed {run.seed}: the source predicted {found['on_probation']} batches on probation."
-            )
-        if found.get("forwards"):
-            note += f" {found['forwards']} forward passes more, for the source as measure."
+        if count := account.get("on_probation"):
+            note += f" {run.method}, seed {run.seed}: the source predicted {count} batches on probation."
+        if count := account.get("forwards"):
+            note += f" {count} forward passes more, for the source as measure."
     note = (f"{len(rows)} events of the guard." if rows else "The guard watched and had nothing to do.") + note
     header = ["method", "seed", "batch", "reason", "action", "more"]
     return Table("Guard events", header, rows, note, left=6, methods=True) if guarded else None
@@ -328,15 +295,12 @@ def guard(group: Group) -> Table | None:
 def protocol(group: Group) -> Table:
     """What must be equal before results are compared, hashes, net and precision."""
     protocols = [run.protocol for run in group.runs if run.protocol]
-    rows = []
-    for key in dict.fromkeys(key for protocol in protocols for key in protocol if key != "hash"):
-        values = list(dict.fromkeys(said(protocol.get(key)) for protocol in protocols))
-        if values != ["-"]:
-            rows.append([key.replace("_", " "), "; ".join(values)])
-    hashes = {seed: dict.fromkeys(run.hash for run in group.runs if run.seed == seed) for seed in group.seeds}
-    rows += [[f"hash, seed {seed}", ", ".join(several)] for seed, several in hashes.items()]
+    values = {key.replace("_", " "): value for key, value in _merge(protocols).items()}
+    for seed in group.seeds:
+        values[f"hash, seed {seed}"] = ", ".join(dict.fromkeys(run.hash for run in group.runs if run.seed == seed))
+    rows = [[key, value] for key, value in values.items() if value != "-"]
     nets = [{k: v for k, v in (run.report.get("net") or {}).items() if k != "digest"} for run in group.runs]
-    rows += [["net", net] for net in dict.fromkeys(said(net) for net in nets) if net != "-"]
+    rows += [["net", net] for net in dict.fromkeys(map(said, nets)) if net != "-"]
     precisions = dict.fromkeys(str(run.report["precision"]) for run in group.runs if "precision" in run.report)
     rows += [["precision", ", ".join(precisions)]] if precisions else []
     note = "What must be equal before two results may be compared; several values: what differs between the runs."
@@ -345,12 +309,19 @@ def protocol(group: Group) -> Table:
 
 def environment(results: Results) -> Table | None:
     """Versions and hardware, as the runs say; ``None`` where none does."""
-    found = [e for group in results.groups for run in group.runs if (e := run.report.get("environment"))]
-    rows = []
-    for key in dict.fromkeys(key for environment in found for key in environment):
-        counts = Counter(str(environment.get(key, "-")) for environment in found)
-        rows.append([key, "; ".join(v if len(counts) == 1 else f"{v} ({n} runs)" for v, n in counts.items())])
-    return Table("Versions and hardware", ["", ""], rows, f"As the {len(found)} runs say.", left=2) if rows else None
+    environments = [e for group in results.groups for run in group.runs if (e := run.report.get("environment"))]
+    rows = list(_merge(environments).items())
+    return (
+        Table("Versions and hardware", ["", ""], rows, f"As the {len(environments)} runs say.", left=2)
+        if rows
+        else None
+    )
+
+
+def _merge(dicts: Sequence[Report]) -> dict[str, str]:
+    """For each key but a hash, all values in words; several where the dicts differ."""
+    keys = dict.fromkeys(key for each in dicts for key in each if key != "hash")
+    return {key: "; ".join(dict.fromkeys(said(each.get(key)) for each in dicts)) for key in keys}
 
 
 def missing(results: Results) -> Table | None:

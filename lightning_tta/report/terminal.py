@@ -13,8 +13,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lightning_tta.files import write_json
-from lightning_tta.report import tables, write_report
-from lightning_tta.report.document import write_markdown
+from lightning_tta.report import figures, tables, write_report
+from lightning_tta.report.document import markdown, sections
 from lightning_tta.report.runs import Results, read
 from lightning_tta.report.tables import Table
 
@@ -24,10 +24,10 @@ def print_table(console: Console, table: Table) -> None:
     shown = RichTable(
         title=Text(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    for place, (name, *cells) in enumerate(zip(table.header, *table.rows, strict=True)):
+    for column, (name, *cells) in enumerate(zip(table.header, *table.rows, strict=True)):
         width = max([*map(len, cells), *map(len, name.split()), 1])
         header = Text(textwrap.fill(name, width, break_long_words=False, break_on_hyphens=False))
-        shown.add_column(header, justify="left" if place < table.left else "right", no_wrap=True)
+        shown.add_column(header, justify="left" if column < table.left else "right", no_wrap=True)
     for row in table.rows:
         shown.add_row(*map(Text, row))
     width = console.measure(shown, options=console.options.update(width=10_000)).maximum
@@ -41,35 +41,29 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
     console = Console()
     print_table(console, tables.one_run(report))
     protocol = report["protocol"]
+    settings = {
+        name: value for name, value in protocol.items() if name not in ("domains", "hash") and value is not None
+    }
     lines = [
         f"{report['forwards']} forward and {report['backwards']} backward passes, "
         f"{1000 * (report['seconds_per_batch'] or 0):.1f} ms per batch, {report['resets']} resets, "
-        f"{report['skipped_steps']} steps skipped, {report['nonfinite_images']} non-finite images"
+        f"{report['skipped_steps']} steps skipped, {report['nonfinite_images']} non-finite images",
+        "protocol: " + ", ".join(f"{name} {value}" for name, value in settings.items()),
     ]
-    said = {name: value for name, value in protocol.items() if name not in ("domains", "hash") and value is not None}
-    lines.append("protocol: " + ", ".join(f"{name} {value}" for name, value in said.items()))
-    if str(protocol["weights"]).endswith("random"):
-        lines.append("The net is randomly initialised: these numbers say nothing of a trained one.")
-    lines += [*_incidents(report), f"report: {path}"]
-    for line in lines:
-        style = "bold red" if line.startswith("The net is randomly") else None
-        console.print(Text(line), style=style, soft_wrap=True)
-
-
-def _incidents(report: Mapping[str, Any]) -> list[str]:
-    """What a run's guard did, and what was skipped; reports of older versions have neither."""
-    lines = []
     if report.get("skipped_batches"):
         lines.append(f"skipped: {report['skipped_batches']} bad batches with {report['skipped_images']} images")
-    guard = report.get("guard")
-    if guard is not None:
+    if guard := report.get("guard"):  # reports of older versions have none
         events = guard["events"]
         lines.append(f"guard ({guard['settings']['action']}): {len(events)} alarms" + ", stopped" * guard["stopped"])
         if guard.get("on_probation"):
             lines[-1] += f", {guard['on_probation']} batches predicted by the source on probation"
         lines += [f"  batch {event['batch']}: {event['reason']}, {event['action']}" for event in events[:10]]
         lines += [f"  ... and {len(events) - 10} more"] * (len(events) > 10)
-    return lines
+    if str(protocol["weights"]).endswith("random"):
+        console.print(
+            Text("The net is randomly initialised: these numbers say nothing of a trained one."), style="bold red"
+        )
+    console.print(Text("\n".join([*lines, f"report: {path}"])), soft_wrap=True)
 
 
 def report(runs: list[Path], *, allow_different: bool = False, output: Path | None = None) -> None:
@@ -119,6 +113,9 @@ def write_benchmark(result: Mapping[str, Any], output: Path, console: Console) -
         f"{environment['device']}; torch {environment['torch']}, lightning_tta {environment['lightning_tta']}; "
         f"{result['seconds']:.0f} s for what was not finished before."
     )
-    write_markdown(results, output / "benchmark.md", "Benchmark", subtitle)
+    with figures.drawing():
+        everything = sections(results, figures.looks(results.methods))
+        text = markdown("Benchmark", subtitle, everything, pictures=output)
+    (output / "benchmark.md").write_text(text, encoding="utf-8")
     print_results(results, console)
     console.print(Text(f"written: {output}/benchmark.json, benchmark.md and plots"), soft_wrap=True)

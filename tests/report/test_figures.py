@@ -111,7 +111,7 @@ def test_curves_as_a_picture(tmp_path):
     made = Results([group(tmp_path, NAMES[:2])])
     backend = matplotlib.get_backend()
     with drawing():
-        found = sections(made, looks(made.methods), page=False)
+        found = sections(made, looks(made.methods))
         ((gallery,),) = [section.galleries for section in found if section.galleries]
         gallery.figures[0][1].savefig(tmp_path / gallery.file)
     assert gallery.file == "net-iid.png"
@@ -119,5 +119,5 @@ def test_curves_as_a_picture(tmp_path):
     assert image.width > image.height > 400
     assert image.getpixel((0, 0)) == (255, 255, 255)
     assert matplotlib.get_backend() == backend
-    empty = sections(Results([Group("net, iid", [Run("tent", "0", {}, tmp_path)])]), looks(["tent"]), page=True)
+    empty = sections(Results([Group("net, iid", [Run("tent", "0", {}, tmp_path)])]), looks(["tent"]))
     assert not [section for section in empty if section.galleries]
