@@ -18,7 +18,7 @@ Parametrization = Literal["raw", "sigmoid"]
 
 
 class _Moments(Function):
-    """The derivatives keep x and no centred copy."""
+    """Unbiased variance and mean of x (D, B, C, ...), each (D, C); the derivatives keep x and no centred copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,11 +33,6 @@ class _Moments(Function):
         slope = 2 / (count - 1) * var_gradient
         shape = (len(mean), 1, mean.shape[1]) + (1,) * (x.ndim - 3)
         return affine(x, slope.view(shape), (mean_gradient / count - slope * mean).view(shape))
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unbiased variance and mean of x (D, B, C, ...), each (D, C)."""
-    return _Moments.apply(x)  # type: ignore[no-any-return]
 
 
 class MixedBatchNorm(_NormBase):
@@ -76,11 +71,7 @@ class MixedBatchNorm(_NormBase):
     source_weight: nn.Parameter
 
     def __init__(
-        self,
-        norm: _BatchNorm,
-        source_weight: float = 0.75,
-        std: float = 0.0,
-        parametrization: Parametrization = "raw",
+        self, norm: _BatchNorm, source_weight: float = 0.75, std: float = 0.0, parametrization: Parametrization = "raw"
     ) -> None:
         _check_mixing(source_weight, std, parametrization)
         running = norm.running_mean
@@ -123,7 +114,7 @@ class MixedBatchNorm(_NormBase):
         assert var is not None
         if x.numel() > self.domains * self.num_features:  # else one value a channel: it has no variance
             w = self.mixing
-            var_t, mean_t = _moments(x)
+            var_t, mean_t = _Moments.apply(x)
             var = w * var + (1 - w) * var_t + w * (1 - w) * (mean - mean_t).square()
             if self.parametrization == "raw":
                 var = var.clamp_min(0)
