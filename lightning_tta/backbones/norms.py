@@ -120,8 +120,7 @@ class _Swap:
     """Forward hooks of one BatchNorm layer: other statistics while it runs, its own afterwards."""
 
     def __init__(self, name: str, rule: StatisticsRule) -> None:
-        self.name = name
-        self.rule = rule
+        self.name, self.rule = name, rule
         self.source: tuple[Tensor | None, Tensor | None] | None = None  # while the layer runs
 
     def before(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -156,15 +155,10 @@ def _set_statistics(layer: nn.Module, mean: Tensor | None, var: Tensor | None) -
 def bn_statistics(model: nn.Module, rule: StatisticsRule) -> Iterator[None]:
     """While active, every BatchNorm layer of ``model`` (in eval mode) normalises with what ``rule`` returns.
 
-    The layer's own running statistics are never written and are back in place after each call, also after an error.
-    Works with any subclass of torch's BatchNorm (fused activations, SyncBatchNorm) because the layer's own forward
-    runs. A layer that sees one value per channel (batch of 1 at 1x1 pixels) keeps its source statistics, for a
-    variance of one value does not exist.
-
-    Args:
-        model: Any net; one without BatchNorm is left as it is.
-        rule: Called with (layer name, layer, input); see :data:`StatisticsRule`. Gradients do not flow into a
-            returned mean and variance; they do flow through the batch's own (``None``).
+    The running statistics are never written and are back in place after each call, also after an error. The layer's
+    forward runs, so any subclass of torch's BatchNorm works. A layer that sees one value per channel, which has no
+    variance, keeps its source statistics. Gradients flow through the batch's statistics (where ``rule``, see
+    :data:`StatisticsRule`, returns None), not into those that ``rule`` returns.
     """
     with ExitStack() as stack:
         for name, layer in batch_norm_layers(model).items():
@@ -182,15 +176,13 @@ def batch_statistics(
     """BatchNorm with the current batch's statistics, or with a mixture of source and batch.
 
     ``mean = w * source + (1 - w) * batch``, variance likewise (no cross term), ``w = source_weight``. With ``w = 0``
-    the layers run as in training mode, gradients through the statistics included; a mixture is detached.
+    the layers run as in training mode, gradients through the statistics included; a mixture is detached. See
+    :func:`bn_statistics`.
 
     Args:
         model: Any net in eval mode; one without BatchNorm is left as it is.
         source_weight: Weight on the source statistics, in [0, 1].
         unbiased: Whether a mixture takes the batch variance with the n - 1 denominator.
-
-    Returns:
-        A context manager, see :func:`bn_statistics`.
     """
     check_range("source_weight", source_weight, 0, 1)
 
@@ -203,10 +195,8 @@ def batch_statistics(
                 "source to mix with. Use source_weight=0."
             )
         mean, var = batch_moments(x.detach(), unbiased=unbiased)
-        return (
-            torch.lerp(mean.to(layer.running_mean), layer.running_mean, source_weight),
-            torch.lerp(var.to(layer.running_var), layer.running_var, source_weight),
-        )
+        mean = torch.lerp(mean.to(layer.running_mean), layer.running_mean, source_weight)
+        return mean, torch.lerp(var.to(layer.running_var), layer.running_var, source_weight)
 
     return bn_statistics(model, rule)
 
@@ -214,15 +204,8 @@ def batch_statistics(
 def weighted_batch_statistics(model: nn.Module, weights: Tensor) -> AbstractContextManager[None]:
     """BatchNorm with the statistics of the samples of a batch that count, as if the others were not in it.
 
-    Without gradient through the statistics. A layer that sees one value per channel, of one sample that counts, keeps
-    its source statistics.
-
-    Args:
-        model: Any net in eval mode; one without BatchNorm is left as it is.
-        weights: (B,), bool or >= 0: how much each sample counts.
-
-    Returns:
-        A context manager, see :func:`bn_statistics`.
+    ``weights`` (B,), bool or >= 0, say how much each sample counts. Without gradient through the statistics. A layer
+    that sees one value per channel, of one sample that counts, keeps its source statistics.
     """
     source = {name: (layer.running_mean, layer.running_var) for name, layer in batch_norm_layers(model).items()}
 
@@ -233,9 +216,9 @@ def weighted_batch_statistics(model: nn.Module, weights: Tensor) -> AbstractCont
         mean = torch.where(column > 0, column * x, 0).sum(dims) / number
         deviation = (x - mean.view(-1, *(1,) * (x.ndim - 2))).square()
         var = torch.where(column > 0, column * deviation, 0).sum(dims) / number
-        old_mean, old_var = source[name]
-        if old_mean is not None and old_var is not None:
-            mean, var = (torch.where(number > 1, new, old) for new, old in ((mean, old_mean), (var, old_var)))
+        source_mean, source_var = source[name]
+        if source_mean is not None and source_var is not None:
+            mean, var = torch.where(number > 1, mean, source_mean), torch.where(number > 1, var, source_var)
         return mean.to(dtype), var.to(dtype)
 
     return bn_statistics(model, rule)
@@ -315,9 +298,9 @@ def shortcut_norms(model: nn.Module) -> set[str]:
         if not isinstance(module, nn.Sequential) or isinstance(model.get_submodule(block), nn.Sequential):
             continue
         leaves = {f"{name}.{leaf}": layer for leaf, layer in module.named_modules() if not list(layer.children())}
-        convolutions = [layer for layer in leaves.values() if isinstance(layer, nn.Conv2d)]
-        norms = {leaf: layer for leaf, layer in leaves.items() if is_norm_layer(layer)}
-        plain = sum(isinstance(layer, harmless) for layer in leaves.values())
-        if len(convolutions) == len(norms) == 1 and len(leaves) == 2 + plain and convolutions[0].kernel_size == (1, 1):
-            names |= set(norms)
+        leaves = {leaf: layer for leaf, layer in leaves.items() if not isinstance(layer, harmless)}
+        kernels = [layer.kernel_size for layer in leaves.values() if isinstance(layer, nn.Conv2d)]
+        norms = {leaf for leaf, layer in leaves.items() if is_norm_layer(layer)}
+        if kernels == [(1, 1)] and len(norms) == 1 and len(leaves) == 2:
+            names |= norms
     return names

@@ -47,8 +47,8 @@ def make_views(images: Tensor, views: int, augment: str, seeds: Sequence[int]) -
     elif augment in ("rrc", "rrc_flip", "augmix"):
         x = _resized_crop(images, views, generators)
     if augment in ("rrc_flip", "crop_flip", "augmix", "augmix_crop"):
-        chosen = _draw(generators, lambda g: torch.rand(views, generator=g) < 0.5, images.device)
-        x = torch.where(chosen[..., None, None, None], x.flip(-1), x)
+        mirrored = _draw(generators, lambda g: torch.rand(views, generator=g) < 0.5, images.device)
+        x = torch.where(mirrored[..., None, None, None], x.flip(-1), x)
     if augment.startswith("augmix"):
         x = _augmix(x, generators)
     return _laid_out_as(images, x)
@@ -207,9 +207,9 @@ def _augmix(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     for step in range(DEPTH):
         todo = torch.where(step < depth[:, 0], operation[:, step].long(), -1)
         for number, apply in enumerate(OPERATIONS):
-            chosen = (todo == number).nonzero()[:, 0]
-            if len(chosen):
-                chain[chosen] = apply(chain[chosen], level[chosen, step].to(x), sign[chosen, step].to(x))
+            index = (todo == number).nonzero()[:, 0]
+            if len(index):
+                chain[index] = apply(chain[index], level[index, step].to(x), sign[index, step].to(x))
     weight = _draw(generators, lambda g: torch.empty(views, WIDTH).exponential_(generator=g), device).to(x)
     weight = weight / weight.sum(-1, keepdim=True)
     share = _draw(generators, lambda g: torch.rand(views, generator=g), device).to(x)[..., None, None, None]
