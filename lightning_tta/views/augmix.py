@@ -217,12 +217,6 @@ def _augmix(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     return share * x + (1 - share) * mixed
 
 
-def shuffle_patches(images: Tensor, patches: int, generator: torch.Generator) -> Tensor:
-    """:func:`permute_patches` in an order drawn from a generator on the CPU."""
-    order = torch.rand(len(images), patches * patches, generator=generator).argsort(1)
-    return permute_patches(images, patches, order.to(images.device))
-
-
 def permute_patches(images: Tensor, patches: int, order: Tensor) -> Tensor:
     """Images cut into ``patches`` x ``patches``, put together in another order, each image in its own.
 
