@@ -238,7 +238,7 @@ def _normalization(
 ) -> list[Sequence[float]]:
     """Mean and std: the arguments, else the weights' own; a warning where both are known and differ."""
     trained, channels = carried or built, built.preprocessing["input_size"][0]
-    chosen: list[Sequence[float]] = []
+    pair: list[Sequence[float]] = []
     for key, value, default in (("mean", mean, trained.mean), ("std", std, trained.std)):
         if value is None and len(default) not in (1, channels):
             raise ConfigError(
@@ -251,8 +251,8 @@ def _normalization(
                 "trained with; accuracy will suffer unless this is meant.",
                 stacklevel=3,
             )
-        chosen.append(default if value is None else value)
-    return chosen
+        pair.append(default if value is None else value)
+    return pair
 
 
 def _channels(key: str, values: Sequence[float], in_chans: int | None) -> tuple[float, ...]:

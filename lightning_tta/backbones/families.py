@@ -66,12 +66,7 @@ def torchvision_weights(arch: str, pretrained: bool, weights: str | Path | None)
 def build(
     family: str, arch: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]
 ) -> Built:
-    """Construct a net; ``enum`` is a member of torchvision's weights or ``None``.
-
-    Raises:
-        ConfigError: The constructor does not accept the options.
-        WeightsError: The pretrained weights cannot be fetched.
-    """
+    """Construct a net (``enum``: of torchvision's weights, or ``None``); errors of libraries become ours."""
     try:
         return FAMILIES[family].build(arch, num_classes, pretrained, enum, options)
     except ConfigError:

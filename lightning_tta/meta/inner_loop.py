@@ -227,9 +227,6 @@ def adapt_inner(
         rates: Learning rates by kind, in place of the settings' (tensors may be learned).
         inner_parameters: The net's, if they are known already.
 
-    Returns:
-        See :class:`Adapted`.
-
     Source: Meta-TTT, arXiv 2410.01709.
     """
     rate_of = (inner_parameters or InnerParameters(net, settings)).rate_of

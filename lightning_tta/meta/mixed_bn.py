@@ -49,7 +49,7 @@ class MixedBatchNorm(_NormBase):
     that size. ``w = 1`` is BatchNorm in eval mode. Where a channel has one value, the source statistics are used.
 
     Shape: x (N, C) or (N, C, ...) -> the same. With ``domains`` D > 1, x holds D domains of N / D images one after
-    the other; each has its own batch statistics, and each parameter is (C,) for all or (D, C), one row a domain.
+    the other, each with its own batch statistics; each parameter is (C,) for all or (D, C), one row a domain.
 
     Args:
         norm: The BatchNorm layer to take over; parameters and statistics are shared with it.
