@@ -20,11 +20,6 @@ def _conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
 
 
-def _pad_channels(x: Tensor, before: int, after: int) -> Tensor:
-    """Add zero channels in front and behind: (B, C, H, W) to (B, before + C + after, H, W)."""
-    return F.pad(x, (0, 0, 0, 0, before, after))
-
-
 def _stage(
     block: Callable[[int, int, int], nn.Module], n: int, in_planes: int, planes: int, stride: int
 ) -> nn.Sequential:
@@ -58,15 +53,12 @@ class _BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = _conv3x3(planes, planes)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.stride = stride
-        self.new_planes = planes - in_planes
+        self.stride, new_planes = stride, planes - in_planes
+        self.zeros = (0, 0, 0, 0, new_planes // 2, new_planes - new_planes // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        half = self.new_planes // 2
-        shortcut = _pad_channels(x[:, :, :: self.stride, :: self.stride], half, self.new_planes - half)
-        return F.relu(out + shortcut)
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + F.pad(x[:, :, :: self.stride, :: self.stride], self.zeros))
 
 
 class CifarResNet(nn.Module):
@@ -92,8 +84,7 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K)."""
         x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        logits: Tensor = self.linear(self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3)))
         return logits
 
 
@@ -106,15 +97,11 @@ class _GroupNormBlock(nn.Module):
         self.conv1 = _conv3x3(in_planes, planes, stride)
         self.bn2 = nn.GroupNorm(groups, planes)
         self.conv2 = _conv3x3(planes, planes)
-        self.stride = stride
-        self.new_planes = planes - in_planes
+        self.stride, self.zeros = stride, (0, 0, 0, 0, 0, planes - in_planes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv1(F.relu(self.bn1(x)))
-        out = self.conv2(F.relu(self.bn2(out)))
-        if self.stride > 1:
-            x = F.avg_pool2d(x, self.stride)
-        return out + _pad_channels(x, 0, self.new_planes)
+        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return out + F.pad(F.avg_pool2d(x, self.stride) if self.stride > 1 else x, self.zeros)
 
 
 class GroupNormResNet(nn.Module):
@@ -164,10 +151,8 @@ class _WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x))
-        out: Tensor = F.relu(self.bn2(self.conv1(activated)))
-        out = self.conv2(self.dropout(out))
-        shortcut: Tensor = x if self.convShortcut is None else self.convShortcut(activated)
-        return shortcut + out
+        out: Tensor = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(activated)))))
+        return out + (x if self.convShortcut is None else self.convShortcut(activated))
 
 
 class WideResNet(nn.Module):
@@ -182,12 +167,7 @@ class WideResNet(nn.Module):
     """
 
     def __init__(
-        self,
-        depth: int = 28,
-        widen_factor: int = 10,
-        num_classes: int = 10,
-        in_chans: int = 3,
-        drop_rate: float = 0.0,
+        self, depth: int = 28, widen_factor: int = 10, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0
     ) -> None:
         super().__init__()
         n = _blocks_per_stage(depth, 6, 4)

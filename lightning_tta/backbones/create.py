@@ -4,6 +4,7 @@ timm and torchvision are imported when a net of theirs is asked for: both take s
 """
 
 import copy
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,12 +65,11 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.weights = weights
         self.pretrained = pretrained
-        self._mean = _channels("mean", mean, in_chans)
-        self._std = _channels("std", std, in_chans)
+        self._mean, self._std = _channels("mean", mean, in_chans), _channels("std", std, in_chans)
         self._preprocessing = dict(preprocessing or {})
         self._config = dict(config or {})
-        self.register_buffer("mean", torch.tensor(self._mean).view(1, in_chans, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(self._std).view(1, in_chans, 1, 1), persistent=False)
+        for key, values in (("mean", self._mean), ("std", self._std)):
+            self.register_buffer(key, torch.tensor(values).view(1, in_chans, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K) of ``images`` (B, C, H, W), floats in [0, 1].
@@ -98,13 +98,8 @@ class Backbone(nn.Module):
     @property
     def info(self) -> dict[str, Any]:
         """``name``, ``num_classes``, ``pretrained``, ``weights`` and the ``digest`` of the present values."""
-        return {
-            "name": self.name,
-            "num_classes": self.num_classes,
-            "pretrained": self.pretrained,
-            "weights": self.weights,
-            "digest": state_digest(self),
-        }
+        known = {key: getattr(self, key) for key in ("name", "num_classes", "pretrained", "weights")}
+        return {**known, "digest": state_digest(self)}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -152,19 +147,21 @@ def create_backbone(
     if pretrained and weights is not None:
         raise ConfigError(f"Give either pretrained=True or weights={str(weights)!r}, not both.")
     for key, value in options.items():
-        if not _is_primitive(value):
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
             raise ConfigError(
                 f"Option {key} must be a primitive (number, string, list, dict), so that a checkpoint can store it; "
                 f"got {type(value).__name__}. For anything else wrap your own net: Backbone(net, mean, std)."
-            )
+            ) from None
     family, arch = resolve(name)
     enum = torchvision_weights(arch, pretrained, weights) if family == "torchvision" else None
     path = None if weights is None or enum is not None else check_weights_file(weights)
-    state = None if path is None else read_state_dict(path)
+    state = {} if path is None else read_state_dict(path)
 
     built = build(family, arch, num_classes, pretrained, enum, options)
     carried = None
-    if path is not None and state is not None:
+    if path is not None:
         tensors, carried = fit_state(built.net, state, str(path))
         built.net.load_state_dict(tensors, strict=False)
         built.weights = path.name
@@ -174,16 +171,12 @@ def create_backbone(
         built.net,
         mean,
         std,
-        in_chans=built.input_size[0],
+        in_chans=built.preprocessing["input_size"][0],
         name=f"{family}/{arch}",
         num_classes=built.num_classes,
         weights=built.weights,
         pretrained=downloaded,
-        preprocessing={
-            "input_size": list(built.input_size),
-            "interpolation": built.interpolation,
-            "crop_pct": built.crop_pct,
-        },
+        preprocessing=built.preprocessing,
         config={"name": f"{family}/{arch}", "num_classes": built.num_classes, **options},
     )
 
@@ -196,8 +189,7 @@ def list_backbones(family: str | None = None) -> list[str]:
     """
     if family is not None:
         check_choice("family", family, tuple(FAMILIES))
-    names = {name: source.names() for name, source in FAMILIES.items() if family in (None, name)}
-    return [f"{name}/{arch}" for name, archs in names.items() for arch in archs]
+    return [f"{name}/{arch}" for name in FAMILIES if family in (None, name) for arch in FAMILIES[name].names()]
 
 
 def load_weights(net: nn.Module, path: str | Path, *, strict: bool = True, prefix: str | None = None) -> None:
@@ -245,22 +237,22 @@ def _normalization(
     std: Sequence[float] | None,
 ) -> list[Sequence[float]]:
     """Mean and std: the arguments, else the weights' own; a warning where both are known and differ."""
-    trained = carried or built
-    chosen: list[Sequence[float]] = []
-    for key, value, own in (("mean", mean, trained.mean), ("std", std, trained.std)):
-        if value is None and len(own) not in (1, built.input_size[0]):
+    trained, channels = carried or built, built.preprocessing["input_size"][0]
+    pair: list[Sequence[float]] = []
+    for key, value, default in (("mean", mean, trained.mean), ("std", std, trained.std)):
+        if value is None and len(default) not in (1, channels):
             raise ConfigError(
-                f"The net takes {built.input_size[0]} channels, but its own {key} has {len(own)}: {list(own)}. Give "
+                f"The net takes {channels} channels, but its own {key} has {len(default)}: {list(default)}. Give "
                 "mean and std of length 1 or of that many channels."
             )
-        if value is not None and (downloaded or carried) and not _close(value, own):
+        if value is not None and (downloaded or carried) and not _close(value, default):
             warnings.warn(
-                f"{key}={list(value)} differs from the {key} {list(own)} that the weights ({built.weights}) were "
+                f"{key}={list(value)} differs from the {key} {list(default)} that the weights ({built.weights}) were "
                 "trained with; accuracy will suffer unless this is meant.",
                 stacklevel=3,
             )
-        chosen.append(own if value is None else value)
-    return chosen
+        pair.append(default if value is None else value)
+    return pair
 
 
 def _channels(key: str, values: Sequence[float], in_chans: int | None) -> tuple[float, ...]:
@@ -274,16 +266,5 @@ def _channels(key: str, values: Sequence[float], in_chans: int | None) -> tuple[
 
 
 def _close(one: Sequence[float], other: Sequence[float]) -> bool:
-    length = max(len(one), len(other))
-    if any(len(values) not in (1, length) for values in (one, other)):
-        return False
-    pairs = zip(list(one) * (length // len(one)), list(other) * (length // len(other)), strict=True)
-    return all(abs(a - b) <= _TOLERANCE for a, b in pairs)
-
-
-def _is_primitive(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_primitive(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return all(_is_primitive(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)
+    a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
+    return (len(a) == len(b) or 1 in (len(a), len(b))) and torch.allclose(a, b, rtol=0, atol=_TOLERANCE)

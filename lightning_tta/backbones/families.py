@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,16 +17,18 @@ from lightning_tta.errors import ConfigError, WeightsError
 
 @dataclass
 class Built:
-    """A net and what its family knows about its input and weights; ``input_size`` is (C, H, W) in pixels."""
+    """A net and what its family knows about its input (``input_size`` is (C, H, W) in pixels) and weights."""
 
     net: nn.Module
     num_classes: int
     mean: Sequence[float]
     std: Sequence[float]
-    input_size: tuple[int, int, int]
-    interpolation: str = "bilinear"
-    crop_pct: float = 1.0
+    preprocessing: dict[str, Any]
     weights: str = "random"
+
+
+def _preprocessing(size: Sequence[int], interpolation: str = "bilinear", crop_pct: float = 1.0) -> dict[str, Any]:
+    return {"input_size": list(size), "interpolation": interpolation, "crop_pct": crop_pct}
 
 
 def resolve(name: str) -> tuple[str, str]:
@@ -64,12 +66,7 @@ def torchvision_weights(arch: str, pretrained: bool, weights: str | Path | None)
 def build(
     family: str, arch: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]
 ) -> Built:
-    """Construct a net; ``enum`` is a member of torchvision's weights or ``None``.
-
-    Raises:
-        ConfigError: The constructor does not accept the options.
-        WeightsError: The pretrained weights cannot be fetched.
-    """
+    """Construct a net (``enum``: of torchvision's weights, or ``None``); errors of libraries become ours."""
     try:
         return FAMILIES[family].build(arch, num_classes, pretrained, enum, options)
     except ConfigError:
@@ -90,13 +87,7 @@ def _cifar(arch: str, num_classes: int | None, pretrained: bool, enum: Any, opti
     spec = CIFAR_NETS[arch]
     classes = 10 if num_classes is None else num_classes
     net = spec.build(num_classes=classes, **spec.fixed, **options)
-    return Built(net, classes, spec.mean, spec.std, (options.get("in_chans", 3), 32, 32))
-
-
-def _torchvision_names() -> list[str]:
-    from torchvision import models
-
-    return sorted(models.list_models(module=models))
+    return Built(net, classes, spec.mean, spec.std, _preprocessing((options.get("in_chans", 3), 32, 32)))
 
 
 def _torchvision(arch: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]) -> Built:
@@ -116,22 +107,10 @@ def _torchvision(arch: str, num_classes: int | None, pretrained: bool, enum: Any
     net = models.get_model_builder(arch)(weights=enum, num_classes=classes, **options)
     transforms = recipe.transforms()
     size = options.get("image_size", transforms.crop_size[0])
-    return Built(
-        net,
-        classes,
-        tuple(transforms.mean),
-        tuple(transforms.std),
-        (3, size, size),
-        str(transforms.interpolation.value),
-        round(transforms.crop_size[0] / transforms.resize_size[0], 4),
-        enum.name if enum is not None else "random",
-    )
-
-
-def _timm_names() -> list[str]:
-    import timm
-
-    return sorted(timm.list_models())
+    crop_pct = round(transforms.crop_size[0] / transforms.resize_size[0], 4)
+    preprocessing = _preprocessing((3, size, size), str(transforms.interpolation.value), crop_pct)
+    weights = enum.name if enum is not None else "random"
+    return Built(net, classes, transforms.mean, transforms.std, preprocessing, weights)
 
 
 def _timm(arch: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]) -> Built:
@@ -143,20 +122,25 @@ def _timm(arch: str, num_classes: int | None, pretrained: bool, enum: Any, optio
     channels, height, width = recipe["input_size"]
     size = options.get("img_size") or (height, width)
     height, width = (size, size) if isinstance(size, int) else size
-    return Built(
-        net,
-        net.num_classes,
-        tuple(recipe["mean"]),
-        tuple(recipe["std"]),
-        (options.get("in_chans", channels), height, width),
-        recipe["interpolation"],
-        recipe["crop_pct"],
-        (recipe.get("tag") or "pretrained") if pretrained else "random",
-    )
+    size = (options.get("in_chans", channels), height, width)
+    preprocessing = _preprocessing(size, recipe["interpolation"], recipe["crop_pct"])
+    weights = (recipe.get("tag") or "pretrained") if pretrained else "random"
+    return Built(net, net.num_classes, recipe["mean"], recipe["std"], preprocessing, weights)
 
 
-@dataclass(frozen=True)
-class Family:
+def _torchvision_names() -> list[str]:
+    from torchvision import models
+
+    return sorted(models.list_models(module=models))
+
+
+def _timm_names() -> list[str]:
+    import timm
+
+    return sorted(timm.list_models())
+
+
+class Family(NamedTuple):
     """Where nets come from: their names, sorted, and what :func:`build` calls, without ``family``."""
 
     names: Callable[[], list[str]]

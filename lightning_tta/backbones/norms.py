@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,15 +25,11 @@ StatisticsRule = Callable[[str, _BatchNorm, Tensor], "tuple[Tensor, Tensor] | No
 
 
 def is_norm_layer(module: nn.Module) -> bool:
-    """Whether ``module`` is a normalisation layer.
-
-    That is one of :data:`NORM_TYPES` (subclasses included), or a user's own layer that has "norm" in its class name
-    and whose own parameters are one-dimensional.
-    """
+    """Whether ``module`` is one of :data:`NORM_TYPES`, or a user's "...norm..." with one-dimensional parameters."""
     if isinstance(module, NORM_TYPES):
         return True
-    own = [p for p in module.parameters(recurse=False)]
-    return bool(own) and "norm" in type(module).__name__.lower() and all(p.ndim == 1 for p in own)
+    parameters = list(module.parameters(recurse=False))
+    return bool(parameters) and "norm" in type(module).__name__.lower() and all(p.ndim == 1 for p in parameters)
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -49,35 +45,28 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.
     """
-    parameters: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
+    names: dict[nn.Parameter, str] = {}
     for layer_name, layer in norm_layers(model).items():
-        for name, parameter in layer.named_parameters(recurse=False):
-            affine = name in ("weight", "bias") or not isinstance(layer, NORM_TYPES)
-            if affine and id(parameter) not in seen:
-                seen.add(id(parameter))
-                parameters[f"{layer_name}.{name}" if layer_name else name] = parameter
-    if not parameters:
+        for name, parameter in layer.named_parameters(layer_name, recurse=False):
+            if not isinstance(layer, NORM_TYPES) or name.rpartition(".")[2] in ("weight", "bias"):
+                names.setdefault(parameter, name)
+    if not names:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no normalisation layer with affine parameters, which this method adapts. "
             "Allowed: nets with BatchNorm, GroupNorm, LayerNorm, InstanceNorm (affine) or RMSNorm layers. "
             "Use method 'source' (no adaptation) for this net, or put normalisation layers into it."
         )
-    return parameters
+    return {name: parameter for parameter, name in names.items()}
 
 
 def early_norm_parameters(model: nn.Module, frozen_fraction: float) -> dict[str, nn.Parameter]:
     """:func:`norm_parameters` without those of the last stages or blocks of the net and of what comes after them.
 
-    Depth is the order of execution (:func:`~lightning_tta.backbones.split.execution_order`), layers that do not run are
-    left out; where no pass can be tried it is the net's own order. The last ``frozen_fraction`` of the stages or
-    blocks (:func:`~lightning_tta.backbones.split.parts_by_depth`; rounded up, but not the first one) and all norm
-    layers behind are left out; in a net without such each norm layer is one. With 0.25: ``layer4`` of an ImageNet
-    ResNet; of a ViT with 12 blocks the last 3 and the final norm.
-
-    Args:
-        model: Any net.
-        frozen_fraction: In [0, 1].
+    Of the stages or blocks (:func:`~lightning_tta.backbones.split.parts_by_depth`; in a net without such each norm
+    layer is one), the last ``frozen_fraction``, in [0, 1], rounded up, but not the first one, and all norm layers
+    behind are left out. Depth is the order of execution; layers that do not run are left out; where no pass can be
+    tried, it is the net's own order. With 0.25: ``layer4`` of a ResNet; of a ViT with 12 blocks the last 3 and the
+    final norm.
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.
@@ -113,15 +102,14 @@ def moments(x: Tensor, dims: Sequence[int], *, unbiased: bool = False) -> tuple[
     if x.device.type != "cpu":
         var, mean = torch.var_mean(x, dim=list(dims), correction=int(unbiased))
         return mean, var
-    kept = x.mean(list(dims), keepdim=True)
-    mean = kept.squeeze(list(dims))
+    center = x.mean(list(dims), keepdim=True)
+    mean, deviation = center.squeeze(list(dims)), x - center
     count = x.numel() // max(mean.numel(), 1)
-    centred = x - kept
-    return mean, (centred * centred).sum(list(dims)) / (count - int(unbiased))
+    return mean, (deviation * deviation).sum(list(dims)) / (count - int(unbiased))
 
 
 def batch_moments(x: Tensor, *, unbiased: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and variance per channel of ``x`` (B, C, ...), in at least float32; each (C,). In a group: of all parts."""
+    """Mean and variance (C,) of ``x`` (B, C, ...), in at least float32; where processes are joined, of all of them."""
     dims = [0, *range(2, x.ndim)]
     if collective.is_joined():
         return collective.moments(x, dims, unbiased=unbiased)[:2]
@@ -132,29 +120,30 @@ class _Swap:
     """Forward hooks of one BatchNorm layer: other statistics while it runs, its own afterwards."""
 
     def __init__(self, name: str, rule: StatisticsRule) -> None:
-        self.name = name
-        self.rule = rule
-        self.kept: tuple[Tensor | None, Tensor | None] | None = None
+        self.name, self.rule = name, rule
+        self.source: tuple[Tensor | None, Tensor | None] | None = None  # while the layer runs
 
     def before(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         assert isinstance(layer, _BatchNorm)
         x = inputs[0]
-        one_each = x.shape[1:].numel() == x.shape[1]  # value a channel and image
-        if layer.running_mean is not None and one_each and collective.count(x) == 1:
+        one_pixel = x.shape[1:].numel() == x.shape[1]
+        if layer.running_mean is not None and one_pixel and collective.count(x) == 1:
             return None  # one value a channel has no variance: this layer keeps its source statistics
         statistics = self.rule(self.name, layer, x)
-        self.kept = (layer.running_mean, layer.running_var)
+        self.source = (layer.running_mean, layer.running_var)
         if statistics is None and collective.is_joined():
             like = x if layer.weight is None else layer.weight
             _set_statistics(layer, like.new_zeros(x.shape[1]), like.new_full((x.shape[1],), 1 - layer.eps))
-            return (_normalised(x, layer.eps), *inputs[1:])
+            shape = (1, -1, *[1] * (x.ndim - 2))
+            mean, var = (moment.reshape(shape) for moment in batch_moments(x))
+            return (((x - mean) * (var + layer.eps).rsqrt()).to(x.dtype), *inputs[1:])
         _set_statistics(layer, *(statistics or (None, None)))
         return None
 
     def after(self, layer: nn.Module, inputs: object, output: object) -> None:
-        if self.kept is not None:
-            _set_statistics(layer, *self.kept)
-            self.kept = None
+        if self.source is not None:
+            _set_statistics(layer, *self.source)
+            self.source = None
 
 
 def _set_statistics(layer: nn.Module, mean: Tensor | None, var: Tensor | None) -> None:
@@ -162,42 +151,23 @@ def _set_statistics(layer: nn.Module, mean: Tensor | None, var: Tensor | None) -
     layer.running_var = var  # type: ignore[assignment]
 
 
-def _normalised(x: Tensor, eps: float) -> Tensor:
-    """``x`` (B, C, ...) normalised with the moments of its batch, of which processes have a part each."""
-    shape = (1, -1, *[1] * (x.ndim - 2))
-    mean, var = (moment.reshape(shape) for moment in batch_moments(x))
-    return ((x - mean) * (var + eps).rsqrt()).to(x.dtype)
-
-
 @contextmanager
 def bn_statistics(model: nn.Module, rule: StatisticsRule) -> Iterator[None]:
     """While active, every BatchNorm layer of ``model`` (in eval mode) normalises with what ``rule`` returns.
 
-    The layer's own running statistics are never written and are back in place after each call, also after an error.
-    Works with any subclass of torch's BatchNorm (fused activations, SyncBatchNorm) because the layer's own forward
-    runs. A layer that sees one value per channel (batch of 1 at 1x1 pixels) keeps its source statistics, for a
-    variance of one value does not exist.
-
-    Args:
-        model: Any net; one without BatchNorm is left as it is.
-        rule: Called with (layer name, layer, input); see :data:`StatisticsRule`. Gradients do not flow into a
-            returned mean and variance; they do flow through the batch's own (``None``).
+    The running statistics are never written and are back in place after each call, also after an error. The layer's
+    forward runs, so any subclass of torch's BatchNorm works. A layer that sees one value per channel, which has no
+    variance, keeps its source statistics. Gradients flow through the batch's statistics (where ``rule``, see
+    :data:`StatisticsRule`, returns None), not into those that ``rule`` returns.
     """
-    handles = []
-    swaps: list[tuple[_Swap, _BatchNorm]] = []
-    try:
+    with ExitStack() as stack:
         for name, layer in batch_norm_layers(model).items():
             swap = _Swap(name, rule)
-            swaps.append((swap, layer))
-            handles.append(layer.register_forward_pre_hook(swap.before))
+            stack.callback(swap.after, layer, None, None)  # hooks do not run after a KeyboardInterrupt inside the layer
+            stack.callback(layer.register_forward_pre_hook(swap.before).remove)
             # prepended: where rules are nested, the inner one ends first
-            handles.append(layer.register_forward_hook(swap.after, prepend=True, always_call=True))
+            stack.callback(layer.register_forward_hook(swap.after, prepend=True, always_call=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for swap, layer in swaps:  # hooks do not run after a KeyboardInterrupt inside the layer
-            swap.after(layer, None, None)
 
 
 def batch_statistics(
@@ -206,15 +176,13 @@ def batch_statistics(
     """BatchNorm with the current batch's statistics, or with a mixture of source and batch.
 
     ``mean = w * source + (1 - w) * batch``, variance likewise (no cross term), ``w = source_weight``. With ``w = 0``
-    the layers run as in training mode, gradients through the statistics included; a mixture is detached.
+    the layers run as in training mode, gradients through the statistics included; a mixture is detached. See
+    :func:`bn_statistics`.
 
     Args:
         model: Any net in eval mode; one without BatchNorm is left as it is.
         source_weight: Weight on the source statistics, in [0, 1].
         unbiased: Whether a mixture takes the batch variance with the n - 1 denominator.
-
-    Returns:
-        A context manager, see :func:`bn_statistics`.
     """
     check_range("source_weight", source_weight, 0, 1)
 
@@ -227,10 +195,8 @@ def batch_statistics(
                 "source to mix with. Use source_weight=0."
             )
         mean, var = batch_moments(x.detach(), unbiased=unbiased)
-        return (
-            torch.lerp(mean.to(layer.running_mean), layer.running_mean, source_weight),
-            torch.lerp(var.to(layer.running_var), layer.running_var, source_weight),
-        )
+        mean = torch.lerp(mean.to(layer.running_mean), layer.running_mean, source_weight)
+        return mean, torch.lerp(var.to(layer.running_var), layer.running_var, source_weight)
 
     return bn_statistics(model, rule)
 
@@ -238,15 +204,8 @@ def batch_statistics(
 def weighted_batch_statistics(model: nn.Module, weights: Tensor) -> AbstractContextManager[None]:
     """BatchNorm with the statistics of the samples of a batch that count, as if the others were not in it.
 
-    Without gradient through the statistics. A layer that sees one value per channel, of one sample that counts, keeps
-    its source statistics.
-
-    Args:
-        model: Any net in eval mode; one without BatchNorm is left as it is.
-        weights: (B,), bool or >= 0: how much each sample counts.
-
-    Returns:
-        A context manager, see :func:`bn_statistics`.
+    ``weights`` (B,), bool or >= 0, say how much each sample counts. Without gradient through the statistics. A layer
+    that sees one value per channel, of one sample that counts, keeps its source statistics.
     """
     source = {name: (layer.running_mean, layer.running_var) for name, layer in batch_norm_layers(model).items()}
 
@@ -257,38 +216,39 @@ def weighted_batch_statistics(model: nn.Module, weights: Tensor) -> AbstractCont
         mean = torch.where(column > 0, column * x, 0).sum(dims) / number
         deviation = (x - mean.view(-1, *(1,) * (x.ndim - 2))).square()
         var = torch.where(column > 0, column * deviation, 0).sum(dims) / number
-        old_mean, old_var = source[name]
-        if old_mean is not None and old_var is not None:
-            mean, var = (torch.where(number > 1, new, old) for new, old in ((mean, old_mean), (var, old_var)))
+        source_mean, source_var = source[name]
+        if source_mean is not None and source_var is not None:
+            mean, var = torch.where(number > 1, mean, source_mean), torch.where(number > 1, var, source_var)
         return mean.to(dtype), var.to(dtype)
 
     return bn_statistics(model, rule)
 
 
 @contextmanager
-def grouped_batch_statistics(model: nn.Module, groups: int) -> Iterator[None]:
-    """While active, BatchNorm takes the statistics of each of ``groups`` equal parts of a batch for that part alone.
-
-    One pass over several batches, one after the other along the first dimension, then gives what a pass over each with
-    :func:`batch_statistics` gives.
-
-    Args:
-        model: Any net in eval mode; one without BatchNorm is left as it is.
-        groups: Number of batches in the one that the net is given.
-    """
-    changed: list[_BatchNorm] = []
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """While active, each module runs with the ``forward`` given for it."""
+    before = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
     try:
-        for layer in batch_norm_layers(model).values():
-            _run_by_group(layer, groups)
-            changed.append(layer)
+        for module, forward in forwards.items():
+            module.forward = forward
         yield
     finally:
-        for layer in changed:
-            del layer.forward
+        for module in forwards:
+            vars(module).pop("forward", None)
+            if module in before:
+                module.forward = before[module]
 
 
-def _run_by_group(layer: _BatchNorm, groups: int) -> None:
-    own_forward, source = layer.forward, (layer.running_mean, layer.running_var)
+def grouped_batch_statistics(model: nn.Module, groups: int) -> AbstractContextManager[None]:
+    """BatchNorm with the statistics of each of ``groups`` equal batches, one after the other along dimension 0.
+
+    One pass over all then gives what a pass over each with :func:`batch_statistics` gives. ``model`` is in eval mode.
+    """
+    return replaced_forwards({layer: _by_group(layer, groups) for layer in batch_norm_layers(model).values()})
+
+
+def _by_group(layer: _BatchNorm, groups: int) -> Callable[[Tensor], Tensor]:
+    plain_forward, source = layer.forward, (layer.running_mean, layer.running_var)
 
     def forward(x: Tensor) -> Tensor:
         before = (layer.running_mean, layer.running_var)  # another rule may be active
@@ -297,12 +257,12 @@ def _run_by_group(layer: _BatchNorm, groups: int) -> None:
             for group in x.chunk(groups):
                 keeps_source = source[0] is not None and group.numel() == group.shape[1]  # else: no variance
                 _set_statistics(layer, *(source if keeps_source else (None, None)))
-                outputs.append(own_forward(group))
+                outputs.append(plain_forward(group))
         finally:
             _set_statistics(layer, *before)
         return torch.cat(outputs)
 
-    layer.forward = forward  # type: ignore[assignment, method-assign]
+    return forward
 
 
 class _Affine(Function):
@@ -317,11 +277,7 @@ class _Affine(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, scale = ctx.saved_tensors
         wide = gradient.to(scale.dtype)
-        return (
-            (wide * scale).to(x.dtype),
-            (wide * x).sum_to_size(scale.shape),
-            wide.sum_to_size(scale.shape),
-        )
+        return (wide * scale).to(x.dtype), (wide * x).sum_to_size(scale.shape), wide.sum_to_size(scale.shape)
 
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -335,16 +291,16 @@ def shortcut_norms(model: nn.Module) -> set[str]:
     A shortcut is a Sequential inside a block, itself no Sequential, that holds one 1x1 convolution, its norm layer
     and no activation.
     """
-    harmless = (nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.Dropout)
+    harmless = nn.Identity | nn.AvgPool2d | nn.MaxPool2d | nn.Dropout
     names: set[str] = set()
     for name, module in model.named_modules():
         block, _, _ = name.rpartition(".")
         if not isinstance(module, nn.Sequential) or isinstance(model.get_submodule(block), nn.Sequential):
             continue
         leaves = {f"{name}.{leaf}": layer for leaf, layer in module.named_modules() if not list(layer.children())}
-        convolutions = [layer for layer in leaves.values() if isinstance(layer, nn.Conv2d)]
-        norms = {leaf: layer for leaf, layer in leaves.items() if is_norm_layer(layer)}
-        plain = sum(isinstance(layer, harmless) for layer in leaves.values())
-        if len(convolutions) == len(norms) == 1 and len(leaves) == 2 + plain and convolutions[0].kernel_size == (1, 1):
-            names |= set(norms)
+        leaves = {leaf: layer for leaf, layer in leaves.items() if not isinstance(layer, harmless)}
+        kernels = [layer.kernel_size for layer in leaves.values() if isinstance(layer, nn.Conv2d)]
+        norms = {leaf for leaf, layer in leaves.items() if is_norm_layer(layer)}
+        if kernels == [(1, 1)] and len(norms) == 1 and len(leaves) == 2:
+            names |= norms
     return names

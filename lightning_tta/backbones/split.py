@@ -1,9 +1,11 @@
-"""The feature/head split of any classifier, by structure: features, then one last linear layer."""
+"""The feature/head split of any classifier, by structure: features, then one last linear layer; and its depth."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +23,9 @@ def as_logits(output: object) -> Tensor:
     output = getattr(output, "logits", output)
     if isinstance(output, Tensor) and output.ndim == 2:
         return output
-    given = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    kind = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
     raise UnsupportedModelError(
-        f"The net must return logits (B, K), as a tensor or as an attribute 'logits'; got {given}. Wrap it in a module "
+        f"The net must return logits (B, K), as a tensor or as an attribute 'logits'; got {kind}. Wrap it in a module "
         "whose forward returns the logits."
     )
 
@@ -42,25 +44,22 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
         UnsupportedModelError: If there is no such layer, or it is not linear.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    choices = f"Linear layers of this net: {', '.join(linear) or 'none'}."
     if head is not None:
         if head not in linear:
-            raise UnsupportedModelError(f"head={head!r} is not a linear layer of {type(model).__name__}. {choices}")
+            raise UnsupportedModelError(
+                f"head={head!r} is not a linear layer of {type(model).__name__}. Linear layers of this net: "
+                f"{', '.join(linear) or 'none'}."
+            )
         return head, linear[head]
-    for module in model.modules():
-        get_classifier = getattr(module, "get_classifier", None)
-        if callable(get_classifier):
-            found = get_classifier()
-            for name, layer in linear.items():
-                if layer is found:
-                    return name, layer
-            break
     if not linear:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no linear layer to split features from logits at. Allowed: classifiers that "
             "end in one torch.nn.Linear. Use a method that needs no features ('norm', 'tent') for this net."
         )
-    return next(reversed(linear.items()))
+    getters = (getattr(module, "get_classifier", None) for module in model.modules())
+    getter = next(filter(callable, getters), None)
+    classifier = getter() if getter else None
+    return next((item for item in linear.items() if item[1] is classifier), next(reversed(linear.items())))
 
 
 class HeadSplit:
@@ -78,28 +77,19 @@ class HeadSplit:
     def __init__(self, model: nn.Module, head: str | None = None) -> None:
         self.model = model
         self.name, self.head = find_head(model, head)
-        self.num_features = self.head.in_features
-        self.num_classes = self.head.out_features
+        self.num_features, self.num_classes = self.head.in_features, self.head.out_features
         self._checked = False
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """One forward pass: features (B, D) with their graph, and logits (B, K)."""
-        captured: list[tuple[Tensor, Tensor]] = []
-
-        def capture(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            captured.append((inputs[0], output))
-
-        handle = self.head.register_forward_hook(capture)
-        try:
+        with recorded_calls({self.name: self.head}) as calls:
             logits = as_logits(self.model(images))
-        finally:
-            handle.remove()
-        if len(captured) != 1:
+        if len(calls) != 1:
             raise UnsupportedModelError(
-                f"The head '{self.name}' ran {len(captured)} times in one pass; it must run once. Pass head='...' to "
+                f"The head '{self.name}' ran {len(calls)} times in one pass; it must run once. Pass head='...' to "
                 "name the last linear layer."
             )
-        features, head_output = captured[0]
+        _, (features, *_), head_output = calls[0]
         if not self._checked:  # a net that overflowed cannot be compared: look again at the next pass
             same = head_output is logits
             finite = same or bool(torch.isfinite(logits).all())
@@ -112,6 +102,22 @@ class HeadSplit:
                 )
             self._checked = finite
         return features, logits
+
+
+@contextmanager
+def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Any, Any]]]:
+    """While active, the calls of ``modules`` are listed in the order in which they end: (name, inputs, output)."""
+    calls: list[tuple[str, Any, Any]] = []
+
+    def record(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        calls.append((name, inputs, output))
+
+    handles = [module.register_forward_hook(partial(record, name)) for name, module in modules.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def parts_by_depth(model: nn.Module, layers: Iterable[str]) -> list[str]:
@@ -135,15 +141,10 @@ def is_inside(layer: str, module: str) -> bool:
 
 
 def module_at(model: nn.Module, at: float) -> str:
-    """Name of the stage or block (:func:`parts_by_depth`) at a share of the depth, in the order of execution.
-
-    Args:
-        model: Any net.
-        at: In (0, 1]; 1 is the last.
-    """
+    """Name of the stage or block (:func:`parts_by_depth`) at a share of the depth, in (0, 1], by execution order."""
     check_range("at", at, 0, 1, low_open=True)
-    layers = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
     order = execution_order(model)
+    layers = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
     if order is not None:
         layers = [name for name in order if name in set(layers)]
     parts = parts_by_depth(model, layers) or layers
@@ -155,38 +156,24 @@ def module_at(model: nn.Module, at: float) -> str:
 
 
 def features_at(model: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[dict[str, Any], object]:
-    """Outputs of modules, by name, and that of the net, in one pass.
-
-    Args:
-        model: Any net.
-        x: Its input.
-        names: Of the modules.
+    """Outputs of the modules in ``names`` (of the first call of each), and that of the net, in one pass.
 
     Raises:
         UnsupportedModelError: If a named module does not exist or does not run.
     """
     modules = dict(model.named_modules())
-    unknown = [name for name in names if name not in modules]
-    if unknown:
-        raise UnsupportedModelError(f"{type(model).__name__} has no module {unknown[0]!r}.")
-    outputs: dict[str, Any] = {}
-    handles = [modules[name].register_forward_hook(_put(outputs, name)) for name in names]
-    try:
+    for name in names:
+        if name not in modules:
+            raise UnsupportedModelError(f"{type(model).__name__} has no module {name!r}.")
+    with recorded_calls({name: modules[name] for name in names}) as calls:
         result = model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    idle = [name for name in names if name not in outputs]
-    if idle:
-        raise UnsupportedModelError(f"Module {idle[0]!r} of {type(model).__name__} does not run.")
-    return outputs, result
-
-
-def _put(outputs: dict[str, Any], name: str) -> Callable[..., None]:
-    def put(module: nn.Module, inputs: object, output: Any) -> None:
+    outputs: dict[str, Any] = {}
+    for name, _, output in calls:
         outputs.setdefault(name, output)
-
-    return put
+    for name in names:
+        if name not in outputs:
+            raise UnsupportedModelError(f"Module {name!r} of {type(model).__name__} does not run.")
+    return outputs, result
 
 
 def execution_order(model: nn.Module) -> list[str] | None:
@@ -201,20 +188,16 @@ def execution_order(model: nn.Module) -> list[str] | None:
     except Exception:  # a net that cannot be copied: its own order must do
         return None
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    channels = list(dict.fromkeys([m.in_channels for m in convolutions if m.in_channels in (1, 3)])) or [3]
+    channels = list(dict.fromkeys(m.in_channels for m in convolutions if m.in_channels in (1, 3))) or [3]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    ended: dict[str, Any] = {}
-    for name, module in twin.named_modules():
-        module.register_forward_hook(_put(ended, name))
     for size in (32, 64, 224, 16, 28, 96, 128, 256, 384):
         for channel in channels:
-            ended.clear()
             try:
-                with torch.no_grad(), torch.inference_mode(False):
+                with torch.no_grad(), torch.inference_mode(False), recorded_calls(dict(twin.named_modules())) as calls:
                     twin(torch.zeros(1, channel, size, size, dtype=like.dtype, device=like.device))
             except Exception:  # not this net's size: the next
                 continue
-            return list(ended)
+            return list(dict.fromkeys(name for name, _, _ in calls))
     return None
 
 
@@ -228,11 +211,11 @@ def keep_classes(model: nn.Module, classes: Sequence[int]) -> None:
     name, head = find_head(model)
     if max(classes) >= head.out_features:
         raise ConfigError(f"classes go up to {max(classes)}, but the net has {head.out_features} logits, from 0.")
-    chosen = torch.tensor(list(classes), device=head.weight.device)
-    cut = nn.Linear(head.in_features, len(chosen), bias=head.bias is not None).to(head.weight)
+    rows = torch.tensor(list(classes), device=head.weight.device)
+    cut = nn.Linear(head.in_features, len(rows), bias=head.bias is not None).to(head.weight)
     with torch.no_grad():
-        cut.weight.copy_(head.weight[chosen])
+        cut.weight.copy_(head.weight[rows])
         if head.bias is not None:
-            cut.bias.copy_(head.bias[chosen])
+            cut.bias.copy_(head.bias[rows])
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, cut)

@@ -59,14 +59,9 @@ def check_weights_file(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: str | Path, *, mmap: bool = False) -> Any:
-    """What a file holds, tensors on the CPU.
+    """What a file holds, tensors on the CPU (with ``mmap`` on disk until used, not in ``.safetensors``).
 
-    Files ending in ``.safetensors`` are read as such, all others with ``torch.load(weights_only=True)``, so that no
-    code in the file is run.
-
-    Args:
-        path: The file.
-        mmap: Leave the tensors on disk until somebody looks at them (not in ``.safetensors``).
+    ``.safetensors`` files are read as such, all others with ``torch.load(weights_only=True)``: no code in them is run.
 
     Raises:
         CodeInFileError: The file holds more than tensors and plain values.
@@ -74,9 +69,9 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> Any:
     """
     path = check_weights_file(path)
     try:
-        return (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True, mmap=mmap)
-        )
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, "cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes can provoke any
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         if blocked:
@@ -93,9 +88,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> Any:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the state dict in a file; names stay as the file has them, tensors are on the CPU.
-
-    A state dict inside a container (``state_dict``, ``model``, ``net``, ...) is unwrapped.
+    """Read the state dict in a file, also out of a container (``state_dict``, ``model``, ...); names stay as they are.
 
     Raises:
         WeightsError: As :func:`read_checkpoint`, and where the file has no state dict, or none that can be told apart.
@@ -123,9 +116,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def _is_state_dict(value: object) -> bool:
-    if not isinstance(value, Mapping) or not value:
-        return False
-    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    return bool(pairs) and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in pairs)
 
 
 @dataclass(frozen=True)
@@ -137,57 +129,47 @@ class Normalization:
     names: tuple[str, str]
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{name} {tuple(round(value, 6) for value in values)}"
-            for name, values in zip(self.names, (self.mean, self.std), strict=True)
-        )
+        mean, std = (tuple(round(value, 6) for value in values) for values in (self.mean, self.std))
+        return f"{self.names[0]} {mean}, {self.names[1]} {std}"
 
 
 def fit_state(
     net: nn.Module, state: Mapping[str, Tensor], source: str, *, strict: bool = True, prefix: str | None = None
 ) -> tuple[dict[str, Tensor], Normalization | None]:
-    """Match a state dict to a net's names without changing the net.
+    """Match a state dict to a net's names without changing the net; ``source`` is the file's name, for messages.
 
-    Args:
-        net: The net.
-        state: Names and tensors.
-        source: The file's name, for messages.
-        strict: Whether all must fit; else what does not is listed in a warning.
-        prefix: As in :func:`~lightning_tta.backbones.create.load_weights`.
-
-    Returns:
-        The tensors by the net's names, and the normalisation that lies beside them, if there is one.
-
-    Raises:
-        WeightsError: The state dict does not fit; the names are listed.
+    Arguments and errors as in :func:`~lightning_tta.backbones.create.load_weights`. Returns the tensors by the net's
+    names, and the normalisation that lies beside them, if there is one.
     """
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # torch.compile's wrapper
     target = {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}
-    required = {name for name in target if name.rpartition(".")[2] != "num_batches_tracked"}
+    required = [name for name in target if name.rpartition(".")[2] != "num_batches_tracked"]
     if prefix is None:
-        prefix = _find_prefix(state, required, source)
+        prefix = _find_prefix(state, set(required), source)
     inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     surplus = [prefix + name for name in inside if name not in target]
     surplus += [name for name in state if not name.startswith(prefix)]
     normalization = _find_normalization(state, surplus)
-    if normalization:
-        surplus = [name for name in surplus if name not in normalization.names]
+    surplus = [name for name in surplus if normalization is None or name not in normalization.names]
     shapes = {
-        name: (tuple(inside[name].shape), tuple(target[name].shape))
-        for name in target
-        if name in inside and inside[name].shape != target[name].shape
+        name: (tuple(inside[name].shape), tuple(value.shape))
+        for name, value in target.items()
+        if name in inside and inside[name].shape != value.shape
     }
     tensors = {name: inside[name] for name in target if name in inside and name not in shapes}
-    problems = _mismatches(
-        [name for name in target if name in required and name not in inside],
-        [name.removeprefix(prefix) for name in surplus if name.startswith(prefix)],
-        shapes,
-    )
+    kinds = {
+        "missing": [name for name in required if name not in inside],
+        "unexpected": [name.removeprefix(prefix) for name in surplus if name.startswith(prefix)],
+        "wrong shape": [f"{name} (checkpoint {old}, net {new})" for name, (old, new) in shapes.items()],
+    }
+    problems = [f"  {kind} ({len(names)}): {_some(names)}" for kind, names in kinds.items() if names]
+    problems += _other_classes(shapes)
     title = f"{source} does not fit {type(net).__name__}" + (f" (prefix {prefix!r} stripped)" if prefix else "")
     if problems and (strict or not tensors):
-        raise WeightsError(f"{title}:\n{problems}")
+        raise WeightsError("\n".join([f"{title}:", *problems]))
     if problems:
-        warnings.warn(f"{title} in full; {len(tensors)} entries loaded:\n{problems}", stacklevel=3)
+        title = f"{title} in full; {len(tensors)} entries loaded:"
+        warnings.warn("\n".join([title, *problems]), stacklevel=3)
     outside = [name for name in surplus if not name.startswith(prefix)]
     if outside:
         others = f"{len(outside)} entries of {source} are not under {prefix!r} and are left out"
@@ -199,51 +181,44 @@ def _find_prefix(state: Mapping[str, Tensor], required: set[str], source: str) -
     """Return the prefix under which most of the ``required`` names occur in ``state``; the shortest of equals."""
     counts: Counter[str] = Counter()
     for name in state:
-        parts = name.split(".")
-        for i in range(len(parts)):
-            if ".".join(parts[i:]) in required:
-                counts["".join(f"{part}." for part in parts[:i])] += 1
+        words = name.split(".")
+        counts.update(
+            "".join(f"{word}." for word in words[:i]) for i in range(len(words)) if ".".join(words[i:]) in required
+        )
     best = max(counts.values(), default=0)
-    candidates = sorted((p for p, count in counts.items() if count == best), key=len)
-    complete = candidates if best == len(required) else []
-    first, others = complete[:1], complete[1:]
-    if any(not torch.equal(state[p + name], state[first[0] + name]) for p in others for name in required):
+    candidates = sorted((prefix for prefix, count in counts.items() if count == best), key=len)
+    first = candidates[0] if candidates else ""
+    if best == len(required) and any(
+        not torch.equal(state[prefix + name], state[first + name]) for prefix in candidates[1:] for name in required
+    ):
         raise WeightsError(
-            f"{source} holds the net more than once, with different values: under {complete}. Choose one with "
+            f"{source} holds the net more than once, with different values: under {candidates}. Choose one with "
             "load_weights(net, path, prefix=...)."
         )
-    return candidates[0] if candidates else ""
+    return first
 
 
 def _find_normalization(state: Mapping[str, Tensor], surplus: list[str]) -> Normalization | None:
     """The one mean and the one std of up to four channels among the names that the net does not have."""
-
-    def only(endings: tuple[str, ...]) -> str | None:
-        names = [n for n in surplus if n.rpartition(".")[2] in endings and 1 <= state[n].numel() <= 4]
-        return names[0] if len(names) == 1 else None
-
-    mean, std = only(_MEAN_NAMES), only(_STD_NAMES)
-    if mean is None or std is None:
+    small = [name for name in surplus if 1 <= state[name].numel() <= 4]
+    means, stds = ([n for n in small if n.rpartition(".")[2] in ends] for ends in (_MEAN_NAMES, _STD_NAMES))
+    if len(means) != 1 or len(stds) != 1:
         return None
-    return Normalization(tuple(state[mean].flatten().tolist()), tuple(state[std].flatten().tolist()), (mean, std))
+    mean, std = (tuple(state[name].flatten().tolist()) for name in (*means, *stds))
+    return Normalization(mean, std, (means[0], stds[0]))
 
 
-def _mismatches(
-    missing: list[str], unexpected: list[str], shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-) -> str:
-    """List what does not fit, with a hint where it looks like another number of classes."""
-    wrong = [f"{name} (checkpoint {old}, net {new})" for name, (old, new) in shapes.items()]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-    lines = [f"  {kind} ({len(names)}): {_some(names)}" for kind, names in kinds if names]
+def _other_classes(shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> list[str]:
+    """A hint where the wrong shapes look like another number of classes."""
     layers = {name.rpartition(".")[0] for name in shapes}
     rows = {(old[:1], new[:1]) for old, new in shapes.values()}
-    if len(layers) == len(rows) == 1 and all(old[1:] == new[1:] for old, new in shapes.values()):
-        (old, new) = rows.pop()
-        lines.append(
-            f"  {layers.pop()!r} has {old[0]} rows in the checkpoint and {new[0]} in the net. If it is the "
-            f"classifier: build the net with num_classes={old[0]}, or load all the rest with strict=False."
-        )
-    return "\n".join(lines)
+    if len(layers) != 1 or len(rows) != 1 or any(old[1:] != new[1:] for old, new in shapes.values()):
+        return []
+    (old, new) = rows.pop()
+    return [
+        f"  {layers.pop()!r} has {old[0]} rows in the checkpoint and {new[0]} in the net. If it is the classifier: "
+        f"build the net with num_classes={old[0]}, or load all the rest with strict=False."
+    ]
 
 
 def _some(names: list[str]) -> str:

@@ -64,10 +64,10 @@ class InnerLoop:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        for name in ("max_steps", "min_steps"):
-            check_range(name, getattr(self, name), 0, integer=True)
-        for name in ("max_lr", "scale_lr", "shift_lr", "source_weight_lr"):
-            check_range(name, getattr(self, name), 0)
+        for kind, rate in self.rates.items():
+            check_range(f"{kind}_lr", rate, 0)
+        for phase, steps in (("max", self.max_steps), ("min", self.min_steps)):
+            check_range(f"{phase}_steps", steps, 0, integer=True)
         check_range("threshold", self.threshold, 0, 1)
         for name in ("max_layers", "adapt_layers"):
             check_range(name, getattr(self, name), 0, 1, low_open=True)
@@ -84,8 +84,8 @@ class InnerLoop:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """What happens at test time, in order: max, then min; without those that have no steps."""
-        both: tuple[tuple[Phase, int], ...] = (("max", self.max_steps), ("min", self.min_steps))
-        return tuple(phase for phase, steps in both if steps)
+        both: tuple[Phase, ...] = ("max", "min")
+        return tuple(phase for phase in both if self.steps(phase))
 
     def steps(self, phase: Phase) -> int:
         """Number of steps of a phase."""
@@ -108,8 +108,8 @@ def with_inner_options(init: Init) -> Init:
     """
     signature = inspect.signature(init)
     named = [parameter for parameter in signature.parameters.values() if parameter.kind != Parameter.VAR_KEYWORD]
-    kinds = get_type_hints(InnerLoop).items()
-    inner = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind | None) for name, kind in kinds]
+    hints = get_type_hints(InnerLoop).items()
+    inner = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=hint | None) for name, hint in hints]
     init.__signature__ = signature.replace(parameters=[*named, *inner])  # type: ignore[attr-defined]
     return init
 
@@ -152,16 +152,12 @@ class InnerParameters:
             )
         adapted = _last(main, settings.adapt_layers)
         raised = _last(adapted, settings.max_layers * len(main) / len(adapted)) if settings.max_steps else []
-        self.rate_of: dict[Phase, dict[str, str]] = {
-            "max": {f"{name}.bias": "max" for name in raised},
-            "min": {
-                **{f"{name}.weight": "scale" for name in adapted},
-                **{f"{name}.bias": "shift" for name in adapted if name not in raised},
-            },
-        }
+        lowered = {f"{name}.weight": "scale" for name in adapted}
+        lowered |= {f"{name}.bias": "shift" for name in adapted if name not in raised}
         if settings.source_weight_lr > 0:
-            self.rate_of["min"] |= {f"{name}.source_weight": "source_weight" for name in adapted}
-        self.rate_of = {phase: rates for phase, rates in self.rate_of.items() if settings.steps(phase)}
+            lowered |= {f"{name}.source_weight": "source_weight" for name in adapted}
+        rate_of: dict[Phase, dict[str, str]] = {"max": {f"{name}.bias": "max" for name in raised}, "min": lowered}
+        self.rate_of = {phase: rate_of[phase] for phase in settings.phases}
         named = dict(net.named_parameters())
         self.parameters = {name: named[name] for name in sorted(set().union(*self.rate_of.values()))}
 
@@ -196,7 +192,7 @@ def alignment(result: Adapted, inner_parameters: InnerParameters, labels: Tensor
     parameters = [inner_parameters.parameters[name] for name in result.gradients]
     loss = cross_entropy(result.before.flatten(0, 1), labels)
     main = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-    inner = [gradient.mean(0) if gradient.ndim > 1 else gradient for gradient in result.gradients.values()]
+    inner = [gradient.view(-1, gradient.shape[-1]).mean(0) for gradient in result.gradients.values()]
     return cosine_similarity(torch.cat(inner).detach(), torch.cat(main), dim=0)
 
 
@@ -231,20 +227,17 @@ def adapt_inner(
         rates: Learning rates by kind, in place of the settings' (tensors may be learned).
         inner_parameters: The net's, if they are known already.
 
-    Returns:
-        See :class:`Adapted`.
-
     Source: Meta-TTT, arXiv 2410.01709.
     """
     rate_of = (inner_parameters or InnerParameters(net, settings)).rate_of
     rates = rates or settings.rates
     phases = settings.phases if phases is None else phases
     differentiable = differentiable or second_order
+    before: Tensor | None = None
     losses: dict[Phase, list[Tensor]] = {}
     first_gradients: dict[str, Tensor] = {}
-    before: Tensor | None = None
-    named = dict(net.named_parameters())
     current: dict[str, Tensor] = {}
+    named = dict(net.named_parameters())
     for name in [name for phase in phases for name in rate_of[phase]]:
         value = named[name] if differentiable else named[name].detach()
         value = value.expand(domains, -1) if domains > 1 else value

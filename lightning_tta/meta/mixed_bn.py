@@ -18,7 +18,7 @@ Parametrization = Literal["raw", "sigmoid"]
 
 
 class _Moments(Function):
-    """The derivatives keep x and no centred copy."""
+    """Unbiased variance and mean of x (D, B, C, ...), each (D, C); the derivatives keep x and no centred copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,11 +35,6 @@ class _Moments(Function):
         return affine(x, slope.view(shape), (mean_gradient / count - slope * mean).view(shape))
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unbiased variance and mean of x (D, B, C, ...), each (D, C)."""
-    return _Moments.apply(x)  # type: ignore[no-any-return]
-
-
 class MixedBatchNorm(_NormBase):
     """BatchNorm with the moments of a mixture of the source distribution and the batch's.
 
@@ -54,7 +49,7 @@ class MixedBatchNorm(_NormBase):
     that size. ``w = 1`` is BatchNorm in eval mode. Where a channel has one value, the source statistics are used.
 
     Shape: x (N, C) or (N, C, ...) -> the same. With ``domains`` D > 1, x holds D domains of N / D images one after
-    the other; each has its own batch statistics, and each parameter is (C,) for all or (D, C), one row a domain.
+    the other, each with its own batch statistics; each parameter is (C,) for all or (D, C), one row a domain.
 
     Args:
         norm: The BatchNorm layer to take over; parameters and statistics are shared with it.
@@ -76,11 +71,7 @@ class MixedBatchNorm(_NormBase):
     source_weight: nn.Parameter
 
     def __init__(
-        self,
-        norm: _BatchNorm,
-        source_weight: float = 0.75,
-        std: float = 0.0,
-        parametrization: Parametrization = "raw",
+        self, norm: _BatchNorm, source_weight: float = 0.75, std: float = 0.0, parametrization: Parametrization = "raw"
     ) -> None:
         _check_mixing(source_weight, std, parametrization)
         running = norm.running_mean
@@ -123,7 +114,7 @@ class MixedBatchNorm(_NormBase):
         assert var is not None
         if x.numel() > self.domains * self.num_features:  # else one value a channel: it has no variance
             w = self.mixing
-            var_t, mean_t = _moments(x)
+            var_t, mean_t = _Moments.apply(x)
             var = w * var + (1 - w) * var_t + w * (1 - w) * (mean - mean_t).square()
             if self.parametrization == "raw":
                 var = var.clamp_min(0)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from lightning_tta.backbones.norms import replaced_forwards
 from lightning_tta.backbones.split import as_logits
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
@@ -40,8 +41,8 @@ class _Call:
 class _Recorder:
     """Records modules' outputs until the first of ``layers`` runs, and returns them in later passes.
 
-    In-place operations: a recorded module may write into another's output (an in-place ReLU does), for both are
-    returned as they ended. Where code between modules does, or a module that runs again, the output is computed anew.
+    A recorded module may write into another's output (an in-place ReLU does): both are returned as they ended. Where
+    code between modules does, or a module that runs again, the output is computed anew.
     """
 
     def __init__(self, layers: Collection[nn.Module]) -> None:
@@ -73,7 +74,8 @@ class _Recorder:
         return call
 
     def start_pass(self) -> None:
-        self.recording = False
+        """Before each pass: what the first one has recorded is returned from now on."""
+        self.recording = self.recording and not self.calls
         self._mark_overwritten()
         calls: dict[nn.Module, list[_Call]] = defaultdict(list)
         for call in self.calls:
@@ -91,34 +93,15 @@ def shared_prefix(net: nn.Module, images: Tensor, changing: Collection[str]) -> 
 
     The modules that end, in the first pass, before one that owns a changing parameter starts give the same result in
     every pass: their outputs are kept, with their graph, and not computed again. Their hooks still run.
-
-    Args:
-        net: A classifier that is deterministic between passes (eval mode) up to the first changing layer.
-        images: Its input (B, C, H, W).
-        changing: Names of the parameters that differ between passes.
-
-    Yields:
-        ``run(parameters) -> logits (B, K)``; ``parameters`` by name replace the net's own (functional call).
+    Yields ``run(parameters) -> logits (B, K)``, whose ``parameters`` by name, those in ``changing``, replace the net's.
     """
     modules = dict(net.named_modules())
     recorder = _Recorder([modules[name.rpartition(".")[0]] for name in changing])
-    wrapped = [module for module in modules.values() if not isinstance(module, torch.jit.ScriptModule)]
-    replaced = {module: module.__dict__["forward"] for module in wrapped if "forward" in module.__dict__}
-    first = True
 
     def run(parameters: Mapping[str, Tensor]) -> Tensor:
-        nonlocal first
-        if not first:
-            recorder.start_pass()
-        first = False
+        recorder.start_pass()
         return as_logits(functional_call(net, dict(parameters), (images,)))
 
-    for module in wrapped:
-        module.forward = recorder.wrap(module)
-    try:
+    wrapped = [module for module in modules.values() if not isinstance(module, torch.jit.ScriptModule)]
+    with replaced_forwards({module: recorder.wrap(module) for module in wrapped}):
         yield run
-    finally:
-        for module in wrapped:
-            del module.forward
-            if module in replaced:
-                module.forward = replaced[module]

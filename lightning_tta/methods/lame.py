@@ -52,9 +52,9 @@ def refine(log_p: Tensor, affinity: Tensor, max_iterations: int = MAX_ITERATIONS
     log_y, bounds = log_p, list[float]()
     for _ in range(max_iterations):
         log_y = log_p + affinity @ log_y.exp()
-        normaliser = log_y.logsumexp(1, keepdim=True)
-        log_y = log_y - normaliser
-        bounds.append(-normaliser.sum().item())
+        normalizer = log_y.logsumexp(1, keepdim=True)
+        log_y = log_y - normalizer
+        bounds.append(-normalizer.sum().item())
         if len(bounds) > 2 and abs(bounds[-1] - bounds[-2]) <= TOLERANCE * abs(bounds[-2]):
             break
     return log_y, bounds

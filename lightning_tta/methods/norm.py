@@ -56,17 +56,14 @@ class Norm(TTAMethod):
                 f"BatchNorm layer '{untracked[0]}' keeps no running statistics (track_running_stats=False). Use "
                 "source_weight=0 and momentum=None, the batch's own statistics."
             )
-        self.source_weight = source_weight
-        self.momentum = momentum
-        self._slots: dict[str, str] = {}
+        self.source_weight, self.momentum = source_weight, momentum
+        self._ema_names: dict[str, str] = {}
         if momentum is not None:
             for number, (name, layer) in enumerate(layers.items()):
-                self._slots[name] = f"ema_{number}"
-                assert layer.running_mean is not None
-                assert layer.running_var is not None
-                self.register_buffer(f"ema_{number}", torch.stack([layer.running_mean, layer.running_var]))
-            for slot in self._slots.values():
-                self.state(slot, self.get_buffer(slot))
+                self._ema_names[name] = f"ema_{number}"
+                self.register_buffer(f"ema_{number}", _source_moments(layer))
+            for ema_name in self._ema_names.values():
+                self.state(ema_name, self.get_buffer(ema_name))
         self._updating = False
 
     @torch.no_grad()
@@ -94,12 +91,15 @@ class Norm(TTAMethod):
         return bn_statistics(self.model, self._average)
 
     def _average(self, name: str, layer: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-        ema = self.get_buffer(self._slots[name])
+        ema = self.get_buffer(self._ema_names[name])
         if self._updating:
             assert self.momentum is not None
             ema.lerp_(torch.stack(batch_moments(x)).to(ema), self.momentum)
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        source = torch.stack([layer.running_mean, layer.running_var])
-        mean, var = torch.lerp(ema, source, self.source_weight)
+        mean, var = torch.lerp(ema, _source_moments(layer), self.source_weight)
         return mean, var
+
+
+def _source_moments(layer: _BatchNorm) -> Tensor:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return torch.stack([layer.running_mean, layer.running_var])

@@ -11,7 +11,7 @@ from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.method import TTAMethod
 
-EMPTY = 1e4  # the entropy of an empty place: above any real one, finite in half precision too
+EMPTY = 1e4  # the entropy of an empty slot: above any real one, finite in half precision too
 
 
 class T3A(TTAMethod):
@@ -60,16 +60,13 @@ class T3A(TTAMethod):
             rows = normalize(at_least_float32(self.split.head.weight.detach()), dim=1)
             row_entropies = at_least_float32(entropy(self.split.head(self.split.head.weight)))
         self.register_buffer("sums", rows)
-        bank = {"sums": self.sums}
+        self.state("sums", self.sums)
         if filter_k is not None:
-            # An empty place holds the class's row, so that a snapshot of the rows is one of the whole bank.
+            # An empty slot holds the class's row, so that a snapshot of the rows is one of the whole bank.
             self.register_buffer("supports", rows[:, None].repeat(1, filter_k, 1))
             self.register_buffer("entropies", torch.full((len(rows), filter_k), EMPTY).to(row_entropies))
             self.entropies[:, 0] = row_entropies
-            bank["entropies"] = self.entropies
-        for name, tensor in bank.items():
-            self.state(name, tensor)
-        if filter_k is not None:
+            self.state("entropies", self.entropies)
             self.state("supports", self.supports, source=rows[:, None].clone())
 
     @torch.no_grad()
@@ -96,18 +93,18 @@ class T3A(TTAMethod):
     def _add(self, new: Tensor, classes: Tensor, entropies: Tensor) -> None:
         """Supports (B, D) with their classes and entropies (B,); only the classes that occur are touched."""
         touched = torch.unique(classes)
-        own = touched[:, None] == classes  # (T, B)
+        members = touched[:, None] == classes  # (T, B)
         if self.filter_k is None:
-            self.sums[touched] += own.to(new) @ new
+            self.sums[touched] += members.to(new) @ new
             return
         count = self.filter_k
-        candidates = torch.where(own, entropies.to(self.entropies), EMPTY)
+        candidates = torch.where(members, entropies.to(self.entropies), EMPTY)
         table = torch.cat([self.entropies[touched], candidates], 1)  # (T, M + B)
-        kept = table.argsort(dim=1, stable=True)[:, :count]  # older ones first, so never another class's image
-        old = torch.arange(len(touched), device=kept.device)[:, None] * count + kept
+        lowest = table.argsort(dim=1, stable=True)[:, :count]  # older ones first, so never another class's image
+        old = torch.arange(len(touched), device=lowest.device)[:, None] * count + lowest
         pool = torch.cat([self.supports[touched].flatten(0, 1), new])
-        supports = pool[torch.where(kept < count, old, len(touched) * count + kept - count)]
-        filled = table.gather(1, kept)
+        supports = pool[torch.where(lowest < count, old, len(touched) * count + lowest - count)]
+        filled = table.gather(1, lowest)
         self.supports[touched], self.entropies[touched] = supports, filled
         self.sums[touched] = torch.where((filled < EMPTY / 2)[..., None], supports, 0).sum(1)
         self.note(supports=(self.entropies < EMPTY / 2).sum())

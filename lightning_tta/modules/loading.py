@@ -56,48 +56,30 @@ def load_source(
     path = None if source_ckpt is None or source_ckpt == "none" else find_checkpoint(source_ckpt)
     if source_ckpt == "none" and not isinstance(backbone, nn.Module) and not pretrained:
         warnings.warn("source_ckpt='none': the net is randomly initialised and predicts by chance.", stacklevel=2)
-    saved = _description(path)
-    if path is not None and "mixed_bn" in saved:
-        return _load_meta_trained(path, saved, backbone, num_classes, options)
-    if isinstance(backbone, nn.Module):
-        if path is not None:
-            load_weights(backbone, path)
-        return backbone
-    if backbone is not None:
-        return create_backbone(backbone, num_classes, pretrained=pretrained, weights=path, **options)
-    if path is None:
-        raise ConfigError("Which net? Pass backbone=NAME, such as 'timm/test_resnet' or 'cifar/resnet20'.")
-    if not saved.get("backbone"):
-        raise WeightsError(f"{path} does not say which net it is for. Pass backbone=NAME and num_classes=K with it.")
-    return create_backbone(**saved["backbone"], weights=path)
-
-
-def _description(path: Path | None) -> dict[str, Any]:
-    """What a training module wrote about its net into a checkpoint; empty for any other file."""
-    saved = read_checkpoint(path) if path is not None and path.suffix == ".ckpt" else None
-    description: dict[str, Any] = saved.get("lightning_tta", {}) if isinstance(saved, dict) else {}
-    return description
-
-
-def _load_meta_trained(
-    path: Path,
-    saved: dict[str, Any],
-    backbone: str | nn.Module | None,
-    num_classes: int | None,
-    options: dict[str, Any],
-) -> nn.Module:
+    content = read_checkpoint(path) if path is not None and path.suffix == ".ckpt" else None
+    saved: dict[str, Any] = content.get("lightning_tta", {}) if isinstance(content, dict) else {}
+    meta_trained = path is not None and "mixed_bn" in saved
+    weights = None if meta_trained else path  # those of mixed layers are loaded once the net has them
     if isinstance(backbone, nn.Module):
         net = backbone
+        if weights is not None:
+            load_weights(net, weights)
     elif backbone is not None:
-        net = create_backbone(backbone, num_classes, **options)
-    elif saved["backbone"]:
-        net = create_backbone(**saved["backbone"])
-    else:
+        pretrained = pretrained and not meta_trained
+        net = create_backbone(backbone, num_classes, pretrained=pretrained, weights=weights, **options)
+    elif path is None:
+        raise ConfigError("Which net? Pass backbone=NAME, such as 'timm/test_resnet' or 'cifar/resnet20'.")
+    elif saved.get("backbone"):
+        net = create_backbone(**saved["backbone"], weights=weights)
+    elif meta_trained:
         raise WeightsError(f"{path} was trained with a net of its own. Pass that net: backbone=MODULE.")
-    if not mixed_batch_norm_layers(net):
-        net = convert_mixed_bn(net, parametrization=saved["mixed_bn"]["parametrisation"])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*are left out.*")  # learned inner rates: in saved["meta_ttt"]
-        load_weights(net, path)
-    set_inner_loop(net, InnerLoop(**saved["meta_ttt"]))
+    else:
+        raise WeightsError(f"{path} does not say which net it is for. Pass backbone=NAME and num_classes=K with it.")
+    if path is not None and meta_trained:
+        if not mixed_batch_norm_layers(net):
+            net = convert_mixed_bn(net, parametrization=saved["mixed_bn"]["parametrisation"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*are left out.*")  # learned inner rates: in saved["meta_ttt"]
+            load_weights(net, path)
+        set_inner_loop(net, InnerLoop(**saved["meta_ttt"]))
     return net

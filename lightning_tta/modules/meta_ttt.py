@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -135,11 +135,7 @@ class MetaTTT(LightningModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot work.
-
-        Raises:
-            ConfigError: For ``sync_batchnorm`` and a compiled module.
-        """
+        """Refuse ``sync_batchnorm`` and a compiled module, which cannot be differentiated twice."""
         if getattr(self.trainer.strategy, "_layer_sync", None) is not None:
             raise ConfigError(
                 "sync_batchnorm cannot be differentiated twice, and each domain needs statistics of its own. Set "
@@ -158,12 +154,12 @@ class MetaTTT(LightningModule):
         phases = self._phases()
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         measure = bool(phases) and self.global_step % every == 0
-        with ExitStack() as stack:
-            if self.synthesis is not None:
-                first = self.global_rank * domains
-                key = f"{self.trainer.current_epoch}|{batch_idx}|{torch.initial_seed()}"
-                drawn = self.synthesis.draw([f"{key}|{first + number}" for number in range(domains)])
-                stack.enter_context(self.synthesis.active(*drawn))
+        shifts: AbstractContextManager[None] = nullcontext()
+        if self.synthesis is not None:
+            first = self.global_rank * domains
+            key = f"{self.trainer.current_epoch}|{batch_idx}|{torch.initial_seed()}"
+            shifts = self.synthesis.active(*self.synthesis.draw([f"{key}|{first + i}" for i in range(domains)]))
+        with shifts:
             result = adapt_inner(
                 self.backbone,
                 images,
@@ -217,11 +213,14 @@ class MetaTTT(LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], split: str, names: Sequence[str] = ()) -> None:
         with torch.inference_mode(False), torch.enable_grad():
-            images = batch["image"].clone()  # inference tensors cannot be saved for backward
-            rates = {kind: float(torch.as_tensor(rate).detach()) for kind, rate in self.rates.items()}
-            phases = self.settings.phases if self.meta else ()
-            options: dict[str, Any] = {"phases": phases, "rates": rates, "inner_parameters": self.inner_parameters}
-            result = adapt_inner(self.backbone, images, self.settings, **options)
+            result = adapt_inner(
+                self.backbone,
+                batch["image"].clone(),  # inference tensors cannot be saved for backward
+                self.settings,
+                phases=self.settings.phases if self.meta else (),
+                rates={kind: float(torch.as_tensor(rate).detach()) for kind, rate in self.rates.items()},
+                inner_parameters=self.inner_parameters,
+            )
         ends = ["", f"/{names[int(batch['domain'][0])]}"] if "domain" in batch and len(names) > 1 else [""]
         for when, logits in (("before", result.before[0]), ("after", result.after[0])):
             right = (logits.argmax(-1) == batch["label"]).float()
@@ -249,13 +248,10 @@ class MetaTTT(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with the head's own rate, and, per epoch, the schedule of the configuration."""
-        _, head = find_head(self.backbone)
-        of_head = {id(parameter) for parameter in head.parameters()}
-        groups: dict[bool, list[Tensor]] = {False: [], True: []}
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                groups[id(parameter) in of_head].append(parameter)
-        optimizer = self.optimizer([{"params": parameters} for parameters in groups.values()])
+        head = set(find_head(self.backbone)[1].parameters())
+        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [[p for p in learned if p not in head], [p for p in learned if p in head]]
+        optimizer = self.optimizer([{"params": parameters} for parameters in groups])
         optimizer.param_groups[1]["lr"] *= self.head_lr_factor
         return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
 

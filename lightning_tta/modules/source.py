@@ -75,16 +75,16 @@ class SourceClassifier(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Loss, accuracy and calibration on the validation split."""
-        self._evaluate(batch, self.val_metrics, "source/val_loss")
+        self._evaluate(batch, self.val_metrics)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Loss, accuracy and calibration on the clean test split."""
-        self._evaluate(batch, self.test_metrics, "source/test_loss")
+        """The same on the clean test split."""
+        self._evaluate(batch, self.test_metrics)
 
-    def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection, loss_name: str) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> None:
         logits = self(batch["image"])
         metrics.update(logits, batch["label"])
-        log_mean(self, loss_name, self.loss(logits, batch["label"]), len(logits))
+        log_mean(self, f"{metrics.prefix}loss", self.loss(logits, batch["label"]), len(logits))
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(logits))
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -47,12 +47,17 @@ def make_views(images: Tensor, views: int, augment: str, seeds: Sequence[int]) -
     elif augment in ("rrc", "rrc_flip", "augmix"):
         x = _resized_crop(images, views, generators)
     if augment in ("rrc_flip", "crop_flip", "augmix", "augmix_crop"):
-        chosen = _draw(generators, lambda g: torch.rand(views, generator=g) < 0.5, images.device)
-        x = torch.where(chosen[..., None, None, None], x.flip(-1), x)
+        mirrored = _draw(generators, lambda g: torch.rand(views, generator=g) < 0.5, images.device)
+        x = torch.where(mirrored[..., None, None, None], x.flip(-1), x)
     if augment.startswith("augmix"):
         x = _augmix(x, generators)
+    return _laid_out_as(images, x)
+
+
+def _laid_out_as(images: Tensor, x: Tensor) -> Tensor:
+    """``x`` (..., C, H, W) with the channels last in memory where ``images`` have them there."""
     if images.shape[1] > 1 and images.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        return x.movedim(-3, -1).contiguous().movedim(-1, -3)
     return x.contiguous()
 
 
@@ -104,9 +109,8 @@ def _padded_crop(images: Tensor, views: int, generators: Sequence[torch.Generato
     shift = _draw(generators, lambda g: torch.randint(2 * PADDING + 1, (views, 2), generator=g), images.device)
     rows = shift[..., 0, None] + torch.arange(height, device=images.device)
     columns = shift[..., 1, None] + torch.arange(width, device=images.device)
-    padded = pad(images, [PADDING] * 4)
     number = torch.arange(len(images), device=images.device)[:, None, None, None]
-    crops = padded.permute(0, 2, 3, 1)[number, rows[..., :, None], columns[..., None, :]]
+    crops = pad(images, [PADDING] * 4).permute(0, 2, 3, 1)[number, rows[..., :, None], columns[..., None, :]]
     return crops.permute(0, 1, 4, 2, 3)
 
 
@@ -197,26 +201,20 @@ def _augmix(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         sign = 2 * torch.randint(2, shape, generator=g) - 1
         return torch.cat([depth, operation, level, sign], -1)
 
-    plan = _draw(generators, chains, device).flatten(0, 2)
-    depth, operation, level, sign = torch.split(plan, [1, DEPTH, DEPTH, DEPTH], -1)
+    drawn = _draw(generators, chains, device).flatten(0, 2)
+    depth, operation, level, sign = torch.split(drawn, [1, DEPTH, DEPTH, DEPTH], -1)
     chain = x[:, :, None].expand(-1, -1, WIDTH, -1, -1, -1).flatten(0, 2).contiguous()
     for step in range(DEPTH):
         todo = torch.where(step < depth[:, 0], operation[:, step].long(), -1)
         for number, apply in enumerate(OPERATIONS):
-            chosen = (todo == number).nonzero()[:, 0]
-            if len(chosen):
-                chain[chosen] = apply(chain[chosen], level[chosen, step].to(x), sign[chosen, step].to(x))
+            index = (todo == number).nonzero()[:, 0]
+            if len(index):
+                chain[index] = apply(chain[index], level[index, step].to(x), sign[index, step].to(x))
     weight = _draw(generators, lambda g: torch.empty(views, WIDTH).exponential_(generator=g), device).to(x)
     weight = weight / weight.sum(-1, keepdim=True)
     share = _draw(generators, lambda g: torch.rand(views, generator=g), device).to(x)[..., None, None, None]
     mixed = torch.einsum("svw,svwchd->svchd", weight, chain.view(*x.shape[:2], WIDTH, *x.shape[2:]))
     return share * x + (1 - share) * mixed
-
-
-def shuffle_patches(images: Tensor, patches: int, generator: torch.Generator) -> Tensor:
-    """:func:`permute_patches` in an order drawn from a generator on the CPU."""
-    order = torch.rand(len(images), patches * patches, generator=generator).argsort(1)
-    return permute_patches(images, patches, order.to(images.device))
 
 
 def permute_patches(images: Tensor, patches: int, order: Tensor) -> Tensor:
@@ -240,8 +238,9 @@ def permute_patches(images: Tensor, patches: int, order: Tensor) -> Tensor:
     x = images if fits == size else interpolate(images, fits, mode="bilinear")
     x = x.reshape(batch, channels, patches, height, patches, width).permute(0, 2, 4, 1, 3, 5)
     x = x.flatten(1, 2)[torch.arange(batch, device=images.device)[:, None], order]
-    x = x.reshape(batch, patches, patches, channels, height, width).permute(0, 3, 1, 4, 2, 5)
-    x = x.reshape(batch, channels, *fits)
-    x = x if fits == size else interpolate(x, size, mode="bilinear")
-    channels_last = channels > 1 and images.is_contiguous(memory_format=torch.channels_last)
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    x = (
+        x.view(batch, patches, patches, channels, height, width)
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(batch, channels, *fits)
+    )
+    return _laid_out_as(images, x if fits == size else interpolate(x, size, mode="bilinear"))

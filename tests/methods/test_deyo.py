@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_tta import ConfigError, adapt
-from lightning_tta.views.augmix import shuffle_patches
+from lightning_tta.views.augmix import permute_patches
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same
 from plain import FROZEN, TOLERANCE, PlainMethod, assert_goes_on_after_loading, assert_same_sgd
 
@@ -106,6 +106,10 @@ def test_five_steps(kind, patches, seed, weight):
         reports.append(report)
     assert 0 < sum(r["kept"] for r in reports) < sum(r["sure"] for r in reports) < 40
     assert reference.sgd.moved() > 1e-4
+
+
+def shuffle_patches(images, patches, generator):
+    return permute_patches(images, patches, torch.rand(len(images), patches**2, generator=generator).argsort(1))
 
 
 @pytest.mark.parametrize(("patches", "size"), [(1, 16), (2, 16), (4, 16), (4, 32)])

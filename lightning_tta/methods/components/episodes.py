@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_tta.backbones.norms import affine, batch_norm_layers, batch_statistics, moments, norm_layers
+from lightning_tta.backbones import norms
+from lightning_tta.backbones.norms import affine, batch_norm_layers
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.method import TTAMethod
@@ -21,18 +22,15 @@ Affine = Mapping[str, Tensor]
 
 
 def per_image_layers(model: nn.Module) -> dict[str, nn.Module] | None:
-    """The norm layers that :func:`per_image` can run, by name; ``None`` if the net has one that it cannot.
-
-    It can run torch's BatchNorm, GroupNorm and LayerNorm with a forward of their own class; not layers with a fused
-    activation or another layout.
-    """
-    layers = norm_layers(model)
+    """The norm layers, by name; ``None`` if one is not plain: of another kind, layout, or with a fused activation."""
+    layers = norms.norm_layers(model)
     plain = (_BatchNorm.forward, nn.GroupNorm.forward, nn.LayerNorm.forward)
     return layers if all(type(layer).forward in plain for layer in layers.values()) else None
 
 
-@contextmanager
-def per_image(model: nn.Module, images: int, rows: Affine | None = None, prior: int | None = None) -> Iterator[None]:
+def per_image(
+    model: nn.Module, images: int, rows: Affine | None = None, prior: int | None = None
+) -> AbstractContextManager[None]:
     """While active, the net takes batches of ``images`` times some views, image by image, each on its own.
 
     Args:
@@ -44,24 +42,18 @@ def per_image(model: nn.Module, images: int, rows: Affine | None = None, prior: 
     """
     layers = per_image_layers(model)
     assert layers is not None
-    rows = rows or {}
-    changed: list[nn.Module] = []
-    try:
-        for name, layer in layers.items():
-            weight, bias = (rows.get(f"{name}.{leaf}", getattr(layer, leaf)) for leaf in ("weight", "bias"))
-            layer.forward = _forward(layer, images, weight, bias, prior)
-            changed.append(layer)
-        yield
-    finally:
-        for layer in changed:
-            del layer.forward
+    forwards = {}
+    for name, layer in layers.items():
+        weight, bias = ((rows or {}).get(f"{name}.{leaf}", getattr(layer, leaf)) for leaf in ("weight", "bias"))
+        forwards[layer] = _forward(layer, images, weight, bias, prior)
+    return norms.replaced_forwards(forwards)
 
 
 def _forward(
     layer: nn.Module, images: int, weight: Tensor | None, bias: Tensor | None, prior: int | None
 ) -> Callable[[Tensor], Tensor]:
     def spread(value: Tensor, x: Tensor) -> Tensor:
-        """A parameter (C,) or (S, C) in the layout of x (S, B, C, ...), or (S, B, ..., C) for LayerNorm."""
+        """A parameter (C,) or (S, C) in the layout of x (S, B, C, ...); for LayerNorm (S, B, ..., C)."""
         rows = value.expand(images, *value.shape) if value.ndim == per_row else value
         if isinstance(layer, nn.LayerNorm):
             return rows.view(images, *(1,) * (x.ndim - 1 - per_row), *rows.shape[1:])
@@ -90,14 +82,14 @@ def _forward(
 
 
 def _batch_norm(layer: _BatchNorm, x: Tensor, prior: int | None) -> tuple[Tensor, Tensor]:
-    """Scale and shift, before the affine chunk, for x (S, B, C, ...): (S, C) or (C,)."""
+    """Scale and shift, before weight and bias, for x (S, B, C, ...): (S, C) or (C,)."""
     mean, var = layer.running_mean, layer.running_var
     if mean is None or var is None:
         raise RuntimeError("BatchNorm without source statistics")  # refused when the method is built
     if prior is not None and x[:, :, 0].numel() > len(x):  # else one value a channel: it has no variance
-        own_mean, own_var = moments(x.detach(), [1, *range(3, x.ndim)], unbiased=True)
-        share = 1 / (prior + 1)
-        mean, var = torch.lerp(mean.to(own_mean), own_mean, share), torch.lerp(var.to(own_var), own_var, share)
+        image_mean, image_var = norms.moments(x.detach(), [1, *range(3, x.ndim)], unbiased=True)
+        mean = torch.lerp(mean.to(image_mean), image_mean, 1 / (prior + 1))
+        var = torch.lerp(var.to(image_var), image_var, 1 / (prior + 1))
     scale = (var + layer.eps).rsqrt()
     return scale, -mean * scale
 
@@ -153,15 +145,14 @@ class ViewMethod(TTAMethod):
         self.views, self.augment, self.bn_prior = views, augment, bn_prior
         self.chunk_views, self.seed = chunk_views, seed
         self.predict_classes = class_subset(predict_classes, "predict_classes")
-        layers = per_image_layers(self.model)
-        kept = [layer.running_mean is not None for layer in batch_norm_layers(self.model).values()]
-        self.runs_per_image = layers is not None and all(kept)
+        tracked = all(layer.running_mean is not None for layer in batch_norm_layers(self.model).values())
+        self.runs_per_image = tracked and per_image_layers(self.model) is not None
 
     def source_statistics(self) -> AbstractContextManager[None]:
         """The statistics of the views of one image: the source's, or its own mixed in."""
         if self.bn_prior is None:
             return nullcontext()
-        return batch_statistics(self.model, self.bn_prior / (self.bn_prior + 1), unbiased=True)
+        return norms.batch_statistics(self.model, self.bn_prior / (self.bn_prior + 1), unbiased=True)
 
     def infer(self, x: Tensor) -> Tensor:
         """The source's prediction, with each image's own statistics if there is a prior."""

@@ -27,14 +27,14 @@ def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Te
         DataError: If there is no image, a batch is no such dict, or a gradient is not finite.
         InputError: If images are none, or the net refuses them.
     """
-    total = [torch.zeros_like(tensor, requires_grad=False) for tensor in method.learned]
+    sums = [torch.zeros_like(tensor, requires_grad=False) for tensor in method.learned]
     count = 0
     with method.at_source(), method.running():
         for batch in batches:
             if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
-                given = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-                raise DataError(f"Source batches must be dicts with 'image' (B, C, H, W) in [0, 1]; got {given}.")
-            images = batch["image"].to(total[0].device)
+                kind = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+                raise DataError(f"Source batches must be dicts with 'image' (B, C, H, W) in [0, 1]; got {kind}.")
+            images = batch["image"].to(sums[0].device)
             images = images[method.task.usable(images).to(images.device)]
             if len(images):
                 with (
@@ -44,12 +44,12 @@ def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Te
                     logits = at_least_float32(method.infer(images))
                     loss = cross_entropy(logits, logits.argmax(-1))
                     gradients = torch.autograd.grad(loss, method.learned, materialize_grads=True)
-                total = [sum_ + gradient.square() for sum_, gradient in zip(total, gradients, strict=True)]
+                sums = [total + gradient.square() for total, gradient in zip(sums, gradients, strict=True)]
                 count += 1
-    if not count or not all(bool(sum_.isfinite().all()) for sum_ in total):
-        found = f"gradients that are not finite, in {count} batches" if count else "no image"
+    if not count or not all(bool(total.isfinite().all()) for total in sums):
+        problem = f"gradients that are not finite, in {count} batches" if count else "no image"
         raise DataError(
-            f"{type(method).__name__}'s Fisher information needs finite gradients of source images; found {found}. "
+            f"{type(method).__name__}'s Fisher information needs finite gradients of source images; found {problem}. "
             "Give batches {'image': (B, C, H, W) in [0, 1]} of the training set, or use method 'eta', which needs none."
         )
-    return [sum_ / count for sum_ in total]
+    return [total / count for total in sums]
