@@ -11,8 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_tta.errors import ConfigError
 from lightning_tta.guard.watch import Action, Watch, WatchSettings
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.run.callbacks import Outputs, RunCallback
-from lightning_tta.run.stream_run import StreamRun
+from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun
 
 
 class Guard(RunCallback):

@@ -22,8 +22,7 @@ from lightning_tta.launch.help import short_help
 from lightning_tta.launch.messages import explain, our_error
 from lightning_tta.methods import available_methods, find
 from lightning_tta.run.board import FitBoard
-from lightning_tta.run.config_file import RunConfig
-from lightning_tta.run.options import add_options
+from lightning_tta.run.options import RunConfig, add_options
 from lightning_tta.run.progress import FitProgress
 
 METHOD_OPTIONS = ("--model.method", "--model.method.help", "--model.init_args.method")

@@ -22,17 +22,26 @@ from lightning_tta.errors import ConfigError, InputError, check_choice, check_ra
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.modules.loading import load_source
-from lightning_tta.run.batches import BatchRecord, domain_of, images_of, index_of, refused_batch
+from lightning_tta.run.batches import (
+    StreamInput,
+    domain_of,
+    images_of,
+    index_of,
+    labels_among,
+    refused_batch,
+    show_source,
+    warn_of_size,
+)
 from lightning_tta.run.board import StreamBoard
 from lightning_tta.run.directory import withhold_loggers
-from lightning_tta.run.input import StreamInput
+from lightning_tta.run.measures import source_errors
 from lightning_tta.run.options import where_moved
 from lightning_tta.run.outputs import PredictionWriter, StreamLogger, StreamReport
 from lightning_tta.run.processes import ProcessMode, share_stream
 from lightning_tta.run.progress import StreamProgress
 from lightning_tta.run.resume import StateKeeper
-from lightning_tta.run.source import labels_among, show_source, source_errors, warn_of_size
 from lightning_tta.run.stream_run import StreamRun
+from lightning_tta.run.summary import BatchRecord
 
 ResetPolicy = Literal["auto", "never", "domain", "batch"]
 PredictPolicy = Literal["method", "after"]
@@ -172,9 +181,8 @@ class TestTimeAdaptation(LightningModule):
         apart = [*["save_every"] * saves, *["on_bad_batch='skip'"] * self._input.skips]
         sharing = share_stream(trainer, data, self.method, self.processes, policy, apart)
         self._shares = data.shard() if sharing.joined > 1 and data is not None else None
-        description = CUSTOM_DATA if data is None else data.describe()
         protocol = Protocol.from_parts(
-            description,
+            CUSTOM_DATA if data is None else data.describe(),
             reset=policy,
             predict=self.predict,
             weights=f"{self.net_info['name']}: {self.net_info['weights']}",
@@ -183,19 +191,7 @@ class TestTimeAdaptation(LightningModule):
             world_size=sharing.world,
             mode=sharing.mode,
         )
-        return StreamRun(
-            trainer,
-            self.method,
-            self.net_info,
-            protocol,
-            data,
-            domains=list(description["domains"]),
-            frozen=[] if data is None else data.frozen_domains,
-            reset=policy,
-            reset_every=self.reset_every,
-            classes=self.classes,
-            sharing=sharing,
-        )
+        return StreamRun(trainer, self.method, self.net_info, protocol, data, self.reset_every, self.classes, sharing)
 
     def on_predict_start(self) -> None:
         """Take up what was saved, or show the source to a method that must see it."""

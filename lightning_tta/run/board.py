@@ -18,8 +18,7 @@ from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import check_range
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.task import float_dtype
-from lightning_tta.run.callbacks import Outputs, RunCallback
-from lightning_tta.run.stream_run import StreamRun
+from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun
 
 HISTOGRAMS = 20
 """About so many histograms in a stream."""

@@ -13,6 +13,7 @@ import copy
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -22,18 +23,21 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_tta.errors import ConfigError, FinishedError
+from lightning_tta.backbones.weights import CodeInFileError, read_checkpoint
+from lightning_tta.errors import ConfigError, FinishedError, WeightsError
 from lightning_tta.files import of_all, of_process, own_file
 from lightning_tta.run.processes import ProcessGroup
-from lightning_tta.run.state_files import FINAL, FORMAT, STATE, State, check_lengths, differences, read_state
 
-FILE_LOGGERS = (TensorBoardLogger, CSVLogger)
+State = dict[str, Any]
 ResumePolicy = Literal["auto", "restart"]
-LOCK, REPORT = "run.lock", "report.json"
-STATES = ("state*.pt", "final_state*.pt")
+FORMAT = 2
+"""Of the states that this version writes."""
+STATE, FINAL, LOCK, REPORT = "state.pt", "final_state.pt", "run.lock", "report.json"
 GROWING = ("predictions.csv", "batches.jsonl")
-OTHERS = ("predictions*.csv", "batches*.jsonl", "guard.jsonl", "config.yaml")
+CLEARED = ("state*.pt", "final_state*.pt", REPORT, "predictions*.csv", "batches*.jsonl", "guard.jsonl", "config.yaml")
+"""What is left of an earlier run is removed in this order: states first, so that no half of a run is continued."""
 LOGGED = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
+FILE_LOGGERS = (TensorBoardLogger, CSVLogger)
 
 
 class RunDirectory:
@@ -55,9 +59,15 @@ class RunDirectory:
         self.identity: State = json.loads(text)  # as it is read from a file
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         name = group.first(lambda: f"{identity['method']}-{self.digest}")
-        self.is_named = isinstance(trainer.logger, FILE_LOGGERS) and not counts_versions(trainer.logger)
-        trainer.loggers = [_with_version(each, name) if counts_versions(each) else each for each in trainer.loggers]
-        self.path = _path(trainer, name)
+        self.is_named = isinstance(trainer.logger, FILE_LOGGERS) and not _counts_versions(trainer.logger)
+        trainer.loggers = [_with_version(each, name) if _counts_versions(each) else each for each in trainer.loggers]
+        logger = trainer.logger
+        if isinstance(logger, FILE_LOGGERS):
+            self.path = Path(logger.log_dir)
+        elif logger is None:
+            self.path = Path(trainer.default_root_dir) / name
+        else:
+            self.path = Path(logger.save_dir or trainer.default_root_dir) / (logger.name or "") / name
         self._lock = DirectoryLock()
 
     def take(self, resume: ResumePolicy) -> State | None:
@@ -94,7 +104,7 @@ class RunDirectory:
 
     def open(self, name: str, state: State | None) -> IO[str]:
         """This process's file of that name: empty, or cut back to where the state has it."""
-        path = own_file(self.trainer, self.path / name)
+        path = self.own(name)
         if state is None:
             return path.open("w", newline="")
         file = path.open("a", newline="")
@@ -106,28 +116,23 @@ class RunDirectory:
         """Where this process writes what others write too."""
         return own_file(self.trainer, self.path / name)
 
-    def remove_states(self, *names: str) -> None:
-        """Remove saved states of all processes."""
-        for path in (path for name in names for path in of_all(self.path / name)):
+    def remove_states(self) -> None:
+        """Remove what all processes saved on the way."""
+        for path in of_all(self.path / STATE):
             path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Let others in."""
         self._lock.release()
 
-    # Internals
-
     def _check(self) -> None:
         """Refuse a finished run, and in a named directory another one than this."""
         report = self.path / REPORT
         if report.exists():
             content = json.loads(report.read_text())
-            options = content.get("options") or {}
-            saved = {
-                "method": content.get("method"),
-                **{f"method.{name}": value for name, value in options.items()},
-                **{f"protocol.{name}": value for name, value in (content.get("protocol") or {}).items()},
-            }
+            saved = {"method": content.get("method")}
+            for prefix, entry in (("method", "options"), ("protocol", "protocol")):
+                saved |= {f"{prefix}.{name}": value for name, value in (content.get(entry) or {}).items()}
             compared = ("method", "protocol.")
             lines = differences(saved, {k: v for k, v in self.identity.items() if k.startswith(compared)})
             if content.get("run_digest") != self.digest and not lines:
@@ -166,7 +171,7 @@ class RunDirectory:
             state = read_state(path)
             if state is None:
                 return None
-            check_lengths(path, state)
+            _check_lengths(path, state)
             return int(state["batches"])
 
         batches = self.group.each(read)
@@ -178,15 +183,14 @@ class RunDirectory:
         return None
 
     def _clear(self) -> None:
-        """Remove an earlier run; states first: what is left when this is cut off must not be continued."""
         logged = () if self.is_named else LOGGED  # in a directory that was named they may be of a training
-        for pattern in (*STATES, REPORT, *OTHERS, *logged):
+        for pattern in (*CLEARED, *logged):
             for path in self.path.glob(pattern):
                 path.unlink()
 
 
 class DirectoryLock:
-    """Keeps other runs out of a directory; each process's part ends with the process, however that ends.
+    """Keeps other runs out of a directory; the lock of a process ends with the process, however that ends.
 
     The first process of a run takes the directory for all. The others have a lock each too, which nobody contests, so
     that the directory is in use as long as one of them lives.
@@ -208,9 +212,9 @@ class DirectoryLock:
             if not all(_is_free(other) for other in of_all(path) if other != path):
                 lock.release()
                 return False
-            names = (STATE, FINAL, GROWING[0], REPORT)  # written whole, beside a temporary file
-            for temporary in (path for n in names for path in directory.glob(f".{n.replace('.', '*.')}.*.tmp")):
-                temporary.unlink()
+            for name in (STATE, FINAL, GROWING[0], REPORT):  # written whole, beside a temporary file
+                for temporary in directory.glob(f".{name.replace('.', '*.')}.*.tmp"):
+                    temporary.unlink()
         self.release()
         self._lock = lock
         return True
@@ -220,39 +224,6 @@ class DirectoryLock:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-
-def counts_versions(logger: Logger) -> bool:
-    """Whether a logger makes a directory ``version_N``; asking it names none and makes none."""
-    return isinstance(logger, FILE_LOGGERS) and not isinstance(logger.version, str)
-
-
-def withhold_loggers(trainer: Trainer) -> list[Logger]:
-    """Take away the loggers, before Lightning has them write: nobody knows yet where, and whether the run is new.
-
-    Returns:
-        The loggers as they were given to the Trainer, to be given back before :class:`RunDirectory` is made.
-    """
-    loggers: list[Logger] = [getattr(logger, "counting", logger) for logger in trainer.loggers]
-    trainer.loggers = []
-    return loggers
-
-
-def _with_version(logger: Logger, version: str) -> Logger:
-    """The same logger in a directory of that name; ``counting`` is the logger as it was given."""
-    kind = type(logger)
-    named = copy.copy(logger)  # without an open writer
-    named.__class__ = type(kind.__name__, (kind,), {"version": version, "counting": logger})
-    return named
-
-
-def _path(trainer: Trainer, name: str) -> Path:
-    logger = trainer.logger
-    if isinstance(logger, FILE_LOGGERS):
-        return Path(logger.log_dir)
-    if logger is None:
-        return Path(trainer.default_root_dir) / name
-    return Path(logger.save_dir or trainer.default_root_dir) / (logger.name or "") / name
 
 
 def _acquired(lock: FileLock) -> bool:
@@ -268,3 +239,78 @@ def _is_free(path: Path) -> bool:
     free = _acquired(lock)
     lock.release()
     return free
+
+
+# Loggers
+
+
+def withhold_loggers(trainer: Trainer) -> list[Logger]:
+    """Take away the loggers, before Lightning has them write: nobody knows yet where, and whether the run is new.
+
+    Returns:
+        The loggers as they were given to the Trainer, to be given back before :class:`RunDirectory` is made.
+    """
+    loggers: list[Logger] = [getattr(logger, "counting", logger) for logger in trainer.loggers]
+    trainer.loggers = []
+    return loggers
+
+
+def _counts_versions(logger: Logger) -> bool:
+    """Whether a logger makes a directory ``version_N``; asking it names none and makes none."""
+    return isinstance(logger, FILE_LOGGERS) and not isinstance(logger.version, str)
+
+
+def _with_version(logger: Logger, version: str) -> Logger:
+    """The same logger in a directory of that name; ``counting`` is the logger as it was given."""
+    kind = type(logger)
+    named = copy.copy(logger)  # without an open writer
+    named.__class__ = type(kind.__name__, (kind,), {"version": version, "counting": logger})
+    return named
+
+
+# Saved states
+
+
+def read_state(path: Path, *, head: bool = False) -> State | None:
+    """A saved state, or ``None`` if there is none or it is damaged. Runs no code from the file.
+
+    Args:
+        path: The file.
+        head: Leave the tensors on disk until somebody looks at them.
+
+    Raises:
+        ConfigError: If the file holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        return None
+    try:
+        state = read_checkpoint(path, mmap=head)
+    except CodeInFileError as error:
+        raise ConfigError(f"{path} is no state of a run, remove it: {error}") from error
+    except WeightsError:
+        warnings.warn(f"{path} cannot be read and is ignored.", stacklevel=2)
+        return None
+    if not isinstance(state, dict) or "identity" not in state:
+        warnings.warn(f"{path} is no state of a run and is ignored.", stacklevel=2)
+        return None
+    return state
+
+
+def differences(saved: State, new: State) -> list[str]:
+    """One line ``name: saved != new`` for each entry that differs; options only if the method is the same."""
+    names = [name for name in {**saved, **new} if saved.get(name) != new.get(name)]
+    if "method" in names:
+        names = [name for name in names if not name.startswith("method.")]
+    return [f"{name}: {saved.get(name)!r} != {new.get(name)!r}" for name in names]
+
+
+def _check_lengths(path: Path, state: State) -> None:
+    """Refuse a state if a file that grows with the stream is shorter than when it was saved."""
+    for name, saved in state["bytes"].items():
+        file = path.with_name(name)
+        size = file.stat().st_size if file.exists() else 0
+        if size < saved:
+            raise ConfigError(
+                f"{file} has {size} bytes, but {saved} when the state beside it was saved: the run cannot be "
+                f"continued. Restore the file, or remove {path.name} to start from the beginning."
+            )
