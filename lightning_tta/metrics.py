@@ -78,19 +78,15 @@ def collapse_measures(logits: Tensor) -> dict[str, Tensor]:
 
 
 class WindowMeasures(NamedTuple):
-    """Of a window of batches: ``share`` of the most predicted class, mean ``entropy`` over log K, logit ``norm``."""
+    """Of a window of batches: share of the most predicted class, mean entropy over log K, mean logit norm."""
 
-    share: float
-    entropy: float
-    norm: float
+    largest_class_share: float
+    entropy_of_log_k: float
+    logit_norm: float
 
 
 class Window:
-    """The last batches of a stream together: the numbers by which a collapse shows.
-
-    Args:
-        length: How many batches.
-    """
+    """The last ``length`` batches of a stream together: the numbers by which a collapse shows."""
 
     def __init__(self, length: int) -> None:
         self.batches: deque[tuple[Tensor, float, float]] = deque(maxlen=length)
@@ -98,8 +94,8 @@ class Window:
     def add(self, logits: Tensor) -> None:
         """Take in the logits (B, K) of a batch, B >= 1."""
         measures = LogitMeasures(logits)
-        values = torch.stack([measures.entropy.mean(), measures.norm.mean()]).tolist()
-        self.batches.append((measures.counts.cpu(), values[0] / math.log(logits.shape[-1]), values[1]))
+        entropy, norm = torch.stack([measures.entropy.mean(), measures.norm.mean()]).tolist()
+        self.batches.append((measures.counts.cpu(), entropy / math.log(logits.shape[-1]), norm))
 
     @property
     def shares(self) -> Tensor:

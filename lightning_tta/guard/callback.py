@@ -59,13 +59,13 @@ class Guard(RunCallback):
         path = run.directory.path / "guard.jsonl"
         path.unlink(missing_ok=True)
 
-        def write(event: dict[str, Any]) -> None:
+        def append(event: dict[str, Any]) -> None:
             with path.open("a") as file:
                 file.write(json.dumps(event) + "\n")
 
         for event in self.watch.events:
-            write(event)
-        self.watch.on_event = write
+            append(event)
+        self.watch.on_event = append
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Count the batches that the method did not see, too."""

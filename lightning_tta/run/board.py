@@ -110,15 +110,7 @@ class FitBoard(Callback):
 def draw(
     method: TTAMethod, images: Tensor, adapted: Tensor, labels: Tensor, names: Sequence[str] | None
 ) -> NDArray[np.uint8]:
-    """A strip (H, W, 3) of images, each with its label and two predictions.
-
-    Args:
-        method: Its net, put back to the source for one pass, says what the source predicts.
-        images: (B, C, H, W) in [0, 1], on the method's device.
-        adapted: Predictions (B,) of the method.
-        labels: (B,), -1 where unknown.
-        names: Names of the classes.
-    """
+    """A strip (H, W, 3) of images (B, C, H, W), each with its label, the source's prediction and the adapted one."""
     usable = images.detach().float().nan_to_num(0, 0, 0).clamp(0, 1)
     source, usable = _source_prediction(method, usable), usable.cpu()
 

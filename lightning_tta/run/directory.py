@@ -41,16 +41,15 @@ FILE_LOGGERS = (TensorBoardLogger, CSVLogger)
 
 
 class RunDirectory:
-    """The directory of one run; every process of the run makes one and calls the same.
+    """The directory of one run; every process of the run makes one and calls the same, and all decide the same.
 
-    Args:
-        trainer: Its loggers that would count a version write into the directory from now on.
-        group: The processes; all decide the same.
-        identity: What makes this run another one than others, by name.
+    The Trainer's loggers that would count a version write into the directory from now on.
 
     Attributes:
         path: The directory.
+        identity: What makes this run another one than others, by name.
         digest: Eight hex digits of the identity.
+        state: Saved here, the run goes on from it; ``None``: the run starts from the beginning.
     """
 
     def __init__(self, trainer: Trainer, group: ProcessGroup, identity: Mapping[str, Any]) -> None:
@@ -68,16 +67,11 @@ class RunDirectory:
             self.path = Path(trainer.default_root_dir) / name
         else:
             self.path = Path(logger.save_dir or trainer.default_root_dir) / (logger.name or "") / name
+        self.state: State | None = None
         self._lock = DirectoryLock()
 
-    def take(self, resume: ResumePolicy) -> State | None:
-        """Keep others out.
-
-        Args:
-            resume: ``auto`` continues an unfinished run; ``restart`` removes the run that is there.
-
-        Returns:
-            The state to go on from; ``None``: from the beginning, and what an earlier try has left is removed.
+    def take(self, resume: ResumePolicy) -> None:
+        """Keep others out, and read the state of an unfinished run; without one, what an earlier try left is removed.
 
         Raises:
             FinishedError: On all processes, if the run is finished.
@@ -94,25 +88,24 @@ class RunDirectory:
                 self.group.first(self._check)
             if not all(self.group.each(lambda: self._lock.take(self.path, self.group.rank))):  # each says that it lives
                 raise in_use
-            state = self._read() if resume == "auto" else None
-            if state is None:
+            self.state = self._read() if resume == "auto" else None
+            if self.state is None:
                 self.group.first(self._clear)
-            return state
         except BaseException:
             self.release()
             raise
 
-    def open(self, name: str, state: State | None) -> IO[str]:
-        """This process's file of that name: empty, or cut back to where the state has it."""
-        path = self.own(name)
-        if state is None:
+    def open(self, name: str) -> IO[str]:
+        """This process's file of that name: empty, or cut back to where the saved state has it."""
+        path = self.file(name)
+        if self.state is None:
             return path.open("w", newline="")
         file = path.open("a", newline="")
-        file.truncate(state["bytes"].get(path.name, 0))
+        file.truncate(self.state["bytes"].get(path.name, 0))
         file.seek(0, os.SEEK_END)
         return file
 
-    def own(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
         """Where this process writes what others write too."""
         return own_file(self.trainer, self.path / name)
 
@@ -164,7 +157,7 @@ class RunDirectory:
 
     def _read(self) -> State | None:
         """This process's state; all go on, or all start anew."""
-        path, state = self.own(STATE), None
+        path, state = self.file(STATE), None
 
         def read() -> int | None:
             nonlocal state
@@ -245,10 +238,9 @@ def _is_free(path: Path) -> bool:
 
 
 def withhold_loggers(trainer: Trainer) -> list[Logger]:
-    """Take away the loggers, before Lightning has them write: nobody knows yet where, and whether the run is new.
+    """Take away the loggers before Lightning has them write: nobody knows yet where, and whether the run is new.
 
-    Returns:
-        The loggers as they were given to the Trainer, to be given back before :class:`RunDirectory` is made.
+    Returns the loggers as they came to the Trainer; it needs them again before :class:`RunDirectory` is made.
     """
     loggers: list[Logger] = [getattr(logger, "counting", logger) for logger in trainer.loggers]
     trainer.loggers = []
@@ -272,11 +264,7 @@ def _with_version(logger: Logger, version: str) -> Logger:
 
 
 def read_state(path: Path, *, head: bool = False) -> State | None:
-    """A saved state, or ``None`` if there is none or it is damaged. Runs no code from the file.
-
-    Args:
-        path: The file.
-        head: Leave the tensors on disk until somebody looks at them.
+    """A saved state, or ``None`` if there is none or it is damaged; ``head`` leaves the tensors on disk for now.
 
     Raises:
         ConfigError: If the file holds more than tensors and plain values.

@@ -21,8 +21,8 @@ def predict_classes(
     predict: Callable[[Tensor], Tensor], images: Images, positions: Tensor, batch_size: int, device: torch.device
 ) -> Tensor:
     """Classes (N,) that ``predict``, pixels in [0, 1] -> logits, gives the images at ``positions`` (N,), in batches."""
-    parts = torch.split(positions, batch_size)
-    return torch.cat([predict(to_float(images.images(part)).to(device)).argmax(1).cpu() for part in parts])
+    chunks = torch.split(positions, batch_size)
+    return torch.cat([predict(to_float(images.images(chunk)).to(device)).argmax(1).cpu() for chunk in chunks])
 
 
 def source_errors(

@@ -34,7 +34,7 @@ class PredictionWriter(RunCallback):
 
     def on_start(self, run: StreamRun) -> None:
         """Open the file, anew or where a continued run left it."""
-        self._file = run.open(PREDICTIONS)
+        self._file = run.directory.open(PREDICTIONS)
         if self._file.tell() == 0:
             csv.writer(self._file).writerow(COLUMNS)
 
@@ -67,14 +67,14 @@ class StreamLogger(RunCallback):
 
     def on_start(self, run: StreamRun) -> None:
         """Start a new ``batches.jsonl``, or take up the one of a continued run."""
-        run.open(BATCHES).close()
+        run.directory.open(BATCHES).close()
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Log one batch."""
         if not len(output["index"]) and run.group.world > 1:  # of this batch, other processes had all
             return
         row = run.summary.last
-        with run.directory.own(BATCHES).open("a") as file:
+        with run.directory.file(BATCHES).open("a") as file:
             file.write(json.dumps(row) + "\n")
         numbers = {f"{run.tag}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "seconds"}
         if row["domain"] != "mixed":
@@ -152,7 +152,7 @@ def _gather(run: StreamRun) -> StreamSummary:
     """
     if run.group.world == 1 or run.data is None:
         return run.summary
-    shards = run.group.gather((run.summary, run.directory.own(PREDICTIONS)))
+    shards = run.group.gather((run.summary, run.directory.file(PREDICTIONS)))
     if run.trainer.is_global_zero:
         order = [index for batch in run.data.stream.batches for index in batch]
         merge_predictions([path for _, path in shards], order, run.directory.path / PREDICTIONS)

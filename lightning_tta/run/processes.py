@@ -32,12 +32,12 @@ class ProcessGroup:
         # not the strategy's: members may be late
         self._group: Any = distributed.new_group(backend="gloo", timeout=_PATIENCE) if world > 1 else None
 
-    def gather(self, mine: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """What each process has, in order."""
         if self.world == 1:
-            return [mine]
+            return [value]
         gathered: list[Any] = [None] * self.world
-        distributed.all_gather_object(gathered, mine, group=self._group)
+        distributed.all_gather_object(gathered, value, group=self._group)
         return gathered
 
     def each(self, work: Callable[[], T]) -> list[T]:
@@ -52,10 +52,10 @@ class ProcessGroup:
             result = work()
         except Exception as raised:
             error = raised
-        told = error
+        shared_error = error
         if error is not None and not isinstance(error, LightningTTAError):
-            told = RuntimeError(f"Process {self.rank} has stopped: {type(error).__name__}: {error}")
-        outcomes = self.gather((result, told))
+            shared_error = RuntimeError(f"Process {self.rank} has stopped: {type(error).__name__}: {error}")
+        outcomes = self.gather((result, shared_error))
         if error is not None:
             raise error
         for _, other in outcomes:
@@ -69,17 +69,17 @@ class ProcessGroup:
 
 
 def share_stream(
-    trainer: Trainer, data: Any, method: TTAMethod, mode: ProcessMode, reset: str, apart: Sequence[str] = ()
+    trainer: Trainer, data: Any, method: TTAMethod, mode: ProcessMode, reset: str, incompatible: Sequence[str] = ()
 ) -> Sharing:
     """This process's share of the stream of ``data``, which is told of it.
 
-    ``apart`` names options in use that processes which adapt as one cannot have.
+    ``incompatible`` names options in use that processes which adapt as one cannot have.
 
     Raises:
         ConfigError: If the method, the stream or the Trainer cannot do that on several processes.
     """
     several = trainer.world_size > 1
-    for refusal in _refusals(trainer, data, method, mode, reset, apart) if several else ():
+    for refusal in _refusals(trainer, data, method, mode, reset, incompatible) if several else ():
         raise ConfigError(refusal)
     sharing = Sharing(mode, trainer.global_rank, trainer.world_size) if several else Sharing()
     if isinstance(data, ShiftedDataModule):
@@ -88,7 +88,7 @@ def share_stream(
 
 
 def _refusals(
-    trainer: Trainer, data: Any, method: TTAMethod, mode: ProcessMode, reset: str, apart: Sequence[str]
+    trainer: Trainer, data: Any, method: TTAMethod, mode: ProcessMode, reset: str, incompatible: Sequence[str]
 ) -> Iterator[str]:
     """Why several processes cannot share the stream; the first reason counts."""
     world, synchronised = trainer.world_size, mode == "synchronised"
@@ -121,11 +121,11 @@ def _refusals(
             "The net's BatchNorm layers keep no running statistics, and method "
             f"'{method.name}' leaves them to each process's part of a batch. Use method 'norm', or --trainer.devices 1."
         )
-    if synchronised and apart:
+    if synchronised and incompatible:
         yield (
-            f"{' and '.join(apart)} cannot be used with synchronised processes: the saves of those that are killed "
-            "may be of different batches, and one that skips a batch leaves the others waiting. Leave it out, or "
-            "use --model.processes replicas, or --trainer.devices 1."
+            f"{' and '.join(incompatible)} cannot be used with synchronised processes: the saves of those that are "
+            "killed may be of different batches, and one that skips a batch leaves the others waiting. Leave it out, "
+            "or use --model.processes replicas, or --trainer.devices 1."
         )
     if data.charge is not None:
         yield (
@@ -170,9 +170,9 @@ def _merged_lines(files: Sequence[Path], order: Sequence[int]) -> Iterator[bytes
                 raise _not_once(files, index, "missing" if not holders else "there twice")
             yield heads[holders[0]]
             heads[holders[0]] = readers[holders[0]].readline()
-        left = next((line for line in heads if line), None)
-        if left is not None:
-            raise _not_once(files, _index(left), "there twice, or not of this stream")
+        extra = next((line for line in heads if line), None)
+        if extra is not None:
+            raise _not_once(files, _index(extra), "there twice, or not of this stream")
 
 
 def _index(line: bytes) -> int:

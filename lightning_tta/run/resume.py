@@ -59,7 +59,7 @@ class StateKeeper(RunCallback):
 
     def on_ready(self, run: StreamRun) -> None:
         """Save the beginning, with what the method prepared."""
-        if not run.is_continued:
+        if run.directory.state is None:
             self._save(run, STATE)
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
@@ -90,10 +90,10 @@ class StateKeeper(RunCallback):
         if self.save_every is None:
             return
         sizes = {}
-        for path in map(run.directory.own, GROWING):
+        for path in map(run.directory.file, GROWING):
             with path.open("rb") as file:  # all of it must be on the disk before the state is
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
         identity = run.directory.identity
         state = {"version": __version__, "format": FORMAT, "identity": identity, "bytes": sizes, **run.state_dict()}
-        write_whole(run.directory.own(name), lambda file: torch.save(state, file))
+        write_whole(run.directory.file(name), lambda file: torch.save(state, file))

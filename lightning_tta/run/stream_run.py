@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +67,7 @@ class StreamRun:
     def __post_init__(self) -> None:
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         self.callbacks = [callback for callback in callbacks if isinstance(callback, RunCallback)]
+        self._stateful = [c for c in callbacks if not isinstance(c, Checkpoint)]  # of users too; those are of trainings
         for callback in self.callbacks:
             self.method = callback.wrap(self.method)
         domains, frozen = list(self.protocol.domains), [] if self.data is None else self.data.frozen_domains
@@ -87,7 +88,6 @@ class StreamRun:
         self.directory: RunDirectory
         self.done_before = 0  # batches that the data module leaves out
         self._to_read = 0  # batches that come again, from a loader that cannot start later
-        self._saved: dict[str, Any] | None = None
         self._earlier_seconds, self._start = 0.0, time.perf_counter()
 
     # Before the stream
@@ -100,7 +100,8 @@ class StreamRun:
             ConfigError: If the directory is in use, or holds another run.
         """
         self.directory = RunDirectory(self.trainer, self.group, self.identity())
-        saved = self._saved = self.directory.take(resume)
+        self.directory.take(resume)
+        saved = self.directory.state
         if saved is None:
             return
         self.method.load_state_dict(saved["method"])  # what it allocates moves to the device with it
@@ -128,17 +129,8 @@ class StreamRun:
     def restore(self) -> None:
         """Take up what was saved; the method once more, as the strategy has given all processes that of the first."""
         self._start = time.perf_counter()
-        if self._saved is not None:
-            self.load_state_dict(self._saved)
-
-    @property
-    def is_continued(self) -> bool:
-        """Whether the run goes on from a saved state."""
-        return self._saved is not None
-
-    def open(self, name: str) -> IO[str]:
-        """A file that grows with the stream: empty, or cut back to where the saved state has it."""
-        return self.directory.open(name, self._saved)
+        if self.directory.state is not None:
+            self.load_state_dict(self.directory.state)
 
     # Along the stream
 
@@ -183,7 +175,7 @@ class StreamRun:
             "summary": self.summary.state_dict(),
             "pace": None if self.pace is None else self.pace.state_dict(),
             "position": [self.last_domain, self.since_reset],
-            "callbacks": {c.state_key: state for c in self._stateful() if (state := c.state_dict())},
+            "callbacks": {c.state_key: state for c in self._stateful if (state := c.state_dict())},
             "random": _random_state(self.device),
             "wall_seconds": self.wall_seconds,
         }
@@ -195,7 +187,7 @@ class StreamRun:
         if self.pace is not None:
             self.pace.load_state_dict(state["pace"])
         self.last_domain, self.since_reset = state["position"]
-        for callback in self._stateful():
+        for callback in self._stateful:
             if callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
         _set_random_state(state["random"], self.device)
@@ -206,11 +198,6 @@ class StreamRun:
         if self.data is not None:
             self.data.start_at(0)
         self.directory.release()
-
-    def _stateful(self) -> list[Callback]:
-        """Callbacks that may have a state, of users too; the checkpoints of trainings have none here."""
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
 
 
 def run_of(pl_module: LightningModule) -> StreamRun:

@@ -20,52 +20,34 @@ TOTALS = ("forwards", "backwards", "skipped_steps", "nonfinite_images")
 
 @dataclass
 class BatchRecord:
-    """One batch of a stream, on the CPU: made once, and read by the account, the files, the curves and the board.
+    """One batch of a stream, on the CPU: made once, and read by the account, the files, the curves and the board."""
 
-    Attributes:
-        logits: (B, K), detached; (B, 0) of a batch that was refused.
-        index: Number (B,) of each image in the stream.
-        domain: Number (B,) of its domain.
-        label: (B,), -1 where it is not known.
-        stats: The method's ``stats`` of this batch, empty where it did not adapt.
-        seconds: Time of the method.
-        adapted: Whether the method adapted on it.
-        error: Why it was refused, else empty.
-        images: (B, C, H, W), on the device, as the method got them.
-        measures: What the logits say without labels.
-    """
-
-    logits: Tensor
-    index: Tensor
-    domain: Tensor
-    label: Tensor
-    stats: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
+    logits: Tensor  # (B, K), detached; (B, 0) of a batch that was refused
+    index: Tensor  # number (B,) of each image in the stream
+    domain: Tensor  # number (B,) of its domain
+    label: Tensor  # (B,), -1 where it is not known
+    stats: dict[str, float] = field(default_factory=dict)  # of the method, empty where it did not adapt
+    seconds: float = 0.0  # time of the method
     adapted: bool = True
-    error: str = ""
-    images: Tensor | None = None
+    error: str = ""  # why the batch was refused
+    images: Tensor | None = None  # (B, C, H, W), on the device, as the method got them
 
     def __post_init__(self) -> None:
         self.logits = self.logits.detach().cpu()
         self.index, self.domain, self.label = self.index.cpu(), self.domain.cpu(), self.label.cpu()
-        self.measures = LogitMeasures(self.logits)
+        self.measures = LogitMeasures(self.logits)  # what the logits say without labels
 
     def __len__(self) -> int:
         return len(self.index)
 
     def outputs(self) -> dict[str, Tensor]:
         """What a predict step returns: ``logits`` (B, K) and the others (B,); prediction -1 where it was refused."""
-        refused = bool(self.error)
-        zeros = torch.zeros(len(self))
-        return {
-            "logits": self.logits,
-            "prediction": torch.full((len(self),), -1) if refused else self.measures.prediction,
-            "confidence": zeros if refused else self.measures.confidence,
-            "entropy": zeros if refused else self.measures.entropy,
-            "index": self.index,
-            "domain": self.domain,
-            "label": self.label,
-        }
+        outputs = {"logits": self.logits, "index": self.index, "domain": self.domain, "label": self.label}
+        if self.error:
+            zeros = torch.zeros(len(self))
+            return {**outputs, "prediction": torch.full((len(self),), -1), "confidence": zeros, "entropy": zeros}
+        m = self.measures
+        return {**outputs, "prediction": m.prediction, "confidence": m.confidence, "entropy": m.entropy}
 
 
 class StreamSummary:
@@ -145,13 +127,11 @@ class StreamSummary:
 
     @classmethod
     def merged(cls, shards: Sequence[StreamSummary], *, together: bool) -> StreamSummary:
-        """The account of a stream that several processes shared.
+        """The account of a stream from those of the processes that shared it.
 
-        Args:
-            shards: Theirs.
-            together: Whether they shared each batch: batches, passes and resets are those of one, seconds those of
-                the slowest. Else each had whole domains: all add up, seconds too, and what one process would have
-                been reset for, between the domains of two that have started, counts as a reset.
+        Where they shared each batch (``together``), batches, passes and resets are those of one, seconds those of the
+        slowest. Else each had whole domains: all add up, seconds too, and what one process would have been reset for,
+        between the domains of two that have started, counts as a reset.
         """
         combine: Callable[[Iterable[Any]], Any] = max if together else sum
         total = cls(shards[0].domain_names)
