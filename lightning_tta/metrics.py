@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,8 @@ def collapse_measures(logits: Tensor) -> dict[str, Tensor]:
     return {**means, "centre_dominance": dominance}
 
 
-class WindowMeasures(NamedTuple):
+@dataclass(frozen=True)
+class WindowMeasures:
     """Of a window of batches: share of the most predicted class, mean entropy over log K, mean logit norm."""
 
     largest_class_share: float

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from statistics import median
 from typing import Any, Literal, get_args
 
@@ -197,7 +197,7 @@ class Watch:
         """The method's state, and under ``watch`` what was seen; plain data and tensors."""
         seen: dict[str, Any] = {name: getattr(self, name) for name in _STATE}
         seen |= {name: list(getattr(self, name).batches) for name in _WINDOWS}
-        seen |= {name: [tuple(measures) for measures in getattr(self, name)] for name in _HISTORY}
+        seen |= {name: list(map(astuple, getattr(self, name))) for name in _HISTORY}
         return {**self.method.state_dict(), STATE_KEY: seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,7 +269,7 @@ class Watch:
             return self._source.measures() if 2 * len(self._source.batches) >= self.settings.window else None
         if len(self._recent.batches) < self.settings.window or not self._past:
             return None
-        shares, entropies, norms = zip(*self._past, strict=True)
+        shares, entropies, norms = zip(*map(astuple, self._past), strict=True)
         return WindowMeasures(max(shares), median(entropies), median(norms))
 
     def _judge(self, now: WindowMeasures, reference: WindowMeasures) -> str | None:
@@ -316,8 +316,8 @@ class Watch:
         event = {
             "batch": batch,
             "reason": reason,
-            "values": None if values is None else values._asdict(),
-            "reference": None if reference is None else reference._asdict(),
+            "values": None if values is None else asdict(values),
+            "reference": None if reference is None else asdict(reference),
             "action": "reset and stop" if gives_up else action,
         }
         self.events.append(event)

@@ -29,7 +29,7 @@ class ProcessGroup:
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
-        # not the strategy's: members may be late
+        # not the strategy's group: members may be late
         self._group: Any = distributed.new_group(backend="gloo", timeout=_PATIENCE) if world > 1 else None
 
     def gather(self, value: T) -> list[T]:
@@ -46,22 +46,17 @@ class ProcessGroup:
         Raises:
             Exception: On every process, if one has raised it; what is not of this package, as a RuntimeError elsewhere.
         """
-        result: T | None = None
-        error: Exception | None = None
         try:
             result = work()
-        except Exception as raised:
-            error = raised
-        shared_error = error
-        if error is not None and not isinstance(error, LightningTTAError):
-            shared_error = RuntimeError(f"Process {self.rank} has stopped: {type(error).__name__}: {error}")
-        outcomes = self.gather((result, shared_error))
-        if error is not None:
-            raise error
+        except Exception as error:
+            stopped = RuntimeError(f"Process {self.rank} has stopped: {type(error).__name__}: {error}")
+            self.gather((None, error if isinstance(error, LightningTTAError) else stopped))
+            raise
+        outcomes: list[tuple[T, Exception | None]] = self.gather((result, None))
         for _, other in outcomes:
             if other is not None:
                 raise other
-        return [value for value, _ in outcomes]  # type: ignore[misc]
+        return [value for value, _ in outcomes]
 
     def first(self, work: Callable[[], T]) -> T:
         """Do something on the first process; its result, or its error, on all."""
@@ -161,18 +156,18 @@ def merge_predictions(files: Sequence[Path], order: Sequence[int], path: Path) -
 def _merged_lines(files: Sequence[Path], order: Sequence[int]) -> Iterator[bytes]:
     with ExitStack() as stack:
         readers = [stack.enter_context(file.open("rb")) for file in files]
-        headers = [reader.readline() for reader in readers]
-        yield headers[0]
-        heads = [reader.readline() for reader in readers]
+        header, *_ = [reader.readline() for reader in readers]
+        yield header
+        lines = [reader.readline() for reader in readers]
         for index in order:
-            holders = [number for number, line in enumerate(heads) if _index(line) == index]
+            holders = [number for number, line in enumerate(lines) if _index(line) == index]
             if len(holders) != 1:
                 raise _not_once(files, index, "missing" if not holders else "there twice")
-            yield heads[holders[0]]
-            heads[holders[0]] = readers[holders[0]].readline()
-        extra = next((line for line in heads if line), None)
-        if extra is not None:
-            raise _not_once(files, _index(extra), "there twice, or not of this stream")
+            (holder,) = holders
+            yield lines[holder]
+            lines[holder] = readers[holder].readline()
+        for line in filter(None, lines):
+            raise _not_once(files, _index(line), "there twice, or not of this stream")
 
 
 def _index(line: bytes) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
@@ -157,9 +158,8 @@ class StreamSummary:
     @property
     def accuracy(self) -> float | None:
         """Share of labelled images predicted right so far, or ``None`` without labels."""
-        labelled = sum(n for n, counts in zip(self._labelled, self._counted, strict=True) if counts)
-        correct = sum(n for n, counts in zip(self._correct, self._counted, strict=True) if counts)
-        return correct / labelled if labelled else None
+        labelled = sum(compress(self._labelled, self._counted))
+        return sum(compress(self._correct, self._counted)) / labelled if labelled else None
 
     def domain_accuracy(self, name: str) -> float | None:
         """The same for one domain."""
