@@ -228,11 +228,11 @@ class Watch:
 
     def _review(self, images: Tensor, logits: Tensor) -> Tensor:
         """Look at a batch that the method has just adapted on, and act."""
-        batch, self.next_batch = self.next_batch, self.next_batch + 1
+        self.next_batch += 1
         mask = (logits != 0).any(1)  # rows of zeros: images left out
         tensors = (logits[mask], *self.method.adaptable.values())
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            return self._act(batch, images, logits, "non_finite")
+            return self._act(images, logits, "non_finite")
         if not mask.any():
             return logits
         self._recent.add(logits[mask])
@@ -244,7 +244,7 @@ class Watch:
         measures, reference = self._recent.measures(), self._reference()
         reason = None if reference is None else self._judge(measures, reference)
         if reason is not None:
-            return self._act(batch, images, logits, reason, measures, reference)
+            return self._act(images, logits, reason, measures, reference)
         self._accept(measures)
         if source is None or not self._is_on_probation():
             return logits
@@ -257,11 +257,11 @@ class Watch:
             return self.method.predict(images)
 
     def _is_on_probation(self) -> bool:
-        length = self.settings.first_probation * 2 ** self._recent_alarms(self.next_batch - 1)
+        length = self.settings.first_probation * 2 ** self._recent_alarms()
         return length > 0 and not self.stopped and self._proven <= length
 
-    def _recent_alarms(self, batch: int) -> int:
-        return sum(batch - event["batch"] < self.settings.history for event in self.events)
+    def _recent_alarms(self) -> int:
+        return sum(self.next_batch - 1 - event["batch"] < self.settings.history for event in self.events)
 
     def _reference(self) -> WindowMeasures | None:
         """What to compare with; ``None`` while there is too little to go by."""
@@ -303,7 +303,6 @@ class Watch:
 
     def _act(
         self,
-        batch: int,
         images: Tensor,
         logits: Tensor,
         reason: str,
@@ -311,8 +310,8 @@ class Watch:
         reference: WindowMeasures | None = None,
     ) -> Tensor:
         """Note an alarm, carry out the action, and predict the batch again where that changed the method."""
-        action, retries = self.settings.action, self.settings.retries or math.inf
-        gives_up = action in ("reset", "rollback") and self._recent_alarms(batch) + 1 >= retries
+        batch, action, retries = self.next_batch - 1, self.settings.action, self.settings.retries or math.inf
+        gives_up = action in ("reset", "rollback") and self._recent_alarms() + 1 >= retries
         event = {
             "batch": batch,
             "reason": reason,

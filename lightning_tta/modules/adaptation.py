@@ -22,16 +22,8 @@ from lightning_tta.errors import ConfigError, InputError, check_choice, check_ra
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.modules.loading import load_source
-from lightning_tta.run.batches import (
-    StreamInput,
-    domain_of,
-    images_of,
-    index_of,
-    labels_among,
-    refused_batch,
-    show_source,
-    warn_of_size,
-)
+from lightning_tta.run import batches
+from lightning_tta.run.batches import StreamInput
 from lightning_tta.run.board import StreamBoard
 from lightning_tta.run.directory import withhold_loggers
 from lightning_tta.run.measures import source_errors
@@ -193,7 +185,7 @@ class TestTimeAdaptation(LightningModule):
         run = run_of(self)
         run.restore()
         if not self.method.prepared:
-            show_source(self.method, run.data, self._input.source_images, self.device)
+            batches.show_source(self.method, run.data, self._input.source_images, self.device)
 
     # Along the stream
 
@@ -220,7 +212,7 @@ class TestTimeAdaptation(LightningModule):
                 warnings.warn(
                     f"A batch is skipped, and so will be others like it (on_bad_batch='skip'): {error}", stacklevel=2
                 )
-            record = refused_batch(batch, error, run.summary.images)
+            record = batches.refused_batch(batch, error, run.summary.images)
         if self._shares is not None and not self._shares[batch_idx]:  # other processes have all of the batch
             return {name: value[:0] for name, value in record.outputs().items()}
         run.batch = record
@@ -228,11 +220,11 @@ class TestTimeAdaptation(LightningModule):
         return record.outputs()
 
     def _step(self, run: StreamRun, batch: dict[str, Tensor], number: int) -> BatchRecord:
-        images = images_of(batch).contiguous(memory_format=self._input.memory_format)
-        domain = domain_of(batch, len(images))
+        images = batches.images_of(batch).contiguous(memory_format=self._input.memory_format)
+        domain = batches.domain_of(batch, len(images))
         first = int(domain[0])
         if run.last_domain is None:
-            warn_of_size(images, self.preprocessing, self.net_info)
+            batches.warn_of_size(images, self.preprocessing, self.net_info)
             run.summary.started = True
         if run.needs_reset(first):
             run.method.reset()
@@ -250,8 +242,8 @@ class TestTimeAdaptation(LightningModule):
         if run.pace is not None and adapts:
             run.pace.work(stats, seconds)
         unknown = torch.full((len(images),), -1)
-        label = labels_among(batch["label"].cpu(), self.classes) if "label" in batch else unknown
-        index = index_of(batch, len(images), run.summary.images)
+        label = batches.labels_among(batch["label"].cpu(), self.classes) if "label" in batch else unknown
+        index = batches.index_of(batch, len(images), run.summary.images)
         return BatchRecord(logits, index, domain, label, stats, seconds, adapts, images=images)
 
     def _clock(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.cli import SaveConfigCallback
 
 from lightning_tta.run.batches import StreamInput
 from lightning_tta.run.board import StreamBoard
@@ -24,12 +24,6 @@ MOVED = {
     "log_images": "board.images",
 }
 """New names of options that :class:`~lightning_tta.TestTimeAdaptation` had."""
-
-
-def add_options(parser: LightningArgumentParser) -> None:
-    """Add the options of the run's callbacks to the parser of ``predict``: ``--state.save_every`` and so on."""
-    for name, kind in PARTS.items():
-        parser.add_lightning_class_args(kind, name)
 
 
 def where_moved(option: str) -> str | None:
