@@ -15,6 +15,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -220,11 +221,9 @@ class DirectoryLock:
 
 
 def _acquired(lock: FileLock) -> bool:
-    try:
+    with suppress(Timeout):
         lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    return True
+    return lock.is_locked
 
 
 def _is_free(path: Path) -> bool:
