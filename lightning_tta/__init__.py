@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
     from lightning_tta.guard.watch import Watch
     from lightning_tta.methods import TTAMethod, adapt, available_methods
     from lightning_tta.modules import MetaTTT, SourceClassifier, TestTimeAdaptation
+    from lightning_tta.run.batches import StreamInput
     from lightning_tta.run.board import StreamBoard
-    from lightning_tta.run.input import StreamInput
     from lightning_tta.run.outputs import StreamReport
     from lightning_tta.run.resume import StateKeeper
 
@@ -90,7 +90,7 @@ _HOMES = {
     "guard.callback": ("Guard",),
     "guard.watch": ("Watch",),
     "run.board": ("StreamBoard",),
-    "run.input": ("StreamInput",),
+    "run.batches": ("StreamInput",),
     "run.outputs": ("StreamReport",),
     "run.resume": ("StateKeeper",),
     "methods": ("TTAMethod", "adapt", "available_methods"),

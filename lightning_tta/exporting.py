@@ -16,7 +16,7 @@ from lightning_tta._version import __version__
 from lightning_tta.errors import ConfigError, DataError, check_choice
 from lightning_tta.files import of_all, of_process, write_whole
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.run.state_files import FINAL, STATE, State, read_state
+from lightning_tta.run.directory import FINAL, STATE, State, read_state
 
 Format = Literal["safetensors", "torch_export"]
 

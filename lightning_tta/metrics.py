@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,20 +77,17 @@ def collapse_measures(logits: Tensor) -> dict[str, Tensor]:
     return {**means, "centre_dominance": dominance}
 
 
-class WindowMeasures(NamedTuple):
-    """Of a window of batches: ``share`` of the most predicted class, mean ``entropy`` over log K, logit ``norm``."""
+@dataclass(frozen=True)
+class WindowMeasures:
+    """Of a window of batches: share of the most predicted class, mean entropy over log K, mean logit norm."""
 
-    share: float
-    entropy: float
-    norm: float
+    largest_class_share: float
+    entropy_of_log_k: float
+    logit_norm: float
 
 
 class Window:
-    """The last batches of a stream together: the numbers by which a collapse shows.
-
-    Args:
-        length: How many batches.
-    """
+    """The last ``length`` batches of a stream together: the numbers by which a collapse shows."""
 
     def __init__(self, length: int) -> None:
         self.batches: deque[tuple[Tensor, float, float]] = deque(maxlen=length)
@@ -98,8 +95,8 @@ class Window:
     def add(self, logits: Tensor) -> None:
         """Take in the logits (B, K) of a batch, B >= 1."""
         measures = LogitMeasures(logits)
-        values = torch.stack([measures.entropy.mean(), measures.norm.mean()]).tolist()
-        self.batches.append((measures.counts.cpu(), values[0] / math.log(logits.shape[-1]), values[1]))
+        entropy, norm = torch.stack([measures.entropy.mean(), measures.norm.mean()]).tolist()
+        self.batches.append((measures.counts.cpu(), entropy / math.log(logits.shape[-1]), norm))
 
     @property
     def shares(self) -> Tensor:

@@ -30,8 +30,8 @@ from lightning_tta.methods import create_method, find
 from lightning_tta.modules.loading import find_checkpoint
 from lightning_tta.progress import grid
 from lightning_tta.report.terminal import write_benchmark
+from lightning_tta.run.directory import FINAL
 from lightning_tta.run.options import PARTS, where_moved
-from lightning_tta.run.state_files import FINAL
 
 MEASURES = ("accuracy", "domains", "forwards", "backwards", "ece", "seconds_per_batch")
 """What a row of ``benchmark.json`` has of a cell's report; reports of earlier versions lack the calibration error."""

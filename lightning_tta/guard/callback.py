@@ -11,8 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_tta.errors import ConfigError
 from lightning_tta.guard.watch import Action, Watch, WatchSettings
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.run.callbacks import Outputs, RunCallback
-from lightning_tta.run.stream_run import StreamRun
+from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun
 
 
 class Guard(RunCallback):
@@ -60,13 +59,13 @@ class Guard(RunCallback):
         path = run.directory.path / "guard.jsonl"
         path.unlink(missing_ok=True)
 
-        def write(event: dict[str, Any]) -> None:
+        def append(event: dict[str, Any]) -> None:
             with path.open("a") as file:
                 file.write(json.dumps(event) + "\n")
 
         for event in self.watch.events:
-            write(event)
-        self.watch.on_event = write
+            append(event)
+        self.watch.on_event = append
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Count the batches that the method did not see, too."""

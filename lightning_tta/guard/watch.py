@@ -7,9 +7,9 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ Action = Literal["warn", "reset", "rollback", "stop"]
 Compare = Literal["history", "source"]
 STATE_KEY = "watch"
 """Where the state dict of a watched method has what the watch has seen."""
+_STATE = ("events", "stopped", "on_probation", "forwards", "next_batch", "_proven", "_healthy", "_candidate", "_since")
+_WINDOWS, _HISTORY = ("_recent", "_source"), ("_past", "_pending")
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,12 @@ class WatchSettings:
     probation: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("action", self.action, ("warn", "reset", "rollback", "stop"))
-        check_choice("compare", self.compare, ("history", "source"))
-        check_range("window", self.window, 2, integer=True)
-        check_range("history", self.history, 1, integer=True)
-        check_range("snapshot_every", self.snapshot_every, 1, integer=True)
-        if self.retries is not None:
-            check_range("retries", self.retries, 1, integer=True)
-        if self.probation is not None:
-            check_range("probation", self.probation, 0, integer=True)
+        check_choice("action", self.action, get_args(Action))
+        check_choice("compare", self.compare, get_args(Compare))
+        lowest = {"window": 2, "history": 1, "snapshot_every": 1, "retries": 1, "probation": 0}
+        for name, low in lowest.items():
+            if getattr(self, name) is not None or name not in ("retries", "probation"):
+                check_range(name, getattr(self, name), low, integer=True)
         if self.probation and self.compare == "history":
             raise ConfigError("During probation the source predicts: use compare='source', or leave out probation.")
         check_range("share_excess", self.share_excess, 0, 1, low_open=True)
@@ -79,8 +78,8 @@ class WatchSettings:
     @property
     def first_probation(self) -> int:
         """Batches of a probation without an alarm before it."""
-        usual = 2 * self.window if self.compare == "source" and self.action != "warn" else 0
-        return usual if self.probation is None else self.probation
+        default = 2 * self.window if self.compare == "source" and self.action != "warn" else 0
+        return default if self.probation is None else self.probation
 
 
 class Watch:
@@ -101,18 +100,16 @@ class Watch:
       ``share_excess`` above the source's share of it, and the most predicted class a third of that above r.
     - ``no_entropy``: entropy / log K below ``entropy_floor`` and below a quarter of r.
 
-    **Reference.** ``source`` costs a forward pass a batch: what the same method predicts from its source weights on the
-    same batches. It knows whether it is the stream or the net that has one class, and needs ``window / 2`` batches; a
-    source that is itself very unsure makes no good measure. ``history`` costs nothing: the largest share, median
-    entropy and median norm of the last ``history`` healthy windows, but for the latest ``window`` of them. It is blind
-    for the first ``2 * window`` batches, takes what it saw there for normal, notices a collapse only once entropy has
-    fallen too, never finds ``one_class`` where the classes come in runs longer than a window, and may take a change to
-    a much easier, more sorted domain for a collapse.
+    **Reference.** ``source``: what the same method predicts from its source weights on the same batches, one forward
+    pass a batch. It tells the stream's one class from the net's, and needs ``window / 2`` batches; a very unsure source
+    makes no good measure. ``history`` costs nothing: the largest share, median entropy and median norm of the last
+    ``history`` healthy windows, but for the latest ``window`` of them. It is blind for the first ``2 * window`` batches
+    and takes them for normal; notices a collapse only once entropy has fallen too; never finds ``one_class`` where
+    classes come in runs longer than a window; and may take a much easier, more sorted domain for a collapse.
 
-    **Probation.** No signal is as quick as harm. So the source predicts, while the method adapts unseen, until
-    ``probation`` batches went by without alarm, from the start and after each alarm, and twice as many for each alarm
-    within the last ``history`` batches: a method that fails at once costs nothing, a good one so many batches of its
-    gain. Only with ``source``, whose predictions are there anyway.
+    **Probation.** No signal is as quick as harm. So the source predicts while the method adapts unseen, from the start
+    and after each alarm, for ``probation`` batches, twice as many for each alarm within the last ``history`` batches.
+    Only with ``source``, whose predictions are there anyway.
 
     **Actions.** ``warn`` only notes. ``reset``: back to the source. ``rollback``: back to the last healthy snapshot
     (declared tensors, optimizers, memory, counters). ``stop``: the same, and from then on only predict. The batch that
@@ -198,24 +195,23 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """The method's state, and under ``watch`` what was seen; plain data and tensors."""
-        own: dict[str, Any] = {name: getattr(self, name) for name in _STATE}
-        own |= {name: list(getattr(self, name).batches) for name in _WINDOWS}
-        own["_past"], own["_pending"] = ([tuple(each) for each in many] for many in (self._past, self._pending))
-        return {**self.method.state_dict(), STATE_KEY: own}
+        seen: dict[str, Any] = {name: getattr(self, name) for name in _STATE}
+        seen |= {name: list(getattr(self, name).batches) for name in _WINDOWS}
+        seen |= {name: list(map(astuple, getattr(self, name))) for name in _HISTORY}
+        return {**self.method.state_dict(), STATE_KEY: seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Counterpart of :meth:`state_dict`."""
         self.method.load_state_dict({name: value for name, value in state.items() if name != STATE_KEY})
-        own = copy.deepcopy(state[STATE_KEY])
-        for name in _STATE:
-            setattr(self, name, own[name])
-        for name in _WINDOWS:
-            window = getattr(self, name)
-            window.batches.clear()
-            window.batches.extend(tuple(batch) for batch in own[name])
+        seen = copy.deepcopy(state[STATE_KEY])
+        self._forget()
         self._past.clear()
-        self._past.extend(WindowMeasures(*each) for each in own["_past"])
-        self._pending = [WindowMeasures(*each) for each in own["_pending"]]
+        for name in _STATE:
+            setattr(self, name, seen[name])
+        for name in _WINDOWS:
+            getattr(self, name).batches.extend(map(tuple, seen[name]))
+        for name in _HISTORY:
+            getattr(self, name).extend(WindowMeasures(*measures) for measures in seen[name])
 
     # What was seen
 
@@ -232,23 +228,24 @@ class Watch:
 
     def _review(self, images: Tensor, logits: Tensor) -> Tensor:
         """Look at a batch that the method has just adapted on, and act."""
-        batch, self.next_batch = self.next_batch, self.next_batch + 1
-        kept = (logits != 0).any(1)  # rows of zeros: images left out
-        if not (bool(torch.isfinite(logits[kept]).all()) and self._is_finite()):
-            return self._act(batch, images, logits, "non_finite", None, None)
-        if not bool(kept.any()):
+        self.next_batch += 1
+        mask = (logits != 0).any(1)  # rows of zeros: images left out
+        tensors = (logits[mask], *self.method.adaptable.values())
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+            return self._act(images, logits, "non_finite")
+        if not mask.any():
             return logits
-        self._recent.add(logits[kept])
+        self._recent.add(logits[mask])
         source = None
         if self.settings.compare == "source":
             source = self._predict_source(images)
             self.forwards += 1
-            self._source.add(source[kept])
-        values, reference = self._recent.measures(), self._reference()
-        reason = self._judge(values, reference)
+            self._source.add(source[mask])
+        measures, reference = self._recent.measures(), self._reference()
+        reason = None if reference is None else self._judge(measures, reference)
         if reason is not None:
-            return self._act(batch, images, logits, reason, values, reference)
-        self._accept(values)
+            return self._act(images, logits, reason, measures, reference)
+        self._accept(measures)
         if source is None or not self._is_on_probation():
             return logits
         self.on_probation += 1
@@ -259,17 +256,12 @@ class Watch:
         with self.method.at_source():
             return self.method.predict(images)
 
-    def _is_finite(self) -> bool:
-        return all(torch.stack([t.isfinite().all() for t in self.method.adaptable.values()] or [torch.tensor(True)]))
-
     def _is_on_probation(self) -> bool:
-        first = self.settings.first_probation
-        return (
-            bool(first) and not self.stopped and self._proven <= first * 2 ** self._recent_alarms(self.next_batch - 1)
-        )
+        length = self.settings.first_probation * 2 ** self._recent_alarms()
+        return length > 0 and not self.stopped and self._proven <= length
 
-    def _recent_alarms(self, batch: int) -> int:
-        return sum(batch - event["batch"] < self.settings.history for event in self.events)
+    def _recent_alarms(self) -> int:
+        return sum(self.next_batch - 1 - event["batch"] < self.settings.history for event in self.events)
 
     def _reference(self) -> WindowMeasures | None:
         """What to compare with; ``None`` while there is too little to go by."""
@@ -277,32 +269,30 @@ class Watch:
             return self._source.measures() if 2 * len(self._source.batches) >= self.settings.window else None
         if len(self._recent.batches) < self.settings.window or not self._past:
             return None
-        shares, entropies, norms = zip(*self._past, strict=True)
+        shares, entropies, norms = zip(*map(astuple, self._past), strict=True)
         return WindowMeasures(max(shares), median(entropies), median(norms))
 
-    def _judge(self, values: WindowMeasures, usual: WindowMeasures | None) -> str | None:
-        if usual is None:
-            return None
-        if values.norm > self.settings.norm_ratio * usual.norm:
-            return "logit_norm"
+    def _judge(self, now: WindowMeasures, reference: WindowMeasures) -> str | None:
+        """Which signal there is; the class's documentation has the rules."""
+        share, usual_share = now.largest_class_share, reference.largest_class_share
+        entropy, usual_entropy = now.entropy_of_log_k, reference.entropy_of_log_k
         if self.settings.compare == "source":
             gained = float((self._recent.shares - self._source.shares).max())
-            one_class = min(gained, 3 * (values.share - usual.share)) > self.settings.share_excess
+            one_class = min(gained, 3 * (share - usual_share)) > self.settings.share_excess
         else:
-            excess = values.share > usual.share + self.settings.share_excess
-            one_class = excess and values.entropy < usual.entropy / 2
+            one_class = share > usual_share + self.settings.share_excess and entropy < usual_entropy / 2
+        if now.logit_norm > self.settings.norm_ratio * reference.logit_norm:
+            return "logit_norm"
         if one_class:
             return "one_class"
-        if values.entropy < self.settings.entropy_floor and values.entropy < usual.entropy / 4:
-            return "no_entropy"
-        return None
+        return "no_entropy" if entropy < min(self.settings.entropy_floor, usual_entropy / 4) else None
 
-    def _accept(self, values: WindowMeasures) -> None:
+    def _accept(self, measures: WindowMeasures) -> None:
         """A healthy batch: a window of history, perhaps a snapshot."""
         window = self.settings.window
         self._proven += 1
         if len(self._recent.batches) == window:
-            self._pending.append(values)
+            self._pending.append(measures)
             if len(self._pending) > window:
                 self._past.append(self._pending.pop(0))
         self._since += 1
@@ -313,20 +303,20 @@ class Watch:
 
     def _act(
         self,
-        batch: int,
         images: Tensor,
         logits: Tensor,
         reason: str,
-        values: WindowMeasures | None,
-        reference: WindowMeasures | None,
+        values: WindowMeasures | None = None,
+        reference: WindowMeasures | None = None,
     ) -> Tensor:
-        action, retries = self.settings.action, self.settings.retries or math.inf
-        gives_up = action in ("reset", "rollback") and self._recent_alarms(batch) + 1 >= retries
+        """Note an alarm, carry out the action, and predict the batch again where that changed the method."""
+        batch, action, retries = self.next_batch - 1, self.settings.action, self.settings.retries or math.inf
+        gives_up = action in ("reset", "rollback") and self._recent_alarms() + 1 >= retries
         event = {
             "batch": batch,
             "reason": reason,
-            "values": _named(values),
-            "reference": _named(reference),
+            "values": None if values is None else asdict(values),
+            "reference": None if reference is None else asdict(reference),
             "action": "reset and stop" if gives_up else action,
         }
         self.events.append(event)
@@ -356,16 +346,3 @@ class Watch:
         self._forget()
         self._healthy = self._candidate = take(self.method)
         self._since = 0
-
-
-def _named(values: WindowMeasures | None) -> dict[str, float] | None:
-    if values is None:
-        return None
-    return {"largest_class_share": values.share, "entropy_of_log_k": values.entropy, "logit_norm": values.norm}
-
-
-_STATE = (
-    *("events", "stopped", "on_probation", "forwards", "next_batch", "_proven"),
-    *("_healthy", "_candidate", "_since"),
-)
-_WINDOWS = ("_recent", "_source")

@@ -22,8 +22,7 @@ from lightning_tta.launch.help import short_help
 from lightning_tta.launch.messages import explain
 from lightning_tta.methods import available_methods, find
 from lightning_tta.run.board import FitBoard
-from lightning_tta.run.config_file import RunConfig
-from lightning_tta.run.options import add_options
+from lightning_tta.run.options import PARTS, RunConfig
 from lightning_tta.run.progress import FitProgress
 
 METHOD_OPTIONS = ("--model.method", "--model.method.help", "--model.init_args.method")
@@ -63,7 +62,8 @@ class TTACLI(LightningCLI):
         if subcommand == "predict":
             parser.set_defaults(return_predictions=False)  # else all outputs of the stream are kept in memory
             parser.set_defaults({"model": {"class_path": "lightning_tta.TestTimeAdaptation"}})
-            add_options(parser)
+            for name, kind in PARTS.items():  # --state.save_every and so on
+                parser.add_lightning_class_args(kind, name)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

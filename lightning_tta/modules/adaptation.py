@@ -22,17 +22,18 @@ from lightning_tta.errors import ConfigError, InputError, check_choice, check_ra
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.modules.loading import load_source
-from lightning_tta.run.batches import BatchRecord, domain_of, images_of, index_of, refused_batch
+from lightning_tta.run import batches
+from lightning_tta.run.batches import StreamInput
 from lightning_tta.run.board import StreamBoard
 from lightning_tta.run.directory import withhold_loggers
-from lightning_tta.run.input import StreamInput
+from lightning_tta.run.measures import source_errors
 from lightning_tta.run.options import where_moved
 from lightning_tta.run.outputs import PredictionWriter, StreamLogger, StreamReport
 from lightning_tta.run.processes import ProcessMode, share_stream
 from lightning_tta.run.progress import StreamProgress
 from lightning_tta.run.resume import StateKeeper
-from lightning_tta.run.source import labels_among, show_source, source_errors, warn_of_size
-from lightning_tta.run.stream_run import StreamRun
+from lightning_tta.run.stream_run import StreamRun, run_of
+from lightning_tta.run.summary import BatchRecord
 
 ResetPolicy = Literal["auto", "never", "domain", "batch"]
 PredictPolicy = Literal["method", "after"]
@@ -82,7 +83,9 @@ class TestTimeAdaptation(LightningModule):
         run: What the current or last predict run knows.
 
     Raises:
-        ConfigError: If an option is wrong, before any data is read.
+        ConfigError: If an option is wrong, before any data is read; when the run begins, if several processes cannot
+            share it, or its directory is in use.
+        FinishedError: When the run begins, if it is finished.
         WeightsError: If the weights are missing or do not fit.
         UnsupportedModelError: If the method cannot run on the net.
     """
@@ -124,7 +127,7 @@ class TestTimeAdaptation(LightningModule):
             raise ConfigError(f"method must make a TTAMethod; it made a {type(self.method).__name__}.")
         self.run: StreamRun | None = None
         self._loggers: list[Logger] = []
-        self._input = StreamInput()
+        self._input, self._keeper = StreamInput(), StateKeeper()
         self._shares: list[list[int]] | None = None
 
     # Before the stream
@@ -136,23 +139,16 @@ class TestTimeAdaptation(LightningModule):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         chosen = [next((c for c in callbacks if isinstance(c, kind)), None) or kind() for kind in CALLBACKS]
         self.trainer.callbacks = [c for c in callbacks if c not in chosen]  # type: ignore[attr-defined]
-        self._input = cast(StreamInput, chosen[0])
+        self._input, self._keeper = cast(StreamInput, chosen[0]), cast(StateKeeper, chosen[-1])
         return chosen
 
     def setup(self, stage: str) -> None:
-        """Find out what the run measures, and take its directory.
-
-        Raises:
-            ConfigError: For a stage other than predict, for several processes where the method or stream forbids it,
-                or if the directory is in use.
-            FinishedError: If the run is finished.
-        """
+        """Find out what the run measures, and take its directory."""
         self.trainer.loggers = self._loggers  # nothing asks them to write before the run has its directory
         if stage != "predict":
             raise ConfigError(f"TestTimeAdaptation runs in predict, not in {stage}. Use SourceClassifier to {stage}.")
         run = self._make_run()
-        keeper = next(c for c in run.callbacks if isinstance(c, StateKeeper))
-        run.begin(keeper.resume)
+        run.begin(self._keeper.resume)
         self.run = run
 
     def _make_run(self) -> StreamRun:
@@ -168,13 +164,12 @@ class TestTimeAdaptation(LightningModule):
             policy = cast(ResetPolicy, default_reset(kind)) if kind in STREAM_KINDS else "never"
         if policy == "domain" and kind == "mixed":
             raise ConfigError("reset='domain' has no meaning on a mixed stream: its batches span domains. Use 'never'.")
-        saves = any(isinstance(c, StateKeeper) and c.save_every for c in trainer.callbacks)  # type: ignore[attr-defined]
-        apart = [*["save_every"] * saves, *["on_bad_batch='skip'"] * self._input.skips]
-        sharing = share_stream(trainer, data, self.method, self.processes, policy, apart)
+        incompatible = ["save_every"] if self._keeper.save_every else []
+        incompatible += ["on_bad_batch='skip'"] if self._input.skips else []
+        sharing = share_stream(trainer, data, self.method, self.processes, policy, incompatible)
         self._shares = data.shard() if sharing.joined > 1 and data is not None else None
-        description = CUSTOM_DATA if data is None else data.describe()
         protocol = Protocol.from_parts(
-            description,
+            CUSTOM_DATA if data is None else data.describe(),
             reset=policy,
             predict=self.predict,
             weights=f"{self.net_info['name']}: {self.net_info['weights']}",
@@ -183,26 +178,14 @@ class TestTimeAdaptation(LightningModule):
             world_size=sharing.world,
             mode=sharing.mode,
         )
-        return StreamRun(
-            trainer,
-            self.method,
-            self.net_info,
-            protocol,
-            data,
-            domains=list(description["domains"]),
-            frozen=[] if data is None else data.frozen_domains,
-            reset=policy,
-            reset_every=self.reset_every,
-            classes=self.classes,
-            sharing=sharing,
-        )
+        return StreamRun(trainer, self.method, self.net_info, protocol, data, self.reset_every, self.classes, sharing)
 
     def on_predict_start(self) -> None:
         """Take up what was saved, or show the source to a method that must see it."""
-        run = self._current_run()
+        run = run_of(self)
         run.restore()
         if not self.method.prepared:
-            show_source(self.method, run.data, self._input.source_images, self.device)
+            batches.show_source(self.method, run.data, self._input.source_images, self.device)
 
     # Along the stream
 
@@ -215,11 +198,9 @@ class TestTimeAdaptation(LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor] | None:
         """One batch of the stream, in order: reset if the policy says so, adapt, predict.
 
-        Returns:
-            ``logits`` (B, K), and per image ``prediction``, ``confidence``, ``entropy``, ``index``, ``domain``,
-            ``label`` (-1 where unknown). ``None`` for a batch that a continued run did before.
+        Returns :meth:`~lightning_tta.run.summary.BatchRecord.outputs`; ``None`` for a batch that an earlier run did.
         """
-        run = self._current_run()
+        run = run_of(self)
         if run.is_done():
             return None
         try:
@@ -231,7 +212,7 @@ class TestTimeAdaptation(LightningModule):
                 warnings.warn(
                     f"A batch is skipped, and so will be others like it (on_bad_batch='skip'): {error}", stacklevel=2
                 )
-            record = refused_batch(batch, error, run.summary.images)
+            record = batches.refused_batch(batch, error, run.summary.images)
         if self._shares is not None and not self._shares[batch_idx]:  # other processes have all of the batch
             return {name: value[:0] for name, value in record.outputs().items()}
         run.batch = record
@@ -239,11 +220,11 @@ class TestTimeAdaptation(LightningModule):
         return record.outputs()
 
     def _step(self, run: StreamRun, batch: dict[str, Tensor], number: int) -> BatchRecord:
-        images = images_of(batch).contiguous(memory_format=self._input.memory_format)
-        domain = domain_of(batch, len(images))
+        images = batches.images_of(batch).contiguous(memory_format=self._input.memory_format)
+        domain = batches.domain_of(batch, len(images))
         first = int(domain[0])
         if run.last_domain is None:
-            warn_of_size(images, self.preprocessing, self.net_info)
+            batches.warn_of_size(images, self.preprocessing, self.net_info)
             run.summary.started = True
         if run.needs_reset(first):
             run.method.reset()
@@ -261,18 +242,14 @@ class TestTimeAdaptation(LightningModule):
         if run.pace is not None and adapts:
             run.pace.work(stats, seconds)
         unknown = torch.full((len(images),), -1)
-        label = labels_among(batch["label"].cpu(), self.classes) if "label" in batch else unknown
-        index = index_of(batch, len(images), run.summary.images)
+        label = batches.labels_among(batch["label"].cpu(), self.classes) if "label" in batch else unknown
+        index = batches.index_of(batch, len(images), run.summary.images)
         return BatchRecord(logits, index, domain, label, stats, seconds, adapts, images=images)
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-    def _current_run(self) -> StreamRun:
-        assert self.run is not None, "predict_step runs under a Trainer"
-        return self.run
 
 
 def _describe(source: nn.Module) -> dict[str, Any]:

@@ -1,65 +1,48 @@
-"""The record of a batch: made once, and read by the account, the files, the curves and the board."""
+"""How the batches of a stream, and of the source, come to the method, and which are refused."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_tta.errors import InputError
-from lightning_tta.metrics import LogitMeasures
+from lightning_tta.data.base import ShiftedDataModule
+from lightning_tta.data.images import Batch
+from lightning_tta.errors import DataError, InputError, NotPreparedError, check_choice, check_range
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.progress import with_progress
+from lightning_tta.run.stream_run import RunCallback
+from lightning_tta.run.summary import BatchRecord
 
 
-@dataclass
-class BatchRecord:
-    """One batch of a stream, on the CPU.
+class StreamInput(RunCallback):
+    """How batches come to the method. On the command line ``--input.on_bad_batch skip`` and so on.
 
-    Attributes:
-        logits: (B, K), detached; (B, 0) of a batch that was refused.
-        index: Number (B,) of each image in the stream.
-        domain: Number (B,) of its domain.
-        label: (B,), -1 where it is not known.
-        measures: What the logits say without labels.
-        stats: The method's ``stats`` of this batch, empty where it did not adapt.
-        seconds: Time of the method.
-        adapted: Whether the method adapted on it.
-        error: Why it was refused, else empty.
-        images: (B, C, H, W), on the device, as the method got them.
+    Args:
+        on_bad_batch: What a batch does that no method or not this net can take (empty, wrong channels or size, 0-255):
+            ``raise`` the :class:`~lightning_tta.errors.InputError`, or ``skip`` it: no adaptation, -1 as predictions,
+            counted in the report and left out of the accuracy. Images with NaN are no bad batch: see the methods.
+        channels_last: Lay images out in memory with their channels last: the same predictions up to rounding;
+            convolutions are often faster, but a net that takes ``view`` of its activations refuses.
+        source_images: How many training images a method that needs source data sees before the stream.
     """
 
-    logits: Tensor
-    index: Tensor
-    domain: Tensor
-    label: Tensor
-    stats: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    adapted: bool = True
-    error: str = ""
-    images: Tensor | None = None
+    def __init__(
+        self, on_bad_batch: Literal["raise", "skip"] = "raise", channels_last: bool = False, source_images: int = 2000
+    ) -> None:
+        check_choice("on_bad_batch", on_bad_batch, ("raise", "skip"))
+        check_range("source_images", source_images, 1, integer=True)
+        self.skips = on_bad_batch == "skip"
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.source_images = source_images
 
-    def __post_init__(self) -> None:
-        self.logits = self.logits.detach().cpu()
-        self.index, self.domain, self.label = self.index.cpu(), self.domain.cpu(), self.label.cpu()
-        self.measures = LogitMeasures(self.logits)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def outputs(self) -> dict[str, Tensor]:
-        """What a predict step returns: ``logits`` (B, K) and the others (B,); prediction -1 where it was refused."""
-        refused = bool(self.error)
-        zeros = torch.zeros(len(self))
-        return {
-            "logits": self.logits,
-            "prediction": torch.full((len(self),), -1) if refused else self.measures.prediction,
-            "confidence": zeros if refused else self.measures.confidence,
-            "entropy": zeros if refused else self.measures.entropy,
-            "index": self.index,
-            "domain": self.domain,
-            "label": self.label,
-        }
+    def identity(self) -> dict[str, Any]:
+        """A run in another memory layout, or after other source images, predicts otherwise."""
+        return {"source_images": self.source_images, "memory_format": str(self.memory_format)}
 
 
 def images_of(batch: Any) -> Tensor:
@@ -72,8 +55,8 @@ def images_of(batch: Any) -> Tensor:
         raise InputError(f"Batches must be dicts with an 'image' (B, C, H, W); got a {type(batch).__name__}.")
     images = batch["image"]
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point() or not images.numel():
-        given = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise InputError(f"Not a batch of images: {given}. Give (B, C, H, W), floating point, in [0, 1], B >= 1.")
+        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"Not a batch of images: {got}. Give (B, C, H, W), floating point, in [0, 1], B >= 1.")
     return images
 
 
@@ -88,10 +71,7 @@ def domain_of(batch: dict[str, Tensor], count: int) -> Tensor:
 
 
 def refused_batch(batch: Any, error: InputError, seen: int) -> BatchRecord:
-    """The record of a batch that cannot be used.
-
-    The number of images is that of ``index``, else of ``image`` where that is a batch, else 0.
-    """
+    """The record of a batch that cannot be used: as many images as ``index`` or else ``image`` has, or none."""
     batch = batch if isinstance(batch, dict) else {}
     image = batch.get("image")
     images = len(image) if isinstance(image, Tensor) and image.ndim == 4 else 0
@@ -101,3 +81,70 @@ def refused_batch(batch: Any, error: InputError, seen: int) -> BatchRecord:
     unknown = torch.full((count,), -1)
     index = index_of(batch, count, seen)
     return BatchRecord(torch.zeros(count, 0), index, domain, unknown, adapted=False, error=str(error))
+
+
+def labels_among(labels: Tensor, classes: Sequence[int] | None) -> Tensor:
+    """Labels (B,) of the whole net as positions in ``classes``, those it was cut to; -1, not known, stays.
+
+    Raises:
+        DataError: If a label is not among them.
+    """
+    if classes is None:
+        return labels
+    table = torch.full((max(int(labels.max()), *classes) + 2,), -2)
+    table[list(classes)] = torch.arange(len(classes))
+    table[-1] = -1
+    positions = table[labels]
+    if bool((positions == -2).any()):
+        raise DataError(
+            f"An image has the label {int(labels[positions == -2][0])}, which is not among the {len(classes)} classes "
+            "that the net was cut to. Choose classes that the data has, or leave model.classes out."
+        )
+    return positions
+
+
+def warn_of_size(images: Tensor, preprocessing: Mapping[str, Any], net: Mapping[str, Any]) -> None:
+    """Warn where images (B, C, H, W) are not of the size that published weights were trained on.
+
+    A net of another family that was trained here may have been trained on any size: then there is no warning.
+    """
+    expected, size = preprocessing.get("input_size"), list(images.shape[1:])
+    published = net.get("pretrained") or str(net["name"]).startswith("cifar/")
+    if expected is not None and list(expected) != size and published:
+        warnings.warn(
+            f"Images are {size} (C, H, W), the weights' own preprocessing has {list(expected)} (crop "
+            f"{preprocessing.get('crop_pct')}, {preprocessing.get('interpolation')}): accuracy may suffer. Set the "
+            "data's image_size unless this is meant.",
+            stacklevel=3,
+        )
+
+
+def show_source(method: TTAMethod, data: Any, count: int, device: torch.device) -> None:
+    """Show ``count`` training images to a method that needs source data.
+
+    Raises:
+        NotPreparedError: If ``data`` has none to show.
+    """
+    if not isinstance(data, ShiftedDataModule):
+        raise NotPreparedError(
+            f"{type(method).__name__} must see source data before the stream. Predict with a data module that has "
+            "training images, or call method.prepare(source_batches) first."
+        )
+    batches = data.source_batches(count, batch_size=64)  # EATA's Fisher depends on it
+    with torch.inference_mode(False), torch.enable_grad():
+        method.prepare(_OnDevice(batches, device))
+
+
+class _OnDevice(Iterable[Batch]):
+    """Batches that come to a device one at a time, with progress; can be iterated more than once."""
+
+    def __init__(self, batches: DataLoader[Batch], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        numbers = with_progress(len(self), "Looking at source images")
+        for _, batch in zip(numbers, self.batches, strict=True):
+            yield {name: value.to(self.device) for name, value in batch.items()}

@@ -18,8 +18,7 @@ from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import check_range
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.task import float_dtype
-from lightning_tta.run.callbacks import Outputs, RunCallback
-from lightning_tta.run.stream_run import StreamRun
+from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun
 
 HISTOGRAMS = 20
 """About so many histograms in a stream."""
@@ -111,15 +110,7 @@ class FitBoard(Callback):
 def draw(
     method: TTAMethod, images: Tensor, adapted: Tensor, labels: Tensor, names: Sequence[str] | None
 ) -> NDArray[np.uint8]:
-    """A strip (H, W, 3) of images, each with its label and two predictions.
-
-    Args:
-        method: Its net, put back to the source for one pass, says what the source predicts.
-        images: (B, C, H, W) in [0, 1], on the method's device.
-        adapted: Predictions (B,) of the method.
-        labels: (B,), -1 where unknown.
-        names: Names of the classes.
-    """
+    """A strip (H, W, 3) of images (B, C, H, W), each with its label, the source's prediction and the adapted one."""
     usable = images.detach().float().nan_to_num(0, 0, 0).clamp(0, 1)
     source, usable = _source_prediction(method, usable), usable.cpu()
 

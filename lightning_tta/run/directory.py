@@ -13,7 +13,9 @@ import copy
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -22,31 +24,33 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_tta.errors import ConfigError, FinishedError
+from lightning_tta.backbones.weights import CodeInFileError, read_checkpoint
+from lightning_tta.errors import ConfigError, FinishedError, WeightsError
 from lightning_tta.files import of_all, of_process, own_file
 from lightning_tta.run.processes import ProcessGroup
-from lightning_tta.run.state_files import FINAL, FORMAT, STATE, State, check_lengths, differences, read_state
 
-FILE_LOGGERS = (TensorBoardLogger, CSVLogger)
+State = dict[str, Any]
 ResumePolicy = Literal["auto", "restart"]
-LOCK, REPORT = "run.lock", "report.json"
-STATES = ("state*.pt", "final_state*.pt")
+FORMAT = 2
+"""Of the states that this version writes."""
+STATE, FINAL, LOCK, REPORT = "state.pt", "final_state.pt", "run.lock", "report.json"
 GROWING = ("predictions.csv", "batches.jsonl")
-OTHERS = ("predictions*.csv", "batches*.jsonl", "guard.jsonl", "config.yaml")
+CLEARED = ("state*.pt", "final_state*.pt", REPORT, "predictions*.csv", "batches*.jsonl", "guard.jsonl", "config.yaml")
+"""What is left of an earlier run is removed in this order: states first, so that no half of a run is continued."""
 LOGGED = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
+FILE_LOGGERS = (TensorBoardLogger, CSVLogger)
 
 
 class RunDirectory:
-    """The directory of one run; every process of the run makes one and calls the same.
+    """The directory of one run; every process of the run makes one and calls the same, and all decide the same.
 
-    Args:
-        trainer: Its loggers that would count a version write into the directory from now on.
-        group: The processes; all decide the same.
-        identity: What makes this run another one than others, by name.
+    The Trainer's loggers that would count a version write into the directory from now on.
 
     Attributes:
         path: The directory.
+        identity: What makes this run another one than others, by name.
         digest: Eight hex digits of the identity.
+        state: Saved here, the run goes on from it; ``None``: the run starts from the beginning.
     """
 
     def __init__(self, trainer: Trainer, group: ProcessGroup, identity: Mapping[str, Any]) -> None:
@@ -55,19 +59,20 @@ class RunDirectory:
         self.identity: State = json.loads(text)  # as it is read from a file
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         name = group.first(lambda: f"{identity['method']}-{self.digest}")
-        self.is_named = isinstance(trainer.logger, FILE_LOGGERS) and not counts_versions(trainer.logger)
-        trainer.loggers = [_with_version(each, name) if counts_versions(each) else each for each in trainer.loggers]
-        self.path = _path(trainer, name)
+        self.is_named = isinstance(trainer.logger, FILE_LOGGERS) and not _counts_versions(trainer.logger)
+        trainer.loggers = [_with_version(each, name) if _counts_versions(each) else each for each in trainer.loggers]
+        logger = trainer.logger
+        if isinstance(logger, FILE_LOGGERS):
+            self.path = Path(logger.log_dir)
+        elif logger is None:
+            self.path = Path(trainer.default_root_dir) / name
+        else:
+            self.path = Path(logger.save_dir or trainer.default_root_dir) / (logger.name or "") / name
+        self.state: State | None = None
         self._lock = DirectoryLock()
 
-    def take(self, resume: ResumePolicy) -> State | None:
-        """Keep others out.
-
-        Args:
-            resume: ``auto`` continues an unfinished run; ``restart`` removes the run that is there.
-
-        Returns:
-            The state to go on from; ``None``: from the beginning, and what an earlier try has left is removed.
+    def take(self, resume: ResumePolicy) -> None:
+        """Keep others out, and read the state of an unfinished run; without one, what an earlier try left is removed.
 
         Raises:
             FinishedError: On all processes, if the run is finished.
@@ -84,50 +89,44 @@ class RunDirectory:
                 self.group.first(self._check)
             if not all(self.group.each(lambda: self._lock.take(self.path, self.group.rank))):  # each says that it lives
                 raise in_use
-            state = self._read() if resume == "auto" else None
-            if state is None:
+            self.state = self._read() if resume == "auto" else None
+            if self.state is None:
                 self.group.first(self._clear)
-            return state
         except BaseException:
             self.release()
             raise
 
-    def open(self, name: str, state: State | None) -> IO[str]:
-        """This process's file of that name: empty, or cut back to where the state has it."""
-        path = own_file(self.trainer, self.path / name)
-        if state is None:
+    def open(self, name: str) -> IO[str]:
+        """This process's file of that name: empty, or cut back to where the saved state has it."""
+        path = self.file(name)
+        if self.state is None:
             return path.open("w", newline="")
         file = path.open("a", newline="")
-        file.truncate(state["bytes"].get(path.name, 0))
+        file.truncate(self.state["bytes"].get(path.name, 0))
         file.seek(0, os.SEEK_END)
         return file
 
-    def own(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
         """Where this process writes what others write too."""
         return own_file(self.trainer, self.path / name)
 
-    def remove_states(self, *names: str) -> None:
-        """Remove saved states of all processes."""
-        for path in (path for name in names for path in of_all(self.path / name)):
+    def remove_states(self) -> None:
+        """Remove what all processes saved on the way."""
+        for path in of_all(self.path / STATE):
             path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Let others in."""
         self._lock.release()
 
-    # Internals
-
     def _check(self) -> None:
         """Refuse a finished run, and in a named directory another one than this."""
         report = self.path / REPORT
         if report.exists():
             content = json.loads(report.read_text())
-            options = content.get("options") or {}
-            saved = {
-                "method": content.get("method"),
-                **{f"method.{name}": value for name, value in options.items()},
-                **{f"protocol.{name}": value for name, value in (content.get("protocol") or {}).items()},
-            }
+            saved = {"method": content.get("method")}
+            for prefix, entry in (("method", "options"), ("protocol", "protocol")):
+                saved |= {f"{prefix}.{name}": value for name, value in (content.get(entry) or {}).items()}
             compared = ("method", "protocol.")
             lines = differences(saved, {k: v for k, v in self.identity.items() if k.startswith(compared)})
             if content.get("run_digest") != self.digest and not lines:
@@ -159,14 +158,14 @@ class RunDirectory:
 
     def _read(self) -> State | None:
         """This process's state; all go on, or all start anew."""
-        path, state = self.own(STATE), None
+        path, state = self.file(STATE), None
 
         def read() -> int | None:
             nonlocal state
             state = read_state(path)
             if state is None:
                 return None
-            check_lengths(path, state)
+            _check_lengths(path, state)
             return int(state["batches"])
 
         batches = self.group.each(read)
@@ -178,15 +177,14 @@ class RunDirectory:
         return None
 
     def _clear(self) -> None:
-        """Remove an earlier run; states first: what is left when this is cut off must not be continued."""
         logged = () if self.is_named else LOGGED  # in a directory that was named they may be of a training
-        for pattern in (*STATES, REPORT, *OTHERS, *logged):
+        for pattern in (*CLEARED, *logged):
             for path in self.path.glob(pattern):
                 path.unlink()
 
 
 class DirectoryLock:
-    """Keeps other runs out of a directory; each process's part ends with the process, however that ends.
+    """Keeps other runs out of a directory; the lock of a process ends with the process, however that ends.
 
     The first process of a run takes the directory for all. The others have a lock each too, which nobody contests, so
     that the directory is in use as long as one of them lives.
@@ -208,9 +206,9 @@ class DirectoryLock:
             if not all(_is_free(other) for other in of_all(path) if other != path):
                 lock.release()
                 return False
-            names = (STATE, FINAL, GROWING[0], REPORT)  # written whole, beside a temporary file
-            for temporary in (path for n in names for path in directory.glob(f".{n.replace('.', '*.')}.*.tmp")):
-                temporary.unlink()
+            for name in (STATE, FINAL, GROWING[0], REPORT):  # written whole, beside a temporary file
+                for temporary in directory.glob(f".{name.replace('.', '*.')}.*.tmp"):
+                    temporary.unlink()
         self.release()
         self._lock = lock
         return True
@@ -222,20 +220,35 @@ class DirectoryLock:
             self._lock = None
 
 
-def counts_versions(logger: Logger) -> bool:
-    """Whether a logger makes a directory ``version_N``; asking it names none and makes none."""
-    return isinstance(logger, FILE_LOGGERS) and not isinstance(logger.version, str)
+def _acquired(lock: FileLock) -> bool:
+    with suppress(Timeout):
+        lock.acquire(timeout=0)
+    return lock.is_locked
+
+
+def _is_free(path: Path) -> bool:
+    lock = FileLock(path)
+    free = _acquired(lock)
+    lock.release()
+    return free
+
+
+# Loggers
 
 
 def withhold_loggers(trainer: Trainer) -> list[Logger]:
-    """Take away the loggers, before Lightning has them write: nobody knows yet where, and whether the run is new.
+    """Take away the loggers before Lightning has them write: nobody knows yet where, and whether the run is new.
 
-    Returns:
-        The loggers as they were given to the Trainer, to be given back before :class:`RunDirectory` is made.
+    Returns the loggers as they came to the Trainer; it needs them again before :class:`RunDirectory` is made.
     """
     loggers: list[Logger] = [getattr(logger, "counting", logger) for logger in trainer.loggers]
     trainer.loggers = []
     return loggers
+
+
+def _counts_versions(logger: Logger) -> bool:
+    """Whether a logger makes a directory ``version_N``; asking it names none and makes none."""
+    return isinstance(logger, FILE_LOGGERS) and not isinstance(logger.version, str)
 
 
 def _with_version(logger: Logger, version: str) -> Logger:
@@ -246,25 +259,45 @@ def _with_version(logger: Logger, version: str) -> Logger:
     return named
 
 
-def _path(trainer: Trainer, name: str) -> Path:
-    logger = trainer.logger
-    if isinstance(logger, FILE_LOGGERS):
-        return Path(logger.log_dir)
-    if logger is None:
-        return Path(trainer.default_root_dir) / name
-    return Path(logger.save_dir or trainer.default_root_dir) / (logger.name or "") / name
+# Saved states
 
 
-def _acquired(lock: FileLock) -> bool:
+def read_state(path: Path, *, head: bool = False) -> State | None:
+    """A saved state, or ``None`` if there is none or it is damaged; ``head`` leaves the tensors on disk for now.
+
+    Raises:
+        ConfigError: If the file holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        return None
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    return True
+        state = read_checkpoint(path, mmap=head)
+    except CodeInFileError as error:
+        raise ConfigError(f"{path} is no state of a run, remove it: {error}") from error
+    except WeightsError:
+        warnings.warn(f"{path} cannot be read and is ignored.", stacklevel=2)
+        return None
+    if not isinstance(state, dict) or "identity" not in state:
+        warnings.warn(f"{path} is no state of a run and is ignored.", stacklevel=2)
+        return None
+    return state
 
 
-def _is_free(path: Path) -> bool:
-    lock = FileLock(path)
-    free = _acquired(lock)
-    lock.release()
-    return free
+def differences(saved: State, new: State) -> list[str]:
+    """One line ``name: saved != new`` for each entry that differs; options only if the method is the same."""
+    names = [name for name in {**saved, **new} if saved.get(name) != new.get(name)]
+    if "method" in names:
+        names = [name for name in names if not name.startswith("method.")]
+    return [f"{name}: {saved.get(name)!r} != {new.get(name)!r}" for name in names]
+
+
+def _check_lengths(path: Path, state: State) -> None:
+    """Refuse a state if a file that grows with the stream is shorter than when it was saved."""
+    for name, saved in state["bytes"].items():
+        file = path.with_name(name)
+        size = file.stat().st_size if file.exists() else 0
+        if size < saved:
+            raise ConfigError(
+                f"{file} has {size} bytes, but {saved} when the state beside it was saved: the run cannot be "
+                f"continued. Restore the file, or remove {path.name} to start from the beginning."
+            )

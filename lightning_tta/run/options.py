@@ -1,16 +1,15 @@
-"""The options of a predict run on the command line, beside those of the module, and where old ones have gone."""
+"""The configuration of a predict run: the options of its callbacks, where old options have gone, and the saved file."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 
+from lightning_tta.run.batches import StreamInput
 from lightning_tta.run.board import StreamBoard
-from lightning_tta.run.input import StreamInput
 from lightning_tta.run.outputs import StreamReport
 from lightning_tta.run.resume import StateKeeper
-
-if TYPE_CHECKING:  # slow to import, and needed on the command line only
-    from lightning.pytorch.cli import LightningArgumentParser
+from lightning_tta.run.stream_run import run_of
 
 PARTS = {"state": StateKeeper, "input": StreamInput, "report": StreamReport, "board": StreamBoard}
 """Callbacks of a predict run whose options can be set, by their name on the command line."""
@@ -27,12 +26,6 @@ MOVED = {
 """New names of options that :class:`~lightning_tta.TestTimeAdaptation` had."""
 
 
-def add_options(parser: LightningArgumentParser) -> None:
-    """Add the options of the run's callbacks to the parser of ``predict``: ``--state.save_every`` and so on."""
-    for name, kind in PARTS.items():
-        parser.add_lightning_class_args(kind, name)
-
-
 def where_moved(option: str) -> str | None:
     """A sentence that names the new option in place of a former one of the module; ``None`` for any other."""
     if option == "pretrained":
@@ -44,3 +37,18 @@ def where_moved(option: str) -> str | None:
         f"model.{option} is now --{part}.{name} on the command line, {part}: {{{name}: ...}} in a configuration, and "
         f"{PARTS[part].__name__}({name}=...) among the callbacks of the Trainer in Python."
     )
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes ``config.yaml``; of a predict run into its own directory, once that is taken."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write that of a training."""
+        if not hasattr(pl_module, "run"):
+            super().setup(trainer, pl_module, stage)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write that of a predict run."""
+        if hasattr(pl_module, "run") and trainer.is_global_zero:
+            path = run_of(pl_module).directory.path / self.config_filename
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
-from typing import IO, Any
+from typing import IO
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,11 +13,10 @@ from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.errors import ConfigError
 from lightning_tta.files import environment, write_json
 from lightning_tta.report.terminal import print_report
-from lightning_tta.run.callbacks import Outputs, RunCallback
 from lightning_tta.run.directory import GROWING, REPORT
+from lightning_tta.run.measures import peak_memory, source_accuracy
 from lightning_tta.run.processes import merge_predictions
-from lightning_tta.run.source import source_accuracy
-from lightning_tta.run.stream_run import StreamRun
+from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun
 from lightning_tta.run.summary import WINDOW, StreamSummary
 
 PREDICTIONS, BATCHES = GROWING
@@ -36,7 +34,7 @@ class PredictionWriter(RunCallback):
 
     def on_start(self, run: StreamRun) -> None:
         """Open the file, anew or where a continued run left it."""
-        self._file = run.open(PREDICTIONS)
+        self._file = run.directory.open(PREDICTIONS)
         if self._file.tell() == 0:
             csv.writer(self._file).writerow(COLUMNS)
 
@@ -69,14 +67,14 @@ class StreamLogger(RunCallback):
 
     def on_start(self, run: StreamRun) -> None:
         """Start a new ``batches.jsonl``, or take up the one of a continued run."""
-        run.open(BATCHES).close()
+        run.directory.open(BATCHES).close()
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Log one batch."""
         if not len(output["index"]) and run.group.world > 1:  # of this batch, other processes had all
             return
         row = run.summary.last
-        with run.directory.own(BATCHES).open("a") as file:
+        with run.directory.file(BATCHES).open("a") as file:
             file.write(json.dumps(row) + "\n")
         numbers = {f"{run.tag}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "seconds"}
         if row["domain"] != "mixed":
@@ -94,17 +92,16 @@ class StreamReport(RunCallback):
 
     Args:
         measure_forgetting: After the stream also predict clean source test images: ``source_accuracy_after``.
+
+    Raises:
+        ConfigError: Before the stream, if the data have no clean source images.
     """
 
     def __init__(self, measure_forgetting: bool = False) -> None:
         self.measure_forgetting = measure_forgetting
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse early what cannot be measured.
-
-        Raises:
-            ConfigError: If there are no clean source images.
-        """
+        """Refuse early what cannot be measured."""
         data = getattr(trainer, "datamodule", None)
         if self.measure_forgetting and not isinstance(data, ShiftedDataModule):
             raise ConfigError(
@@ -119,7 +116,7 @@ class StreamReport(RunCallback):
 
     def on_end(self, run: StreamRun) -> None:
         """Write and print, on the first process, what all have found."""
-        summary = gather(run)
+        summary = _gather(run)
         if not run.trainer.is_global_zero:
             return
         report = {
@@ -138,18 +135,16 @@ class StreamReport(RunCallback):
             "run_digest": run.directory.digest,
         }
         if self.measure_forgetting and run.data is not None:
-            accuracy = source_accuracy(run.method, run.data, run.classes, run.device)
-            report["source_accuracy_after"] = accuracy
+            report["source_accuracy_after"] = source_accuracy(run.method, run.data, run.classes, run.device)
         for callback in run.callbacks:
-            if isinstance(callback, RunCallback):
-                report |= callback.results(run)
+            report |= callback.results(run)
         path = run.directory.path / REPORT
         write_json(path, report)
         if run.trainer.progress_bar_callback is not None:  # not in quiet runs
             print_report(report, path)
 
 
-def gather(run: StreamRun) -> StreamSummary:
+def _gather(run: StreamRun) -> StreamSummary:
     """The account of the whole stream; the first of several processes also writes the whole ``predictions.csv``.
 
     Raises:
@@ -157,27 +152,8 @@ def gather(run: StreamRun) -> StreamSummary:
     """
     if run.group.world == 1 or run.data is None:
         return run.summary
-    parts = run.group.gather((run.summary, run.directory.own(PREDICTIONS)))
+    shards = run.group.gather((run.summary, run.directory.file(PREDICTIONS)))
     if run.trainer.is_global_zero:
         order = [index for batch in run.data.stream.batches for index in batch]
-        merge_predictions([path for _, path in parts], order, run.directory.path / PREDICTIONS)
-    return StreamSummary.merged([summary for summary, _ in parts], together=run.sharing.mode == "synchronised")
-
-
-def peak_memory(device: torch.device) -> dict[str, Any]:
-    """``peak_memory_mb`` (of 10^6 bytes), and ``peak_memory``: what was counted.
-
-    On CUDA what torch had allocated in the run; elsewhere what the process had in memory in all its life.
-    """
-    if device.type == "cuda":
-        return {
-            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6,
-            "peak_memory": "allocated on the GPU",
-        }
-    try:
-        import resource
-    except ImportError:  # Windows
-        return {"peak_memory_mb": None, "peak_memory": None}
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak_memory_mb": peak / 1e6, "peak_memory": "resident, of the process's whole life"}
+        merge_predictions([path for _, path in shards], order, run.directory.path / PREDICTIONS)
+    return StreamSummary.merged([summary for summary, _ in shards], together=run.sharing.mode == "synchronised")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 
+@dataclass
 class Pace:
     """Batches arrive at a fixed pace; one that arrives while the method is at work is not adapted on.
 
@@ -16,18 +18,12 @@ class Pace:
         interval: Time between two batches in that unit, above 0.
     """
 
-    def __init__(self, unit: str, interval: float) -> None:
-        self.unit, self.interval = unit, interval
-        self.arrived, self.free_at = 0.0, 0.0
-        self.batches = self.missed = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of it, in numbers."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Counterpart of :meth:`state_dict`."""
-        vars(self).update(state)
+    unit: str
+    interval: float
+    arrived: float = 0.0
+    free_at: float = 0.0
+    batches: int = 0
+    missed: int = 0
 
     def take(self) -> bool:
         """Whether the method is free for the batch that arrives now."""
@@ -41,3 +37,11 @@ class Pace:
         """Charge the batch that was taken."""
         passes = stats.get("forwards", 0) + 2 * stats.get("backwards", 0)
         self.free_at = self.arrived + (passes if self.unit == "passes" else seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, in plain values."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Counterpart of :meth:`state_dict`."""
+        vars(self).update(state)

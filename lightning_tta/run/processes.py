@@ -25,24 +25,19 @@ _PATIENCE = timedelta(days=30)  # processes with smaller domains wait for the ot
 
 
 class ProcessGroup:
-    """The processes of a run; alone, a process decides at once. All must make it, and call it, in the same order.
-
-    Args:
-        rank: Number of this process.
-        world: How many there are.
-    """
+    """The ``world`` processes of a run, of which this is ``rank``. All must make it, and call it, in the same order."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
-        # A group of its own, whose members may be late.
+        # not the strategy's group: members may be late
         self._group: Any = distributed.new_group(backend="gloo", timeout=_PATIENCE) if world > 1 else None
 
-    def gather(self, mine: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """What each process has, in order."""
         if self.world == 1:
-            return [mine]
+            return [value]
         gathered: list[Any] = [None] * self.world
-        distributed.all_gather_object(gathered, mine, group=self._group)
+        distributed.all_gather_object(gathered, value, group=self._group)
         return gathered
 
     def each(self, work: Callable[[], T]) -> list[T]:
@@ -51,114 +46,93 @@ class ProcessGroup:
         Raises:
             Exception: On every process, if one has raised it; what is not of this package, as a RuntimeError elsewhere.
         """
-        result: T | None = None
-        error: Exception | None = None
         try:
             result = work()
-        except Exception as raised:
-            error = raised
-        outcomes = self.gather((result, self._told(error)))
-        if error is not None:
-            raise error
+        except Exception as error:
+            stopped = RuntimeError(f"Process {self.rank} has stopped: {type(error).__name__}: {error}")
+            self.gather((None, error if isinstance(error, LightningTTAError) else stopped))
+            raise
+        outcomes: list[tuple[T, Exception | None]] = self.gather((result, None))
         for _, other in outcomes:
             if other is not None:
                 raise other
-        return [value for value, _ in outcomes]  # type: ignore[misc]
+        return [value for value, _ in outcomes]
 
     def first(self, work: Callable[[], T]) -> T:
         """Do something on the first process; its result, or its error, on all."""
         return self.each(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
-    def _told(self, error: Exception | None) -> Exception | None:
-        if error is None or isinstance(error, LightningTTAError):
-            return error
-        return RuntimeError(f"Process {self.rank} has stopped: {type(error).__name__}: {error}")
-
 
 def share_stream(
-    trainer: Trainer, data: Any, method: TTAMethod, mode: ProcessMode, reset: str, apart: Sequence[str] = ()
+    trainer: Trainer, data: Any, method: TTAMethod, mode: ProcessMode, reset: str, incompatible: Sequence[str] = ()
 ) -> Sharing:
     """This process's share of the stream of ``data``, which is told of it.
 
-    Args:
-        trainer: Knows how many processes there are.
-        data: The data module.
-        method: The method.
-        mode: How the processes share the stream.
-        reset: The reset policy.
-        apart: Options in use that processes which adapt as one cannot have.
+    ``incompatible`` names options in use that processes which adapt as one cannot have.
 
     Raises:
         ConfigError: If the method, the stream or the Trainer cannot do that on several processes.
     """
-    world = trainer.world_size
-    if world > 1:
-        _check_trainer(trainer, data)
-        _check_method(method, mode, world)
-        if apart and mode == "synchronised":
-            raise ConfigError(
-                f"{' and '.join(apart)} cannot be used with synchronised processes: the saves of those that are killed "
-                "may be of different batches, and one that skips a batch leaves the others waiting. Leave it out, or "
-                "use --model.processes replicas, or --trainer.devices 1."
-            )
-    sharing = Sharing(mode, trainer.global_rank, world) if world > 1 else Sharing()
+    several = trainer.world_size > 1
+    for refusal in _refusals(trainer, data, method, mode, reset, incompatible) if several else ():
+        raise ConfigError(refusal)
+    sharing = Sharing(mode, trainer.global_rank, trainer.world_size) if several else Sharing()
     if isinstance(data, ShiftedDataModule):
-        if world > 1:
-            _check_stream(data, mode, reset, world)
         data.share(sharing)
     return sharing
 
 
-def _check_trainer(trainer: Trainer, data: Any) -> None:
+def _refusals(
+    trainer: Trainer, data: Any, method: TTAMethod, mode: ProcessMode, reset: str, incompatible: Sequence[str]
+) -> Iterator[str]:
+    """Why several processes cannot share the stream; the first reason counts."""
+    world, synchronised = trainer.world_size, mode == "synchronised"
     if not isinstance(trainer.strategy, DDPStrategy):
-        raise ConfigError(
-            f"{trainer.world_size} processes of {type(trainer.strategy).__name__} cannot adapt: each needs the whole "
-            "net. Use --trainer.strategy ddp, or --trainer.devices 1."
+        yield (
+            f"{world} processes of {type(trainer.strategy).__name__} cannot adapt: each needs the whole net. Use "
+            "--trainer.strategy ddp, or --trainer.devices 1."
         )
     if trainer.limit_predict_batches != 1.0:
-        raise ConfigError(
+        yield (
             f"limit_predict_batches={trainer.limit_predict_batches} cuts each process's share at another place of the "
             "stream. Shorten the stream instead (--data.num_images), or use --trainer.devices 1."
         )
     if not isinstance(data, ShiftedDataModule):
-        raise ConfigError(
-            f"A stream is sequential: {trainer.world_size} processes can only share one whose domains are known. Give "
-            "a data module of lightning_tta, or use --trainer.devices 1 with a loader of your own."
+        yield (
+            f"A stream is sequential: {world} processes can only share one whose domains are known. Give a data module "
+            "of lightning_tta, or use --trainer.devices 1 with a loader of your own."
         )
-
-
-def _check_method(method: TTAMethod, mode: str, world: int) -> None:
     if mode not in method.parallel:
-        other = "--model.processes replicas (whole domains)" if mode == "synchronised" else "--model.processes " + mode
+        other = "--model.processes replicas (whole domains)" if synchronised else f"--model.processes {mode}"
         advice = f"{other}, or --trainer.devices 1" if "replicas" in method.parallel else "--trainer.devices 1"
-        raise ConfigError(
+        yield (
             f"Method '{method.name}' cannot run {mode} on {world} processes; it can run "
             f"{' or '.join(sorted(method.parallel)) or 'on one only'}. Use {advice}."
         )
+    plain = type(method).infer is TTAMethod.infer and not method.uses_batch_statistics
     untracked = any(layer.running_mean is None for layer in batch_norm_layers(method.model).values())
-    if mode == "synchronised" and untracked and _plain(method):
-        raise ConfigError(
+    if synchronised and untracked and plain:
+        yield (
             "The net's BatchNorm layers keep no running statistics, and method "
             f"'{method.name}' leaves them to each process's part of a batch. Use method 'norm', or --trainer.devices 1."
         )
-
-
-def _plain(method: TTAMethod) -> bool:
-    return type(method).infer is TTAMethod.infer and not method.uses_batch_statistics
-
-
-def _check_stream(data: ShiftedDataModule, mode: str, reset: str, world: int) -> None:
+    if synchronised and incompatible:
+        yield (
+            f"{' and '.join(incompatible)} cannot be used with synchronised processes: the saves of those that are "
+            "killed may be of different batches, and one that skips a batch leaves the others waiting. Leave it out, "
+            "or use --model.processes replicas, or --trainer.devices 1."
+        )
     if data.charge is not None:
-        raise ConfigError(
+        yield (
             f"charge={data.charge!r} times one process against the stream; {world} processes are another machine. Use "
             "--data.charge none, or --trainer.devices 1."
         )
-    if mode == "replicas" and (reset == "never" or data.stream_kind == "mixed"):
-        what = "a mixed stream has no domains of its own" if data.stream_kind == "mixed" else "it is never reset"
-        raise ConfigError(
+    if not synchronised and (reset == "never" or data.stream_kind == "mixed"):
+        reason = "a mixed stream has no domains of its own" if data.stream_kind == "mixed" else "it is never reset"
+        yield (
             f"Replicas take whole domains, which must not depend on each other; on this {data.stream_kind} stream "
-            f"{what}. Use --model.reset domain or batch on a stream other than mixed, --model.processes synchronised, "
-            "or --trainer.devices 1."
+            f"{reason}. Use --model.reset domain or batch on a stream other than mixed, --model.processes "
+            "synchronised, or --trainer.devices 1."
         )
 
 
@@ -182,18 +156,18 @@ def merge_predictions(files: Sequence[Path], order: Sequence[int], path: Path) -
 def _merged_lines(files: Sequence[Path], order: Sequence[int]) -> Iterator[bytes]:
     with ExitStack() as stack:
         readers = [stack.enter_context(file.open("rb")) for file in files]
-        headers = [reader.readline() for reader in readers]
-        yield headers[0]
-        heads = [reader.readline() for reader in readers]
+        header, *_ = [reader.readline() for reader in readers]
+        yield header
+        lines = [reader.readline() for reader in readers]
         for index in order:
-            holders = [number for number, line in enumerate(heads) if _index(line) == index]
+            holders = [number for number, line in enumerate(lines) if _index(line) == index]
             if len(holders) != 1:
                 raise _not_once(files, index, "missing" if not holders else "there twice")
-            yield heads[holders[0]]
-            heads[holders[0]] = readers[holders[0]].readline()
-        left = next((line for line in heads if line), None)
-        if left is not None:
-            raise _not_once(files, _index(left), "there twice, or not of this stream")
+            (holder,) = holders
+            yield lines[holder]
+            lines[holder] = readers[holder].readline()
+        for line in filter(None, lines):
+            raise _not_once(files, _index(line), "there twice, or not of this stream")
 
 
 def _index(line: bytes) -> int:

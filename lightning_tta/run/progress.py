@@ -10,8 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
 from lightning_tta.progress import PATIENCE, GridLine
-from lightning_tta.run.callbacks import Outputs, RunCallback
-from lightning_tta.run.stream_run import StreamRun
+from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun
 
 
 class StreamProgress(RunCallback):

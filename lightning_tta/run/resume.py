@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_tta._version import __version__
 from lightning_tta.errors import ConfigError, check_choice, check_range
-from lightning_tta.run.callbacks import Outputs, RunCallback
-from lightning_tta.run.directory import GROWING, ResumePolicy
-from lightning_tta.run.state_files import FINAL, FORMAT, STATE, bytes_on_disk, write_state
-from lightning_tta.run.stream_run import StreamRun, run_of
+from lightning_tta.files import write_whole
+from lightning_tta.run.directory import FINAL, FORMAT, GROWING, STATE, ResumePolicy
+from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun, run_of
 
 
 class StateKeeper(RunCallback):
@@ -33,6 +35,10 @@ class StateKeeper(RunCallback):
             :mod:`lightning_tta.run.directory`. ``auto``: an unfinished one goes on from its last saved state, or starts
             anew where none was saved, and a finished one raises :class:`~lightning_tta.errors.FinishedError`.
             ``restart``: it is removed, and runs anew.
+
+    Raises:
+        ConfigError: If an option is out of range, or the Trainer shortens a stream that is saved: it would count from
+            where the run goes on.
     """
 
     def __init__(self, save_every: int | None = None, resume: ResumePolicy = "auto") -> None:
@@ -43,11 +49,7 @@ class StateKeeper(RunCallback):
         self.resume: ResumePolicy = resume
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be continued.
-
-        Raises:
-            ConfigError: If the Trainer shortens the stream: it would count from where the run goes on.
-        """
+        """Refuse what cannot be continued."""
         limit = trainer.limit_predict_batches
         if self.save_every is not None and limit not in (None, 1.0):
             raise ConfigError(
@@ -57,7 +59,7 @@ class StateKeeper(RunCallback):
 
     def on_ready(self, run: StreamRun) -> None:
         """Save the beginning, with what the method prepared."""
-        if not run.is_continued:
+        if run.directory.state is None:
             self._save(run, STATE)
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
@@ -73,7 +75,7 @@ class StateKeeper(RunCallback):
     def on_end(self, run: StreamRun) -> None:
         """Nothing is left to continue: the first process, which writes the report, removes the states of all."""
         if run.trainer.is_global_zero:
-            run.directory.remove_states(STATE)
+            run.directory.remove_states()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the directory."""
@@ -87,12 +89,11 @@ class StateKeeper(RunCallback):
     def _save(self, run: StreamRun, name: str) -> None:
         if self.save_every is None:
             return
-        paths = [run.directory.own(file) for file in GROWING]
-        state = {
-            "version": __version__,
-            "format": FORMAT,
-            "identity": run.directory.identity,
-            "bytes": {path.name: bytes_on_disk(path) for path in paths},
-            **run.state_dict(),
-        }
-        write_state(run.directory.own(name), state)
+        sizes = {}
+        for path in map(run.directory.file, GROWING):
+            with path.open("rb") as file:  # all of it must be on the disk before the state is
+                os.fsync(file.fileno())
+            sizes[path.name] = path.stat().st_size
+        identity = run.directory.identity
+        state = {"version": __version__, "format": FORMAT, "identity": identity, "bytes": sizes, **run.state_dict()}
+        write_whole(run.directory.file(name), lambda file: torch.save(state, file))

@@ -1,45 +1,49 @@
-"""One predict run: what it knows, and how it is saved and continued."""
+"""One predict run: what it knows, how it is saved and continued, and the base of the callbacks that follow it."""
 
 from __future__ import annotations
 
+import random
 import time
-from typing import IO, Any
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.protocol import Protocol
 from lightning_tta.data.sharing import Sharing
 from lightning_tta.errors import ConfigError
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.run import state_files
-from lightning_tta.run.batches import BatchRecord
 from lightning_tta.run.directory import ResumePolicy, RunDirectory
 from lightning_tta.run.pace import Pace
 from lightning_tta.run.processes import ProcessGroup
-from lightning_tta.run.summary import StreamSummary
+from lightning_tta.run.summary import BatchRecord, StreamSummary
+
+Outputs = dict[str, Tensor]
+"""What ``predict_step`` returns for a batch, see :class:`~lightning_tta.run.summary.BatchRecord`."""
 
 
+@dataclass(eq=False, repr=False)
 class StreamRun:
     """What a predict run knows. The module makes it, callbacks get it by :func:`run_of`.
 
     Args:
         trainer: Runs it.
-        method: Adapts; a callback may wrap it, see :meth:`~lightning_tta.run.callbacks.RunCallback.wrap`.
+        method: Is called for a batch; a callback may wrap it, see :meth:`RunCallback.wrap`.
         net: What is known of the net: ``name``, ``weights``, ``digest``.
         protocol: What the run measures.
         data: The data module, or ``None`` with a loader of the user's own.
-        domains: Names of the stream's domains, by number.
-        frozen: Names of those on which nothing adapts.
-        reset: When the method returns to the source: ``never``, ``domain`` or ``batch``.
-        reset_every: Also after this many batches.
+        reset_every: The method returns to the source after this many batches, beside the protocol's resets.
         classes: The logits that the net was cut to.
         sharing: This process's share of the stream.
 
     Attributes:
-        method: What is called for a batch.
         summary: The account of the stream so far.
+        frozen: Numbers of the domains on which nothing adapts.
         pace: Says which batches a slow method misses; ``None`` where the stream waits.
         last_domain: Number of the domain of the last image; ``None`` before the first batch.
         since_reset: Batches since the last reset.
@@ -51,37 +55,31 @@ class StreamRun:
         ConfigError: If the processes are about to run different things.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        method: TTAMethod,
-        net: dict[str, Any],
-        protocol: Protocol,
-        data: ShiftedDataModule | None,
-        *,
-        domains: list[str],
-        frozen: list[str],
-        reset: str,
-        reset_every: int | None,
-        classes: list[int] | None,
-        sharing: Sharing,
-    ) -> None:
-        self.trainer, self.net, self.protocol, self.data = trainer, net, protocol, data
-        self.reset, self.reset_every, self.classes, self.sharing = reset, reset_every, classes, sharing
-        self.callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self.method = method
+    trainer: Trainer
+    method: TTAMethod
+    net: dict[str, Any]
+    protocol: Protocol
+    data: ShiftedDataModule | None
+    reset_every: int | None
+    classes: list[int] | None
+    sharing: Sharing
+
+    def __post_init__(self) -> None:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self.callbacks = [callback for callback in callbacks if isinstance(callback, RunCallback)]
+        self._stateful = [c for c in callbacks if not isinstance(c, Checkpoint)]  # of users too; those are of trainings
         for callback in self.callbacks:
-            if hasattr(callback, "wrap"):
-                self.method = callback.wrap(self.method)
+            self.method = callback.wrap(self.method)
+        domains, frozen = list(self.protocol.domains), [] if self.data is None else self.data.frozen_domains
         self.summary = StreamSummary(domains, frozen)
         self.frozen = {number for number, name in enumerate(domains) if name in frozen}
-        self.pace = Pace(protocol.charge, protocol.interval or 1.0) if protocol.charge else None
+        self.pace = Pace(self.protocol.charge, self.protocol.interval or 1.0) if self.protocol.charge else None
         self.last_domain: int | None = None
         self.since_reset = 0
         self.batch: BatchRecord | None = None
-        self.device = trainer.strategy.root_device
-        self.group = ProcessGroup(trainer.global_rank, trainer.world_size)
-        hashes = self.group.gather(protocol.hash)
+        self.device = self.trainer.strategy.root_device
+        self.group = ProcessGroup(self.trainer.global_rank, self.trainer.world_size)
+        hashes = self.group.gather(self.protocol.hash)
         if len(set(hashes)) > 1:
             raise ConfigError(
                 f"The processes have different protocols ({', '.join(hashes)}): their nets or data differ. Give "
@@ -90,7 +88,6 @@ class StreamRun:
         self.directory: RunDirectory
         self.done_before = 0  # batches that the data module leaves out
         self._to_read = 0  # batches that come again, from a loader that cannot start later
-        self._saved: dict[str, Any] | None = None
         self._earlier_seconds, self._start = 0.0, time.perf_counter()
 
     # Before the stream
@@ -98,15 +95,13 @@ class StreamRun:
     def begin(self, resume: ResumePolicy) -> None:
         """Take the directory of this configuration, and read what was saved there.
 
-        Args:
-            resume: What to do with a run that is there.
-
         Raises:
             FinishedError: If the run is finished.
             ConfigError: If the directory is in use, or holds another run.
         """
         self.directory = RunDirectory(self.trainer, self.group, self.identity())
-        saved = self._saved = self.directory.take(resume)
+        self.directory.take(resume)
+        saved = self.directory.state
         if saved is None:
             return
         self.method.load_state_dict(saved["method"])  # what it allocates moves to the device with it
@@ -119,7 +114,7 @@ class StreamRun:
     def identity(self) -> dict[str, Any]:
         """What makes this run another one than others, by name; the same on all processes."""
         limit = self.trainer.limit_predict_batches
-        named: dict[str, Any] = {
+        identity: dict[str, Any] = {
             "method": self.method.name,
             **{f"method.{name}": value for name, value in self.method.options.items()},
             "reset_every": self.reset_every,
@@ -128,24 +123,14 @@ class StreamRun:
             **{f"protocol.{name}": value for name, value in self.protocol.to_dict().items()},
         }
         for callback in self.callbacks:
-            if hasattr(callback, "identity"):
-                named |= callback.identity()
-        return named
+            identity |= callback.identity()
+        return identity
 
     def restore(self) -> None:
         """Take up what was saved; the method once more, as the strategy has given all processes that of the first."""
         self._start = time.perf_counter()
-        if self._saved is not None:
-            self.load_state_dict(self._saved)
-
-    @property
-    def is_continued(self) -> bool:
-        """Whether the run goes on from a saved state."""
-        return self._saved is not None
-
-    def open(self, name: str) -> IO[str]:
-        """A file that grows with the stream: empty, or cut back to where the saved state has it."""
-        return self.directory.open(name, self._saved)
+        if self.directory.state is not None:
+            self.load_state_dict(self.directory.state)
 
     # Along the stream
 
@@ -156,7 +141,7 @@ class StreamRun:
         if self.reset_every is not None and self.since_reset >= self.reset_every:
             return True
         new = domain != self.last_domain and domain not in self.frozen
-        return self.reset == "batch" or (self.reset == "domain" and new)
+        return self.protocol.reset == "batch" or (self.protocol.reset == "domain" and new)
 
     def is_done(self) -> bool:
         """Whether the batch that has come was done before the run was continued."""
@@ -177,7 +162,7 @@ class StreamRun:
 
     @property
     def wall_seconds(self) -> float:
-        """Of all parts of the run."""
+        """Since the run first began; the time between a kill and the next start does not count."""
         return self._earlier_seconds + time.perf_counter() - self._start
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,8 +175,8 @@ class StreamRun:
             "summary": self.summary.state_dict(),
             "pace": None if self.pace is None else self.pace.state_dict(),
             "position": [self.last_domain, self.since_reset],
-            "callbacks": {c.state_key: state for c in self._remembering() if (state := c.state_dict())},
-            "random": state_files.random_state(self.device),
+            "callbacks": {c.state_key: state for c in self._stateful if (state := c.state_dict())},
+            "random": _random_state(self.device),
             "wall_seconds": self.wall_seconds,
         }
 
@@ -202,10 +187,10 @@ class StreamRun:
         if self.pace is not None:
             self.pace.load_state_dict(state["pace"])
         self.last_domain, self.since_reset = state["position"]
-        for callback in self._remembering():
+        for callback in self._stateful:
             if callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
-        state_files.set_random_state(state["random"], self.device)
+        _set_random_state(state["random"], self.device)
         self._earlier_seconds = state["wall_seconds"]
 
     def release(self) -> None:
@@ -213,10 +198,6 @@ class StreamRun:
         if self.data is not None:
             self.data.start_at(0)
         self.directory.release()
-
-    def _remembering(self) -> list[Callback]:
-        """Callbacks that may have something to remember; the checkpoints of trainings have not."""
-        return [callback for callback in self.callbacks if not isinstance(callback, Checkpoint)]
 
 
 def run_of(pl_module: LightningModule) -> StreamRun:
@@ -231,3 +212,79 @@ def run_of(pl_module: LightningModule) -> StreamRun:
             f"Callbacks of a predict run go with TestTimeAdaptation, in predict; this is a {type(pl_module).__name__}."
         )
     return run
+
+
+class RunCallback(Callback):
+    """Takes Lightning's hooks once; a subclass implements those of these methods that it needs.
+
+    Python: ``Trainer(callbacks=[StateKeeper(save_every=50)])``; those that the Trainer has not,
+    :class:`~lightning_tta.TestTimeAdaptation` adds with their defaults.
+    """
+
+    def identity(self) -> dict[str, Any]:
+        """Options that change what is predicted, by name: a run with others is another run."""
+        return {}
+
+    def wrap(self, method: TTAMethod) -> TTAMethod:
+        """The method, or something with its interface around it, which is then called in its place."""
+        return method
+
+    def results(self, run: StreamRun) -> dict[str, Any]:
+        """Entries for ``report.json``."""
+        return {}
+
+    def on_start(self, run: StreamRun) -> None:
+        """The directory is known, and what was saved has been read."""
+
+    def on_ready(self, run: StreamRun) -> None:
+        """The method is prepared; the first batch comes next."""
+
+    def on_batch(self, run: StreamRun, output: Outputs) -> None:
+        """A batch was predicted, and counted in ``run.summary``; not called for those done before a kill."""
+
+    def on_end(self, run: StreamRun) -> None:
+        """The stream has ended."""
+
+    def close(self) -> None:
+        """The run has ended, in whatever way."""
+
+    # Lightning's hooks
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self.on_start(run_of(pl_module))
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self.on_ready(run_of(pl_module))
+
+    def on_predict_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if outputs is not None:
+            self.on_batch(run_of(pl_module), outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self.on_end(run_of(pl_module))
+        self.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: D102
+        self.close()
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    """The global random states, for methods of users that draw from them."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  # the global state is what is saved
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": [str(name), torch.tensor(np.asarray(keys).astype("int64")), *rest],
+    }
+
+
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype("uint32"), *rest))  # noqa: NPY002

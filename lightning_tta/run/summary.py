@@ -1,19 +1,54 @@
-"""The account of a stream: counts per domain, passes, time, and what happened to the method."""
+"""The record of a batch, and the account of a stream: counts per domain, passes, time, what happened to the method."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_tta.metrics import Calibration
-from lightning_tta.run.batches import BatchRecord
+from lightning_tta.metrics import Calibration, LogitMeasures
 
 WINDOW = 8
 """Batches over which the recent predicted-class share is taken."""
+TOTALS = ("forwards", "backwards", "skipped_steps", "nonfinite_images")
+"""Entries of a method's ``stats`` that add up along a stream."""
+
+
+@dataclass
+class BatchRecord:
+    """One batch of a stream, on the CPU: made once, and read by the account, the files, the curves and the board."""
+
+    logits: Tensor  # (B, K), detached; (B, 0) of a batch that was refused
+    index: Tensor  # number (B,) of each image in the stream
+    domain: Tensor  # number (B,) of its domain
+    label: Tensor  # (B,), -1 where it is not known
+    stats: dict[str, float] = field(default_factory=dict)  # of the method, empty where it did not adapt
+    seconds: float = 0.0  # time of the method
+    adapted: bool = True
+    error: str = ""  # why the batch was refused
+    images: Tensor | None = None  # (B, C, H, W), on the device, as the method got them
+
+    def __post_init__(self) -> None:
+        self.logits = self.logits.detach().cpu()
+        self.index, self.domain, self.label = self.index.cpu(), self.domain.cpu(), self.label.cpu()
+        self.measures = LogitMeasures(self.logits)  # what the logits say without labels
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def outputs(self) -> dict[str, Tensor]:
+        """What a predict step returns: ``logits`` (B, K) and the others (B,); prediction -1 where it was refused."""
+        outputs = {"logits": self.logits, "index": self.index, "domain": self.domain, "label": self.label}
+        if self.error:
+            zeros = torch.zeros(len(self))
+            return {**outputs, "prediction": torch.full((len(self),), -1), "confidence": zeros, "entropy": zeros}
+        m = self.measures
+        return {**outputs, "prediction": m.prediction, "confidence": m.confidence, "entropy": m.entropy}
 
 
 class StreamSummary:
@@ -46,35 +81,43 @@ class StreamSummary:
 
     def update(self, batch: BatchRecord) -> None:
         """Take in one batch; one that was refused counts as a batch, its images in no accuracy."""
+        names = {self.domain_names[number] for number in batch.domain.tolist()} or set(self.domain_names[:1])
+        self.last = {
+            "batch": self.batches,
+            "domain": names.pop() if len(names) == 1 else "mixed",
+            "images": len(batch),
+            "images_seen": self.images,
+        }
         self.batches += 1
         if batch.error:
-            self._skip(batch)
+            self.missed += 1
+            self.skipped_batches += 1
+            self.skipped_images += len(batch)
+            self.last["skipped"] = batch.error
             return
         domain, label, prediction = batch.domain, batch.label, batch.measures.prediction
         classes = batch.logits.shape[1]
-        correct = prediction == label
+        correct, labelled = prediction == label, label >= 0
         counted = torch.tensor(self._counted)[domain]
         self.calibration.update(batch.logits[counted], label[counted])
         for number in sorted(set(domain.tolist())):
             here = domain == number
             self._images[number] += int(here.sum())
-            self._labelled[number] += int((label[here] >= 0).sum())
+            self._labelled[number] += int(labelled[here].sum())
             self._correct[number] += int(correct[here].sum())
             self._entropy[number] += float(batch.measures.entropy[here].sum())
-            counts = torch.bincount(prediction[here], minlength=classes)
-            before = self._classes[number]
+            counts, before = torch.bincount(prediction[here], minlength=classes), self._classes[number]
             self._classes[number] = counts if before is None else before + counts
         self.missed += not batch.adapted or bool(batch.stats.get("only_predicted"))
         self.images += len(batch)
         self.seconds += batch.seconds
-        for name in ("forwards", "backwards", "skipped_steps", "nonfinite_images"):
+        for name in TOTALS:
             self._totals[name] = self._totals.get(name, 0) + batch.stats.get(name, 0)
         self._recent.append(batch.measures.counts)
-        self._recent_labels.append(torch.bincount(label[label >= 0], minlength=classes))
-        labelled = int((label >= 0).sum())
-        self.last = {
-            **self._place(batch),
-            "accuracy": int(correct.sum()) / labelled if labelled else None,
+        self._recent_labels.append(torch.bincount(label[labelled], minlength=classes))
+        self.last |= {
+            "images_seen": self.images,
+            "accuracy": int(correct.sum()) / int(labelled.sum()) if labelled.any() else None,
             "accuracy_so_far": self.accuracy,
             "recent_class_share": _largest_share(self._recent),
             "recent_label_share": _largest_share(self._recent_labels),
@@ -83,58 +126,40 @@ class StreamSummary:
             **batch.stats,
         }
 
-    def _skip(self, batch: BatchRecord) -> None:
-        self.missed += 1
-        self.skipped_batches += 1
-        self.skipped_images += len(batch)
-        self.last = {**self._place(batch), "skipped": batch.error}
-
-    def _place(self, batch: BatchRecord) -> dict[str, Any]:
-        """Where in the stream a batch is."""
-        names = {self.domain_names[number] for number in batch.domain.tolist()} or set(self.domain_names[:1])
-        return {
-            "batch": self.batches - 1,
-            "domain": names.pop() if len(names) == 1 else "mixed",
-            "images": len(batch),
-            "images_seen": self.images,
-        }
-
     @classmethod
-    def merged(cls, parts: Sequence[StreamSummary], *, together: bool) -> StreamSummary:
-        """The account of a stream that several processes shared.
+    def merged(cls, shards: Sequence[StreamSummary], *, together: bool) -> StreamSummary:
+        """The account of a stream from those of the processes that shared it.
 
-        Args:
-            parts: Theirs.
-            together: Whether they shared each batch: batches, passes and resets are those of one, seconds those of
-                the slowest. Else each had whole domains: all add up, seconds too, and what one process would have
-                been reset for, between the domains of two that have started, counts as a reset.
+        Where they shared each batch (``together``), batches, passes and resets are those of one, seconds those of the
+        slowest. Else each had whole domains: all add up, seconds too, and what one process would have been reset for,
+        between the domains of two that have started, counts as a reset.
         """
-        same: Callable[[Iterable[Any]], Any] = max if together else sum
-        total = cls(parts[0].domain_names)
-        total._counted = parts[0]._counted
+        combine: Callable[[Iterable[Any]], Any] = max if together else sum
+        total = cls(shards[0].domain_names)
+        total._counted = shards[0]._counted
         for name in ("batches", "missed", "resets", "seconds", "skipped_batches", "skipped_images"):
-            setattr(total, name, same([getattr(part, name) for part in parts]))
-        total.started = any(part.started for part in parts)
-        total.resets += 0 if together or not total.started else sum(part.started for part in parts) - 1
-        total.images = sum(part.images for part in parts)
+            setattr(total, name, combine([getattr(shard, name) for shard in shards]))
+        started = sum(shard.started for shard in shards)
+        total.started = started > 0
+        total.resets += 0 if together or not started else started - 1
+        total.images = sum(shard.images for shard in shards)
         for name in ("_labelled", "_correct", "_images", "_entropy"):
-            setattr(total, name, [sum(values) for values in zip(*(getattr(part, name) for part in parts), strict=True)])
-        total.calibration.bins = torch.stack([part.calibration.bins for part in parts]).sum(0)
-        total.calibration.scores = torch.stack([part.calibration.scores for part in parts]).sum(0)
+            setattr(total, name, [sum(values) for values in zip(*(getattr(s, name) for s in shards), strict=True)])
+        total.calibration.bins = torch.stack([shard.calibration.bins for shard in shards]).sum(0)
+        total.calibration.scores = torch.stack([shard.calibration.scores for shard in shards]).sum(0)
         for number in range(len(total.domain_names)):
-            counts = [count for part in parts if (count := part._classes[number]) is not None]
+            counts = [count for shard in shards if (count := shard._classes[number]) is not None]
             total._classes[number] = torch.stack(counts).sum(0) if counts else None
-        for name in dict.fromkeys(name for part in parts for name in part._totals):
-            values = [part._totals.get(name, 0) for part in parts]
-            total._totals[name] = sum(values) if name == "nonfinite_images" else same(values)
+        for name in TOTALS:
+            values = [shard._totals.get(name, 0) for shard in shards]
+            total._totals[name] = sum(values) if name == "nonfinite_images" else combine(values)
         return total
 
     @property
     def accuracy(self) -> float | None:
         """Share of labelled images predicted right so far, or ``None`` without labels."""
-        labelled = sum(n for n, counts in zip(self._labelled, self._counted, strict=True) if counts)
-        correct = sum(n for n, counts in zip(self._correct, self._counted, strict=True) if counts)
-        return correct / labelled if labelled else None
+        labelled = sum(compress(self._labelled, self._counted))
+        return sum(compress(self._correct, self._counted)) / labelled if labelled else None
 
     def domain_accuracy(self, name: str) -> float | None:
         """The same for one domain."""
@@ -155,27 +180,26 @@ class StreamSummary:
 
     def result(self) -> dict[str, Any]:
         """The numbers of ``report.json``."""
-        domains = {}
-        for number, name in enumerate(self.domain_names):
-            images, counts = self._images[number], self._classes[number]
-            if images and counts is not None:
-                domains[name] = {
-                    "accuracy": self.domain_accuracy(name),
-                    "images": images,
-                    "entropy": self._entropy[number] / images,
-                    "largest_class_share": float(counts.max() / counts.sum()),
-                    "counted": self._counted[number],
-                }
+        domains = {
+            name: {
+                "accuracy": self.domain_accuracy(name),
+                "images": images,
+                "entropy": entropy / images,
+                "largest_class_share": float(counts.max() / counts.sum()),
+                "counted": counted,
+            }
+            for name, images, entropy, counts, counted in zip(
+                self.domain_names, self._images, self._entropy, self._classes, self._counted, strict=True
+            )
+            if images and counts is not None
+        }
         return {
             "accuracy": self.accuracy,
             "images": self.images,
             "batches": self.batches,
             "domains": domains,
             **self.calibration.result(),
-            "forwards": int(self._totals.get("forwards", 0)),
-            "backwards": int(self._totals.get("backwards", 0)),
-            "skipped_steps": int(self._totals.get("skipped_steps", 0)),
-            "nonfinite_images": int(self._totals.get("nonfinite_images", 0)),
+            **{name: int(self._totals.get(name, 0)) for name in TOTALS},
             "skipped_batches": self.skipped_batches,
             "skipped_images": self.skipped_images,
             "resets": self.resets,

@@ -17,7 +17,7 @@ from lightning_tta.guard.watch import WatchSettings
 from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.methods import Source, Tent
 from lightning_tta.report.terminal import print_report
-from lightning_tta.run.input import StreamInput
+from lightning_tta.run.batches import StreamInput
 from nets import make_images, make_net
 from runs import directory_of
 

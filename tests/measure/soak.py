@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tta.guard.callback import Guard
 from lightning_tta.methods import available_methods
-from lightning_tta.run.input import StreamInput
+from lightning_tta.run.batches import StreamInput
 from plumbing import TinyNet, arguments, leaves, predict, resident
 
 OPTIONS: dict[str, dict[str, Any]] = {"eata": {"entropy_margin": 0.9, "diversity_margin": 0.95}}

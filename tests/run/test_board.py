@@ -16,8 +16,7 @@ from torch import nn
 from lightning_tta import ConfigError, DigitsData, TestTimeAdaptation, adapt
 from lightning_tta.methods import T3A, CoTTA, MetaTTT, Norm, Source, Tent
 from lightning_tta.run import board
-from lightning_tta.run.outputs import peak_memory
-from lightning_tta.run.source import source_accuracy
+from lightning_tta.run.measures import peak_memory, source_accuracy
 from nets import make_net, same
 from runs import callbacks_of, directory_of
 

@@ -6,9 +6,8 @@ from threading import Barrier
 import pytest
 
 from lightning_tta.errors import DataError, FinishedError
-from lightning_tta.run.directory import DirectoryLock
+from lightning_tta.run.directory import DirectoryLock, differences
 from lightning_tta.run.processes import ProcessGroup
-from lightning_tta.run.state_files import differences
 
 WORLD = 3
 

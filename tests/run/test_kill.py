@@ -14,7 +14,7 @@ from test_resume import results
 import lightning_tta
 from contract import VARIANTS
 from lightning_tta import DigitsData, TestTimeAdaptation, available_methods
-from lightning_tta.run.input import StreamInput
+from lightning_tta.run.batches import StreamInput
 from lightning_tta.run.resume import StateKeeper
 from nets import make_net
 from runs import directory_of

@@ -228,7 +228,7 @@ class Counted(DigitsData):
 
 def test_source_images_are_read_as_they_are_shown(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("lightning_tta.run.source.with_progress", lambda *a: told.append(a) or iter(range(a[0])))
+    monkeypatch.setattr("lightning_tta.run.batches.with_progress", lambda *a: told.append(a) or iter(range(a[0])))
     monkeypatch.setattr(Counted, "read", [])
     data = Counted(domains=["contrast"], num_images=20)
     first, read, *again = run(tmp_path, Twice, data=data, source_images=150)[0].method.shown

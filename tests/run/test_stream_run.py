@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_tta import ConfigError, DigitsData, FinishedError, TestTimeAdaptation, WeightsError, adapt
 from lightning_tta.methods import Source, Tent
-from lightning_tta.run.input import StreamInput
+from lightning_tta.run.batches import StreamInput
 from nets import make_net
 from runs import directory_of
 
