@@ -79,7 +79,8 @@ def export_run(run: str | Path, output: str | Path = "adapted.safetensors", proc
     if state is None:
         raise DataError(
             f"{run} has no saved state ({FINAL}, or {STATE} of an unfinished run). Give the directory of a predict run "
-            "that was made with --state.save_every N."
+            "that was made with --state.save_every N; to make this one again with a state, repeat its command with "
+            "--state.save_every N --state.resume restart."
         )
     identity = state["identity"]
     options = {name.removeprefix("method."): value for name, value in identity.items() if name.startswith("method.")}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from lightning_tta import data, methods, modules
 from lightning_tta.errors import ConfigError, did_you_mean
 from lightning_tta.launch.help import class_options
-from lightning_tta.run.options import where_moved
+from lightning_tta.run.options import MOVED, where_moved
 
 _TYPES = {
     "int": "a whole number",
@@ -50,7 +50,10 @@ def explain(error: argparse.ArgumentError, parser: argparse.ArgumentParser, comm
     if problem.kind and pydoc.locate(problem.kind) is not None and not problem.kind.startswith("lightning."):
         short = problem.owner.startswith(("model", "data"))  # found by their short names
         help_option = f"--{problem.owner}.help {problem.kind.rpartition('.')[2] if short else problem.kind}"
-    return ConfigError(f"{_describe(problem, parser)}\nAll options: {command} {help_option}")
+    description = _describe(problem, parser)
+    if description == where_moved(problem.option.rpartition(".")[2]):
+        help_option = "--help"  # the class that is named does not have it any more
+    return ConfigError(f"{description}\nAll options: {command} {help_option}")
 
 
 class _Problem(NamedTuple):
@@ -123,7 +126,8 @@ def _describe_unknown(problem: _Problem, option: str, parser: argparse.ArgumentP
     if name:
         kind = pydoc.locate(problem.kind)
         known = class_options(kind) if isinstance(kind, type) else ()
-        return f"--{owner}.{option}: {name} has no option {option!r}.{did_you_mean(option, known)}"
+        former = MOVED if name == "TestTimeAdaptation" else ()
+        return f"--{owner}.{option}: {name} has no option {option!r}.{did_you_mean(option, (*known, *former))}"
     if option in REMOVED:
         return REMOVED[option]
     names, section = _names(parser), option.partition(".")[0]

@@ -174,6 +174,11 @@ class RunDirectory:
             return state
         if any(number is not None for number in batches):
             rank_zero_info(f"Not every process of {self.path} had saved its state, so the run starts anew.")
+        elif self.group.first(lambda: any((self.path / name).exists() for name in GROWING)):
+            rank_zero_info(
+                f"The run in {self.path} ended before its first saved state, so it starts anew. --state.save_every N "
+                "saves one after every N batches."
+            )
         return None
 
     def _clear(self) -> None:

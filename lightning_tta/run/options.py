@@ -29,13 +29,16 @@ MOVED = {
 def where_moved(option: str) -> str | None:
     """A sentence that names the new option in place of a former one of the module; ``None`` for any other."""
     if option == "pretrained":
-        return "model.pretrained is now model.source_ckpt: use --model.source_ckpt pretrained."
+        return (
+            "model.pretrained is gone: use --model.source_ckpt pretrained for the library's pretrained weights, and "
+            "leave model.pretrained out where it was false."
+        )
     if option not in MOVED:
         return None
-    part, _, name = MOVED[option].partition(".")
+    owner, _, name = MOVED[option].partition(".")
     return (
-        f"model.{option} is now --{part}.{name} on the command line, {part}: {{{name}: ...}} in a configuration, and "
-        f"{PARTS[part].__name__}({name}=...) among the callbacks of the Trainer in Python."
+        f"model.{option} is now --{owner}.{name} on the command line, {owner}: {{{name}: ...}} in a configuration, and "
+        f"{PARTS[owner].__name__}({name}=...) among the callbacks of the Trainer in Python."
     )
 
 
