@@ -86,7 +86,7 @@ def _refusals(
     trainer: Trainer, data: Any, method: TTAMethod, mode: ProcessMode, reset: str, incompatible: Sequence[str]
 ) -> Iterator[str]:
     """Why several processes cannot share the stream; the first reason counts."""
-    world, synchronised = trainer.world_size, mode == "synchronised"
+    world, synchronized = trainer.world_size, mode == "synchronised"
     if not isinstance(trainer.strategy, DDPStrategy):
         yield (
             f"{world} processes of {type(trainer.strategy).__name__} cannot adapt: each needs the whole net. Use "
@@ -103,7 +103,7 @@ def _refusals(
             "of lightning_tta, or use --trainer.devices 1 with a loader of your own."
         )
     if mode not in method.parallel:
-        other = "--model.processes replicas (whole domains)" if synchronised else f"--model.processes {mode}"
+        other = "--model.processes replicas (whole domains)" if synchronized else f"--model.processes {mode}"
         advice = f"{other}, or --trainer.devices 1" if "replicas" in method.parallel else "--trainer.devices 1"
         yield (
             f"Method '{method.name}' cannot run {mode} on {world} processes; it can run "
@@ -111,12 +111,12 @@ def _refusals(
         )
     plain = type(method).infer is TTAMethod.infer and not method.uses_batch_statistics
     untracked = any(layer.running_mean is None for layer in batch_norm_layers(method.model).values())
-    if synchronised and untracked and plain:
+    if synchronized and untracked and plain:
         yield (
             "The net's BatchNorm layers keep no running statistics, and method "
             f"'{method.name}' leaves them to each process's part of a batch. Use method 'norm', or --trainer.devices 1."
         )
-    if synchronised and incompatible:
+    if synchronized and incompatible:
         yield (
             f"{' and '.join(incompatible)} cannot be used with synchronised processes: the saves of those that are "
             "killed may be of different batches, and one that skips a batch leaves the others waiting. Leave it out, "
@@ -127,7 +127,7 @@ def _refusals(
             f"charge={data.charge!r} times one process against the stream; {world} processes are another machine. Use "
             "--data.charge none, or --trainer.devices 1."
         )
-    if not synchronised and (reset == "never" or data.stream_kind == "mixed"):
+    if not synchronized and (reset == "never" or data.stream_kind == "mixed"):
         reason = "a mixed stream has no domains of its own" if data.stream_kind == "mixed" else "it is never reset"
         yield (
             f"Replicas take whole domains, which must not depend on each other; on this {data.stream_kind} stream "

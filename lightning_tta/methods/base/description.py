@@ -83,12 +83,12 @@ def signature_of(cls: type) -> inspect.Signature:
         if "__init__" not in base.__dict__:
             fixed |= base.__dict__.get("fixed_options", set())
             continue
-        own = list(inspect.signature(base.__dict__["__init__"]).parameters.values())[1:]
-        for parameter in own:
+        declared = list(inspect.signature(base.__dict__["__init__"]).parameters.values())[1:]
+        for parameter in declared:
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.name not in fixed:
                 parameters.setdefault(parameter.name, parameter)
         fixed |= base.__dict__.get("fixed_options", set())
-        if own and own[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        if declared and declared[-1].kind is not inspect.Parameter.VAR_KEYWORD:
             break
     return inspect.Signature(sorted(parameters.values(), key=lambda parameter: parameter.kind))
 

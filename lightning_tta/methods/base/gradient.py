@@ -88,10 +88,10 @@ class GradientMethod(TTAMethod):
             The parameters.
         """
         tensors = [self.state(prefix + name, tensor) for name, tensor in parameters.items()]
-        made = make_optimizer(parameters=tensors, **{**self._settings, **settings})
-        self.optimizers[optimizer] = made
+        new = make_optimizer(parameters=tensors, **{**self._settings, **settings})
+        self.optimizers[optimizer] = new
         for name, tensor in zip(parameters, tensors, strict=True):
-            for key, moment in made.state[tensor].items():
+            for key, moment in new.state[tensor].items():
                 state = f"optimizers.{optimizer}.{key}.{name}"
                 self.state(state, moment, source=0.0, fixed_dtype=key == "step")
                 self._moments[state] = (optimizer, prefix + name, key)

@@ -106,8 +106,8 @@ class State(nn.Module):
     @property
     def memory(self) -> dict[str, Tensor | None]:
         """The method's own state beside parameters, buffers and optimizers; ``None`` for what has no value yet."""
-        own = {name: tensor for name, tensor in self._rest.items() if not name.startswith("optimizers.")}
-        return {name: None if is_empty(tensor) else tensor for name, tensor in own.items()}
+        states = {name: tensor for name, tensor in self._rest.items() if not name.startswith("optimizers.")}
+        return {name: None if is_empty(tensor) else tensor for name, tensor in states.items()}
 
     @contextmanager
     def at_source(self) -> Iterator[None]:
