@@ -17,14 +17,6 @@ DATA = ["--data", "DigitsData", "--data.domains", "[gaussian_noise]", "--data.nu
 PREDICT = ["predict", "--model", "TestTimeAdaptation", *DATA]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    root = tmp_path_factory.mktemp("source")
-    logger = [f"--trainer.logger.init_args.save_dir={root}", "--trainer.enable_progress_bar=false"]
-    main(["fit", "--config", str(CONFIGS / "digits/source.yaml"), "--trainer.max_epochs=1", *logger])
-    return root / "source"
-
-
 def fails(capsys, args, *words):
     with pytest.raises(SystemExit) as caught:
         main(args)
@@ -34,11 +26,11 @@ def fails(capsys, args, *words):
         assert word in message
 
 
-def test_fit_leaves_best_last_and_curves(trained):
-    names = {path.name for path in trained.rglob("*") if path.is_file()}
+def test_fit_leaves_best_last_and_curves(digits_source):
+    names = {path.name for path in digits_source.rglob("*") if path.is_file()}
     assert {"best.ckpt", "last.ckpt", "config.yaml"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    (directory,) = (path.parent for path in trained.rglob("events.out.tfevents*"))
+    (directory,) = (path.parent for path in digits_source.rglob("events.out.tfevents*"))
     events = EventAccumulator(str(directory))
     events.Reload()
     accuracies = [event.value for event in events.Scalars("source/val_accuracy")]
@@ -46,11 +38,11 @@ def test_fit_leaves_best_last_and_curves(trained):
 
 
 @pytest.mark.parametrize("method", ["Tent", str(CONFIGS / "methods/zerosiam.yaml")])
-def test_predict(trained, tmp_path, method):
+def test_predict(digits_source, tmp_path, method):
     main(
         [
             *PREDICT,
-            f"--model.source_ckpt={trained}",
+            f"--model.source_ckpt={digits_source}",
             f"--model.method={method}",
             f"--trainer.default_root_dir={tmp_path}",
         ]
@@ -63,15 +55,15 @@ def test_predict(trained, tmp_path, method):
     assert resolved["model"]["init_args"]["method"]["class_path"].endswith(("Tent", "ZeroSiam"))
 
 
-def test_test_command_restores_the_checkpoint(trained, capsys):
-    (checkpoint,) = trained.rglob("best.ckpt")
+def test_test_command_restores_the_checkpoint(digits_source, capsys):
+    (checkpoint,) = digits_source.rglob("best.ckpt")
     quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
     main(["test", "--config", str(CONFIGS / "digits/source.yaml"), f"--ckpt_path={checkpoint}", *quiet])
     assert "source/test_accuracy" in capsys.readouterr().out
 
 
-def test_ckpt_path_of_another_class_is_refused(trained, capsys):
-    (checkpoint,) = trained.rglob("best.ckpt")
+def test_ckpt_path_of_another_class_is_refused(digits_source, capsys):
+    (checkpoint,) = digits_source.rglob("best.ckpt")
     args = [*PREDICT, "--model.source_ckpt=none", "--model.backbone=cifar/resnet20", "--model.method=Tent"]
     fails(capsys, [*args, f"--ckpt_path={checkpoint}"], "SourceClassifier", "--model.source_ckpt")
 
