@@ -182,7 +182,7 @@ class TTAMethod(Described, State, ABC):
         return select_parameters(self.model, what, frozen_fraction, frozen)
 
     def state(self, name: str, tensor: Tensor, **settings: Any) -> Tensor:
-        """Declare a tensor that the method may change, see :meth:`State.state`."""
+        """Declare a tensor that the method may change, see :meth:`~lightning_tta.methods.base.state.State.state`."""
         if name.startswith("model."):
             self._flags.learned.add(name.removeprefix("model."))
         return super().state(name, tensor, **settings)
