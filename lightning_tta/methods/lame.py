@@ -75,7 +75,8 @@ class LAME(TTAMethod):
     ReLU are all similar, and it then acts like a wide ``rbf``.
 
     Parameters touched: none; BatchNorm keeps its source statistics. State: none. Per batch: one forward pass, no
-    backward pass. Returns log Y as the logits. ``stats`` has the number of iterations and the bound of the objective.
+    backward pass; each iteration asks the device for the bound. Returns log Y as the logits. ``stats`` has the number
+    of iterations and the bound of the objective.
 
     Args:
         model: A classifier that ends in one linear layer.

@@ -24,7 +24,8 @@ class T3A(TTAMethod):
         returned:             z . c_k,  c_k = sum(S_k) / |sum(S_k)|, without bias, z as it is
 
     The batch is added before it is predicted. Parameters touched: none; BatchNorm keeps its source statistics. Per
-    batch: one forward pass, no backward pass. ``stats`` has the number of supports, with a filter.
+    batch: one forward pass, no backward pass; which classes occur is asked of the device. ``stats`` has the number of
+    supports, with a filter.
 
     State: the sums of the supports, K x D floats; with ``filter_k`` = M also the supports and their entropies,
     K x M x (D + 1) floats, allocated at once, however long the stream: 2 MB for K = 10, M = 100, D = 512; 164 MB for
