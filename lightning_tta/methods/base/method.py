@@ -183,7 +183,7 @@ class TTAMethod(Described, State, ABC):
 
     def state(self, name: str, tensor: Tensor, **settings: Any) -> Tensor:
         """Declare a tensor that the method may change, see :meth:`~lightning_tta.methods.base.state.State.state`."""
-        if name.startswith("model."):
+        if name.startswith("model.") and isinstance(tensor, nn.Parameter):
             self._flags.learned.add(name.removeprefix("model."))
         return super().state(name, tensor, **settings)
 

@@ -51,7 +51,7 @@ class Images:
 
     def stand_in(self, x: Tensor) -> Tensor:
         """One grey image."""
-        return torch.full_like(x[:1], 0.5) if len(x) else x.new_full((1, *x.shape[1:]), 0.5)
+        return x.new_full((1, *x.shape[1:]), 0.5)
 
     def logits(self, output: object) -> Tensor:
         """Logits (B, K)."""

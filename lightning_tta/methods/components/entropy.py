@@ -16,8 +16,8 @@ from lightning_tta.methods.components.objectives import EntropyName, find_object
 class EntropyMethod(GradientMethod):
     """Minimises an entropy of the predictions of the samples that all its filters keep, with batch statistics.
 
-    To write one: declare what learns, add filters with :meth:`add_filter`, and implement ``step`` with
-    :meth:`filtered`.
+    To write one: declare what learns, add filters with :meth:`add_filter`, and call in ``step`` :meth:`look` before the
+    pass, :meth:`keep` for the weights of the descent, and :meth:`accept` after it.
 
     Args:
         model: A classifier.
