@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
         Protocol,
         ShiftedDataModule,
     )
+    from lightning_tta.diagnosis import Diagnosis, doctor
     from lightning_tta.exporting import export
     from lightning_tta.guard.callback import Guard
     from lightning_tta.guard.watch import Watch
@@ -52,6 +53,7 @@ __all__ = [
     "CIFARData",
     "ConfigError",
     "DataError",
+    "Diagnosis",
     "DigitsData",
     "DomainFolderData",
     "FinishedError",
@@ -78,6 +80,7 @@ __all__ = [
     "adapt",
     "available_methods",
     "create_backbone",
+    "doctor",
     "export",
 ]
 _HOMES = {
@@ -86,6 +89,7 @@ _HOMES = {
         *("ArrayData", "CIFARData", "DigitsData", "DomainFolderData", "FolderData", "ImageNetData"),
         *("Protocol", "ShiftedDataModule"),
     ),
+    "diagnosis": ("Diagnosis", "doctor"),
     "exporting": ("export",),
     "guard.callback": ("Guard",),
     "guard.watch": ("Watch",),

@@ -27,7 +27,7 @@ FLOORS: tuple[dict[str, str], ...] = (  # a floor: room -> its modules; rooms of
     {"data": "data", "methods.base": "methods.base"},
     {"methods.components": "methods.components"},  # over backbones, meta, views: mixed layers and views serve several
     {"methods": "methods"},  # a method may build on another one; `methods/__init__` finds them by their files
-    {"guard.watch": "guard.watch"},  # wraps any method, and knows no trainer
+    {"diagnosis": "diagnosis", "guard.watch": "guard.watch"},  # wrap or try any method, and know no trainer
     {"report": "report"},  # reads the files of finished runs, so it stands below what writes them
     {"run": "run"},  # ends with a report
     {"guard.callback": "guard guard.callback"},  # puts a Watch into a run

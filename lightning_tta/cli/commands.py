@@ -93,6 +93,12 @@ def _list_stream(args: list[str]) -> None:
     print_stream(build_data(args))
 
 
+def _run_doctor(args: list[str]) -> None:
+    from lightning_tta.cli.doctor import run_doctor
+
+    run_doctor(args)
+
+
 def _list_streams(args: list[str]) -> None:
     from lightning_tta.data.streams import MEANING, default_reset
 
@@ -119,6 +125,11 @@ COMMANDS = {
         "adapt it on a stream",
         "--config configs/digits/predict.yaml --model.source_ckpt runs/digits/source --model.method zerosiam",
         partial(_lightning, "predict"),
+    ),
+    "doctor": Command(
+        "look at a net and its images; say which methods suit; write a configuration",
+        "--config configs/digits/predict.yaml --model.source_ckpt runs/digits/source",
+        _run_doctor,
     ),
     "benchmark": Command(
         "methods x streams x nets, in one table",
