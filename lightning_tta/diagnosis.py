@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -326,14 +326,18 @@ def _try(
                 elapsed = time.perf_counter() - start
     except LightningTTAError as error:
         return Trial(name, "cannot run", str(error))
-    passes = {"forwards": stats["forwards"], "backwards": stats["backwards"], "state": size(take(method))}
+    except Exception as error:  # the other methods may run
+        return Trial(name, "cannot run", f"{type(error).__name__}: {error}")
+    trial = Trial(name, "runs", "", {}, stats["forwards"], stats["backwards"], state=size(take(method)))
     if advised:
-        kept_bytes = round(kept[0] / max(stats["backwards"], 1))
-        reasons = {"time": elapsed / max(seconds, 1e-9), "kept": kept_bytes, "options": dict(options or {})}
-        return Trial(name, "start here", reason, **passes, **reasons)
+        kept_bytes = round(kept[0] / max(trial.backwards, 1))
+        times = elapsed / max(seconds, 1e-9)
+        return replace(
+            trial, role="start here", reason=reason, options=dict(options or {}), time=times, kept=kept_bytes
+        )
     what = " ".join(docstring(name).split("\n\n")[0].replace("`", "").split()).rstrip(".")
     needs = "; needs source images before the stream" if method.needs_source else ""
-    return Trial(name, "runs", what[:1].lower() + what[1:] + needs, **passes)
+    return replace(trial, reason=what[:1].lower() + what[1:] + needs)
 
 
 @contextmanager
