@@ -69,8 +69,8 @@ def method_page(name: str) -> str:
 def data_page(kind: type[ShiftedDataModule]) -> str:
     """What a data module reads, and its own options."""
     text, _ = split_docstring(kind)
-    shared = class_options(ShiftedDataModule)
-    own = [(name, option) for name, option in class_options(kind).items() if name not in shared]
+    arguments = inspect.signature(kind).parameters  # the others are handed on to the base
+    own = [(name, option) for name, option in class_options(kind).items() if name in arguments]
     parts = [
         f".. py:currentmodule:: {kind.__module__}",
         title(kind.__name__),
