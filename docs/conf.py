@@ -51,7 +51,7 @@ nitpick_ignore_regex = [
 html_theme = "furo"
 html_title = f"lightning_tta {release}"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["site.css"]
 
 
 def setup(app: Sphinx) -> None:

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import yaml
@@ -49,7 +50,7 @@ def method_page(name: str) -> str:
     rest = re.search(r"^\*\*options: (.*(?:\n .*)*)", arguments, re.MULTILINE)
     shipped = sorted(path for path in CONFIGS.rglob("*.yaml") if is_of(kind, path))
     parts = [
-        f".. py:currentmodule:: {kind.__module__}",
+        f".. highlight:: none\n\n.. py:currentmodule:: {kind.__module__}",
         title(name),
         link_papers(text),
         f"The class is :class:`~{kind.__module__}.{kind.__name__}`.",
@@ -58,7 +59,7 @@ def method_page(name: str) -> str:
         ".. code-block:: bash\n\n   lightning-tta predict --config configs/digits/predict.yaml \\\n"
         f"       --model.source_ckpt runs/digits/source --model.method {name}",
         title("Options", "-"),
-        option_table(class_options(kind, "").items()) or "None.",
+        option_table(kind, class_options(kind)) or "None.",
         f"Of the options that several methods share: {' '.join(rest[1].split())}" if rest else "",
         title("Configuration files", "-") if shipped else "",
         *(literal_include(path) for path in shipped),
@@ -70,14 +71,14 @@ def data_page(kind: type[ShiftedDataModule]) -> str:
     """What a data module reads, and its own options."""
     text, _ = split_docstring(kind)
     arguments = inspect.signature(kind).parameters  # the others are handed on to the base
-    own = [(name, option) for name, option in class_options(kind).items() if name in arguments]
+    own = {name: option for name, option in class_options(kind).items() if name in arguments}
     parts = [
-        f".. py:currentmodule:: {kind.__module__}",
+        f".. highlight:: none\n\n.. py:currentmodule:: {kind.__module__}",
         title(kind.__name__),
         link_papers(text),
         f"The class is :class:`~{kind.__module__}.{kind.__name__}`.",
         title("Options", "-"),
-        option_table(own) or "None of its own.",
+        option_table(kind, own) or "None of its own.",
         "And those of every data module: :doc:`options`.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -86,8 +87,8 @@ def data_page(kind: type[ShiftedDataModule]) -> str:
 def options_page() -> str:
     """The options of every data module."""
     about = "On the command line ``--data.NAME VALUE``, in Python arguments of the class."
-    rows = class_options(ShiftedDataModule).items()
-    return "\n\n".join([title("Options of every data module"), about, option_table(rows)]) + "\n"
+    table = option_table(ShiftedDataModule, class_options(ShiftedDataModule))
+    return "\n\n".join([title("Options of every data module"), about, table]) + "\n"
 
 
 def split_docstring(kind: type) -> tuple[str, str]:
@@ -114,12 +115,15 @@ def link_papers(text: str) -> str:
     return re.sub(r"\b(\d{4}\.\d{5})\b", r"`\1 <https://arxiv.org/abs/\1>`__", text)
 
 
-def option_table(options: Iterable[tuple[str, object]]) -> str:
-    """Options, their defaults and meanings as a table; empty without options."""
-    rows = [
-        f"   * - ``{name}``\n     - ``{option.default}``\n     - {link_papers(' '.join((option.help or '').split()))}"
-        for name, option in options
-    ]
+def option_table(kind: type, options: Mapping[str, argparse.Action]) -> str:
+    """Options of a class, their defaults and meanings as a table; empty without options."""
+    arguments = inspect.signature(kind).parameters
+    rows = []
+    for name, option in options.items():
+        required = name in arguments and arguments[name].default is inspect.Parameter.empty
+        default = "required" if required else f"``{option.default}``"
+        meaning = link_papers(" ".join((option.help or "").split()))
+        rows.append(f"   * - ``{name}``\n     - {default}\n     - {meaning}")
     head = ".. list-table::\n   :widths: 20 14 66\n   :header-rows: 1\n\n   * - option\n     - default\n     - meaning"
     return "\n".join([head, *rows]) if rows else ""
 
