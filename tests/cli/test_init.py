@@ -69,6 +69,16 @@ def test_a_benchmark_from_another_folder_names_init(tmp_path, monkeypatch, capsy
     assert "lightning-tta init" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("folder", ["elsewhere", "project"])
+def test_help_names_init_where_there_are_no_configurations(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "project" / "configs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / folder)
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert ("lightning-tta init" in capsys.readouterr().out) == (folder == "elsewhere")
+
+
 def test_it_is_for_shipped_files_only():
     assert "lightning-tta init" in how_to_copy("configs/digits/source.yaml")
     assert "lightning-tta init" in how_to_copy("/elsewhere/configs/methods/tent.yaml")
