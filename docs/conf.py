@@ -63,7 +63,7 @@ def setup(app: Sphinx) -> None:
             source[0] = re.sub(r"\A.*\n=+\n", f"{title}\n{'=' * len(title)}\n", source[0])
 
     def follow(app: Sphinx, module: str, name: str) -> str | None:
-        """Only the package's top level hands names on. (Fields of a named tuple would be looked for in builtins.)"""
+        """Only the package's top level hands names on; else fields of named tuples are looked for in ``builtins``."""
         return None if module == "lightning_tta" else module
 
     app.connect("builder-inited", lambda app: write_pages())
