@@ -7,7 +7,7 @@ from filelock import FileLock
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs"
-WHOLE_RUNS = ("benchmark", "measure", "run", "test_notebooks.py", "test_readme.py")  # rooms left out of each_commit
+WHOLE_RUNS = ("benchmark", "measure", "run", "test_notebooks.py", "test_pages.py")  # rooms left out of each_commit
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by processes: threads on top of them only wait
     torch.set_num_threads(1)

@@ -32,6 +32,7 @@ from lightning_tta.progress import grid
 from lightning_tta.report.terminal import write_benchmark
 from lightning_tta.run.directory import FINAL
 from lightning_tta.run.options import PARTS, where_moved
+from lightning_tta.shipped import how_to_copy
 
 MEASURES = ("accuracy", "domains", "forwards", "backwards", "ece", "seconds_per_batch")
 """What a row of ``benchmark.json`` has of a cell's report; reports of earlier versions lack the calibration error."""
@@ -144,7 +145,9 @@ class Benchmark:
             raise ConfigError(f"Net '{label}' starts from '{net.start}', which must not start from another itself.")
         for path in (net.fit, net.source_ckpt):
             if path not in (None, "none") and not Path(path or "").exists():
-                raise ConfigError(f"Net '{label}': {path} does not exist (seen from {Path.cwd().name}/).")
+                raise ConfigError(
+                    f"Net '{label}': {path} does not exist (seen from {Path.cwd().name}/).{how_to_copy(path or '')}"
+                )
 
     def run(self) -> dict[str, Any]:
         """Train, run, write; returns the content of ``benchmark.json``."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_tta import methods
 from lightning_tta.launch.help import columns, describe_method, without_markup
+from lightning_tta.shipped import copy_configurations
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -50,7 +51,7 @@ def _lightning(name: str, args: list[str]) -> None:
 
 
 def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
-    """What benchmark, report or export calls, and the parser that its signature makes."""
+    """What benchmark, report, export or init calls, and the parser that its signature makes."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"lightning-tta {name}", description=COMMANDS[name].summary, exit_on_error=False)
@@ -67,6 +68,9 @@ def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
         parser.add_argument("runs", nargs="+", type=Path, help=text)
         parser.add_function_arguments(report, skip={"runs"})
         return report, parser
+    if name == "init":
+        parser.add_argument("folder", nargs="?", default=".", help="Where configs/ is put; made if it does not exist.")
+        return copy_configurations, parser
     from lightning_tta.exporting import export_run
 
     parser.add_function_arguments(export_run, as_positional=True)
@@ -74,7 +78,7 @@ def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
 
 
 def call(name: str, args: list[str]) -> Any:
-    """Call benchmark (which is then built, not run), report or export with the arguments after its name."""
+    """Call benchmark (which is then built, not run), report, export or init with the arguments after its name."""
     function, parser = make_parser(name)
     try:
         options = parser.instantiate(parser.parse_args(args)).as_dict()
@@ -84,6 +88,14 @@ def call(name: str, args: list[str]) -> Any:
         raise explain(error, parser, parser.prog) from None
     options.pop("config", None)
     return function(**options)
+
+
+def _init(args: list[str]) -> None:
+    target = call("init", args)
+    change = "" if target.parent == Path(".") else f"    cd {target.parent}\n"
+    print(
+        f"copied to {target}. Next, for example:\n{change}    lightning-tta benchmark {COMMANDS['benchmark'].example}"
+    )
 
 
 def _list_stream(args: list[str]) -> None:
@@ -147,4 +159,5 @@ COMMANDS = {
     "methods": Command("list the methods, or describe one", "tent", _list_methods),
     "streams": Command("list the kinds of stream", "", _list_streams),
     "stream": Command("list the batches that predict would get", "--config configs/digits/predict.yaml", _list_stream),
+    "init": Command("copy the shipped configurations to FOLDER/configs", "FOLDER", _init),
 }

@@ -13,9 +13,11 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_tta import methods
+from lightning_tta.shipped import CONFIGS
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser
@@ -88,8 +90,9 @@ def short_help(command: str, parser: LightningArgumentParser) -> str:
 
     run = [name for name in options if name.startswith(tuple(f"{key}." for key in parser.callback_keys))]
     trainer = [f"trainer.{name}" for name in (*TRAINER, *["max_epochs"] * (command == "fit"))]
+    hint = "" if Path(CONFIGS).is_dir() else "\n  (lightning-tta init copies the configurations into this folder)"
     return f"""usage: lightning-tta {command} --config FILE [--OPTION VALUE ...]
-FILE, which is optional, sets the same options: configs/digits/{"predict" if predict else "source"}.yaml
+FILE, which is optional, sets the same options: configs/digits/{"predict" if predict else "source"}.yaml{hint}
 
   --model {model.__name__}{"" if predict else f" (or {MetaTTT.__name__})"}
 {lines(class_options(model, "model"))}

@@ -17,6 +17,7 @@ from lightning_tta import data, methods, modules
 from lightning_tta.errors import ConfigError, did_you_mean
 from lightning_tta.launch.help import class_options
 from lightning_tta.run.options import MOVED, where_moved
+from lightning_tta.shipped import how_to_copy
 
 _TYPES = {
     "int": "a whole number",
@@ -99,7 +100,8 @@ def _describe(problem: _Problem, parser: argparse.ArgumentParser) -> str:
         classes = {"model.method": methods.names(), "data": data.data_modules(), "model": modules.__all__}
         known: Iterable[str] = classes.get(option, ())
         listed = f" Known: {', '.join(known)}." if known else ""
-        return f"--{option} {match[1]!r} is neither a file nor a class.{did_you_mean(match[1], known)}{listed}"
+        question = did_you_mean(match[1], known)
+        return f"--{option} {match[1]!r} is neither a file nor a class.{question}{listed}{how_to_copy(match[1])}"
     types = [match for line in problem.lines if (match := _EXPECTED.fullmatch(line))]
     if len(types) == len(problem.lines):
         allowed = [f"one of {t['choices']}" if t["choices"] else _TYPES.get(t["type"], t["type"]) for t in types]
@@ -113,7 +115,8 @@ def _describe(problem: _Problem, parser: argparse.ArgumentParser) -> str:
         positional = {action.dest for action in parser._actions if not action.option_strings}
         hint = " Give what is missing, or a --config that has it." if "config" in _names(parser) else ""
         return f"Missing: {', '.join(n.upper() if n in positional else f'--{n}' for n in names)}.{hint}"
-    return f"--{option}: {text}" if option else text
+    missing = re.search(r"File does not exist: '(.*)'", text)
+    return (f"--{option}: {text}" if option else text) + (f".{how_to_copy(missing[1])}" if missing else "")
 
 
 def _describe_unknown(problem: _Problem, option: str, parser: argparse.ArgumentParser) -> str:

@@ -1,4 +1,8 @@
-"""The README's commands: each one parses, and those that are short on the embedded data run in the README's order."""
+"""What README and docs tell the reader to type.
+
+Each command parses, and those that are short run in the pages' order. Each Python block runs, those of a page one after
+the other.
+"""
 
 import argparse
 import contextlib
@@ -7,35 +11,50 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
+from PIL import Image
 
 from lightning_tta.cli.commands import COMMANDS, call, make_parser
 from lightning_tta.cli.main import main
 from lightning_tta.launch.lightning import run_lightning
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if "_build" not in path.parts
+}
 LIGHTNING = ("fit", "validate", "test", "predict")
 PLACEHOLDERS = {"CONFIG": "configs/digits/predict.yaml", "ROOT": "."}  # and the reader's own weights:
 PLACEHOLDERS |= {"resnet20.safetensors": "none", "resnet26_gn.safetensors": "none"}
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 TRAINED = "lightning-tta fit --config configs/digits/source.yaml"  # by the fixture digits_source
-SHORTER = {
-    "predict": ["--data.domains=[haze,contrast]", "--data.num_images=64", "--data.batch_size=32", *QUIET],
-}
-LONG = ("benchmark", "configs/trainer/", "tests/measure/", "meta_ttt")
+SHORTER = ["--data.domains=[haze,contrast]", "--data.num_images=64", "--data.batch_size=32"]  # of the digits
+NOT_RUN = ("benchmark", "configs/trainer/", "tests/measure/", "meta_ttt", "--process")  # long, or of several processes
+NOT_RUN += ("configs/pacs", "configs/imagenet", "configs/memo", "configs/cifar10")  # data that are not here
+
+
+def blocks_of(text, language):
+    """The fenced blocks of a language; not those after a comment that says why they are not run."""
+    fence = rf"^(?P<indent> *)```{language}\n(?P<block>.*?)^(?P=indent)```"
+    text = re.sub(
+        rf"<!-- not run: [^>]+ -->\n+{fence.replace('^(?P<indent> *)', '(?P<indent>)', 1)}", "", text, flags=re.M | re.S
+    )
+    return [textwrap.dedent(match["block"]) for match in re.finditer(fence, text, re.MULTILINE | re.DOTALL)]
 
 
 def commands_of(text):
     """Our commands as lists of words: those of fenced bash blocks, and those in single backticks."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    lines = [line for block in blocks_of(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    spans = re.findall(r"`([^`]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
     found = []
     for line in (*lines, *(" ".join(span.split()) for span in spans)):
-        if line.startswith(("lightning-tta ", "python -m lightning_tta", "python tests/measure/")):
+        if line.startswith(("lightning-tta ", "python -m lightning_tta ", "python tests/measure/")):
             words = shlex.split(line, comments=True)
             end = next((i for i, word in enumerate(words) if word in (">", ">>", "&&", "|", ";")), len(words))
             command = [PLACEHOLDERS.get(word, word) for word in words[:end]]
@@ -44,7 +63,7 @@ def commands_of(text):
     return found
 
 
-ALL = commands_of(TEXT)
+ALL = commands_of("\n\n".join(PAGES.values()))
 
 
 class Parsed(Exception):
@@ -75,7 +94,7 @@ def check(words, monkeypatch):
         # what each cell would be given is parsed in test_configs.py
         monkeypatch.setattr("lightning_tta.benchmark.runner.run_lightning", lambda *args, **options: None)
         call("benchmark", args)
-    elif name in ("report", "export"):
+    elif name in ("report", "export", "init"):
         make_parser(name)[1].parse_args(args)
     elif name in COMMANDS:
         assert not args or (name, args) == ("methods", ["tent"])
@@ -90,7 +109,7 @@ def asks(words):
 
 def test_there_are_some():
     assert TRAINED.split() in ALL
-    assert len(ALL) > 25
+    assert len(ALL) > 40
     assert {words[1] for words in ALL} >= {
         "fit",
         "predict",
@@ -142,21 +161,56 @@ def test_what_is_wrong_is_found(rotten, monkeypatch):
     assert not isinstance(caught.value, SystemExit) or caught.value.code
 
 
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """The folder of a reader who has photos of three classes, weights, and the configurations."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    generator = torch.Generator().manual_seed(0)
+    for folder in ("photos/train", "photos/test", "night", "rain"):
+        for name in ("cat", "dog", "owl"):
+            (tmp_path / folder / name).mkdir(parents=True)
+            for number in range(2):
+                pixels = torch.randint(256, (40, 48, 3), generator=generator, dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(tmp_path / folder / name / f"{number}.png")
+    torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), tmp_path / "my_resnet18.pt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_short_ones_run_in_this_order(tmp_path, monkeypatch, capsys, digits_source):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
+def test_short_ones_run_in_this_order(reader, capsys, digits_source):
+    shutil.copytree(digits_source, "runs/digits/source")
     for words in ALL:
-        if any(part in " ".join(words) for part in LONG) or "RUN..." in words:
+        if any(part in " ".join(words) for part in NOT_RUN) or "RUN..." in words:
             continue
-        if " ".join(words) == TRAINED:
-            shutil.copytree(digits_source, "runs/digits/source")
+        if " ".join(words) in (TRAINED, "lightning-tta init"):  # the latter is refused where configs/ is
             continue
-        shorter = [] if asks(words) else SHORTER.get(words[1], [])
+        shorter = (
+            [*QUIET, *(SHORTER if "configs/digits/predict.yaml" in words else [])] if words[1] == "predict" else []
+        )
         try:
-            main([*words[1:], *shorter])
+            main([*words[1:], *([] if asks(words) else shorter)])
         except SystemExit as ended:
             if ended.code:  # help and --print_config end with 0
                 pytest.fail(f"{' '.join(words)}: {capsys.readouterr().err}")
-    assert (tmp_path / "adapted.safetensors").is_file()
+    assert (reader / "adapted.safetensors").is_file()
+    assert len(list((reader / "runs").rglob("report.json"))) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread", "reader")
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks_of(text, "python")])
+def test_python_blocks_run(page):
+    net = torch.nn.Sequential(
+        *(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()),
+        *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 10)),
+    ).eval()
+    names = {"__name__": "reader", "model": net, "digits_net": net, "images": torch.rand(4, 3, 32, 32)}
+    for block in blocks_of(PAGES[page], "python"):
+        exec(compile(block, page, "exec"), names)
+
+
+def test_blocks_of():
+    blocks = ["```python\n1\n```", "<!-- not run: it fetches -->\n```python\n2\n```", "   ```python\n   3\n   ```"]
+    assert blocks_of("\n".join([*blocks, "```bash\n4\n```\n"]), "python") == ["1\n", "3\n"]

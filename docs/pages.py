@@ -1,0 +1,154 @@
+"""Writes a page for each method and each data module from its docstring, options and configuration files.
+
+``conf.py`` calls it at the start of each build. A new method or data module gets its page without being listed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import yaml
+
+from lightning_tta import methods
+from lightning_tta.data import ShiftedDataModule, data_modules
+from lightning_tta.launch.help import class_options, without_markup
+
+DOCS = Path(__file__).parent
+CONFIGS = DOCS.parent / "configs"
+
+
+def write_pages() -> None:
+    """Write ``methods/*.rst`` and ``data/*.rst``, and remove the pages of what is gone."""
+    pages = {f"methods/{name}": method_page(name) for name in methods.names()}
+    rows = [(f":doc:`{name}`", without_markup(methods.docstring(name).split("\n")[0])) for name in methods.names()]
+    pages["methods/index"] = index("Methods", "One page a method. :doc:`/guides/choosing` helps to choose.", rows)
+    pages["data/options"] = options_page()
+    kinds = data_modules()
+    pages |= {f"data/{name}": data_page(kind) for name, kind in kinds.items()}
+    rows = [(f":doc:`{name}`", " ".join(inspect.getdoc(kind).split("\n\n")[0].split())) for name, kind in kinds.items()]
+    about = "One page a data module. :doc:`options` are those that all of them have: the stream, domains, batch sizes."
+    pages["data/index"] = index("Data modules", about, [*rows, (":doc:`options`", "The options of every data module.")])
+    for folder in ("methods", "data"):
+        for old in (DOCS / folder).glob("*.rst"):
+            if f"{folder}/{old.stem}" not in pages:
+                old.unlink()
+    for name, text in pages.items():
+        path = DOCS / f"{name}.rst"
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists() or path.read_text() != text:  # sphinx builds anew what is newer
+            path.write_text(text)
+
+
+def method_page(name: str) -> str:
+    """What a method does, how it is called, its options and configuration files."""
+    kind = methods.find(name)
+    text, arguments = split_docstring(kind)
+    rest = re.search(r"^\*\*options: (.*(?:\n .*)*)", arguments, re.MULTILINE)
+    shipped = sorted(path for path in CONFIGS.rglob("*.yaml") if is_of(kind, path))
+    parts = [
+        f".. highlight:: none\n\n.. py:currentmodule:: {kind.__module__}",
+        title(name),
+        link_papers(text),
+        f"The class is :class:`~{kind.__module__}.{kind.__name__}`.",
+        title("Use", "-"),
+        f'.. code-block:: python\n\n   method = lightning_tta.adapt(model, "{name}")\n   logits = method(images)',
+        ".. code-block:: bash\n\n   lightning-tta predict --config configs/digits/predict.yaml \\\n"
+        f"       --model.source_ckpt runs/digits/source --model.method {name}",
+        title("Options", "-"),
+        option_table(kind, class_options(kind)) or "None.",
+        f"Of the options that several methods share: {' '.join(rest[1].split())}" if rest else "",
+        title("Configuration files", "-") if shipped else "",
+        *(literal_include(path) for path in shipped),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def data_page(kind: type[ShiftedDataModule]) -> str:
+    """What a data module reads, and its own options."""
+    text, _ = split_docstring(kind)
+    arguments = inspect.signature(kind).parameters  # the others are handed on to the base
+    own = {name: option for name, option in class_options(kind).items() if name in arguments}
+    parts = [
+        f".. highlight:: none\n\n.. py:currentmodule:: {kind.__module__}",
+        title(kind.__name__),
+        link_papers(text),
+        f"The class is :class:`~{kind.__module__}.{kind.__name__}`.",
+        title("Options", "-"),
+        option_table(kind, own) or "None of its own.",
+        "And those of every data module: :doc:`options`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def options_page() -> str:
+    """The options of every data module."""
+    about = "On the command line ``--data.NAME VALUE``, in Python arguments of the class."
+    table = option_table(ShiftedDataModule, class_options(ShiftedDataModule))
+    return "\n\n".join([title("Options of every data module"), about, table]) + "\n"
+
+
+def split_docstring(kind: type) -> tuple[str, str]:
+    """The docstring without its arguments, and their text."""
+    text = inspect.getdoc(kind) or ""
+    arguments = re.search(r"^Args:\n((?: .*\n|\n)*)", f"{text}\n", re.MULTILINE)
+    text = re.sub(r"^Args:\n(?: .*\n|\n)*", "", f"{text}\n", flags=re.MULTILINE)
+    text = re.sub(r"^Raises:\n((?: .*\n|\n)*)", raises, text, flags=re.MULTILINE)
+    return text.strip(), inspect.cleandoc(f"\n{arguments[1]}") if arguments else ""
+
+
+def raises(section: re.Match[str]) -> str:
+    """The section of errors as a list."""
+    items = inspect.cleandoc(f"\n{section[1]}")
+    return (
+        "Raises:\n\n"
+        + re.sub(r"^(\w+): ", r"- :class:`~lightning_tta.errors.\1`: ", items, flags=re.M).replace("\n    ", "\n  ")
+        + "\n\n"
+    )
+
+
+def link_papers(text: str) -> str:
+    """The text with its arXiv numbers as links."""
+    return re.sub(r"\b(\d{4}\.\d{5})\b", r"`\1 <https://arxiv.org/abs/\1>`__", text)
+
+
+def option_table(kind: type, options: Mapping[str, argparse.Action]) -> str:
+    """Options of a class, their defaults and meanings as a table; empty without options."""
+    arguments = inspect.signature(kind).parameters
+    rows = []
+    for name, option in options.items():
+        required = name in arguments and arguments[name].default is inspect.Parameter.empty
+        default = "required" if required else f"``{option.default}``"
+        meaning = link_papers(" ".join((option.help or "").split()))
+        rows.append(f"   * - ``{name}``\n     - {default}\n     - {meaning}")
+    head = ".. list-table::\n   :widths: 20 14 66\n   :header-rows: 1\n\n   * - option\n     - default\n     - meaning"
+    return "\n".join([head, *rows]) if rows else ""
+
+
+def literal_include(path: Path) -> str:
+    """A configuration file with its name."""
+    name = path.relative_to(CONFIGS.parent)
+    return f".. literalinclude:: ../../{name}\n   :language: yaml\n   :caption: {name}"
+
+
+def is_of(kind: type, path: Path) -> bool:
+    """Whether a configuration file is that of this class."""
+    content = yaml.safe_load(path.read_text())
+    return isinstance(content, dict) and str(content.get("class_path", "")).rpartition(".")[2] == kind.__name__
+
+
+def index(name: str, about: str, rows: Iterable[tuple[str, str]]) -> str:
+    """A page with a table of pages."""
+    rows = list(rows)
+    table = "\n".join(f"   * - {page}\n     - {text}" for page, text in rows)
+    pages = "\n".join(f"   {page.removeprefix(':doc:').strip('`')}" for page, _ in rows)
+    table = f".. list-table::\n   :widths: 20 80\n\n{table}"
+    return f"{title(name)}\n\n{about}\n\n{table}\n\n.. toctree::\n   :hidden:\n\n{pages}\n"
+
+
+def title(text: str, line: str = "=") -> str:
+    """A heading."""
+    return f"{text}\n{line * len(text)}"
