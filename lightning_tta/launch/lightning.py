@@ -18,6 +18,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_tta.backbones.weights import read_checkpoint
 from lightning_tta.errors import ConfigError, LightningTTAError
+from lightning_tta.launch.ending import (
+    end_with_parent,
+    interruptible,
+    remove_empty_parameters,
+    say_where_run_is,
+    say_where_weights_are,
+)
 from lightning_tta.launch.help import short_help
 from lightning_tta.launch.messages import explain
 from lightning_tta.methods import available_methods, find
@@ -68,6 +75,7 @@ class TTACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments, or show the short help; say in short what does not parse."""
+        self._args: list[str] = args if isinstance(args, list) else []
         name = args["subcommand"] if isinstance(args, dict) else "".join(args[:1])
         command = self._subcommand_parsers.get(name, parser)
         if isinstance(args, list) and {"-h", "--help"} & set(args):
@@ -89,6 +97,19 @@ class TTACLI(LightningCLI):
         except (MisconfigurationException, TypeError, ValueError) as error:
             text = " ".join(str(error).split())
             raise ConfigError(f"The Trainer refuses its options: {text} Change what --trainer sets.") from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command, and say how it ended."""
+        end_with_parent(self.trainer)
+        with interruptible(subcommand, self.trainer, self.model):
+            super()._run_subcommand(subcommand)
+        remove_empty_parameters(self.trainer)
+        if not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None:  # a quiet run
+            return
+        if subcommand == "fit":
+            say_where_weights_are(self.trainer, self._args, self.config["fit"]["data"]["class_path"])
+        elif subcommand == "predict":
+            say_where_run_is(self.model)
 
     def _parse_ckpt_path(self) -> None:
         """Check ``--ckpt_path`` instead of merging its hyper-parameters, which replaces the model asked for."""
