@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_tta._version import __version__
 from lightning_tta.errors import ConfigError, Interrupted, check_choice, check_range
 from lightning_tta.files import write_whole
-from lightning_tta.run.directory import FINAL, FORMAT, GROWING, STATE, ResumePolicy
+from lightning_tta.run.directory import FINAL, FORMAT, GROWING, STATE, ResumePolicy, checksum
 from lightning_tta.run.interrupts import received, waiting
 from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun, run_of
 
@@ -53,6 +53,7 @@ class StateKeeper(RunCallback):
         self.save_every: int | None = save_every
         self.resume: ResumePolicy = resume
         self._waiting = ExitStack()
+        self._sums: dict[str, tuple[int, int]] = {}  # of the files that grow: so many bytes, and their checksum
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be continued."""
@@ -62,6 +63,10 @@ class StateKeeper(RunCallback):
                 f"limit_predict_batches={limit} does not go with save_every: it would count from where the run goes "
                 "on. Limit the stream itself, such as with --data.num_images."
             )
+
+    def on_start(self, run: StreamRun) -> None:
+        """Begin with files of which nothing is known."""
+        self._sums = {}
 
     def on_ready(self, run: StreamRun) -> None:
         """Save the beginning, with what the method prepared."""
@@ -115,13 +120,16 @@ class StateKeeper(RunCallback):
             run_of(pl_module).release()
 
     def _save(self, run: StreamRun, name: str) -> None:
-        sizes = {}
         for path in map(run.directory.file, GROWING):
             with path.open("rb") as file:  # all of it must be on the disk before the state is
                 os.fsync(file.fileno())
-            sizes[path.name] = path.stat().st_size
+            size, (start, value) = path.stat().st_size, self._sums.get(path.name, (0, 0))
+            self._sums[path.name] = size, checksum(path, start, size, value)
+        sizes = {name: size for name, (size, _) in self._sums.items()}
+        sums = {name: value for name, (_, value) in self._sums.items()}
         identity = run.directory.identity
-        state = {"version": __version__, "format": FORMAT, "identity": identity, "bytes": sizes, **run.state_dict()}
+        state = {"version": __version__, "format": FORMAT, "identity": identity, **run.state_dict()}
+        state |= {"bytes": sizes, "checksums": sums}
         write_whole(run.directory.file(name), lambda file: torch.save(state, file))
 
 
