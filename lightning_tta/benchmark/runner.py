@@ -7,11 +7,12 @@ import json
 import logging
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
+import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -194,8 +195,11 @@ class Benchmark:
                 for _ in run_all(self._train, sources):
                     progress.advance(task)
             task = progress.add_task("cells", total=len(self.cells))
-            for cell, (row, reason) in zip(self.cells, run_all(self._attempt, self.cells), strict=True):
+            outcomes = run_all(self._attempt, self.cells)
+            for number, (cell, (row, reason)) in enumerate(zip(self.cells, outcomes, strict=True), 1):
                 progress.update(task, advance=1, description=str(cell))
+                if not console.is_terminal:
+                    print(f"{number}/{len(self.cells)} {cell}: {reason or 'finished'}", file=sys.stderr, flush=True)
                 if row is not None:
                     rows.append(row)
                 else:
@@ -210,6 +214,7 @@ class Benchmark:
             "seconds": time.perf_counter() - start,
         }
         write_benchmark(result, self.output, console)
+        console.print(f"page: {shlex.join(['lightning-tta', 'report', str(self.output)])}", soft_wrap=True)
         if any(entry["reason"].startswith("failed") for entry in skipped):
             raise LightningTTAError(f"Some cells failed; the others are in {self.output}. Reasons: benchmark.md.")
         return result
@@ -429,9 +434,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|litlogger|tips).*")
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

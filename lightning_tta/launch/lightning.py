@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import pydoc
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_tta.backbones.weights import read_checkpoint
@@ -27,7 +27,9 @@ from lightning_tta.launch.ending import (
 )
 from lightning_tta.launch.help import short_help
 from lightning_tta.launch.messages import explain
+from lightning_tta.launch.noise import without_noise
 from lightning_tta.methods import available_methods, find
+from lightning_tta.run.bar import RunBar
 from lightning_tta.run.board import FitBoard
 from lightning_tta.run.options import PARTS, RunConfig
 from lightning_tta.run.progress import FitProgress
@@ -90,6 +92,14 @@ class TTACLI(LightningCLI):
         except argparse.ArgumentError as error:
             raise explain(error, command, f"lightning-tta {name}") from None
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """The Trainer, with this package's bar where the configuration has no other one."""
+        chosen = config.get("callbacks") or []
+        has_bar = any(isinstance(each, ProgressBar) for each in (chosen if isinstance(chosen, list) else [chosen]))
+        if config.get("enable_progress_bar") is not False and not has_bar:
+            callbacks = [*callbacks, RunBar()]
+        return super()._instantiate_trainer(config, callbacks)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer; what it does not accept is the configuration's fault."""
         try:
@@ -151,7 +161,7 @@ def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False)
         LightningTTAError: If the arguments do not parse, or the configuration, data or weights are wrong.
     """
     available_methods()  # a configuration may name any of them by its class alone
-    with _in_our_words():
+    with without_noise(), _in_our_words():
         return (_ParseOnlyCLI if parse_only else TTACLI)(
             LightningModule,
             LightningDataModule,
@@ -185,7 +195,7 @@ def check_configurations(every: Iterable[list[str] | dict[str, Any]]) -> Iterato
         if cli is None:
             cli = run_lightning(args, parse_only=True)
         else:
-            with _in_our_words():
+            with without_noise(), _in_our_words():
                 cli.parse_arguments(cli.parser, args)
         yield cli.config[cli.config["subcommand"]]
 
@@ -193,17 +203,15 @@ def check_configurations(every: Iterable[list[str] | dict[str, Any]]) -> Iterato
 @contextmanager
 def _in_our_words() -> Iterator[None]:
     """An error of ours that jsonargparse has wrapped is raised as it was."""
-    with warnings.catch_warnings():  # notebooks, tests and the benchmark parse beside another command line
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        try:
-            yield
-        except (ValueError, TypeError) as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, LightningTTAError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
-            raise cause from None
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LightningTTAError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def build_data(args: list[str]) -> LightningDataModule:

@@ -221,7 +221,7 @@ def test_a_half_written_state_is_removed_and_a_damaged_one_refused(tmp_path):
     for damaged in (content[:-999], b"", b"hello", content[:4000] + bytes([content[4000] ^ 1]) + content[4001:]):
         state.write_bytes(damaged)
         before = files_of(tmp_path)
-        with pytest.raises(DataError, match="state.pt is damaged.*--state.resume restart"):
+        with pytest.raises(DataError, match=r"state\.pt is damaged.*--state.resume restart"):
             run(tmp_path / "a")
         assert files_of(tmp_path) == before
     run(tmp_path / "a", resume="restart")
