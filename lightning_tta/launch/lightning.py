@@ -26,7 +26,7 @@ from lightning_tta.launch.ending import (
     say_where_weights_are,
 )
 from lightning_tta.launch.help import short_help
-from lightning_tta.launch.messages import explain
+from lightning_tta.launch.messages import explain, missing_package, name_option
 from lightning_tta.launch.noise import without_noise
 from lightning_tta.methods import available_methods, find
 from lightning_tta.run.bar import RunBar
@@ -91,6 +91,14 @@ class TTACLI(LightningCLI):
             super().parse_arguments(parser, _name_classes(args) if isinstance(args, list) else args)
         except argparse.ArgumentError as error:
             raise explain(error, command, f"lightning-tta {name}") from None
+
+    def instantiate_classes(self) -> None:
+        """The model, the data and the Trainer; an error names the option."""
+        try:
+            with _in_our_words():
+                super().instantiate_classes()
+        except ConfigError as error:
+            raise name_option(error, self.config[self.config["subcommand"]]) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """The Trainer, with this package's bar where the configuration has no other one."""
@@ -202,16 +210,20 @@ def check_configurations(every: Iterable[list[str] | dict[str, Any]]) -> Iterato
 
 @contextmanager
 def _in_our_words() -> Iterator[None]:
-    """An error of ours that jsonargparse has wrapped is raised as it was."""
+    """An error of ours that jsonargparse has wrapped is raised as it was; others of the configuration become ours."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, LightningTTAError):
+        while cause is not None and not isinstance(cause, (LightningTTAError, ModuleNotFoundError)):
             cause = cause.__cause__ or cause.__context__
-        if cause is None:
-            raise
-        raise cause from None
+        if isinstance(cause, LightningTTAError):
+            raise cause from None
+        if isinstance(cause, ModuleNotFoundError):
+            raise missing_package(cause) from error
+        if isinstance(error, MisconfigurationException):
+            raise ConfigError(f"Lightning refuses this configuration: {' '.join(str(error).split())}") from error
+        raise
 
 
 def build_data(args: list[str]) -> LightningDataModule:
