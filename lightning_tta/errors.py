@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LightningTTAError(Exception):
@@ -35,6 +35,20 @@ class DataError(LightningTTAError, ValueError):
 
 class FinishedError(LightningTTAError):
     """A run that was to be continued is finished: there is nothing to do. The command line ends with success."""
+
+
+class Interrupted(BaseException):
+    """A signal has ended a run. No :class:`Exception`, as KeyboardInterrupt is none: ``except Exception`` lets it pass.
+
+    Attributes:
+        number: The signal, such as ``signal.SIGINT``.
+        args: One sentence that says what is kept, and where; or an empty one.
+        again: Options with which the same command goes on from what is kept.
+    """
+
+    def __init__(self, number: int, kept: str = "", again: Sequence[str] = ()) -> None:
+        super().__init__(kept)
+        self.number, self.again = number, list(again)
 
 
 def check_range(

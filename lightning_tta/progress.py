@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from rich import progress as bars
 from rich.console import Console
 from rich.errors import LiveError
+from rich.table import Column
 
 PATIENCE = 2.0  # seconds of work before a progress bar appears
 
@@ -39,10 +40,15 @@ def with_progress(count: int, text: str) -> Iterator[int]:
 
 @contextmanager
 def grid(console: Console) -> Iterator[bars.Progress]:
-    """The bars of many runs; a run that takes longer than two seconds gets a line of its own for as long as it runs."""
-    columns = (bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
+    """The bars of many runs; a run that takes longer than two seconds gets a line of its own for as long as it runs.
+
+    Nothing is shown where the console is no terminal.
+    """
+    name = bars.TextColumn("{task.description}", table_column=Column(overflow="fold"))
+    columns = (bars.BarColumn(10), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
     # the estimate is by all runs so far: by default those of the last 30 seconds count, often none
-    with bars.Progress("{task.description}", *columns, console=console, speed_estimate_period=math.inf) as progress:
+    options = {"speed_estimate_period": math.inf, "disable": not console.is_terminal}
+    with bars.Progress(name, *columns, console=console, **options) as progress:
         token = _GRID.set(progress)
         try:
             yield progress

@@ -51,6 +51,8 @@ ALLOWED = {  # (files, private names of another library), as patterns: why there
     ("lightning_tta/meta/prefix.py", "_version"): "the one sign that a tensor was written in place",
     ("lightning_tta/modules/meta_ttt.py", "_layer_sync"): "where Lightning's strategy keeps sync_batchnorm",
     ("lightning_tta/benchmark/runner.py", "_exit"): "os._exit is documented: a worker ends with its parent, at once",
+    ("lightning_tta/run/interrupts.py", "_exit"): "the same of a process that is told a second time to end",
+    ("lightning_tta/launch/ending.py", "_exit"): "the same of a process whose first process is gone",
     ("*", "_actions"): "argparse has no public list of a parser's options",
 }
 

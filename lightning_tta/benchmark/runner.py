@@ -7,31 +7,44 @@ import json
 import logging
 import multiprocessing
 import os
+import shlex
 import shutil
+import signal
+import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from torch import nn
 
 from lightning_tta.benchmark.config import Cell, MethodConfig, NetConfig, StreamConfig
-from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError, check_range
-from lightning_tta.files import environment
+from lightning_tta.errors import (
+    ConfigError,
+    Interrupted,
+    LightningTTAError,
+    UnsupportedModelError,
+    WeightsError,
+    check_range,
+)
+from lightning_tta.files import environment, is_whole_archive, read_json
 from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.methods import create_method, find
 from lightning_tta.modules.loading import find_checkpoint
 from lightning_tta.progress import grid
 from lightning_tta.report.terminal import write_benchmark
-from lightning_tta.run.directory import FINAL
+from lightning_tta.run.directory import FINAL, REPORT
+from lightning_tta.run.interrupts import listening
 from lightning_tta.run.options import PARTS, where_moved
+from lightning_tta.run.outputs import PREDICTIONS
 from lightning_tta.shipped import how_to_copy
 
 MEASURES = ("accuracy", "domains", "forwards", "backwards", "ece", "seconds_per_batch")
@@ -150,9 +163,31 @@ class Benchmark:
                 )
 
     def run(self) -> dict[str, Any]:
-        """Train, run, write; returns the content of ``benchmark.json``."""
-        start = time.perf_counter()
+        """Train, run, write; returns the content of ``benchmark.json``.
+
+        Raises:
+            ConfigError: If another benchmark writes to the same directory.
+            LightningTTAError: At the end, if a cell failed.
+            Interrupted: After Ctrl-C or SIGTERM, once the workers have saved what they are at.
+        """
         self.output.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(self.output / "benchmark.lock").acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"{self.output} is in use by another benchmark. Wait for it, or stop it; to run beside it, choose "
+                "another directory (--output)."
+            ) from None
+        with lock, listening(signal.SIGINT, signal.SIGTERM):
+            try:
+                return self._run_all()
+            except Interrupted as stop:
+                done = sum(self._finished(cell) is not None for cell in self.cells)
+                kept = f"Stopped. {done} of {len(self.cells)} cells are finished and kept in {self.output}"
+                raise Interrupted(stop.number, kept) from None
+
+    def _run_all(self) -> dict[str, Any]:
+        start = time.perf_counter()
         rows: list[dict[str, Any]] = []
         skipped: list[dict[str, str]] = []
         stages = self._training_stages()
@@ -163,8 +198,11 @@ class Benchmark:
                 for _ in run_all(self._train, sources):
                     progress.advance(task)
             task = progress.add_task("cells", total=len(self.cells))
-            for cell, (row, reason) in zip(self.cells, run_all(self._attempt, self.cells), strict=True):
+            outcomes = run_all(self._attempt, self.cells)
+            for number, (cell, (row, reason)) in enumerate(zip(self.cells, outcomes, strict=True), 1):
                 progress.update(task, advance=1, description=str(cell))
+                if not console.is_terminal:
+                    print(f"{number}/{len(self.cells)} {cell}: {reason or 'finished'}", file=sys.stderr, flush=True)
                 if row is not None:
                     rows.append(row)
                 else:
@@ -179,6 +217,7 @@ class Benchmark:
             "seconds": time.perf_counter() - start,
         }
         write_benchmark(result, self.output, console)
+        console.print(f"page: {shlex.join(['lightning-tta', 'report', str(self.output)])}", soft_wrap=True)
         if any(entry["reason"].startswith("failed") for entry in skipped):
             raise LightningTTAError(f"Some cells failed; the others are in {self.output}. Reasons: benchmark.md.")
         return result
@@ -191,9 +230,16 @@ class Benchmark:
                 yield map
             return
         threads = max(1, torch.get_num_threads() // self.jobs)
-        context = multiprocessing.get_context("spawn")
+        context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
         with ProcessPoolExecutor(self.jobs, context, _start_worker, (threads,)) as pool:
-            yield pool.map
+            try:
+                yield lambda work, items: pool.map(partial(_in_worker, work), items)
+            except Interrupted:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in multiprocessing.active_children():
+                    if worker not in others:
+                        worker.terminate()  # it saves the state of its cell first
+                raise
 
     def _training_stages(self) -> tuple[list[Source], list[Source]]:
         """What must be trained: first the nets that start from nothing, then those that start from them."""
@@ -219,7 +265,7 @@ class Benchmark:
         """Train one net, unless it was."""
         net, seed = source
         config, directory = self.nets[net], self._source_directory(net, seed)
-        if (directory / "done").exists():
+        if self._is_trained(directory):
             return
         shutil.rmtree(directory, ignore_errors=True)  # a training that was cut off
         options = {
@@ -235,6 +281,15 @@ class Benchmark:
         texts = [f"--{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in options.items()]
         run_lightning(["fit", "--config", str(config.fit), *texts])
         (directory / "done").touch()
+
+    def _is_trained(self, directory: Path) -> bool:
+        """Whether a training has ended, and its checkpoint is whole."""
+        if not (directory / "done").exists():
+            return False
+        try:
+            return is_whole_archive(find_checkpoint(directory))
+        except WeightsError:
+            return False
 
     def _attempt(self, cell: Cell) -> tuple[dict[str, Any] | None, str]:
         """A cell's row, or why there is none; the other cells still run."""
@@ -270,29 +325,57 @@ class Benchmark:
             },
         }
 
-    def _run(self, cell: Cell) -> dict[str, Any]:
+    def _place(self, cell: Cell) -> tuple[Path, dict[str, Any]]:
+        """The directory of a cell, which a hash of its configuration names, and that configuration."""
         net = self.nets[cell.net]
         trained = find_checkpoint(self._source_directory(cell.net, cell.seed)) if net.fit else None
         config = self._config(cell, str(trained) if trained else net.source_ckpt)
         name = f"{cell.method}-seed{cell.seed}-{digest(json.dumps(config, sort_keys=True))}"
-        directory = self.output / "cells" / cell.net / cell.stream / name
-        path = directory / "report.json"
-        if not path.exists():
-            logger = {
+        return self.output / "cells" / cell.net / cell.stream / name, config
+
+    def _finished(self, cell: Cell) -> dict[str, Any] | None:
+        """The report of a cell; ``None`` where it is not finished, or its files are damaged: then it is run again."""
+        try:
+            directory, _ = self._place(cell)
+        except WeightsError:  # not trained
+            return None
+        report = read_json(directory / REPORT)
+        return report if report is not None and _is_whole(report, directory) else None
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        directory, config = self._place(cell)
+        report = self._finished(cell)
+        if report is None:
+            (directory / REPORT).unlink(missing_ok=True)  # a damaged one
+            config["predict"]["trainer"]["logger"] = {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": str(directory.parent), "name": name, "version": ""},
+                "init_args": {"save_dir": str(directory.parent), "name": directory.name, "version": ""},
             }
-            config["predict"]["trainer"]["logger"] = logger
             config["predict"].setdefault("state", {})["save_every"] = self.save_every
             run_lightning(config)
             (directory / FINAL).unlink(missing_ok=True)  # a net for each cell would fill the disk
-        report = json.loads(path.read_text())
+            report = json.loads((directory / REPORT).read_text())
         return {
             **asdict(cell),
             **{name: report.get(name) for name in MEASURES},
             "protocol_hash": report["protocol"]["hash"],
             "directory": str(directory.relative_to(self.output)),
         }
+
+
+def _is_whole(report: dict[str, Any], directory: Path) -> bool:
+    """Whether a report has what a row is made of, and the predictions beside it, if they are there, a line an image."""
+    protocol = report.get("protocol")
+    if not isinstance(protocol, dict) or "hash" not in protocol or not isinstance(report.get("domains"), dict):
+        return False
+    if not all(isinstance(report.get(name), int) for name in ("images", "forwards", "backwards")):
+        return False
+    predictions = directory / PREDICTIONS
+    if not predictions.is_file():  # somebody has made room
+        return True
+    with predictions.open("rb") as file:
+        lines = sum(1 for _ in file) - 1  # the header
+    return lines == report["images"] + int(report.get("skipped_images") or 0)
 
 
 def _check_labels(who: str, names: Iterable[str] | None, allowed: Iterable[str]) -> None:
@@ -326,8 +409,17 @@ _FOR_GOOD = ExitStack()  # what lasts as long as a worker
 def _start_worker(threads: int) -> None:
     """Set up a process of the pool; it ends with its parent: nothing goes on where a benchmark was killed."""
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for all of a terminal; the first process tells the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _FOR_GOOD.enter_context(_quiet())
+
+
+def _in_worker(work: Callable[[Any], Any], item: Any) -> Any:
+    """Work on one item; a worker that is told to end takes no other."""
+    try:
+        return work(item)
+    except (Interrupted, SystemExit):  # the latter by Lightning, in a fit
+        os._exit(1)
 
 
 def _end_with_parent() -> None:
@@ -345,9 +437,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|litlogger|tips).*")
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

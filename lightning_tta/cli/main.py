@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
+from collections.abc import Sequence
 
 from lightning_tta._version import __version__
 from lightning_tta.cli.commands import COMMANDS, overview
-from lightning_tta.errors import ConfigError, FinishedError, LightningTTAError, did_you_mean
+from lightning_tta.errors import ConfigError, FinishedError, Interrupted, LightningTTAError, did_you_mean
 
 
 def main(args: list[str] | None = None) -> None:
@@ -16,8 +19,8 @@ def main(args: list[str] | None = None) -> None:
         args: As on the command line, without the program's name; ``None`` takes ``sys.argv``.
 
     Raises:
-        SystemExit: With code 2 after a message, if the configuration, data or weights are wrong. A run that was to be
-            continued and is finished is no error.
+        SystemExit: With code 2 after a message, if the configuration, data or weights are wrong; with 130 after Ctrl-C
+            and 143 after SIGTERM. A run that was to be continued and is finished is no error.
     """
     name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
@@ -37,3 +40,29 @@ def main(args: list[str] | None = None) -> None:
     except LightningTTAError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except (Interrupted, KeyboardInterrupt) as stop:
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        again = stop.again if isinstance(stop, Interrupted) else []
+        if _is_first():
+            print(f"\n{str(stop) or 'Stopped before anything was run.'}", file=sys.stderr)
+            command = shlex.join(["lightning-tta", name, *_without(rest, again), *again])
+            print(f"Go on with: {command}", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+
+
+def _without(args: Sequence[str], again: Sequence[str]) -> list[str]:
+    """The arguments without the option that ``again`` begins with."""
+    kept: list[str] = []
+    skip = False
+    for arg in args:
+        if skip or (again and arg.partition("=")[0] == again[0]):
+            skip = not skip and "=" not in arg  # its value is the next one
+        else:
+            kept.append(arg)
+    return kept
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all of a run."""
+    lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    return lightning is None or getattr(lightning.rank_zero_only, "rank", 0) == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import pydoc
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +12,24 @@ from typing import Any
 import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_tta.backbones.weights import read_checkpoint
 from lightning_tta.errors import ConfigError, LightningTTAError
+from lightning_tta.launch.ending import (
+    end_with_parent,
+    interruptible,
+    remove_empty_parameters,
+    say_where_run_is,
+    say_where_weights_are,
+)
 from lightning_tta.launch.help import short_help
-from lightning_tta.launch.messages import explain
+from lightning_tta.launch.messages import explain, missing_package, name_option
+from lightning_tta.launch.noise import without_noise
 from lightning_tta.methods import available_methods, find
+from lightning_tta.run.bar import RunBar
 from lightning_tta.run.board import FitBoard
 from lightning_tta.run.options import PARTS, RunConfig
 from lightning_tta.run.progress import FitProgress
@@ -68,6 +77,7 @@ class TTACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments, or show the short help; say in short what does not parse."""
+        self._args: list[str] = args if isinstance(args, list) else []
         name = args["subcommand"] if isinstance(args, dict) else "".join(args[:1])
         command = self._subcommand_parsers.get(name, parser)
         if isinstance(args, list) and {"-h", "--help"} & set(args):
@@ -82,6 +92,22 @@ class TTACLI(LightningCLI):
         except argparse.ArgumentError as error:
             raise explain(error, command, f"lightning-tta {name}") from None
 
+    def instantiate_classes(self) -> None:
+        """The model, the data and the Trainer; an error names the option."""
+        try:
+            with _in_our_words():
+                super().instantiate_classes()
+        except ConfigError as error:
+            raise name_option(error, self.config[self.config["subcommand"]]) from error
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """The Trainer, with this package's bar where the configuration has no other one."""
+        chosen = config.get("callbacks") or []
+        has_bar = any(isinstance(each, ProgressBar) for each in (chosen if isinstance(chosen, list) else [chosen]))
+        if config.get("enable_progress_bar") is not False and not has_bar:
+            callbacks = [*callbacks, RunBar()]
+        return super()._instantiate_trainer(config, callbacks)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer; what it does not accept is the configuration's fault."""
         try:
@@ -89,6 +115,19 @@ class TTACLI(LightningCLI):
         except (MisconfigurationException, TypeError, ValueError) as error:
             text = " ".join(str(error).split())
             raise ConfigError(f"The Trainer refuses its options: {text} Change what --trainer sets.") from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command, and say how it ended."""
+        end_with_parent(self.trainer)
+        with interruptible(subcommand, self.trainer, self.model):
+            super()._run_subcommand(subcommand)
+        remove_empty_parameters(self.trainer)
+        if not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None:  # a quiet run
+            return
+        if subcommand == "fit":
+            say_where_weights_are(self.trainer, self._args, self.config["fit"]["data"]["class_path"])
+        elif subcommand == "predict":
+            say_where_run_is(self.model)
 
     def _parse_ckpt_path(self) -> None:
         """Check ``--ckpt_path`` instead of merging its hyper-parameters, which replaces the model asked for."""
@@ -130,7 +169,7 @@ def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False)
         LightningTTAError: If the arguments do not parse, or the configuration, data or weights are wrong.
     """
     available_methods()  # a configuration may name any of them by its class alone
-    with _in_our_words():
+    with without_noise(), _in_our_words():
         return (_ParseOnlyCLI if parse_only else TTACLI)(
             LightningModule,
             LightningDataModule,
@@ -164,25 +203,27 @@ def check_configurations(every: Iterable[list[str] | dict[str, Any]]) -> Iterato
         if cli is None:
             cli = run_lightning(args, parse_only=True)
         else:
-            with _in_our_words():
+            with without_noise(), _in_our_words():
                 cli.parse_arguments(cli.parser, args)
         yield cli.config[cli.config["subcommand"]]
 
 
 @contextmanager
 def _in_our_words() -> Iterator[None]:
-    """An error of ours that jsonargparse has wrapped is raised as it was."""
-    with warnings.catch_warnings():  # notebooks, tests and the benchmark parse beside another command line
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        try:
-            yield
-        except (ValueError, TypeError) as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, LightningTTAError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
+    """An error of ours that jsonargparse has wrapped is raised as it was; others of the configuration become ours."""
+    try:
+        yield
+    except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, (LightningTTAError, ModuleNotFoundError)):
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, LightningTTAError):
             raise cause from None
+        if isinstance(cause, ModuleNotFoundError):
+            raise missing_package(cause) from error
+        if isinstance(error, MisconfigurationException):
+            raise ConfigError(f"Lightning refuses this configuration: {' '.join(str(error).split())}") from error
+        raise
 
 
 def build_data(args: list[str]) -> LightningDataModule:

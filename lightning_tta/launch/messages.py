@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import pydoc
 import re
+import shlex
 from collections.abc import Iterable
 from itertools import takewhile
 from typing import NamedTuple
+
+from jsonargparse import Namespace
 
 from lightning_tta import data, methods, modules
 from lightning_tta.errors import ConfigError, did_you_mean
@@ -129,14 +132,47 @@ def _describe_unknown(problem: _Problem, option: str, parser: argparse.ArgumentP
     if name:
         kind = pydoc.locate(problem.kind)
         known = class_options(kind) if isinstance(kind, type) else ()
-        former = MOVED if name == "TestTimeAdaptation" else ()
-        return f"--{owner}.{option}: {name} has no option {option!r}.{did_you_mean(option, (*known, *former))}"
+        elsewhere = _elsewhere(owner, parser)
+        hint = did_you_mean(option, {*known, *elsewhere})
+        if (close := re.search(r"mean (\w+)\?", hint)) and close[1] not in known:
+            hint = f" Did you mean --{elsewhere[close[1]]}?"
+        return f"--{owner}.{option}: {name} has no option {option!r}.{hint}"
     if option in REMOVED:
         return REMOVED[option]
     names, section = _names(parser), option.partition(".")[0]
     if section not in (sections := {name.partition(".")[0] for name in names}):
         option, names = section, sections
     return f"There is no option {option!r}.{did_you_mean(option, names)}"
+
+
+def _elsewhere(owner: str, parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The full names of a run's options that ``owner`` does not have, by their last name, and by former ones."""
+    names = {*_names(parser), *class_options(data.ShiftedDataModule, "data")}
+    if "state.save_every" in names:  # predict
+        names |= {*class_options(modules.TestTimeAdaptation, "model")}
+    last = {name.rpartition(".")[2]: name for name in sorted(names) if "." in name}
+    return {name: full for name, full in {**MOVED, **last}.items() if full.rpartition(".")[0] != owner}
+
+
+def name_option(error: ConfigError, config: Namespace) -> ConfigError:
+    """The error of a constructor, with the full name of the option in place of its argument's, where that is known."""
+    if not (argument := re.match(r"(\w+) must be ", str(error))):
+        return error
+    names = [
+        name.replace(".init_args", "")
+        for name, value in config.items(branches=False)
+        if name.rpartition(".")[2] == argument[1] and str(error).endswith(f"got {value!r}.")
+    ]
+    return type(error)(f"--{names[0]}{str(error)[argument.end(1) :]}") if len(names) == 1 else error
+
+
+def missing_package(error: ModuleNotFoundError) -> ConfigError:
+    """What to install where a class of the configuration needs a package that is not there."""
+    required = re.search(r"Requirement '([^']+)' not met", str(error))
+    package = required[1] if required else (error.name or str(error)).partition(".")[0]
+    return ConfigError(
+        f"{package} is not installed, and the configuration needs it.\nInstall it: pip install {shlex.quote(package)}"
+    )
 
 
 def _join(keys: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import warnings
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +26,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_tta.backbones.weights import CodeInFileError, read_checkpoint
-from lightning_tta.errors import ConfigError, FinishedError, WeightsError
-from lightning_tta.files import of_all, of_process, own_file
+from lightning_tta.errors import ConfigError, DataError, FinishedError, WeightsError
+from lightning_tta.files import is_whole_archive, of_all, of_process, own_file, read_json
 from lightning_tta.run.processes import ProcessGroup
 
 State = dict[str, Any]
@@ -77,6 +78,7 @@ class RunDirectory:
         Raises:
             FinishedError: On all processes, if the run is finished.
             ConfigError: On all processes, if another process holds the directory, or another run is in it.
+            DataError: On all processes, if a saved state, or a file that goes with it, is damaged.
         """
         in_use = ConfigError(
             f"{self.path} is in use by another process, which runs the same. Wait for it, or stop it; to run beside "
@@ -122,8 +124,10 @@ class RunDirectory:
     def _check(self) -> None:
         """Refuse a finished run, and in a named directory another one than this."""
         report = self.path / REPORT
-        if report.exists():
-            content = json.loads(report.read_text())
+        content = read_json(report)
+        if report.exists() and content is None:
+            warnings.warn(f"{report} cannot be read: the run is done again.", stacklevel=2)
+        if content is not None:
             saved = {"method": content.get("method")}
             for prefix, entry in (("method", "options"), ("protocol", "protocol")):
                 saved |= {f"{prefix}.{name}": value for name, value in (content.get(entry) or {}).items()}
@@ -165,7 +169,7 @@ class RunDirectory:
             state = read_state(path)
             if state is None:
                 return None
-            _check_lengths(path, state)
+            _check_files(path, state)
             return int(state["batches"])
 
         batches = self.group.each(read)
@@ -268,23 +272,27 @@ def _with_version(logger: Logger, version: str) -> Logger:
 
 
 def read_state(path: Path, *, head: bool = False) -> State | None:
-    """A saved state, or ``None`` if there is none or it is damaged; ``head`` leaves the tensors on disk for now.
+    """A saved state, or ``None`` if there is none; ``head`` leaves the tensors on disk for now.
 
     Raises:
-        ConfigError: If the file holds more than tensors and plain values.
+        DataError: If the file is damaged, or holds something else.
+        ConfigError: If it holds more than tensors and plain values.
     """
     if not path.is_file():
         return None
-    try:
-        state = read_checkpoint(path, mmap=head)
-    except CodeInFileError as error:
-        raise ConfigError(f"{path} is no state of a run, remove it: {error}") from error
-    except WeightsError:
-        warnings.warn(f"{path} cannot be read and is ignored.", stacklevel=2)
-        return None
+    state: Any = None
+    if is_whole_archive(path):
+        try:
+            state = read_checkpoint(path, mmap=head)
+        except CodeInFileError as error:
+            raise ConfigError(f"{path} is no state of a run, remove it: {error}") from error
+        except WeightsError:
+            pass
     if not isinstance(state, dict) or "identity" not in state:
-        warnings.warn(f"{path} is no state of a run and is ignored.", stacklevel=2)
-        return None
+        raise DataError(
+            f"{path} is damaged: its checksum is wrong, or it is no state of a run. Nothing can go on from it. Start "
+            "the run anew with --state.resume restart (in Python StateKeeper(resume='restart'))."
+        )
     return state
 
 
@@ -296,13 +304,26 @@ def differences(saved: State, new: State) -> list[str]:
     return [f"{name}: {saved.get(name)!r} != {new.get(name)!r}" for name in names]
 
 
-def _check_lengths(path: Path, state: State) -> None:
-    """Refuse a state if a file that grows with the stream is shorter than when it was saved."""
+def checksum(path: Path, start: int, end: int, value: int = 0) -> int:
+    """The CRC-32 of a file up to byte ``end``, where ``value`` is that of the bytes before ``start``."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(min(2**20, end - file.tell())):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _check_files(path: Path, state: State) -> None:
+    """Refuse a state if a file that grows with the stream is not what it was when the state was saved."""
     for name, saved in state["bytes"].items():
         file = path.with_name(name)
         size = file.stat().st_size if file.exists() else 0
-        if size < saved:
-            raise ConfigError(
-                f"{file} has {size} bytes, but {saved} when the state beside it was saved: the run cannot be "
-                f"continued. Restore the file, or remove {path.name} to start from the beginning."
+        wrong = f"has {size} bytes, but {saved} when" if size < saved else None
+        expected = state.get("checksums", {}).get(name)  # version 0.1 saved none
+        if wrong is None and expected is not None and checksum(file, 0, saved) != expected:
+            wrong = "has changed since"
+        if wrong:
+            raise DataError(
+                f"{file} {wrong} the state beside it was saved: the run cannot be continued. Restore the file, or "
+                "start anew with --state.resume restart (in Python StateKeeper(resume='restart'))."
             )

@@ -46,9 +46,21 @@ class RunConfig(SaveConfigCallback):
     """Writes ``config.yaml``; of a predict run into its own directory, once that is taken."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write nothing yet: what is refused now must not replace the file of another run."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write that of a training."""
-        if not hasattr(pl_module, "run"):
-            super().setup(trainer, pl_module, stage)
+        super().setup(trainer, pl_module, "fit")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write that of an evaluation, where a logger gives it a directory of its own."""
+        if trainer.logger is not None and trainer.state.fn == "validate":
+            super().setup(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same."""
+        if trainer.logger is not None:
+            super().setup(trainer, pl_module, "test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write that of a predict run."""

@@ -1,15 +1,13 @@
-"""How far a run has come and how long the rest takes: in the Trainer's bar, and below the bars of a benchmark."""
+"""How far a run has come: in the bar of a Trainer in Python, and below the bars of a benchmark."""
 
 from __future__ import annotations
 
-import time
-from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-from lightning_tta.progress import PATIENCE, GridLine
+from lightning_tta.progress import GridLine
 from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun
 
 
@@ -42,31 +40,24 @@ class StreamProgress(RunCallback):
 
 
 class FitProgress(Callback):
-    """Shows what is left of all epochs of a fit: in the Trainer's rich bar, and below a benchmark's bars."""
+    """Shows how far a fit has come below a benchmark's bars."""
 
     def __init__(self) -> None:
         self._line = GridLine()
-        self._before = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the time, and what an earlier run did."""
-        self._line, self._before = GridLine(), _trained(trainer, 0)
+        """Note the time."""
+        self._line = GridLine()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show what is left of all epochs."""
+        """Show how many batches of all epochs are done."""
         if trainer.max_epochs is None or trainer.max_epochs < 1 or trainer.num_training_batches == float("inf"):
             return
         done = _trained(trainer, batch_idx + 1)
         total = trainer.max_epochs * int(trainer.num_training_batches)
-        epoch = f"Epoch {trainer.current_epoch}/{trainer.max_epochs - 1}"
-        self._line.show(f"fit, {epoch.lower()}", done, total)
-        bar, spent = trainer.progress_bar_callback, time.monotonic() - self._line.start
-        if isinstance(bar, RichProgressBar) and bar.progress is not None and bar.train_progress_bar_id is not None:
-            left = timedelta(seconds=round(spent / (done - self._before) * (total - done)))
-            text = f"{epoch}, {left} left in all" if spent > PATIENCE else epoch
-            bar.progress.update(bar.train_progress_bar_id, description=text)
+        self._line.show(f"fit, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", done, total)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the line away."""

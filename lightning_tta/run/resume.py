@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_tta._version import __version__
-from lightning_tta.errors import ConfigError, check_choice, check_range
+from lightning_tta.errors import ConfigError, Interrupted, check_choice, check_range
 from lightning_tta.files import write_whole
-from lightning_tta.run.directory import FINAL, FORMAT, GROWING, STATE, ResumePolicy
+from lightning_tta.run.directory import FINAL, FORMAT, GROWING, STATE, ResumePolicy, checksum
+from lightning_tta.run.interrupts import received, waiting
 from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun, run_of
 
 
@@ -24,6 +26,9 @@ class StateKeeper(RunCallback):
     Several processes with whole domains each (``replicas``) have a state each, ``state.rank0.pt`` and so on. They go on
     if each of them has a state: each from its own last save, however far apart these are. What stops one, such as a run
     that is finished, stops all.
+
+    Ctrl-C and SIGTERM end the stream after the batch that is being done, with its state saved whatever ``save_every``
+    is. A second Ctrl-C ends the process at once.
 
     TensorBoard's curves go on in the same directory; the points between the last save and the end of the first part are
     there twice. (Lightning's CSVLogger starts its metrics.csv anew; batches.jsonl has all.)
@@ -47,6 +52,8 @@ class StateKeeper(RunCallback):
         check_choice("resume", resume, ("auto", "restart"))
         self.save_every: int | None = save_every
         self.resume: ResumePolicy = resume
+        self._waiting = ExitStack()
+        self._sums: dict[str, tuple[int, int]] = {}  # of the files that grow: so many bytes, and their checksum
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be continued."""
@@ -57,28 +64,54 @@ class StateKeeper(RunCallback):
                 "on. Limit the stream itself, such as with --data.num_images."
             )
 
+    def on_start(self, run: StreamRun) -> None:
+        """Begin with files of which nothing is known."""
+        self._sums = {}
+
     def on_ready(self, run: StreamRun) -> None:
         """Save the beginning, with what the method prepared."""
-        if run.directory.state is None:
+        if run.directory.state is None and self.save_every is not None:
             self._save(run, STATE)
+        self._waiting.enter_context(waiting())
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
-        """Save after every so many batches, but not after the last: there must be something left to continue."""
+        """Save after every so many batches, but not after the last: there must be something left to continue.
+
+        Raises:
+            Interrupted: After any batch but the last, if the process has got a signal; the state is then saved.
+        """
         done = run.summary.batches
-        if self.save_every is not None and done % self.save_every == 0 and done < run.total_batches:
+        if done >= run.total_batches:
+            return
+        stop, reason = received(run.trainer), _why_not(run)
+        if (stop and not reason) or (self.save_every is not None and done % self.save_every == 0):
             self._save(run, STATE)
+        if stop:
+            raise Interrupted(stop, _what_is_kept(run, reason))
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end, before the report says that the run is finished."""
-        self._save(run_of(pl_module), FINAL)
+        if self.save_every is not None:
+            self._save(run_of(pl_module), FINAL)
 
     def on_end(self, run: StreamRun) -> None:
-        """Nothing is left to continue: the first process, which writes the report, removes the states of all."""
+        """Nothing is left to continue: the first process, which writes the report, removes the states of all.
+
+        Raises:
+            Interrupted: If the process has got a signal since the last batch but one.
+        """
         if run.trainer.is_global_zero:
             run.directory.remove_states()
+        if stop := received(run.trainer):
+            raise Interrupted(stop, f"Stopped after the last batch. The run is finished: {run.directory.path}")
+
+    def close(self) -> None:
+        """Leave signals to others."""
+        self._waiting.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the directory."""
+        self.close()
         self.teardown(trainer, pl_module, "predict")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -87,13 +120,32 @@ class StateKeeper(RunCallback):
             run_of(pl_module).release()
 
     def _save(self, run: StreamRun, name: str) -> None:
-        if self.save_every is None:
-            return
-        sizes = {}
         for path in map(run.directory.file, GROWING):
             with path.open("rb") as file:  # all of it must be on the disk before the state is
                 os.fsync(file.fileno())
-            sizes[path.name] = path.stat().st_size
+            size, (start, value) = path.stat().st_size, self._sums.get(path.name, (0, 0))
+            self._sums[path.name] = size, checksum(path, start, size, value)
+        sizes = {name: size for name, (size, _) in self._sums.items()}
+        sums = {name: value for name, (_, value) in self._sums.items()}
         identity = run.directory.identity
-        state = {"version": __version__, "format": FORMAT, "identity": identity, "bytes": sizes, **run.state_dict()}
+        state = {"version": __version__, "format": FORMAT, "identity": identity, **run.state_dict()}
+        state |= {"bytes": sizes, "checksums": sums}
         write_whole(run.directory.file(name), lambda file: torch.save(state, file))
+
+
+def _why_not(run: StreamRun) -> str | None:
+    """Why the state of this run cannot be saved; ``None`` if it can."""
+    if run.trainer.limit_predict_batches not in (None, 1.0):
+        return "its Trainer limits the batches (limit_predict_batches)"
+    return "its processes adapt as one (synchronised)" if run.sharing.joined > 1 else None
+
+
+def _what_is_kept(run: StreamRun, reason: str | None) -> str:
+    total = "" if run.total_batches == float("inf") else f" of {int(run.total_batches)}"
+    head = f"Stopped after batch {run.summary.batches}{total}."
+    if reason is None:
+        return f"{head} What is done is kept in {run.directory.path}"
+    return (
+        f"{head} Its predictions are kept in {run.directory.file(GROWING[0])}, but the run begins anew next time: it "
+        f"cannot go on, as {reason}."
+    )

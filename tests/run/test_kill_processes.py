@@ -144,9 +144,12 @@ def test_without_one_state_both_start_anew(tmp_path, whole, damage):
     stopped_at(tmp_path, [5, 3])
     path = directory_of(tmp_path) / "state.rank1.pt"
     content = path.read_bytes()
-    path.unlink()
     if damage == "half":
         path.write_bytes(content[: len(content) // 2])
+        codes, said = together(tmp_path)
+        assert codes == [1, 1]
+        assert all("state.rank1.pt is damaged" in each for each in said)
+    path.unlink()
     assert stopped_at(tmp_path, [3, 1]) == [2, 0]
     assert together(tmp_path)[0] == [0, 0]
     assert outcome(tmp_path) == whole()

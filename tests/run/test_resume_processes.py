@@ -119,7 +119,7 @@ def test_shorter_predictions_of_one_are_noticed_by_both(tmp_path):
     root = tmp_path / "a"
     stopped_at(root, [5, 3])
     (directory_of(root) / "predictions.rank1.csv").write_text("index\n")
-    refused(root, "predictions.rank1.csv has 6 bytes", "remove state.rank1.pt")
+    refused(root, "predictions.rank1.csv has 6 bytes", "--state.resume restart")
 
 
 # Which directory -------------------------------------------------------------------------------------------------

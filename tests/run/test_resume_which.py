@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from test_resume import TENT, make_data, results, run
 
-from lightning_tta import ConfigError, Guard, TestTimeAdaptation
+from lightning_tta import ConfigError, DataError, Guard, TestTimeAdaptation
 from lightning_tta.cli.main import main
 from lightning_tta.errors import FinishedError
 from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.methods import Source, Tent
-from lightning_tta.run.directory import DirectoryLock
+from lightning_tta.run.directory import DirectoryLock, read_state
 from lightning_tta.run.resume import StateKeeper
 from nets import make_net
 from runs import directory_of
@@ -209,17 +210,38 @@ def test_without_a_save_it_starts_from_the_beginning(tmp_path):
     assert results(tmp_path / "a") == results(tmp_path / "whole")
 
 
-def test_half_written_state_is_ignored(tmp_path):
+def test_a_half_written_state_is_removed_and_a_damaged_one_refused(tmp_path):
     run(tmp_path / "whole")
     run(tmp_path / "a", crash=3)
     state = directory_of(tmp_path / "a") / "state.pt"
     state.with_name(".state.pt.77.tmp").write_bytes(state.read_bytes()[:999])  # killed while it wrote
     run(tmp_path / "a", crash=5)
     assert not list(state.parent.glob(".state*"))
-    state.write_bytes(state.read_bytes()[:-999])
-    with pytest.warns(UserWarning, match="cannot be read"):
-        run(tmp_path / "a")
+    content = state.read_bytes()
+    for damaged in (content[:-999], b"", b"hello", content[:4000] + bytes([content[4000] ^ 1]) + content[4001:]):
+        state.write_bytes(damaged)
+        before = files_of(tmp_path)
+        with pytest.raises(DataError, match=r"state\.pt is damaged.*--state.resume restart"):
+            run(tmp_path / "a")
+        assert files_of(tmp_path) == before
+    run(tmp_path / "a", resume="restart")
     assert results(tmp_path / "a") == results(tmp_path / "whole")
+
+
+def test_no_flipped_bit_of_a_state_goes_unnoticed(tmp_path):
+    """It is refused, or it was in a place that holds nothing."""
+    path = run(tmp_path, crash=3).run.directory.path / "state.pt"
+    content, state, rng, refused = path.read_bytes(), read_state(path), random.Random(0), 0
+    for _ in range(100):
+        bit = rng.randrange(8 * len(content))
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert str(read_state(path)) == str(state)
+        except DataError:
+            refused += 1
+    assert refused > 50
 
 
 class Evil:
@@ -233,16 +255,38 @@ def test_state_that_would_run_code_is_refused(tmp_path, capsys):
     with pytest.raises(ConfigError, match="refused"):
         run(tmp_path)
     state.write_bytes(pickle.dumps({"identity": {}, "method": Evil()}))
-    with pytest.warns(UserWarning, match="ignored"):
+    with pytest.raises(DataError, match="damaged"):
         run(tmp_path)
     assert "code of a state file runs" not in capsys.readouterr().out
 
 
-def test_shorter_predictions_are_noticed(tmp_path):
-    directory = run(tmp_path, crash=3).run.directory.path
-    (directory / "predictions.csv").write_text("index\n")
-    with pytest.raises(ConfigError, match="when the state beside it was saved"):
+@pytest.mark.parametrize("name", ["predictions.csv", "batches.jsonl"])
+def test_other_predictions_than_those_saved_are_noticed(tmp_path, name):
+    run(tmp_path / "whole")
+    run(tmp_path / "a", crash=3)
+    run(tmp_path / "a", crash=5)  # whose checksum goes on from that of the first part
+    path = directory_of(tmp_path / "a") / name
+    content = path.read_bytes()
+    digit = content.index(b"0,") if name == "predictions.csv" else content.index(b"1")
+    for damaged, words in (
+        (b"index\n", "has 6 bytes, but .* when the state beside it was saved"),
+        (content[:digit] + b"7" + content[digit + 1 :], "has changed since the state beside it was saved"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=words):
+            run(tmp_path / "a")
+    path.write_bytes(content)
+    run(tmp_path / "a")
+    assert results(tmp_path / "a") == results(tmp_path / "whole")
+
+
+def test_a_damaged_report_is_no_finished_run(tmp_path):
+    run(tmp_path)
+    expected, path = results(tmp_path), directory_of(tmp_path) / "report.json"
+    path.write_bytes(path.read_bytes()[:99])
+    with pytest.warns(UserWarning, match="report.json cannot be read: the run is done again"):
         run(tmp_path)
+    assert results(tmp_path) == expected
 
 
 def test_wrong_options(tmp_path):
