@@ -33,8 +33,13 @@ def state_digest(module: nn.Module) -> str:
     SHA-256 over the sorted names, dtypes, shapes and bytes: the same on any device and after save and load, another
     one when a single value changes. Non-persistent buffers (a backbone's mean and std) are not part of it.
     """
+    return digest_of(module.state_dict())
+
+
+def digest_of(state: Mapping[str, Any]) -> str:
+    """:func:`state_digest` of a state dict."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(state.items()):
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
@@ -157,6 +162,12 @@ def fit_state(
         if name in inside and inside[name].shape != value.shape
     }
     tensors = {name: inside[name] for name in target if name in inside and name not in shapes}
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise WeightsError(
+            f"{source} has NaN or infinite values in {len(broken)} of {len(tensors)} tensors: {_some(broken)}. The net "
+            "would predict one class or nothing; take an earlier checkpoint, or train again with a lower rate."
+        )
     kinds = {
         "missing": [name for name in required if name not in inside],
         "unexpected": [name.removeprefix(prefix) for name in surplus if name.startswith(prefix)],

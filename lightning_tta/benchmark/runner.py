@@ -27,7 +27,7 @@ from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedMode
 from lightning_tta.files import environment
 from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.methods import create_method, find
-from lightning_tta.modules.loading import find_checkpoint
+from lightning_tta.modules.training import find_checkpoint
 from lightning_tta.progress import grid
 from lightning_tta.report.terminal import write_benchmark
 from lightning_tta.run.directory import FINAL

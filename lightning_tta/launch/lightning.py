@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -20,6 +19,7 @@ from lightning_tta.backbones.weights import read_checkpoint
 from lightning_tta.errors import ConfigError, LightningTTAError
 from lightning_tta.launch.help import short_help
 from lightning_tta.launch.messages import explain
+from lightning_tta.launch.trust import MODE, check_classes, close_parsers
 from lightning_tta.methods import available_methods, find
 from lightning_tta.run.board import FitBoard
 from lightning_tta.run.options import PARTS, RunConfig
@@ -28,16 +28,6 @@ from lightning_tta.run.progress import FitProgress
 METHOD_OPTIONS = ("--model.method", "--model.method.help", "--model.init_args.method")
 READABLE = 40
 """So many subclasses are listed in help and comments; ``torch.nn.Module`` has a thousand."""
-MODE = "yaml, None is null"
-"""The parser mode: jsonargparse 4.53 hands the null of a nested option on as the text ``None``."""
-
-
-def _load(text: str) -> Any:
-    value = get_loader("yaml")(text)
-    return None if isinstance(value, str) and value.strip() == "None" else value
-
-
-set_loader(MODE, _load, exceptions=(yaml.YAMLError,))
 
 
 class _ShortLists(DefaultHelpFormatter):
@@ -81,6 +71,7 @@ class TTACLI(LightningCLI):
             super().parse_arguments(parser, _name_classes(args) if isinstance(args, list) else args)
         except argparse.ArgumentError as error:
             raise explain(error, command, f"lightning-tta {name}") from None
+        check_classes(self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer; what it does not accept is the configuration's fault."""
@@ -129,6 +120,7 @@ def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False)
     Raises:
         LightningTTAError: If the arguments do not parse, or the configuration, data or weights are wrong.
     """
+    close_parsers()
     available_methods()  # a configuration may name any of them by its class alone
     with _in_our_words():
         return (_ParseOnlyCLI if parse_only else TTACLI)(

@@ -7,7 +7,6 @@ What no rule knows is said in the library's own words.
 from __future__ import annotations
 
 import argparse
-import pydoc
 import re
 from collections.abc import Iterable
 from itertools import takewhile
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from lightning_tta import data, methods, modules
 from lightning_tta.errors import ConfigError, did_you_mean
 from lightning_tta.launch.help import class_options
+from lightning_tta.launch.trust import find_loaded
 from lightning_tta.run.options import MOVED, where_moved
 
 _TYPES = {
@@ -47,7 +47,7 @@ REMOVED = {
 def explain(error: argparse.ArgumentError, parser: argparse.ArgumentParser, command: str) -> ConfigError:
     """The error of ``parser`` in short: what is wrong, what is allowed, and the ``command`` that lists the options."""
     problem, help_option = _read(str(error)), "--help"
-    if problem.kind and pydoc.locate(problem.kind) is not None and not problem.kind.startswith("lightning."):
+    if problem.kind and find_loaded(problem.kind) is not None and not problem.kind.startswith("lightning."):
         short = problem.owner.startswith(("model", "data"))  # found by their short names
         help_option = f"--{problem.owner}.help {problem.kind.rpartition('.')[2] if short else problem.kind}"
     description = _describe(problem, parser)
@@ -124,7 +124,7 @@ def _describe_unknown(problem: _Problem, option: str, parser: argparse.ArgumentP
     if name == "TestTimeAdaptation" and (sentence := where_moved(option)):
         return sentence
     if name:
-        kind = pydoc.locate(problem.kind)
+        kind = find_loaded(problem.kind)
         known = class_options(kind) if isinstance(kind, type) else ()
         former = MOVED if name == "TestTimeAdaptation" else ()
         return f"--{owner}.{option}: {name} has no option {option!r}.{did_you_mean(option, (*known, *former))}"
