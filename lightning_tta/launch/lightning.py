@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pydoc
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from lightning_tta.launch.help import short_help
 from lightning_tta.launch.messages import explain
 from lightning_tta.launch.trust import MODE, check_classes, close_parsers
 from lightning_tta.methods import available_methods, find
+from lightning_tta.modules.training import find_checkpoint
 from lightning_tta.run.board import FitBoard
 from lightning_tta.run.options import PARTS, RunConfig
 from lightning_tta.run.progress import FitProgress
@@ -73,6 +75,22 @@ class TTACLI(LightningCLI):
             raise explain(error, command, f"lightning-tta {name}") from None
         check_classes(self.config)
 
+    def before_instantiate_classes(self) -> None:
+        """A net of the user's that is written as a class with its arguments is built as one that is named by its path.
+
+        So a checkpoint can say which net it is of, and the weights are asked for.
+        """
+        model = self.config[self.config["subcommand"]].get("model") or {}
+        options = model.get("init_args") or {}
+        net = options.get("backbone")
+        if isinstance(net, Namespace) and "class_path" in net:
+            given = net.get("init_args", Namespace()).as_dict()
+            classes = given.pop("num_classes", None)
+            if options.get("num_classes") in (None, 10):  # as by default
+                options["num_classes"] = classes or options.get("num_classes")
+            options["backbone"] = net["class_path"]
+            options["backbone_options"] = {**given, **(options.get("backbone_options") or {})} or None
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer; what it does not accept is the configuration's fault."""
         try:
@@ -85,6 +103,8 @@ class TTACLI(LightningCLI):
         """Check ``--ckpt_path`` instead of merging its hyper-parameters, which replaces the model asked for."""
         config = self.config[self.config["subcommand"]]
         path = config.get("ckpt_path")
+        if path is not None and Path(path).is_dir():
+            path = config["ckpt_path"] = str(self._find_checkpoint(Path(path)))
         if path is None or not Path(path).is_file():
             if path is not None and str(path) not in ("best", "last", "hpc", "registry"):
                 raise ConfigError(f"--ckpt_path {path}: no such file.")
@@ -98,6 +118,18 @@ class TTACLI(LightningCLI):
                 f"--ckpt_path {path} was written by {written_by}, but the model is {wanted}. --ckpt_path resumes a run "
                 "of the same class. Source weights to adapt go to --model.source_ckpt."
             )
+
+    def _find_checkpoint(self, folder: Path) -> Path:
+        """The checkpoint that a folder stands for: the last one to go on with ``fit``, else the best one."""
+        if self.config["subcommand"] != "fit":
+            return find_checkpoint(folder, "--ckpt_path")
+        last = max(folder.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+        if last is None:
+            raise ConfigError(
+                f"--ckpt_path {folder}: no last.ckpt in or below this folder to go on from. Name the file of a "
+                "checkpoint, or leave --ckpt_path out to start anew."
+            )
+        return last
 
 
 class _ParseOnlyCLI(TTACLI):
@@ -121,6 +153,8 @@ def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False)
         LightningTTAError: If the arguments do not parse, or the configuration, data or weights are wrong.
     """
     close_parsers()
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a user's own classes, as ``python -m`` finds them
     available_methods()  # a configuration may name any of them by its class alone
     with _in_our_words():
         return (_ParseOnlyCLI if parse_only else TTACLI)(

@@ -16,7 +16,7 @@ from lightning_tta import data, methods, modules
 from lightning_tta.errors import ConfigError, did_you_mean
 from lightning_tta.launch.help import class_options
 from lightning_tta.launch.trust import find_loaded
-from lightning_tta.run.options import MOVED, where_moved
+from lightning_tta.run.options import MOVED, PARTS, where_moved
 
 _TYPES = {
     "int": "a whole number",
@@ -121,6 +121,11 @@ def _describe_unknown(problem: _Problem, option: str, parser: argparse.ArgumentP
     if name in ("LightningDataModule", "LightningModule"):
         example = {"data": "DigitsData", "model": "SourceClassifier"}.get(owner, "CLASS")
         return f"--{owner}.{option} needs to know the class first: --{owner} {example}, or a --config."
+    if name == "SourceClassifier" and option == "source_ckpt":
+        return (
+            "--model.source_ckpt is an option of TestTimeAdaptation (predict) and MetaTTT (fit). For SourceClassifier: "
+            "--ckpt_path PATH to evaluate or go on with a training, --model.weights FILE to start one from weights."
+        )
     if name == "TestTimeAdaptation" and (sentence := where_moved(option)):
         return sentence
     if name:
@@ -131,6 +136,8 @@ def _describe_unknown(problem: _Problem, option: str, parser: argparse.ArgumentP
     if option in REMOVED:
         return REMOVED[option]
     names, section = _names(parser), option.partition(".")[0]
+    if section in PARTS and section not in {name.partition(".")[0] for name in names}:
+        return f"--{option} is an option of lightning-tta predict, not of {parser.prog.split()[-1]}."
     if section not in (sections := {name.partition(".")[0] for name in names}):
         option, names = section, sections
     return f"There is no option {option!r}.{did_you_mean(option, names)}"

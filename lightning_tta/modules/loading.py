@@ -31,7 +31,7 @@ def load_source(
     A net that was meta-trained comes with its mixed batch norm, and with the settings of its inner loop (see
     :func:`~lightning_tta.meta.inner_loop.inner_loop_of`).
     """
-    options = backbone_options or {}
+    options = check_options(backbone_options)
     if source_ckpt is None and isinstance(backbone, str) and backbone.startswith(("hf/", "transformers/")):
         pretrained = True  # a folder or name of transformers is one with weights
     if source_ckpt is None and not pretrained and not isinstance(backbone, nn.Module):
@@ -90,6 +90,18 @@ def load_source(
             f"{saved['digest']}): the file is damaged, or the net has changed since. Copy or train it again."
         )
     return net
+
+
+def check_options(options: dict[str, Any] | None) -> dict[str, Any]:
+    """The options of a backbone.
+
+    Raises:
+        ConfigError: If one has an option of its own, beside them.
+    """
+    for name in {"name", "num_classes", "pretrained", "weights"} & {*(options or {})}:
+        own = "backbone" if name == "name" else name
+        raise ConfigError(f"backbone_options must not have {name!r}: give it as --model.{own}, {own}=... in Python.")
+    return dict(options or {})
 
 
 def _hyper_parameters(backbone: str, content: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
@@ -16,7 +17,7 @@ from lightning_tta.backbones import Backbone, create_backbone
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, check_range
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of
-from lightning_tta.modules.loading import describe_net
+from lightning_tta.modules.loading import check_options, describe_net
 from lightning_tta.modules.training import TrainingRecord
 
 
@@ -33,7 +34,7 @@ class SourceClassifier(LightningModule):
 
     Args:
         backbone: Name for :func:`lightning_tta.create_backbone`, such as ``timm/test_resnet``, or of a class of your
-            own: ``my_net.MyNet``, ``path/to/my_net.py:MyNet``; in Python also a module, whose checkpoint needs it again.
+            own: ``my_net.MyNet``, ``path/to/my_net.py:MyNet``; in Python also a module, which is not in the checkpoint.
         num_classes: Number of classes K, at least 2.
         pretrained: Start from the library's pretrained weights (downloads them).
         weights: Start from the weights in this file.
@@ -63,7 +64,7 @@ class SourceClassifier(LightningModule):
             backbone
             if isinstance(backbone, nn.Module)
             else create_backbone(
-                backbone, num_classes, pretrained=pretrained, weights=weights, **(backbone_options or {})
+                backbone, num_classes, pretrained=pretrained, weights=weights, **check_options(backbone_options)
             )
         )
         self._has_weights = isinstance(backbone, nn.Module) or getattr(self.backbone, "weights", "") != "random"
@@ -94,8 +95,8 @@ class SourceClassifier(LightningModule):
             self.backbone.class_names = list(names)
         if stage != "fit" and not self._has_weights and self.trainer.ckpt_path is None:  # type: ignore[attr-defined]
             warnings.warn(
-                f"The weights are random: {stage} measures chance. Name a training: --ckpt_path runs/digits/source "
-                "(its folder or a checkpoint), ckpt_path=... in Python.",
+                f"The weights are random: {TrainerFn(stage).value} measures chance. Name a training: --ckpt_path "
+                "runs/digits/source (its folder or a checkpoint), ckpt_path=... in Python.",
                 stacklevel=2,
             )
 

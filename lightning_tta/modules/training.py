@@ -77,7 +77,8 @@ class TrainingRecord(Callback):
 def _take_best(callback: ModelCheckpoint, state: dict[str, Any]) -> None:
     """Copy the best checkpoints of an earlier folder: Lightning forgets them where the folder is another one."""
     scores = {Path(path): score for path, score in state.get("best_k_models", {}).items()}
-    if callback.dirpath is None or state.get("dirpath") == callback.dirpath or not all(p.exists() for p in scores):
+    moved = bool(scores) and callback.dirpath not in (None, state["dirpath"])
+    if callback.dirpath is None or not moved or not all(path.exists() for path in scores):
         return
     places = {str(path): str(Path(callback.dirpath) / path.name) for path in scores}
     Path(callback.dirpath).mkdir(parents=True, exist_ok=True)
