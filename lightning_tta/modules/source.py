@@ -84,7 +84,7 @@ class SourceClassifier(LightningModule):
         return [TrainingRecord()]
 
     def setup(self, stage: str) -> None:
-        """Compare the classes of the data with the logits; say where the weights are random.
+        """Compare the classes of the data with the logits.
 
         Raises:
             ConfigError: The data has more classes than the net has logits.
@@ -93,9 +93,20 @@ class SourceClassifier(LightningModule):
         check_class_counts(names, self.num_classes, getattr(self.backbone, "class_names", None), "--model.num_classes")
         if isinstance(self.backbone, Backbone) and stage == "fit" and len(names) == self.num_classes:
             self.backbone.class_names = list(names)
-        if stage != "fit" and not self._has_weights and self.trainer.ckpt_path is None:  # type: ignore[attr-defined]
+
+    def on_validation_start(self) -> None:
+        """Say where the weights are random."""
+        self._warn_of_random_weights()
+
+    def on_test_start(self) -> None:
+        """Say where the weights are random."""
+        self._warn_of_random_weights()
+
+    def _warn_of_random_weights(self) -> None:
+        stage = self.trainer.state.fn
+        if stage not in (None, TrainerFn.FITTING) and not self._has_weights:
             warnings.warn(
-                f"The weights are random: {TrainerFn(stage).value} measures chance. Name a training: --ckpt_path "
+                f"The weights are random: {stage.value} measures chance. Name a training: --ckpt_path "
                 "runs/digits/source (its folder or a checkpoint), ckpt_path=... in Python.",
                 stacklevel=2,
             )
@@ -105,9 +116,24 @@ class SourceClassifier(LightningModule):
         self._has_weights = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the names of the classes, and note that there are weights."""
+        """Take the names of the classes, and note that there are weights.
+
+        Raises:
+            ConfigError: The weights belong to a net that was built or normalised otherwise.
+        """
         self._has_weights = True
-        if isinstance(self.backbone, Backbone) and (names := checkpoint.get("lightning_tta", {}).get("class_names")):
+        saved = checkpoint.get("lightning_tta", {})
+        if not isinstance(self.backbone, Backbone):
+            return
+        now, then = self.backbone.config, saved.get("backbone") or {}
+        other = sorted(k for k in {*now, *then} - {"architecture"} if now and then and now.get(k) != then.get(k))
+        if other:
+            was, given = ({key: config.get(key) for key in other} for config in (then, now))
+            raise ConfigError(
+                f"The checkpoint is of a net with {was}, but this one has {given}. Give the net as in the training: "
+                "--model.backbone and --model.backbone_options, or the training's own config.yaml as --config."
+            )
+        if names := saved.get("class_names"):
             self.backbone.class_names = list(names)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
