@@ -23,7 +23,7 @@ class TrainingRecord(Callback):
     """Writes :data:`RECORD`, and lets a training that goes on with ``--ckpt_path`` equal the uninterrupted one.
 
     Lightning restores weights, optimizers and schedules. This adds the random numbers of the next epoch (order and
-    augmentation of the images; on one process and with ``num_workers: 0``) and the best checkpoint so far.
+    augmentation of the images; on one process, and with ``num_workers: 0``) and the best checkpoint so far.
     """
 
     def __init__(self) -> None:
@@ -43,6 +43,9 @@ class TrainingRecord(Callback):
             torch.set_rng_state(self._random["cpu"])
             if len(self._random["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(self._random["cuda"])
+            fetcher = trainer.fit_loop._data_fetcher  # its iterator was made with the random numbers of a fresh run
+            if fetcher is not None:
+                iter(fetcher)
         self._random = {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
