@@ -1,5 +1,6 @@
 """Image classifiers of the library transformers: a folder of ``save_pretrained``, or a name on the Hugging Face hub."""
 
+import importlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ def build_transformers(name: str, num_classes: int | None, load: bool, options: 
         WeightsError: The folder or name has none, or cannot be fetched.
     """
     try:
-        import transformers
+        transformers: Any = importlib.import_module("transformers")
     except ImportError:
         raise ConfigError(
             f'hf/{name} needs the library transformers: pip install "lightning-tta[transformers]".'
@@ -80,10 +81,9 @@ def _read(kind: Any, name: str, **options: Any) -> Any:
 
 def _recipe(name: str) -> dict[str, Any]:
     """The content of ``preprocessor_config.json``; empty where there is none."""
-    from transformers.utils import cached_file
-
+    hub: Any = importlib.import_module("transformers.utils")
     try:
-        path = cached_file(name, "preprocessor_config.json", local_files_only=Path(name).is_dir())
+        path = hub.cached_file(name, "preprocessor_config.json", local_files_only=Path(name).is_dir())
     except OSError:
         return {}
     content: dict[str, Any] = json.loads(Path(path).read_text()) if path else {}

@@ -84,7 +84,7 @@ class TTACLI(LightningCLI):
         options = model.get("init_args") or {}
         net = options.get("backbone")
         if isinstance(net, Namespace) and "class_path" in net:
-            given = net.get("init_args", Namespace()).as_dict()
+            given = net.init_args.as_dict() if "init_args" in net else {}
             classes = given.pop("num_classes", None)
             if options.get("num_classes") in (None, 10):  # as by default
                 options["num_classes"] = classes or options.get("num_classes")
