@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import Context
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -84,7 +85,7 @@ def build_own(name: str, num_classes: int | None, options: Mapping[str, Any]) ->
         raise ConfigError(f"{name} needs {', '.join(missing)}: give {how}.")
     with _current_folder_first():  # a net may import its parts when it is built
         try:
-            net = make(**given)
+            net = Context().run(make, **given)  # a LightningModule must not take the options of the one around it
         except Exception as error:  # whatever a user's code raises
             raise ConfigError(f"{name} cannot be built with {given}: {type(error).__name__}: {error}") from error
     if not isinstance(net, nn.Module):

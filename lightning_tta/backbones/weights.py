@@ -99,6 +99,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         WeightsError: As :func:`read_checkpoint`, and where the file has no state dict, or none that can be told apart.
     """
     content = read_checkpoint(path)
+    _compare_with_name(Path(path))
     if _is_state_dict(content):
         return dict(content)
     if not isinstance(content, Mapping):
@@ -118,6 +119,21 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         f"{path} has no state dict that can be told apart; its entries: {_some([str(key) for key in content])}. "
         f"Put the weights under one of {', '.join(_CONTAINERS)}, or save net.state_dict() alone."
     )
+
+
+def _compare_with_name(path: Path) -> None:
+    """Warn where the digest that published weights have in their name (``resnet18-f37072fd.pth``) is another one."""
+    named = re.fullmatch(r".*-((?=[0-9]*[a-f])[0-9a-f]{8,64})", path.stem)
+    if named is None or path.suffix not in (".pth", ".pt", ".safetensors"):
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(named[1]):
+        warnings.warn(
+            f"{path}: its name ends in the first digits of the SHA-256 of the published file, but that of this file is "
+            f"{digest[: len(named[1])]}: it is damaged or was changed. Fetch it again, or give it another name.",
+            stacklevel=3,
+        )
 
 
 def _is_state_dict(value: object) -> bool:

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_tta.backbones import Backbone, create_backbone, load_weights, state_digest
@@ -56,6 +57,12 @@ def load_source(
         if "num_classes" in options:
             num_classes = options.pop("num_classes") if num_classes is None else num_classes
         net = create_backbone(backbone, num_classes, pretrained=pretrained, weights=weights, **options)
+        if weights is not None and not {"mean", "std"} & {*options}:
+            mean, std = (net.preprocessing[key] for key in ("mean", "std"))
+            rank_zero_info(
+                f"{path}: images are normalized with mean {mean}, std {std}. Other values: "
+                "--model.backbone_options '{mean: [...], std: [...]}'."
+            )
     elif path is None:
         raise ConfigError("Which net? Pass backbone=NAME, such as 'timm/test_resnet' or 'cifar/resnet20'.")
     elif saved.get("backbone"):

@@ -33,8 +33,8 @@ class TrainingRecord(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say that the training is not finished, and take over the best checkpoint of the one that goes on."""
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and trainer.is_global_zero:
-                _take_best(callback, self._checkpoints.get(callback.state_key, {}))
+            if isinstance(callback, ModelCheckpoint):
+                _take_best(callback, self._checkpoints.get(callback.state_key, {}), trainer.is_global_zero)
         self._write(trainer, trainer.current_epoch, finished=False)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,16 +77,20 @@ class TrainingRecord(Callback):
             )
 
 
-def _take_best(callback: ModelCheckpoint, state: dict[str, Any]) -> None:
-    """Copy the best checkpoints of an earlier folder: Lightning forgets them where the folder is another one."""
+def _take_best(callback: ModelCheckpoint, state: dict[str, Any], copy: bool) -> None:
+    """Take over the best checkpoints of an earlier folder: Lightning forgets them where the folder is another one.
+
+    All processes must know them, one copies the files.
+    """
     scores = {Path(path): score for path, score in state.get("best_k_models", {}).items()}
     moved = bool(scores) and callback.dirpath not in (None, state["dirpath"])
     if callback.dirpath is None or not moved or not all(path.exists() for path in scores):
         return
     places = {str(path): str(Path(callback.dirpath) / path.name) for path in scores}
-    Path(callback.dirpath).mkdir(parents=True, exist_ok=True)
-    for old, new in places.items():
-        shutil.copyfile(old, new)
+    if copy:
+        Path(callback.dirpath).mkdir(parents=True, exist_ok=True)
+        for old, new in places.items():
+            shutil.copyfile(old, new)
     callback.best_k_models = {places[str(path)]: score for path, score in scores.items()}
     callback.best_model_path = places.get(state["best_model_path"], "")
     callback.kth_best_model_path = places.get(state["kth_best_model_path"], "")

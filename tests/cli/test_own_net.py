@@ -54,7 +54,7 @@ class Lit(LightningModule):
     def __init__(self, width=4, lr=0.1):
         super().__init__()
         self.save_hyperparameters()
-        self.net = MyNet(10, width)
+        self.net = MyNet(10, self.hparams.width)
 
     def forward(self, x):
         return self.net(x)
@@ -118,6 +118,13 @@ def test_a_class_with_its_arguments_as_in_a_configuration(folder):
     model = '{"class_path": "my_net.MyNet", "init_args": {"width": 6}}'
     main([*FIT, f"--model.backbone={model}"])
     assert load_source("runs/source").config["width"] == 6
+
+
+def test_a_lightning_module_gives_the_logits():
+    main([*FIT, "--model.backbone=my_net.Lit", "--model.backbone_options={width: 6}"])
+    net = load_source("runs/source")
+    assert net.net.hparams == {"width": 6, "lr": 0.1}
+    assert net.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_a_backbone_is_taken_as_it_is():
