@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_tta.errors import ConfigError, WeightsError
+from lightning_tta.errors import ConfigError, WeightsError, did_you_mean
 
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
@@ -41,9 +41,12 @@ def build_transformers(name: str, num_classes: int | None, load: bool, options: 
             recipe = _recipe(name)
         own_classes = config.num_labels
         for key, value in options.items():
+            if not hasattr(config, key):
+                raise ConfigError(f"hf/{name} has no option {key!r}.{did_you_mean(key, config.to_dict())}")
             setattr(config, key, value)
         if num_classes not in (None, own_classes):
             config.num_labels = num_classes
+        transformers.utils.logging.disable_progress_bar()
         try:
             net = _read(auto, name, config=config, ignore_mismatched_sizes=True) if load else auto.from_config(config)
         except ValueError as error:
@@ -57,7 +60,7 @@ def build_transformers(name: str, num_classes: int | None, load: bool, options: 
     channels = getattr(config, "num_channels", 3)
     names = [config.id2label[position] for position in range(config.num_labels)]
     return {
-        "net": net,
+        "net": net.train(),  # as the other libraries give it; from_pretrained gives it in eval mode
         "num_classes": config.num_labels,
         **_normalization(recipe),
         "preprocessing": _preprocessing(recipe, channels) if recipe else {},

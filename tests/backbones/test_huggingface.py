@@ -28,7 +28,9 @@ def folder(tmp_path_factory):
 
 
 def test_a_folder_brings_weights_normalisation_and_names(folder):
-    net = create_backbone(f"hf/{folder}").eval()
+    net = create_backbone(f"hf/{folder}")
+    assert all(module.training for module in net.modules())  # fit trains its BatchNorm
+    net.eval()
     assert (net.num_classes, net.class_names, net.pretrained) == (3, ["cat", "dog", "owl"], True)
     expected = {"input_size": [3, 32, 32], "interpolation": "bicubic", "crop_pct": 0.8}
     assert net.preprocessing == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], **expected}
@@ -82,3 +84,5 @@ def test_what_is_missing_is_said(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises((ConfigError, WeightsError), match="empty"):
         create_backbone(f"hf/{tmp_path}/empty")
+    with pytest.raises(ConfigError, match="has no option 'hiden_act'. Did you mean hidden_act"):
+        create_backbone(f"hf/{folder}", hiden_act="gelu")
