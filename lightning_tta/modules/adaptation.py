@@ -21,7 +21,7 @@ from lightning_tta.data.streams import STREAM_KINDS, default_reset
 from lightning_tta.errors import ConfigError, InputError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.modules.classes import check_class_counts, check_labels, count_logits
+from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of, count_logits
 from lightning_tta.modules.loading import load_source
 from lightning_tta.run import batches
 from lightning_tta.run.batches import StreamInput
@@ -167,8 +167,8 @@ class TestTimeAdaptation(LightningModule):
         if data is not None and kind == "blind_spot":
             device = trainer.strategy.root_device
             data.set_blind_spots(source_errors(self.method.model.to(device), data, self.classes, device))
-        if data is not None and self.classes is None:
-            check_class_counts(getattr(data, "class_names", None) or (), self._logits, self.class_names)
+        if self.classes is None:
+            check_class_counts(class_names_of(trainer), self._logits, self.class_names)
         policy = self.reset
         if policy == "auto":
             policy = cast(ResetPolicy, default_reset(kind)) if kind in STREAM_KINDS else "never"

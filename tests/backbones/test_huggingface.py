@@ -84,5 +84,5 @@ def test_what_is_missing_is_said(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises((ConfigError, WeightsError), match="empty"):
         create_backbone(f"hf/{tmp_path}/empty")
-    with pytest.raises(ConfigError, match="has no option 'hiden_act'. Did you mean hidden_act"):
+    with pytest.raises(ConfigError, match=r"has no option 'hiden_act'. Did you mean hidden_act"):
         create_backbone(f"hf/{folder}", hiden_act="gelu")
