@@ -1,6 +1,6 @@
-"""Build classifiers by name from timm, torchvision and the CIFAR literature, with their normalisation inside.
+"""Build classifiers by name, of timm, torchvision, transformers or your own, with their normalisation inside.
 
-timm and torchvision are imported when a net of theirs is asked for: both take seconds.
+The libraries are imported when a net of theirs is asked for: each takes seconds.
 """
 
 import copy
@@ -37,6 +37,7 @@ class Backbone(nn.Module):
         pretrained: Whether the weights came with timm or torchvision.
         preprocessing: ``input_size``, ``interpolation`` and ``crop_pct`` the weights were trained for.
         config: Keyword arguments with which :func:`create_backbone` rebuilds the architecture.
+        class_names: Names of the K classes, where they are known.
 
     Raises:
         ConfigError: ``mean`` or ``std`` has a wrong length or value.
@@ -58,6 +59,7 @@ class Backbone(nn.Module):
         pretrained: bool = False,
         preprocessing: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -65,6 +67,7 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.weights = weights
         self.pretrained = pretrained
+        self.class_names = None if class_names is None else list(class_names)
         self._mean, self._std = _channels("mean", mean, in_chans), _channels("std", std, in_chans)
         self._preprocessing = dict(preprocessing or {})
         self._config = dict(config or {})
@@ -103,7 +106,12 @@ class Backbone(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Primitive arguments: ``create_backbone(**config)`` rebuilds the architecture, with random weights."""
+        """Primitive arguments: ``create_backbone(**config)`` rebuilds the architecture, with random weights.
+
+        Empty where nobody knows how to: for a net that was made elsewhere.
+        """
+        if not self._config:
+            return {}
         return {**copy.deepcopy(self._config), "mean": list(self._mean), "std": list(self._std)}
 
     def normalizes_with(self, mean: Sequence[float], std: Sequence[float]) -> bool:
@@ -125,13 +133,18 @@ def create_backbone(
 
     Args:
         name: ``timm/resnet50``, ``torchvision/resnet50``, ``cifar/resnet20``, ...; the family may be left out where
-            only one has the name. See :func:`~lightning_tta.backbones.create.list_backbones`.
-        num_classes: Number of logits, 2 or more; ``None`` takes the net's own (1000; 10 for the CIFAR nets).
+            only one has the name. See :func:`~lightning_tta.backbones.create.list_backbones`. A class of your own, or a
+            function that makes a net: ``my_net.MyNet`` or ``path/to/my_net.py:MyNet``. An image classifier of
+            transformers, with its weights: ``hf/FOLDER`` that ``save_pretrained`` wrote, or ``hf/NAME`` on the hub.
+        num_classes: Number of logits, 2 or more; ``None`` takes the net's own (1000; 10 for the CIFAR nets). A net of
+            your own gets it where it takes an argument of this name.
         pretrained: Whether to download the weights of timm or torchvision.
         weights: A weights file (see :func:`~lightning_tta.backbones.create.load_weights`), or the name of
             torchvision weights ("IMAGENET1K_V2").
         mean: Mean per channel, length C or 1; ``None`` takes the weights' own: what the file carries beside them, else
-            timm's ``pretrained_cfg``, torchvision's transforms or the convention of the CIFAR net.
+            timm's ``pretrained_cfg``, torchvision's transforms, transformers' ``preprocessor_config.json`` or the
+            convention of the CIFAR net. Where nobody knows, the net gets pixels as they are, with a warning if it has
+            weights.
         std: Standard deviation per channel, positive; ``None`` as for ``mean``.
         options: Passed to the net's constructor (``img_size=32``, ``in_chans=1``, ``drop_rate=0.1``); primitives only.
 
@@ -159,26 +172,55 @@ def create_backbone(
     path = None if weights is None or enum is not None else check_weights_file(weights)
     state = {} if path is None else read_state_dict(path)
 
-    built = build(family, arch, num_classes, pretrained, enum, options)
+    downloaded = pretrained or enum is not None
+    downloaded |= family == "hf" and weights is None and "architecture" not in options
+    built = build(family, arch, num_classes, downloaded if family == "hf" else pretrained, enum, options)
+    full_name = arch if family == "own" else f"{family}/{arch}"
+    config = {"name": full_name, "num_classes": num_classes if family == "own" else built.num_classes}
+    config = {**config, **options, **built.config}
+    if isinstance(built.net, Backbone):
+        return _take_backbone(built.net, config, mean, std, path, state)
     carried = None
     if path is not None:
         tensors, carried = fit_state(built.net, state, str(path))
         built.net.load_state_dict(tensors, strict=False)
         built.weights = path.name
-    downloaded = pretrained or enum is not None
-    mean, std = _normalization(built, carried, downloaded, mean, std)
+    pair = _normalization(built, carried, downloaded, mean, std, full_name)
     return Backbone(
         built.net,
-        mean,
-        std,
-        in_chans=built.preprocessing["input_size"][0],
-        name=f"{family}/{arch}",
+        *pair,
+        in_chans=built.channels if family != "own" else max(built.channels, *map(len, pair)),
+        name=full_name,
         num_classes=built.num_classes,
         weights=built.weights,
         pretrained=downloaded,
         preprocessing=built.preprocessing,
-        config={"name": f"{family}/{arch}", "num_classes": built.num_classes, **options},
+        config=config,
+        class_names=built.class_names,
     )
+
+
+def _take_backbone(
+    backbone: Backbone,
+    config: Mapping[str, Any],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    path: Path | None,
+    state: Mapping[str, Tensor],
+) -> Backbone:
+    """A user's own net that is a :class:`Backbone` is taken as it is; weights go into the net inside."""
+    own = backbone.preprocessing
+    if not backbone.normalizes_with(mean or own["mean"], std or own["std"]):
+        raise ConfigError(
+            f"{config['name']} is a Backbone with mean {own['mean']} and std {own['std']}; leave mean and std out, or "
+            "change them there."
+        )
+    if path is not None:
+        tensors, _ = fit_state(backbone.net, state, str(path))
+        backbone.net.load_state_dict(tensors, strict=False)
+        backbone.weights = path.name
+    backbone.name, backbone._config = config["name"], dict(config)
+    return backbone
 
 
 def list_backbones(family: str | None = None) -> list[str]:
@@ -235,11 +277,19 @@ def _normalization(
     downloaded: bool,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    name: str,
 ) -> list[Sequence[float]]:
-    """Mean and std: the arguments, else the weights' own; a warning where both are known and differ."""
-    trained, channels = carried or built, built.preprocessing["input_size"][0]
+    """Mean and std: the arguments, else the weights' own; a warning where both are known and differ, or none is."""
+    trained, channels = carried or built, built.channels
+    if trained.mean is None and None in (mean, std) and built.weights != "random":
+        warnings.warn(
+            f"With which mean and std was {name} trained? Nothing says it, so the net gets pixels in [0, 1] as they "
+            "are. Give backbone_options={mean: [...], std: [...]} (mean=..., std=... in Python, or wrap the net: "
+            "Backbone(net, mean, std)); [0] and [1] if this is right.",
+            stacklevel=3,
+        )
     pair: list[Sequence[float]] = []
-    for key, value, default in (("mean", mean, trained.mean), ("std", std, trained.std)):
+    for key, value, default in (("mean", mean, trained.mean or (0.0,)), ("std", std, trained.std or (1.0,))):
         if value is None and len(default) not in (1, channels):
             raise ConfigError(
                 f"The net takes {channels} channels, but its own {key} has {len(default)}: {list(default)}. Give "

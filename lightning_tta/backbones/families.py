@@ -5,26 +5,35 @@ timm and torchvision are imported when a net or a name of theirs is asked for: b
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from lightning_tta.backbones.cifar import CIFAR_NETS
+from lightning_tta.backbones.huggingface import build_transformers
+from lightning_tta.backbones.own import build_own, is_import_path
 from lightning_tta.errors import ConfigError, WeightsError
 
 
 @dataclass
 class Built:
-    """A net and what its family knows about its input (``input_size`` is (C, H, W) in pixels) and weights."""
+    """A net and what its family knows about its input (``input_size`` is (C, H, W) in pixels) and weights.
+
+    ``mean`` is ``None`` where nobody knows how the weights' images were normalised; ``config`` are further arguments
+    that rebuild the net.
+    """
 
     net: nn.Module
-    num_classes: int
-    mean: Sequence[float]
-    std: Sequence[float]
+    num_classes: int | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
     preprocessing: dict[str, Any]
     weights: str = "random"
+    channels: int = 3
+    class_names: list[str] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def _preprocessing(size: Sequence[int], interpolation: str = "bilinear", crop_pct: float = 1.0) -> dict[str, Any]:
@@ -33,6 +42,10 @@ def _preprocessing(size: Sequence[int], interpolation: str = "bilinear", crop_pc
 
 def resolve(name: str) -> tuple[str, str]:
     """Split a name into family and architecture; raise :class:`ConfigError` with what else it may mean."""
+    if name.startswith(TRANSFORMERS):
+        return "hf", name.partition("/")[2]
+    if name.endswith(".py") or ":" in name:
+        return _own(name)
     prefix, _, arch = name.rpartition("/")
     if prefix and prefix not in FAMILIES:
         raise ConfigError(f"Unknown family {prefix!r} in {name!r}; families: {', '.join(FAMILIES)}.")
@@ -43,8 +56,19 @@ def resolve(name: str) -> tuple[str, str]:
         return families[0], arch
     if families:
         raise ConfigError(f"{name!r} is ambiguous; say which: {', '.join(f'{f}/{arch}' for f in families)}.")
+    if not prefix and is_import_path(name):
+        return "own", name
     similar = [f"{f}/{match}" for f in known for match in difflib.get_close_matches(untagged, known[f], n=3)]
-    raise ConfigError(f"Unknown backbone {name!r}; similar: {', '.join(similar) or 'none'}. See list_backbones().")
+    raise ConfigError(
+        f"Unknown backbone {name!r}; similar: {', '.join(similar) or 'none'}. See list_backbones(). A net of "
+        "your own is given as my_net.MyNet (module and class), or path/to/my_net.py:MyNet."
+    )
+
+
+def _own(name: str) -> tuple[str, str]:
+    if is_import_path(name):
+        return "own", name
+    raise ConfigError(f"Backbone {name!r} names no class. Give my_net.MyNet, or path/to/my_net.py:MyNet.")
 
 
 def torchvision_weights(arch: str, pretrained: bool, weights: str | Path | None) -> Any:
@@ -68,7 +92,7 @@ def build(
 ) -> Built:
     """Construct a net (``enum``: of torchvision's weights, or ``None``); errors of libraries become ours."""
     try:
-        return FAMILIES[family].build(arch, num_classes, pretrained, enum, options)
+        return _BUILDERS[family](arch, num_classes, pretrained, enum, options)
     except ConfigError:
         raise
     except OSError as error:  # what the download clients raise without a network
@@ -87,7 +111,8 @@ def _cifar(arch: str, num_classes: int | None, pretrained: bool, enum: Any, opti
     spec = CIFAR_NETS[arch]
     classes = 10 if num_classes is None else num_classes
     net = spec.build(num_classes=classes, **spec.fixed, **options)
-    return Built(net, classes, spec.mean, spec.std, _preprocessing((options.get("in_chans", 3), 32, 32)))
+    channels = options.get("in_chans", 3)
+    return Built(net, classes, spec.mean, spec.std, _preprocessing((channels, 32, 32)), channels=channels)
 
 
 def _torchvision(arch: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]) -> Built:
@@ -110,7 +135,8 @@ def _torchvision(arch: str, num_classes: int | None, pretrained: bool, enum: Any
     crop_pct = round(transforms.crop_size[0] / transforms.resize_size[0], 4)
     preprocessing = _preprocessing((3, size, size), str(transforms.interpolation.value), crop_pct)
     weights = enum.name if enum is not None else "random"
-    return Built(net, classes, transforms.mean, transforms.std, preprocessing, weights)
+    names = list(enum.meta["categories"]) if enum is not None else None
+    return Built(net, classes, transforms.mean, transforms.std, preprocessing, weights, class_names=names)
 
 
 def _timm(arch: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]) -> Built:
@@ -125,7 +151,20 @@ def _timm(arch: str, num_classes: int | None, pretrained: bool, enum: Any, optio
     size = (options.get("in_chans", channels), height, width)
     preprocessing = _preprocessing(size, recipe["interpolation"], recipe["crop_pct"])
     weights = (recipe.get("tag") or "pretrained") if pretrained else "random"
-    return Built(net, net.num_classes, recipe["mean"], recipe["std"], preprocessing, weights)
+    return Built(net, net.num_classes, recipe["mean"], recipe["std"], preprocessing, weights, channels=size[0])
+
+
+def _import_path(name: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]) -> Built:
+    if pretrained:
+        raise ConfigError(f"{name} has no weights to download: give a file as weights=...")
+    net, classes = build_own(name, num_classes, options)
+    first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = options.get("in_chans", first.in_channels if first is not None else 3)
+    return Built(net, classes, None, None, {}, channels=channels)
+
+
+def _transformers(name: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]) -> Built:
+    return Built(**build_transformers(name, num_classes, pretrained, options))
 
 
 def _torchvision_names() -> list[str]:
@@ -152,3 +191,6 @@ FAMILIES: dict[str, Family] = {
     "torchvision": Family(_torchvision_names, _torchvision),
     "timm": Family(_timm_names, _timm),
 }
+
+TRANSFORMERS = ("hf/", "transformers/")
+_BUILDERS = {**{name: family.build for name, family in FAMILIES.items()}, "hf": _transformers, "own": _import_path}

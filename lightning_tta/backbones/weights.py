@@ -33,8 +33,13 @@ def state_digest(module: nn.Module) -> str:
     SHA-256 over the sorted names, dtypes, shapes and bytes: the same on any device and after save and load, another
     one when a single value changes. Non-persistent buffers (a backbone's mean and std) are not part of it.
     """
+    return digest_of(module.state_dict())
+
+
+def digest_of(state: Mapping[str, Any]) -> str:
+    """:func:`state_digest` of a state dict."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(state.items()):
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
@@ -94,6 +99,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         WeightsError: As :func:`read_checkpoint`, and where the file has no state dict, or none that can be told apart.
     """
     content = read_checkpoint(path)
+    _compare_with_name(Path(path))
     if _is_state_dict(content):
         return dict(content)
     if not isinstance(content, Mapping):
@@ -113,6 +119,21 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         f"{path} has no state dict that can be told apart; its entries: {_some([str(key) for key in content])}. "
         f"Put the weights under one of {', '.join(_CONTAINERS)}, or save net.state_dict() alone."
     )
+
+
+def _compare_with_name(path: Path) -> None:
+    """Warn where the digest that published weights have in their name (``resnet18-f37072fd.pth``) is another one."""
+    named = re.fullmatch(r".*-((?=[0-9]*[a-f])[0-9a-f]{8,64})", path.stem)
+    if named is None or path.suffix not in (".pth", ".pt", ".safetensors"):
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(named[1]):
+        warnings.warn(
+            f"{path}: its name ends in the first digits of the SHA-256 of the published file, but that of this file is "
+            f"{digest[: len(named[1])]}: it is damaged or was changed. Fetch it again, or give it another name.",
+            stacklevel=3,
+        )
 
 
 def _is_state_dict(value: object) -> bool:
@@ -157,6 +178,12 @@ def fit_state(
         if name in inside and inside[name].shape != value.shape
     }
     tensors = {name: inside[name] for name in target if name in inside and name not in shapes}
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise WeightsError(
+            f"{source} has NaN or infinite values in {len(broken)} of {len(tensors)} tensors: {_some(broken)}. The net "
+            "would predict one class or nothing; take an earlier checkpoint, or train again with a lower rate."
+        )
     kinds = {
         "missing": [name for name in required if name not in inside],
         "unexpected": [name.removeprefix(prefix) for name in surplus if name.startswith(prefix)],

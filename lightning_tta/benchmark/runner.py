@@ -38,7 +38,7 @@ from lightning_tta.errors import (
 from lightning_tta.files import environment, is_whole_archive, read_json
 from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.methods import create_method, find
-from lightning_tta.modules.loading import find_checkpoint
+from lightning_tta.modules.training import find_checkpoint
 from lightning_tta.progress import grid
 from lightning_tta.report.terminal import write_benchmark
 from lightning_tta.run.directory import FINAL, REPORT

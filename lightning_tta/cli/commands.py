@@ -54,6 +54,9 @@ def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
     """What benchmark, report, export or init calls, and the parser that its signature makes."""
     from jsonargparse import ArgumentParser
 
+    from lightning_tta.launch.trust import close_parsers
+
+    close_parsers()
     parser = ArgumentParser(prog=f"lightning-tta {name}", description=COMMANDS[name].summary, exit_on_error=False)
     if name == "benchmark":
         from lightning_tta.benchmark.runner import Benchmark

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import pydoc
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import DefaultHelpFormatter, Namespace, get_loader, set_loader
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -28,7 +28,9 @@ from lightning_tta.launch.ending import (
 from lightning_tta.launch.help import short_help
 from lightning_tta.launch.messages import explain, missing_package, name_option
 from lightning_tta.launch.noise import without_noise
+from lightning_tta.launch.trust import MODE, check_classes, close_parsers
 from lightning_tta.methods import available_methods, find
+from lightning_tta.modules.training import find_checkpoint
 from lightning_tta.run.bar import RunBar
 from lightning_tta.run.board import FitBoard
 from lightning_tta.run.options import PARTS, RunConfig
@@ -37,16 +39,6 @@ from lightning_tta.run.progress import FitProgress
 METHOD_OPTIONS = ("--model.method", "--model.method.help", "--model.init_args.method")
 READABLE = 40
 """So many subclasses are listed in help and comments; ``torch.nn.Module`` has a thousand."""
-MODE = "yaml, None is null"
-"""The parser mode: jsonargparse 4.53 hands the null of a nested option on as the text ``None``."""
-
-
-def _load(text: str) -> Any:
-    value = get_loader("yaml")(text)
-    return None if isinstance(value, str) and value.strip() == "None" else value
-
-
-set_loader(MODE, _load, exceptions=(yaml.YAMLError,))
 
 
 class _ShortLists(DefaultHelpFormatter):
@@ -91,6 +83,23 @@ class TTACLI(LightningCLI):
             super().parse_arguments(parser, _name_classes(args) if isinstance(args, list) else args)
         except argparse.ArgumentError as error:
             raise explain(error, command, f"lightning-tta {name}") from None
+        check_classes(self.config)
+
+    def before_instantiate_classes(self) -> None:
+        """A net of the user's that is written as a class with its arguments is built as one that is named by its path.
+
+        So a checkpoint can say which net it is of, and the weights are asked for.
+        """
+        model = self.config[self.config["subcommand"]].get("model") or {}
+        options = model.get("init_args") or {}
+        net = options.get("backbone")
+        if isinstance(net, Namespace) and "class_path" in net:
+            given = net.init_args.as_dict() if "init_args" in net else {}
+            classes = given.pop("num_classes", None)
+            if options.get("num_classes") in (None, 10):  # as by default
+                options["num_classes"] = classes or options.get("num_classes")
+            options["backbone"] = net["class_path"]
+            options["backbone_options"] = {**given, **(options.get("backbone_options") or {})} or None
 
     def instantiate_classes(self) -> None:
         """The model, the data and the Trainer; an error names the option."""
@@ -133,6 +142,8 @@ class TTACLI(LightningCLI):
         """Check ``--ckpt_path`` instead of merging its hyper-parameters, which replaces the model asked for."""
         config = self.config[self.config["subcommand"]]
         path = config.get("ckpt_path")
+        if path is not None and Path(path).is_dir():
+            path = config["ckpt_path"] = str(self._find_checkpoint(Path(path)))
         if path is None or not Path(path).is_file():
             if path is not None and str(path) not in ("best", "last", "hpc", "registry"):
                 raise ConfigError(f"--ckpt_path {path}: no such file.")
@@ -146,6 +157,18 @@ class TTACLI(LightningCLI):
                 f"--ckpt_path {path} was written by {written_by}, but the model is {wanted}. --ckpt_path resumes a run "
                 "of the same class. Source weights to adapt go to --model.source_ckpt."
             )
+
+    def _find_checkpoint(self, folder: Path) -> Path:
+        """The checkpoint that a folder stands for: the last one to go on with ``fit``, else the best one."""
+        if self.config["subcommand"] != "fit":
+            return find_checkpoint(folder, "--ckpt_path")
+        last = max(folder.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+        if last is None:
+            raise ConfigError(
+                f"--ckpt_path {folder}: no last.ckpt in or below this folder to go on from. Name the file of a "
+                "checkpoint, or leave --ckpt_path out to start anew."
+            )
+        return last
 
 
 class _ParseOnlyCLI(TTACLI):
@@ -168,6 +191,9 @@ def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False)
     Raises:
         LightningTTAError: If the arguments do not parse, or the configuration, data or weights are wrong.
     """
+    close_parsers()
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a user's own classes, as ``python -m`` finds them
     available_methods()  # a configuration may name any of them by its class alone
     with without_noise(), _in_our_words():
         return (_ParseOnlyCLI if parse_only else TTACLI)(

@@ -7,7 +7,6 @@ What no rule knows is said in the library's own words.
 from __future__ import annotations
 
 import argparse
-import pydoc
 import re
 import shlex
 from collections.abc import Iterable
@@ -19,7 +18,8 @@ from jsonargparse import Namespace
 from lightning_tta import data, methods, modules
 from lightning_tta.errors import ConfigError, did_you_mean
 from lightning_tta.launch.help import class_options
-from lightning_tta.run.options import MOVED, where_moved
+from lightning_tta.launch.trust import find_loaded
+from lightning_tta.run.options import MOVED, PARTS, where_moved
 from lightning_tta.shipped import how_to_copy
 
 _TYPES = {
@@ -51,7 +51,7 @@ REMOVED = {
 def explain(error: argparse.ArgumentError, parser: argparse.ArgumentParser, command: str) -> ConfigError:
     """The error of ``parser`` in short: what is wrong, what is allowed, and the ``command`` that lists the options."""
     problem, help_option = _read(str(error)), "--help"
-    if problem.kind and pydoc.locate(problem.kind) is not None and not problem.kind.startswith("lightning."):
+    if problem.kind and find_loaded(problem.kind) is not None and not problem.kind.startswith("lightning."):
         short = problem.owner.startswith(("model", "data"))  # found by their short names
         help_option = f"--{problem.owner}.help {problem.kind.rpartition('.')[2] if short else problem.kind}"
     description = _describe(problem, parser)
@@ -127,10 +127,15 @@ def _describe_unknown(problem: _Problem, option: str, parser: argparse.ArgumentP
     if name in ("LightningDataModule", "LightningModule"):
         example = {"data": "DigitsData", "model": "SourceClassifier"}.get(owner, "CLASS")
         return f"--{owner}.{option} needs to know the class first: --{owner} {example}, or a --config."
+    if name == "SourceClassifier" and option == "source_ckpt":
+        return (
+            "--model.source_ckpt is an option of TestTimeAdaptation (predict) and MetaTTT (fit). For SourceClassifier: "
+            "--ckpt_path PATH to evaluate or go on with a training, --model.weights FILE to start one from weights."
+        )
     if name == "TestTimeAdaptation" and (sentence := where_moved(option)):
         return sentence
     if name:
-        kind = pydoc.locate(problem.kind)
+        kind = find_loaded(problem.kind)
         known = class_options(kind) if isinstance(kind, type) else ()
         elsewhere = _elsewhere(owner, parser)
         hint = did_you_mean(option, {*known, *elsewhere})
@@ -140,6 +145,8 @@ def _describe_unknown(problem: _Problem, option: str, parser: argparse.ArgumentP
     if option in REMOVED:
         return REMOVED[option]
     names, section = _names(parser), option.partition(".")[0]
+    if section in PARTS and section not in {name.partition(".")[0] for name in names}:
+        return f"--{option} is an option of lightning-tta predict, not of {parser.prog.split()[-1]}."
     if section not in (sections := {name.partition(".")[0] for name in names}):
         option, names = section, sections
     return f"There is no option {option!r}.{did_you_mean(option, names)}"

@@ -21,6 +21,7 @@ from lightning_tta.data.streams import STREAM_KINDS, default_reset
 from lightning_tta.errors import ConfigError, InputError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of, count_logits
 from lightning_tta.modules.loading import load_source
 from lightning_tta.run import batches
 from lightning_tta.run.batches import StreamInput
@@ -61,9 +62,11 @@ class TestTimeAdaptation(LightningModule):
         source_ckpt: Source weights: a checkpoint of ``SourceClassifier`` or ``MetaTTT``, which knows its net, or a
             directory that holds one, or a weights file for ``backbone``; ``"pretrained"`` for the library's pretrained
             weights of ``backbone`` (downloads them), ``"none"`` for random weights.
-        backbone: Name for :func:`lightning_tta.create_backbone`, or a module (used as it is, adapted in place).
+        backbone: Name for :func:`lightning_tta.create_backbone`, or a module (used as it is, adapted in place). A class
+            of your own is ``my_net.MyNet`` or ``path/to/my_net.py:MyNet``; a classifier of transformers, which brings
+            its weights, ``hf/FOLDER``.
         num_classes: Number of classes of ``backbone``.
-        backbone_options: Further arguments of the backbone.
+        backbone_options: Further arguments of the backbone; ``mean`` and ``std`` where its weights do not say them.
         classes: Cut the net to these of its logits, before anything adapts: ``imagenet_a`` or ``imagenet_r`` (their
             200 of 1000), or positions. Labels are still those of the whole net.
         reset: When the method returns to the source: ``never``, at each new ``domain``, before each ``batch``, or
@@ -81,6 +84,7 @@ class TestTimeAdaptation(LightningModule):
 
     Attributes:
         run: What the current or last predict run knows.
+        class_names: Names of the classes, in the order of the logits, if the net or its checkpoint says them.
 
     Raises:
         ConfigError: If an option is wrong, before any data is read; when the run begins, if several processes cannot
@@ -118,8 +122,12 @@ class TestTimeAdaptation(LightningModule):
         self.classes = class_subset(classes, "classes")
         pretrained = source_ckpt == "pretrained"
         source = load_source(None if pretrained else source_ckpt, backbone, num_classes, pretrained, backbone_options)
+        names = getattr(source, "class_names", None)
         if self.classes is not None:
             keep_classes(source, self.classes)
+            names = [names[position] for position in self.classes] if names else None
+        self.class_names: list[str] | None = names
+        self._logits = len(self.classes) if self.classes is not None else count_logits(source)
         self.net_info = _describe(source)
         self.preprocessing = source.preprocessing if isinstance(source, Backbone) else {}
         self.method = method(source)
@@ -159,6 +167,8 @@ class TestTimeAdaptation(LightningModule):
         if data is not None and kind == "blind_spot":
             device = trainer.strategy.root_device
             data.set_blind_spots(source_errors(self.method.model.to(device), data, self.classes, device))
+        if self.classes is None:
+            check_class_counts(class_names_of(trainer), self._logits, self.class_names)
         policy = self.reset
         if policy == "auto":
             policy = cast(ResetPolicy, default_reset(kind)) if kind in STREAM_KINDS else "never"
@@ -225,6 +235,8 @@ class TestTimeAdaptation(LightningModule):
         first = int(domain[0])
         if run.last_domain is None:
             batches.warn_of_size(images, self.preprocessing, self.net_info)
+            if "label" in batch and self.classes is None and self._logits:
+                check_labels(batch["label"], self._logits)
             run.summary.started = True
         if run.needs_reset(first):
             run.method.reset()
@@ -243,6 +255,7 @@ class TestTimeAdaptation(LightningModule):
             run.pace.work(stats, seconds)
         unknown = torch.full((len(images),), -1)
         label = batches.labels_among(batch["label"].cpu(), self.classes) if "label" in batch else unknown
+        check_labels(label, logits.shape[-1])
         index = batches.index_of(batch, len(images), run.summary.images)
         return BatchRecord(logits, index, domain, label, stats, seconds, adapts, images=images)
 

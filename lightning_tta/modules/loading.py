@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_tta.backbones import create_backbone, load_weights
-from lightning_tta.backbones.weights import read_checkpoint
+from lightning_tta.backbones import Backbone, create_backbone, load_weights, state_digest
+from lightning_tta.backbones.families import resolve
+from lightning_tta.backbones.own import find_net, is_import_path
+from lightning_tta.backbones.weights import digest_of, read_checkpoint
 from lightning_tta.errors import ConfigError, WeightsError
 from lightning_tta.meta.inner_loop import InnerLoop, set_inner_loop
 from lightning_tta.meta.mixed_bn import convert_mixed_bn, mixed_batch_norm_layers
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """A weights file: ``path`` itself, or the newest ``best.ckpt`` in or below it where it is a directory.
-
-    Raises:
-        WeightsError: If there is none.
-    """
-    path = Path(path)
-    if path.is_file():
-        return path
-    checkpoints = path.rglob("best.ckpt") if path.is_dir() else ()
-    newest = max(checkpoints, key=lambda p: p.stat().st_mtime, default=None)
-    if newest is None:
-        what = "holds no best.ckpt" if path.is_dir() else "does not exist"
-        raise WeightsError(
-            f"source_ckpt={str(path)!r} {what}. Give a checkpoint or weights file, or the run directory of a source "
-            "training (lightning-tta fit --config configs/digits/source.yaml makes one)."
-        )
-    return newest
+from lightning_tta.modules.training import find_checkpoint
 
 
 def load_source(
@@ -47,11 +32,13 @@ def load_source(
     A net that was meta-trained comes with its mixed batch norm, and with the settings of its inner loop (see
     :func:`~lightning_tta.meta.inner_loop.inner_loop_of`).
     """
-    options = backbone_options or {}
+    options = check_options(backbone_options)
+    if source_ckpt is None and isinstance(backbone, str) and backbone.startswith(("hf/", "transformers/")):
+        pretrained = True  # a folder or name of transformers is one with weights
     if source_ckpt is None and not pretrained and not isinstance(backbone, nn.Module):
         raise ConfigError(
             "No source weights: pass source_ckpt=PATH (a checkpoint of SourceClassifier, or a weights file together "
-            "with backbone=NAME), or pretrained=true, or source_ckpt='none' to run a randomly initialised net."
+            "with backbone=NAME), or source_ckpt='pretrained', or source_ckpt='none' to run a randomly initialised net."
         )
     path = None if source_ckpt is None or source_ckpt == "none" else find_checkpoint(source_ckpt)
     if source_ckpt == "none" and not isinstance(backbone, nn.Module) and not pretrained:
@@ -66,15 +53,35 @@ def load_source(
             load_weights(net, weights)
     elif backbone is not None:
         pretrained = pretrained and not meta_trained
+        options = {**_hyper_parameters(backbone, content), **options}
+        if "num_classes" in options:
+            num_classes = options.pop("num_classes") if num_classes is None else num_classes
         net = create_backbone(backbone, num_classes, pretrained=pretrained, weights=weights, **options)
+        if weights is not None and not {"mean", "std"} & {*options}:
+            mean, std = (net.preprocessing[key] for key in ("mean", "std"))
+            rank_zero_info(
+                f"{path}: images are normalized with mean {mean}, std {std}. Other values: "
+                "--model.backbone_options '{mean: [...], std: [...]}'."
+            )
     elif path is None:
         raise ConfigError("Which net? Pass backbone=NAME, such as 'timm/test_resnet' or 'cifar/resnet20'.")
     elif saved.get("backbone"):
-        net = create_backbone(**saved["backbone"], weights=weights)
-    elif meta_trained:
-        raise WeightsError(f"{path} was trained with a net of its own. Pass that net: backbone=MODULE.")
+        try:
+            net = create_backbone(**saved["backbone"], weights=weights)
+        except ConfigError as error:
+            raise WeightsError(
+                f"{path} is of the net {saved['backbone']['name']}, which is missing: {error}"
+            ) from error
+    elif saved:
+        raise WeightsError(
+            f"{path} was trained with a net that was made in Python. Pass that net: backbone=MODULE, or the import "
+            "path of its class: backbone=my_net.MyNet."
+        )
     else:
-        raise WeightsError(f"{path} does not say which net it is for. Pass backbone=NAME and num_classes=K with it.")
+        raise WeightsError(
+            f"{path} does not say which net it is for. Pass backbone=NAME with it, such as torchvision/resnet18 or, "
+            "for a class of your own, my_net.MyNet (backbone=MODULE in Python); and num_classes=K."
+        )
     if path is not None and meta_trained:
         if not mixed_batch_norm_layers(net):
             net = convert_mixed_bn(net, parametrization=saved["mixed_bn"]["parametrisation"])
@@ -82,4 +89,49 @@ def load_source(
             warnings.filterwarnings("ignore", message=".*are left out.*")  # learned inner rates: in saved["meta_ttt"]
             load_weights(net, path)
         set_inner_loop(net, InnerLoop(**saved["meta_ttt"]))
+    if isinstance(net, Backbone) and saved.get("class_names"):
+        net.class_names = list(saved["class_names"])
+    if "digest" in saved and state_digest(net) != saved["digest"]:
+        raise WeightsError(
+            f"The weights in {path} are not those that were saved (digest {state_digest(net)}, saved "
+            f"{saved['digest']}): the file is damaged, or the net has changed since. Copy or train it again."
+        )
     return net
+
+
+def check_options(options: dict[str, Any] | None) -> dict[str, Any]:
+    """The options of a backbone.
+
+    Raises:
+        ConfigError: If one has an option of its own, beside them.
+    """
+    for name in {"name", "num_classes", "pretrained", "weights"} & {*(options or {})}:
+        own = "backbone" if name == "name" else name
+        raise ConfigError(f"backbone_options must not have {name!r}: give it as --model.{own}, {own}=... in Python.")
+    return dict(options or {})
+
+
+def _hyper_parameters(backbone: str, content: Any) -> dict[str, Any]:
+    """The arguments with which a user's own LightningModule was made, as its checkpoint says."""
+    saved = content.get("hyper_parameters") if isinstance(content, dict) else None
+    if not saved or "lightning_tta" in content or not is_import_path(backbone):
+        return {}
+    make = find_net(backbone) if resolve(backbone)[0] == "own" else None
+    if not (inspect.isclass(make) and issubclass(make, LightningModule)):
+        return {}
+    parameters = inspect.signature(make).parameters
+    return {name: value for name, value in saved.items() if name in parameters}
+
+
+def describe_net(net: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint with the weights of ``net`` under ``backbone.`` says of it, for :func:`load_source`.
+
+    The digest is that of the weights in the checkpoint, which a callback may have averaged.
+    """
+    state = checkpoint["state_dict"]
+    weights = {name: state.get(f"backbone.{name}", value) for name, value in net.state_dict().items()}
+    return {
+        "backbone": net.config if isinstance(net, Backbone) else None,
+        "class_names": net.class_names if isinstance(net, Backbone) else None,
+        "digest": digest_of(weights),
+    }

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -19,8 +19,10 @@ from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.meta.inner_loop import InnerLoop, InnerParameters, Phase, adapt_inner, alignment
 from lightning_tta.meta.mixed_bn import Parametrization, convert_mixed_bn, mixed_batch_norm_layers
 from lightning_tta.meta.synthesis import DomainShiftSynthesis
-from lightning_tta.modules.loading import load_source
+from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of
+from lightning_tta.modules.loading import describe_net, load_source
 from lightning_tta.modules.source import log_mean
+from lightning_tta.modules.training import TrainingRecord
 
 Schedule = Literal["alternating", "chained"]
 
@@ -128,6 +130,10 @@ class MetaTTT(LightningModule):
         logits: Tensor = self.backbone(images)
         return logits
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What marks a finished training."""
+        return [TrainingRecord()]
+
     def train(self, mode: bool = True) -> MetaTTT:
         """Record ``mode``; the net stays in eval mode, so that its passes see the same net."""
         super().train(mode)
@@ -135,7 +141,10 @@ class MetaTTT(LightningModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """Refuse ``sync_batchnorm`` and a compiled module, which cannot be differentiated twice."""
+        """Refuse ``sync_batchnorm`` and a compiled module, which cannot be differentiated twice, and wrong classes."""
+        if isinstance(self.backbone, Backbone):
+            names = class_names_of(self.trainer)
+            check_class_counts(names, self.backbone.num_classes, self.backbone.class_names, "--model.num_classes")
         if getattr(self.trainer.strategy, "_layer_sync", None) is not None:
             raise ConfigError(
                 "sync_batchnorm cannot be differentiated twice, and each domain needs statistics of its own. Set "
@@ -172,6 +181,8 @@ class MetaTTT(LightningModule):
                 rates=self.rates,
                 inner_parameters=self.inner_parameters,
             )
+        if batch_idx == 0 or labels.device.type == "cpu":
+            check_labels(labels, result.after.shape[-1])
         loss = cross_entropy(result.after.flatten(0, 1), labels)
         self.log("meta/train_loss", loss, prog_bar=True)
         for phase, losses in result.losses.items():
@@ -261,7 +272,7 @@ class MetaTTT(LightningModule):
         learned = {f"{kind}_lr": float(log.detach().exp()) for kind, log in self.log_rates.items()}
         checkpoint["lightning_tta"] = {
             "class": type(self).__name__,
-            "backbone": self.backbone.config if isinstance(self.backbone, Backbone) else None,
+            **describe_net(self.backbone, checkpoint),
             "mixed_bn": {"parametrisation": layer.parametrization},
             "meta_ttt": {**asdict(self.settings), **learned},
         }

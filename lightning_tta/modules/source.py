@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from lightning_tta.backbones import create_backbone
+from lightning_tta.backbones import Backbone, create_backbone
+from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, check_range
+from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of
+from lightning_tta.modules.loading import check_options, describe_net
+from lightning_tta.modules.training import TrainingRecord
 
 
 class SourceClassifier(LightningModule):
@@ -27,7 +33,8 @@ class SourceClassifier(LightningModule):
     process unless ``--trainer.sync_batchnorm true`` (GPU only) joins them.
 
     Args:
-        backbone: Name for :func:`lightning_tta.create_backbone`, such as ``timm/test_resnet``.
+        backbone: Name for :func:`lightning_tta.create_backbone`, such as ``timm/test_resnet``, or of a class of your
+            own: ``my_net.MyNet``, ``path/to/my_net.py:MyNet``; in Python also a module, which is not in the checkpoint.
         num_classes: Number of classes K, at least 2.
         pretrained: Start from the library's pretrained weights (downloads them).
         weights: Start from the weights in this file.
@@ -39,7 +46,7 @@ class SourceClassifier(LightningModule):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: str | nn.Module,
         num_classes: int = 10,
         pretrained: bool = False,
         weights: str | None = None,
@@ -51,10 +58,16 @@ class SourceClassifier(LightningModule):
         super().__init__()
         check_range("num_classes", num_classes, 2, integer=True)
         check_range("label_smoothing", label_smoothing, 0, 0.999)
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        self.backbone = create_backbone(
-            backbone, num_classes, pretrained=pretrained, weights=weights, **(backbone_options or {})
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *["backbone"] * isinstance(backbone, nn.Module)])
+        self.num_classes = num_classes
+        self.backbone: nn.Module = (
+            backbone
+            if isinstance(backbone, nn.Module)
+            else create_backbone(
+                backbone, num_classes, pretrained=pretrained, weights=weights, **check_options(backbone_options)
+            )
         )
+        self._has_weights = isinstance(backbone, nn.Module) or getattr(self.backbone, "weights", "") != "random"
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         accuracy, ece = MulticlassAccuracy(num_classes, average="micro"), MulticlassCalibrationError(num_classes)
@@ -64,12 +77,70 @@ class SourceClassifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W) in [0, 1]."""
-        logits: Tensor = self.backbone(images)
-        return logits
+        return as_logits(self.backbone(images))
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What marks a finished training."""
+        return [TrainingRecord()]
+
+    def setup(self, stage: str) -> None:
+        """Compare the classes of the data with the logits.
+
+        Raises:
+            ConfigError: The data has more classes than the net has logits.
+        """
+        names = class_names_of(self.trainer)
+        check_class_counts(names, self.num_classes, getattr(self.backbone, "class_names", None), "--model.num_classes")
+        if isinstance(self.backbone, Backbone) and stage == "fit" and len(names) == self.num_classes:
+            self.backbone.class_names = list(names)
+
+    def on_validation_start(self) -> None:
+        """Say where the weights are random."""
+        self._warn_of_random_weights()
+
+    def on_test_start(self) -> None:
+        """Say where the weights are random."""
+        self._warn_of_random_weights()
+
+    def _warn_of_random_weights(self) -> None:
+        stage = self.trainer.state.fn
+        if stage not in (None, TrainerFn.FITTING) and not self._has_weights:
+            warnings.warn(
+                f"The weights are random: {stage.value} measures chance. Name a training: --ckpt_path "
+                "runs/digits/source (its folder or a checkpoint), ckpt_path=... in Python.",
+                stacklevel=2,
+            )
+
+    def on_train_start(self) -> None:
+        """From now on the weights are not random."""
+        self._has_weights = True
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the names of the classes, and note that there are weights.
+
+        Raises:
+            ConfigError: The weights belong to a net that was built or normalised otherwise.
+        """
+        self._has_weights = True
+        saved = checkpoint.get("lightning_tta", {})
+        if not isinstance(self.backbone, Backbone):
+            return
+        now, then = self.backbone.config, saved.get("backbone") or {}
+        other = sorted(k for k in {*now, *then} - {"architecture"} if now and then and now.get(k) != then.get(k))
+        if other:
+            was, given = ({key: config.get(key) for key in other} for config in (then, now))
+            raise ConfigError(
+                f"The checkpoint is of a net with {was}, but this one has {given}. Give the net as in the training: "
+                "--model.backbone and --model.backbone_options, or the training's own config.yaml as --config."
+            )
+        if names := saved.get("class_names"):
+            self.backbone.class_names = list(names)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of one batch."""
-        loss: Tensor = self.loss(self(batch["image"]), batch["label"])
+        logits = self(batch["image"])
+        self._check(logits, batch["label"], batch_idx)
+        loss: Tensor = self.loss(logits, batch["label"])
         self.log("source/train_loss", loss, prog_bar=True)
         return loss
 
@@ -83,9 +154,20 @@ class SourceClassifier(LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> None:
         logits = self(batch["image"])
+        self._check(logits, batch["label"], 0)
         metrics.update(logits, batch["label"])
         log_mean(self, f"{metrics.prefix}loss", self.loss(logits, batch["label"]), len(logits))
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(logits))
+
+    def _check(self, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
+        """Raise where the net has not K logits, or a label is none of the K: before the loss does it in its own way."""
+        if logits.shape[1] != self.num_classes:
+            raise ConfigError(
+                f"The net has {logits.shape[1]} logits, but num_classes is {self.num_classes}. Set --model.num_classes "
+                f"{logits.shape[1]}, or build the net with {self.num_classes} (--model.backbone_options)."
+            )
+        if batch_idx == 0 or labels.device.type == "cpu":  # on a GPU this waits for the device
+            check_labels(labels, self.num_classes)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Refuses: predictions on a stream, adapted or not, go through the test-time module."""
@@ -101,7 +183,7 @@ class SourceClassifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the class and the net, for whoever loads the file."""
-        checkpoint["lightning_tta"] = {"class": type(self).__name__, "backbone": self.backbone.config}
+        checkpoint["lightning_tta"] = {"class": type(self).__name__, **describe_net(self.backbone, checkpoint)}
 
 
 def log_mean(module: LightningModule, name: str, value: Tensor, count: int, *, prog_bar: bool = False) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -298,3 +299,19 @@ def test_digest_sees_dtype_shape_and_names() -> None:
             value.zero_()
     assert len({state_digest(net) for net in zeros}) == len(zeros)
     assert state_digest(nn.Linear(2, 2, dtype=torch.bfloat16))
+
+
+def test_the_digest_in_a_files_name_is_compared(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "w.safetensors")
+    content = (tmp_path / "w.safetensors").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    for name, damaged in (
+        (f"w-{digest}.safetensors", False),
+        ("w-deadbeef.safetensors", True),
+        ("w-20240131.safetensors", False),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read_state_dict(tmp_path / name)
+        assert [digest in str(warning.message) for warning in caught] == [True] * damaged

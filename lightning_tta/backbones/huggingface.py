@@ -1,0 +1,123 @@
+"""Image classifiers of the library transformers: a folder of ``save_pretrained``, or a name on the Hugging Face hub."""
+
+import importlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_tta.errors import ConfigError, WeightsError, did_you_mean
+
+_INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def build_transformers(name: str, num_classes: int | None, load: bool, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What :class:`~lightning_tta.backbones.families.Built` needs of a classifier; ``load``: with its weights.
+
+    ``options`` are entries of the model's configuration; ``architecture``, as a checkpoint stores it, is a whole
+    configuration, with which nothing else is read. No code of a folder or the hub is run.
+
+    Raises:
+        ConfigError: transformers is not installed, or has no image classifier of this kind.
+        WeightsError: The folder or name has none, or cannot be fetched.
+    """
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError:
+        raise ConfigError(
+            f'hf/{name} needs the library transformers: pip install "lightning-tta[transformers]".'
+        ) from None
+    options = dict(options)
+    architecture = options.pop("architecture", None)
+    auto = transformers.AutoModelForImageClassification
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="transformers")
+        if architecture is not None:
+            config = transformers.AutoConfig.for_model(**architecture)
+            recipe: dict[str, Any] = {}
+        else:
+            config = _read(transformers.AutoConfig, name)
+            recipe = _recipe(name)
+        own_classes = config.num_labels
+        for key, value in options.items():
+            if not hasattr(config, key):
+                raise ConfigError(f"hf/{name} has no option {key!r}.{did_you_mean(key, config.to_dict())}")
+            setattr(config, key, value)
+        if num_classes not in (None, own_classes):
+            config.num_labels = num_classes
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            net = _read(auto, name, config=config, ignore_mismatched_sizes=True) if load else auto.from_config(config)
+        except ValueError as error:
+            raise ConfigError(f"hf/{name} is no image classifier: {' '.join(str(error).split())[:300]}") from error
+    if load and config.num_labels != own_classes:
+        warnings.warn(
+            f"hf/{name} has weights for {own_classes} classes; the classifier for {config.num_labels} is random until "
+            "it is trained.",
+            stacklevel=2,
+        )
+    channels = getattr(config, "num_channels", 3)
+    names = [config.id2label[position] for position in range(config.num_labels)]
+    return {
+        "net": net.train(),  # as the other libraries give it; from_pretrained gives it in eval mode
+        "num_classes": config.num_labels,
+        **_normalization(recipe),
+        "preprocessing": _preprocessing(recipe, channels) if recipe else {},
+        "weights": Path(name).name if load else "random",
+        "channels": channels,
+        "class_names": None if names == [f"LABEL_{i}" for i in range(len(names))] else names,
+        "config": {"architecture": json.loads(config.to_json_string(use_diff=False))},
+    }
+
+
+def _read(kind: Any, name: str, **options: Any) -> Any:
+    """``from_pretrained``; a folder is read without the network."""
+    try:
+        return kind.from_pretrained(name, local_files_only=Path(name).is_dir(), **options)
+    except OSError as error:
+        text = " ".join(str(error).split())[:300]
+        raise WeightsError(
+            f"hf/{name} is neither a folder that save_pretrained wrote nor a name that can be fetched: {text}"
+        ) from error
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """The content of ``preprocessor_config.json``; empty where there is none."""
+    hub: Any = importlib.import_module("transformers.utils")
+    try:
+        path = hub.cached_file(name, "preprocessor_config.json", local_files_only=Path(name).is_dir())
+    except OSError:
+        return {}
+    content: dict[str, Any] = json.loads(Path(path).read_text()) if path else {}
+    return content
+
+
+def _normalization(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """``mean`` and ``std`` for pixels in [0, 1]; the recipe's own are for 0-255 times ``rescale_factor``."""
+    if not recipe:
+        return {"mean": None, "std": None}
+    scale = 255 * (recipe.get("rescale_factor", 1 / 255) if recipe.get("do_rescale", True) else 1)
+    normalizes = recipe.get("do_normalize", True) and recipe.get("image_mean") is not None
+    mean, std = (recipe["image_mean"], recipe["image_std"]) if normalizes else ([0.0], [1.0])
+    mean, std = ([value] if isinstance(value, (int, float)) else value for value in (mean, std))
+    return {"mean": [value / scale for value in mean], "std": [value / scale for value in std]}
+
+
+def _preprocessing(recipe: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """``input_size``, ``interpolation`` and ``crop_pct``."""
+    resized, cropped = _side(recipe.get("size")), _side(recipe.get("crop_size"))
+    crops = recipe.get("do_center_crop", False) and cropped is not None and resized is not None
+    size = cropped if crops else resized
+    return {
+        "input_size": None if size is None else [channels, size, size],
+        "interpolation": _INTERPOLATION.get(recipe.get("resample", 2), "bilinear"),
+        "crop_pct": round(cropped / resized, 4) if crops and cropped and resized else 1.0,
+    }
+
+
+def _side(size: Any) -> int | None:
+    """The side of a square, as versions of transformers write it."""
+    if isinstance(size, Mapping):
+        size = size.get("shortest_edge", size.get("height"))
+    return size if isinstance(size, int) else None
