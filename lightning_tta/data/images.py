@@ -1,7 +1,9 @@
 """Labelled 8-bit images in memory, on disk or made on the fly, and the data sets that batch them."""
 
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -93,7 +95,9 @@ class KeptImages(Images):
 
     def problem(self, position: int) -> DataError:
         """Why an image could not be read."""
-        return DataError(f"Image {position} could not be read.") if self.origin is None else self.origin.problem(position)
+        return (
+            DataError(f"Image {position} could not be read.") if self.origin is None else self.origin.problem(position)
+        )
 
 
 class StackedImages(KeptImages):
@@ -179,7 +183,8 @@ class JoinedImages(Images):
 
     def __init__(self, sets: Sequence[Images]) -> None:
         self.sets, self.labels = list(sets), torch.cat([images.labels for images in sets])
-        self.ends = torch.tensor([len(images) for images in sets]).cumsum(0)
+        self._ends = list(accumulate(len(images) for images in sets))
+        self.ends = torch.tensor(self._ends)
 
     def images(self, positions: Tensor) -> Tensor:
         """Several images."""
@@ -202,8 +207,8 @@ class JoinedImages(Images):
         return tuple(torch.cat(piece)[order] for piece in zip(*pieces, strict=True))
 
     def _place(self, position: int) -> tuple[Images, int]:
-        number = int(torch.bucketize(torch.tensor(position), self.ends, right=True))
-        return self.sets[number], position - int(self.ends[number]) + len(self.sets[number])
+        number = bisect_right(self._ends, position)
+        return self.sets[number], position - self._ends[number] + len(self.sets[number])
 
     def file(self, position: int) -> str:
         """Name of an image's file."""

@@ -43,9 +43,7 @@ def endings() -> set[str]:
     return {ending for ending, name in Image.registered_extensions().items() if name in read}
 
 
-def read_image(
-    path: Path, channels: int = 3, max_pixels: int = MAX_PIXELS, warned: set[str] | None = None
-) -> Tensor:
+def read_image(path: Path, channels: int = 3, max_pixels: int = MAX_PIXELS, warned: set[str] | None = None) -> Tensor:
     """Read an image file.
 
     - The orientation in the EXIF data is applied.

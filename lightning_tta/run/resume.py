@@ -70,6 +70,7 @@ class StateKeeper(RunCallback):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end, before the report says that the run is finished."""
+        run_of(pl_module).check_end()
         self._save(run_of(pl_module), FINAL)
 
     def on_end(self, run: StreamRun) -> None:

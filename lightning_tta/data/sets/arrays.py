@@ -25,7 +25,8 @@ class ArrayData(ShiftedDataModule):
     """Images in ``.npz`` files: a source with ``x_train, y_train, x_test, y_test``, and targets.
 
     Images are uint8 (N, H, W) or (N, H, W, 1 or 3), labels whole numbers from 0. Everything becomes RGB of
-    ``image_size``. The stream takes the targets' test part.
+    ``image_size``. The stream takes the targets' test part, without targets the source's; corruptions are made where
+    ``domains`` names them.
 
     Args:
         source: The source's file.
@@ -40,6 +41,8 @@ class ArrayData(ShiftedDataModule):
         ConfigError: On a wrong value.
         DataError: If a file is missing, damaged, or not as described.
     """
+
+    own_images = True
 
     def __init__(
         self,
