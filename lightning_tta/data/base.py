@@ -66,10 +66,10 @@ class ShiftedDataModule(LightningDataModule, ABC):
     Args:
         batch_size: Samples in a batch of the stream, at least 1.
         train_batch_size: Samples in a batch of the train, val and test loaders, at least 1.
-        stream: ``iid``, ``continual``, ``gradual``, ``mixed``, ``label_shift``, ``correlated`` or ``blind_spot``: see
-            :func:`~lightning_tta.data.streams.build_stream`. ``gradual`` takes each corruption through severities
-            1 to 5 and back; ``blind_spot`` adapts on what the source gets wrong in a domain, then predicts all of the
-            domain without adapting.
+        stream: ``iid``, ``continual``, ``gradual``, ``mixed``, ``label_shift``, ``correlated``, ``blind_spot`` or
+            ``ordered``: see :func:`~lightning_tta.data.streams.build_stream`. ``gradual`` takes each corruption through
+            severities 1 to 5 and back; ``blind_spot`` adapts on what the source gets wrong in a domain, then predicts
+            all of the domain without adapting.
         order_seed: Seed of the order of the stream.
         dirichlet: Concentration of the labels over time, above 0, for ``label_shift`` (by default sorted by class) and
             ``correlated`` (by default 0.1).
@@ -99,6 +99,8 @@ class ShiftedDataModule(LightningDataModule, ABC):
 
     has_published: ClassVar[bool] = False
     """Whether a leaf reads files of corrupted images: see :meth:`published`."""
+    reads_ahead: ClassVar[bool] = True
+    """Whether natural domains are read before the stream, and kept in memory where they fit."""
     own_images: ClassVar[bool] = False
     """Whether the images are a user's own: without ``domains`` they come as they are, and nothing is corrupted."""
 
@@ -228,6 +230,8 @@ class ShiftedDataModule(LightningDataModule, ABC):
         key = f"{self.cache_key()}|{self.num_images}"
         if name in self.natural_names():
             images: Images = self._subset(self.natural_domain(name))
+            if not self.reads_ahead:
+                return images
             return CACHE.in_memory(images, (key, "natural", name), f"Reading {name}", sets=len(self.domain_names))
         if name in self.published_names:
             corruption, severity = split_severity(name)
@@ -267,6 +271,12 @@ class ShiftedDataModule(LightningDataModule, ABC):
         """Say which images of each of ``domain_names`` the source gets wrong, bool (N_d,): for ``blind_spot``."""
         self._blind_spots, self._stream = [mask.nonzero()[:, 0] for mask in wrong], None
         self._joined_images = None
+
+    def forget(self) -> None:
+        """Forget what was found out of the images, as something has changed."""
+        self._stream = self._joined_images = None
+        for name in ("_digest", "domain_images", "_clean_test"):
+            self.__dict__.pop(name, None)
 
     def share(self, sharing: Sharing) -> None:
         """Share the stream with other processes: see :meth:`shard`.
@@ -335,6 +345,8 @@ class ShiftedDataModule(LightningDataModule, ABC):
         """The batches of the whole stream, as sample positions; synchronised processes share each batch."""
         if self._stream is None:
             labels = [images.labels for _, images in self.stream_images]
+            if self.stream_kind in streams.NEED_LABELS and any(bool((each < 0).any()) for each in labels):
+                raise ConfigError(streams.needs_labels(self.stream_kind))
             size, kind = self.batch_size * self.sharing.joined, self.stream_kind
             self._stream = streams.build_stream(
                 labels, kind=kind, batch_size=size, seed=self.order_seed, dirichlet=self.dirichlet

@@ -228,7 +228,8 @@ class TestTimeAdaptation(LightningModule):
         return record.outputs()
 
     def _warn_of_skip(self, what: str, error: Exception | str) -> None:
-        if not run_of(self).summary.skipped_images:
+        summary = run_of(self).summary
+        if not (summary.skipped_batches or summary.skipped_images):
             warnings.warn(
                 f"{what} is skipped, and so will be others like it (on_bad_batch='skip'): {error}", stacklevel=3
             )

@@ -1,8 +1,10 @@
 """Image files: listed as torchvision lists them, read, resized and cropped; what all sets of files have in common."""
 
+import math
 import os
 import re
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -113,7 +115,35 @@ def natural_order(path: Path) -> list[tuple[int, int | str]]:
     return [(0, int(piece)) if piece.isdecimal() and piece.isascii() else (1, piece) for piece in pieces if piece]
 
 
-class FileImages(Images):
+class DecodedImages(Images):
+    """Images that are decoded when asked for, of which some may be damaged: a leaf implements :meth:`image`.
+
+    ``shape`` is that of each image, (C, H, W).
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an image."""
+
+    def estimated_bytes(self) -> int:
+        """Bytes of all images together."""
+        return len(self) * math.prod(self.shape) if len(self) else 0
+
+    def try_images(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Several images, and which of them could be read."""
+        images = list[Tensor | None]()
+        for position in positions.tolist():
+            try:
+                images.append(self.image(position))
+            except DataError:
+                images.append(None)
+        readable = torch.tensor([image is not None for image in images])
+        blank = torch.zeros(self.shape if not bool(readable.all()) else 0, dtype=torch.uint8)
+        return torch.stack([blank if image is None else image for image in images]), readable
+
+
+class FileImages(DecodedImages):
     """Files with labels (N,), read as 8-bit images when asked for, see :func:`~lightning_tta.data.reading.read_image`.
 
     The shorter side is resized to ``resize``, and the middle square of side ``crop`` is cut out. Without ``crop`` all
@@ -138,46 +168,28 @@ class FileImages(Images):
         self._warned: set[str] = set()
 
     @cached_property
-    def _expected(self) -> torch.Size:
-        """Shape of the images without ``crop``: of ``like``, or the first that can be read."""
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an image; without ``crop`` of ``like``, or the first that can be read."""
+        if self.crop is not None:
+            return (self.channels, self.crop, self.crop)
         for path in (self.like, *self.paths):
             with suppress(DataError):
-                return self._read(path).shape
-        return self._read(self.like).shape
+                return tuple(self._read(path).shape)
+        return tuple(self._read(self.like).shape)
 
     def _read(self, path: Path) -> Tensor:
         pixels = read_image(path, self.channels, self.max_pixels, self._warned)
         return fit_size(pixels, self.resize, self.crop, path, self.interpolation)
 
-    def estimated_bytes(self) -> int:
-        """Bytes of all images together."""
-        if not len(self):
-            return 0
-        height, width = (self.crop, self.crop) if self.crop is not None else self._expected[1:]
-        return len(self) * self.channels * height * width
-
     def image(self, position: int) -> Tensor:
         """One image."""
         pixels = self._read(self.paths[position])
-        if self.crop is None and pixels.shape != self._expected:
+        if tuple(pixels.shape) != self.shape:
             raise DataError(
                 f"{self.paths[position]} has {_size(pixels)} pixels (width x height), but {self.like} has "
-                f"{self._expected[2]}x{self._expected[1]}. Images of different sizes need image_size."
+                f"{self.shape[2]}x{self.shape[1]}. Images of different sizes need image_size."
             )
         return pixels
-
-    def try_images(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Several images, and which of them could be read."""
-        images = list[Tensor | None]()
-        for position in positions.tolist():
-            try:
-                images.append(self.image(position))
-            except DataError:
-                images.append(None)
-        shape = (self.channels, self.crop, self.crop) if self.crop is not None else tuple(self._expected)
-        blank = torch.zeros(shape, dtype=torch.uint8)
-        readable = torch.tensor([image is not None for image in images])
-        return torch.stack([blank if image is None else image for image in images]), readable
 
     def file(self, position: int) -> str:
         """Name of an image's file, below ``root`` where it is there."""
@@ -210,24 +222,44 @@ class FileData(ShiftedDataModule):
     """What data modules of image files have in common.
 
     Args:
-        channels: 3 for RGB, 1 for grey: what the net takes. Files of the other kind are converted.
+        channels: 3 for RGB, 1 for grey; files of the other kind are converted. By default what the net of a predict run
+            says that it takes, else 3.
         max_pixels: Images with more pixels than this are refused before they are decoded, as a small file can claim a
             size that fills the memory.
         **kwargs: Stream, domains, batch sizes: the arguments of :class:`ShiftedDataModule`.
     """
 
-    def __init__(self, *, channels: Literal[1, 3] = 3, max_pixels: int = MAX_PIXELS, **kwargs: Any) -> None:
-        check_choice("channels", channels, (1, 3))
+    def __init__(self, *, channels: Literal[1, 3] | None = None, max_pixels: int = MAX_PIXELS, **kwargs: Any) -> None:
+        check_choice("channels", channels, (None, 1, 3))
         check_range("max_pixels", max_pixels, 1, integer=True)
         self.channels, self.max_pixels = channels, max_pixels
+        self._net: dict[str, Any] = {}
         super().__init__(**kwargs)
+
+    def setup(self, stage: str) -> None:
+        """Ask the net of a predict run what it takes; then read what the stage needs."""
+        if stage == "predict":
+            module = getattr(self.trainer, "lightning_module", None)
+            preprocessing = dict(getattr(module, "preprocessing", None) or {})
+            self.fit_to_net({**preprocessing, **dict(getattr(module, "net_info", None) or {})})
+        super().setup(stage)
+
+    def fit_to_net(self, net: Mapping[str, Any]) -> None:
+        """Take what is left open from a net's preprocessing: ``input_size`` (C, H, W), ``crop_pct``, ..."""
+        if dict(net) != self._net:
+            self._net = dict(net)
+            self.forget()
+
+    @property
+    def _channels(self) -> int:
+        size = self._net.get("input_size")
+        return self.channels or (size[0] if size and size[0] in (1, 3) else 3)
 
     def file_images(
         self, listing: Listing, resize: int | None, crop: int | None, root: Path, like: Path | None = None
     ) -> FileImages:
         """The images of a listing; ``root`` is left out of their files' names."""
-        options = {"root": root, "channels": self.channels, "max_pixels": self.max_pixels}
-        return FileImages(*listing, resize, crop, like, **options)
+        return FileImages(*listing, resize, crop, like, root=root, channels=self._channels, max_pixels=self.max_pixels)
 
     def file_lines(self, domain: str, paths: Sequence[Path], root: Path) -> Iterator[bytes]:
         """What the digest says of files: names, sizes and contents."""
@@ -236,4 +268,4 @@ class FileData(ShiftedDataModule):
     @property
     def kind(self) -> str:
         """What the digest says of ``channels``."""
-        return "|grey" if self.channels == 1 else ""
+        return "|grey" if self._channels == 1 else ""
