@@ -323,11 +323,12 @@ class ShiftedDataModule(LightningDataModule, ABC):
         """Why an image of the stream cannot be read."""
         return self._joined.problem(index)
 
-    def check_readable(self) -> None:
-        """Raise :class:`DataError` if an image of the stream that was read already could not be."""
+    def known_problem(self) -> DataError | None:
+        """Why an image of the stream that was read already cannot be used; ``None`` where all can."""
         for _, images in self.stream_images:
             if isinstance(images, KeptImages) and images.readable is not None:
-                raise images.problem(int((~images.readable).nonzero()[0]))
+                return images.problem(int((~images.readable).nonzero()[0]))
+        return None
 
     @property
     def _joined(self) -> JoinedImages:

@@ -172,8 +172,9 @@ class TestTimeAdaptation(LightningModule):
         self._shares = data.shard() if sharing.joined > 1 and data is not None else None
         if data is not None:
             data.marks_damaged = True
-            if not self._input.skips:
-                data.check_readable()
+            problem = None if self._input.skips else data.known_problem()
+            if problem is not None:
+                raise batches.or_skip(problem)
         source = trainer.predict_loop._data_source.instance
         protocol = Protocol.from_parts(
             {**CUSTOM_DATA, "data_digest": describe_loaders(source)} if data is None else data.describe(),

@@ -124,10 +124,15 @@ def damage_of(
     damaged: Tensor = batch["damaged"].cpu()
     problem = data.problem_of(int(batch["index"].cpu()[damaged][0]))
     if not skips:
-        raise problem
+        raise or_skip(problem)
     if bool(damaged.all()):
         raise InputError(str(problem))
     return damaged, str(problem)
+
+
+def or_skip(problem: DataError) -> DataError:
+    """The error of a damaged file in a run, with the way to go on without it."""
+    return DataError(f"{problem} To go on without such images: --input.on_bad_batch skip.")
 
 
 def spread(logits: Tensor, damaged: Tensor | None) -> Tensor:

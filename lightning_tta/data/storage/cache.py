@@ -88,7 +88,7 @@ class ImageCache:
                     damaged = _damaged_rows(path)
                     if damaged is None:
                         _check_space(folder, images.estimated_bytes())
-                        write_whole(path, lambda file: _write_npy(file, images, text))
+                        write_whole(path, lambda file: _write_npy(file, images, text, path.stem))
                         damaged = _damaged_rows(path) or []
             except OSError as error:
                 warnings.warn(
@@ -119,7 +119,8 @@ def _check_space(folder: Path, needed: int) -> None:
 def _verified_rows(path: Path, stamp: tuple[int, ...]) -> tuple[int, ...] | None:
     """Rows of images that could not be read when the file was written; ``None`` of a damaged or former file.
 
-    After the array come those rows as JSON, then the JSON's length, the CRC of all before it, and a mark.
+    After the array come those rows as JSON, then the JSON's length, the CRC of the file's name and of all before,
+    and a mark.
     """
     size = stamp[0]
     with path.open("rb") as file:
@@ -130,7 +131,7 @@ def _verified_rows(path: Path, stamp: tuple[int, ...]) -> tuple[int, ...] | None
         if mark != _MARK or length > size - _TAIL:
             return None
         file.seek(0)
-        rest, crc, block = size - _TAIL, 0, b""
+        rest, crc, block = size - _TAIL, zlib.crc32(path.stem.encode()), b""
         while rest:
             block = file.read(min(rest, _BLOCK))
             if not block:
@@ -147,7 +148,7 @@ def _damaged_rows(path: Path) -> Sequence[int] | None:
     """The same of a file that may not exist, compared once as long as the file does not change."""
     try:
         state = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return _verified_rows(path, (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
 
@@ -193,9 +194,9 @@ def _stacked(images: Images, text: str) -> tuple[Tensor, Tensor | None]:
     return pixels, None if bool(readable.all()) else readable
 
 
-def _write_npy(file: IO[bytes], images: Images, text: str) -> None:
+def _write_npy(file: IO[bytes], images: Images, text: str, name: str) -> None:
     """The same as an ``.npy`` file, with a tail as :func:`_verified_rows` reads it."""
-    crc, end, damaged = 0, 0, list[int]()
+    crc, end, damaged = zlib.crc32(name.encode()), 0, list[int]()
 
     def write(content: bytes | memoryview) -> None:
         nonlocal crc
