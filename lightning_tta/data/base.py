@@ -154,7 +154,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
         if default == [CLEAN] and domains is None and (severity, function_set) != (3, "builtin"):
             raise ConfigError(
                 f"severity={severity} and function_set={function_set!r} have nothing to act on: by default the images "
-                "come as they are. Name corruptions, such as --data.domains [reported] or --data.domains [fog]."
+                "come as they are. Name corruptions, such as --data.domains [reported] for all of the set."
             )
         self.domain_names = gradual(names) if stream == "gradual" else names
         self.val_domain_names = expand_domains(val_domains, [], function_set) if val_domains is not None else []

@@ -105,14 +105,15 @@ def read_image(path: Path, channels: int = 3, max_pixels: int = MAX_PIXELS, warn
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The file with its head read; PIL's own limit of pixels is put aside, as ours is checked next."""
-    with _LOCK:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            file = Image.open(path, formats=formats())
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
-    with file:
-        yield file
+    with path.open("rb") as stream:  # of a path, PIL maps the file, and garbles TIFFs that are to be turned
+        with _LOCK:
+            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                file = Image.open(stream, formats=formats())
+            finally:
+                Image.MAX_IMAGE_PIXELS = before
+        with file:
+            yield file
 
 
 def _upright(image: Image.Image, file: Image.Image) -> Image.Image:

@@ -60,13 +60,13 @@ def test_named_domains_and_corruptions_where_they_are_asked_for(photos):
     data = ImageFolderData({"day": str(photos / "*.png"), "night": [str(photos / "sub")]})
     batches = list(data.predict_dataloader())
     assert [(data.stream_domains[int(b["domain"][0])], len(b["image"])) for b in batches] == [("day", 3), ("night", 1)]
-    corrupted = ImageFolderData(str(photos), domains=["images", "fog@2"])
-    clean, fog = corrupted.predict_dataloader()
+    corrupted = ImageFolderData(str(photos), domains=["images", "haze@2"])
+    clean, haze = corrupted.predict_dataloader()
     pixels = (clean["image"][1] * 255).round().byte()
-    assert torch.equal((fog["image"][1] * 255).round().byte(), corrupt(pixels, "fog", 2, index=1))
+    assert torch.equal((haze["image"][1] * 255).round().byte(), corrupt(pixels, "haze", 2, index=1))
     assert corrupted.file_of(5) == "9.png"
     with pytest.raises(ConfigError, match="domain of the data cannot have the name"):
-        ImageFolderData({"fog": str(photos)})
+        ImageFolderData({"haze": str(photos)})
 
 
 def test_the_nets_own_preprocessing_fills_what_is_left_open(photos):

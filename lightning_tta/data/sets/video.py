@@ -1,6 +1,7 @@
 """Frames of a video file, decoded in order. Needs the extra ``video``."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,18 @@ class VideoFrames(DecodedImages):
     ) -> None:
         self.path, self.name, self.every, self.resize, self.crop = path, name, every, resize, crop
         self.channels, self.interpolation = channels, interpolation
-        self._frames: Iterator[Any] | None = None
+        self._frames: Generator[Any, None, None] | None = None
+        self._process, self._left = os.getpid(), list[Any]()
         self._next, self._end = 0, count_frames(path)
         self.labels = torch.full((-(-self._end // every),), -1)
         self._shape = tuple(self.image(0).shape)
+        self._close()
+
+    def _close(self) -> None:
+        """Close the file: a decoder's threads must not be alive when worker processes are forked."""
+        if self._frames is not None:
+            self._frames.close()
+        self._frames, self._next = None, 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,15 +57,19 @@ class VideoFrames(DecodedImages):
         return self._shape
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_frames": None, "_next": 0}  # each worker process opens the file itself
+        return {**self.__dict__, "_frames": None, "_left": [], "_next": 0}  # each worker process opens the file itself
 
     def image(self, position: int) -> Tensor:
         """One frame."""
         number = position * self.every
         if number >= self._end:
             raise DataError(f"{self.path} cannot be decoded from frame {self._end} on. Repair it, or cut it off there.")
+        if self._process != os.getpid():  # a forked decoder has lost its threads: to close it would wait for ever
+            self._left.append(self._frames)
+            self._process, self._frames = os.getpid(), None
         if self._frames is None or number < self._next:
-            self._frames, self._next = self._decoded(), 0
+            self._close()
+            self._frames = self._decoded()
         try:
             while self._next <= number:
                 frame = next(self._frames)
@@ -70,7 +83,7 @@ class VideoFrames(DecodedImages):
         pixels = torch.rot90(pixels, turns, dims=(1, 2)).contiguous()
         return fit_size(pixels, self.resize, self.crop, self.file(position), self.interpolation)
 
-    def _decoded(self) -> Iterator[Any]:
+    def _decoded(self) -> Generator[Any, None, None]:
         with _av().open(str(self.path)) as container:
             yield from container.decode(video=0)
 
