@@ -1,4 +1,5 @@
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,3 +299,15 @@ def test_digest_sees_dtype_shape_and_names() -> None:
             value.zero_()
     assert len({state_digest(net) for net in zeros}) == len(zeros)
     assert state_digest(nn.Linear(2, 2, dtype=torch.bfloat16))
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, source: dict[str, Tensor]) -> None:
+    plain, bomb = tmp_path / "plain.pt", tmp_path / "bomb.pt"
+    torch.save({"weight": torch.zeros(2**22)}, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    assert read_state_dict(plain)["weight"].shape == (2**22,)
+    assert bomb.stat().st_size < 2**16
+    with pytest.raises(WeightsError, match=r"bomb.pt has .* bytes and would unpack to 16,7"):
+        read_state_dict(bomb)

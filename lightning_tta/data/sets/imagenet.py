@@ -11,7 +11,7 @@ from lightning_tta.data.corruptions.corrupt import CLEAN
 from lightning_tta.data.domain_names import split_severity
 from lightning_tta.data.images import Images
 from lightning_tta.data.sets.image_files import FileData, FileImages, Listing, list_images
-from lightning_tta.data.storage.download import IMAGENET_C, fetch, fetch_imagenet, unpack
+from lightning_tta.data.storage.download import IMAGENET_C, fetch_and_unpack, fetch_imagenet
 from lightning_tta.data.storage.paths import check_file, check_folder
 from lightning_tta.errors import ConfigError, DataError, check_range
 from lightning_tta.imagenet_classes import imagenet_synsets
@@ -95,8 +95,8 @@ class ImageNetData(FileData):
         for name, folder in self._folders_in_use().items():
             if self.download and name in self.folders:
                 fetch_imagenet(name, folder)
-            elif self.download and name in self.published_names and not folder.is_dir():
-                unpack(fetch(IMAGENET_C[folder.parent.name], folder.parents[1]), folder.parents[1])
+            elif self.download and name in self.published_names:
+                fetch_and_unpack(IMAGENET_C[folder.parent.name], folder.parents[1], folder.is_dir)
             check_folder(folder)
         if self.image_list is not None:
             check_file(self.image_list, "lines <synset>/<file name>")
