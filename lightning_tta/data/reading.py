@@ -5,10 +5,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from lightning_tta.errors import DataError
@@ -97,7 +99,7 @@ def read_image(path: Path, channels: int = 3, max_pixels: int = MAX_PIXELS, warn
         raise
     except Exception as error:  # damaged bytes can provoke any in PIL's plugins
         reason = str(error) or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError):
             reason = "it is no image of a format that PIL reads"
         raise DataError(f"Cannot read the image {path}: {reason}. Replace or remove the file.") from error
 
@@ -140,17 +142,18 @@ def _warn(text: str, kind: str, warned: set[str]) -> None:
         warnings.warn(text, stacklevel=4)
 
 
-def _from_floats(values: np.ndarray, path: Path) -> np.ndarray:
+def _from_floats(values: npt.NDArray[Any], path: Path) -> npt.NDArray[np.uint8]:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 1):  # also where a value is NaN
         raise DataError(
             f"{path} has float pixels from {low:g} to {high:g}, whose scale is not known; floats must be in [0, 1]. "
             "Save it with 8 or 16 bits, or scale it."
         )
-    return np.rint(values * 255).astype(np.uint8)
+    levels: npt.NDArray[np.uint8] = np.rint(values * 255).astype(np.uint8)
+    return levels
 
 
-def _from_integers(file: Image.Image, path: Path, warned: set[str]) -> np.ndarray:
+def _from_integers(file: Image.Image, path: Path, warned: set[str]) -> npt.NDArray[np.uint8]:
     values = np.asarray(file).astype(np.int64)
     if file.mode == "I" and file.format not in ("PNG", "PPM"):  # those two are of 16 bits
         raise DataError(
@@ -167,4 +170,5 @@ def _from_integers(file: Image.Image, path: Path, warned: set[str]) -> np.ndarra
             "dark",
             warned,
         )
-    return np.rint(values * (255 / 65535)).astype(np.uint8)
+    levels: npt.NDArray[np.uint8] = np.rint(values * (255 / 65535)).astype(np.uint8)
+    return levels

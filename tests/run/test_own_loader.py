@@ -81,7 +81,7 @@ def test_several_loaders_are_one_stream(tmp_path):
         ("index", torch.rand(2), "'index'.*whole numbers, or names of files.*float32"),
         ("index", ["a.png"], "'index'.*one for each image; got list"),
         ("domain", torch.tensor([-1, 0]), "'domain'.*whole numbers from 0, or names"),
-        ("domain", torch.zeros(3, dtype=torch.int64), "'domain' of 2 images"),
+        ("domain", torch.zeros(3, dtype=torch.int64), "'domain'. of 2 images"),
         ("domain", {"a": 1}, "'domain'.*dict"),
         ("label", ["cat", "dog"], "'label'.*whole numbers from 0, -1"),
         ("label", torch.eye(2), "'label'"),
@@ -109,6 +109,8 @@ def test_loaders_have_what_can_be_known_in_their_identity(tmp_path):
 
 class Cut(Source):
     """Stops in its third batch."""
+
+    synchronized = False
 
     def step(self, x):
         self.calls = getattr(self, "calls", 0) + 1

@@ -256,10 +256,25 @@ class FileData(ShiftedDataModule):
         return self.channels or (size[0] if size and size[0] in (1, 3) else 3)
 
     def file_images(
-        self, listing: Listing, resize: int | None, crop: int | None, root: Path, like: Path | None = None
+        self,
+        listing: Listing,
+        resize: int | None,
+        crop: int | None,
+        root: Path,
+        like: Path | None = None,
+        interpolation: str = "bilinear",
     ) -> FileImages:
         """The images of a listing; ``root`` is left out of their files' names."""
-        return FileImages(*listing, resize, crop, like, root=root, channels=self._channels, max_pixels=self.max_pixels)
+        return FileImages(
+            *listing,
+            resize,
+            crop,
+            like,
+            root=root,
+            channels=self._channels,
+            max_pixels=self.max_pixels,
+            interpolation=interpolation,
+        )
 
     def file_lines(self, domain: str, paths: Sequence[Path], root: Path) -> Iterator[bytes]:
         """What the digest says of files: names, sizes and contents."""

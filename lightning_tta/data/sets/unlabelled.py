@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_tta.data.base import Split
 from lightning_tta.data.images import Batch, Images, JoinedImages, SelectedImages
 from lightning_tta.data.reading import endings
-from lightning_tta.data.sets.image_files import VIDEOS, FileData, FileImages, natural_order, walk_images
+from lightning_tta.data.sets.image_files import VIDEOS, FileData, natural_order, walk_images
 from lightning_tta.data.sets.video import VideoFrames
 from lightning_tta.data.streams import NEED_LABELS, StreamKind, needs_labels
 from lightning_tta.errors import ConfigError, DataError, check_choice, check_range
@@ -134,7 +134,7 @@ class ImageFolderData(FileData):
     @property
     def _preprocessing(self) -> tuple[int | None, int | None, str]:
         """Side of the square, shorter side before it is cut, interpolation."""
-        interpolation = self.interpolation or "bilinear"
+        interpolation: str = self.interpolation or "bilinear"
         if self.image_size is not None:
             return self.image_size, self.resize or self.image_size, interpolation
         _, *sides = self._net.get("input_size") or (0,)
@@ -151,9 +151,8 @@ class ImageFolderData(FileData):
 
         def flush() -> None:
             if files:
-                paths, unknown = list(files), torch.full((len(files),), -1)
-                options = {"root": root, "channels": self._channels, "max_pixels": self.max_pixels}
-                sets.append(FileImages(paths, unknown, resize, size, interpolation=interpolation, **options))
+                listing = (list(files), torch.full((len(files),), -1))
+                sets.append(self.file_images(listing, resize, size, root, interpolation=interpolation))
                 files.clear()
 
         for path in self._files[name]:
