@@ -48,6 +48,7 @@ ALLOWED = {  # (files, private names of another library), as patterns: why there
     ("*", "_compiled_call_impl"): "what module.compile() leaves",
     ("*", "_foreach_*"): "one call for many tensors; torch's optimizers use it, under no public name",
     ("*", "_pytree"): "the tensors in whatever a net returns; torch has no public module for it",
+    ("lightning_tta/modules/adaptation.py", "_data_source"): "the loaders of a user, before Lightning asks them",
     ("lightning_tta/meta/prefix.py", "_version"): "the one sign that a tensor was written in place",
     ("lightning_tta/modules/meta_ttt.py", "_layer_sync"): "where Lightning's strategy keeps sync_batchnorm",
     ("lightning_tta/modules/training.py", "_data_fetcher"): "a continued epoch needs a new iterator; no public way",

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> Any:
         WeightsError: The file is missing, a directory, damaged, or no checkpoint.
     """
     path = check_weights_file(path)
+    _check_unpacked(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -90,6 +92,23 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> Any:
             f"{path} is not a readable checkpoint ({type(error).__name__}: {detail}). It may be cut short or of "
             f"another format than its name says ({', '.join(_SUFFIXES)}): fetch or save it again."
         ) from error
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raise :class:`WeightsError` if a file would unpack to far more than it is: torch stores without compression."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile:  # torch says what is wrong
+        return
+    size = path.stat().st_size
+    if unpacked > 2 * size + 2**20:
+        raise WeightsError(
+            f"{path} has {size:,} bytes and would unpack to {unpacked:,}: torch.save does not write such files, and it "
+            "is not read. Fetch or save it again."
+        )
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -11,28 +11,32 @@ from lightning_tta.data import ShiftedDataModule
 from lightning_tta.errors import ConfigError
 
 SHOWN = 20
+FILES = 3  # of a batch
 
 
 def list_stream(data: ShiftedDataModule) -> list[dict[str, Any]]:
     """What comes in each batch.
 
     Returns:
-        For each batch ``batch``, ``images``, ``domains`` (name -> images), ``classes`` (how many different) and
-        ``largest_class`` (the share of the most frequent class, 0 to 1).
+        For each batch ``batch``, ``images``, ``domains`` (name -> images), ``classes`` (how many different),
+        ``largest_class`` (the share of the most frequent class, 0 to 1), both ``None`` without labels, and ``files``,
+        the first names of files where there are some.
     """
     labels = torch.cat([images.labels for _, images in data.stream_images]).numpy()
     rows = []
     for number, batch in enumerate(data.stream.batches):
         positions = list(batch)
-        classes, counts = np.unique(labels[positions], return_counts=True)
+        known = labels[positions][labels[positions] >= 0]
+        classes, counts = np.unique(known, return_counts=True)
         domains, sizes = np.unique(data.stream.domain_of(positions), return_counts=True)
         rows.append(
             {
                 "batch": number,
                 "images": len(positions),
                 "domains": {data.stream_domains[d]: int(size) for d, size in zip(domains, sizes, strict=True)},
-                "classes": len(classes),
-                "largest_class": float(counts.max() / len(positions)),
+                "classes": len(classes) if len(known) else None,
+                "largest_class": float(counts.max() / len(known)) if len(known) else None,
+                "files": [name for name in map(data.file_of, positions[:FILES]) if name],
             }
         )
     return rows
@@ -50,11 +54,15 @@ def print_stream(data: Any) -> None:
     print(f"{data.name}: {description['stream']} stream, {description['images']:,} images, {len(rows):,} batches")
     settings = {key: value for key, value in description.items() if key != "domains" and value is not None}
     print(", ".join(f"{key} {value}" for key, value in settings.items()))
-    print(f"order {data.stream.digest}\n\nbatch images classes largest class %  domains")
+    named = any(row["files"] for row in rows)
+    head = "  domains" + ("; first files" if named else "")
+    print(f"order {data.stream.digest}\n\nbatch images classes largest class %{head}")
     for row in rows[:SHOWN]:
         domains = ", ".join(f"{name} {count}" for name, count in list(row["domains"].items())[:4])
         more = ", ..." if len(row["domains"]) > 4 else ""
-        share = 100 * row["largest_class"]
-        print(f"{row['batch']:5} {row['images']:6} {row['classes']:7} {share:15.0f}  {domains}{more}")
+        classes = "-" if row["classes"] is None else row["classes"]
+        share = "-" if row["largest_class"] is None else f"{100 * row['largest_class']:.0f}"
+        files = f"; {', '.join(row['files'])}" if row["files"] else ""
+        print(f"{row['batch']:5} {row['images']:6} {classes:>7} {share:>15}  {domains}{more}{files}")
     if len(rows) > SHOWN:
         print(f"... and {len(rows) - SHOWN} more")

@@ -9,6 +9,7 @@ from lightning_tta.data.sets.digits import DigitsData
 from lightning_tta.data.sets.domains import DomainFolderData
 from lightning_tta.data.sets.folder import FolderData
 from lightning_tta.data.sets.imagenet import ImageNetData
+from lightning_tta.data.sets.unlabelled import ImageFolderData
 from lightning_tta.data.streams import STREAM_KINDS, Stream, StreamKind, build_stream, default_reset
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "DigitsData",
     "DomainFolderData",
     "FolderData",
+    "ImageFolderData",
     "ImageNetData",
     "Protocol",
     "ShiftedDataModule",

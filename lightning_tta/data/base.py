@@ -15,12 +15,21 @@ from torch.utils.data import DataLoader
 
 from lightning_tta.data import samplers, streams
 from lightning_tta.data.augmentations import Augmentation
-from lightning_tta.data.corruptions.corrupt import CLEAN, SETS, FunctionSetName, check_computable, function_set_id
+from lightning_tta.data.corruptions.corrupt import (
+    CLEAN,
+    SETS,
+    FunctionSetName,
+    check_computable,
+    corruption_names,
+    function_set_id,
+)
 from lightning_tta.data.domain_names import check_domain_names, expand_domains, gradual, split_severity
 from lightning_tta.data.images import (
     Batch,
     CorruptedImages,
     Images,
+    JoinedImages,
+    KeptImages,
     LabelledBatches,
     SelectedImages,
     StreamBatches,
@@ -31,7 +40,7 @@ from lightning_tta.data.sharing import Sharing
 from lightning_tta.data.splits import subset
 from lightning_tta.data.storage.cache import CACHE, default_folder
 from lightning_tta.data.streams import Stream, StreamKind
-from lightning_tta.errors import ConfigError, check_choice, check_range
+from lightning_tta.errors import ConfigError, DataError, check_choice, check_range
 
 Split = Literal["train", "val", "test"]
 Charge = Literal["none", "passes", "seconds"]
@@ -51,13 +60,16 @@ class ShiftedDataModule(LightningDataModule, ABC):
 
     A stream is sequential and never dealt out sample by sample; ``sharing`` says how several processes share it.
 
+    A file that cannot be read raises a :class:`~lightning_tta.errors.DataError` that names it. A predict run sets
+    ``marks_damaged``: then its image is all NaN, and the batch has ``damaged``, bool (B,).
+
     Args:
         batch_size: Samples in a batch of the stream, at least 1.
         train_batch_size: Samples in a batch of the train, val and test loaders, at least 1.
-        stream: ``iid``, ``continual``, ``gradual``, ``mixed``, ``label_shift``, ``correlated`` or ``blind_spot``: see
-            :func:`~lightning_tta.data.streams.build_stream`. ``gradual`` takes each corruption through severities
-            1 to 5 and back; ``blind_spot`` adapts on what the source gets wrong in a domain, then predicts all of the
-            domain without adapting.
+        stream: ``iid``, ``continual``, ``gradual``, ``mixed``, ``label_shift``, ``correlated``, ``blind_spot`` or
+            ``ordered``: see :func:`~lightning_tta.data.streams.build_stream`. ``gradual`` takes each corruption through
+            severities 1 to 5 and back; ``blind_spot`` adapts on what the source gets wrong in a domain, then predicts
+            all of the domain without adapting.
         order_seed: Seed of the order of the stream.
         dirichlet: Concentration of the labels over time, above 0, for ``label_shift`` (by default sorted by class) and
             ``correlated`` (by default 0.1).
@@ -67,7 +79,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
         interval: Time between two batches, in forward passes or seconds, above 0.
         domains: The stream's domains: names of corruptions, natural domains, ``clean``, or the groups ``reported`` and
             ``held_out``; ``fog@5`` is fog at severity 5. By default the natural domains where the data has some, else
-            the reported corruptions.
+            the images as they are where they are a user's own (folders, arrays), else the reported corruptions.
         severity: Severity of the corruptions, 1 to 5.
         function_set: ``builtin``, ``imagenet_c``, or ``published`` where the data has files of corrupted images.
         corruption_seed: Seed of the corruptions.
@@ -87,6 +99,10 @@ class ShiftedDataModule(LightningDataModule, ABC):
 
     has_published: ClassVar[bool] = False
     """Whether a leaf reads files of corrupted images: see :meth:`published`."""
+    reads_ahead: ClassVar[bool] = True
+    """Whether natural domains are read before the stream, and kept in memory where they fit."""
+    own_images: ClassVar[bool] = False
+    """Whether the images are a user's own: without ``domains`` they come as they are, and nothing is corrupted."""
 
     def __init__(
         self,
@@ -132,7 +148,14 @@ class ShiftedDataModule(LightningDataModule, ABC):
         check_domain_names(self.natural_names())
         self.cache = None if cache_dir == "none" else Path(cache_dir) if cache_dir else default_folder()
         self.cache_limit = cache_limit_gb * 1e9
-        names = expand_domains(domains, self.natural_names(), function_set)
+        natural = self.natural_names()
+        default = natural or ([CLEAN] if self.own_images else corruption_names(function_set))
+        names = expand_domains(default if domains is None else domains, natural, function_set)
+        if default == [CLEAN] and domains is None and (severity, function_set) != (3, "builtin"):
+            raise ConfigError(
+                f"severity={severity} and function_set={function_set!r} have nothing to act on: by default the images "
+                "come as they are. Name corruptions, such as --data.domains [reported] for all of the set."
+            )
         self.domain_names = gradual(names) if stream == "gradual" else names
         self.val_domain_names = expand_domains(val_domains, [], function_set) if val_domains is not None else []
         shifted = [name for name in self.domain_names if name != CLEAN and name not in self.natural_names()]
@@ -140,8 +163,10 @@ class ShiftedDataModule(LightningDataModule, ABC):
         self.published_names, self.corrupted_names = (shifted, []) if is_published else ([], shifted)
         check_computable([*self.corrupted_names, *self.val_domain_names], function_set)
         self.sharing, self.first_batch = Sharing(), 0  # changed by `share` and `start_at` only
+        self.marks_damaged = False
         self._blind_spots: list[Tensor] | None = None
         self._stream: Stream | None = None
+        self._joined_images: JoinedImages | None = None
 
     @abstractmethod
     def clean(self, split: Split) -> Images:
@@ -150,7 +175,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
     @property
     @abstractmethod
     def class_names(self) -> list[str]:
-        """Names of the classes, in the order of the labels."""
+        """Names of the classes, in the order of the labels; empty where they are not known."""
 
     @abstractmethod
     def digest_content(self) -> Iterable[bytes]:
@@ -170,7 +195,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """Number of classes; 0 where it is not known."""
         return len(self.class_names)
 
     @cached_property
@@ -205,6 +230,8 @@ class ShiftedDataModule(LightningDataModule, ABC):
         key = f"{self.cache_key()}|{self.num_images}"
         if name in self.natural_names():
             images: Images = self._subset(self.natural_domain(name))
+            if not self.reads_ahead:
+                return images
             return CACHE.in_memory(images, (key, "natural", name), f"Reading {name}", sets=len(self.domain_names))
         if name in self.published_names:
             corruption, severity = split_severity(name)
@@ -243,6 +270,13 @@ class ShiftedDataModule(LightningDataModule, ABC):
     def set_blind_spots(self, wrong: Sequence[Tensor]) -> None:
         """Say which images of each of ``domain_names`` the source gets wrong, bool (N_d,): for ``blind_spot``."""
         self._blind_spots, self._stream = [mask.nonzero()[:, 0] for mask in wrong], None
+        self._joined_images = None
+
+    def forget(self) -> None:
+        """Forget what was found out of the images, as something has changed."""
+        self._stream = self._joined_images = None
+        for name in ("_digest", "domain_images", "_clean_test"):
+            self.__dict__.pop(name, None)
 
     def share(self, sharing: Sharing) -> None:
         """Share the stream with other processes: see :meth:`shard`.
@@ -281,6 +315,27 @@ class ShiftedDataModule(LightningDataModule, ABC):
         """Names of the domains in the order of the stream's ``domain`` numbers."""
         return [name for name, _ in self.stream_images]
 
+    def file_of(self, index: int) -> str:
+        """Name of the file of an image of the stream; empty where it has none."""
+        return self._joined.file(index)
+
+    def problem_of(self, index: int) -> DataError:
+        """Why an image of the stream cannot be read."""
+        return self._joined.problem(index)
+
+    def known_problem(self) -> DataError | None:
+        """Why an image of the stream that was read already cannot be used; ``None`` where all can."""
+        for _, images in self.stream_images:
+            if isinstance(images, KeptImages) and images.readable is not None:
+                return images.problem(int((~images.readable).nonzero()[0]))
+        return None
+
+    @property
+    def _joined(self) -> JoinedImages:
+        if self._joined_images is None:
+            self._joined_images = JoinedImages([images for _, images in self.stream_images])
+        return self._joined_images
+
     @property
     def frozen_domains(self) -> list[str]:
         """The domains on which nothing adapts: all but the blind spots of a ``blind_spot`` stream."""
@@ -291,6 +346,8 @@ class ShiftedDataModule(LightningDataModule, ABC):
         """The batches of the whole stream, as sample positions; synchronised processes share each batch."""
         if self._stream is None:
             labels = [images.labels for _, images in self.stream_images]
+            if self.stream_kind in streams.NEED_LABELS and any(bool((each < 0).any()) for each in labels):
+                raise ConfigError(streams.needs_labels(self.stream_kind))
             size, kind = self.batch_size * self.sharing.joined, self.stream_kind
             self._stream = streams.build_stream(
                 labels, kind=kind, batch_size=size, seed=self.order_seed, dirichlet=self.dirichlet
@@ -376,7 +433,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
 
     def stream_loader(self, domains: Sequence[Images], batches: list[list[int]]) -> DataLoader[Batch]:
         """Loads batches of positions in several domains, one after the other."""
-        return self._loader(StreamBatches(domains), batch_sampler=StreamSampler(batches))
+        return self._loader(StreamBatches(domains, self.marks_damaged), batch_sampler=StreamSampler(batches))
 
     def describe(self) -> dict[str, Any]:
         """What the stream consists of, in primitives, for the protocol."""

@@ -20,11 +20,9 @@ def check_domain_names(names: Iterable[str]) -> None:
         )
 
 
-def expand_domains(domains: list[str] | None, natural: list[str], function_set: str) -> list[str]:
+def expand_domains(domains: list[str], natural: list[str], function_set: str) -> list[str]:
     """Names of domains, with the groups ``reported``, ``held_out`` and ``none`` written out."""
     reported, held_out = corruption_names(function_set), corruption_names(function_set, held_out=True)
-    if domains is None:
-        domains = natural or reported
     if isinstance(domains, str) or not domains:
         raise ConfigError(f"domains must be a list of at least one name; got {domains!r}.")
     groups = dict(zip(GROUPS, (reported, held_out, [CLEAN]), strict=True))

@@ -1,6 +1,9 @@
 """Labelled 8-bit images in memory, on disk or made on the fly, and the data sets that batch them."""
 
+from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from torch.utils.data import BatchSampler, Dataset
 
 from lightning_tta.data.corruptions.corrupt import corrupt
 from lightning_tta.data.threads import one_thread
+from lightning_tta.errors import DataError
 
 Batch = dict[str, Tensor]
 
@@ -16,11 +20,30 @@ Batch = dict[str, Tensor]
 class Images(Dataset[tuple[Tensor, int]]):
     """Images uint8 (C, H, W) with labels; a leaf implements :meth:`image`, :meth:`images` or both.
 
+    Of files, an image may be damaged: :meth:`image` and :meth:`images` raise a :class:`DataError` that names the file,
+    :meth:`try_images` marks it.
+
     Attributes:
         labels: int64, shape (N,); -1 where the label is not known. Known without reading any image.
     """
 
     labels: Tensor
+
+    def file(self, position: int) -> str:
+        """Name of an image's file; empty where it has none."""
+        return ""
+
+    def try_images(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Several images (B, C, H, W), and which of them could be read, bool (B,); zeros stand for the others."""
+        return self.images(positions), torch.ones(len(positions), dtype=torch.bool)
+
+    def problem(self, position: int) -> DataError:
+        """Why an image cannot be read."""
+        try:
+            self.image(position)
+        except DataError as error:
+            return error
+        return DataError(f"{self.file(position) or f'Image {position}'} could not be read before, and can be now.")
 
     def image(self, position: int) -> Tensor:
         """One image: uint8, shape (C, H, W)."""
@@ -41,13 +64,51 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.image(position), int(self.labels[position])
 
 
-class StackedImages(Images):
-    """Images in memory: ``pixels`` uint8 (N, C, H, W)."""
+class KeptImages(Images):
+    """Images whose pixels are kept somewhere, of which some could not be read when they were made.
 
-    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
-        self.pixels, self.labels = pixels, labels
+    ``origin`` is what they were made from, and ``readable`` (N,) what could be read of it; ``None``: all.
+    """
+
+    origin: Images | None = None
+    readable: Tensor | None = None
+
+    @abstractmethod
+    def pixels_of(self, positions: Tensor) -> Tensor:
+        """Several images, damaged or not."""
 
     def images(self, positions: Tensor) -> Tensor:
+        """Several images, in one copy."""
+        if self.readable is not None and not bool(self.readable[positions].all()):
+            raise self.problem(int(positions[~self.readable[positions]][0]))
+        return self.pixels_of(positions)
+
+    def try_images(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Several images, and which of them could be read."""
+        if self.readable is None:
+            return super().try_images(positions)
+        return self.pixels_of(positions), self.readable[positions]
+
+    def file(self, position: int) -> str:
+        """Name of an image's file."""
+        return "" if self.origin is None else self.origin.file(position)
+
+    def problem(self, position: int) -> DataError:
+        """Why an image could not be read."""
+        return (
+            DataError(f"Image {position} could not be read.") if self.origin is None else self.origin.problem(position)
+        )
+
+
+class StackedImages(KeptImages):
+    """Images in memory: ``pixels`` uint8 (N, C, H, W)."""
+
+    def __init__(
+        self, pixels: Tensor, labels: Tensor, origin: Images | None = None, readable: Tensor | None = None
+    ) -> None:
+        self.pixels, self.labels, self.origin, self.readable = pixels, labels, origin, readable
+
+    def pixels_of(self, positions: Tensor) -> Tensor:
         """Several images, in one copy."""
         return self.pixels.index_select(0, positions)
 
@@ -58,9 +119,25 @@ class SelectedImages(Images):
     def __init__(self, source: Images, positions: Tensor) -> None:
         self.source, self.positions, self.labels = source, positions, source.labels[positions]
 
+    def estimated_bytes(self) -> int:
+        """Their share of the bytes of the whole set."""
+        return len(self) * (self.source.estimated_bytes() // max(1, len(self.source)))
+
     def images(self, positions: Tensor) -> Tensor:
         """Several images."""
         return self.source.images(self.positions[positions])
+
+    def try_images(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Several images, and which of them could be read."""
+        return self.source.try_images(self.positions[positions])
+
+    def file(self, position: int) -> str:
+        """Name of an image's file."""
+        return self.source.file(int(self.positions[position]))
+
+    def problem(self, position: int) -> DataError:
+        """Why an image cannot be read."""
+        return self.source.problem(int(self.positions[position]))
 
 
 class CorruptedImages(Images):
@@ -80,8 +157,25 @@ class CorruptedImages(Images):
 
     def image(self, position: int) -> Tensor:
         """One image."""
-        image, index = self.source.image(position), int(self.ids[position])
+        return self._corrupt(self.source.image(position), position)
+
+    def _corrupt(self, image: Tensor, position: int) -> Tensor:
+        index = int(self.ids[position])
         return corrupt(image, self.name, self.severity, seed=self.seed, index=index, function_set=self.function_set)
+
+    def try_images(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Several images, and which of them could be read."""
+        clean, readable = self.source.try_images(positions)
+        rows = zip(clean, readable.tolist(), positions.tolist(), strict=True)
+        return torch.stack([self._corrupt(image, p) if ok else image for image, ok, p in rows]), readable
+
+    def file(self, position: int) -> str:
+        """Name of an image's file."""
+        return self.source.file(position)
+
+    def problem(self, position: int) -> DataError:
+        """Why an image cannot be read."""
+        return self.source.problem(position)
 
 
 class JoinedImages(Images):
@@ -89,16 +183,42 @@ class JoinedImages(Images):
 
     def __init__(self, sets: Sequence[Images]) -> None:
         self.sets, self.labels = list(sets), torch.cat([images.labels for images in sets])
-        self.ends = torch.tensor([len(images) for images in sets]).cumsum(0)
+        self._ends = list(accumulate(len(images) for images in sets))
+        self.ends = torch.tensor(self._ends)
 
     def images(self, positions: Tensor) -> Tensor:
         """Several images."""
+        return self._collected(positions, lambda images, rows: (images.images(rows),))[0]
+
+    def try_images(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Several images, and which of them could be read."""
+        return self._collected(positions, lambda images, rows: images.try_images(rows))  # type: ignore[return-value]
+
+    def _collected(self, positions: Tensor, read: Callable[[Images, Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What ``read`` gives of each set's positions, in the order of ``positions``."""
         number = torch.bucketize(positions, self.ends, right=True)
-        rows, pixels = list[Tensor](), list[Tensor]()
+        rows, pieces = list[Tensor](), list[tuple[Tensor, ...]]()
         for n in sorted(set(number.tolist())):
             rows.append((number == n).nonzero()[:, 0])
-            pixels.append(self.sets[n].images(positions[rows[-1]] - int(self.ends[n]) + len(self.sets[n])))
-        return pixels[0] if len(pixels) == 1 else torch.cat(pixels)[torch.cat(rows).argsort()]
+            pieces.append(read(self.sets[n], positions[rows[-1]] - int(self.ends[n]) + len(self.sets[n])))
+        if len(pieces) == 1:
+            return pieces[0]
+        order = torch.cat(rows).argsort()
+        return tuple(torch.cat(piece)[order] for piece in zip(*pieces, strict=True))
+
+    def _place(self, position: int) -> tuple[Images, int]:
+        number = bisect_right(self._ends, position)
+        return self.sets[number], position - self._ends[number] + len(self.sets[number])
+
+    def file(self, position: int) -> str:
+        """Name of an image's file."""
+        images, place = self._place(position)
+        return images.file(place)
+
+    def problem(self, position: int) -> DataError:
+        """Why an image cannot be read."""
+        images, place = self._place(position)
+        return images.problem(place)
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -128,7 +248,10 @@ class LabelledBatches(Dataset[Batch]):
         pixels = self.source.images(index)
         if self.augment is not None:
             pixels = torch.stack([self.augment(image) for image in pixels])
-        batch = {"image": to_float(pixels), "label": self.source.labels[index], "index": index}
+        return self._batch(to_float(pixels), index)
+
+    def _batch(self, images: Tensor, index: Tensor) -> Batch:
+        batch = {"image": images, "label": self.source.labels[index], "index": index}
         return batch if self.domains is None else {**batch, "domain": self.domains[index]}
 
     def __getitem__(self, position: int) -> Batch:
@@ -138,12 +261,28 @@ class LabelledBatches(Dataset[Batch]):
 class StreamBatches(LabelledBatches):
     """Batches {image, label, index, domain} of several domains.
 
-    Position ``p`` of domain ``d`` has the index ``len(domains[0]) + ... + len(domains[d - 1]) + p``.
+    Position ``p`` of domain ``d`` has the index ``len(domains[0]) + ... + len(domains[d - 1]) + p``. With
+    ``marks_damaged`` an image that cannot be read is all NaN, and its batch has ``damaged``, bool (B,); else it is an
+    error.
     """
 
-    def __init__(self, domains: Sequence[Images]) -> None:
+    def __init__(self, domains: Sequence[Images], marks_damaged: bool = False) -> None:
         sizes = torch.tensor([len(images) for images in domains])
         super().__init__(JoinedImages(domains), domains=torch.arange(len(sizes)).repeat_interleave(sizes))
+        self.marks_damaged = marks_damaged
+
+    @one_thread()
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """One batch, already collated."""
+        index = torch.tensor(positions)
+        pixels, readable = self.source.try_images(index)
+        if bool(readable.all()):
+            return self._batch(to_float(pixels), index)
+        if not self.marks_damaged:
+            raise self.source.problem(int(index[~readable][0]))
+        images = to_float(pixels)
+        images[~readable] = torch.nan
+        return {**self._batch(images, index), "damaged": ~readable}
 
 
 class StreamSampler(BatchSampler):

@@ -18,7 +18,7 @@ import torch
 
 from lightning_tta.errors import ConfigError, check_choice, check_range
 
-StreamKind = Literal["iid", "continual", "gradual", "mixed", "label_shift", "correlated", "blind_spot"]
+StreamKind = Literal["iid", "continual", "gradual", "mixed", "label_shift", "correlated", "blind_spot", "ordered"]
 ResetPolicy = Literal["never", "domain", "batch"]
 
 Positions = npt.NDArray[np.int64]
@@ -86,6 +86,12 @@ def _mixed(labels: Sequence[Positions], seed: int, dirichlet: float | None) -> S
     return [permutation(_offsets(labels)[-1], seed)]
 
 
+def _as_listed(labels: Sequence[Positions], seed: int, dirichlet: float | None) -> Segments:
+    """Each domain in its own order, one after the other."""
+    starts = _offsets(labels)
+    return [starts[d] + np.arange(len(domain), dtype=np.int64) for d, domain in enumerate(labels)]
+
+
 KINDS: dict[str, Callable[[Sequence[Positions], int, float | None], Segments]] = {
     "iid": _by_domain,
     "continual": _by_domain,  # the same order as iid: only the default reset differs
@@ -94,6 +100,7 @@ KINDS: dict[str, Callable[[Sequence[Positions], int, float | None], Segments]] =
     "label_shift": _by_class,
     "correlated": _by_class,
     "blind_spot": _by_domain,  # the data module puts a domain's blind spots before the domain
+    "ordered": _as_listed,
 }
 STREAM_KINDS: tuple[str, ...] = get_args(StreamKind)
 MEANING = {
@@ -104,8 +111,10 @@ MEANING = {
     "label_shift": "each domain sorted by class, or with dirichlet correlated in its labels",
     "correlated": "labels correlated (Dirichlet 0.1), domains one after the other",
     "blind_spot": "what the source gets wrong in a domain, then all of it without adapting",
+    "ordered": "each domain as it is listed (images by name, frames by time), one after the other",
 }
 LABEL_KINDS = ("label_shift", "correlated")
+NEED_LABELS = (*LABEL_KINDS, "blind_spot")
 RESET_BY_DOMAIN = ("iid", "label_shift", "blind_spot")
 PRACTICAL_CONCENTRATION = 0.1  # RoTTA's "practical" setting, arXiv 2303.13899
 _MAX_SLOTS = 100
@@ -115,6 +124,12 @@ def default_reset(kind: str) -> ResetPolicy:
     """When a method starts anew by default: ``domain`` for ``iid``, ``label_shift``, ``blind_spot``, else ``never``."""
     check_choice("stream", kind, STREAM_KINDS)
     return "domain" if kind in RESET_BY_DOMAIN else "never"
+
+
+def needs_labels(kind: str) -> str:
+    """The message where a kind orders images by labels that they do not have."""
+    others = ", ".join(other for other in STREAM_KINDS if other not in NEED_LABELS)
+    return f"stream={kind!r} orders images by their labels, and these have none. Choose one of {others}."
 
 
 def concentration_of(kind: str, dirichlet: float | None) -> float | None:

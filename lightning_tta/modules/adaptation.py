@@ -30,6 +30,7 @@ from lightning_tta.run.directory import withhold_loggers
 from lightning_tta.run.measures import source_errors
 from lightning_tta.run.options import where_moved
 from lightning_tta.run.outputs import PredictionWriter, StreamLogger, StreamReport
+from lightning_tta.run.own_loader import describe_loaders
 from lightning_tta.run.processes import ProcessMode, share_stream
 from lightning_tta.run.progress import StreamProgress
 from lightning_tta.run.resume import StateKeeper
@@ -47,8 +48,9 @@ CALLBACKS: tuple[type[Callback], ...] = (
 class TestTimeAdaptation(LightningModule):
     """Applies a method to a stream in ``predict``.
 
-    Batches are dicts with ``image`` (B, C, H, W) in [0, 1] and optionally ``index``, ``domain``, ``label`` (B,). The
-    method gets the images, nothing else. Works under any Trainer, ``inference_mode`` included.
+    Batches are dicts with ``image`` (B, C, H, W) in [0, 1] and optionally ``index``, ``domain``, ``label`` (B,): whole
+    numbers, ``index`` also names of files and ``domain`` also names. The method gets the images, nothing else. Works
+    under any Trainer, ``inference_mode`` included.
 
     The run writes ``predictions.csv``, ``batches.jsonl``, ``report.json`` and TensorBoard curves into a directory that
     follows from its configuration, so that the same command finds the same run, see
@@ -178,8 +180,14 @@ class TestTimeAdaptation(LightningModule):
         incompatible += ["on_bad_batch='skip'"] if self._input.skips else []
         sharing = share_stream(trainer, data, self.method, self.processes, policy, incompatible)
         self._shares = data.shard() if sharing.joined > 1 and data is not None else None
+        if data is not None:
+            data.marks_damaged = True
+            problem = None if self._input.skips else data.known_problem()
+            if problem is not None:
+                raise batches.or_skip(problem)
+        source = trainer.predict_loop._data_source.instance
         protocol = Protocol.from_parts(
-            CUSTOM_DATA if data is None else data.describe(),
+            {**CUSTOM_DATA, "data_digest": describe_loaders(source)} if data is None else data.describe(),
             reset=policy,
             predict=self.predict,
             weights=f"{self.net_info['name']}: {self.net_info['weights']}",
@@ -205,33 +213,46 @@ class TestTimeAdaptation(LightningModule):
         logits: Tensor = method(images)
         return logits if self.predict == "method" else method.predict(images)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor] | None:
+    def predict_step(
+        self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int | None = None
+    ) -> dict[str, Tensor] | None:
         """One batch of the stream, in order: reset if the policy says so, adapt, predict.
+
+        Several loaders are one stream, one after the other, each a domain unless its batches say otherwise.
 
         Returns :meth:`~lightning_tta.run.summary.BatchRecord.outputs`; ``None`` for a batch that an earlier run did.
         """
         run = run_of(self)
-        if run.is_done():
+        if run.is_done(batch):
             return None
         try:
-            record = self._step(run, batch, batch_idx)
+            record = self._step(run, batch, batch_idx, dataloader_idx)
         except InputError as error:
             if not self._input.skips:
                 raise
-            if not run.summary.skipped_batches:
-                warnings.warn(
-                    f"A batch is skipped, and so will be others like it (on_bad_batch='skip'): {error}", stacklevel=2
-                )
-            record = batches.refused_batch(batch, error, run.summary.images)
+            self._warn_of_skip("A batch", error)
+            record = batches.refused_batch(batch, error, run.summary, run.data, dataloader_idx)
         if self._shares is not None and not self._shares[batch_idx]:  # other processes have all of the batch
             return {name: value[:0] for name, value in record.outputs().items()}
         run.batch = record
         run.summary.update(record)
         return record.outputs()
 
-    def _step(self, run: StreamRun, batch: dict[str, Tensor], number: int) -> BatchRecord:
+    def _warn_of_skip(self, what: str, error: Exception | str) -> None:
+        summary = run_of(self).summary
+        if not (summary.skipped_batches or summary.skipped_images):
+            warnings.warn(
+                f"{what} is skipped, and so will be others like it (on_bad_batch='skip'): {error}", stacklevel=3
+            )
+
+    def _step(self, run: StreamRun, batch: dict[str, Any], number: int, loader: int | None) -> BatchRecord:
         images = batches.images_of(batch).contiguous(memory_format=self._input.memory_format)
-        domain = batches.domain_of(batch, len(images))
+        labels = batches.labels_of(batch, len(images), run.summary, run.data, loader)
+        damaged, why = batches.damage_of(batch, run.data, self._input.skips)
+        whole, domain = images, labels.domain
+        if damaged is not None:
+            self._warn_of_skip("An image", why)
+            images = images[~damaged.to(images.device)]
         first = int(domain[0])
         if run.last_domain is None:
             batches.warn_of_size(images, self.preprocessing, self.net_info)
@@ -253,11 +274,11 @@ class TestTimeAdaptation(LightningModule):
         stats = dict(run.method.stats) if adapts else {}
         if run.pace is not None and adapts:
             run.pace.work(stats, seconds)
-        unknown = torch.full((len(images),), -1)
-        label = batches.labels_among(batch["label"].cpu(), self.classes) if "label" in batch else unknown
+        label = batches.labels_among(labels.label, self.classes)
         check_labels(label, logits.shape[-1])
-        index = batches.index_of(batch, len(images), run.summary.images)
-        return BatchRecord(logits, index, domain, label, stats, seconds, adapts, images=images)
+        logits = batches.spread(logits, damaged)
+        rows = (logits, labels.index, domain, label, stats, seconds, adapts)
+        return BatchRecord(*rows, images=whole, files=labels.files, damaged=damaged, note=why)
 
     def _clock(self) -> float:
         if self.device.type == "cuda":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,8 +17,9 @@ from lightning_tta.data.images import Batch
 from lightning_tta.errors import DataError, InputError, NotPreparedError, check_choice, check_range
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.progress import with_progress
+from lightning_tta.run import own_loader
 from lightning_tta.run.stream_run import RunCallback
-from lightning_tta.run.summary import BatchRecord
+from lightning_tta.run.summary import BatchRecord, StreamSummary
 
 
 class StreamInput(RunCallback):
@@ -25,7 +28,9 @@ class StreamInput(RunCallback):
     Args:
         on_bad_batch: What a batch does that no method or not this net can take (empty, wrong channels or size, 0-255):
             ``raise`` the :class:`~lightning_tta.errors.InputError`, or ``skip`` it: no adaptation, -1 as predictions,
-            counted in the report and left out of the accuracy. Images with NaN are no bad batch: see the methods.
+            counted in the report and left out of the accuracy. Of a file that cannot be read (damaged, missing, too
+            large), ``raise`` the :class:`~lightning_tta.errors.DataError` that names it, or ``skip`` that one image:
+            the others of its batch go on. Images with NaN are no bad batch: see the methods.
         channels_last: Lay images out in memory with their channels last: the same predictions up to rounding;
             convolutions are often faster, but a net that takes ``view`` of its activations refuses.
         source_images: How many training images a method that needs source data sees before the stream.
@@ -60,27 +65,83 @@ def images_of(batch: Any) -> Tensor:
     return images
 
 
-def index_of(batch: dict[str, Tensor], count: int, seen: int) -> Tensor:
-    """Numbers (B,) of a batch's images; without any they are counted from ``seen``."""
-    return batch.get("index", torch.arange(count) + seen)
+@dataclass(frozen=True)
+class Labels:
+    """What a batch says of its images, one for each: numbers, domains, labels (B,) on the CPU, names of files."""
+
+    index: Tensor
+    domain: Tensor
+    label: Tensor
+    files: list[str]
 
 
-def domain_of(batch: dict[str, Tensor], count: int) -> Tensor:
-    """Numbers (B,) of the images' domains, 0 by default."""
-    return batch.get("domain", torch.zeros(count, dtype=torch.int64))
+def labels_of(
+    batch: Mapping[str, Any], count: int, summary: StreamSummary, data: ShiftedDataModule | None, loader: int | None
+) -> Labels:
+    """What a batch of ``count`` images says of them; of a user's own loader (without ``data``) it is checked.
+
+    Raises:
+        DataError: If a value is of no allowed kind.
+    """
+    index, files = own_loader.index_of(batch, count, summary)
+    label = own_loader.labels_of(batch, count)
+    if data is None:
+        return Labels(index, own_loader.domain_of(batch, count, summary, loader), label, files)
+    domain = batch.get("domain", torch.zeros(count, dtype=torch.int64)).cpu()
+    return Labels(index, domain, label, [data.file_of(number) for number in index.tolist()])
 
 
-def refused_batch(batch: Any, error: InputError, seen: int) -> BatchRecord:
+def refused_batch(
+    batch: Any, error: InputError, summary: StreamSummary, data: ShiftedDataModule | None, loader: int | None
+) -> BatchRecord:
     """The record of a batch that cannot be used: as many images as ``index`` or else ``image`` has, or none."""
     batch = batch if isinstance(batch, dict) else {}
     image = batch.get("image")
-    images = len(image) if isinstance(image, Tensor) and image.ndim == 4 else 0
-    count = len(batch["index"]) if "index" in batch else images
-    domain = domain_of(batch, count)
-    domain = domain if len(domain) == count else torch.zeros(count, dtype=torch.int64)
+    count = len(image) if isinstance(image, Tensor) and image.ndim == 4 else 0
+    with suppress(TypeError):
+        count = len(batch["index"]) if "index" in batch else count
+    try:
+        labels = labels_of(batch, count, summary, data, loader)
+    except (DataError, KeyError):  # nothing of the batch is right
+        number = torch.zeros(count, dtype=torch.int64)
+        labels = Labels(torch.arange(count) + summary.images + summary.skipped_images, number, number - 1, [])
     unknown = torch.full((count,), -1)
-    index = index_of(batch, count, seen)
-    return BatchRecord(torch.zeros(count, 0), index, domain, unknown, adapted=False, error=str(error))
+    rows = (torch.zeros(count, 0), labels.index, labels.domain, unknown)
+    return BatchRecord(*rows, adapted=False, error=str(error), files=labels.files)
+
+
+def damage_of(
+    batch: Mapping[str, Any], data: ShiftedDataModule | None, skips: bool
+) -> tuple[Tensor, str] | tuple[None, str]:
+    """Which images of a data module's batch could not be read, bool (B,) on the CPU, and why; ``None`` where all could.
+
+    Raises:
+        DataError: For the first of them, unless it is skipped.
+        InputError: If they are all the batch.
+    """
+    if data is None or "damaged" not in batch:
+        return None, ""
+    damaged: Tensor = batch["damaged"].cpu()
+    problem = data.problem_of(int(batch["index"].cpu()[damaged][0]))
+    if not skips:
+        raise or_skip(problem)
+    if bool(damaged.all()):
+        raise InputError(str(problem))
+    return damaged, str(problem)
+
+
+def or_skip(problem: DataError) -> DataError:
+    """The error of a damaged file in a run, with the way to go on without it."""
+    return DataError(f"{problem} To go on without such images: --input.on_bad_batch skip.")
+
+
+def spread(logits: Tensor, damaged: Tensor | None) -> Tensor:
+    """Logits (B, K) of a whole batch from those of the images that could be read; zeros for the others."""
+    if damaged is None:
+        return logits
+    whole = logits.new_zeros(len(damaged), logits.shape[1])
+    whole[~damaged.to(logits.device)] = logits
+    return whole
 
 
 def labels_among(labels: Tensor, classes: Sequence[int] | None) -> Tensor:

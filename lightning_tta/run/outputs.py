@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from typing import IO
 
 import torch
@@ -21,10 +22,15 @@ from lightning_tta.run.summary import WINDOW, StreamSummary
 
 PREDICTIONS, BATCHES = GROWING
 COLUMNS = ("index", "domain", "label", "prediction", "confidence", "entropy")
+NAMES = ("file", "class")
+"""Columns after those, empty where there are no files, or the classes have no names."""
 
 
 class PredictionWriter(RunCallback):
     """Appends every batch to ``predictions.csv`` as it comes: one line per image, domains by name.
+
+    ``file`` is the image's file below its folder, ``class`` the name of the predicted class, where they are known. An
+    image that could not be predicted has the prediction -1.
 
     Several processes write ``predictions.rank0.csv`` and so on, of which ``predictions.csv`` is made at the end.
     """
@@ -36,7 +42,7 @@ class PredictionWriter(RunCallback):
         """Open the file, anew or where a continued run left it."""
         self._file = run.directory.open(PREDICTIONS)
         if self._file.tell() == 0:
-            csv.writer(self._file).writerow(COLUMNS)
+            csv.writer(self._file).writerow((*COLUMNS, *NAMES))
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Write one batch and flush it to the system."""
@@ -45,6 +51,10 @@ class PredictionWriter(RunCallback):
         columns["domain"] = [run.summary.domain_names[number] for number in columns["domain"]]
         for name in ("confidence", "entropy"):
             columns[name] = [f"{value:.6g}" for value in columns[name]]
+        files = [] if run.batch is None else run.batch.files
+        columns["file"] = [printable(name) for name in files] or [""] * len(output["index"])
+        names = run.class_names
+        columns["class"] = [names[k] if 0 <= k < len(names) else "" for k in columns["prediction"]]
         csv.writer(self._file).writerows(zip(*columns.values(), strict=True))
         self._file.flush()
 
@@ -53,6 +63,12 @@ class PredictionWriter(RunCallback):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def printable(name: str) -> str:
+    r"""A file's name on one line of a text file; what cannot stand there is written as ``\n`` or ``\xff``."""
+    escaped = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in escaped)
 
 
 class StreamLogger(RunCallback):

@@ -91,8 +91,8 @@ class StateKeeper(RunCallback):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end, before the report says that the run is finished."""
-        if self.save_every is not None:
-            self._save(run_of(pl_module), FINAL)
+        run_of(pl_module).check_end()
+        self._save(run_of(pl_module), FINAL)
 
     def on_end(self, run: StreamRun) -> None:
         """Nothing is left to continue: the first process, which writes the report, removes the states of all.

@@ -19,6 +19,7 @@ from lightning_tta.data.sharing import Sharing
 from lightning_tta.errors import ConfigError
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.run.directory import ResumePolicy, RunDirectory
+from lightning_tta.run.own_loader import BatchTrail
 from lightning_tta.run.pace import Pace
 from lightning_tta.run.processes import ProcessGroup
 from lightning_tta.run.summary import BatchRecord, StreamSummary
@@ -88,6 +89,8 @@ class StreamRun:
         self.directory: RunDirectory
         self.done_before = 0  # batches that the data module leaves out
         self._to_read = 0  # batches that come again, from a loader that cannot start later
+        self.trail = BatchTrail()  # of such a loader
+        self._saved_trail: list[Any] = [0, ""]
         self._earlier_seconds, self._start = 0.0, time.perf_counter()
 
     # Before the stream
@@ -109,7 +112,7 @@ class StreamRun:
             self.done_before = saved["batches"]
             self.data.start_at(self.done_before)
         else:
-            self._to_read = saved["batches"]
+            self._to_read, self._saved_trail = saved["batches"], saved.get("trail", [0, ""])
 
     def identity(self) -> dict[str, Any]:
         """What makes this run another one than others, by name; the same on all processes."""
@@ -143,10 +146,33 @@ class StreamRun:
         new = domain != self.last_domain and domain not in self.frozen
         return self.protocol.reset == "batch" or (self.protocol.reset == "domain" and new)
 
-    def is_done(self) -> bool:
-        """Whether the batch that has come was done before the run was continued."""
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of the logits; empty where they are not known."""
+        names = list(self.data.class_names) if self.data is not None else []
+        if not names:
+            names = list(getattr(self.method.model, "class_names", None) or [])
+        if self.classes is not None:
+            return [names[k] for k in self.classes] if names and max(self.classes) < len(names) else []
+        return names
+
+    def is_done(self, batch: Any) -> bool:
+        """Whether the batch that has come was done before the run was continued.
+
+        Raises:
+            ConfigError: If a loader of the user's own gives other batches than before.
+        """
+        if self.data is None:
+            self.trail.add(batch)
+            if self._to_read:
+                self.trail.check(self._saved_trail)
         self._to_read -= 1
         return self._to_read >= 0
+
+    def check_end(self) -> None:
+        """Raise :class:`ConfigError` if a loader ended before the batch from which the run was to be continued."""
+        if self._to_read > 0:
+            self.trail.check(self._saved_trail, ended=True)
 
     @property
     def total_batches(self) -> float:
@@ -169,6 +195,7 @@ class StreamRun:
         """All that the rest of the stream depends on, in plain values and tensors."""
         return {
             "batches": self.summary.batches,
+            "trail": [self.trail.batches, self.trail.digest],
             "method": self.method.state_dict(),
             "weight_names": self.method.weight_names,
             "lacks": self.method.lacks,

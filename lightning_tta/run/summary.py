@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
@@ -32,6 +32,9 @@ class BatchRecord:
     adapted: bool = True
     error: str = ""  # why the batch was refused
     images: Tensor | None = None  # (B, C, H, W), on the device, as the method got them
+    files: Sequence[str] = ()  # names of the images' files, where they are known
+    damaged: Tensor | None = None  # which files could not be read, bool (B,); their logits are zeros
+    note: str = ""  # why they could not be
 
     def __post_init__(self) -> None:
         self.logits = self.logits.detach().cpu()
@@ -41,6 +44,13 @@ class BatchRecord:
     def __len__(self) -> int:
         return len(self.index)
 
+    def without_damaged(self) -> BatchRecord:
+        """The images that could be read."""
+        if self.damaged is None:
+            return self
+        rows = {name: getattr(self, name)[~self.damaged] for name in ("logits", "index", "domain", "label")}
+        return replace(self, **rows, images=None, files=(), damaged=None)
+
     def outputs(self) -> dict[str, Tensor]:
         """What a predict step returns: ``logits`` (B, K) and the others (B,); prediction -1 where it was refused."""
         outputs = {"logits": self.logits, "index": self.index, "domain": self.domain, "label": self.label}
@@ -48,7 +58,11 @@ class BatchRecord:
             zeros = torch.zeros(len(self))
             return {**outputs, "prediction": torch.full((len(self),), -1), "confidence": zeros, "entropy": zeros}
         m = self.measures
-        return {**outputs, "prediction": m.prediction, "confidence": m.confidence, "entropy": m.entropy}
+        outputs |= {"prediction": m.prediction, "confidence": m.confidence, "entropy": m.entropy}
+        if self.damaged is not None:
+            for name, value in (("prediction", -1), ("confidence", 0), ("entropy", 0)):
+                outputs[name] = outputs[name].masked_fill(self.damaged, value)
+        return outputs
 
 
 class StreamSummary:
@@ -79,6 +93,16 @@ class StreamSummary:
         self._recent: deque[Tensor] = deque(maxlen=WINDOW)
         self._recent_labels: deque[Tensor] = deque(maxlen=WINDOW)
 
+    def domain_number(self, name: str) -> int:
+        """Number of a domain, a new one where nobody has named it yet: of a loader that says its domains on the way."""
+        if name not in self.domain_names:
+            self.domain_names.append(name)
+            self._counted.append(True)
+            for counts, zero in ((self._labelled, 0), (self._correct, 0), (self._images, 0), (self._entropy, 0.0)):
+                counts.append(zero)  # type: ignore[arg-type]
+            self._classes.append(None)
+        return self.domain_names.index(name)
+
     def update(self, batch: BatchRecord) -> None:
         """Take in one batch; one that was refused counts as a batch, its images in no accuracy."""
         names = {self.domain_names[number] for number in batch.domain.tolist()} or set(self.domain_names[:1])
@@ -95,6 +119,11 @@ class StreamSummary:
             self.skipped_images += len(batch)
             self.last["skipped"] = batch.error
             return
+        if batch.damaged is not None:
+            self.skipped_images += int(batch.damaged.sum())
+            self.last["skipped"] = batch.note
+            batch = batch.without_damaged()
+            self.last["images"] = len(batch)
         domain, label, prediction = batch.domain, batch.label, batch.measures.prediction
         classes = batch.logits.shape[1]
         correct, labelled = prediction == label, label >= 0

@@ -1,5 +1,6 @@
 import hashlib
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,3 +316,15 @@ def test_the_digest_in_a_files_name_is_compared(tmp_path: Path) -> None:
             warnings.simplefilter("always")
             read_state_dict(tmp_path / name)
         assert [digest in str(warning.message) for warning in caught] == [True] * damaged
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, source: dict[str, Tensor]) -> None:
+    plain, bomb = tmp_path / "plain.pt", tmp_path / "bomb.pt"
+    torch.save({"weight": torch.zeros(2**22)}, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    assert read_state_dict(plain)["weight"].shape == (2**22,)
+    assert bomb.stat().st_size < 2**16
+    with pytest.raises(WeightsError, match=r"bomb.pt has .* bytes and would unpack to 16,7"):
+        read_state_dict(bomb)

@@ -1,5 +1,7 @@
 """Images in .npz files: what comes out, and what is refused."""
 
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from lightning_tta import ArrayData, ConfigError, DataError
+from lightning_tta.data.sets import arrays
 
 
 def write(path, *, train=40, test=20, size=28, channels=None, labels=np.uint8, seed=0, **replaced):
@@ -154,3 +157,26 @@ def test_a_file_written_anew_is_read_anew(tmp_path):
 def test_wrong_options(files, options):
     with pytest.raises(ConfigError):
         ArrayData(files[0], **options)
+
+
+def test_a_head_that_claims_more_than_is_there_or_than_fits(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.npz")
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    for name in ("x_test.npy", "y_test.npy"):
+        head = io.BytesIO()
+        shape = (2**40, 32, 32) if name[0] == "x" else (2**40,)
+        np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+            for other, data in content.items():
+                archive.writestr(other, data if other != name else head.getvalue() + b"x")
+        with pytest.raises(DataError, match=rf"b\.npz: '{name[:-4]}' claims to have 1099511627776 .*bytes.*damaged"):
+            ArrayData(str(tmp_path / "b.npz")).digest()
+    monkeypatch.setattr(arrays, "_memory", lambda: 1000)
+    with pytest.raises(DataError, match="more than this machine's memory"):
+        ArrayData(path).digest()
+
+
+def test_the_images_come_as_they_are(tmp_path):
+    data = ArrayData(write(tmp_path / "a.npz"))
+    assert (data.domain_names, data.describe()["function_set"]) == (["clean"], None)

@@ -11,6 +11,7 @@ from lightning_tta.data import images
 from lightning_tta.data.images import StackedImages
 from lightning_tta.data.storage import cache
 from lightning_tta.data.storage.cache import CACHE, ImageCache, MappedImages, default_folder
+from lightning_tta.errors import DataError
 
 on_disk = CACHE.on_disk
 
@@ -106,6 +107,64 @@ def test_equal_keys_share_a_file_and_others_do_not(tmp_path):
     assert on_disk(some(9, seed=1), "key", tmp_path, "").path == first.path
     other = on_disk(some(9, seed=1), "another", tmp_path, "")
     assert not torch.equal(other.image(0), first.image(0))
+
+
+@pytest.mark.parametrize("damage", ["bit", "replaced", "cut", "former"])
+def test_a_file_that_was_changed_is_made_anew(tmp_path, damage, recwarn):
+    first = on_disk(some(9), "key", tmp_path, "")
+    content = bytearray(first.path.read_bytes())
+    other = on_disk(some(9, seed=1), "another", tmp_path, "").path.read_bytes()
+    content[200] ^= 1
+    plain = content[: -(8 + len(cache._MARK) + 2)]  # without checksum and rows
+    changed = {"bit": content, "replaced": other, "cut": content[:150], "former": plain}[damage]
+    first.path.write_bytes(changed)
+    again = on_disk(some(9), "key", tmp_path, "")
+    assert torch.equal(again.images(torch.arange(9)), some(9).pixels)
+    assert any("checksum does not fit" in str(w.message) for w in recwarn) == (damage in ("bit", "replaced"))
+
+
+class Damaged(Made):
+    """Images of which some cannot be read."""
+
+    def __init__(self, count, bad):
+        super().__init__(count)
+        self.bad = set(bad)
+
+    def image(self, position):
+        if position in self.bad:
+            raise DataError(f"image {position} is broken")
+        return self.made.image(position)
+
+    def file(self, position):
+        return f"{position}.png"
+
+    def try_images(self, positions):
+        readable = torch.tensor([p not in self.bad for p in positions.tolist()])
+        return self.made.images(positions) * readable[:, None, None, None], readable
+
+
+def test_damaged_images_stay_damaged(tmp_path):
+    made, every = Damaged(70, (3, 40)), torch.arange(70)
+    for stored in (on_disk(made, "k", tmp_path, ""), on_disk(made, "k", tmp_path, ""), CACHE.in_memory(made, "k", "")):
+        pixels, readable = stored.try_images(every)
+        assert (~readable).nonzero()[:, 0].tolist() == [3, 40]
+        assert torch.equal(pixels[readable], made.made.pixels[readable])
+        assert stored.file(5) == "5.png"
+        assert str(stored.problem(40)) == "image 40 is broken"
+        with pytest.raises(DataError, match="image 3 is broken"):
+            stored.images(every)
+        assert torch.equal(stored.images(every[10:20]), made.made.pixels[10:20])
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_not_used(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="cannot keep corrupted images .*made anew.*--data.cache_dir"):
+        images = on_disk(some(9), "key", tmp_path / "file" / "below", "")
+    assert torch.equal(images.images(torch.arange(9)), some(9).pixels)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
+    with pytest.warns(UserWarning, match="No space left"):
+        assert on_disk(given := some(9), "key", tmp_path, "") is given
+    assert not list(tmp_path.glob("*.npy"))
 
 
 def test_a_run_that_was_cut_off_leaves_nothing_to_trip_over(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import io
 import tarfile
 import threading
+import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -131,6 +132,53 @@ def test_archives_stay_in_their_folder(tmp_path, members):
     with pytest.raises(DataError, match="write outside"):
         unpack(archive, tmp_path / "inside")
     assert not (tmp_path / "evil").exists()
+
+
+def test_what_has_its_own_name_is_whole(tmp_path, monkeypatch):
+    """Killed while it unpacks, the same command unpacks again, and no half of a set is taken for all of it."""
+    archive = make_tar(tmp_path / "a.tar", {f"set/{n}.txt": b"new" for n in range(6)})
+    extract = tarfile.TarFile.extractall
+
+    def killed(tar, path, **options):
+        extract(tar, path, members=tar.getmembers()[:2], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", killed)
+    with pytest.raises(KeyboardInterrupt):
+        unpack(archive, tmp_path / "data")
+    assert not (tmp_path / "data" / "set").exists()
+    monkeypatch.undo()
+    (tmp_path / "data" / "set").mkdir()
+    (tmp_path / "data" / "set" / "0.txt").write_text("old")  # a half from elsewhere is completed
+    unpack(archive, tmp_path / "data")
+    assert [path.read_text() for path in sorted((tmp_path / "data").rglob("*.txt"))] == ["new"] * 6
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["set"]
+
+
+def test_two_that_fetch_at_once_fetch_once(tmp_path, monkeypatch):
+    fetched, wanted = [], remote_of_nothing()
+
+    def slow(remote, folder):
+        fetched.append(remote)
+        time.sleep(0.2)
+        return make_tar(folder / "a.tar", {"set/0.txt": b"x"})
+
+    monkeypatch.setattr(download, "fetch", slow)
+    folder = tmp_path / "data"
+    done = (folder / "set").is_dir
+    threads = [threading.Thread(target=download.fetch_and_unpack, args=(wanted, folder, done)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        download.fetch_and_unpack(wanted, tmp_path / "file" / "below", lambda: False)
+
+
+def remote_of_nothing():
+    return Remote("http://localhost/a.tar", 1, "md5:0")
 
 
 def test_a_damaged_archive(tmp_path):

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
-from lightning_tta.data import FolderData, corrupt
+from lightning_tta.data import FolderData, corrupt, corruption_names
 from lightning_tta.errors import ConfigError, DataError
 
 
@@ -66,6 +67,50 @@ def test_stream_of_corruptions(root):
             assert label == expected
 
 
+def test_images_come_as_they_are_unless_corruptions_are_named(root):
+    data = FolderData(str(root))
+    assert data.domain_names == ["clean"]
+    assert data.describe()["function_set"] is None
+    assert FolderData(str(root), domains=["reported"]).domain_names == corruption_names()
+    for option in ({"severity": 5}, {"function_set": "imagenet_c"}):
+        with pytest.raises(ConfigError, match=r"nothing to act on.*--data.domains"):
+            FolderData(str(root), **option)
+
+
+def test_a_folder_of_class_folders_is_a_test_set(root):
+    data = FolderData(str(root / "train"))
+    assert data.class_names == ["ant", "cat", "dog"]
+    assert len(data.clean("test")) == 30
+    assert data.clean("test").file(10) == "cat/0.png"
+    with pytest.raises(DataError, match=r"0\.png|train"):
+        data.clean("train")
+
+
+def test_flat_folders_and_lone_classes_are_pointed_to_the_set_without_labels(root):
+    with pytest.raises(DataError, match=r"no class folders.*--data ImageFolderData --data.path .*train/ant"):
+        FolderData(str(root / "train" / "ant"))
+    (root / "flat" / "test").mkdir(parents=True)
+    write(root / "flat" / "test" / "0.png", 1)
+    with pytest.raises(DataError, match=r"no class folders.*--data ImageFolderData"):
+        _ = FolderData(str(root / "flat")).class_names
+    write(root / "lone" / "dummy" / "0.png", 1)
+    with pytest.warns(UserWarning, match="one class folder only, 'dummy'.*ImageFolderData"):
+        _ = FolderData(str(root / "lone")).class_names
+
+
+def test_nested_folders_are_read_as_torchvision_reads_them(root):
+    write(root / "test" / "cat" / "day2" / "2.png", 77)
+    write(root / "test" / "cat" / "a" / "B.JPG", 78)
+    (root / "test" / "cat" / "._0.png").write_bytes(b"resource fork")
+    (root / "test" / "cat" / "Thumbs.db").write_bytes(b"thumbs")
+    data = FolderData(str(root))
+    theirs = ImageFolder(str(root / "test"), is_valid_file=lambda path: "._" not in path and ".db" not in path[-4:])
+    theirs = [(path, label) for path, label in theirs.samples if not path.endswith(".txt")]
+    images = data.clean("test")
+    assert [(f"{root}/{images.file(n)}", int(images.labels[n])) for n in range(len(images))] == theirs
+    assert len(images) == 14
+
+
 def test_target_folders_are_matched_by_class_name(root, tmp_path):
     sketch = {name: write(tmp_path / "sketch" / name / "a.png", 7 + n) for n, name in enumerate(("dog", "cat"))}
     data = FolderData(str(root), target_roots={"sketch": str(tmp_path / "sketch")}, batch_size=1)
@@ -91,21 +136,26 @@ def test_image_size_resizes_the_shorter_side_and_crops_the_middle(root):
     image = FolderData(str(root), image_size=20, domains=["clean"]).clean("test")[0][0]
     assert image.shape == (3, 20, 20)
     assert image[:, :, 1:-1].float().mean() > 195
-    with pytest.raises(DataError, match=r"0\.png.*32x32 pixels|1\.png has 32x32.*120x40.*image_size"):
-        FolderData(str(root), domains=["clean"]).setup("predict")
+    with pytest.raises(DataError, match=r"png has 32x32 pixels.*0\.png has 120x40.*image_size"):
+        list(FolderData(str(root)).predict_dataloader())
 
 
 def test_small_images_with_corruptions_fail_with_a_way_out(root):
     with pytest.raises(ConfigError, match="at least 32x32"):
-        FolderData(str(root), image_size=16).setup("predict")
-    FolderData(str(root), image_size=16, domains=["clean"]).setup("predict")
+        FolderData(str(root), image_size=16, domains=["reported"]).setup("predict")
+    FolderData(str(root), image_size=16).setup("predict")
 
 
 def test_damaged_image_is_named(root):
     broken = root / "test" / "cat" / "1.png"
     broken.write_bytes(broken.read_bytes()[:200])
+    for options in ({}, {"domains": ["haze"]}, {"domains": ["haze"], "cache_dir": "none"}):
+        data = FolderData(str(root), **options)
+        with pytest.raises(DataError, match=r"test/cat/1\.png"):
+            list(data.predict_dataloader())
+        assert "test/cat/1.png" in str(data.known_problem())
     with pytest.raises(DataError, match=r"test/cat/1\.png"):
-        FolderData(str(root), domains=["clean"]).setup("predict")
+        FolderData(str(root)).clean("test").images(torch.arange(12))
 
 
 def test_missing_folders_are_named(root, tmp_path):

@@ -21,6 +21,7 @@ PINNED = {
     "mixed": "4e286fd223fd",
     "correlated": "9e0576c1747d",
     "blind_spot": "0a4e28ef12ab",
+    "ordered": "c81daf2777a0",
 }
 
 
@@ -90,7 +91,11 @@ def test_seed_decides_the_order_and_batch_size_does_not(kind):
     one, same = (build_stream(LABELS, kind=kind, batch_size=4, seed=5) for _ in range(2))
     assert one == same
     assert flat(build_stream(LABELS, kind=kind, batch_size=9, seed=5)) == flat(one)
-    assert flat(build_stream(LABELS, kind=kind, batch_size=4, seed=6)) != flat(one)
+    assert (flat(build_stream(LABELS, kind=kind, batch_size=4, seed=6)) != flat(one)) == (kind != "ordered")
+
+
+def test_ordered_is_the_order_of_the_domains_and_their_images():
+    assert flat(build_stream(LABELS, kind="ordered", batch_size=4, seed=1)) == list(range(31))
 
 
 @pytest.mark.parametrize("kind", STREAM_KINDS)
@@ -117,6 +122,7 @@ def test_reset_policies_and_kinds_agree():
         "mixed": "never",
         "correlated": "never",
         "blind_spot": "domain",
+        "ordered": "never",
     }
 
 

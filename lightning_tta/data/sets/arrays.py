@@ -1,5 +1,7 @@
 """Images in arrays: ``.npz`` files with a training and a test part."""
 
+import math
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,7 +27,8 @@ class ArrayData(ShiftedDataModule):
     """Images in ``.npz`` files: a source with ``x_train, y_train, x_test, y_test``, and targets.
 
     Images are uint8 (N, H, W) or (N, H, W, 1 or 3), labels whole numbers from 0. Everything becomes RGB of
-    ``image_size``. The stream takes the targets' test part.
+    ``image_size``. The stream takes the targets' test part, without targets the source's; corruptions are made where
+    ``domains`` names them.
 
     Args:
         source: The source's file.
@@ -40,6 +43,8 @@ class ArrayData(ShiftedDataModule):
         ConfigError: On a wrong value.
         DataError: If a file is missing, damaged, or not as described.
     """
+
+    own_images = True
 
     def __init__(
         self,
@@ -137,11 +142,47 @@ def read_array(path: Path, name: str) -> np.ndarray[Any, np.dtype[Any]]:
         with np.load(path, allow_pickle=False) as arrays:
             if name not in arrays:
                 raise DataError(f"{path} has no array '{name}'; it has {sorted(arrays)}. Expected {EXPECTED}.")
+            _check_head(path, name)
             return arrays[name]  # type: ignore[no-any-return]
     except DataError:
         raise
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: a .npy
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        EOFError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:  # TypeError: a .npy
         raise DataError(f"{path} is not a readable .npz file ({error}). Fetch or save it again.") from error
+
+
+def _check_head(path: Path, name: str) -> None:
+    """Raise :class:`DataError` where an array's head claims more than is there, or than the memory holds."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        claimed, there = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{name}.npy").file_size
+    if claimed > there:
+        raise DataError(
+            f"{path}: '{name}' claims to have {' x '.join(map(str, shape))} values, but there are {there:,} bytes: the "
+            "file is damaged. Fetch or save it again."
+        )
+    if claimed > _memory():
+        raise DataError(
+            f"{path}: '{name}' needs {claimed / 1e9:,.0f} GB, more than this machine's memory. Save fewer images, or "
+            "use image files (FolderData)."
+        )
+
+
+def _memory() -> float:
+    """Bytes of memory of this machine; infinity where nobody says."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def read_labels(path: Path, split: str) -> Tensor:

@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100, their corrupted versions, and CIFAR-10.1."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from lightning_tta.data.corruptions.corrupt import CLEAN
 from lightning_tta.data.domain_names import split_severity
 from lightning_tta.data.images import Images, StackedImages
 from lightning_tta.data.storage.cache import MappedImages, load_npy, open_images
-from lightning_tta.data.storage.download import CIFAR_C, fetch, unpack
+from lightning_tta.data.storage.download import CIFAR_C, alone, fetch_and_unpack
 from lightning_tta.data.storage.paths import check_file
 from lightning_tta.errors import DataError, check_choice, check_range
 
@@ -74,10 +75,15 @@ class CIFARData(ShiftedDataModule):
 
     def prepare_data(self) -> None:
         """Download what is missing, if asked to; once per machine."""
-        if self.download and self.published_names and not (self.folder / "labels.npy").is_file():
-            unpack(fetch(CIFAR_C[self.dataset], self.root), self.root)
+        if self.download and self.published_names:
+            fetch_and_unpack(CIFAR_C[self.dataset], self.root, (self.folder / "labels.npy").is_file)
         if self.download and self._needs_clean:
-            self._read(train=False)
+            with alone(self.root, self.dataset) if not self._unpacked.is_dir() else nullcontext():
+                self._read(train=False)
+
+    @property
+    def _unpacked(self) -> Path:
+        return self.root / ("cifar-10-batches-py" if self.dataset == "cifar10" else "cifar-100-python")
 
     @property
     def _needs_clean(self) -> bool:

@@ -1,5 +1,6 @@
 """Several domains of the same classes, one of them left out: ``<root>/<domain>/<class>/*``."""
 
+import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -9,14 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_tta.data import augmentations, splits
-from lightning_tta.data.base import ShiftedDataModule, Split
+from lightning_tta.data.base import Split
 from lightning_tta.data.images import Images
-from lightning_tta.data.sets.image_files import FileImages, Listing, list_folders, list_images
-from lightning_tta.data.storage.paths import check_file, check_folder, file_lines
+from lightning_tta.data.sets.image_files import FileData, FileImages, Listing, list_folders, list_images
+from lightning_tta.data.storage.paths import check_file, check_folder
 from lightning_tta.errors import ConfigError, DataError, check_range
 
 
-class DomainFolderData(ShiftedDataModule):
+class DomainFolderData(FileData):
     """Leave one domain out: train on some domains of ``<root>/<domain>/<class>/*``, adapt on the others.
 
     For PACS, Office-Home, VLCS, TerraIncognita and their like. Training batches have as many images of each source
@@ -31,7 +32,7 @@ class DomainFolderData(ShiftedDataModule):
         val_share: Share of each class of each source domain to validate on, between 0 and 1.
         lists: Domain -> text file with lines ``<path below root> <label>`` instead of folders (DomainNet-126, VisDA).
             A relative path of a list is below ``root``.
-        **kwargs: Stream, batch sizes: the arguments of :class:`ShiftedDataModule`.
+        **kwargs: Channels, stream, batch sizes: the arguments of :class:`FileData`.
 
     Raises:
         ConfigError: On a wrong value, or a domain that is both source and target.
@@ -104,7 +105,7 @@ class DomainFolderData(ShiftedDataModule):
         """The images of some domains, one after the other."""
         paths = [path for domain in domains for path in self._listings[domain][0]]
         labels = torch.cat([self._listings[domain][1] for domain in domains])
-        return FileImages(paths, labels, self.image_size, self.image_size)
+        return self.file_images((paths, labels), self.image_size, self.image_size, self.root)
 
     @cached_property
     def _validation(self) -> list[Tensor]:
@@ -130,13 +131,12 @@ class DomainFolderData(ShiftedDataModule):
         return self._images([name])
 
     def digest_content(self) -> Iterator[bytes]:
-        """The split, and names and sizes of the files of all domains in use."""
-        yield f"{self.image_size}|{self.class_names}|{self.sources}|{self.val_share}".encode()
+        """The split, and names and contents of the files of all domains in use."""
+        yield os.fsencode(f"{self.image_size}|{self.class_names}|{self.sources}|{self.val_share}{self.kind}")
         for domain, (paths, _) in self._listings.items():
-            missing = next((path for path in paths if not path.is_file()), None)
-            if missing is not None:
-                raise DataError(f"{self.lists[domain]} lists {missing}, which does not exist.")
-            yield from file_lines(domain, paths)
+            if not any(path.is_file() for path in paths):  # a wrong root; single files may be damaged
+                raise DataError(f"{self.lists[domain]} lists {paths[0]} and others, none of which exists.")
+            yield from self.file_lines(domain, paths, self.root)
 
     def cache_key(self) -> str:
         """The digest and the place."""

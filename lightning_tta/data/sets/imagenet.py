@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tta.data import augmentations, splits
-from lightning_tta.data.base import ShiftedDataModule, Split
+from lightning_tta.data.base import Split
 from lightning_tta.data.corruptions.corrupt import CLEAN
 from lightning_tta.data.domain_names import split_severity
 from lightning_tta.data.images import Images
-from lightning_tta.data.sets.image_files import FileImages, Listing, list_images
-from lightning_tta.data.storage.download import IMAGENET_C, fetch, fetch_imagenet, unpack
-from lightning_tta.data.storage.paths import check_file, check_folder, file_lines
+from lightning_tta.data.sets.image_files import FileData, FileImages, Listing, list_images
+from lightning_tta.data.storage.download import IMAGENET_C, fetch_and_unpack, fetch_imagenet
+from lightning_tta.data.storage.paths import check_file, check_folder
 from lightning_tta.errors import ConfigError, DataError, check_range
 from lightning_tta.imagenet_classes import imagenet_synsets
 
@@ -23,7 +23,7 @@ def list_imagenet(folder: Path) -> Listing:
     return list_images(folder, label_of, "synsets of ImageNet (n01440764) or numbers from 0 to 999")
 
 
-class ImageNetData(ShiftedDataModule):
+class ImageNetData(FileData):
     """ImageNet, ImageNet-C, -A, -R, -V2, -Sketch or any set for a net of 1000 classes: ``<folder>/<class>/*``.
 
     Class folders are synsets or numbers; either way the label is the position among the 1000 logits. With
@@ -41,7 +41,7 @@ class ImageNetData(ShiftedDataModule):
         num_val: Training images held back to validate on, at least 1.
         download: Fetch the archives of ImageNet-C, -A, -R and -V2 that are missing (see
             :mod:`lightning_tta.data.storage.download`).
-        **kwargs: Stream, domains, batch sizes: the arguments of :class:`ShiftedDataModule`.
+        **kwargs: Channels, stream, domains, batch sizes: the arguments of :class:`FileData`.
 
     Raises:
         ConfigError: On a wrong value.
@@ -95,8 +95,8 @@ class ImageNetData(ShiftedDataModule):
         for name, folder in self._folders_in_use().items():
             if self.download and name in self.folders:
                 fetch_imagenet(name, folder)
-            elif self.download and name in self.published_names and not folder.is_dir():
-                unpack(fetch(IMAGENET_C[folder.parent.name], folder.parents[1]), folder.parents[1])
+            elif self.download and name in self.published_names:
+                fetch_and_unpack(IMAGENET_C[folder.parent.name], folder.parents[1], folder.is_dir)
             check_folder(folder)
         if self.image_list is not None:
             check_file(self.image_list, "lines <synset>/<file name>")
@@ -127,8 +127,8 @@ class ImageNetData(ShiftedDataModule):
         chosen = [number[name] for name in names]
         return [paths[position] for position in chosen], labels[chosen]
 
-    def _images(self, listing: Listing) -> FileImages:
-        return FileImages(*listing, self.resize, self.image_size)
+    def _images(self, listing: Listing, root: Path) -> FileImages:
+        return self.file_images(listing, self.resize, self.image_size, root)
 
     def clean(self, split: Split) -> Images:
         """The images of ``<source>/val`` (test) and of ``<source>/train``, some of which are held back (val)."""
@@ -137,8 +137,8 @@ class ImageNetData(ShiftedDataModule):
                 return self.natural_domain(next(iter(self.folders)))
             raise DataError(f"There are no {split} images: pass source=FOLDER with train/<class>/* and val/<class>/*.")
         if split == "test":
-            return self._images(self._list(self.source / "val"))
-        images = self._images(list_imagenet(self.source / "train"))
+            return self._images(self._list(self.source / "val"), self.source / "val")
+        images = self._images(list_imagenet(self.source / "train"), self.source / "train")
         return splits.select(images, splits.validation_count(len(images), self.num_val) == (split == "val"))
 
     def natural_names(self) -> list[str]:
@@ -147,19 +147,20 @@ class ImageNetData(ShiftedDataModule):
 
     def natural_domain(self, name: str) -> Images:
         """The images of a folder."""
-        return self._images(list_imagenet(self.folders[name]))
+        return self._images(list_imagenet(self.folders[name]), self.folders[name])
 
     def published(self, corruption: str, severity: int) -> Images:
         """The images of one folder of ImageNet-C."""
-        return FileImages(*self._list(self._published_folder(f"{corruption}@{severity}")), None, self.image_size)
+        folder = self._published_folder(f"{corruption}@{severity}")
+        return self.file_images(self._list(folder), None, self.image_size, folder)
 
     def digest_content(self) -> Iterator[bytes]:
-        """The sizes in pixels, and names and sizes of the files in use."""
-        yield f"{self.resize}|{self.image_size}".encode()
+        """The sizes in pixels, and names and contents of the files in use."""
+        yield f"{self.resize}|{self.image_size}{self.kind}".encode()
         folders = {"val" if name == CLEAN else name: folder for name, folder in self._folders_in_use().items()}
         for name, folder in sorted(folders.items()):
             listing = list_imagenet(folder) if name in self.folders else self._list(folder)
-            yield from file_lines(name, listing[0])
+            yield from self.file_lines(name, listing[0], folder)
 
     def cache_key(self) -> str:
         """The digest and the places."""

@@ -1,11 +1,18 @@
 """Pixels that were read or corrupted once: kept in memory up to a limit, or in files that every later run maps."""
 
+import errno
 import hashlib
+import io
+import json
 import os
+import shutil
+import struct
 import time
+import warnings
+import zlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_tta.data.images import Images, StackedImages
+from lightning_tta.data.images import Images, KeptImages, StackedImages
 from lightning_tta.data.storage.paths import check_file
 from lightning_tta.data.threads import one_thread
 from lightning_tta.errors import DataError
@@ -24,6 +31,9 @@ from lightning_tta.progress import with_progress
 
 _CHUNK = 32  # images
 _WORTH_WORKERS = 4.0  # seconds of work
+_BLOCK = 2**24  # bytes
+_MARK = b"lightning_tta"
+_TAIL = 8 + len(_MARK)
 
 
 class ImageCache:
@@ -31,12 +41,12 @@ class ImageCache:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._pixels: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._pixels: OrderedDict[Hashable, tuple[Tensor, Tensor | None]] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory now."""
-        return sum(pixels.nbytes for pixels in self._pixels.values())
+        return sum(pixels.nbytes for pixels, _ in self._pixels.values())
 
     def clear(self) -> None:
         """Drop everything that is in memory."""
@@ -56,23 +66,38 @@ class ImageCache:
             while self.nbytes > self.limit:
                 self._pixels.popitem(last=False)
         self._pixels.move_to_end(key)
-        return StackedImages(self._pixels[key], images.labels)
+        pixels, readable = self._pixels[key]
+        return StackedImages(pixels, images.labels, images, readable)
 
     @staticmethod
     def on_disk(images: Images, key: str, folder: Path, text: str) -> Images:
         """The same images from a file in ``folder``, which is written if no process has written it yet.
 
-        Equal keys share a file: a key says completely what the images are.
+        Equal keys share a file: a key says completely what the images are. A file carries a checksum, which is compared
+        once in each process; one that does not fit is written anew. Where the folder cannot be written, the images are
+        made when asked for, with a warning.
         """
         if not len(images):
             return images
         path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):  # several runs may want the same file
-                if not path.exists():
-                    write_whole(path, lambda file: _write_npy(file, images, text))
-        return MappedImages(path, images.labels)
+        damaged = _damaged_rows(path)
+        if damaged is None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with FileLock(path.with_suffix(".lock")):  # several runs may want the same file
+                    damaged = _damaged_rows(path)
+                    if damaged is None:
+                        _check_space(folder, images.estimated_bytes())
+                        write_whole(path, lambda file: _write_npy(file, images, text, path.stem))
+                        damaged = _damaged_rows(path) or []
+            except OSError as error:
+                warnings.warn(
+                    f"{folder} cannot keep corrupted images ({error.strerror or error}): they are made anew in each "
+                    "run. Make room, or choose another folder with --data.cache_dir or $LIGHTNING_TTA_CACHE.",
+                    stacklevel=2,
+                )
+                return images
+        return MappedImages(path, images.labels, origin=images, readable=_all_but(damaged, len(images)))
 
 
 CACHE = ImageCache(limit=2**30)
@@ -84,12 +109,65 @@ def default_folder() -> Path:
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning_tta"
 
 
+def _check_space(folder: Path, needed: int) -> None:
+    """Raise :class:`OSError` before anything is written where it cannot all be written."""
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB are needed, {os.strerror(errno.ENOSPC)}")
+
+
+@lru_cache(maxsize=1024)
+def _verified_rows(path: Path, stamp: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Rows of images that could not be read when the file was written; ``None`` of a damaged or former file.
+
+    After the array come those rows as JSON, then the JSON's length, the CRC of the file's name and of all before,
+    and a mark.
+    """
+    size = stamp[0]
+    with path.open("rb") as file:
+        if size < _TAIL:
+            return None
+        file.seek(size - _TAIL)
+        length, wanted, mark = struct.unpack(f"<II{len(_MARK)}s", file.read())
+        if mark != _MARK or length > size - _TAIL:
+            return None
+        file.seek(0)
+        rest, crc, block = size - _TAIL, zlib.crc32(path.stem.encode()), b""
+        while rest:
+            block = file.read(min(rest, _BLOCK))
+            if not block:
+                return None
+            crc, rest = zlib.crc32(block, crc), rest - len(block)
+        file.seek(size - _TAIL - length)
+        if crc == wanted:
+            return tuple(json.loads(file.read(length)))
+    warnings.warn(f"{path} is damaged: its checksum does not fit. It is made anew.", stacklevel=4)
+    return None
+
+
+def _damaged_rows(path: Path) -> Sequence[int] | None:
+    """The same of a file that may not exist, compared once as long as the file does not change."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return _verified_rows(path, (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
+
+
+def _all_but(rows: Sequence[int], count: int) -> Tensor | None:
+    """Which of ``count`` images are not among ``rows``, bool; ``None`` where all are."""
+    if not rows:
+        return None
+    readable = torch.ones(count, dtype=torch.bool)
+    readable[list(rows)] = False
+    return readable
+
+
 @one_thread()
-def _pixels_of(images: Images, positions: Tensor) -> Tensor:
-    return images.images(positions)
+def _pixels_of(images: Images, positions: Tensor) -> tuple[Tensor, Tensor]:
+    return images.try_images(positions)
 
 
-def _chunks(images: Images, text: str) -> Iterator[Tensor]:
+def _chunks(images: Images, text: str) -> Iterator[tuple[Tensor, Tensor]]:
     """All pixels, some images at a time, by worker processes where the time of the first says that it is worth it."""
     compute = partial(_pixels_of, images)
     first, *rest = torch.split(torch.arange(len(images)), _CHUNK)
@@ -106,26 +184,40 @@ def _chunks(images: Images, text: str) -> Iterator[Tensor]:
         yield next(chunks)
 
 
-def _stacked(images: Images, text: str) -> Tensor:
-    """All pixels, uint8 (N, C, H, W)."""
-    pixels, end = torch.empty(0), 0
-    for chunk in _chunks(images, text):
+def _stacked(images: Images, text: str) -> tuple[Tensor, Tensor | None]:
+    """All pixels, uint8 (N, C, H, W), and which images could be read (N,), ``None``: all."""
+    pixels, readable, end = torch.empty(0), torch.ones(len(images), dtype=torch.bool), 0
+    for chunk, usable in _chunks(images, text):
         pixels = pixels if end else chunk.new_empty(len(images), *chunk.shape[1:])
         start, end = end, end + len(chunk)
-        pixels[start:end] = chunk
-    return pixels
+        pixels[start:end], readable[start:end] = chunk, usable
+    return pixels, None if bool(readable.all()) else readable
 
 
-def _write_npy(file: IO[bytes], images: Images, text: str) -> None:
-    """The same as an ``.npy`` file."""
-    for number, chunk in enumerate(_chunks(images, text)):
-        if number == 0:
+def _write_npy(file: IO[bytes], images: Images, text: str, name: str) -> None:
+    """The same as an ``.npy`` file, with a tail as :func:`_verified_rows` reads it."""
+    crc, end, damaged = zlib.crc32(name.encode()), 0, list[int]()
+
+    def write(content: bytes | memoryview) -> None:
+        nonlocal crc
+        crc = zlib.crc32(content, crc)
+        file.write(content)
+
+    for chunk, usable in _chunks(images, text):
+        if not end:
+            head = io.BytesIO()
             shape = (len(images), *chunk.shape[1:])
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        file.write(chunk.contiguous().numpy().data)
+            np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            write(head.getvalue())
+        write(chunk.contiguous().numpy().data)
+        damaged += ((~usable).nonzero()[:, 0] + end).tolist()
+        end += len(chunk)
+    rows = json.dumps(damaged).encode()
+    write(rows)
+    file.write(struct.pack(f"<II{len(_MARK)}s", len(rows), crc, _MARK))
 
 
-class MappedImages(Images):
+class MappedImages(KeptImages):
     """Rows ``first`` to ``first + len(labels)`` of an ``.npy`` file of uint8 images, read when asked for.
 
     The file has the shape ``shape``: (N, C, H, W), or (N, H, W, C) with ``channels_last``.
@@ -138,18 +230,21 @@ class MappedImages(Images):
         first: int = 0,
         shape: Sequence[int] | None = None,
         channels_last: bool = False,
+        origin: Images | None = None,
+        readable: Tensor | None = None,
     ) -> None:
         self.path, self.labels, self.first, self.channels_last = path, labels, first, channels_last
+        self.origin, self.readable = origin, readable
         self._rows = open_images(path, shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": None}
+        return {**self.__dict__, "_rows": None, "origin": self.origin if self.readable is not None else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._rows = open_images(self.path)  # each worker process maps the file itself
 
-    def images(self, positions: Tensor) -> Tensor:
+    def pixels_of(self, positions: Tensor) -> Tensor:
         """Several images, in one copy."""
         pixels = torch.from_numpy(self._rows[positions.numpy() + self.first])
         return pixels.permute(0, 3, 1, 2).contiguous() if self.channels_last else pixels

@@ -1,20 +1,25 @@
 """Downloads on request: what is where; resumed, compared with its checksum, unpacked inside its folder only."""
 
+import errno
 import hashlib
 import http.client
 import shutil
 import tarfile
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import wrap_file
 
 from lightning_tta.errors import ConfigError, DataError
 
 _BLOCK = 2**20  # bytes
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -143,14 +148,67 @@ def _verify(file: Path, remote: Remote) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar file; members that would leave ``folder``, links out of it and devices are refused."""
+    """Unpack a tar file, aside first: what is in ``folder`` under its own name is whole.
+
+    Members that would leave ``folder``, links out of it and devices are refused.
+
+    Raises:
+        DataError: If it cannot be unpacked, or there is no room.
+    """
+    aside = folder / f".{archive.name}.unpacking"
     try:
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+            tar.extractall(aside, filter="data")
+        for entry in sorted(aside.iterdir()):
+            _move(entry, folder / entry.name)
     except tarfile.FilterError as error:
         raise DataError(f"{archive} tries to write outside {folder} ({error}) and is not unpacked.") from error
     except (tarfile.TarError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise DataError(
+                f"{archive} cannot be unpacked into {folder}: {error.strerror}. Make room there."
+            ) from error
         raise DataError(f"{archive} cannot be unpacked ({error}). Remove it and fetch it again.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move(entry: Path, target: Path) -> None:
+    """Put a file or folder in its place; folders that are there already are completed."""
+    if entry.is_dir() and not entry.is_symlink() and target.is_dir():
+        for inner in sorted(entry.iterdir()):
+            _move(inner, target / inner.name)
+    else:
+        entry.replace(target)
+
+
+@contextmanager
+def alone(folder: Path, name: str) -> Iterator[None]:
+    """Let one process at a time fetch into a folder; the others wait.
+
+    Raises:
+        DataError: If the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f".{name}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error.strerror}). Name another folder for the data.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def fetch_and_unpack(remote: Remote, folder: Path, done: Callable[[], bool]) -> None:
+    """Download an archive and unpack it into ``folder``, unless ``done``; one process at a time."""
+    if done():
+        return
+    with alone(folder, remote.name):
+        if not done():
+            unpack(fetch(remote, folder), folder)
 
 
 def fetch_imagenet(name: str, folder: Path) -> None:
@@ -159,11 +217,16 @@ def fetch_imagenet(name: str, folder: Path) -> None:
         return
     if name not in IMAGENET:
         raise ConfigError(f"--data.download knows {', '.join(IMAGENET)}; fetch {name!r} by hand into {folder}.")
-    archive = fetch(IMAGENET[name], folder.parent)
-    partial = folder.with_name(f"{folder.name}.partial")
-    unpack(archive, partial)
-    inner = [entry for entry in partial.iterdir() if entry.is_dir()]
-    if len(inner) != 1:
-        raise DataError(f"{archive} unpacks to {len(inner)} folders, expected one of class folders. See {partial}.")
-    inner[0].replace(folder)
-    shutil.rmtree(partial)
+    with alone(folder.parent, IMAGENET[name].name):
+        if folder.is_dir():  # another process was faster
+            return
+        archive = fetch(IMAGENET[name], folder.parent)
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        unpack(archive, partial)
+        inner = [entry for entry in partial.iterdir() if entry.is_dir()]
+        if len(inner) != 1:
+            raise DataError(f"{archive} unpacks to {len(inner)} folders, expected one of class folders. See {partial}.")
+        inner[0].replace(folder)
+        shutil.rmtree(partial)

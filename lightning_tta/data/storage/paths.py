@@ -1,6 +1,5 @@
 """Files and folders that must be there: the message names what is expected where."""
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lightning_tta.errors import DataError
@@ -17,9 +16,3 @@ def check_folder(path: Path, layout: str = "<class>/<image files>") -> None:
     if not path.is_dir():
         state = "is a file" if path.is_file() else "does not exist"
         raise DataError(f"The folder {path} {state}. Expected {path}/{layout}.")
-
-
-def file_lines(domain: str, paths: Iterable[Path]) -> Iterator[bytes]:
-    """What a digest says of files: the domain, the class folder, the name and the size in bytes of each."""
-    for path in paths:
-        yield f"{domain}|{path.parent.name}/{path.name}|{path.stat().st_size}\n".encode()
