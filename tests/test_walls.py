@@ -50,6 +50,7 @@ ALLOWED = {  # (files, private names of another library), as patterns: why there
     ("*", "_pytree"): "the tensors in whatever a net returns; torch has no public module for it",
     ("lightning_tta/meta/prefix.py", "_version"): "the one sign that a tensor was written in place",
     ("lightning_tta/modules/meta_ttt.py", "_layer_sync"): "where Lightning's strategy keeps sync_batchnorm",
+    ("lightning_tta/run/board.py", "_log_hyperparams"): "save_hyperparameters(logger=False) is for the module's author",
     ("lightning_tta/benchmark/runner.py", "_exit"): "os._exit is documented: a worker ends with its parent, at once",
     ("*", "_actions"): "argparse has no public list of a parser's options",
 }
