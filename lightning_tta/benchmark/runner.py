@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
 from torch import nn
 
 from lightning_tta.benchmark.config import Cell, MethodConfig, NetConfig, StreamConfig
@@ -161,13 +163,13 @@ class Benchmark:
                     progress.advance(task)
             task = progress.add_task("cells", total=len(self.cells))
             for cell, (row, reason) in zip(self.cells, run_all(self._attempt, self.cells), strict=True):
-                progress.update(task, advance=1, description=str(cell))
+                progress.update(task, advance=1, description=escape(str(cell)))
                 if row is not None:
                     rows.append(row)
                 else:
                     skipped.append({"cell": str(cell), "reason": reason})
                     if reason.startswith("failed"):
-                        progress.console.print(f"[red]{reason}[/red] in {cell}")
+                        progress.console.print(Text(f"{reason} in {cell}", style="red"))
         result = {
             "rows": rows,
             "methods": {label: asdict(method) for label, method in self.methods.items()},

@@ -165,7 +165,7 @@ def pareto_figure(label: str, methods: Mapping[str, tuple[float, float]], looks:
         *zip(*(methods[m] for m in front_of(methods)), strict=True), where="post", color=MUTED, lw=1, ls=(0, (4, 2))
     )
     for method, point in methods.items():
-        style = {"color": looks[method].color, "marker": looks[method].marker, "mec": "white", "mew": 0.6}
+        style: Any = {"color": looks[method].color, "marker": looks[method].marker, "mec": "white", "mew": 0.6}
         handles += axes.plot(*point, markersize=7, ls="", **style)
     costs = [cost for cost, _ in methods.values()]
     if min(costs) > 0 and max(costs) > 4 * min(costs):
@@ -248,7 +248,8 @@ def _draw(
     axes: Any, shown: Mapping[str, Sequence[Run]], looks: Looks, labelled: bool, behind: Sequence[Run] | None = None
 ) -> list[Any]:
     """Draw the curves of some methods, over those of ``behind``; returns the line of each."""
-    first, lines = next(iter(shown.values()))[0], []
+    first: Run = next(iter(shown.values()))[0]
+    lines: list[Any] = []
     for panel, name in zip(axes, ("accuracy" if labelled else "entropy", "recent_class_share"), strict=True):
         seen, mean, *_ = _curve(behind or (), name)
         panel.plot(seen, mean, color=MUTED, lw=1, alpha=0.8)

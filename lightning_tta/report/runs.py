@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SEED_FIELDS = ("order_seed", "weights", "weights_digest", "hash")
 """Fields of a protocol in which the seeds of one experiment differ."""
+SHOWN = 6
+"""So many differences between two parts of a report are named."""
 
 
 @dataclass(eq=False)
@@ -309,6 +311,7 @@ def _group_singles(results: Results) -> None:
     for number, group in enumerate(groups, 1):
         group.title = f"Part {number}: {group.title}" if len(groups) > 1 else group.title
         lines = differing(*({"net": each.runs[0].net, **each.runs[0].compared} for each in (groups[0], group)))
+        lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} more; see the protocols"] if len(lines) > SHOWN else lines
         if number > 1:
             results.warnings.append(
                 f"The runs of parts 1 and {number} have different protocols and are not comparable: {'; '.join(lines)}."

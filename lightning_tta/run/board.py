@@ -46,8 +46,8 @@ class StreamBoard(RunCallback):
     The names are the same for all methods and streams, so that the curves of several runs lie over each other. To all
     loggers of the Trainer, over the images seen: ``adapt/accuracy`` (so far), ``adapt/accuracy_of_batch``,
     ``adapt/loss``, ``adapt/entropy``, ``adapt/recent_class_share`` and the others of ``CURVES``. To TensorBoard:
-    ``adapt/images``, the first ones of the first two batches with label, the source's prediction and the adapted one;
-    ``adapt/entropies``, the entropy of every image of a batch, some 20 times in a stream (its mean hides whether a few
+    ``images``, the first ones of the first two batches with label, the source's prediction and the adapted one;
+    ``entropies``, the entropy of every image of a batch, some 20 times in a stream (its mean hides whether a few
     images or all grew sure). With the hyper-parameters: ``hp_metric``, the accuracy.
 
     Args:
@@ -80,13 +80,13 @@ class StreamBoard(RunCallback):
             logger.log_metrics(numbers, step=step)
         if (run.summary.batches - 1) % self._every == 0:
             for add_histogram in _writers(run.trainer, "add_histogram"):
-                add_histogram("adapt/entropies", output["entropy"].float(), global_step=step)
+                add_histogram("entropies", output["entropy"].float(), global_step=step)
         if self._pictures_left and run.batch is not None and run.batch.images is not None:
             self._pictures_left -= 1
             names = None if run.classes is not None else getattr(run.data, "class_names", None)
             strip = draw(run.method, run.batch.images[: self.images], output["prediction"], output["label"], names)
             for add_image in _writers(run.trainer, "add_image"):
-                add_image("adapt/images", strip, global_step=step, dataformats="HWC")
+                add_image("images", strip, global_step=step, dataformats="HWC")
 
     def _numbers(self, run: StreamRun) -> dict[str, float]:
         """The batch's curves; with ``details`` all else that is a number."""
@@ -139,9 +139,11 @@ class FitBoard(Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log them where they need no outcome."""
+        """Log them where they need no outcome; TensorBoard's logger keeps them for its file ``hparams.yaml``."""
         for logger in trainer.loggers:
-            if not isinstance(logger, TensorBoardLogger):
+            if isinstance(logger, TensorBoardLogger):
+                logger.hparams.update(_of_fit(trainer, pl_module))
+            else:
                 logger.log_hyperparams(_of_fit(trainer, pl_module))
 
     @rank_zero_only
@@ -155,7 +157,7 @@ class FitBoard(Callback):
 
 def _of_fit(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """What a fit is told apart by: its net and data, the optimizer and its rate, and the module's other options."""
-    data = getattr(trainer, "datamodule", None)
+    data: Any = getattr(trainer, "datamodule", None)
     parameters = {"data": type(data).__name__} if data is not None else {}
     for optimizer in trainer.optimizers[:1]:
         group = optimizer.param_groups[0]

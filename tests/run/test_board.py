@@ -101,12 +101,12 @@ def test_tensorboard_of_a_finished_run(tmp_path):
     events.Reload()
     tags = events.Tags()
     assert directory_of(tmp_path / "run").name == "run"  # this one was named
-    assert tags["images"] == ["adapt/images"]
-    assert tags["histograms"] == ["adapt/entropies"]
-    images = events.Images("adapt/images")
+    assert tags["images"] == ["images"]
+    assert tags["histograms"] == ["entropies"]
+    images = events.Images("images")
     assert [image.step for image in images] == [20, 40]  # images seen, in the first two batches
     assert images[0].width >= 4 * (board.SIDE + board.GAP)
-    assert [h.step for h in events.Histograms("adapt/entropies")] == [20, 40, 60, 80]
+    assert [h.step for h in events.Histograms("entropies")] == [20, 40, 60, 80]
     assert events.Scalars("hp_metric")[-1].value == pytest.approx(report["accuracy"])
     assert events.Scalars("adapt/accuracy")[-1].value == pytest.approx(report["accuracy"])
     assert all(tag.startswith(("adapt/", "hp_metric", "hp/")) for tag in tags["scalars"])
@@ -208,7 +208,7 @@ def test_pictures_do_not_change_one_bit(tmp_path, method, wrap, inference_mode):
 
 
 def test_pictures_can_be_off(tmp_path):
-    for count, logged in ((0, []), (3, ["adapt/images"])):
+    for count, logged in ((0, []), (3, ["images"])):
         run(tmp_path / str(count), Norm, tensorboard=True, log_images=count)
         events = EventAccumulator(str(directory_of(tmp_path / str(count))))
         events.Reload()
