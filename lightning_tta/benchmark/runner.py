@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 from torch import nn
 
@@ -163,7 +162,7 @@ class Benchmark:
                     progress.advance(task)
             task = progress.add_task("cells", total=len(self.cells))
             for cell, (row, reason) in zip(self.cells, run_all(self._attempt, self.cells), strict=True):
-                progress.update(task, advance=1, description=escape(str(cell)))
+                progress.update(task, advance=1, description=str(cell))
                 if row is not None:
                     rows.append(row)
                 else:

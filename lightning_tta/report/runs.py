@@ -99,18 +99,20 @@ class Run:
         return self._predictions[1]
 
     def hits_in(self, domain: str | None) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Index and whether it was right, 0 or 1, of each image with a label and a prediction.
+        """Index and whether it was right, 0 or 1, of each image with a label.
 
-        By domain: one, or all that make up the accuracy.
+        By domain: one, or all that make up the accuracy. An image without a prediction is wrong where the report counts
+        it among the images (its pixels were not finite), and left out where it does not (its batch was refused).
         """
         # reports of earlier versions do not say which domains count
         counted = {n for n, row in self.domains.items() if row.get("counted", not n.endswith(":blind_spots"))}
-        known = {
-            name: images[(images[:, 1:] >= 0).all(1)]
-            for name, images in self.predictions.items()
-            if (name == domain if domain else name in counted)
-        }
-        return {name: (each[:, 0], (each[:, 1] == each[:, 2]).astype(np.int64)) for name, each in known.items()}
+        hits = {}
+        for name, images in self.predictions.items():
+            if name == domain if domain else name in counted:
+                all_count = self.domains.get(name, {}).get("images") == len(images)
+                index, label, guess = images[(images[:, 1] >= 0) & (all_count | (images[:, 2] >= 0))].T
+                hits[name] = index, (label == guess).astype(np.int64)
+        return hits
 
     def accuracy(self, domain: str | None = None) -> float | None:
         """Accuracy in [0, 1], of a domain or of all."""

@@ -10,7 +10,7 @@ from lightning_tta.cli.main import main
 from lightning_tta.report import write_report
 from lightning_tta.report.files import predictions_digest
 from lightning_tta.report.runs import read
-from lightning_tta.report.tables import differences, overview
+from lightning_tta.report.tables import difference, differences, overview
 from lightning_tta.report.terminal import report
 from runs import hits, page_of, protocol, write_benchmark, write_run
 
@@ -140,6 +140,26 @@ def test_predictions_that_cannot_be_read_are_not_used(tmp_path, line):
     (tent / "predictions.csv").write_text(f"{head}\n{line}" if line else "")
     assert any("predictions.csv" in text for text in read([source, tent]).groups[0].warnings)
     write_report([source, tent], tmp_path)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_images_without_a_prediction_count_as_in_the_report(tmp_path, counted):
+    """Two images of 40 have none: wrong where their pixels were not finite, left out where their batch was refused."""
+    runs = pair(tmp_path)
+    for run, right in zip(runs, (hits(0, 0.5), hits(1, 0.5)), strict=True):
+        lines = (run / "predictions.csv").read_text().splitlines()
+        for n in (1, 2):
+            lines[n] = re.sub(r",1,\d,", ",1,-1,", lines[n])
+        (run / "predictions.csv").write_text("\n".join(lines) + "\n")
+        content = json.loads((run / "report.json").read_text())
+        fog = {"accuracy": float(right[2:40].sum() / (40 if counted else 38)), "images": 40 if counted else 38}
+        content["domains"]["fog"] |= fog
+        (run / "report.json").write_text(json.dumps(content))
+    (group,) = read(runs).groups
+    assert not any("predictions.csv" in text for text in group.warnings)
+    fog = difference(group, "tent", "fog")
+    assert fog.count == (40 if counted else 38)
+    assert fog.mean == pytest.approx(group.runs[1].accuracy("fog") - group.runs[0].accuracy("fog"))
 
 
 REPLICAS = {"world_size": 2, "mode": "replicas"}
