@@ -143,7 +143,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.replace("\u00a0", " ")  # keeps an interval on one line
         if self.open and self.open[-1] == "p":
             self.paragraphs[-1] += data
 

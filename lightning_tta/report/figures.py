@@ -137,7 +137,7 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look) 
 
     ``bins`` has three rows, with a column for each bin: images, sum of confidences, right ones.
     """
-    figure = _figure(2.35, 2.8)
+    figure = _figure(2.3, 2.7)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     width = 1 / len(bins[0])
     filled = [((n + 0.5) * width, *column) for n, column in enumerate(zip(*bins, strict=True)) if column[0]]

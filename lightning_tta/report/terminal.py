@@ -15,7 +15,7 @@ from rich.text import Text
 from lightning_tta.files import write_json
 from lightning_tta.report import figures, tables, write_report
 from lightning_tta.report.document import markdown, sections
-from lightning_tta.report.runs import Results, read
+from lightning_tta.report.runs import Results, protocol_problem, read
 from lightning_tta.report.tables import Table
 from lightning_tta.report.verdict import verdict
 
@@ -95,7 +95,7 @@ def report(runs: list[Path], *, allow_different: bool = False, output: Path | No
         console.print(Text(results.found))
     if len(results.singles) == 1 == len(results.groups):
         ((run,), (group,)) = results.singles, results.groups
-        for text in [*results.warnings, *group.warnings]:
+        for text in filter(None, [*results.warnings, protocol_problem(run), run.predictions_problem]):
             console.print(Text(text), style="red")
         print_report(run.report, run.directory / "report.json")
         console.print(Text(verdict(group).text), style="bold")

@@ -33,13 +33,15 @@ def verdict(group: Group) -> Verdict:
     top, *_ = order = ranked(group)
     if group.source is None:
         return Verdict(
-            f"{top} {'is highest' if len(order) > 1 else 'reaches'} {where}: {_accuracy(group, top)}. There is no run "
-            "of source under the same protocol, so it is not known whether adapting helps.",
+            f"{top} {'is highest' if len(order) > 1 else 'alone'} {where}: {_accuracy(group, top)}. There is no run of "
+            "source under the same protocol, so it is not known whether adapting helps.",
             top if len(order) > 1 else None,
         )
     gains, source = differences(group), f"source {_accuracy(group, group.source)}"
     if not gains:
-        return Verdict(f"{source} {where}: there is no method to compare it with.")
+        return Verdict(
+            f"source alone {where}: {_accuracy(group, group.source)}. There is no method to compare it with."
+        )
     best = next((m for m in order if m in gains and gains[m].clear and gains[m].mean > 0), None)
     if best is not None:
         return Verdict(_better(group, best, gains, where), best)

@@ -106,13 +106,13 @@ def test_many_methods_make_one_result_weaker(tmp_path):
 
 def test_without_a_source_or_without_anything_else(tmp_path):
     alone = verdict(group(tmp_path, {"tent": [78.0]}))
-    assert alone.text.startswith(f"tent reaches {WHERE}: 78.0 %. There is no run of source")
+    assert alone.text.startswith(f"tent alone {WHERE}: 78.0 %. There is no run of source")
     assert alone.best is None
     two = verdict(group(tmp_path, {"tent": [78.0], "norm": [79.0]}))
     assert two.text.startswith("norm is highest")
     assert two.best == "norm"
     assert verdict(group(tmp_path, {"source": [78.0]})).text == (
-        f"source 78.0 % {WHERE}: there is no method to compare it with."
+        f"source alone {WHERE}: 78.0 %. There is no method to compare it with."
     )
 
 
