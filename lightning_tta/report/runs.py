@@ -310,6 +310,11 @@ def _group_singles(results: Results) -> None:
             groups += [Group(f"{title}, {name}", same) for name, same in by_weights.items()]
         else:
             groups.append(Group(title, runs))
+            if len(by_weights) > 1:
+                each = "; ".join(by_weights)
+                groups[-1].warnings.append(
+                    f"A seed here is an order of the stream and source weights of its own: {each}."
+                )
     for number, group in enumerate(groups, 1):
         group.title = f"Part {number}: {group.title}" if len(groups) > 1 else group.title
         lines = differing(*({"net": each.runs[0].net, **each.runs[0].compared} for each in (groups[0], group)))

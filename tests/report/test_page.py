@@ -264,6 +264,7 @@ def test_other_weights_are_no_seeds_of_one_order(tmp_path):
 
     one = [run("a0", 0, "aaa"), run("b1", 1, "bbb")]
     assert labels(one) == [{"source": 2}]  # a source training and an order for each seed
+    assert "source weights of its own: weights net: best.ckpt (aaa); " in read(one).groups[0].warnings[0]
     assert labels([*one, run("b0", 0, "bbb")]) == [{"source": 1}, {"source": 2}]
     (warning,) = read([*one, tmp_path / "b0"]).warnings
     assert "weights_digest: aaa != bbb" in warning
