@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from rich import markup
 from rich import progress as bars
 from rich.console import Console
 from rich.errors import LiveError
@@ -25,7 +26,7 @@ def with_progress(count: int, text: str) -> Iterator[int]:
         for number in range(count):
             if bar is None and time.monotonic() - start > PATIENCE:
                 bar = bars.Progress(console=Console(stderr=True), transient=True)
-                task = bar.add_task(text, total=count)
+                task = bar.add_task(markup.escape(text), total=count)
                 try:
                     bar.start()
                 except LiveError:  # another bar is on the screen

@@ -74,6 +74,25 @@ def write_run(directory, method, right, *, seed=0, protocol_changes=None, **more
     return directory
 
 
+def unlabelled(directory, share=0.3):
+    """The same run without labels; returns its directory."""
+    path = directory / "report.json"
+    content = json.loads(path.read_text())
+    for name in ("accuracy", "ece", "nll", "brier", "reliability"):
+        content[name] = None
+    for part in content["domains"].values():
+        part |= {"accuracy": None, "entropy": 0.75, "largest_class_share": share}
+    path.write_text(json.dumps(content))
+    lines = (directory / "predictions.csv").read_text().splitlines()
+    with (directory / "predictions.csv").open("w", newline="") as file:
+        file.writelines(f"{line}\n" for line in [lines[0], *(line.replace(",1,", ",-1,", 1) for line in lines[1:])])
+    batches = [json.loads(line) for line in (directory / "batches.jsonl").read_text().splitlines()]
+    for batch in batches:
+        batch |= {"accuracy": None, "recent_label_share": None, "entropy": 0.75}
+    (directory / "batches.jsonl").write_text("".join(json.dumps(batch) + "\n" for batch in batches))
+    return directory
+
+
 def write_benchmark(root, cells, skipped=(), **more):
     """A finished benchmark; ``cells``: (method, seed) -> right ones."""
     rows = []
@@ -124,7 +143,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.replace("\u00a0", " ")  # keeps an interval on one line
         if self.open and self.open[-1] == "p":
             self.paragraphs[-1] += data
 

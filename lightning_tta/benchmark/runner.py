@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.text import Text
 from torch import nn
 
 from lightning_tta.benchmark.config import Cell, MethodConfig, NetConfig, StreamConfig
@@ -208,7 +209,7 @@ class Benchmark:
                 else:
                     skipped.append({"cell": str(cell), "reason": reason})
                     if reason.startswith("failed"):
-                        progress.console.print(f"[red]{reason}[/red] in {cell}")
+                        progress.console.print(Text(f"{reason} in {cell}", style="red"))
         result = {
             "rows": rows,
             "methods": {label: asdict(method) for label, method in self.methods.items()},

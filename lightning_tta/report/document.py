@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -10,13 +11,15 @@ from typing import TYPE_CHECKING
 
 from lightning_tta.report import figures, tables
 from lightning_tta.report.figures import Looks
-from lightning_tta.report.runs import Group, Results, read, result_files
+from lightning_tta.report.runs import Group, Results, read
 from lightning_tta.report.tables import Table
+from lightning_tta.report.verdict import verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TITLE = "Test-time adaptation"
+NAMED = 3
+"""So many data sets and nets are named in the title."""
 
 
 @dataclass
@@ -31,10 +34,11 @@ class Gallery:
 
 @dataclass
 class Section:
-    """A heading with warnings, tables and figures, in this order."""
+    """A heading with warnings, verdicts, tables and figures, in this order."""
 
     title: str
     tables: Sequence[Table | None] = ()
+    verdicts: Sequence[str] = ()
     warnings: Sequence[str] = ()
     galleries: list[Gallery] = field(default_factory=list)
     level: int = 3
@@ -47,29 +51,49 @@ def sections(results: Results, looks: Looks) -> list[Section]:
         warnings.append(f"Cells without a result: {len(results.missing)}; see the end.")
     everything = [
         Section("Before you read", warnings=warnings, level=2),
-        Section("All groups", [tables.all_groups(results)] if len(results.groups) > 1 else [], level=2),
+        Section("All groups", [tables.all_groups(results)], _all_verdicts(results), level=2),
         *(section for group in results.groups for section in _group_sections(group, looks)),
         Section("Missing cells", [tables.missing(results)], level=2),
         Section("Versions and hardware", [tables.environment(results)], level=2),
     ]
     for section in everything:
         section.tables = [table for table in section.tables if table is not None]
-    return [section for section in everything if section.warnings or section.tables or section.galleries]
+    return [s for s in everything if s.warnings or s.verdicts or s.tables or s.galleries]
+
+
+def title(results: Results) -> str:
+    """What the page is about: the data and the nets."""
+    data = {str(run.protocol["data"]): 0 for group in results.groups for run in group.runs if "data" in run.protocol}
+    nets = dict.fromkeys(group.net or group.runs[0].net for group in results.groups)
+    words = [_listed(list(data), "data sets"), f"net{'s' * (len(nets) > 1)} {_listed(list(nets), '')}" if nets else ""]
+    return f"Test-time adaptation: {', '.join(filter(None, words))}" if any(words) else "Test-time adaptation"
+
+
+def _listed(names: Sequence[str], what: str) -> str:
+    return ", ".join(names) if len(names) <= NAMED else f"{len(names)} {what}".strip()
+
+
+def _all_verdicts(results: Results) -> list[str]:
+    several = len(results.groups) > 1
+    return [f"{group.title}: {verdict(group).text}" for group in results.groups] if several else []
 
 
 def _group_sections(group: Group, looks: Looks) -> list[Section]:
-    head = Section(group.title, [tables.overview(group)], group.warnings, level=2)
+    ruling = verdict(group)
+    overview = tables.overview(group, ruling.best)
+    head = Section(group.title, [overview], [ruling.text], group.warnings, level=2)
     stream = Section("Along the stream")
     calibration = Section("Calibration", [tables.calibration(group)])
     cost = Section("Cost", [tables.cost(group)])
-    if gains := tables.differences(group):
+    gains = tables.differences(group)
+    if gains := {method: gains[method] for method in tables.ranked(group) if method in gains}:
         caption = "Differences to the source with their 95 % intervals; filled: the interval leaves out zero."
         head.galleries.append(Gallery([("differences to source", figures.differences_figure(gains, looks))], caption))
     if incomplete := [method for method, runs in group.methods.items() if not all(run.batches for run in runs)]:
         stream.warnings = [f"There is no batches.jsonl beside some reports of {', '.join(incomplete)}."]
     if curves := figures.curves_figure(group, looks):
-        described = ("accuracy and class share along the stream", curves)
-        file = f"{group.title.replace(', ', '-')}.png"
+        described = (f"{'accuracy' if group.labelled else 'entropy'} and class share along the stream", curves)
+        file = re.sub(r"[^\w.=()-]+", "_", group.title.replace(", ", "-")) + ".png"
         stream.galleries.append(Gallery([described], figures.curves_caption(group), wide=True, file=file))
     reliability = [
         (f"reliability of {method}", figures.reliability_figure(bins, method, looks[method]))
@@ -84,8 +108,8 @@ def _group_sections(group: Group, looks: Looks) -> list[Section]:
         calibration.galleries.append(Gallery(reliability, caption))
     if points := tables.cost_points(group):
         caption = "Accuracy against cost. Dashed: the methods that no other beats in both."
-        described = ("accuracy against cost", figures.pareto_figure(points, looks))
-        cost.galleries.append(Gallery([described], caption, wide=True))
+        drawn = [(f"accuracy against {what}", figures.pareto_figure(what, m, looks)) for what, m in points.items()]
+        cost.galleries.append(Gallery(drawn, caption))
     return [
         head,
         Section("By domain", tables.by_domain(group) if len(group.domains) > 1 else []),
@@ -114,43 +138,49 @@ def write_report(runs: Sequence[Path], output: Path | None = None, results: Resu
     """
     from jinja2 import Environment
 
-    if output is None:
-        parents = {file.parent for run in runs for file in result_files(run)}
-        output = parents.pop() if len(parents) == 1 else Path("report")
-    output.mkdir(parents=True, exist_ok=True)
     results = results or read(runs)
+    if output is None:
+        (output,) = set(results.directories) if len(set(results.directories)) == 1 else (Path("report"),)
+    output.mkdir(parents=True, exist_ok=True)
     looks = figures.looks(results.methods)
-    count = sum(len(group.runs) for group in results.groups)
-    subtitle = f"Runs: {count}. Accuracies are in percent; differences in points."
+    count, name = sum(len(group.runs) for group in results.groups), title(results)
+    subtitle = f"Runs: {count}. {results.found}"
+    if any(group.labelled for group in results.groups):
+        subtitle += "Accuracies are in percent; differences in points."
     template = files("lightning_tta.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     with figures.drawing():
         everything = sections(results, looks)
         page = Environment(autoescape=True, trim_blocks=True).from_string(template)
-        html = page.render(title=TITLE, subtitle=subtitle, sections=everything, looks=looks, as_image=figures.as_image)
+        html = page.render(title=name, subtitle=subtitle, sections=everything, looks=looks, as_image=figures.as_image)
     (output / "report.html").write_text(html, encoding="utf-8")
-    text = markdown(TITLE, f"{subtitle} The figures are in `report.html`.", everything)
+    text = markdown(name, f"{subtitle} The figures are in `report.html`.", everything)
     (output / "report.md").write_text(text, encoding="utf-8")
     return [output / "report.html", output / "report.md"]
 
 
 def markdown(title: str, subtitle: str, sections: Sequence[Section], pictures: Path | None = None) -> str:
-    """Tables and warnings, and links to the curves, which are written to ``pictures``, where that is given."""
-    blocks = [f"# {title}", subtitle]
+    """Verdicts, tables and warnings; with ``pictures``, a directory, the curves too, which are written there."""
+    blocks = [f"# {_escape(title)}", subtitle]
     for section in sections:
-        blocks.append(f"{'#' * section.level} {section.title}")
+        blocks.append(f"{'#' * section.level} {_escape(section.title)}")
         blocks += [f"**{_escape(text)}**" for text in section.warnings]
+        blocks += [f"> {_escape(text)}" for text in section.verdicts]
         for table in filter(None, section.tables):
             rule = ["---" if column < table.left else "---:" for column in range(len(table.header))]
             head, *rows = [[_escape(cell).replace("|", "\\|") for cell in row] for row in [table.header, *table.rows]]
+            for row, cells in zip(table.rows, rows, strict=True):
+                cells[0] = f"**{cells[0]}** (best)" if row[0] == table.best else cells[0]
             blocks += [f"**{_escape(table.title)}**"] if table.title != section.title else []
             blocks += ["\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows]), _escape(table.note)]
         for gallery in section.galleries:
             if pictures and gallery.file:
                 ((description, figure),) = gallery.figures
                 figure.savefig(pictures / gallery.file, dpi=130)
-                blocks += [f"![{description}]({gallery.file.replace(' ', '%20')})", gallery.caption]
+                blocks += [f"![{description}]({gallery.file.replace(' ', '%20')})", _escape(gallery.caption)]
     return "\n\n".join(blocks) + "\n"
 
 
 def _escape(text: str) -> str:
-    return " ".join(text.split()).replace("*", "\\*").replace("<", "&lt;")
+    """Text that Markdown shows as it is: names may hold anything."""
+    text = re.sub(r"([\\*`$]|\](?=[(\[])|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;")

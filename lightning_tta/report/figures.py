@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_tta.methods import names
 from lightning_tta.report.runs import Group, Run
 from lightning_tta.report.statistics import Estimate
 
@@ -21,11 +22,19 @@ if TYPE_CHECKING:
 # Okabe and Ito's first, safe for colour-blind readers, without their yellow, which white paper swallows.
 COLORS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
-    *("#6A3D9A", "#8C5A3C", "#808000", "#D6207F", "#7CB518"),
+    *("#6A3D9A", "#8C5A3C", "#808000", "#D6207F", "#7CB518", "#4E342E"),
+    *("#9575CD", "#C62828", "#F48FB1", "#37474F", "#1A237E", "#00838F"),
+    *("#B8860B", "#81C784", "#FF8A65", "#5C6BC0"),
 )
-LINES, MARKERS = ("--", "-.", ":", "-"), ("s", "^", "D", "v", "P", "X", "<", ">", "o")  # 11, 4, 9: coprime
+SHADES = (0.0, -0.4, 0.45)
+"""From the second round of colors on, they are mixed with black (< 0) or white."""
+LINES, MARKERS = ("--", "-.", ":", "-"), ("s", "^", "D", "v", "P", "X", "<", ">", "o", "p", "h")
+STYLES = len(LINES) * len(MARKERS)
+"""So many pairs of line and marker: the numbers of both have no common divisor."""
 MUTED, GRID = "#6d737c", "#d9dce1"
-TOGETHER, COLUMNS = 6, 3
+WIDTH = 7.2
+"""Inches of a wide figure: on a narrow page it shrinks, and must stay readable."""
+TOGETHER, COLUMNS = 6, 2
 """Up to so many methods share one figure; more get a panel each, so many side by side, with the source behind."""
 POINTS, BOUNDARIES = 400, 60
 """Points of a curve; more changes of domain than so many are no boundaries to draw."""
@@ -43,11 +52,41 @@ class Look:
 Looks = Mapping[str, Look]
 
 
-def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """A look for each method of a report: the source black, the others by the order of their names."""
-    names = sorted(set(methods) - {"source"})
-    others = {m: Look(COLORS[i % len(COLORS)], LINES[i % 4], MARKERS[i % 9]) for i, m in enumerate(names)}
-    return {"source": Look("#000000", "-", "o"), **others}
+def looks(labels: Iterable[str]) -> dict[str, Look]:
+    """A look for each method of a report, none like another: the source black, the others by name.
+
+    A method of the package has the same look in every report; what else there is, such as a method with an option of
+    its own, gets the next one that is free.
+    """
+    known = [name for name in names() if name != "source"]
+    wanted = sorted(set(labels) - {"source"}, key=lambda label: (label not in known, label))
+    chosen = {"source": Look("#000000", "-", "o")}
+    for label in wanted:
+        place = known.index(label) if label in known else len(known)
+        while _alike(look := _look(place), chosen.values()):
+            place += 1
+        chosen[label] = look
+    return chosen
+
+
+def _alike(look: Look, others: Collection[Look]) -> bool:
+    """Whether another has the same color, or the same line and marker while there are unused ones."""
+    styles = {(other.line, other.marker) for other in others}
+    same_style = len(others) < STYLES and (look.line, look.marker) in styles
+    return same_style or look.color in {other.color for other in others}
+
+
+def _look(place: int) -> Look:
+    rounds, number = divmod(place, len(COLORS))
+    shade = SHADES[rounds] if rounds < len(SHADES) else -0.65 + 0.9 * ((rounds * 0.618) % 1)
+    return Look(_mixed(COLORS[number], shade), LINES[place % len(LINES)], MARKERS[place % len(MARKERS)])
+
+
+def _mixed(color: str, shade: float) -> str:
+    """A color with so much black (shade < 0) or white in it."""
+    end = 255 if shade > 0 else 0
+    channels = (int(color[k : k + 2], 16) for k in (1, 3, 5))
+    return "#" + "".join(f"{round(c + (end - c) * abs(shade)):02X}" for c in channels)
 
 
 @contextmanager
@@ -58,6 +97,7 @@ def drawing() -> Iterator[None]:
     settings: Any = {
         **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.edgecolor": MUTED},
         **{"font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left"},
+        **{"text.parse_math": False},  # names may hold a dollar sign
         **{"grid.color": GRID, "grid.linewidth": 0.6, "legend.frameon": False, "svg.hashsalt": "lightning_tta"},
     }
     with matplotlib.rc_context(settings):
@@ -97,7 +137,7 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look) 
 
     ``bins`` has three rows, with a column for each bin: images, sum of confidences, right ones.
     """
-    figure = _figure(2.35, 2.8)
+    figure = _figure(2.3, 2.7)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     width = 1 / len(bins[0])
     filled = [((n + 0.5) * width, *column) for n, column in enumerate(zip(*bins, strict=True)) if column[0]]
@@ -114,30 +154,29 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look) 
     return figure
 
 
-def pareto_figure(points: Mapping[str, Mapping[str, tuple[float, float]]], looks: Looks) -> Figure:
-    """Accuracy against each cost (label -> method -> cost, accuracy), with those that nothing beats in both."""
+def pareto_figure(label: str, methods: Mapping[str, tuple[float, float]], looks: Looks) -> Figure:
+    """Accuracy against a cost (method -> cost, accuracy), with the methods that nothing beats in both."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    names, width = dict.fromkeys(name for methods in points.values() for name in methods), 3.3 * len(points)
-    columns = legend_columns(names, width)
-    figure = _figure(width, 3.1 + 0.2 * -(-len(names) // columns))
-    handles: dict[str, Any] = {}
-    for axes, (label, methods) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
-        front = [methods[m] for m in front_of(methods)]
-        axes.step(*zip(*front, strict=True), where="post", color=MUTED, lw=1, ls=(0, (4, 2)))
-        for method, point in methods.items():
-            style = {"color": looks[method].color, "marker": looks[method].marker, "mec": "white", "mew": 0.6}
-            (handles[method],) = axes.plot(*point, markersize=7, ls="", **style)
-        costs = [cost for cost, _ in methods.values()]
-        if min(costs) > 0 and max(costs) > 4 * min(costs):
-            axes.set(xscale="log", xlim=(min(costs) / 1.5, max(costs) * 1.5))
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(costs) < 100 * min(costs) else (1,)))
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.margins(0.12)
-        axes.set(xlabel=label, ylabel="accuracy %")
-        axes.grid()
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
+    columns = legend_columns(methods, 3.6)
+    figure = _figure(3.6, 2.9 + 0.2 * -(-len(methods) // columns))
+    axes, handles = figure.subplots(), []
+    axes.step(
+        *zip(*(methods[m] for m in front_of(methods)), strict=True), where="post", color=MUTED, lw=1, ls=(0, (4, 2))
+    )
+    for method, point in methods.items():
+        style: Any = {"color": looks[method].color, "marker": looks[method].marker, "mec": "white", "mew": 0.6}
+        handles += axes.plot(*point, markersize=7, ls="", **style)
+    costs = [cost for cost, _ in methods.values()]
+    if min(costs) > 0 and max(costs) > 4 * min(costs):
+        axes.set(xscale="log", xlim=(min(costs) / 1.5, max(costs) * 1.5))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(costs) < 100 * min(costs) else (1,)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(0.12)
+    axes.set(xlabel=label, ylabel="accuracy %")
+    axes.grid()
+    figure.legend(handles, list(methods), loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -157,24 +196,26 @@ def front_of(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def curves_figure(group: Group, looks: Looks) -> Figure | None:
-    """Accuracy and predicted-class share along the stream, mean and range over seeds; ``None`` without batches."""
+    """Accuracy and predicted-class share along the stream, mean and range over seeds; ``None`` without batches.
+
+    Without labels, entropy in place of accuracy.
+    """
     shown = with_batches(group)
     if not shown:
         return None
     if len(shown) <= TOGETHER:
-        figure = _figure(9.2, 5.4)
+        figure = _figure(WIDTH, 5.2)
         axes = figure.subplots(2, 1, sharex=True)
-        _draw(axes, shown, looks)
+        handles = _draw(axes, shown, looks, group.labelled)
         if len(shown) > 1:
-            handles, names = axes[0].get_legend_handles_labels()
-            figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names, 9.2))
+            figure.legend(handles, list(shown), loc="outside lower center", ncols=legend_columns(shown, WIDTH))
     else:
         rows = -(-len(shown) // COLUMNS)
-        figure = _figure(COLUMNS * 3.35, rows * 2.9)
+        figure = _figure(WIDTH, rows * 2.6)
         panels: Any = figure.subfigures(rows, COLUMNS)
         for panel, (method, runs) in zip(panels.flat, shown.items(), strict=False):
             axes = panel.subplots(2, 1, sharex=True)
-            _draw(axes, {method: runs}, looks, behind=shown.get("source", ()))
+            _draw(axes, {method: runs}, looks, group.labelled, behind=shown.get(group.source or "", ()))
             axes[0].set_title(method)
     figure.suptitle(group.title, x=0.01, ha="left", fontweight="bold")
     return figure
@@ -184,13 +225,15 @@ def curves_caption(group: Group) -> str:
     """What that figure shows."""
     shown = with_batches(group)
     run = next(iter(shown.values()))[0]
+    accuracy = (
+        f"Accuracy over the last {run.window} batches of the domain" if group.labelled else "Entropy of each batch"
+    )
     text = (
-        f"Accuracy over the last {run.window} batches of the domain, and share of the most predicted class over the "
-        f"last {run.window} of all; mean and range over seeds. Grey area: the largest share among the labels. Vertical "
-        "lines: a new domain."
+        f"{accuracy}, and share of the most predicted class over the last {run.window} of all; mean and range over "
+        f"seeds. {'Grey area: the largest share among the labels. ' * group.labelled}Vertical lines: a new domain."
     )
     if len(shown) > TOGETHER:
-        text += " Grey line: source." * ("source" in shown)
+        text += " Grey line: source." * (group.source in shown)
         text += f" The domains, in turn: {', '.join(name for name, _, _ in domain_spans(run.batches))}."
     return text
 
@@ -201,17 +244,22 @@ def with_batches(group: Group) -> dict[str, list[Run]]:
     return {method: runs for method, runs in methods.items() if runs}
 
 
-def _draw(axes: Any, shown: Mapping[str, Sequence[Run]], looks: Looks, behind: Sequence[Run] | None = None) -> None:
-    first = next(iter(shown.values()))[0]
-    for panel, name in zip(axes, ("accuracy", "recent_class_share"), strict=True):
+def _draw(
+    axes: Any, shown: Mapping[str, Sequence[Run]], looks: Looks, labelled: bool, behind: Sequence[Run] | None = None
+) -> list[Any]:
+    """Draw the curves of some methods, over those of ``behind``; returns the line of each."""
+    first: Run = next(iter(shown.values()))[0]
+    lines: list[Any] = []
+    for panel, name in zip(axes, ("accuracy" if labelled else "entropy", "recent_class_share"), strict=True):
         seen, mean, *_ = _curve(behind or (), name)
         panel.plot(seen, mean, color=MUTED, lw=1, alpha=0.8)
+        lines = []
         for turn, (method, runs) in enumerate(shown.items()):
             look, (seen, mean, low, high) = looks[method], _curve(runs, name)
             every = max(1, len(seen) // 9)
             marks = (every * (turn + 1) // (len(shown) + 1), every)
-            line = {"color": look.color, "ls": look.line, "marker": look.marker, "label": method}
-            panel.plot(seen, mean, lw=1.5, markersize=4, markevery=marks, **line)
+            line = {"color": look.color, "ls": look.line, "marker": look.marker}
+            lines += panel.plot(seen, mean, lw=1.5, markersize=4, markevery=marks, **line)
             if len(runs) > 1:
                 panel.fill_between(seen, low, high, color=look.color, alpha=0.1, lw=0)
         panel.grid(axis="y")  # a vertical line is a new domain
@@ -225,8 +273,10 @@ def _draw(axes: Any, shown: Mapping[str, Sequence[Run]], looks: Looks, behind: S
         if behind is None:
             style = {"rotation": 35, "fontsize": 7.5, "rotation_mode": "anchor"}
             axes[0].text(0.7 * left + 0.3 * right, 1.02, name, transform=axes[0].get_xaxis_transform(), **style)
-    axes[0].set(ylabel="accuracy %", ylim=(0, 102), xlim=(0, batches[-1]["images_seen"]))
+    axes[0].set(ylabel="accuracy %", ylim=(0, 102)) if labelled else axes[0].set(ylabel="entropy, nats", ylim=(0, None))
+    axes[0].set(xlim=(0, batches[-1]["images_seen"]))
     axes[1].set(ylabel="largest class %", ylim=(0, 102), xlabel="images seen")
+    return lines
 
 
 def _curve(runs: Sequence[Run], name: str) -> NDArray[np.float64]:
@@ -238,7 +288,7 @@ def _curve(runs: Sequence[Run], name: str) -> NDArray[np.float64]:
     length = min(map(len, curves), default=0)
     if not length:
         return np.empty((4, 0))
-    values = np.array([curve[:length] for curve in curves], dtype=float) * (1 if name == "accuracy" else 100)
+    values = np.array([curve[:length] for curve in curves], dtype=float) * (100 if name.endswith("share") else 1)
     seen = np.array([batch["images_seen"] for batch in runs[0].batches[:length]])
     rows = np.stack([seen, values.mean(0), values.min(0), values.max(0)])[:, :: max(1, -(-length // POINTS))]
     return rows[:, np.isfinite(rows[1])]

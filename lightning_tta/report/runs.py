@@ -1,40 +1,53 @@
-"""Finished runs as the report sees them: read with tolerance, for files are old, missing or unlike."""
+"""Finished runs as the report sees them: told apart, and grouped by what may be compared."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lightning_tta.errors import ConfigError, DataError
 from lightning_tta.files import json_digest
+from lightning_tta.report.files import Predictions, Report, find_results, read_batches, read_predictions, read_result
 from lightning_tta.report.statistics import MIN_SEEDS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SEED_FIELDS = ("order_seed", "weights", "weights_digest", "hash")
 """Fields of a protocol in which the seeds of one experiment differ."""
-Report = Mapping[str, Any]
+SHOWN = 6
+"""So many differences between two parts of a report are named."""
 
 
 @dataclass(eq=False)
 class Run:
     """One run: its label, what tells it from the method's other runs, and its files."""
 
-    method: str
+    method: str  # the label: the method's name, with what tells the run from others of the same method
     seed: str
     report: Report  # content of report.json; the benchmark's row where that is gone
     directory: Path
+    as_one: bool = False  # whether it counts as a run of one process, see :func:`_count_as_one_process`
+
+    def __post_init__(self) -> None:
+        self.base = str(self.report.get("method", self.method))  # the method's own name
 
     @property
     def protocol(self) -> Report:
         """The protocol, empty where the report has none."""
         return self.report.get("protocol") or {}
+
+    @property
+    def compared(self) -> Report:
+        """The protocol that must equal another's; that of one process where the run counts as such."""
+        return {**self.protocol, **({"world_size": 1, "mode": "single"} if self.as_one else {})}
 
     @property
     def net(self) -> str:
@@ -45,6 +58,16 @@ class Run:
     def hash(self) -> str:
         """Hash of the protocol."""
         return str(self.protocol.get("hash") or self.report.get("protocol_hash") or "unknown")
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for runs that may be compared: the hash, of one process where the run counts as such."""
+        return _digest(self.compared) if self.as_one else self.hash
+
+    @property
+    def is_source(self) -> bool:
+        """Whether the run adapted nothing."""
+        return "source" in (self.method, self.base)
 
     @property
     def domains(self) -> dict[str, Report]:
@@ -58,28 +81,38 @@ class Run:
 
     @cached_property
     def batches(self) -> list[dict[str, Any]]:
-        """The lines of ``batches.jsonl``; none where it is missing. A last line cut off is left out."""
-        path = self.directory / "batches.jsonl"
-        lines: list[dict[str, Any]] = []
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            for line in path.read_text().splitlines():
-                lines.append(json.loads(line))
-        return lines
+        """The lines of ``batches.jsonl``."""
+        return read_batches(self.directory)
 
     @cached_property
-    def hits(self) -> list[tuple[str, int, bool]]:
-        """Domain, index and whether it was right, of each labelled image, sorted; none without predictions."""
-        path = self.directory / "predictions.csv"
-        rows = csv.DictReader(path.read_text().splitlines()) if path.is_file() else ()
-        return sorted(
-            (r["domain"], int(r["index"]), r["label"] == r["prediction"]) for r in rows if int(r["label"]) >= 0
-        )
+    def _predictions(self) -> tuple[Predictions, str]:
+        return read_predictions(self.directory, self.report)
 
-    def hits_in(self, domain: str | None) -> list[tuple[str, int, bool]]:
-        """The hits of a domain, or of all domains that make up the accuracy."""
+    @property
+    def predictions(self) -> Predictions:
+        """The images of ``predictions.csv``; none where they are not those of the report."""
+        return self._predictions[0]
+
+    @property
+    def predictions_problem(self) -> str:
+        """Why the predictions are not used; empty where they are, or where there is no file."""
+        return self._predictions[1]
+
+    def hits_in(self, domain: str | None) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Index and whether it was right, 0 or 1, of each image with a label.
+
+        By domain: one, or all that make up the accuracy. An image without a prediction is wrong where the report counts
+        it among the images (its pixels were not finite), and left out where it does not (its batch was refused).
+        """
         # reports of earlier versions do not say which domains count
         counted = {n for n, row in self.domains.items() if row.get("counted", not n.endswith(":blind_spots"))}
-        return [hit for hit in self.hits if (hit[0] == domain if domain else hit[0] in counted)]
+        hits = {}
+        for name, images in self.predictions.items():
+            if name == domain if domain else name in counted:
+                all_count = self.domains.get(name, {}).get("images") == len(images)
+                index, label, guess = images[(images[:, 1] >= 0) & (all_count | (images[:, 2] >= 0))].T
+                hits[name] = index, (label == guess).astype(np.int64)
+        return hits
 
     def accuracy(self, domain: str | None = None) -> float | None:
         """Accuracy in [0, 1], of a domain or of all."""
@@ -94,12 +127,24 @@ class Group:
     title: str
     runs: list[Run]
     warnings: list[str] = field(default_factory=list)  # what to know before believing the numbers
+    net: str = ""  # as the reader knows them; by default as the first run says
+    stream: str = ""
 
     @cached_property
     def methods(self) -> dict[str, list[Run]]:
-        """Runs by method, the source first."""
-        methods = sorted(dict.fromkeys(run.method for run in self.runs), key=lambda method: method != "source")
-        return {method: [run for run in self.runs if run.method == method] for method in methods}
+        """Runs by label, those of the source first."""
+        ordered = sorted(self.runs, key=lambda run: (not run.is_source, run.method != "source"))
+        return {label: [run for run in ordered if run.method == label] for label in {r.method: 0 for r in ordered}}
+
+    @property
+    def source(self) -> str | None:
+        """The label of the source's runs, the first of several."""
+        return next((label for label, runs in self.methods.items() if runs[0].is_source), None)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any accuracy is known."""
+        return any(run.accuracy() is not None for run in self.runs)
 
     @property
     def domains(self) -> list[str]:
@@ -111,11 +156,11 @@ class Group:
         """All seeds, in order."""
         return list(dict.fromkeys(run.seed for run in self.runs))
 
-    def pairs(self, method: str) -> list[tuple[Run, Run]]:
-        """Runs of a method, each with the source's run under the same protocol; none for the source itself."""
-        source = {run.hash: run for run in self.methods.get("source", []) if run.hash != "unknown"}
-        runs = self.methods[method] if method != "source" else []
-        return [(run, source[run.hash]) for run in runs if run.hash in source]
+    def pairs(self, method: str, base: str | None = None) -> list[tuple[Run, Run]]:
+        """Runs of a method, each with that of ``base`` (by default the source) under the same protocol."""
+        base = self.source if base is None else base
+        others = {run.key: run for run in self.methods.get(base or "", []) if run.key != "unknown"}
+        return [(run, others[run.key]) for run in self.methods[method] if run.key in others and method != base]
 
 
 @dataclass
@@ -126,6 +171,8 @@ class Results:
     missing: list[tuple[str, str]] = field(default_factory=list)  # a benchmark's cells, and why
     warnings: list[str] = field(default_factory=list)  # what concerns several groups
     singles: list[Run] = field(default_factory=list)  # named one by one, not by a benchmark
+    directories: list[Path] = field(default_factory=list)  # of all results
+    found: str = ""  # how many runs and benchmarks there are below the folders that were given
 
     @property
     def methods(self) -> list[str]:
@@ -133,53 +180,35 @@ class Results:
         return list(dict.fromkeys(method for group in self.groups for method in group.methods))
 
 
-def result_files(path: Path) -> dict[Path, dict[str, Any]]:
-    """The files with the results of a run, of a benchmark, or of all runs below a directory, with their content.
-
-    Raises:
-        DataError: If there is none, or a file holds something else.
-    """
-    files = [path] if path.is_file() else _files_below(path)
-    if not files:
-        raise DataError(
-            f"{path} has no report.json or benchmark.json, nor has a directory in it. Give a finished run's directory; "
-            "a run that was cut off has its predictions.csv, but no report."
-        )
-    contents = {}
-    for file in files:
-        try:
-            contents[file] = content = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise DataError(f"{file} cannot be read as JSON ({error}). Run once more, or leave it out.") from error
-        if not isinstance(content, dict) or not {"rows", "protocol"} & set(content):
-            raise DataError(f"{file} is no report of a run or benchmark. Give a finished run's directory.")
-    return contents
-
-
-def _files_below(directory: Path) -> list[Path]:
-    """The result in a directory, else those in the directories below."""
-    for name in ("report.json", "benchmark.json"):
-        if (directory / name).is_file():
-            return [directory / name]
-    below = sorted(child for child in directory.glob("*") if child.is_dir())
-    return [file for child in below for file in _files_below(child)]
-
-
 def read(paths: Sequence[Path], *, allow_different: bool = True) -> Results:
     """Read benchmarks and single runs.
 
+    Several paths are there to be compared: different protocols among their runs are refused unless
+    ``allow_different``. One folder may hold anything: its runs are shown in parts, a part for each protocol.
+
     Raises:
         DataError: If a path has no result, or the protocol of runs to compare was changed after it was written.
-        ConfigError: If single runs have different protocols and ``allow_different`` is false.
+        ConfigError: If runs that were named side by side have different protocols and ``allow_different`` is false.
     """
     results = Results()
-    contents = {file.resolve(): content for path in paths for file, content in result_files(path).items()}
+    contents: dict[Path, dict[str, Any]] = {}
+    for path in paths:
+        found, left_out = find_results(path)
+        contents |= {file.resolve(): content for file, content in found.items()}
+        results.warnings += left_out
+        if len(found) > 1 or left_out:
+            benchmarks = sum("rows" in content for content in found.values())
+            counts = ((len(found) - benchmarks, "run"), (benchmarks, "benchmark"), (len(left_out), "unreadable file"))
+            words = [f"{count} {what}{'s' * (count > 1)}" for count, what in counts if count]
+            results.found += f"Below {path}: {', '.join(words)}. "
     for file, content in contents.items():
+        results.directories.append(file.parent)
         if "rows" in content:
             _read_benchmark(file.parent, content, results)
         else:
             results.singles.append(Run(str(content.get("method", file.parent.name)), "", content, file.parent))
-    if not allow_different:
+    _count_as_one_process([*results.singles, *(run for group in results.groups for run in group.runs)])
+    if not allow_different and len(paths) > 1:
         _refuse_different(results.singles)
     _group_singles(results)
     for group in results.groups:
@@ -187,11 +216,35 @@ def read(paths: Sequence[Path], *, allow_different: bool = True) -> Results:
     return results
 
 
+def _count_as_one_process(runs: Sequence[Run]) -> None:
+    """Find out which runs of several processes may be compared with runs of one.
+
+    Replicas may: each domain begins at the source, so they write what one process writes, in the same order.
+    Synchronised processes equal one only up to rounding, which may tip an image. They may where a run of one process
+    with the same method and options has equal predictions.
+    """
+    for run in runs:
+        run.as_one = run.protocol.get("mode") == "replicas"
+    for run in [run for run in runs if run.protocol.get("mode") == "synchronised" and run.predictions]:
+        run.as_one = True
+        run.as_one = any(
+            other.protocol.get("mode") == "single"
+            and (other.base, other.hash, other.report.get("options")) == (run.base, run.key, run.report.get("options"))
+            and _equal(other.predictions, run.predictions)
+            for other in runs
+        )
+        vars(run).pop("key", None)
+
+
+def _equal(first: Predictions, other: Predictions) -> bool:
+    return first.keys() == other.keys() and all(np.array_equal(first[name], other[name]) for name in first)
+
+
 def _refuse_different(runs: Sequence[Run]) -> None:
     for run in runs if len(runs) > 1 else ():
         if problem := protocol_problem(run):
-            raise DataError(f"{run.directory}: {problem}")
-        if lines := differing(runs[0].protocol, run.protocol):
+            raise DataError(f"{run.directory}: {problem}.")
+        if lines := differing({"net": runs[0].net, **runs[0].compared}, {"net": run.net, **run.compared}):
             seeds = all(line.split(":")[0] in SEED_FIELDS for line in lines)
             what = "\n  ".join(lines)
             raise ConfigError(
@@ -203,24 +256,32 @@ def _refuse_different(runs: Sequence[Run]) -> None:
 
 def _read_benchmark(root: Path, content: Report, results: Results) -> None:
     groups: dict[tuple[str, str], list[Run]] = {}
-    lost = 0
+    gone, damaged = 0, []
     for row in content["rows"]:
-        directory = root / row.get("directory", "")
-        path = directory / "report.json"
-        lost += not path.is_file()
-        report = json.loads(path.read_text()) if path.is_file() else {k: v for k, v in row.items() if k != "net"}
-        runs = groups.setdefault((row["net"], row["stream"]), [])
+        directory = root / str(row.get("directory", ""))
+        report: Report = {name: value for name, value in row.items() if name != "net"}
+        if not (directory / "report.json").is_file():
+            gone += 1
+        else:
+            try:
+                report = read_result(directory / "report.json")
+            except DataError as error:
+                damaged.append(str(error))
+        runs = groups.setdefault((str(row["net"]), str(row["stream"])), [])
         runs.append(Run(row["method"], str(row["seed"]), report, directory))
     if not content["rows"]:
         results.warnings.append(f"{root.name}: the benchmark has no finished cell.")
-    if lost:
-        results.warnings.append(
-            f"{root.name}: {lost} of {len(content['rows'])} cells have no report.json beside benchmark.json any more. "
-            "Their accuracies are those of benchmark.json; curves, calibration and protocol are missing."
+    if gone or damaged:
+        what = [f"{gone} of {len(content['rows'])} cells have no report.json beside benchmark.json any more."] * (
+            gone > 0
         )
-    reasons = {entry["cell"]: entry["reason"] for entry in content.get("skipped", [])}
+        results.warnings.append(
+            f"{root.name}: {' '.join([*what, *damaged])} Their accuracies are those of benchmark.json; curves, "
+            "calibration and protocol are missing."
+        )
+    reasons = {str(entry["cell"]): str(entry["reason"]) for entry in content.get("skipped", [])}
     for (net, stream), runs in groups.items():
-        group = Group(f"{net}, {stream}", runs)
+        group = Group(f"{net}, {stream}", runs, net=net, stream=stream)
         finished = {(run.method, run.seed) for run in runs}
         for method, seed in product(group.methods, group.seeds):
             if (method, seed) not in finished:
@@ -231,26 +292,33 @@ def _read_benchmark(root: Path, content: Report, results: Results) -> None:
 
 def _group_singles(results: Results) -> None:
     """Group single runs by what must be equal; a seed stands for an order and the weights that were trained with it."""
-    _label(results.singles)
     experiments: dict[str, list[Run]] = {}
     for run in results.singles:
-        key = {"net": run.net, **{k: v for k, v in run.protocol.items() if k not in SEED_FIELDS}}
+        key = {"net": run.net, **{k: v for k, v in run.compared.items() if k not in SEED_FIELDS}}
         experiments.setdefault(json.dumps(key, sort_keys=True), []).append(run)
         run.seed = f"{run.protocol.get('order_seed', 0)} ({str(run.protocol.get('weights_digest'))[:6]})"
     groups: list[Group] = []
     for runs in experiments.values():
+        _label(runs)
         title = f"{runs[0].net}, {runs[0].protocol.get('data', 'data')}, {runs[0].protocol.get('stream', 'stream')}"
         by_weights: dict[str, list[Run]] = {}
         for run in runs:
-            by_weights.setdefault(f"{run.protocol.get('weights')} {run.protocol.get('weights_digest')}", []).append(run)
+            digest = str(run.protocol.get("weights_digest"))[:6]
+            by_weights.setdefault(f"weights {run.protocol.get('weights')} ({digest})", []).append(run)
         orders = [{run.protocol.get("order_seed") for run in same} for same in by_weights.values()]
         if sum(map(len, orders)) > len(set().union(*orders)):  # one order with several weights: these are not its seeds
             groups += [Group(f"{title}, {name}", same) for name, same in by_weights.items()]
         else:
             groups.append(Group(title, runs))
+            if len(by_weights) > 1:
+                each = "; ".join(by_weights)
+                groups[-1].warnings.append(
+                    f"A seed here is an order of the stream and source weights of its own: {each}."
+                )
     for number, group in enumerate(groups, 1):
         group.title = f"Part {number}: {group.title}" if len(groups) > 1 else group.title
-        lines = differing(*({"net": each.runs[0].net, **each.runs[0].protocol} for each in (groups[0], group)))
+        lines = differing(*({"net": each.runs[0].net, **each.runs[0].compared} for each in (groups[0], group)))
+        lines = [*lines[:SHOWN], f"and {len(lines) - SHOWN} more; see the protocols"] if len(lines) > SHOWN else lines
         if number > 1:
             results.warnings.append(
                 f"The runs of parts 1 and {number} have different protocols and are not comparable: {'; '.join(lines)}."
@@ -259,24 +327,51 @@ def _group_singles(results: Results) -> None:
 
 
 def _label(runs: Sequence[Run]) -> None:
-    """Tell runs of one method apart by the options in which they differ, and equal ones by their directories."""
-    for method in {run.method for run in runs}:
-        same = [run for run in runs if run.method == method]
-        options = [run.report.get("options") or {} for run in same]
-        names = [n for n in dict.fromkeys(n for o in options for n in o) if len({short(o.get(n)) for o in options}) > 1]
-        for run, values in zip(same, options, strict=True):
-            if names and values:
-                run.method += f" ({', '.join(f'{name} {short(values.get(name))}' for name in names)})"
-    counts = Counter((run.method, run.hash) for run in runs)
-    for run in [run for run in runs if counts[run.method, run.hash] > 1]:
-        run.method += f" ({run.directory.name})"
+    """Tell runs of one method apart by the settings in which they differ, and equal ones by their directories."""
+    for method in {run.base for run in runs}:
+        same = [run for run in runs if run.base == method]
+        settings = [_settings(run) for run in same]
+        names = dict.fromkeys(name for each in settings for name in each)
+        unlike = [name for name in names if len({short(each.get(name)) for each in settings}) > 1]
+        for run, each in zip(same, settings, strict=True):
+            words = [f"{name}={short(each[name])}" for name in unlike if each.get(name) is not None]
+            run.method = f"{method} ({', '.join(words)})" if words else method
+    alike: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        alike.setdefault((run.method, run.seed, run.key), []).append(run)
+    for several in alike.values():
+        for run, place in zip(several, _endings([run.directory for run in several]), strict=True):
+            run.method += f" ({place})" if len(several) > 1 else ""
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """What changes a method's predictions beside the protocol, by name."""
+    guard = run.report.get("guard") or {}
+    action = (guard.get("settings") or {}).get("action")
+    mode, world = run.protocol.get("mode"), run.protocol.get("world_size")
+    more = {"precision": run.report.get("precision"), "guard": action, "processes": f"{world} {mode}"}
+    return {**(run.report.get("options") or {}), **more, **({"processes": None} if mode in (None, "single") else {})}
+
+
+def _endings(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell all of them apart."""
+    longest = max(len(path.parts) for path in paths)
+    for length in range(1, longest + 1):
+        ends = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(ends)) == len(ends):
+            break
+    return ends
+
+
+def _digest(protocol: Report) -> str:
+    return json_digest({name: value for name, value in protocol.items() if name != "hash"})
 
 
 def protocol_problem(run: Run) -> str:
     """Why a run's protocol cannot be relied on; empty where it can."""
     if not run.protocol:
         return "no protocol in the report"
-    digest = json_digest({name: value for name, value in run.protocol.items() if name != "hash"})
+    digest = _digest(run.protocol)
     if digest == run.hash:
         return ""
     return (
@@ -301,30 +396,37 @@ def _warnings(group: Group) -> list[str]:
     """What makes a group's numbers less than they seem."""
     warnings = []
     for seed in group.seeds:
-        protocols = {run.hash: run.protocol for run in group.runs if run.seed == seed}
+        protocols = {run.key: run for run in group.runs if run.seed == seed}
         if len(protocols) > 1:
-            first, *others = protocols.values()
+            first, *others = (run.compared for run in protocols.values())
             lines = sorted({line for other in others for line in differing(first, other)})
+            hashes = ", ".join(run.hash for run in protocols.values())
             warnings.append(
-                f"Seed {seed}: the rows have different protocols and are not comparable ({', '.join(protocols)})"
+                f"Seed {seed}: the rows have different protocols and are not comparable ({hashes})"
                 + (f": {'; '.join(lines)}." if lines else ".")
             )
     problems: dict[str, list[str]] = {}
     for run in group.runs:
         problems.setdefault(protocol_problem(run), []).append(run.method)
+        if run.predictions_problem:
+            warnings.append(
+                f"{run.method}, seed {run.seed}: {run.predictions_problem}. Its images are not used; run it once more."
+            )
     warnings += [f"{', '.join(dict.fromkeys(who))}: {what}." for what, who in problems.items() if what]
     if any(str(run.protocol.get("weights", "")).endswith("random") for run in group.runs):
         warnings.append("The net is randomly initialised: these numbers say nothing of a trained one.")
-    if len(group.seeds) == 1:
+    if group.labelled and len(group.seeds) == 1:
         warnings.append(
             "One seed: there is no spread over seeds, so accuracies have no interval. Differences to the source are "
             "tested over the images of this one run."
         )
-    elif len(group.seeds) < MIN_SEEDS:
+    elif group.labelled and len(group.seeds) < MIN_SEEDS:
         warnings.append(
             "Two seeds are too few for an interval over seeds (it would be 12.7 standard errors to each side): the "
             "tables show mean [lowest, highest], and nothing is tested."
         )
-    if "source" not in group.methods:
+    if group.source is None:
         warnings.append("No run of source under this protocol: no differences to it, and no forgetting.")
+    elif unpaired := [method for method in group.methods if method != group.source and not group.pairs(method)]:
+        warnings.append(f"No run of source under the protocol of {', '.join(unpaired)}: no difference to it.")
     return warnings

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
-from scipy.special import ndtr, ndtri, stdtr, stdtrit
+from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
 
 UPPER = 0.975
 """Upper quantile of the 95 % confidence intervals."""
 MIN_SEEDS = 3
 """Fewer values get no interval: of two, Student's t would make 12.7 standard errors to each side."""
+FEW = 25
+"""So many images must differ before the normal distribution gives their p-value."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Estimate:
     @property
     def clear(self) -> bool:
         """Whether a tested difference's interval leaves out zero; differences without any spread are no evidence."""
-        return self.half is not None and self.p is not None and abs(self.mean) > self.half
+        return self.half is not None and self.p is not None and abs(self.mean) > self.half and self.p < 2 * (1 - UPPER)
 
 
 def interval(values: Sequence[float]) -> Estimate | None:
@@ -56,7 +58,8 @@ def over_seeds(differences: Sequence[float]) -> Estimate | None:
 def over_images(differences: Sequence[int]) -> Estimate | None:
     """The mean of per-image differences in {-1, 0, 1} with its standard error, by the normal distribution.
 
-    It takes images as independent draws, and speaks of this net and this order of the stream only.
+    It takes images as independent draws, and speaks of this net and this order of the stream only. Where fewer than
+    ``FEW`` images differ, p is that of the exact sign test (McNemar's).
     """
     n = len(differences)
     if n < MIN_SEEDS:
@@ -64,6 +67,9 @@ def over_images(differences: Sequence[int]) -> Estimate | None:
     mean = sum(differences) / n
     error = math.sqrt(max(0.0, sum(d * d for d in differences) - n * mean**2) / (n - 1) / n)
     p = 2 * float(ndtr(-abs(mean) / error)) if error else None
+    better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    if p is not None and better + worse < FEW:
+        p = min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
     return Estimate(mean, min(differences), max(differences), n, float(ndtri(UPPER)) * error, p, "images")
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lightning_tta.report.runs import Group, Report, Results, Run
+import numpy as np
+
+from lightning_tta.report.files import Report
+from lightning_tta.report.runs import Group, Results, Run
 from lightning_tta.report.statistics import MIN_SEEDS, Estimate, holm, interval, over_images, over_seeds
 
 COSTS = {"ms / image": "ms per image", "passes": "forward + 2 x backward per batch", "peak MB": "peak memory, MB"}
@@ -27,6 +32,7 @@ class Table:
     note: str = ""
     left: int = 1
     methods: bool = False  # whether the first column names methods
+    best: str | None = None  # the row to mark, by its first cell
 
 
 def cell(estimate: Estimate | None, scale: float = 100, digits: int = 1, sign: str = "") -> str:
@@ -65,8 +71,8 @@ def spread_note(group: Group) -> str:
 
 
 def known(values: Iterable[float | None]) -> list[float]:
-    """Those that are there."""
-    return [value for value in values if value is not None]
+    """Those that are there, and finite."""
+    return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def accuracy_of(runs: Sequence[Run], domain: str | None = None) -> Estimate | None:
@@ -74,13 +80,16 @@ def accuracy_of(runs: Sequence[Run], domain: str | None = None) -> Estimate | No
     return interval(known(run.accuracy(domain) for run in runs))
 
 
-def difference(group: Group, method: str, domain: str | None = None) -> Estimate | None:
-    """Accuracy minus the source's under the same protocol: over seeds if there are several, else over images."""
-    pairs = [pair for pair in group.pairs(method) if None not in [run.accuracy(domain) for run in pair]]
+def difference(group: Group, method: str, domain: str | None = None, base: str | None = None) -> Estimate | None:
+    """Accuracy minus that of ``base`` (by default the source) under the same protocol.
+
+    Over seeds if there are several, else over images.
+    """
+    pairs = [pair for pair in group.pairs(method, base) if None not in [run.accuracy(domain) for run in pair]]
     if len(pairs) == 1:
-        hits, source_hits = (run.hits_in(domain) for run in pairs[0])
-        if [hit[:2] for hit in hits] == [hit[:2] for hit in source_hits]:
-            over = over_images([int(hit[2]) - int(other[2]) for hit, other in zip(hits, source_hits, strict=True)])
+        hits, others = (run.hits_in(domain) for run in pairs[0])
+        if hits and hits.keys() == others.keys() and all(np.array_equal(hits[n][0], others[n][0]) for n in hits):
+            over = over_images(np.concatenate([hits[name][1] - others[name][1] for name in hits]).tolist())
             if over is not None:
                 return over
     return over_seeds([(run.accuracy(domain) or 0) - (source.accuracy(domain) or 0) for run, source in pairs])
@@ -112,38 +121,109 @@ def pairing_note(gains: Iterable[Estimate]) -> str:
     return " ".join([*words, "* the interval leaves out zero; Holm: p corrected for the methods here."])
 
 
-def _by_method(title: str, header: Sequence[str], cells: Mapping[str, Sequence[str]], note: str) -> Table:
-    return Table(title, ["method", *header], [[m, *row] for m, row in cells.items()], note, methods=True)
+def ranked(group: Group) -> list[str]:
+    """The methods from best to worst by their difference to the source; those without one last, by accuracy."""
+    gains, accuracies = differences(group), {method: accuracy_of(runs) for method, runs in group.methods.items()}
+
+    def place(method: str) -> tuple[bool, float]:
+        accuracy = accuracies[method]
+        if method in gains or method == group.source:
+            return False, -gains[method].mean if method in gains else 0.0
+        return True, -accuracy.mean if accuracy else 0.0
+
+    return sorted(group.methods, key=place) if group.labelled else list(group.methods)
 
 
-def overview(group: Group) -> Table:
-    """Accuracy, difference to the source with its p-value, collapse."""
+def agreement(group: Group, method: str) -> Estimate | None:
+    """Share of images on which a method predicts what the source predicts."""
+    shares = []
+    for run, source in group.pairs(method):
+        equal = images = 0
+        for name in run.predictions.keys() & source.predictions.keys():
+            one, other = run.predictions[name], source.predictions[name]
+            if np.array_equal(one[:, 0], other[:, 0]):
+                equal, images = equal + int((one[:, 2] == other[:, 2]).sum()), images + len(one)
+        shares += [equal / images] if images else []
+    return interval(shares)
+
+
+def _by_method(
+    title: str, header: Sequence[str], cells: Mapping[str, Sequence[str]], note: str, best: str | None = None
+) -> Table:
+    return Table(title, ["method", *header], [[m, *row] for m, row in cells.items()], note, methods=True, best=best)
+
+
+def class_share(runs: Sequence[Run]) -> float | None:
+    """Share of the most predicted class in the worst domain, in [0, 1], mean over seeds."""
+    worst = known(max(known(d.get("largest_class_share") for d in run.domains.values()), default=None) for run in runs)
+    return fmean(worst) if worst else None
+
+
+def mean_entropy(run: Run, domain: str | None = None) -> float | None:
+    """Mean entropy of the predictions in nats, of a domain or over all images."""
+    parts = [part for name, part in run.domains.items() if domain in (None, name) and part.get("entropy") is not None]
+    images = sum(part.get("images") or 0 for part in parts)
+    return sum(part["entropy"] * (part.get("images") or 0) for part in parts) / images if images else None
+
+
+SHARE_NOTE = (
+    "Largest class: share of the most predicted class in the worst domain, mean over seeds; near 100 after a collapse."
+)
+
+
+def overview(group: Group, best: str | None = None) -> Table:
+    """Accuracy, difference to the source with its p-value, collapse; the best first.
+
+    Without labels entropy, agreement with the source, and collapse.
+    """
+    if not group.labelled:
+        return _unlabelled(group)
     gains = differences(group)
     corrected = dict(zip(gains, holm([gain.p for gain in gains.values()]), strict=True))
     cells = {}
-    for method, runs in group.methods.items():
-        gain = gains.get(method)
-        worst = known(max(known(d.get("largest_class_share") for d in r.domains.values()), default=None) for r in runs)
+    for method in ranked(group):
+        runs, gain, share = group.methods[method], gains.get(method), class_share(group.methods[method])
         p_values = [p_cell(gain.p if gain else None), p_cell(corrected.get(method))]
-        share = number(100 * fmean(worst) if worst else None)
-        cells[method] = [str(len(runs)), cell(accuracy_of(runs)), cell(gain, sign="+"), *p_values, share]
-    note = (
-        f"{spread_note(group)} {pairing_note(gains.values())} Largest class: share of the most predicted class in the "
-        "worst domain, mean over seeds; near 100 after a collapse."
+        shown = number(None if share is None else 100 * share)
+        cells[method] = [str(len(runs)), cell(accuracy_of(runs)), cell(gain, sign="+"), *p_values, shown]
+    note = f"{spread_note(group)} {pairing_note(gains.values())} {SHARE_NOTE}"
+    return _by_method(
+        group.title, ["n", "accuracy %", "vs source", "p", "p (Holm)", "largest class %"], cells, note, best
     )
-    return _by_method(group.title, ["n", "accuracy %", "vs source", "p", "p (Holm)", "largest class %"], cells, note)
 
 
-def all_groups(results: Results) -> Table:
-    """Accuracy of every method in every group."""
-    cells = {m: [cell(accuracy_of(group.methods.get(m, []))) for group in results.groups] for m in results.methods}
+def _unlabelled(group: Group) -> Table:
+    cells = {}
+    for method, runs in group.methods.items():
+        entropy, share = interval(known(map(mean_entropy, runs))), class_share(runs)
+        alike = cell(agreement(group, method))
+        cells[method] = [str(len(runs)), cell(entropy, 1, 3), alike, number(None if share is None else 100 * share)]
+    note = (
+        f"{spread_note(group)} Entropy of the predictions in nats; it falls with adaptation, for right and wrong "
+        f"predictions alike. Like source: share of images that get the source's prediction. {SHARE_NOTE}"
+    )
+    return _by_method(group.title, ["n", "entropy", "like source %", "largest class %"], cells, note)
+
+
+def all_groups(results: Results) -> Table | None:
+    """Accuracy of every method in every group that has labels, where there are several groups."""
+    shown = [group for group in results.groups if group.labelled]
+    if not shown or len(results.groups) < 2:
+        return None
+    cells = {m: [cell(accuracy_of(group.methods.get(m, []))) for group in shown] for m in results.methods}
     note = "Accuracy %; ± as beside each group's own table below. Columns are not comparable with each other."
-    return _by_method("All groups", [group.title for group in results.groups], cells, note)
+    return _by_method("All groups", [group.title for group in shown], cells, note)
 
 
 def by_domain(group: Group) -> list[Table]:
     """Accuracy, and the difference to the source where there is one; methods in columns unless they are many."""
     domains: list[str | None] = [*group.domains, None]
+    if not group.labelled:
+        rows = {
+            m: [cell(interval(known(mean_entropy(run, d) for run in runs)), 1, 3) for d in domains]
+            for m, runs in group.methods.items()
+        }
+        return [_crossed("Entropy by domain, nats", domains, rows, spread_note(group))]
     columns = {m: [cell(accuracy_of(runs, d)) for d in domains] for m, runs in group.methods.items()}
     tables = [_crossed("Accuracy % by domain", domains, columns, spread_note(group))]
     gains = {m: [cell(difference(group, m, d), sign="+") for d in domains] for m in differences(group)}
@@ -165,15 +245,19 @@ def _crossed(title: str, domains: Sequence[str | None], columns: Mapping[str, li
 
 
 def one_run(report: Report) -> Table:
-    """A run's account by domain."""
-    total = {"images": report["images"], "accuracy": report["accuracy"], "largest_class_share": None}
+    """A run's account by domain; without labels entropy in place of accuracy."""
+    run = Run(str(report.get("method", "")), "", report, Path())
+    labelled = run.accuracy() is not None
     rows = []
-    for name, row in [*report["domains"].items(), ("all", total)]:
-        shares = [row["accuracy"], row["largest_class_share"]]
-        rows.append([name, str(row["images"]), *(number(None if s is None else 100 * s) for s in shares)])
-    protocol = report["protocol"]
-    title = f"{report['method']}, {protocol['stream']} stream, reset {protocol['reset']}, protocol {protocol['hash']}"
-    return Table(title, ["domain", "images", "accuracy %", "largest class %"], rows)
+    for name in [*run.domains, None]:
+        part: Report = report if name is None else run.domains[name]
+        share, accuracy = None if name is None else part.get("largest_class_share"), run.accuracy(name)
+        measure = number(accuracy and 100 * accuracy) if labelled else number(mean_entropy(run, name), ".3f")
+        images = str(part.get("images", "-"))
+        rows.append([name or "all", images, measure, number(None if share is None else 100 * share)])
+    stream, reset = run.protocol.get("stream"), run.protocol.get("reset")
+    title = f"{run.method}, {stream} stream, reset {reset}, protocol {run.hash}"
+    return Table(title, ["domain", "images", "accuracy %" if labelled else "entropy", "largest class %"], rows)
 
 
 def calibration(group: Group) -> Table | None:
@@ -225,7 +309,7 @@ def _ratio(value: float | None, by: float | None) -> float | None:
 def cost(group: Group) -> Table:
     """Passes, time and memory."""
     all_costs = {method: costs(runs) for method, runs in group.methods.items()}
-    base = all_costs.get("source", {}).get("ms / batch")
+    base = all_costs.get(group.source or "", {}).get("ms / batch")
     forms = {
         "forward": ".3g",
         "backward": ".3g",

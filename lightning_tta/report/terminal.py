@@ -15,8 +15,12 @@ from rich.text import Text
 from lightning_tta.files import write_json
 from lightning_tta.report import figures, tables, write_report
 from lightning_tta.report.document import markdown, sections
-from lightning_tta.report.runs import Results, read
+from lightning_tta.report.runs import Results, protocol_problem, read
 from lightning_tta.report.tables import Table
+from lightning_tta.report.verdict import verdict
+
+COUNTS = ("forwards", "backwards", "resets", "skipped_steps", "nonfinite_images", "skipped_batches", "skipped_images")
+MARK = " (best)"
 
 
 def print_table(console: Console, table: Table) -> None:
@@ -29,7 +33,8 @@ def print_table(console: Console, table: Table) -> None:
         header = Text(textwrap.fill(name, width, break_long_words=False, break_on_hyphens=False))
         shown.add_column(header, justify="left" if column < table.left else "right", no_wrap=True)
     for row in table.rows:
-        shown.add_row(*map(Text, row))
+        best = table.best is not None and row[0] == table.best
+        shown.add_row(Text(row[0] + MARK * best), *map(Text, row[1:]), style="bold" if best else None)
     width = console.measure(shown, options=console.options.update(width=10_000)).maximum
     Console(file=console.file, width=max(console.width, width)).print(shown)
     if table.note:
@@ -40,26 +45,28 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
     """Print a run's table by domain, and where its files are."""
     console = Console()
     print_table(console, tables.one_run(report))
-    protocol = report["protocol"]
+    protocol = report.get("protocol") or {}
     settings = {
         name: value for name, value in protocol.items() if name not in ("domains", "hash") and value is not None
     }
+    count = {name: report.get(name) or 0 for name in (*COUNTS, "seconds_per_batch")}  # older reports lack some
     lines = [
-        f"{report['forwards']} forward and {report['backwards']} backward passes, "
-        f"{1000 * (report['seconds_per_batch'] or 0):.1f} ms per batch, {report['resets']} resets, "
-        f"{report['skipped_steps']} steps skipped, {report['nonfinite_images']} non-finite images",
+        f"{count['forwards']} forward and {count['backwards']} backward passes, "
+        f"{1000 * count['seconds_per_batch']:.1f} ms per batch, {count['resets']} resets, "
+        f"{count['skipped_steps']} steps skipped, {count['nonfinite_images']} non-finite images",
         "protocol: " + ", ".join(f"{name} {value}" for name, value in settings.items()),
     ]
-    if report.get("skipped_batches"):
-        lines.append(f"skipped: {report['skipped_batches']} bad batches with {report['skipped_images']} images")
-    if guard := report.get("guard"):  # reports of older versions have none
-        events = guard["events"]
-        lines.append(f"guard ({guard['settings']['action']}): {len(events)} alarms" + ", stopped" * guard["stopped"])
+    if count["skipped_batches"]:
+        lines.append(f"skipped: {count['skipped_batches']} bad batches with {count['skipped_images']} images")
+    if guard := report.get("guard"):
+        events = guard.get("events", [])
+        action, stopped = (guard.get("settings") or {}).get("action"), ", stopped" * bool(guard.get("stopped"))
+        lines.append(f"guard ({action}): {len(events)} alarms{stopped}")
         if guard.get("on_probation"):
             lines[-1] += f", {guard['on_probation']} batches predicted by the source on probation"
-        lines += [f"  batch {event['batch']}: {event['reason']}, {event['action']}" for event in events[:10]]
-        lines += [f"  ... and {len(events) - 10} more"] * (len(events) > 10)
-    if str(protocol["weights"]).endswith("random"):
+        said = [f"batch {event.get('batch')}: {event.get('reason')}, {event.get('action')}" for event in events[:10]]
+        lines += [f"  {text}" for text in said] + [f"  ... and {len(events) - 10} more"] * (len(events) > 10)
+    if str(protocol.get("weights")).endswith("random"):
         console.print(
             Text("The net is randomly initialised: these numbers say nothing of a trained one."), style="bold red"
         )
@@ -69,11 +76,13 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
 def report(runs: list[Path], *, allow_different: bool = False, output: Path | None = None) -> None:
     """Print the tables of finished runs, and write the same with figures as ``report.html`` and ``report.md``.
 
-    Several single runs are compared; unlike protocols are refused.
+    Each group of runs has a verdict: which method is best, how much, how sure, at what cost. Several paths are there to
+    be compared: unlike protocols are refused before anything is printed or written. One folder may hold anything at any
+    depth: each protocol in it is a part of its own.
 
     Args:
         runs: Run directories, directories of such, or ``report.json`` or ``benchmark.json`` files.
-        allow_different: Compare although the protocols differ.
+        allow_different: Show paths side by side although their protocols differ; the page says how they do.
         output: Directory to write to; by default that of the one run or benchmark, else ``report``.
 
     Raises:
@@ -82,9 +91,14 @@ def report(runs: list[Path], *, allow_different: bool = False, output: Path | No
     """
     console = Console()
     results = read(runs, allow_different=allow_different)
+    if results.found:
+        console.print(Text(results.found))
     if len(results.singles) == 1 == len(results.groups):
-        (run,) = results.singles
+        ((run,), (group,)) = results.singles, results.groups
+        for text in filter(None, [*results.warnings, protocol_problem(run), run.predictions_problem]):
+            console.print(Text(text), style="red")
         print_report(run.report, run.directory / "report.json")
+        console.print(Text(verdict(group).text), style="bold")
     else:
         print_results(results, console)
     written = write_report(runs, output, results)
@@ -92,12 +106,14 @@ def report(runs: list[Path], *, allow_different: bool = False, output: Path | No
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Print each group's tables: accuracy, of single runs by domain too, and cost; then warnings and missing cells."""
+    """Print each group's verdict, its ranking, of single runs the domains, and its cost; warnings and missing cells."""
     for text in results.warnings:
         console.print(Text(text), style="bold red")
     for group in results.groups:
         domains = tables.by_domain(group)[:1] if results.singles and len(group.domains) > 1 else []
-        for table in (tables.overview(group), *domains, tables.cost(group)):
+        ruling = verdict(group)
+        console.print(Text(f"{ruling.text}\n"), style="bold")
+        for table in (tables.overview(group, ruling.best), *domains, tables.cost(group)):
             print_table(console, table)
         for text in group.warnings:
             console.print(Text(text), style="red")

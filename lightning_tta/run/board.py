@@ -1,8 +1,10 @@
-"""What TensorBoard shows beside curves: hyper-parameters with their outcome, images, histograms."""
+"""What TensorBoard shows: curves, hyper-parameters with their outcome, images, histograms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,26 +26,40 @@ HISTOGRAMS = 20
 """About so many histograms in a stream."""
 PICTURES = 2
 """So many batches of a stream are shown."""
-SIDE, LINE = 96, 12  # pixels of an image, and of a line of text
+SIDE, LINE, GAP = 96, 12, 8  # pixels of an image, of a line of text, between two images
 ACCURACIES = ("meta/val_after", "source/val_accuracy")
 """What a fit is judged by."""
 
 
-class StreamBoard(RunCallback):
-    """Logs a predict run's images, histograms of entropy and hyper-parameters.
+CURVES = {
+    "accuracy_so_far": "accuracy",
+    "accuracy": "accuracy_of_batch",
+    **{name: name for name in ("loss", "entropy", "recent_class_share", "largest_class_share", "logit_norm")},
+    **{name: name for name in ("kept", "skipped_steps", "guard_alarms")},
+}
+"""What of a batch's account is a curve under ``adapt/``, and its name there."""
 
-    Under ``adapt/<method>/<stream>/``: ``images``, the first ones of the first two batches with label, the source's
-    prediction and the adapted one; ``entropies``, the entropy of every image of a batch, some 20 times in a stream (its
-    mean hides whether a few images or all grew sure). With the hyper-parameters: ``hp_metric``, the accuracy.
+
+class StreamBoard(RunCallback):
+    """Logs a predict run's curves, images, histograms of entropy and hyper-parameters.
+
+    The names are the same for all methods and streams, so that the curves of several runs lie over each other. To all
+    loggers of the Trainer, over the images seen: ``adapt/accuracy`` (so far), ``adapt/accuracy_of_batch``,
+    ``adapt/loss``, ``adapt/entropy``, ``adapt/recent_class_share`` and the others of ``CURVES``. To TensorBoard:
+    ``images``, the first ones of the first two batches with label, the source's prediction and the adapted one;
+    ``entropies``, the entropy of every image of a batch, some 20 times in a stream (its mean hides whether a few
+    images or all grew sure). With the hyper-parameters: ``hp_metric``, the accuracy.
 
     Args:
         images: How many images of each of the first batches are shown, for which the net is put back to the source for
             one pass; 0: none. On the command line ``--board.images 0``.
+        details: Also log ``domain/<name>``, the accuracy so far in each domain, and ``method/<name>``, whatever else
+            is in the method's ``stats``.
     """
 
-    def __init__(self, images: int = 4) -> None:
+    def __init__(self, images: int = 4, details: bool = False) -> None:
         check_range("images", images, 0, integer=True)
-        self.images = images
+        self.images, self.details = images, details
         self._pictures_left = 0
         self._every = 1
 
@@ -55,28 +71,45 @@ class StreamBoard(RunCallback):
 
     @rank_zero_only
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
-        """Log the batch's images and entropies, where it is its turn."""
+        """Log the batch's numbers, and its images and entropies, where it is its turn."""
         if not output["logits"].numel():  # refused, or another process's
             return
         step = run.summary.images
+        numbers = self._numbers(run)
+        for logger in run.trainer.loggers:
+            logger.log_metrics(numbers, step=step)
         if (run.summary.batches - 1) % self._every == 0:
             for add_histogram in _writers(run.trainer, "add_histogram"):
-                add_histogram(f"{run.tag}/entropies", output["entropy"].float(), global_step=step)
+                add_histogram("entropies", output["entropy"].float(), global_step=step)
         if self._pictures_left and run.batch is not None and run.batch.images is not None:
             self._pictures_left -= 1
             names = None if run.classes is not None else getattr(run.data, "class_names", None)
             strip = draw(run.method, run.batch.images[: self.images], output["prediction"], output["label"], names)
             for add_image in _writers(run.trainer, "add_image"):
-                add_image(f"{run.tag}/images", strip, global_step=step, dataformats="HWC")
+                add_image("images", strip, global_step=step, dataformats="HWC")
+
+    def _numbers(self, run: StreamRun) -> dict[str, float]:
+        """The batch's curves; with ``details`` all else that is a number."""
+        row = {name: value for name, value in run.summary.last.items() if isinstance(value, float)}
+        numbers = {f"adapt/{CURVES[name]}": value for name, value in row.items() if name in CURVES}
+        if self.details:
+            rest = row.keys() - CURVES.keys() - {"seconds"}
+            numbers |= {f"method/{name}": row[name] for name in sorted(rest)}
+            domain = run.summary.last["domain"]
+            accuracy = None if domain == "mixed" else run.summary.domain_accuracy(domain)
+            if accuracy is not None:
+                numbers["domain/" + re.sub(r"[^\w.:+-]+", "_", domain)] = accuracy
+        return numbers
 
     @rank_zero_only
     def on_end(self, run: StreamRun) -> None:
         """Log hyper-parameters with what came of them."""
         result, protocol = run.summary.result(), run.protocol.to_dict()
         parameters = {
-            "net": run.net["name"],
-            **{k: protocol[k] for k in ("data", "stream", "severity", "batch_size", "reset", "order_seed")},
             "method": run.method.name,
+            "stream": protocol["stream"],
+            "net": run.net["name"],
+            **{k: protocol[k] for k in ("data", "severity", "batch_size", "reset", "order_seed")},
             **run.method.options,
         }
         images = result["images"]
@@ -86,50 +119,102 @@ class StreamBoard(RunCallback):
             "hp/ms_per_image": 1000 * result["seconds"] / images if images else None,
         }
         known = {name: value for name, value in metrics.items() if value is not None}
-        texts = {name: "-" if value is None else value for name, value in parameters.items()}
         for logger in run.trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and known:
-                logger.log_hyperparams(texts, known)
+                logger.log_hyperparams(plain(parameters), known)
 
 
 class FitBoard(Callback):
-    """At the end of a fit, ``hp_metric`` becomes the last validation accuracy instead of a placeholder.
+    """Logs the hyper-parameters of a fit, without those that only Lightning reads.
 
-    Of a meta-training, the accuracy after its inner step.
+    To TensorBoard at the end, with ``hp_metric``, the last validation accuracy; of a meta-training, that after its
+    inner step. To other loggers at the start.
     """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning would log them all, and an accuracy of -1."""
+        for each in (pl_module, getattr(trainer, "datamodule", None)):
+            if stage == "fit" and each is not None:
+                each._log_hyperparams = False
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log them where they need no outcome; TensorBoard's logger keeps them for its file ``hparams.yaml``."""
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.hparams.update(_of_fit(trainer, pl_module))
+            else:
+                logger.log_hyperparams(_of_fit(trainer, pl_module))
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the score."""
+        """Log them with the score."""
         accuracies = [trainer.callback_metrics[name] for name in ACCURACIES if name in trainer.callback_metrics]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and accuracies:
-                logger.log_metrics({"hp_metric": float(accuracies[0])}, step=trainer.global_step)
+                logger.log_hyperparams(_of_fit(trainer, pl_module), {"hp_metric": float(accuracies[0])})
+
+
+def _of_fit(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """What a fit is told apart by: its net and data, the optimizer and its rate, and the module's other options."""
+    data: Any = getattr(trainer, "datamodule", None)
+    parameters = {"data": type(data).__name__} if data is not None else {}
+    for optimizer in trainer.optimizers[:1]:
+        group = optimizer.param_groups[0]
+        parameters |= {"optimizer": type(optimizer).__name__, "lr": group.get("initial_lr", group["lr"])}
+        parameters |= {name: group[name] for name in ("weight_decay", "momentum") if name in group}
+    rest = dict(pl_module.hparams) | (dict(data.hparams) if hasattr(data, "hparams") else {})
+    return plain({**parameters, "max_epochs": trainer.max_epochs, **{k: v for k, v in rest.items() if k[:1] != "_"}})
+
+
+def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters as TensorBoard shows them: nested ones by dotted names, and classes by their names alone."""
+    flat: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if isinstance(value, Mapping) and "class_path" in value:
+            flat[name] = str(value["class_path"]).rpartition(".")[2]
+            value = value.get("init_args") or {}
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": each for key, each in plain(value).items()}
+        else:
+            flat[name] = "-" if value is None else value
+    return flat
 
 
 def draw(
     method: TTAMethod, images: Tensor, adapted: Tensor, labels: Tensor, names: Sequence[str] | None
 ) -> NDArray[np.uint8]:
-    """A strip (H, W, 3) of images (B, C, H, W), each with its label, the source's prediction and the adapted one."""
+    """A strip (H, W, 3) of images (B, C, H, W), each with its label, the source's prediction and the adapted one.
+
+    It is as wide as the longest of the lines below the images needs.
+    """
     usable = images.detach().float().nan_to_num(0, 0, 0).clamp(0, 1)
     source, usable = _source_prediction(method, usable), usable.cpu()
 
     def name(number: Tensor) -> str:
         k = int(number)
-        return "?" if k < 0 else names[k][:10] if names is not None and k < len(names) else str(k)
+        return "?" if k < 0 else names[k][:24] if names is not None and k < len(names) else str(k)
 
-    strip = Image.new("RGB", (len(usable) * (SIDE + 4), SIDE + 3 * LINE + 2), "white")
+    def is_wrong(number: Tensor, label: Tensor) -> bool:
+        return int(label) >= 0 and int(number) != int(label)
+
+    lines = [("label", labels), ("source", source), ("adapted", adapted)]
+    captions = [
+        [f"{what} {name(each[k])}{' (wrong)' * is_wrong(each[k], labels[k])}" for what, each in lines]
+        for k in range(len(usable))
+    ]
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    width = GAP + max([SIDE, *(math.ceil(pen.textlength(text)) for each in captions for text in each)])
+    strip = Image.new("RGB", (len(usable) * width, SIDE + 3 * LINE + 2), "white")
     pen = ImageDraw.Draw(strip)
     for column, image in enumerate(usable):
         pixels = (255 * image.expand(3, -1, -1) if len(image) == 1 else 255 * image[:3]).round().byte()
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        left = column * (SIDE + 4)
+        left = column * width
         strip.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, 0))
-        lines = (("label", labels[column]), ("source", source[column]), ("adapted", adapted[column]))
-        for row, (what, number) in enumerate(lines):
-            wrong = what != "label" and int(labels[column]) >= 0 and int(number) != int(labels[column])
-            text = f"{what} {name(number)}{' (wrong)' if wrong else ''}"
-            pen.text((left + 1, SIDE + row * LINE), text, fill="black")
+        for row, (text, (_, numbers)) in enumerate(zip(captions[column], lines, strict=True)):
+            color = "firebrick" if is_wrong(numbers[column], labels[column]) else "black"
+            pen.text((left + 1, SIDE + row * LINE), text, fill=color)
     return np.asarray(strip)
 
 

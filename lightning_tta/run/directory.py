@@ -1,8 +1,8 @@
 """The directory of a run follows from its configuration, so that the same command finds the same run.
 
-``<save_dir>/<name>/<method>-<digest>`` under a logger, ``<default_root_dir>/<method>-<digest>`` without; the digest is
-over the method, its options, the protocol, and what else changes the predictions. A logger whose version is text, as in
-``TensorBoardLogger("runs", name="a", version="b")``, names the directory itself, here ``runs/a/b``.
+``<save_dir>/<name>/<method>-<stream>-<digest>`` under a logger, ``<default_root_dir>/<method>-<stream>-<digest>``
+without; the digest is over the method, its options, the protocol, and what else changes the predictions. A logger whose
+version is text, as in ``TensorBoardLogger("runs", name="a", version="b")``, names the directory itself: ``runs/a/b``.
 
 What is there is a finished run (with ``report.json``), an unfinished one, or one that a live process holds by a lock.
 """
@@ -59,7 +59,8 @@ class RunDirectory:
         text = json.dumps(identity, sort_keys=True, default=str)
         self.identity: State = json.loads(text)  # as it is read from a file
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        name = group.first(lambda: f"{identity['method']}-{self.digest}")
+        words = [identity["method"], identity.get("protocol.stream"), self.digest]
+        name = group.first(lambda: "-".join(str(word) for word in words if word))
         self.is_named = isinstance(trainer.logger, FILE_LOGGERS) and not _counts_versions(trainer.logger)
         trainer.loggers = [_with_version(each, name) if _counts_versions(each) else each for each in trainer.loggers]
         logger = trainer.logger

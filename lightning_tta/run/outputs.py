@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.errors import ConfigError
 from lightning_tta.files import environment, write_json
+from lightning_tta.report.files import predictions_digest
 from lightning_tta.report.terminal import print_report
 from lightning_tta.run.directory import GROWING, REPORT
 from lightning_tta.run.measures import peak_memory, source_accuracy
@@ -72,13 +73,11 @@ def printable(name: str) -> str:
 
 
 class StreamLogger(RunCallback):
-    """Logs the state of the adaptation after every batch, for any method.
+    """Writes the state of the adaptation after every batch to ``batches.jsonl``, one line per batch, for any method.
 
-    To the Trainer's loggers under ``adapt/<method>/<stream>/``: online accuracy, entropy, loss, largest
-    predicted-class share (of the batch, and recent), logit norm and whatever else is in the method's ``stats``; the
-    online accuracy of each domain under ``.../domain/``. The step is the number of images seen. The same values go
-    to ``batches.jsonl``, one line per batch. Of several processes each has its own ``batches.rank0.jsonl`` and so on,
-    of what it has seen itself; the loggers get those of the first.
+    Online accuracy, entropy, largest predicted-class share (of the batch, and recent), logit norm and whatever is in
+    the method's ``stats``. Of several processes each has its own ``batches.rank0.jsonl`` and so on, of what it has seen
+    itself.
     """
 
     def on_start(self, run: StreamRun) -> None:
@@ -86,19 +85,11 @@ class StreamLogger(RunCallback):
         run.directory.open(BATCHES).close()
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
-        """Log one batch."""
+        """Write one line."""
         if not len(output["index"]) and run.group.world > 1:  # of this batch, other processes had all
             return
-        row = run.summary.last
         with run.directory.file(BATCHES).open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        numbers = {f"{run.tag}/{k}": v for k, v in row.items() if isinstance(v, float) and k != "seconds"}
-        if row["domain"] != "mixed":
-            accuracy = run.summary.domain_accuracy(row["domain"])
-            if accuracy is not None:
-                numbers[f"{run.tag}/domain/{row['domain']}"] = accuracy
-        for logger in run.trainer.loggers:
-            logger.log_metrics(numbers, step=run.summary.images)
+            file.write(json.dumps(run.summary.last) + "\n")
 
 
 class StreamReport(RunCallback):
@@ -149,6 +140,7 @@ class StreamReport(RunCallback):
             "precision": str(run.trainer.precision),
             "environment": environment(run.device),
             "run_digest": run.directory.digest,
+            "predictions_digest": predictions_digest((run.directory.path / PREDICTIONS).read_bytes()),
         }
         if self.measure_forgetting and run.data is not None:
             report["source_accuracy_after"] = source_accuracy(run.method, run.data, run.classes, run.device)

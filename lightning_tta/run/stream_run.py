@@ -179,11 +179,6 @@ class StreamRun:
         """Batches of the whole stream, as far as the loader knows; else infinity."""
         return self.done_before + sum(self.trainer.num_predict_batches)
 
-    @property
-    def tag(self) -> str:
-        """Beginning of the names of all curves."""
-        return f"adapt/{self.method.name}/{self.protocol.stream}"
-
     # State
 
     @property

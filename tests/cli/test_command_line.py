@@ -7,6 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_tta.cli.main import main
 
@@ -34,7 +35,13 @@ def test_fit_leaves_best_last_and_curves(digits_source):
     events = EventAccumulator(str(directory))
     events.Reload()
     accuracies = [event.value for event in events.Scalars("source/val_accuracy")]
-    assert events.Scalars("hp_metric")[-1].value == pytest.approx(accuracies[-1])
+    assert [event.value for event in events.Scalars("hp_metric")] == pytest.approx(
+        accuracies[-1:]
+    )  # and no placeholder
+    start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    said = HParamsPluginData.FromString(start).session_start_info.hparams
+    assert {"data", "backbone", "optimizer", "lr", "weight_decay"} <= set(said)
+    assert not any(name.startswith("_") for name in said)
 
 
 @pytest.mark.parametrize("method", ["Tent", str(CONFIGS / "methods/zerosiam.yaml")])

@@ -130,7 +130,7 @@ def test_tensorboard(tmp_path):
     run(tmp_path, Sick, guard=Guard("rollback"), logger=TensorBoardLogger(tmp_path, name="run", version="x"))
     events = EventAccumulator(str(tmp_path / "run" / "x"))
     events.Reload()
-    alarms = [scalar.value for scalar in events.Scalars("adapt/Sick/custom/guard_alarms")]
+    alarms = [scalar.value for scalar in events.Scalars("adapt/guard_alarms")]
     assert alarms == [0, 0, 0, 1, 1, 1, 1, 1]
 
 

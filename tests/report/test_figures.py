@@ -4,9 +4,9 @@ import matplotlib
 import pytest
 from PIL import Image
 
+from lightning_tta.methods import names
 from lightning_tta.report.document import sections
 from lightning_tta.report.figures import (
-    COLORS,
     curves_caption,
     curves_figure,
     domain_spans,
@@ -25,10 +25,20 @@ def test_methods_of_a_report_never_look_alike():
     twelve = looks(NAMES[:12])
     assert len({look.color for look in twelve.values()}) == 12
     assert len({(look.line, look.marker) for look in twelve.values()}) == 12  # in greyscale too
+    forty = looks(map(str, range(40)))
+    assert len({look.color for look in forty.values()}) == len({(look.line, look.marker) for look in forty.values()})
+    assert len({look.color for look in forty.values()}) == 41  # and the source
     many = looks([*NAMES, *map(str, range(100))])
-    assert len(set(many.values())) == len(many)
+    assert len({look.color for look in many.values()}) == len(many)
     assert [name for name, look in many.items() if look.color == "#000000"] == ["source"]
     assert looks(["tent", "norm", "source"]) == looks(["source", "norm", "tent"])  # whatever the order of the runs
+
+
+def test_a_method_looks_the_same_in_every_report():
+    alone, together = looks(["tent"]), looks([*names(), "tent (lr=0.1)", "my_method"])
+    assert all(together[name] == looks([name])[name] for name in names())
+    assert alone["tent"] == together["tent"] != together["tent (lr=0.1)"]
+    assert len({look.color for look in together.values()}) == len(together)
 
 
 def test_pareto_front_by_hand():
@@ -51,7 +61,7 @@ def group(directory, methods, domains=("fog", "noise")):
     """A run of each method that has 60 batches in every domain."""
     runs = []
     for method in methods:
-        run = Run(method, "0", {"domains": {}}, directory)
+        run = Run(method, "0", {"accuracy": 0.5, "domains": {}}, directory)
         shares = {"accuracy": 0.5, "recent_class_share": 0.3, "recent_label_share": 0.1}
         run.batches = [
             {"domain": domain, "images": 10, "images_seen": 600 * place + 10 * number + 10, **shares}
@@ -89,7 +99,7 @@ def test_names_stay_within_the_figure(tmp_path, count, domains):
         assert [panel.axes[0].get_title(loc="left") for panel in figure.subfigs] == list(made.methods)
         lines = [panel.axes[0].lines[1].get_color() for panel in figure.subfigs[1:]]
         assert lines == [looks(made.methods)[method].color for method in NAMES[1:count]]
-        assert len(set(lines)) == len(COLORS)
+        assert len(set(lines)) == count - 1
 
 
 def test_caption_names_what_a_figure_of_many_methods_cannot(tmp_path):
@@ -102,7 +112,7 @@ def test_caption_names_what_a_figure_of_many_methods_cannot(tmp_path):
 def test_cost_of_many_methods_has_a_legend_within_the_figure():
     points = {name: (1.0 + place, 50.0 + place) for place, name in enumerate(NAMES)}
     with drawing():
-        figure = pareto_figure({"ms per image": points, "peak memory, MB": points}, looks(NAMES))
+        figure = pareto_figure("ms per image", points, looks(NAMES))
         assert sticking_out(figure) <= 0.01
     assert legend_of(figure) == set(NAMES)
 

@@ -47,8 +47,9 @@ def test_numbers_of_a_benchmark_in_all_three_places(tmp_path, capsys):
     assert row_of(page, "tent", COST, 1)[1:] == ["0.5", "0.25", "125.0", "1.00", "6.25", "123"]
 
     printed, markdown = capsys.readouterr().out, files[1].read_text()
-    assert " ".join(overview) in " ".join(printed.split())
-    assert f"| {' | '.join(overview)} |".replace("*", "\\*") in markdown
+    assert " ".join(["tent (best)", *overview[1:]]) in " ".join(printed.split())
+    escaped = " | ".join(overview[1:]).replace("*", "\\*")
+    assert f"| **tent** (best) | {escaped} |" in markdown
     for wanted in ("paired by seed (3 pairs)", "n = 3 seeds ± half its 95 % confidence interval"):
         for text in (" ".join(printed.split()), *(" ".join(file.read_text().split()) for file in files)):
             assert wanted in text
@@ -100,7 +101,7 @@ def test_page_needs_nothing_else(tmp_path):
     assert not re.search(r"https?:|@import|url\(", text)
     sources = [(tag, value) for tag, name, value in page.attributes if name in ("src", "href")]
     assert {value.split(",")[0] for tag, value in sources if tag == "img"} == {"data:image/svg+xml;base64"}
-    assert len([tag for tag, _ in sources if tag == "img"]) == 5  # differences, curves, two reliabilities, cost
+    assert len([tag for tag, _ in sources if tag == "img"]) == 7  # differences, curves, two reliabilities, three costs
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     assert {value[1:] for tag, value in sources if tag == "a"} <= set(ids)
@@ -252,8 +253,8 @@ def test_options_tell_runs_of_one_method_apart(tmp_path):
     rates = [{"lr": 0.01, "steps": 1}, {"lr": 0.1, "steps": 1}]
     runs = [write_run(tmp_path / f"{n}", "tent", hits(n, 0.6), options=o) for n, o in enumerate(rates)]
     runs.append(write_run(tmp_path / "old", "tent", hits(2, 0.6)))
-    assert labels(runs) == [{"tent (lr 0.01, steps 1)": 1, "tent (lr 0.1, steps 1)": 1, "tent": 1}]
-    assert labels(runs[:2]) == [{"tent (lr 0.01)": 1, "tent (lr 0.1)": 1}]
+    assert labels(runs) == [{"tent (lr=0.01, steps=1)": 1, "tent (lr=0.1, steps=1)": 1, "tent": 1}]
+    assert labels(runs[:2]) == [{"tent (lr=0.01)": 1, "tent (lr=0.1)": 1}]
 
 
 def test_other_weights_are_no_seeds_of_one_order(tmp_path):
@@ -263,6 +264,7 @@ def test_other_weights_are_no_seeds_of_one_order(tmp_path):
 
     one = [run("a0", 0, "aaa"), run("b1", 1, "bbb")]
     assert labels(one) == [{"source": 2}]  # a source training and an order for each seed
+    assert "source weights of its own: weights net: best.ckpt (aaa); " in read(one).groups[0].warnings[0]
     assert labels([*one, run("b0", 0, "bbb")]) == [{"source": 1}, {"source": 2}]
     (warning,) = read([*one, tmp_path / "b0"]).warnings
     assert "weights_digest: aaa != bbb" in warning

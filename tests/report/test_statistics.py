@@ -54,6 +54,18 @@ def test_differences_of_images_by_hand():
     assert over_images([1]) is None
 
 
+def test_few_images_that_differ_are_tested_exactly():
+    four = over_images([1] * 4 + [0] * 76)  # all in one direction: 2 / 2**4; by the normal distribution 0.043
+    assert four.p == 0.125
+    assert not four.clear
+    six = over_images([1] * 6 + [0] * 74)
+    assert six.p == 2 / 2**6
+    assert six.clear
+    mixed = over_images([1] * 9 + [-1] * 1 + [0] * 70)
+    assert mixed.p == pytest.approx(scipy.stats.binomtest(1, 10).pvalue)
+    assert over_images([1] * 12 + [-1] * 12 + [0] * 70).p == 1.0
+
+
 def test_holm_by_hand():
     assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]

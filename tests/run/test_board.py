@@ -28,9 +28,11 @@ def data(**options):
     return DigitsData(**{"domains": ["contrast", "haze"], "num_images": 40, "batch_size": 20, **options})
 
 
-def run(directory, method=TENT, *, backbone=None, loader=None, tensorboard=False, inference_mode=True, **options):
+def run(
+    directory, method=TENT, *, backbone=None, loader=None, tensorboard=False, inference_mode=True, more=(), **options
+):
     """Run a stream; returns the module and ``report.json``."""
-    callbacks = callbacks_of(options)
+    callbacks = [*callbacks_of(options), *more]
     module = TestTimeAdaptation(method, backbone=backbone or make_net("bn", 10), **options)
     logger = TensorBoardLogger(directory.parent, directory.name, "") if tensorboard else False
     trainer = Trainer(
@@ -98,14 +100,17 @@ def test_tensorboard_of_a_finished_run(tmp_path):
     events = EventAccumulator(str(directory_of(tmp_path / "run")), size_guidance={"images": 0, "histograms": 0})
     events.Reload()
     tags = events.Tags()
-    assert tags["images"] == ["adapt/tent/iid/images"]
-    assert tags["histograms"] == ["adapt/tent/iid/entropies"]
-    images = events.Images("adapt/tent/iid/images")
+    assert directory_of(tmp_path / "run").name == "run"  # this one was named
+    assert tags["images"] == ["images"]
+    assert tags["histograms"] == ["entropies"]
+    images = events.Images("images")
     assert [image.step for image in images] == [20, 40]  # images seen, in the first two batches
-    assert images[0].width == 4 * (board.SIDE + 4)
-    assert [h.step for h in events.Histograms("adapt/tent/iid/entropies")] == [20, 40, 60, 80]
+    assert images[0].width >= 4 * (board.SIDE + board.GAP)
+    assert [h.step for h in events.Histograms("entropies")] == [20, 40, 60, 80]
     assert events.Scalars("hp_metric")[-1].value == pytest.approx(report["accuracy"])
-    assert all(tag.startswith(("adapt/tent/iid/", "hp_metric", "hp/")) for tag in tags["scalars"])
+    assert events.Scalars("adapt/accuracy")[-1].value == pytest.approx(report["accuracy"])
+    assert all(tag.startswith(("adapt/", "hp_metric", "hp/")) for tag in tags["scalars"])
+    assert len(tags["scalars"]) <= 12
     assert "_hparams_/experiment" in events.summary_metadata
     start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     said = HParamsPluginData.FromString(start).session_start_info.hparams
@@ -113,6 +118,55 @@ def test_tensorboard_of_a_finished_run(tmp_path):
     assert said["batch_size"].number_value == 20
     assert (said["lr"].number_value, said["optimizer"].string_value) == (0.3, "sgd")
     assert set(inspect.signature(Tent).parameters) - {"model"} <= set(said)  # defaults too
+
+
+def tags_of(directory):
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return events.Tags()["scalars"]
+
+
+def test_curves_of_all_methods_have_one_name_and_the_rest_is_an_option(tmp_path):
+    plain = []
+    for method in (Source, TENT):
+        run(tmp_path / method_name(method), method, tensorboard=True, log_images=0)
+        plain.append(set(tags_of(directory_of(tmp_path / method_name(method)))))
+    assert plain[0] - plain[1] == set()
+    assert plain[1] - plain[0] <= {"adapt/loss"}
+    run(tmp_path / "more", TENT, tensorboard=True, more=[board.StreamBoard(images=0, details=True)])
+    more = set(tags_of(directory_of(tmp_path / "more"))) - plain[1]
+    assert {"domain/contrast", "domain/haze", "method/forwards"} <= more
+    assert all(tag.startswith(("domain/", "method/")) for tag in more)
+
+
+def method_name(method):
+    return getattr(method, "func", method).__name__
+
+
+def test_a_run_is_named_by_method_and_stream(tmp_path):
+    run(tmp_path / "runs", Source)
+    assert directory_of(tmp_path / "runs").name.startswith("source-iid-")
+
+
+def test_hyper_parameters_are_flat_and_without_paths_of_classes():
+    nested = {
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}},
+        "weights": None,
+        "k": {"a": 1},
+    }
+    assert board.plain(nested) == {"optimizer": "AdamW", "optimizer.lr": 0.1, "weights": "-", "k.a": 1}
+
+
+def test_lines_below_a_picture_do_not_overlap():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3, 2), nn.LayerNorm(2))
+    names = ["a_class_with_a_long_name", "another_class_of_a_long_name"]
+    strip = board.draw(adapt(net, "tent"), torch.rand(2, 3, 1, 1), torch.zeros(2), torch.tensor([1, 1]), names)
+    width = strip.shape[1] // 2
+    below = strip[board.SIDE :]
+    assert width > board.SIDE + 60  # wider than the image
+    assert (below[:, width - board.GAP + 2 : width] == 255).all()  # the gap between two columns is white
+    assert (below[:, -board.GAP + 2 :] == 255).all()  # the last one is not cut
+    assert (below < 255).any()
 
 
 class Noisy(nn.Module):
@@ -154,7 +208,7 @@ def test_pictures_do_not_change_one_bit(tmp_path, method, wrap, inference_mode):
 
 
 def test_pictures_can_be_off(tmp_path):
-    for count, logged in ((0, []), (3, ["adapt/norm/iid/images"])):
+    for count, logged in ((0, []), (3, ["images"])):
         run(tmp_path / str(count), Norm, tensorboard=True, log_images=count)
         events = EventAccumulator(str(directory_of(tmp_path / str(count))))
         events.Reload()
@@ -182,9 +236,12 @@ def test_the_pictures_show_the_source_of_a_net_that_has_changed():
             tensor.sub_(3)
     learned = copy.deepcopy(method.state_dict())
     strip = board.draw(method, images[:2], torch.zeros(5), torch.tensor([1, -1, 0, 0, 0]), None)
-    assert strip.shape[1:] == (2 * (board.SIDE + 4), 3)
+    assert strip.shape[1:] == (2 * (board.SIDE + board.GAP), 3)
     assert torch.equal(asked[0], expected)
     assert same(method.state_dict(), learned)
     grey = images[:1, :1].expand(1, 3, 1, 1)
-    assert board.draw(method, grey, torch.zeros(1), torch.zeros(1), ["cat", "dog"]).shape[1:] == (board.SIDE + 4, 3)
+    assert board.draw(method, grey, torch.zeros(1), torch.zeros(1), ["cat", "dog"]).shape[1:] == (
+        board.SIDE + board.GAP,
+        3,
+    )
     assert len(asked) == 2
