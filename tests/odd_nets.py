@@ -1,19 +1,17 @@
-"""Nets as users bring them: computed weights, wrappers, layers that hide, outputs that are no logits; and their twins.
-
-Each entry of :data:`RIGHT` gives a net and a plain net with the same function, whose numbers a method must give. Those
-of :data:`REFUSED` cannot be adapted, or not at all, with a word of the reason; those of :data:`WARNED` can.
-"""
+"""Nets as users bring them: computed weights, wrappers, hidden layers, outputs that are no logits; 16 x 16 pixels."""
 
 import copy
+import warnings
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
-from torch.ao.quantization import quantize_dynamic
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from nets import make_net
+from nets import make_images
 
 
 def seeded(make):
@@ -22,211 +20,145 @@ def seeded(make):
         return make()
 
 
-def randomized(net):
-    """Random statistics and affine parameters; returns the net in eval mode."""
+def randomized(make):
+    """A net from ``make``, with random statistics and affine parameters, in eval mode."""
 
-    def change():
+    def build():
+        net = make()
         for module in net.modules():
-            if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)):
-                if module.weight is not None:
-                    nn.init.uniform_(module.weight, 0.5, 1.5)
-                    nn.init.normal_(module.bias, std=0.2)
-                if getattr(module, "running_mean", None) is not None:
-                    module.running_mean.normal_(std=0.2)
-                    module.running_var.uniform_(0.3, 1.0)
+            if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.2)
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.2)
+                module.running_var.uniform_(0.3, 1.0)
         return net.eval()
 
-    return seeded(change)
-
-
-def layers(channels=3, classes=5):
-    return [
-        nn.Conv2d(channels, 8, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.SiLU(),
-        nn.Conv2d(8, 12, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(12),
-        nn.SiLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(12, classes),
-    ]
+    return seeded(build)
 
 
 def plain(channels=3, classes=5):
-    def make():
-        net = randomized(nn.Sequential(*layers(channels, classes)))
-        with torch.no_grad():
-            net[-1].weight.mul_(4)
-        return net
-
-    return seeded(make)
+    """Layers 0 and 3 are convolutions, 1 and 4 BatchNorm, 8 the head."""
+    net = randomized(
+        lambda: nn.Sequential(
+            nn.Conv2d(channels, 8, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.SiLU(),
+            nn.Conv2d(8, 12, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(12),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(12, classes),
+        )
+    )
+    with torch.no_grad():
+        net[-1].weight.mul_(4)
+    return net
 
 
 class Through(nn.Module):
-    """Runs a Sequential's layers in a way of its own."""
+    """A net that runs another one in its own way."""
 
-    def __init__(self, net, run=lambda net, x: net(x)):
+    def __init__(self, net=None, run=lambda net, x: net(x)):
         super().__init__()
-        self.net, self.run = net, run
+        self.net, self.run = plain() if net is None else net, run
 
     def forward(self, x):
         return self.run(self.net, x)
 
 
-def _checkpointed(reentrant):
+def checkpointed(reentrant):
     def run(net, x):
-        for layer in net[:-1].split(3) if hasattr(net[:-1], "split") else [net[:3], net[3:6], net[6:8]]:
-            x = checkpoint(layer, x, use_reentrant=reentrant)
-        return net[-1](x)
+        for part in (net[:3], net[3:6], net[6:8]):
+            x = checkpoint(part, x, use_reentrant=reentrant)
+        return net[8](x)
 
-    return lambda: (Through(plain(), run), Through(plain()))
+    return lambda: (Through(run=run), Through())
 
 
-def _timm_checkpointed():
-    import timm
-
-    nets = [seeded(lambda: timm.create_model("resnet10t", num_classes=5)) for _ in range(2)]
-    nets = [randomized(net) for net in nets]
+def timm_checkpointed():
+    timm = pytest.importorskip("timm")
+    nets = [randomized(lambda: timm.create_model("resnet10t", num_classes=5)) for _ in range(2)]
     nets[0].set_grad_checkpointing(True)
     return nets
 
 
-def _densenet():
-    from torchvision.models import DenseNet
-
+def memory_efficient():
+    models = pytest.importorskip("torchvision.models")
     return [
-        randomized(seeded(lambda: DenseNet(8, (2, 2), 16, num_classes=5, memory_efficient=m))) for m in (True, False)
+        randomized(lambda m=m: models.DenseNet(4, (1, 1), 8, num_classes=5, memory_efficient=m)) for m in (True, False)
     ]
 
 
-def _weight_norm_old():
-    import warnings
-
-    net, twin = plain(), plain()
+def old_weight_norm():
+    net = plain()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.nn.utils.weight_norm(net[3])
-    net(torch.rand(2, 3, 16, 16))
+        warnings.simplefilter("ignore")  # of its age
+        nn.utils.weight_norm(net[3])
+    net(make_images(2))
+    twin = plain()
+    parametrizations.weight_norm(twin[3])
     return net, twin
 
 
-def _spectral_norm_old():
-    net, twin = plain(), plain()
-    seeded(lambda: torch.nn.utils.spectral_norm(net[3]))
-    with torch.no_grad():
-        net.train()(torch.rand(2, 3, 16, 16))
-    net.eval()(torch.rand(2, 3, 16, 16))
-    with torch.no_grad():
-        twin[3].weight.copy_(net[3].weight)
-    for one, other in zip(net.buffers(), twin.buffers()):
-        pass
-    for i in (1, 4):
-        twin[i].load_state_dict(net[i].state_dict())
-    return net, twin
-
-
-class KeepsTensor(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
+class KeepsOutput(Through):
     def forward(self, x):
-        self.last = self.net(x)
-        return self.last
+        self.last = [super().forward(x)]
+        return self.last[0]
 
 
-def _keeps_tensor():
-    net = KeepsTensor(plain())
-    net(torch.rand(2, 3, 16, 16))
-    return net, KeepsTensor(plain())
+def keeps_output():
+    net = KeepsOutput()
+    net(make_images(2))
+    return net, Through()
 
 
-class Hook:
+class Note:
     def __call__(self, module, inputs, output):
         self.features = output
 
 
-def _hook():
-    net = Through(plain())
-    net.net[5].register_forward_hook(Hook())
-    net(torch.rand(2, 3, 16, 16))
-    return net, Through(plain())
+def noted_by_a_hook():
+    net = Through()
+    net.net[5].register_forward_hook(Note())
+    net(make_images(2))
+    return net, Through()
 
 
-class UserNormalize(nn.Module):
-    def __init__(self, trains=False):
+class Normalize(nn.Module):
+    """Pixels, with the mean and std as parameters, or as buffers."""
+
+    def __init__(self, kind):
         super().__init__()
-        self.mean = nn.Parameter(torch.tensor([0.4, 0.5, 0.6]), requires_grad=trains)
-        self.std = nn.Parameter(torch.tensor([0.2, 0.2, 0.3]), requires_grad=trains)
+        for name, values in (("mean", [0.4, 0.5, 0.6]), ("std", [0.2, 0.2, 0.3])):
+            value = torch.tensor(values)
+            if kind == "buffers":
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
     def forward(self, x):
         return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
 
-class BufferNormalize(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]))
-        self.register_buffer("std", torch.tensor([0.2, 0.2, 0.3]))
-
-    forward = UserNormalize.forward
-
-
-def _normalize():
-    return nn.Sequential(UserNormalize(), plain()), nn.Sequential(BufferNormalize(), plain())
-
-
-def _normalize_inference():
-    net = nn.Sequential(UserNormalize(), plain())
-    return net.requires_grad_(False), nn.Sequential(BufferNormalize(), plain())
-
-
-def _writes(net, x):
+def write(net, x):
     x -= 0.5
-    x *= 2
-    return net(x)
+    return net(x.mul_(2))
 
 
-def _writes_into_input():
-    return Through(plain(), _writes), Through(plain(), lambda net, x: net((x - 0.5) * 2))
+class Times(nn.Module):
+    def forward(self, w):
+        return w * 1
 
 
-def _parametrized():
-    net, twin = plain(), plain()
-
-    class Same(nn.Module):
-        def forward(self, w):
-            return w * 1
-
-    parametrize.register_parametrization(net[1], "weight", Same())
-    return net, twin
+def parametrized():
+    net = plain()
+    parametrize.register_parametrization(net[1], "weight", Times())
+    return net, plain()
 
 
-def _orthogonal():
-    net, twin = plain(), plain()
-    parametrizations.weight_norm(net[3])
-    return net, twin
-
-
-def _pruned():
-    net, twin = plain(), plain()
-    prune.l1_unstructured(net[3], "weight", 0.5)
-    net(torch.rand(2, 3, 16, 16))
-    with torch.no_grad():
-        twin[3].weight.copy_(net[3].weight)
-    return net, twin
-
-
-def _pruned_norm():
-    net, twin = plain(), plain()
-    prune.l1_unstructured(net[1], "weight", 0.5)
-    with torch.no_grad():
-        twin[1].weight.copy_(net[1].weight)
-    return net, twin
-
-
-class ListNet(nn.Module):
+class Walks(nn.Module):
     """Goes through a plain list of its layers."""
 
     def __init__(self):
@@ -240,253 +172,145 @@ class ListNet(nn.Module):
         return x
 
 
-class TwiceHeld(nn.Module):
-    """Holds a layer under two names, and a third time in a tuple."""
+class HoldsTwice(nn.Module):
+    """Holds a layer under two names, and another one in a tuple too."""
 
     def __init__(self):
         super().__init__()
         self.net = plain()
-        self.first = self.net[1]
-        self.also = (self.net[4],)
+        self.first, self.other = self.net[1], (self.net[4],)
 
     def forward(self, x):
         net = self.net
-        x = self.also[0](net[3](net[2](self.first(net[0](x)))))
-        return net[5:](x)
+        return net[5:](self.other[0](net[3](net[2](self.first(net[0](x))))))
 
 
-class BoundForward(nn.Module):
-    def __init__(self):
+class SharesParameters(nn.Module):
+    def __init__(self, share=True):
         super().__init__()
-        self.net = plain()
-        self.call = self.net.forward
+        self.net, self.last = plain(), nn.BatchNorm2d(12)
+        self.last.weight, self.last.bias = self.net[4].weight, self.net[4].bias
 
     def forward(self, x):
-        return self.call(x)
+        return self.net[6:](self.last(self.net[:6](x)))
 
 
 class TwoTowers(nn.Module):
-    """A text tower that does not run, and a vision tower registered last."""
+    """A text tower that does not run, and a vision tower that is registered last."""
 
     def __init__(self, text=True):
         super().__init__()
         if text:
             self.text = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(4)])
         self.vision = randomized(
-            seeded(
-                lambda: nn.Sequential(
-                    *[
-                        nn.Sequential(
-                            nn.Conv2d(3 if i == 0 else 6, 6, 3, 1 if i else 2, 1),
-                            nn.BatchNorm2d(6),
-                            nn.ReLU(),
-                            nn.Conv2d(6, 6, 1),
-                            nn.BatchNorm2d(6),
-                        )
-                        for i in range(4)
-                    ]
-                )
+            lambda: nn.Sequential(
+                *[
+                    nn.Sequential(nn.Conv2d(c, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1))
+                    for c in (3, 6, 6)
+                ],
+                *[nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))],
             )
         )
         self.head = seeded(lambda: nn.Linear(6, 5))
 
     def forward(self, x, tokens=None):
         x = self.vision(x).mean((2, 3))
-        if tokens is not None:
-            x = x + self.text(tokens)
-        return self.head(x)
+        return self.head(x if tokens is None else x + self.text(tokens))
 
 
-def _data_parallel():
-    return nn.DataParallel(plain()), plain()
-
-
-def _inner_data_parallel():
-    net = nn.Sequential(nn.DataParallel(plain()[:6]), *plain()[6:])
-    return net, Through(plain())
-
-
-def _compiled():
-    return torch.compile(plain(), backend="eager"), plain()
-
-
-class Output(dict):
-    def __init__(self, logits):
-        super().__init__(logits=logits)
-        self.logits = logits
-
-
-def _model_output():
-    return Through(plain(), lambda net, x: SimpleNamespace(logits=net(x), loss=None)), Through(plain())
-
-
-def _vit():
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=16,
-        patch_size=8,
-        num_labels=5,
+def vit():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
+        **{"image_size": 16, "patch_size": 8, "num_labels": 5},
     )
-    nets = [randomized(seeded(lambda: ViTForImageClassification(config))) for _ in range(2)]
+    nets = [randomized(lambda: transformers.ViTForImageClassification(config)) for _ in range(2)]
     return nets[0], Through(nets[1], lambda net, x: net(x).logits)
 
 
-def _hf_resnet():
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=5)
-    nets = [randomized(seeded(lambda: ResNetForImageClassification(config))) for _ in range(2)]
+def resnet_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=5
+    )
+    nets = [randomized(lambda: transformers.ResNetForImageClassification(config)) for _ in range(2)]
     return nets[0], Through(nets[1], lambda net, x: net(x).logits)
 
 
-def _tied():
-    net = plain()
-    net[4] = net[4]
-
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = plain()
-            self.conv, self.norm = seeded(lambda: nn.Conv2d(12, 12, 1)), self.net[4]
-
-        def forward(self, x):
-            x = self.net[:6](x)
-            return self.net[6:](self.norm(self.conv(x)))
-
-    return Tied(), Tied()
-
-
-def _tied_parameter():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = plain()
-            self.other = nn.BatchNorm2d(12)
-            self.other.weight, self.other.bias = self.net[4].weight, self.net[4].bias
-
-        def forward(self, x):
-            return self.net[6:](self.other(self.net[:6](x)))
-
-    return Shared().eval(), Shared().eval()
-
-
-class Integers(nn.Module):
-    def __init__(self, more=True):
+class OddParameters(Through):
+    def __init__(self):
         super().__init__()
-        self.net = plain()
-        if more:
-            self.table = nn.Parameter(torch.arange(4), requires_grad=False)
-            self.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
-
-    def forward(self, x):
-        return self.net(x)
+        self.table = nn.Parameter(torch.arange(4), requires_grad=False)
+        self.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
 
 
-def _untracked():
+def untracked():
     net = plain()
-    for i in (1, 4):
-        net[i] = nn.BatchNorm2d(net[i].num_features, track_running_stats=False)
+    for number in (1, 4):
+        net[number] = nn.BatchNorm2d(net[number].num_features, track_running_stats=False)
     return net.eval(), copy.deepcopy(net).eval()
 
 
-def _dropout():
+def with_dropout():
     net = plain()
     net.insert(8, nn.Dropout(0.5))
-    return net.train(), Through(plain())
+    return net.train(), Through()
 
 
-class Functional(nn.Module):
-    """Reads its layers' weights with F., and does not call them."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = plain()
-
-    def forward(self, x):
-        n = self.net[1]
-        x = self.net[0](x)
-        x = torch.nn.functional.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, False, 0.1, n.eps)
-        return self.net[2:](x)
-
-
-RIGHT = {
-    "checkpoint": _checkpointed(False),
-    "checkpoint, reentrant": _checkpointed(True),
-    "timm checkpoint": _timm_checkpointed,
-    "densenet memory efficient": _densenet,
-    "old weight norm": _weight_norm_old,
-    "old spectral norm": _spectral_norm_old,
-    "keeps a tensor": _keeps_tensor,
-    "hook keeps a tensor": _hook,
-    "user's normalize": _normalize,
-    "user's normalize, inference": _normalize_inference,
-    "writes into its input": _writes_into_input,
-    "parametrized bn": _parametrized,
-    "weight norm": _orthogonal,
-    "pruned": _pruned,
-    "pruned norm": _pruned_norm,
-    "plain list": lambda: (ListNet(), Through(plain())),
-    "layer held twice": lambda: (TwiceHeld(), Through(plain())),
-    "bound forward": lambda: (BoundForward(), Through(plain())),
-    "two towers": lambda: (TwoTowers(), TwoTowers(False)),
-    "data parallel": _data_parallel,
-    "inner data parallel": _inner_data_parallel,
-    "compiled": _compiled,
-    "model output": _model_output,
-    "transformers vit": _vit,
-    "transformers resnet": _hf_resnet,
-    "tied layer": _tied,
-    "tied parameters": _tied_parameter,
-    "integer and complex parameters": lambda: (Integers(), Integers(False)),
-    "untracked": _untracked,
-    "dropout": _dropout,
-    "functional": lambda: (Functional(), Through(plain())),
+RIGHT = {  # a net, and a plain one whose numbers a method must give
+    "checkpointed": checkpointed(False),
+    "checkpointed, reentrant": checkpointed(True),
+    "timm, checkpointed": timm_checkpointed,
+    "DenseNet, memory efficient": memory_efficient,
+    "old weight norm": old_weight_norm,
+    "keeps its output": keeps_output,
+    "a hook keeps features": noted_by_a_hook,
+    "pixels normalised by parameters": lambda: [
+        nn.Sequential(Normalize(k), plain()) for k in ("parameters", "buffers")
+    ],
+    "all frozen": lambda: [
+        nn.Sequential(Normalize("parameters"), plain()).requires_grad_(False),
+        nn.Sequential(Normalize("buffers"), plain()),
+    ],
+    "writes into its input": lambda: (Through(run=write), Through(run=lambda net, x: net((x - 0.5) * 2))),
+    "parametrised BatchNorm": parametrized,
+    "a plain list of layers": lambda: (Walks(), Through()),
+    "a layer held twice": lambda: (HoldsTwice(), Through()),
+    "shared parameters": lambda: (SharesParameters(), SharesParameters()),
+    "two towers": lambda: (TwoTowers(), TwoTowers(text=False)),
+    "DataParallel": lambda: (nn.DataParallel(plain()), plain()),
+    "a part in DataParallel": lambda: (nn.Sequential(nn.DataParallel(plain()[:6]), *plain()[6:]), plain()),
+    "an output with logits": lambda: (Through(run=lambda net, x: SimpleNamespace(logits=net(x))), Through()),
+    "transformers' ViT": vit,
+    "transformers' ResNet": resnet_of_transformers,
+    "integer and complex parameters": lambda: (OddParameters(), Through()),
+    "BatchNorm without statistics": untracked,
+    "dropout, in train mode": with_dropout,
 }
+HEAVY = {"timm, checkpointed", "DenseNet, memory efficient", "transformers' ViT", "transformers' ResNet"}
 
 
-def _nan():
-    net = plain()
-    with torch.no_grad():
-        net[3].weight[0, 0] = float("nan")
-    return net
-
-
-def _lazy():
-    net = plain()
-    net[1] = nn.LazyBatchNorm2d()
-    return net
-
-
-def _quantized():
-    from torch.ao.quantization import QConfigMapping, get_default_qconfig
-    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
-
-    x = torch.rand(2, 3, 16, 16)
-    prepared = prepare_fx(plain(), QConfigMapping().set_global(get_default_qconfig("x86")), x)
-    prepared(x)
-    return convert_fx(prepared)
-
-
-class TwoInputs(nn.Module):
-    def __init__(self, keyword=False):
-        super().__init__()
-        self.net = plain()
-
+class TwoInputs(Through):
     def forward(self, x, mask):
         return self.net(x) * mask
 
 
-class Keyword(TwoInputs):
+class OptionalMask(Through):
+    def forward(self, x, mask=None):
+        return self.net(x) * mask
+
+
+class Asks(Through):
+    def forward(self, x, input_ids=None):
+        raise ValueError("You have to specify input_ids")
+
+
+class Keyword(Through):
     def forward(self, *, pixel_values):
         return self.net(pixel_values)
 
 
-class WantsDict(TwoInputs):
+class TakesDict(Through):
     def forward(self, batch):
         return self.net(batch["image"])
 
@@ -497,32 +321,52 @@ class NoForward(nn.Module):
         self.net = plain()
 
 
-def _detached():
-    return Through(plain(), lambda net, x: net[6:](net[:6](x).detach()))
+def lazy():
+    net = plain()
+    net[1] = nn.LazyBatchNorm2d()
+    return net
 
 
-REFUSED = {
-    "quantized dynamically": lambda: quantize_dynamic(plain(), {nn.Linear}),
-    "quantized": _quantized,
-    "detaches": _detached,
-    "lazy": _lazy,
-    "meta": lambda: plain().to("meta"),
-    "two inputs": TwoInputs,
-    "keyword": Keyword,
-    "dict input": WantsDict,
-    "no forward": NoForward,
-    "one output": lambda: plain(classes=1),
-    "features": lambda: plain()[:6],
-    "tuple": lambda: Through(plain(), lambda net, x: (net(x), x)),
-    "dict": lambda: Through(plain(), lambda net, x: {"out": net(x)}),
-    "scripted": lambda: torch.jit.trace(plain(), torch.rand(2, 3, 16, 16)),
-    "nan": _nan,
-    "softmax": lambda: nn.Sequential(plain(), nn.Softmax(1)),
-    "log softmax": lambda: nn.Sequential(plain(), nn.LogSoftmax(1)),
-    "sigmoid": lambda: nn.Sequential(plain(), nn.Sigmoid()),
-    "one channel": lambda: plain(1),
-    "two channels": lambda: plain(2),
-    "four channels": lambda: plain(4),
-    "six channels": lambda: plain(6),
+def not_a_number():
+    net = plain()
+    with torch.no_grad():
+        net[3].weight[0, 0] = float("nan")
+    return net
+
+
+def no_number_in_statistics():
+    net = plain()
+    net[4].running_var[2] = float("nan")
+    return net
+
+
+REFUSED = {  # by every method, with words of the reason and the remedy
+    "lazy": (lazy, r"lazy layer.*net\(images\)"),
+    "meta": (lambda: plain().to("meta"), "device 'meta'"),
+    "NaN": (not_a_number, r"contain NaN: '3.weight'.*load other weights"),
+    "NaN statistics": (no_number_in_statistics, r"contain NaN: '4.running_var'"),
+    "two inputs": (TwoInputs, r"images alone.*'mask'.*Wrap it"),
+    "a mask that is None": (OptionalMask, r"images alone.*Wrap it"),
+    "asks for another input": (Asks, r"images alone.*input_ids.*Wrap it"),
+    "keyword": (Keyword, r"images alone.*Wrap it"),
+    "dict": (TakesDict, r"images alone.*Wrap it"),
+    "no forward": (NoForward, r"images alone"),
+    "one output": (lambda: plain(classes=1), r"one output an image.*two logits|no linear layer"),
+    "one squeezed output": (lambda: nn.Sequential(plain(), nn.Flatten(0)), r"logits"),
+    "a tuple": (lambda: Through(run=lambda net, x: (net(x), x)), r"tuple of a tensor.*Wrap it"),
+    "a dictionary": (lambda: Through(run=lambda net, x: {"out": net(x)}), r"keys 'out'.*Wrap it"),
+    "maps": (lambda: Through(run=lambda net, x: net[:3](x)[:, :, None]), r"tensor of shape .*Wrap it"),
 }
-CHANNELS = {"one channel": 1, "two channels": 2, "four channels": 4, "six channels": 6}
+
+
+def functional(net, x):
+    norm = net[1]
+    x = F.batch_norm(net[0](x), norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, norm.eps)
+    return net[2:](x)
+
+
+def pruned():
+    net = plain()
+    prune.l1_unstructured(net[1], "weight", 0.5)
+    net(make_images(2))  # the weight is computed, and kept
+    return net

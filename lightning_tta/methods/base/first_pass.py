@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -70,15 +70,15 @@ class FirstPass:
         given: list[Tensor] = []
         called: set[str] = set()
         hooks: list[RemovableHandle] = []
+        buffers: dict[str, Tensor] = {}  # as they were before the first pass
 
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             count()
+            if not self.has_run:
+                buffers.update({name: buffer.clone() for name, buffer in model.named_buffers()})
             if not self.has_run or (self.ran is None and torch.is_grad_enabled()):
                 watched = _with_parameters(model) if torch.is_grad_enabled() else _batch_norms(model)
-                for (
-                    name,
-                    layer,
-                ) in watched.items():  # removed after this pass: torch's attention runs otherwise with hooks
+                for name, layer in watched.items():  # until the pass ends: with hooks, torch's attention runs otherwise
                     hooks.append(layer.register_forward_hook(lambda m, i, o, name=name: called.add(name)))
             if not self._writes or not inputs:
                 return None
@@ -88,11 +88,22 @@ class FirstPass:
         def after(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
             while hooks:
                 hooks.pop().remove()
+            called.add("")
             if torch.is_grad_enabled():
                 self.ran = frozenset(called)
             if self.has_run:
                 return
             self._writes = bool(given) and not torch.equal(inputs[0], given.pop())
+            now = dict(model.named_buffers())
+            written = [name for name, b in buffers.items() if name in now and not _equal(b, now[name])]
+            buffers.clear()
+            if written:
+                warnings.warn(
+                    f"{type(model).__name__} writes to its own buffers while it runs in eval mode ({_some(written)}): "
+                    "observers of quantisation, counters, statistics of its own? They are no state of the method, so "
+                    "that reset() does not bring them back. Switch that off, or expect streams that do not repeat.",
+                    stacklevel=2,
+                )
             _look_at_logits(model, getattr(output, "logits", output))
             if statistics:
                 _look_at_statistics(model, called)
@@ -109,6 +120,14 @@ class FirstPass:
                     hook.remove()
 
 
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a != a)).all())  # NaN has not changed
+
+
 def _with_parameters(model: nn.Module) -> dict[str, nn.Module]:
     named = model.named_modules()
     return {name: m for name, m in named if isinstance(m, _NormBase) or any(True for _ in m.parameters(recurse=False))}
@@ -122,7 +141,7 @@ def _look_at_statistics(model: nn.Module, called: set[str]) -> None:
     """Refuse a net whose BatchNorm layers do not run as modules; warn of some."""
     layers = _batch_norms(model)
     missed = [name for name in layers if name not in called]
-    how = "(does its forward call torch.nn.functional.batch_norm with their weights?)"
+    how = "(does its forward call torch.nn.functional.batch_norm, or was it replaced by one of another net?)"
     if missed and len(missed) == len(layers):
         raise UnsupportedModelError(
             f"None of the {len(layers)} BatchNorm layers of {type(model).__name__} runs as a module {how}, so that "

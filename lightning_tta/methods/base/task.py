@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +121,11 @@ def plain_model(model: nn.Module) -> nn.Module:
             for name, child in module.named_children():
                 module._modules[name] = _unwrapped(child)
     check_initialized(model)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} was made under torch.inference_mode, so that its parameters can never learn. "
+            "Make it outside of it, or let adapt() make a copy (in_place=False)."
+        )
     _check_signature(model)
     _check_numbers(model)
     return model
@@ -193,7 +199,7 @@ def explained(model: nn.Module, x: Tensor, *, has_run: bool = True) -> Iterator[
         if refusal is None:
             raise
         reason = (str(refusal).strip().splitlines() or [type(refusal).__name__])[0].rstrip(".")
-        if not has_run and isinstance(refusal, _OF_THE_CALL):
+        if not has_run and (isinstance(refusal, _OF_THE_CALL) or _names_an_argument(model, reason)):
             raise _takes_no_image(model, f"{type(refusal).__name__}: {reason}") from error
         raise InputError(
             f"The net cannot take {tuple(x.shape)} images (B, C, H, W): {reason}. Give the channels and the size "
@@ -202,6 +208,12 @@ def explained(model: nn.Module, x: Tensor, *, has_run: bool = True) -> Iterator[
 
 
 _OF_THE_CALL = (TypeError, LookupError, AttributeError, NotImplementedError)  # torch tells shapes by RuntimeError
+
+
+def _names_an_argument(model: nn.Module, reason: str) -> bool:
+    """Whether an error speaks of another argument of the net's forward than its first one."""
+    _, *others = [*inspect.signature(model.forward).parameters, ""]
+    return any(re.search(rf"\b{re.escape(name)}\b", reason) for name in others if len(name) > 3)
 
 
 @torch.no_grad()
