@@ -100,10 +100,16 @@ def shared_prefix(net: nn.Module, images: Tensor, changing: Collection[str]) -> 
     places = names_by_parameter(net)
     owners = {place.rpartition(".")[0] for name in changing for place in places[named[name]]}
     recorder = _Recorder([modules[name] for name in owners])
+    writes = True  # into its input: each pass then gets a copy; the first one shows it
 
     def run(parameters: Mapping[str, Tensor]) -> Tensor:
+        nonlocal writes
         recorder.start_pass()
-        return as_logits(call_with(net, {named[name]: value for name, value in parameters.items()}, images))
+        given = images.clone() if writes else images
+        before = _versions(given)
+        logits = as_logits(call_with(net, {named[name]: value for name, value in parameters.items()}, given))
+        writes = writes and _versions(given) != before
+        return logits
 
     wrapped = [module for module in modules.values() if not isinstance(module, torch.jit.ScriptModule)]
     with replaced_forwards({module: recorder.wrap(module) for module in wrapped}):
