@@ -50,6 +50,8 @@ def _is_affine(module: nn.Module, width: int) -> bool:
         return False
     like = next(twin.parameters())
     generator = torch.Generator().manual_seed(0)
+    for parameter in twin.parameters():  # a scale that is still 0 would hide what the layer does
+        parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
     for shape in ((2, width, 4, 4), (2, 4, width), (2, width)):
         x, y = (torch.randn(shape, generator=generator).to(like) for _ in range(2))
         try:

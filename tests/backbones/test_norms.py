@@ -104,6 +104,13 @@ def test_norm_parameters_are_all_and_only_those_of_norm_layers(kind):
     assert all(found[name] is expected[name] for name in expected)
 
 
+def zero(layer):
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    return layer
+
+
 @pytest.mark.parametrize(
     ("layer", "is_norm"),
     [
@@ -116,6 +123,7 @@ def test_norm_parameters_are_all_and_only_those_of_norm_layers(kind):
         (nn.RMSNorm(4), True),
         (MyNorm(4), True),
         (TokenRMSNorm(), True),
+        (zero(TokenRMSNorm()), True),
         (RunningNorm(), True),
         (PixelNormalize(), False),
         (PixelNormalize("weight", "bias"), False),
