@@ -13,13 +13,17 @@ from torch.nn.parameter import is_lazy
 
 from lightning_tta.errors import UnsupportedModelError
 
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+"""Wrappers that hold the net as their ``module``."""
+
 
 def copy_net(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     """A deep copy of a net.
 
     Tensors that the net, or an object it holds (a hook, a list), has computed and kept are copied without their graph:
     torch refuses to copy those. The old ``weight_norm`` and ``spectral_norm``, pruning and nets that note their last
-    features keep such tensors; each pass computes them anew.
+    features keep such tensors; each pass computes them anew. Of a net in DataParallel or DistributedDataParallel, whose
+    copy would talk to other processes, the net inside is copied.
 
     Args:
         model: Any net.
@@ -28,6 +32,8 @@ def copy_net(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     Raises:
         UnsupportedModelError: If the net is not initialised, or something in it cannot be copied; it is named.
     """
+    while isinstance(model, PARALLEL):
+        model = model.module
     check_initialized(model)
     known: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     memo = {id(t): t.detach().clone() for t in _computed_tensors(model)} | known

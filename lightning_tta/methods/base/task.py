@@ -12,7 +12,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.backbones.copying import check_initialized
+from lightning_tta.backbones.copying import PARALLEL, check_initialized
 from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import InputError, LightningTTAError, UnsupportedModelError, WeightsError
@@ -114,12 +114,12 @@ def plain_model(model: nn.Module) -> nn.Module:
     compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
     if compiled:
         warnings.warn("A compiled model is adapted through its original module, uncompiled.", stacklevel=5)
-    if compiled or any(isinstance(module, _PARALLEL) for module in model.modules()):
+    if compiled or any(isinstance(module, PARALLEL) for module in model.modules()):
         model = _unwrapped(model)
         for module in model.modules():
             module._compiled_call_impl = None
-            for name, child in module.named_children():
-                module._modules[name] = _unwrapped(child)
+            for name, child in list(module._modules.items()):
+                module._modules[name] = None if child is None else _unwrapped(child)
     check_initialized(model)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise UnsupportedModelError(
@@ -131,11 +131,8 @@ def plain_model(model: nn.Module) -> nn.Module:
     return model
 
 
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
-
 def _unwrapped(module: nn.Module) -> nn.Module:
-    while "_orig_mod" in module._modules or isinstance(module, _PARALLEL):
+    while "_orig_mod" in module._modules or isinstance(module, PARALLEL):
         module = cast(nn.Module, module._modules.get("_orig_mod", module._modules.get("module")))
     return module
 
@@ -212,8 +209,12 @@ _OF_THE_CALL = (TypeError, LookupError, AttributeError, NotImplementedError)  # 
 
 def _names_an_argument(model: nn.Module, reason: str) -> bool:
     """Whether an error speaks of another argument of the net's forward than its first one."""
-    _, *others = [*inspect.signature(model.forward).parameters, ""]
-    return any(re.search(rf"\b{re.escape(name)}\b", reason) for name in others if len(name) > 3)
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    except ValueError:
+        return False
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and len(p.name) > 3]
+    return any(re.search(rf"\b{re.escape(name)}\b", reason) for name in names)
 
 
 @torch.no_grad()
