@@ -7,19 +7,38 @@ import pytest
 import torch
 from torch import nn
 from torch.ao.quantization import quantize_dynamic
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from contract import MECHANISMS, VARIANTS, build
-from lightning_tta import ConfigError, UnsupportedModelError, adapt, available_methods
+from lightning_tta import UnsupportedModelError, adapt, available_methods
 from lightning_tta.errors import InputError, WeightsError
 from nets import make_images, make_net, same
-from odd_nets import HEAVY, REFUSED, RIGHT, OptionalMask, Through, TwoTowers, functional, plain, pruned
+from odd_nets import (
+    HEAVY,
+    REFUSED,
+    RIGHT,
+    OptionalMask,
+    Through,
+    Times,
+    TwoInputs,
+    TwoTowers,
+    functional,
+    plain,
+    pruned,
+)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 METHODS = list(available_methods())
 LEARN = [name for name in METHODS if hasattr(available_methods()[name], "descend")]
 MAIN = {name for name, _ in MECHANISMS.values()}
-PAIRS = [(kind, name) for kind in RIGHT for name in METHODS if kind not in HEAVY or name in MAIN]
+PAIRS = [
+    pytest.param(kind, name, marks=[pytest.mark.slow] * (name not in MAIN))
+    for kind in RIGHT
+    for name in METHODS
+    if kind not in HEAVY or name in MAIN
+]
 
 
 def make(net, name, *, in_place=False, **more):
@@ -266,6 +285,56 @@ def test_images_of_any_number_of_channels(name, channels):
     assert torch.isfinite(method(images)).all()
 
 
-def test_config_errors_are_not_hidden():
-    with pytest.raises(ConfigError, match="lr"):
-        adapt(plain(), "tent", lr=-1)
+def test_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = nn.parallel.DistributedDataParallel(plain())
+        for name in ("tent", "cotta", "meta_ttt"):
+            assert torch.equal(outcome(net, name), outcome(plain(), name))
+        method = adapt(net, "tent", in_place=True)
+        assert method.model is net.module
+        assert list(method.weight_names) == list(plain().state_dict())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_same_layers_in_other_wrappings():
+    """Second members of each kind: nested checkpoints, layers in a dictionary, a wrapper that hides two inputs."""
+
+    def nested(net, x):
+        inner = lambda y: net[3:](checkpoint(net[:3], y, use_reentrant=True))  # noqa: E731
+        return checkpoint(inner, x, use_reentrant=False)
+
+    def sequential(net, x):
+        return checkpoint_sequential(net, 3, x, use_reentrant=True)
+
+    class InDictionary(Through):
+        def __init__(self):
+            super().__init__()
+            self.layers = {"norms": [self.net[1], self.net[4]]}
+
+        def forward(self, x):
+            net, (first, second) = self.net, self.layers["norms"]
+            return net[5:](second(net[3](net[2](first(net[0](x))))))
+
+    for net in (Through(run=nested), Through(run=sequential), InDictionary()):
+        for name in ("tent", "sar", "cotta", "meta_ttt", "norm"):
+            torch.testing.assert_close(outcome(net, name), outcome(Through(), name), rtol=1e-5, atol=1e-6)
+
+    class Passes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = TwoInputs()
+
+        def forward(self, *images):
+            return self.net(*images)
+
+    with pytest.raises(UnsupportedModelError, match=r"images alone.*'mask'.*Wrap it"):
+        adapt(Passes(), "tent")(make_images(4))
+
+
+def test_a_layer_norm_whose_parameters_are_computed():
+    net = make_net("ln")
+    for leaf in ("weight", "bias"):
+        parametrize.register_parametrization(net.norm1, leaf, Times())
+    assert torch.equal(outcome(net, "tent"), outcome(make_net("ln"), "tent"))

@@ -158,7 +158,9 @@ def _check_numbers(model: nn.Module) -> None:
     named: dict[str, Tensor] = dict(model.named_parameters())
     for name, layer in batch_norm_layers(model).items():
         named |= dict(layer.named_buffers(name, recurse=False))
-    wrong = {name: tensor.isnan().any() for name, tensor in named.items() if tensor.is_floating_point()}
+    usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    dense = {name: t for name, t in named.items() if t.dtype in usual and t.layout == torch.strided}
+    wrong = {name: tensor.isnan().any() for name, tensor in dense.items()}
     devices = {flag.device for flag in wrong.values()}
     if any(bool(torch.stack([f for f in wrong.values() if f.device == device]).any()) for device in devices):
         name = next(name for name, flag in wrong.items() if flag)
