@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.utils import parametrize
 
 from lightning_tta import collective
+from lightning_tta.backbones.copying import copy_net
 from lightning_tta.backbones.split import execution_order, is_inside, parts_by_depth
 from lightning_tta.errors import UnsupportedModelError, check_range
 from lightning_tta.losses import at_least_float32
@@ -25,11 +27,40 @@ StatisticsRule = Callable[[str, _BatchNorm, Tensor], "tuple[Tensor, Tensor] | No
 
 
 def is_norm_layer(module: nn.Module) -> bool:
-    """Whether ``module`` is one of :data:`NORM_TYPES`, or a user's "...norm..." with one-dimensional parameters."""
+    """Whether ``module`` is one of :data:`NORM_TYPES`, or a user's "...norm..." that normalises.
+
+    That has one-dimensional parameters, and depends on statistics: of its input, so that it is no affine map of it, or
+    running ones, which are buffers of the parameters' size. ``(x - mean) / std`` of pixels is none.
+    """
     if isinstance(module, NORM_TYPES):
         return True
     parameters = list(module.parameters(recurse=False))
-    return bool(parameters) and "norm" in type(module).__name__.lower() and all(p.ndim == 1 for p in parameters)
+    if not parameters or "norm" not in type(module).__name__.lower() or any(p.ndim != 1 for p in parameters):
+        return False
+    shapes = {p.shape for p in parameters}
+    return any(b.shape in shapes for b in module.buffers(recurse=False)) or not _is_affine(module, len(parameters[0]))
+
+
+@torch.no_grad()
+def _is_affine(module: nn.Module, width: int) -> bool:
+    """Whether a layer of this width maps f(x) + f(y) = f(x + y) + f(0); tried on layouts of images and of tokens."""
+    try:
+        twin = copy_net(module).eval()
+    except UnsupportedModelError:
+        return False
+    like = next(twin.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for parameter in twin.parameters():  # a scale that is still 0 would hide what the layer does
+        parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    for shape in ((2, width, 4, 4), (2, 4, width), (2, width)):
+        x, y = (torch.randn(shape, generator=generator).to(like) for _ in range(2))
+        try:
+            apart = twin.forward(x) + twin.forward(y)
+            joint = twin.forward(x + y) + twin.forward(torch.zeros_like(x))
+        except Exception:  # not this layer's layout
+            continue
+        return torch.allclose(apart, joint, rtol=1e-2, atol=1e-2 * float(apart.abs().max()))
+    return False
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -40,7 +71,8 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
 def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The affine weight and bias of every normalisation layer, by parameter name; a shared parameter once.
 
-    Of a user's own norm layer: all parameters, whatever their names.
+    Of a user's own norm layer: all parameters, whatever their names. Of a weight that is computed (parametrised or
+    pruned): what it is computed from.
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.
@@ -48,12 +80,18 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     names: dict[nn.Parameter, str] = {}
     for layer_name, layer in norm_layers(model).items():
         for name, parameter in layer.named_parameters(layer_name, recurse=False):
-            if not isinstance(layer, NORM_TYPES) or name.rpartition(".")[2] in ("weight", "bias"):
+            leaf = name.rpartition(".")[2].removesuffix("_orig")
+            if not isinstance(layer, NORM_TYPES) or leaf in ("weight", "bias"):
+                names.setdefault(parameter, name)
+        if parametrize.is_parametrized(layer):
+            computed = layer.get_submodule("parametrizations")
+            for name, parameter in computed.named_parameters(f"{layer_name}.parametrizations".lstrip(".")):
                 names.setdefault(parameter, name)
     if not names:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no normalisation layer with affine parameters, which this method adapts. "
-            "Allowed: nets with BatchNorm, GroupNorm, LayerNorm, InstanceNorm (affine) or RMSNorm layers. "
+            "Allowed: nets with BatchNorm, GroupNorm, LayerNorm, InstanceNorm (affine) or RMSNorm layers; a quantised "
+            "or fused net has none: adapt the one it was made from. "
             "Use method 'source' (no adaptation) for this net, or put normalisation layers into it."
         )
     return {name: parameter for parameter, name in names.items()}
@@ -73,7 +111,7 @@ def early_norm_parameters(model: nn.Module, frozen_fraction: float) -> dict[str,
     """
     check_range("frozen_fraction", frozen_fraction, 0, 1)
     parameters = norm_parameters(model)
-    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    layers = list(dict.fromkeys(map(owner, parameters)))
     order = execution_order(model)
     if order is not None and not set(layers).isdisjoint(order):
         layers = sorted(set(layers).intersection(order), key=order.index)
@@ -85,7 +123,13 @@ def early_norm_parameters(model: nn.Module, frozen_fraction: float) -> dict[str,
     frozen = min(math.ceil(frozen_fraction * len(parts) - 1e-9), len(parts) - 1)
     if frozen > 0:
         layers = layers[: first[parts[-frozen]]]
-    return {name: p for name, p in parameters.items() if name.rpartition(".")[0] in layers}
+    return {name: p for name, p in parameters.items() if owner(name) in layers}
+
+
+def owner(parameter: str) -> str:
+    """The name of the layer that a parameter belongs to, also where the layer's weight is computed from it."""
+    layer, computed, _ = parameter.rpartition(".parametrizations.")
+    return layer if computed else parameter.rpartition(".")[0]
 
 
 def batch_norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -271,10 +315,13 @@ class _Affine(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         ctx.save_for_backward(x, scale)
+        ctx.set_materialize_grads(False)  # zeros would look like gradients where none comes through
         return (x * scale).add_(shift).to(x.dtype)  # faster on a CPU than addcmul, which does not broadcast well
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if gradient is None:
+            return None, None, None
         x, scale = ctx.saved_tensors
         wide = gradient.to(scale.dtype)
         return (wide * scale).to(x.dtype), (wide * x).sum_to_size(scale.shape), wide.sum_to_size(scale.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,23 +10,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tta.backbones.copying import copy_net
+from lightning_tta.backbones.passes import safe_checkpoints
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_range
 
 
 def as_logits(output: object) -> Tensor:
-    """The logits (B, K) in what a classifier returns: a tensor, or an object with a tensor ``logits``.
+    """The logits (B, K) in what a classifier returns: a tensor, or an object with a tensor ``logits``; K is 2 or more.
 
     Raises:
         UnsupportedModelError: If there is no such tensor.
     """
     output = getattr(output, "logits", output)
-    if isinstance(output, Tensor) and output.ndim == 2:
+    if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1:
         return output
-    kind = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    if isinstance(output, Tensor) and (output.ndim == 1 or output.shape[1:] == (1,)):
+        raise UnsupportedModelError(
+            f"The net must return logits (B, K) of K >= 2 classes; got one output an image, {tuple(output.shape)}, "
+            "whose softmax is always 1. If it is the logit u of a class against its absence, wrap the net so that it "
+            "returns two logits, (0, u): torch.cat([torch.zeros_like(u), u], 1)."
+        )
     raise UnsupportedModelError(
-        f"The net must return logits (B, K), as a tensor or as an attribute 'logits'; got {kind}. Wrap it in a module "
-        "whose forward returns the logits."
+        f"The net must return logits (B, K), as a tensor or as an attribute 'logits'; got {_described(output)}. Wrap "
+        "it in a module whose forward returns the logits."
     )
+
+
+def _described(output: object) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} with keys {', '.join(map(repr, output)) or 'none'}"
+    if isinstance(output, (list, tuple)):
+        return f"a {type(output).__name__} of {', '.join(map(_described, output)) or 'nothing'}"
+    return f"a {type(output).__name__}"
 
 
 def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear]:
@@ -183,17 +199,17 @@ def execution_order(model: nn.Module) -> list[str] | None:
     does not run. Tried are the channels of the net's convolutions, and usual sizes.
     """
     try:
-        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        twin = copy.deepcopy(model, dict(shared)).eval()
-    except Exception:  # a net that cannot be copied: its own order must do
+        twin = copy_net(model, (*model.parameters(), *model.buffers())).eval()
+    except UnsupportedModelError:  # a net that cannot be copied: its own order must do
         return None
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    channels = list(dict.fromkeys(m.in_channels for m in convolutions if m.in_channels in (1, 3))) or [3]
+    widths = list(dict.fromkeys(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)))
+    channels = [width for width in widths if width in (1, 3)] or widths[:3] or [3]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    for size in (32, 64, 224, 16, 28, 96, 128, 256, 384):
+    for size in (32, 64, 224, 16, 28, 40, 48, 96, 128, 160, 192, 256, 384):
         for channel in channels:
             try:
-                with torch.no_grad(), torch.inference_mode(False), recorded_calls(dict(twin.named_modules())) as calls:
+                called = recorded_calls(dict(twin.named_modules()))
+                with torch.no_grad(), torch.inference_mode(False), safe_checkpoints(), called as calls:
                     twin(torch.zeros(1, channel, size, size, dtype=like.dtype, device=like.device))
             except Exception:  # not this net's size: the next
                 continue

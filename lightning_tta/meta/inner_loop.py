@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lightning_tta.backbones.norms import shortcut_norms
+from lightning_tta.backbones.passes import safe_checkpoints
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import confident_loss, unconfident_entropy
 from lightning_tta.meta.mixed_bn import batch_of_domains, mixed_batch_norm_layers
@@ -157,8 +158,12 @@ class InnerParameters:
         if settings.source_weight_lr > 0:
             lowered |= {f"{name}.source_weight": "source_weight" for name in adapted}
         rate_of: dict[Phase, dict[str, str]] = {"max": {f"{name}.bias": "max" for name in raised}, "min": lowered}
-        self.rate_of = {phase: rate_of[phase] for phase in settings.phases}
         named = dict(net.named_parameters())
+        first = {id(parameter): name for name, parameter in named.items()}  # of a shared parameter's names
+        every = dict(net.named_parameters(remove_duplicate=False))
+        self.rate_of = {
+            phase: {first[id(every[name])]: kind for name, kind in rate_of[phase].items()} for phase in settings.phases
+        }
         self.parameters = {name: named[name] for name in sorted(set().union(*self.rate_of.values()))}
 
 
@@ -242,7 +247,9 @@ def adapt_inner(
         value = named[name] if differentiable else named[name].detach()
         value = value.expand(domains, -1) if domains > 1 else value
         current[name] = value if value.requires_grad else value.clone().requires_grad_()
-    with batch_of_domains(net, domains), shared_prefix(net, images, list(current)) as run:
+    # Checkpointed layers would compute again with the net's own parameters, for the others are in place in a pass only.
+    once = safe_checkpoints(recompute=False)
+    with once, batch_of_domains(net, domains), shared_prefix(net, images, list(current)) as run:
         for phase in phases:
             kinds = rate_of[phase]
             for _ in range(settings.steps(phase)):
@@ -251,12 +258,12 @@ def adapt_inner(
                 logits = _by_domain(run(used), domains)
                 before = logits if before is None else before
                 loss = settings.loss(logits, phase)
-                gradients = torch.autograd.grad(
+                gradients = _gradients(
+                    net,
                     loss.sum(),
                     [used[name] for name in kinds],
                     create_graph=second_order,
                     retain_graph=second_order or keep_before,
-                    materialize_grads=True,
                 )
                 losses.setdefault(phase, []).append(loss.detach().mean())
                 first_gradients = first_gradients or dict(zip(kinds, gradients, strict=True))
@@ -266,6 +273,24 @@ def adapt_inner(
             after = _by_domain(run(current), domains)
     before = after if before is None else before
     return Adapted(before if differentiable else before.detach(), after, current, losses, first_gradients)
+
+
+def _gradients(
+    net: nn.Module, loss: Tensor, tensors: Sequence[Tensor], create_graph: bool, retain_graph: bool
+) -> list[Tensor]:
+    """Zero where the loss does not depend on one of ``tensors``; refused where it depends on none of them."""
+    values: Sequence[Tensor | None] = [None for _ in tensors]
+    if loss.requires_grad:
+        values = torch.autograd.grad(
+            loss, tensors, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+        )
+    if all(value is None for value in values):
+        raise UnsupportedModelError(
+            f"No gradient reaches the BatchNorm layers of {type(net).__name__} that are to be adapted (torch.no_grad, "
+            "detach or a quantised layer behind them, or layers that do not run?). Take that out, or use a method "
+            "without gradients ('norm', 't3a', 'lame')."
+        )
+    return [torch.zeros_like(t) if value is None else value for t, value in zip(tensors, values, strict=True)]
 
 
 def _by_domain(logits: Tensor, domains: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from lightning_tta.backbones.norms import affine, batch_norm_layers, moments
+from lightning_tta.backbones.norms import affine, batch_norm_layers, moments, replaced_forwards
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 
 Parametrization = Literal["raw", "sigmoid"]
@@ -79,6 +79,12 @@ class MixedBatchNorm(_NormBase):
             raise UnsupportedModelError(
                 "A BatchNorm layer keeps no running statistics (track_running_stats=False), so there is no source to "
                 "mix with. Train the net with running statistics."
+            )
+        if norm.affine and not all(isinstance(p, nn.Parameter) for p in (norm.weight, norm.bias)):
+            raise UnsupportedModelError(
+                "A BatchNorm layer's weight or bias is computed (parametrised or pruned), which mixed batch norm "
+                "cannot take over. Make it permanent first: torch.nn.utils.parametrize.remove_parametrizations(layer, "
+                "'weight'), or prune.remove(layer, 'weight'); or use method 'tent'."
             )
         super().__init__(norm.num_features, norm.eps, norm.momentum, affine=False)
         self.activation = _fused_activation(norm)
@@ -209,17 +215,24 @@ def convert_mixed_bn(
         ConfigError: If a value is out of range.
         UnsupportedModelError: If the net has no BatchNorm layer, or one that cannot be taken over; it is unchanged.
     """
-    return _replace(model, make_mixed_layers(model, source_weight, std, parametrization))
+    layers = make_mixed_layers(model, source_weight, std, parametrization)
+    for norm, layer in layers.items():
+        vars(norm)["forward"] = layer.__call__  # for a forward that walks through a plain list of its layers
+    return _replace(model, layers)
 
 
 @contextmanager
 def mixed_layers(model: nn.Module, layers: MixedLayers) -> Iterator[None]:
-    """While active, ``layers`` (see :func:`make_mixed_layers`) stand in for the BatchNorm layers of ``model``."""
+    """While active, ``layers`` (see :func:`make_mixed_layers`) stand in for the BatchNorm layers of ``model``.
+
+    Also where its forward does not ask the net for them, but goes through a plain list of its layers.
+    """
     for norm, layer in layers.items():
         layer.running_mean, layer.running_var = norm.running_mean, norm.running_var  # moved since, perhaps
     _replace(model, layers)
     try:
-        yield
+        with replaced_forwards({norm: layer.__call__ for norm, layer in layers.items()}):
+            yield
     finally:
         _replace(model, {layer: norm for norm, layer in layers.items()})
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from lightning_tta.backbones.norms import replaced_forwards
+from lightning_tta.backbones.passes import call_with, names_by_parameter
 from lightning_tta.backbones.split import as_logits
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
@@ -96,11 +96,20 @@ def shared_prefix(net: nn.Module, images: Tensor, changing: Collection[str]) -> 
     Yields ``run(parameters) -> logits (B, K)``, whose ``parameters`` by name, those in ``changing``, replace the net's.
     """
     modules = dict(net.named_modules())
-    recorder = _Recorder([modules[name.rpartition(".")[0]] for name in changing])
+    named = dict(net.named_parameters())
+    places = names_by_parameter(net)
+    owners = {place.rpartition(".")[0] for name in changing for place in places[named[name]]}
+    recorder = _Recorder([modules[name] for name in owners])
+    writes = True  # into its input: each pass then gets a copy; the first one shows it
 
     def run(parameters: Mapping[str, Tensor]) -> Tensor:
+        nonlocal writes
         recorder.start_pass()
-        return as_logits(functional_call(net, dict(parameters), (images,)))
+        given = images.clone() if writes else images
+        before = _versions(given)
+        logits = as_logits(call_with(net, {named[name]: value for name, value in parameters.items()}, given))
+        writes = writes and _versions(given) != before
+        return logits
 
     wrapped = [module for module in modules.values() if not isinstance(module, torch.jit.ScriptModule)]
     with replaced_forwards({module: recorder.wrap(module) for module in wrapped}):

@@ -6,7 +6,6 @@ Importing this package imports no method and no torch: :func:`find` or an attrib
 from __future__ import annotations
 
 import ast
-import copy
 import functools
 import importlib
 import inspect
@@ -108,13 +107,16 @@ def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False,
 
     Raises:
         ConfigError: If the name or an option is unknown, or a value is out of range.
-        UnsupportedModelError: If the method cannot run on this net.
+        UnsupportedModelError: If the method cannot run on this net, or the net cannot be copied.
+        WeightsError: If a weight is not a number.
     """
     import torch
 
     if not in_place and isinstance(model, torch.nn.Module):
         with torch.inference_mode(False):  # a copy made under inference_mode could not be adapted
-            model = copy.deepcopy(model)
+            from lightning_tta.backbones.copying import copy_net
+
+            model = copy_net(model)
     return create_method(method, model, **options)
 
 

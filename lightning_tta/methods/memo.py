@@ -166,8 +166,8 @@ class MEMO(ViewMethod, GradientMethod):
         for _ in range(self.episode_steps):
             with per_image(self.model, count, affine, self.bn_prior):
                 loss = self._loss(self.logits(views).view(count, self.views, -1))
+                gradients = self.differentiate(loss.sum(), rows)
             self.note(loss=loss.mean())
-            gradients = torch.autograd.grad(loss.sum(), rows, allow_unused=True)
             good = good & loss.detach().isfinite()
             for gradient in gradients:
                 good = good if gradient is None else good & gradient.flatten(1).isfinite().all(1)
@@ -187,7 +187,9 @@ class MEMO(ViewMethod, GradientMethod):
             self.forget_moments()
         try:
             for _ in range(self.episode_steps):
-                if not bool(self.descend(self._loss(self._logits_of_views(views)[None]))):
+                with self.source_statistics():  # for the backward pass too, which may compute layers again
+                    taken = self.descend(self._loss(self._logits_of_views(views)[None]))
+                if not bool(taken):
                     self._restore()
                     break
             with torch.no_grad(), self.source_statistics():
@@ -205,8 +207,7 @@ class MEMO(ViewMethod, GradientMethod):
     def _logits_of_views(self, views: Tensor) -> Tensor:
         """Logits (V, K); of views in chunks, one chunk's activations are kept at a time, and made again backwards."""
         if self.chunk_views is None or self.chunk_views >= self.views:
-            with self.source_statistics():
-                return self.logits(views)
+            return self.logits(views)
         chunks = torch.split(views, self.chunk_views)
         return torch.cat([checkpoint(self.logits, chunk, use_reentrant=False) for chunk in chunks])
 

@@ -57,6 +57,7 @@ class Norm(TTAMethod):
                 "source_weight=0 and momentum=None, the batch's own statistics."
             )
         self.source_weight, self.momentum = source_weight, momentum
+        self.small_batch = 8 if source_weight == 0 and momentum is None else 0
         self._ema_names: dict[str, str] = {}
         if momentum is not None:
             for number, (name, layer) in enumerate(layers.items()):

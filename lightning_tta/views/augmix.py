@@ -159,13 +159,14 @@ def _solarize(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
 
 
 def _pixelwise(name: str, *arguments: Any) -> Operation:
-    """A function of torchvision, imported when needed, for it takes seconds."""
+    """A function of torchvision, imported when needed, for it takes seconds; it treats each channel on its own."""
 
     def operation(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
         from torchvision.transforms.v2 import functional
 
-        changed: Tensor = getattr(functional, name)(x, *arguments)
-        return changed
+        channels = x if x.shape[1] == 3 else x.reshape(-1, 1, *x.shape[2:])  # torchvision takes 1 or 3
+        changed: Tensor = getattr(functional, name)(channels, *arguments)
+        return changed.view_as(x)
 
     operation.__name__ = name
     return operation

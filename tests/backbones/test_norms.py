@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from lightning_tta import ConfigError, UnsupportedModelError
 from lightning_tta.backbones.norms import (
@@ -10,6 +11,7 @@ from lightning_tta.backbones.norms import (
     batch_norm_layers,
     batch_statistics,
     bn_statistics,
+    early_norm_parameters,
     is_norm_layer,
     norm_layers,
     norm_parameters,
@@ -48,12 +50,65 @@ class Scale(nn.Module):
         self.scale = nn.Parameter(torch.ones(4))
 
 
+class PixelNormalize(nn.Module):
+    """An affine map of pixels, whatever its parameters are called."""
+
+    def __init__(self, shift="mean", scale="std"):
+        super().__init__()
+        self.names = shift, scale
+        self.register_parameter(shift, nn.Parameter(torch.rand(3)))
+        self.register_parameter(scale, nn.Parameter(torch.rand(3) + 1))
+
+    def forward(self, x):
+        shift, scale = (getattr(self, name)[:, None, None] for name in self.names)
+        return (x - shift) / scale
+
+
+class EnormousBias(nn.Module):
+    """Has "norm" in its name by accident."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        return x + self.bias
+
+
+class TokenRMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt() * self.g
+
+
+class RunningNorm(nn.Module):
+    """In eval mode affine, by running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(4))
+        self.register_buffer("running_var", torch.ones(4))
+
+    def forward(self, x):
+        return x / self.running_var.sqrt()[:, None, None] * self.gamma[:, None, None]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_norm_parameters_are_all_and_only_those_of_norm_layers(kind):
     net = make_net(kind)
     found, expected = norm_parameters(net), norm_weights(net)
     assert list(found) == list(expected)
     assert all(found[name] is expected[name] for name in expected)
+
+
+def zero(layer):
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    return layer
 
 
 @pytest.mark.parametrize(
@@ -67,6 +122,12 @@ def test_norm_parameters_are_all_and_only_those_of_norm_layers(kind):
         (nn.LayerNorm(4), True),
         (nn.RMSNorm(4), True),
         (MyNorm(4), True),
+        (TokenRMSNorm(), True),
+        (zero(TokenRMSNorm()), True),
+        (RunningNorm(), True),
+        (PixelNormalize(), False),
+        (PixelNormalize("weight", "bias"), False),
+        (EnormousBias(), False),
         (NormalisingConv(3, 4, 1), False),
         (Normalise(), False),
         (Scale(), False),
@@ -94,6 +155,25 @@ def test_shared_parameters_once():
     net[2].weight = net[0].weight
     net.append(net[3])
     assert list(norm_parameters(net)) == ["0.weight", "0.bias", "2.bias", "3.weight", "3.bias"]
+
+
+def test_what_a_computed_weight_is_computed_from():
+    class Square(nn.Module):
+        def forward(self, w):
+            return w * w
+
+        def right_inverse(self, w):
+            return w.sqrt()
+
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.LayerNorm(4), nn.Conv2d(3, 3, 1), nn.GroupNorm(1, 3))
+    parametrize.register_parametrization(net[0], "weight", Square())
+    parametrize.register_parametrization(net[2], "weight", Square(), unsafe=True)
+    prune.l1_unstructured(net[1], "weight", 0.5)
+    names = ["0.bias", "0.parametrizations.weight.original", "1.bias", "1.weight_orig", "3.weight", "3.bias"]
+    assert list(norm_parameters(net)) == names
+    assert list(early_norm_parameters(net, 0.25)) == names[:4]
+    alone = parametrize.register_parametrization(nn.LayerNorm(4), "weight", Square())
+    assert list(norm_parameters(alone)) == ["bias", "parametrizations.weight.original"]
 
 
 def test_a_norm_layer_alone_has_plain_names():

@@ -175,3 +175,7 @@ def test_as_logits():
     for output, given in [((logits,), "tuple"), (logits[0], r"\(5,\)"), ({"logits": logits}, "dict"), (None, "None")]:
         with pytest.raises(UnsupportedModelError, match=f"logits.*got .*{given}"):
             as_logits(output)
+    with pytest.raises(UnsupportedModelError, match=r"one output an image, \(2, 1\).*two logits"):
+        as_logits(logits[:, :1])
+    with pytest.raises(UnsupportedModelError, match=r"tuple of a tensor of shape \(2, 5\), a NoneType"):
+        as_logits((logits, None))

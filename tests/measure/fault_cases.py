@@ -105,6 +105,7 @@ MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compiled model": lambda model: torch.compile(model, backend="eager"),
     "compiled in place": _compiled_in_place,
     "compiled part": _compiled_layer,
+    "in DataParallel": nn.DataParallel,
 }
 OTHERS = ("model without values (meta)", "model on another device", "no norm layers", "a class never predicted")
 FAULTS = (*LEFT_OUT, *REFUSED, *FINITE, *SAME, *MODELS, *OTHERS)

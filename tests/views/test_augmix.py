@@ -179,3 +179,15 @@ def test_dtype_and_wrong_arguments():
     for wrong in ({"views": 0}, {"augment": "cutout"}):
         with pytest.raises(ConfigError, match="must be"):
             make_views(images, **{"views": 2, "augment": "none", "seeds": [0, 1], **wrong})
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_each_channel_on_its_own(augment, channels):
+    """Any number of channels: each is changed as if it were one of a grey image."""
+    images = make_images(2)[:, [number % 3 for number in range(channels)]]
+    found = make_views(images, 6, augment, [3, 4])
+    for channel in range(channels):
+        grey = images[:, channel : channel + 1].expand(-1, 3, -1, -1)
+        expected = make_views(grey, 6, augment, [3, 4])[:, :, :1]
+        torch.testing.assert_close(found[:, :, channel : channel + 1], expected, rtol=0, atol=1e-6)

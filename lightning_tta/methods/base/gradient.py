@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tta import collective
+from lightning_tta.backbones.norms import batch_norm_layers, owner
 from lightning_tta.errors import UnsupportedModelError, check_range
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.optimizers import OptimizerName, check_precision, make_optimizer, masked_step
@@ -65,6 +67,7 @@ class GradientMethod(TTAMethod):
         if lr_batch_size is not None:
             check_range("lr_batch_size", lr_batch_size, 1, integer=True)
         self.lr_batch_size = lr_batch_size
+        self._reach_checked = False
         self._moments: dict[str, tuple[str, str, str]] = {}  # state -> optimizer, parameter, key
         self._settings: dict[str, Any] = {
             "kind": optimizer,
@@ -145,19 +148,65 @@ class GradientMethod(TTAMethod):
         before = self._notes.get("loss")  # of an earlier pass of this step, which stands if no sample counts now
         self.note(loss=loss if counts is None or before is None else torch.where(counts, loss, before))
         if not loss.requires_grad:
-            raise self._no_gradient("the logits have none (torch.no_grad, detach in its forward?)")
+            raise self._no_gradient(loss)
         if counts is not None and self.known(~counts):
             return Gradients([None] * len(self.learned), loss.detach(), counts, torch.zeros_like(loss))
-        values = collective.average(torch.autograd.grad(loss, self.learned, allow_unused=True))
+        values = collective.average(self.differentiate(loss))
         present = [value for value in values if value is not None]
-        if not present:
-            raise self._no_gradient("the loss does not depend on what is to learn (a quantised or bypassed layer?)")
         self.count("backwards")
         norm = nn.utils.get_total_norm(present, error_if_nonfinite=False)
         finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
         usable = finite if counts is None else finite & counts
         self.count("skipped_steps", ~finite if counts is None else ~finite & counts)
         return Gradients(values, loss.detach(), usable, norm)
+
+    def differentiate(self, loss: Tensor, tensors: Sequence[Tensor] | None = None) -> tuple[Tensor | None, ...]:
+        """Gradients of a loss, 0-dimensional, by :attr:`learned`; ``None`` where the loss does not depend on one.
+
+        Args:
+            loss: With a graph.
+            tensors: Others in the place of :attr:`learned`, one for each.
+
+        Raises:
+            UnsupportedModelError: If that is so of all that an optimizer holds.
+        """
+        tensors = self.learned if tensors is None else tensors
+        if not loss.requires_grad or not all(tensor.requires_grad for tensor in tensors):
+            raise self._no_gradient(loss)
+        values = torch.autograd.grad(loss, tensors, allow_unused=True)
+        if not self._reach_checked:
+            self._check_reach(values)
+            self._reach_checked = True
+        return values
+
+    def _check_reach(self, values: Sequence[Tensor | None]) -> None:
+        """Once: refuse a net where no gradient reaches what an optimizer holds, or statistics cannot be replaced."""
+        reached = iter(value is not None for value in values)
+        for optimizer in self.optimizers.values():
+            flags = [next(reached) for group in optimizer.param_groups for _ in group["params"]]
+            if not any(flags):
+                raise self._no_gradient()
+        has_gradient = {id(t): value is not None for t, value in zip(self.learned, values, strict=True)}
+        names = {
+            n.removeprefix("model."): has_gradient[id(t)] for n, t in self.adaptable.items() if id(t) in has_gradient
+        }
+        ran = self.ran if self.ran is not None else {owner(name) for name in names}
+        layers = batch_norm_layers(self.model) if self.uses_batch_statistics else {}
+        passed_by = [name for name, flag in names.items() if flag and owner(name) in layers and owner(name) not in ran]
+        if passed_by:
+            raise UnsupportedModelError(
+                f"The net uses '{passed_by[0]}', but does not call its BatchNorm layer '{owner(passed_by[0])}' (does "
+                "its forward call torch.nn.functional.batch_norm?), so that its statistics cannot be those of the "
+                "batch. Call the layer itself."
+            )
+        missing = [name for name, flag in names.items() if not flag and owner(name) in ran]
+        if missing:
+            warnings.warn(
+                f"No gradient reaches {len(missing)} of the {len(values)} tensors that {type(self).__name__} is to "
+                f"learn, so they stay as they are: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. "
+                "Their layers run, but a detach, no_grad or a quantised layer cuts them off.",
+                stacklevel=2,
+            )
 
     def apply_gradients(self, gradients: Gradients) -> Tensor:
         """Step every optimizer with these gradients, where they are usable; returns whether that was so."""
@@ -194,11 +243,24 @@ class GradientMethod(TTAMethod):
         for optimizer in self.optimizers.values():
             check_precision(optimizer, fn(torch.empty(0)).dtype)
         super()._apply(fn, recurse)
-        for name, (owner, parameter, key) in self._moments.items():  # which are other tensors now
-            self.optimizers[owner].state[self.value(parameter)][key] = self.value(name)
+        for name, (kind, parameter, key) in self._moments.items():  # which are other tensors now
+            self.optimizers[kind].state[self.value(parameter)][key] = self.value(name)
         return self
 
-    def _no_gradient(self, reason: str) -> UnsupportedModelError:
+    def _no_gradient(self, loss: Tensor | None = None) -> UnsupportedModelError:
+        if not all(tensor.requires_grad for tensor in self.learned):
+            return UnsupportedModelError(
+                f"What {type(self).__name__} is to learn does not require gradients any more: the parameters were "
+                "frozen after the method was made (requires_grad_(False), or freeze() of a LightningModule that holds "
+                "it). Thaw them, [p.requires_grad_() for p in method.learned], or leave the freeze out: the method "
+                "itself freezes all the others."
+            )
+        reason = (
+            "the loss does not depend on what is to learn (a quantised, detached or bypassed layer, or layers that do "
+            "not run?)"
+            if loss is None
+            else "the logits have none (torch.no_grad, detach in its forward?)"
+        )
         return UnsupportedModelError(
             f"No gradient reaches what {type(self).__name__} is to learn in {type(self.model).__name__}: {reason}. "
             "Take that out, or use a method without gradients ('norm', 't3a', 'lame')."

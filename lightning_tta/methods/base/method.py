@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,15 +12,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 
 from lightning_tta import collective
-from lightning_tta.backbones.norms import batch_statistics, grouped_batch_statistics
+from lightning_tta.backbones.norms import batch_norm_layers, batch_statistics, grouped_batch_statistics
+from lightning_tta.backbones.passes import call_with, safe_checkpoints
 from lightning_tta.backbones.split import HeadSplit, features_at, module_at
 from lightning_tta.errors import NotPreparedError, check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.description import Described
+from lightning_tta.methods.base.first_pass import FirstPass
 from lightning_tta.methods.base.selection import read_flags, select_parameters
 from lightning_tta.methods.base.state import State
 from lightning_tta.methods.base.task import (
@@ -59,6 +62,9 @@ class TTAMethod(Described, State, ABC):
         prepared: Whether it has.
         optimizers: By name; empty for methods without gradients. Their moments are state, and exist from the start.
         task: What the input is: :class:`~lightning_tta.methods.base.task.Images`.
+        small_batch: A first batch of fewer images than this, of a net with BatchNorm, is warned of: 8 where the batch's
+            own statistics are taken, else 0.
+        replaces_statistics: Whether BatchNorm runs with other statistics than the source's.
         skips_when_empty: Whether passes that cannot change anything, as no sample is kept, are left out where the host
             knows that at no cost: on a CPU. On other devices they run, and their result is masked.
     """
@@ -73,6 +79,10 @@ class TTAMethod(Described, State, ABC):
         check_range("steps", steps, 1, integer=True)
         plain = plain_model(model).eval()
         self._flags = read_flags(plain)
+        self.task = copy.copy(self.task)  # it remembers what it has warned of
+        self.small_batch = 8 if self.uses_batch_statistics else 0
+        self.replaces_statistics = self.uses_batch_statistics or type(self).running is not TTAMethod.running
+        self._first_pass = FirstPass()
         self.model = plain.requires_grad_(False)
         self.steps = steps
         self.prepared = not self.needs_source
@@ -119,8 +129,8 @@ class TTAMethod(Described, State, ABC):
             if weights is None:
                 return self.task.logits(self.model(x))
             parameters = dict(self.model.named_parameters(remove_duplicate=False))
-            cast = {name: weight.to(parameters[name].dtype) for name, weight in weights.items()}
-            return self.task.logits(functional_call(self.model, cast, (x,)))
+            cast = {parameters[name]: weight.to(parameters[name].dtype) for name, weight in weights.items()}
+            return self.task.logits(call_with(self.model, cast, x))
 
     def features(self, x: Tensor, at: float | Sequence[str] | Literal["head"] = "head") -> tuple[Any, Tensor]:
         """Features and logits in one pass.
@@ -146,6 +156,24 @@ class TTAMethod(Described, State, ABC):
             return outputs[self._module_at[at]], self.task.logits(output)
         outputs, output = features_at(self.model, x, at)
         return outputs, self.task.logits(output)
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """While active, passes of the net are counted, and see images as given; inside :meth:`running`."""
+        statistics = self.replaces_statistics
+        watch = self._first_pass.watch(self.model, lambda: self.count("forwards"), statistics=statistics)
+        with safe_checkpoints(), watch:
+            yield
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the net has taken a batch."""
+        return self._first_pass.has_run
+
+    @property
+    def ran(self) -> frozenset[str] | None:
+        """Names of the net's modules with parameters that run in a pass; ``None`` as long as it is not known."""
+        return self._first_pass.ran
 
     @property
     def split(self) -> HeadSplit:
@@ -234,11 +262,12 @@ class TTAMethod(Described, State, ABC):
         number = int(usable.sum())
         self._counts = {**dict.fromkeys(COUNTS, 0), "nonfinite_images": len(usable) - number}
         self._notes, self._stats, self._logits = {}, None, None
+        self._warn_of_small_batch(number)
         with (
-            explained(self.model, x),
+            explained(self.model, x, has_run=self.has_run),
             with_gradients(x, float_dtype(self.model)) as x,
-            self._counted_forwards(),
             self.running(),
+            self.passes(),
         ):
             x = x if number == len(usable) else x[usable.to(x.device)]
             logits = at_least_float32(self._adapted(x))
@@ -266,7 +295,8 @@ class TTAMethod(Described, State, ABC):
         kept = self._counts, self._notes
         self._counts, self._notes = {}, {}
         try:
-            with explained(self.model, x), fresh_casts(), self.running():
+            seen = explained(self.model, x, has_run=self.has_run)
+            with seen, fresh_casts(), self.running(), self.passes():
                 samples = x.to(float_dtype(self.model))
                 samples = samples if bool(usable.all()) else samples[usable.to(x.device)]
                 logits = self.infer(samples) if len(samples) else self._no_logits(samples)
@@ -318,10 +348,13 @@ class TTAMethod(Described, State, ABC):
         self._notes = {}  # of a sample that stands in for none
         return logits
 
-    @contextmanager
-    def _counted_forwards(self) -> Iterator[None]:
-        handle = self.model.register_forward_pre_hook(lambda module, inputs: self.count("forwards"))
-        try:
-            yield
-        finally:
-            handle.remove()
+    def _warn_of_small_batch(self, number: int) -> None:
+        first, self.small_batch = self.small_batch, 0
+        if 0 < number < first and not collective.is_joined() and batch_norm_layers(self.model):
+            warnings.warn(
+                f"'{self.name}' normalises BatchNorm layers with the statistics of each batch, and the first one has "
+                f"{number} image{'s' if number > 1 else ''}: of fewer than about {first} they are noise, and accuracy "
+                "may fall far below that of the source. Give larger batches; or use a method that takes images one by "
+                "one ('memo', 'single_image_bn'), or 'norm' with source_weight=0.9.",
+                stacklevel=3,
+            )

@@ -53,6 +53,8 @@ def select_parameters(
         pattern = re.compile(r"(?s).*" if what == "all" else what)
         named = model.named_parameters()
         chosen = {name: p for name, p in named if p.is_floating_point() and pattern.fullmatch(name)}
+        if what == "all":  # the mean and std that normalise pixels are parameters in some nets, and no weights
+            chosen = {name: p for name, p in chosen.items() if name.rpartition(".")[2] not in ("mean", "std")}
     free = {name: parameter for name, parameter in chosen.items() if name not in frozen}
     if not free:
         reason = (

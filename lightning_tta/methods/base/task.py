@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +12,16 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_tta.backbones.copying import PARALLEL, check_initialized
+from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.backbones.split import as_logits
-from lightning_tta.errors import InputError, LightningTTAError, UnsupportedModelError
+from lightning_tta.errors import InputError, LightningTTAError, UnsupportedModelError, WeightsError
 
-_ADVICE = "Give a float batch (B, C, H, W) with pixels in [0, 1]; normalisation is inside the net."
+_ADVICE = (
+    "Give a float batch (B, C, H, W) with pixels in [0, 1]; normalisation belongs inside the net: "
+    "lightning_tta.backbones.Backbone(net, mean, std)."
+)
+OVERSHOOT = 0.2  # of resampling and of noise, beyond [0, 1]: above it there is a warning
 
 
 class Task(Protocol):
@@ -32,6 +40,9 @@ class Task(Protocol):
 class Images:
     """Pixels (B, C, H, W) in [0, 1]; logits (B, K)."""
 
+    def __init__(self) -> None:
+        self._warned = False
+
     def usable(self, x: Tensor) -> Tensor:
         """Whether each image is finite.
 
@@ -46,6 +57,13 @@ class Images:
             raise InputError(
                 f"Pixels must be in [0, 1]; this batch spans [{low[finite].min():.3g}, {high[finite].max():.3g}] "
                 f"(0-255, or normalised already?). {_ADVICE}"
+            )
+        if not self._warned and bool((((low < -OVERSHOOT) | (high > 1 + OVERSHOOT)) & finite).any()):
+            self._warned = True
+            warnings.warn(
+                f"Pixels must be in [0, 1]; this batch spans [{low[finite].min():.3g}, {high[finite].max():.3g}]: are "
+                f"the images normalised already? Views would cut them, and the net's input is another. {_ADVICE}",
+                stacklevel=3,
             )
         return finite
 
@@ -79,38 +97,91 @@ def fill(logits: Tensor, usable: Tensor) -> Tensor:
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The model itself where it, or a module in it, is compiled: that graph would not see the statistics change.
+    """The net itself: what is inside a compiled net, DataParallel or DistributedDataParallel, also where parts are.
+
+    A compiled graph would not see the statistics change; replicas would not see what a method puts in place.
 
     Raises:
-        UnsupportedModelError: If parameters have no values (device ``meta``), or a module is a ScriptModule.
+        UnsupportedModelError: If parameters have no values, a module is a ScriptModule, or the net does not take the
+            image alone.
+        WeightsError: If a parameter is not a number.
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise UnsupportedModelError(
             f"{type(model).__name__} is, or contains, a scripted or traced module, whose layers cannot be adapted. "
             "Adapt the module that it was made from."
         )
-    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
+    compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+    if compiled:
         warnings.warn("A compiled model is adapted through its original module, uncompiled.", stacklevel=5)
-        model = cast(nn.Module, model._modules.get("_orig_mod", model))
+    if compiled or any(isinstance(module, PARALLEL) for module in model.modules()):
+        model = _unwrapped(model)
         for module in model.modules():
             module._compiled_call_impl = None
-            for name, child in module.named_children():
-                module._modules[name] = child._modules.get("_orig_mod", child)
-    empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if empty is not None:
+            for name, child in list(module._modules.items()):
+                module._modules[name] = None if child is None else _unwrapped(child)
+    check_initialized(model)
+    if any(parameter.is_inference() for parameter in model.parameters()):
         raise UnsupportedModelError(
-            f"Parameter '{empty}' of {type(model).__name__} has no values (device 'meta'). Create the model on a real "
-            "device, or load its weights first (to_empty, then load_state_dict), and adapt it after that."
+            f"{type(model).__name__} was made under torch.inference_mode, so that its parameters can never learn. "
+            "Make it outside of it, or let adapt() make a copy (in_place=False)."
         )
+    _check_signature(model)
+    _check_numbers(model)
     return model
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while "_orig_mod" in module._modules or isinstance(module, PARALLEL):
+        module = cast(nn.Module, module._modules.get("_orig_mod", module._modules.get("module")))
+    return module
+
+
+def _check_signature(model: nn.Module) -> None:
+    try:
+        inspect.signature(model.forward).bind(None)
+    except TypeError as error:
+        raise _takes_no_image(model, str(error)) from None
+    except ValueError:  # a forward without a signature: its first pass will show
+        pass
+
+
+def _takes_no_image(model: nn.Module, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} cannot be called with a batch of images alone: {reason}. Wrap it in a module whose "
+        "forward(images) takes the images (B, C, H, W) alone, gives the net what else it needs, and returns the logits."
+    )
+
+
+@torch.no_grad()
+def _check_numbers(model: nn.Module) -> None:
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    for name, layer in batch_norm_layers(model).items():
+        named |= dict(layer.named_buffers(name, recurse=False))
+    usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    dense = {name: t for name, t in named.items() if t.dtype in usual and t.layout == torch.strided}
+    wrong = {name: tensor.isnan().any() for name, tensor in dense.items()}
+    devices = {flag.device for flag in wrong.values()}
+    if any(bool(torch.stack([f for f in wrong.values() if f.device == device]).any()) for device in devices):
+        name = next(name for name, flag in wrong.items() if flag)
+        raise WeightsError(
+            f"The weights contain NaN: '{name}' of {type(model).__name__}, so every prediction would be NaN. The file "
+            "is damaged, or the training diverged: load other weights."
+        )
+
+
 @contextmanager
-def explained(model: nn.Module, x: Tensor) -> Iterator[None]:
+def explained(model: nn.Module, x: Tensor, *, has_run: bool = True) -> Iterator[None]:
     """An error of the net that the input causes becomes an :class:`~lightning_tta.errors.InputError`.
 
     The input causes an error if the plain net, asked again, refuses it as well. Any other error is passed on. Costs
     nothing unless something is raised.
+
+    Args:
+        model: The net.
+        x: The images.
+        has_run: Whether the net has taken images before. Otherwise an error that comes from how it is called is one of
+            the net, not of this batch.
     """
     try:
         yield
@@ -126,18 +197,34 @@ def explained(model: nn.Module, x: Tensor) -> Iterator[None]:
         refusal = _refusal(model, x)
         if refusal is None:
             raise
+        reason = (str(refusal).strip().splitlines() or [type(refusal).__name__])[0].rstrip(".")
+        if not has_run and (isinstance(refusal, _OF_THE_CALL) or _names_an_argument(model, reason)):
+            raise _takes_no_image(model, f"{type(refusal).__name__}: {reason}") from error
         raise InputError(
-            f"The net cannot take {tuple(x.shape)} images (B, C, H, W): {refusal}. Give the channels and the size "
+            f"The net cannot take {tuple(x.shape)} images (B, C, H, W): {reason}. Give the channels and the size "
             "that it was trained on; check both, and resize or drop the frame."
         ) from error
 
 
-@torch.no_grad()
-def _refusal(model: nn.Module, x: Tensor) -> str | None:
+_OF_THE_CALL = (TypeError, LookupError, AttributeError, NotImplementedError)  # torch tells shapes by RuntimeError
+
+
+def _names_an_argument(model: nn.Module, reason: str) -> bool:
+    """Whether an error speaks of another argument of the net's forward than its first one."""
     try:
-        model(x.to(float_dtype(model)))
+        parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    except ValueError:
+        return False
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and len(p.name) > 3]
+    return any(re.search(rf"\b{re.escape(name)}\b", reason) for name in names)
+
+
+@torch.no_grad()
+def _refusal(model: nn.Module, x: Tensor) -> Exception | None:
+    try:
+        model(x.to(float_dtype(model), copy=True))  # it may write to its input
     except Exception as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        return error
     return None
 
 

@@ -22,10 +22,17 @@ Affine = Mapping[str, Tensor]
 
 
 def per_image_layers(model: nn.Module) -> dict[str, nn.Module] | None:
-    """The norm layers, by name; ``None`` if one is not plain: of another kind, layout, or with a fused activation."""
+    """The norm layers, by name; ``None`` if one is not plain.
+
+    That is of another kind, layout, with a fused activation, or with a weight that is computed (parametrised, pruned).
+    """
     layers = norms.norm_layers(model)
     plain = (_BatchNorm.forward, nn.GroupNorm.forward, nn.LayerNorm.forward)
-    return layers if all(type(layer).forward in plain for layer in layers.values()) else None
+    for layer in layers.values():
+        affine = [getattr(layer, "weight", None), getattr(layer, "bias", None)]
+        if type(layer).forward not in plain or any(t is not None and not isinstance(t, nn.Parameter) for t in affine):
+            return None
+    return layers
 
 
 def per_image(
@@ -143,6 +150,7 @@ class ViewMethod(TTAMethod):
                     "takes. Give chunk_views of at least views, or bn_prior=None."
                 )
         self.views, self.augment, self.bn_prior = views, augment, bn_prior
+        self.replaces_statistics = bn_prior is not None
         self.chunk_views, self.seed = chunk_views, seed
         self.predict_classes = class_subset(predict_classes, "predict_classes")
         tracked = all(layer.running_mean is not None for layer in batch_norm_layers(self.model).values())

@@ -26,10 +26,11 @@ def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Te
     Raises:
         DataError: If there is no image, a batch is no such dict, or a gradient is not finite.
         InputError: If images are none, or the net refuses them.
+        UnsupportedModelError: If no gradient reaches what is to learn.
     """
     sums = [torch.zeros_like(tensor, requires_grad=False) for tensor in method.learned]
     count = 0
-    with method.at_source(), method.running():
+    with method.at_source(), method.running(), method.passes():
         for batch in batches:
             if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
                 kind = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
@@ -38,13 +39,13 @@ def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Te
             images = images[method.task.usable(images).to(images.device)]
             if len(images):
                 with (
-                    explained(method.model, images),
+                    explained(method.model, images, has_run=method.has_run),
                     with_gradients(images, float_dtype(method.model)) as images,
                 ):
                     logits = at_least_float32(method.infer(images))
                     loss = cross_entropy(logits, logits.argmax(-1))
-                    gradients = torch.autograd.grad(loss, method.learned, materialize_grads=True)
-                sums = [total + gradient.square() for total, gradient in zip(sums, gradients, strict=True)]
+                    gradients = method.differentiate(loss)
+                sums = [t if g is None else t + g.square() for t, g in zip(sums, gradients, strict=True)]
                 count += 1
     if not count or not all(bool(total.isfinite().all()) for total in sums):
         problem = f"gradients that are not finite, in {count} batches" if count else "no image"

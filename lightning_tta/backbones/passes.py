@@ -1,0 +1,89 @@
+"""Passes of a net with other values of its parameters, and of nets that compute parts of a pass twice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import checkpoint
+
+
+def names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every place of each parameter, by name; a shared one has several, one in a module held twice has the first."""
+    places: dict[nn.Parameter, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            places.setdefault(parameter, []).append(name)
+    return places
+
+
+def call_with(model: nn.Module, weights: Mapping[nn.Parameter, Tensor], *args: Any) -> Any:
+    """A pass with other values in place of some parameters, in all places where these are.
+
+    torch's own ``functional_call`` leaves the new values in a module that the net holds under two names.
+    """
+    places = names_by_parameter(model)
+    values = {name: value for parameter, value in weights.items() for name in places[parameter]}
+    return functional_call(model, values, args, tie_weights=False)
+
+
+class _Recomputed:
+    """In place of torch's reentrant checkpoint: the one that knows of inputs without gradient and of autograd.grad."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+class _Direct:
+    """In its place where nothing may be computed again."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """What torch's checkpoint does before and after the function that it calls: here nothing."""
+    yield
+
+
+_GENERATORS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
+_ACTIVE: list[bool] = []  # whether each context that is open, in any thread, forbids to compute again
+_LOCK = threading.Lock()
+_ORIGINALS = {name: getattr(checkpoint, name, None) for name in ("CheckpointFunction", *_GENERATORS)}
+
+
+def _install() -> None:
+    direct = any(_ACTIVE)
+    replaced: dict[str, Any] = {"CheckpointFunction": _Direct if direct else _Recomputed} if _ACTIVE else {}
+    if direct:
+        replaced |= dict.fromkeys(_GENERATORS, _nothing)
+    for name, original in _ORIGINALS.items():
+        if original is not None:
+            setattr(checkpoint, name, replaced.get(name, original))
+
+
+@contextmanager
+def safe_checkpoints(*, recompute: bool = True) -> Iterator[None]:
+    """While active, layers under ``torch.utils.checkpoint`` give the gradients that they give without it.
+
+    Reentrant checkpoints lose them where the input has none, and refuse ``autograd.grad``: the other kind runs instead.
+
+    Args:
+        recompute: Whether parts of a pass may be computed again in the backward pass, which saves memory. Not where the
+            net has other values by then: ``False`` keeps all activations.
+    """
+    with _LOCK:
+        _ACTIVE.append(not recompute)
+        _install()
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _ACTIVE.remove(not recompute)
+            _install()

@@ -1,0 +1,183 @@
+"""What the first pass of a net tells about it, and what every pass needs: images as given."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
+
+from lightning_tta.backbones.norms import is_norm_layer
+from lightning_tta.errors import UnsupportedModelError
+from lightning_tta.losses import at_least_float32
+
+_LOGITS = {
+    "probabilities": (
+        "The net's outputs are probabilities already (a softmax at its end?). A method takes the softmax of logits: of "
+        "probabilities it is nearly uniform, entropies are wrong, and filters by entropy keep nothing. Return the "
+        "logits from before the softmax, or wrap the net: torch.log(net(x).clamp_min(1e-12))."
+    ),
+    "independent probabilities": (
+        "All outputs of the net lie in [0, 1] (a sigmoid at its end, of several labels an image?). A method takes them "
+        "for logits of classes of which each image has one, and every prediction looks unsure. Return the logits from "
+        "before the sigmoid."
+    ),
+    "log-probabilities": (
+        "The net's outputs are log-probabilities (a log-softmax at its end?). Predictions and entropies are those of "
+        "logits; what looks at the length of logits (COME, the guard) sees other lengths. Return the logits instead."
+    ),
+    "features": (
+        "The net has as many outputs as its last normalisation layer has channels, and no layer with weights behind "
+        "it: does it return features, without a classifier? A method takes them for logits of classes. Give it its "
+        "head."
+    ),
+}
+
+
+class FirstPass:
+    """Watches the passes of one net.
+
+    A net that writes into its input gets a copy in each pass, so that no pass sees what another one wrote, nor does the
+    caller. The first pass shows whether it does, and what its outputs look like: the only one that asks the device.
+
+    Attributes:
+        has_run: Whether the net has taken a batch.
+        ran: Names of the modules with parameters of their own that run in a pass; ``None`` before the first one with
+            gradients.
+    """
+
+    def __init__(self) -> None:
+        self.has_run = False
+        self.ran: frozenset[str] | None = None
+        self._writes = True  # until it is known
+
+    @contextmanager
+    def watch(self, model: nn.Module, count: Callable[[], None], *, statistics: bool) -> Iterator[None]:
+        """While active, ``count`` is called before each pass of ``model``, and its input stays as it is.
+
+        Args:
+            model: The net as it runs.
+            count: Called before a pass.
+            statistics: Whether the method replaces the statistics of BatchNorm layers, which then must run as modules.
+
+        Raises:
+            UnsupportedModelError: If none of the BatchNorm layers runs.
+        """
+        given: list[Tensor] = []
+        called: set[str] = set()
+        hooks: list[RemovableHandle] = []
+        buffers: dict[str, Tensor] = {}  # as they were before the first pass
+
+        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            count()
+            if not self.has_run:
+                buffers.update({name: buffer.clone() for name, buffer in model.named_buffers()})
+            if not self.has_run or (self.ran is None and torch.is_grad_enabled()):
+                watched = _with_parameters(model) if torch.is_grad_enabled() else _batch_norms(model)
+                for name, layer in watched.items():  # until the pass ends: with hooks, torch's attention runs otherwise
+                    hooks.append(layer.register_forward_hook(lambda m, i, o, name=name: called.add(name)))
+            if not self._writes or not inputs:
+                return None
+            given[:] = inputs[:1]
+            return (inputs[0].clone(), *inputs[1:])
+
+        def after(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+            while hooks:
+                hooks.pop().remove()
+            called.add("")
+            if torch.is_grad_enabled():
+                self.ran = frozenset(called)
+            if self.has_run:
+                return
+            self._writes = bool(given) and not torch.equal(inputs[0], given.pop())
+            now = dict(model.named_buffers())
+            written = [name for name, b in buffers.items() if name in now and not _equal(b, now[name])]
+            buffers.clear()
+            if written:
+                warnings.warn(
+                    f"{type(model).__name__} writes to its own buffers while it runs in eval mode ({_some(written)}): "
+                    "observers of quantisation, counters, statistics of its own? They are no state of the method, so "
+                    "that reset() does not bring them back. Switch that off, or expect streams that do not repeat.",
+                    stacklevel=2,
+                )
+            _look_at_logits(model, getattr(output, "logits", output))
+            if statistics:
+                _look_at_statistics(model, called)
+            self.has_run = True
+
+        with ExitStack() as stack:
+            stack.callback(model.register_forward_pre_hook(before).remove)
+            if not self.has_run or self.ran is None:
+                stack.callback(model.register_forward_hook(after).remove)
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a != a)).all())  # NaN has not changed
+
+
+def _with_parameters(model: nn.Module) -> dict[str, nn.Module]:
+    named = model.named_modules()
+    return {name: m for name, m in named if isinstance(m, _NormBase) or any(True for _ in m.parameters(recurse=False))}
+
+
+def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _NormBase)}
+
+
+def _look_at_statistics(model: nn.Module, called: set[str]) -> None:
+    """Refuse a net whose BatchNorm layers do not run as modules; warn of some."""
+    layers = _batch_norms(model)
+    missed = [name for name in layers if name not in called]
+    how = "(does its forward call torch.nn.functional.batch_norm, or was it replaced by one of another net?)"
+    if missed and len(missed) == len(layers):
+        raise UnsupportedModelError(
+            f"None of the {len(layers)} BatchNorm layers of {type(model).__name__} runs as a module {how}, so that "
+            "their statistics cannot be replaced. Call the layers themselves, or use method 'source'."
+        )
+    elif missed:
+        warnings.warn(
+            f"Of the {len(layers)} BatchNorm layers of {type(model).__name__}, {len(missed)} do not run as modules "
+            f"{how}: {', '.join(missed[:4])}{', ...' if len(missed) > 4 else ''}. Their statistics stay those of the "
+            "source. That is no harm if they do not run at all.",
+            stacklevel=2,
+        )
+
+
+def _look_at_logits(model: nn.Module, logits: object) -> None:
+    """Warn of what is no logits, as far as values and structure tell."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
+        return
+    u = at_least_float32(logits.detach())
+    one = ((u.sum(1) - 1).abs() < 1e-2).all() & (u >= 0).all()
+    log_one = (u.logsumexp(1).abs() < 1e-2).all()
+    unit = (u >= 0).all() & (u < 0.1).any() & (u > 0.9).any() & (u <= 1).all()
+    is_one, is_log_one, is_unit = torch.stack([one, log_one, unit]).tolist()
+    last = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))][-1:]
+    features = any(is_norm_layer(m) and any(p.shape == u.shape[1:] for p in m.parameters(recurse=False)) for m in last)
+    found = {
+        "probabilities": is_one,
+        "log-probabilities": is_log_one,
+        "independent probabilities": not is_one and (_ends_in_sigmoid(model, logits) or (is_unit and u.numel() >= 32)),
+        "features": features,
+    }
+    for what, is_so in found.items():
+        if is_so:
+            warnings.warn(_LOGITS[what], stacklevel=2)
+
+
+def _ends_in_sigmoid(model: nn.Module, logits: Tensor) -> bool:
+    last = list(model.modules())[-1]
+    return isinstance(last, nn.Sigmoid) or (logits.grad_fn is not None and "Sigmoid" in logits.grad_fn.name())

@@ -1,0 +1,85 @@
+"""Passes with other parameters, and checkpoints that keep their gradients."""
+
+import threading
+
+import torch
+from torch import nn
+from torch.utils import checkpoint
+
+from lightning_tta.backbones.passes import call_with, names_by_parameter, safe_checkpoints
+
+
+class Twice(nn.Module):
+    """A layer under two names, another one that shares its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.alias, self.other.weight = self.one, self.one.weight
+
+    def forward(self, x):
+        return self.other(self.alias(x))
+
+
+def test_other_values_in_every_place_and_back_again():
+    net, x = Twice(), torch.rand(2, 3)
+    assert names_by_parameter(net)[net.one.weight] == ["one.weight", "other.weight"]
+    weight, before = torch.rand(3, 3), net(x)
+    with torch.no_grad():
+        expected = (x @ weight.T + net.one.bias) @ weight.T + net.other.bias
+    torch.testing.assert_close(call_with(net, {net.one.weight: weight}, x), expected)
+    assert isinstance(net.alias.weight, nn.Parameter)
+    assert torch.equal(net(x), before)
+
+
+def gradient(reentrant):
+    layer = nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+        layer.bias.fill_(0.1)
+    y = checkpoint.checkpoint(lambda x: layer(x).sin(), torch.ones(1, 2), use_reentrant=reentrant)
+    return torch.autograd.grad(y.sum(), layer.bias, allow_unused=True)[0] if y.requires_grad else None
+
+
+def test_checkpoints_keep_gradients():
+    originals = checkpoint.CheckpointFunction
+    for recompute in (True, False):
+        with safe_checkpoints(recompute=recompute):
+            assert torch.equal(gradient(True), gradient(False))
+    assert checkpoint.CheckpointFunction is originals
+    assert gradient(True) is None  # torch's own way
+
+
+def test_nothing_is_computed_again():
+    calls = []
+
+    def function(x):
+        calls.append(1)
+        return x.sin()
+
+    for recompute, number in ((True, 2), (False, 1)):
+        for reentrant in (True, False):
+            calls.clear()
+            x = torch.ones(2, requires_grad=True)
+            with safe_checkpoints(recompute=recompute):
+                y = checkpoint.checkpoint(function, x, use_reentrant=reentrant)
+                torch.autograd.grad(y.sum(), x)
+            assert len(calls) == number
+
+
+def test_contexts_of_several_threads_end_in_any_order():
+    original, first, second = checkpoint.CheckpointFunction, threading.Event(), threading.Event()
+
+    def outlive():
+        with safe_checkpoints(recompute=False):
+            first.set()
+            second.wait(10)
+
+    with safe_checkpoints():
+        thread = threading.Thread(target=outlive)
+        thread.start()
+        first.wait(10)
+    assert checkpoint.CheckpointFunction is not original
+    second.set()
+    thread.join()
+    assert checkpoint.CheckpointFunction is original
