@@ -22,6 +22,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 _PACKAGE = __name__.partition(".")[0]
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Custody]] = weakref.WeakKeyDictionary()
 _version, _training, _END = attrgetter("_version"), attrgetter("training"), object()
+_address: Callable[[Any], int] = Tensor.data_ptr
 
 
 class Custody:
@@ -70,13 +71,15 @@ class Custody:
     def take_stock(self, net: nn.Module) -> None:
         """Take the net as it is now, modules and tensors too, for what the method left."""
         self.net = net
-        self._modules = list(net.modules())
-        self._slots = [slots for m in self._modules for slots in (m._parameters, m._buffers, m._modules)]
+        self._members = list(net.modules())
+        self._slots: list[dict[str, Any]] = [
+            slots for m in self._members for slots in (m._parameters, m._buffers, m._modules)
+        ]
         self._contents = [dict(slots) for slots in self._slots]
         self._filled = [slots for slots in self._slots if slots]
         self._entries = [*chain.from_iterable(slots.values() for slots in self._filled), _END]
-        self._forwards = [vars(module).get("forward") for module in self._modules]
-        statistics = [getattr(m, name, None) for m in self._modules for name in ("running_mean", "running_var")]
+        self._forwards = [vars(module).get("forward") for module in self._members]
+        statistics = [getattr(m, name, None) for m in self._members for name in ("running_mean", "running_var")]
         self._tensors = {id(t): t for t in (*net.parameters(), *statistics) if _is_counted(t)}.values()
         self.note()
 
@@ -92,7 +95,7 @@ class Custody:
         if self._unfinished:  # an interrupt came after the last call, or while it was tidied up
             self._put_back()
             self.note()
-        if any(map(_training, self._modules)):
+        if any(map(_training, self._members)):
             self.net.eval()
         if not all(map(is_, chain(chain.from_iterable(map(dict.values, self._filled)), (_END,)), self._entries)):
             raise ConfigError(
@@ -101,8 +104,7 @@ class Custody:
                 "the net before adapt(), and make a new method for it; to move the net, move the method (method.to)."
             )
         if values and (
-            sum(map(_version, self._tensors)) != self._versions
-            or sum(map(Tensor.data_ptr, self._tensors)) != self._addresses
+            sum(map(_version, self._tensors)) != self._versions or sum(map(_address, self._tensors)) != self._addresses
         ):
             raise ConfigError(
                 f"The weights of the net inside '{self.name}' were changed by somebody else since its last call, so "
@@ -114,11 +116,11 @@ class Custody:
 
     def _replaced(self) -> str:
         """Name of one thing that is another one."""
-        names = dict(zip(map(id, self._modules), (name for name, _ in self.net.named_modules()), strict=False))
+        names = dict(zip(map(id, self._members), (name for name, _ in self.net.named_modules()), strict=False))
         for number, (slots, before) in enumerate(zip(self._slots, self._contents, strict=True)):
             for key in {**before, **slots}:
                 if before.get(key) is not slots.get(key):
-                    return f"{names.get(id(self._modules[number // 3]), '')}.{key}".lstrip(".")
+                    return f"{names.get(id(self._members[number // 3]), '')}.{key}".lstrip(".")
         return "a module"
 
     @contextmanager
@@ -153,7 +155,7 @@ class Custody:
     def note(self) -> None:
         """It ended, and is no longer ``busy``: the net is as the method left it."""
         self._versions = sum(map(_version, self._tensors))
-        self._addresses = sum(map(Tensor.data_ptr, self._tensors))
+        self._addresses = sum(map(_address, self._tensors))
         self._unfinished = False
 
     def tidy_up(self) -> None:
@@ -175,7 +177,7 @@ class Custody:
             for key, value in before.items():
                 if slots.get(key) is not value:
                     slots[key] = value
-        for module, forward in zip(self._modules, self._forwards, strict=True):
+        for module, forward in zip(self._members, self._forwards, strict=True):
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number in [number for number, hook in hooks.items() if _is_ours(hook)]:
                     del hooks[number]

@@ -77,7 +77,7 @@ class TTAMethod(Described, State, ABC):
         self._flags = read_flags(plain)
         self.model = plain.requires_grad_(False)
         self._custody = Custody(self.model, self.name, self._lent)
-        self.register_load_state_dict_post_hook(_take_stock)
+        self.register_load_state_dict_post_hook(_take_stock)  # type: ignore[no-untyped-call]
         self.steps = steps
         self.prepared = not self.needs_source
         self.optimizers: dict[str, Optimizer] = {}
@@ -338,7 +338,7 @@ class TTAMethod(Described, State, ABC):
         return self._custody.revision
 
     @reading
-    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """As torch's; a copy of all that the method may change, so that it may go on while this is saved."""
         state: dict[str, Any] = super().state_dict(*args, **options)
         if not options.get("keep_vars"):
@@ -389,7 +389,7 @@ class TTAMethod(Described, State, ABC):
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._custody = Custody(self.model, self.name, self._lent)  # a copy's own
 
     # Internals -------------------------------------------------------------------------------------------------------
