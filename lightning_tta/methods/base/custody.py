@@ -46,6 +46,8 @@ class Custody:
     def __init__(self, net: nn.Module | None = None, name: str = "", lent: Lent | None = None) -> None:
         self.lock, self.name, self._lent = threading.RLock(), name, [] if lent is None else lent
         self.revision, self.busy, self._unfinished = 0, False, False
+        self._others: weakref.WeakSet[Custody] = weakref.WeakSet()  # that hold a part of the same net
+        self._rival = ""  # the name of one of them that has been called since
         if net is not None:
             self._claim(net)
             self.take_stock(net)
@@ -58,6 +60,8 @@ class Custody:
         others = {other for module in owners if (ref := _HOLDERS.get(module)) and (other := ref())}
         for other in others:
             self.lock = other.lock
+            other._others.add(self)
+            self._others.add(other)
             warnings.warn(
                 f"This net, or a part of it, is in the hands of another method, '{other.name}', already. Two methods "
                 "on one net undo each other, so each will refuse to go on after the other has changed the net. Leave "
@@ -103,14 +107,20 @@ class Custody:
                 f"another device or of another dtype: {self._replaced()}. The method still holds the old one. Change "
                 "the net before adapt(), and make a new method for it; to move the net, move the method (method.to)."
             )
+        if values and self._rival:
+            raise ConfigError(
+                f"The net of '{self.name}' is adapted by another method too, '{self._rival}', which has been called "
+                "since the last call of this one. Two methods on one net undo each other. Give each its own: "
+                "lightning_tta.adapt copies the net, without in_place=True."
+            )
         if values and (
             sum(map(_version, self._tensors)) != self._versions or sum(map(_address, self._tensors)) != self._addresses
         ):
             raise ConfigError(
                 f"The weights of the net inside '{self.name}' were changed by somebody else since its last call, so "
                 "the method would mix two nets, and reset() return to the old one. Load weights into the net before "
-                "adapt(), and make a new method for them. A state of this method: method.load_state_dict(state). A net "
-                "that two methods share in place: adapt a copy. If the change is meant: with "
+                "adapt(), and make a new method for them. A state of this method: method.load_state_dict(state). If "
+                "the change is meant: with "
                 "method.hold(changed=True): ..., which leaves what reset() goes back to as it was."
             )
 
@@ -124,12 +134,13 @@ class Custody:
         return "a module"
 
     @contextmanager
-    def call(self, check: bool = True, values: bool = True) -> Iterator[None]:
+    def call(self, check: bool = True, values: bool = True, changes: bool = True) -> Iterator[None]:
         """One call: the others wait, and the net is what it leaves. See :func:`exclusive`, which is faster.
 
         Args:
             check: Whether to :meth:`check` first.
             values: Whether that looks at values too.
+            changes: Whether it may change the method.
         """
         with self.lock:
             if self.busy:
@@ -138,7 +149,7 @@ class Custody:
             if check:
                 self.check(values)
             try:
-                self.begin()
+                self.begin(changes)
                 yield
             except BaseException:
                 self.tidy_up()
@@ -147,16 +158,18 @@ class Custody:
                 self.busy = False
                 self.note()
 
-    def begin(self) -> None:
+    def begin(self, changes: bool) -> None:
         """A call begins."""
         self._modes = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
         self._unfinished = self.busy = True
+        for other in self._others if changes else ():
+            other._rival = self.name
 
     def note(self) -> None:
         """It ended, and is no longer ``busy``: the net is as the method left it."""
         self._versions = sum(map(_version, self._tensors))
         self._addresses = sum(map(_address, self._tensors))
-        self._unfinished = False
+        self._unfinished, self._rival = False, ""
 
     def tidy_up(self) -> None:
         """It broke off: put modules, tensors and torch's modes back, take off this package's hooks and forwards.
@@ -205,7 +218,7 @@ def exclusive(function: Method, changes: bool = True) -> Method:
                 return function(self, *args, **options)
             custody.check()
             try:
-                custody.begin()
+                custody.begin(changes)
                 return function(self, *args, **options)
             except BaseException:
                 custody.tidy_up()

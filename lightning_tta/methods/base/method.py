@@ -311,7 +311,7 @@ class TTAMethod(Described, State, ABC):
 
     def train(self, mode: bool = True) -> TTAMethod:
         """Record ``mode`` on the method; the net inside stays in eval mode (no dropout, no drop path)."""
-        with self._custody.call(check=False):
+        with self._custody.call(check=False, changes=False):
             super().train(mode)
             self.model.eval()
         return self

@@ -120,8 +120,9 @@ class State(nn.Module):
         try:
             yield
         finally:
-            self._copy(*entry)
-            self._lent.pop()
+            if any(entry is other for other in self._lent):  # else they are back already, and this comes late
+                self._copy(*entry)
+                self._lent.pop()
 
     @contextmanager
     def at_source(self) -> Iterator[None]:
