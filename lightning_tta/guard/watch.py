@@ -113,7 +113,9 @@ class Watch:
     - ``one_class``: share of the most predicted class more than ``share_excess`` above r, and entropy below half of r:
       a stream that becomes sorted by class is no collapse. Against the source: a class whose share is more than
       ``share_excess`` above the source's share of it, and the most predicted class a third of that above r.
-    - ``no_entropy``: entropy / log K below ``entropy_floor`` and below a quarter of r.
+    - ``no_entropy``: entropy / log K below ``entropy_floor`` and below a quarter of r. Against the history only where
+      few classes are predicted, too: a share of 0.9, or a third of ``share_excess`` above r. A net that is sure of
+      all classes alike has come to an easier domain.
 
     **Reference.** ``source``: what the same method predicts from its source weights on the same batches, one forward
     pass a batch. It tells the stream's one class from the net's, and needs ``window / 2`` batches; a very unsure source
@@ -358,14 +360,16 @@ class Watch:
         entropy, usual_entropy = now.entropy_of_log_k, reference.entropy_of_log_k
         if self.settings.compare == "source":
             gained = float((self._recent.shares - self._source.shares).max())
-            one_class = min(gained, 3 * (share - usual_share)) > self.settings.share_excess
+            one_class, few_classes = min(gained, 3 * (share - usual_share)) > self.settings.share_excess, True
         else:
             one_class = share > usual_share + self.settings.share_excess and entropy < usual_entropy / 2
+            few_classes = share >= 0.9 or share > usual_share + self.settings.share_excess / 3
         if now.logit_norm > self.settings.norm_ratio * reference.logit_norm:
             return "logit_norm"
         if one_class:
             return "one_class"
-        return "no_entropy" if entropy < min(self.settings.entropy_floor, usual_entropy / 4) else None
+        no_entropy = entropy < min(self.settings.entropy_floor, usual_entropy / 4)
+        return "no_entropy" if no_entropy and few_classes else None
 
     def _accept(self, measures: WindowMeasures) -> None:
         """A healthy batch: a window of history, perhaps a snapshot."""

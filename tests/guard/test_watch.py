@@ -81,11 +81,22 @@ def test_signals(sick, reason):
     assert healthy.events == []
 
 
-def test_no_entropy_needs_no_change_of_share():
-    watch, _ = feed(after(20, lambda: spread(3.0), lambda: spread(10.0)), 30, action="warn", norm_ratio=10.0)
+def test_no_entropy():
+    def two_classes():
+        return 10.0 * torch.eye(K)[[0, 0, 0, 1, 1, 1, 2, 3]]  # shares of 0.375 after 0.25: no ``one_class``
+
+    watch, _ = feed(after(20, lambda: spread(3.0), two_classes), 30, action="warn", norm_ratio=10.0)
     assert watch.events[0]["reason"] == "no_entropy"
     sure, _ = feed(lambda step: spread(10.0), 30, action="warn", norm_ratio=10.0)  # a net that always was so sure
     assert sure.events == []
+
+
+def test_an_easier_domain_is_no_collapse():
+    """Sure of all classes alike: what a confident net makes of clean images after noisy ones."""
+    easier = after(20, lambda: spread(3.0), lambda: spread(10.0))
+    assert feed(easier, 40, action="warn", norm_ratio=10.0)[0].events == []
+    sorted_before = after(20, lambda: one_class(3.0), lambda: one_class(10.0))  # one class all along: cannot be told
+    assert feed(sorted_before, 40, action="warn", norm_ratio=10.0)[0].events[0]["reason"] == "no_entropy"
 
 
 def test_a_stream_that_becomes_sorted_is_no_collapse():
