@@ -43,6 +43,8 @@ class TTAMethod(Described, State, ABC):
     """Wraps a net; ``forward(x) -> logits`` adapts it on the way, and writes the declared state and nothing else.
 
     ``state_dict()`` is complete, :meth:`reset` exact. The net stays in eval mode, whatever mode the method is put in.
+    Calls may come from many threads; one runs at a time (:meth:`hold` makes several one). Between calls nobody else may
+    change the net: a method whose net has other weights or modules than it left refuses to go on.
     A method sees the input only: no labels, domains, trainer or device names.
 
     To write one: call ``super().__init__(model)``, declare what it may change with :meth:`state`, and implement
