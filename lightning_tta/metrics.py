@@ -20,7 +20,7 @@ class LogitMeasures:
         logits: (B, K), B >= 1 for the measures of the whole batch.
 
     Attributes:
-        prediction: Classes (B,).
+        prediction: Classes (B,); -1 where there is none: logits all zero, of an image that was left out, or not finite.
         confidence: Largest probability (B,), in [1/K, 1].
         entropy: (B,) in nats, in [0, log K].
         norm: L2 norms (B,) of the logits.
@@ -32,7 +32,8 @@ class LogitMeasures:
 
     @cached_property
     def prediction(self) -> Tensor:  # noqa: D102
-        return self.logits.argmax(-1)
+        there_is_one = self.logits.isfinite().all(-1) & (self.logits != 0).any(-1)
+        return torch.where(there_is_one, self.logits.argmax(-1), -1)
 
     @cached_property
     def confidence(self) -> Tensor:  # noqa: D102
@@ -49,7 +50,7 @@ class LogitMeasures:
 
     @cached_property
     def counts(self) -> Tensor:  # noqa: D102
-        return torch.bincount(self.prediction, minlength=self.logits.shape[-1])
+        return class_counts(self.prediction, self.logits.shape[-1])
 
     def means(self) -> dict[str, Tensor]:
         """Scalars of the batch: ``entropy``, ``largest_class_share`` and ``logit_norm``."""
@@ -58,6 +59,11 @@ class LogitMeasures:
             "largest_class_share": self.counts.max() / len(self.logits),
             "logit_norm": self.norm.mean(),
         }
+
+
+def class_counts(predictions: Tensor, classes: int) -> Tensor:
+    """How often each class (K,) is predicted; predictions (B,) of -1 are none."""
+    return torch.bincount(predictions + 1, minlength=classes + 1)[1:]
 
 
 def collapse_measures(logits: Tensor) -> dict[str, Tensor]:

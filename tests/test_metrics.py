@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from lightning_tta.metrics import Calibration, collapse_measures
+from lightning_tta.metrics import Calibration, LogitMeasures, collapse_measures
 
 
 def measures(rows, dtype=torch.float64):
@@ -78,3 +78,10 @@ def test_calibration_without_labels():
     calibration = Calibration()
     calibration.update(torch.zeros(3, 2), torch.full((3,), -1))
     assert set(calibration.result().values()) == {None}
+
+
+def test_no_logits_are_no_prediction():
+    nan = float("nan")
+    values = LogitMeasures(torch.tensor([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0], [nan, 1.0, 2.0], [0.0, 3.0, math.inf]]))
+    assert values.prediction.tolist() == [1, -1, -1, -1]
+    assert values.counts.tolist() == [0, 1, 0]

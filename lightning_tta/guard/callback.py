@@ -46,6 +46,7 @@ class Guard(RunCallback):
 
     def wrap(self, method: TTAMethod) -> TTAMethod:
         """A watch around the method."""
+        self.watch = None  # that of an earlier run
         self.watch = Watch(method, **asdict(self.settings))
         return cast(TTAMethod, self.watch)  # has all of its interface
 
@@ -57,7 +58,12 @@ class Guard(RunCallback):
         """Begin ``guard.jsonl`` with the alarms of the first part of a continued run."""
         assert self.watch is not None
         path = run.directory.path / "guard.jsonl"
+        earlier: list[str] = []  # alarms that the saved state only counts
+        if self.watch.dropped_events and path.exists():
+            earlier = path.read_text().splitlines(keepends=True)[: self.watch.dropped_events]
         path.unlink(missing_ok=True)
+        if earlier:
+            path.write_text("".join(earlier))
 
         def append(event: dict[str, Any]) -> None:
             with path.open("a") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, dataclass
@@ -21,10 +22,24 @@ from lightning_tta.metrics import Window, WindowMeasures
 
 Action = Literal["warn", "reset", "rollback", "stop"]
 Compare = Literal["history", "source"]
+EVENTS = 256
+"""Alarms that a watch remembers, at most, or as many as its history has batches."""
 STATE_KEY = "watch"
 """Where the state dict of a watched method has what the watch has seen."""
-_STATE = ("events", "stopped", "on_probation", "forwards", "next_batch", "_proven", "_healthy", "_candidate", "_since")
+_STATE = (
+    "events",
+    "dropped_events",
+    "stopped",
+    "on_probation",
+    "forwards",
+    "next_batch",
+    "_proven",
+    "_healthy",
+    "_candidate",
+    "_since",
+)
 _WINDOWS, _HISTORY = ("_recent", "_source"), ("_past", "_pending")
+_WATCHES: weakref.WeakKeyDictionary[TTAMethod, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -98,7 +113,9 @@ class Watch:
     - ``one_class``: share of the most predicted class more than ``share_excess`` above r, and entropy below half of r:
       a stream that becomes sorted by class is no collapse. Against the source: a class whose share is more than
       ``share_excess`` above the source's share of it, and the most predicted class a third of that above r.
-    - ``no_entropy``: entropy / log K below ``entropy_floor`` and below a quarter of r.
+    - ``no_entropy``: entropy / log K below ``entropy_floor`` and below a quarter of r. Against the history only where
+      few classes are predicted, too: a share of 0.9, or a third of ``share_excess`` above r. A net that is sure of
+      all classes alike has come to an easier domain.
 
     **Reference.** ``source``: what the same method predicts from its source weights on the same batches, one forward
     pass a batch. It tells the stream's one class from the net's, and needs ``window / 2`` batches; a very unsure source
@@ -117,6 +134,9 @@ class Watch:
     healthy once ``window`` further batches went by without alarm: two are kept, in memory. If ``retries`` alarms came
     within the last ``history`` batches, reset and rollback stop adapting as well, at the source.
 
+    **Threads.** As of the method, one call runs at a time; ``with watch.hold()`` makes several one. Calls that change
+    the method should all go through the watch: after one that did not, it warns, and what it has seen begins anew.
+
     Args:
         method: Used and changed in place. Whatever is not named here is the method's: ``watch.name``, ``watch.model``.
         action: As in :class:`WatchSettings`.
@@ -125,7 +145,8 @@ class Watch:
     Attributes:
         settings: The settings.
         events: One dict an alarm: ``batch``, ``reason``, ``values`` and ``reference`` (entropy, share, norm),
-            ``action`` as carried out.
+            ``action`` as carried out. The latest 256, or as many as ``history`` has batches.
+        dropped_events: How many alarms there were before them.
         on_event: If set, called with each of them.
         stopped: Whether the method only predicts by now.
         on_probation: Batches so far for which the source predicted.
@@ -133,17 +154,27 @@ class Watch:
         next_batch: Number of the next batch; counted here, unless somebody who skips batches sets it.
 
     Raises:
-        ConfigError: If a setting is out of range, or ``method`` is no method.
+        ConfigError: If a setting is out of range, or ``method`` is no method. Later, if a setting is assigned to.
     """
 
     def __init__(self, method: TTAMethod, action: Action = "rollback", **settings: Any) -> None:
         if not isinstance(method, TTAMethod):
             raise ConfigError(
-                f"Watch wraps a method, such as lightning_tta.adapt(model, 'tent'); got a {type(method).__name__}."
+                "Watch wraps a method, such as Watch(lightning_tta.adapt(model, 'tent')), not a net; got a "
+                f"{type(method).__name__}."
             )
+        other = _WATCHES.get(method)
+        if other is not None and other() is not None:
+            warnings.warn(
+                f"This method ('{method.name}') has a watch already. Two watches do not see each other's batches, and "
+                "undo each other's actions. Use the one there is, or delete it first.",
+                stacklevel=2,
+            )
+        _WATCHES[method] = weakref.ref(self)
         self.method = method
         self.settings = WatchSettings(action, **settings)
         self.events: list[dict[str, Any]] = []
+        self.dropped_events = 0
         self.on_event: Callable[[dict[str, Any]], None] | None = None
         self.stopped = False
         self.on_probation = self.forwards = self.next_batch = 0
@@ -155,11 +186,32 @@ class Watch:
         self._candidate: dict[str, Any] | None = None  # taken at the first batch, when the method is prepared
         self._since = 0  # batches since the candidate was taken
         self._only_predicts = False  # on the last batch
+        self._revision = method.revision  # of the method, when this watch last changed it
+        self._is_made = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_is_made") and (name not in vars(self) or name in ("settings", "method")):
+            raise ConfigError(
+                f"A watch's {name!r} cannot be set: "
+                + (
+                    "settings are given when it is made. Make a new one: Watch(method, ...)."
+                    if name in ("settings", "method", *WatchSettings.__dataclass_fields__)
+                    else "it has no such attribute. Those of the method are set on watch.method."
+                )
+            )
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "method":  # not yet there, while a copy is made
             raise AttributeError(name)
         return getattr(self.method, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        with self.method.hold():  # not in the middle of a batch
+            vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     # The method's interface
 
@@ -168,56 +220,86 @@ class Watch:
 
         They are those of the method, or of the source on probation, or those after an action.
         """
-        self._only_predicts = self.stopped
-        if self.stopped:
-            self.next_batch += 1
-            return self.method.predict(images)
-        if self._candidate is None:
-            self._begin()
-        return self._review(images, self.method(images))
+        with self.method.hold():
+            self._only_predicts = self.stopped
+            if self.stopped:
+                self.next_batch += 1
+                return self.method.predict(images)
+            self._begin_if_changed()
+            try:
+                return self._review(images, self.method(images))
+            finally:
+                self._revision = self.method.revision
 
     forward = __call__
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (B, K) without adapting: the source's on probation."""
-        return self._predict_source(images) if self._is_on_probation() else self.method.predict(images)
+        with self.method.hold():
+            return self._predict_source(images) if self._is_on_probation() else self.method.predict(images)
 
     def reset(self) -> None:
         """Return the method to the source: a new beginning, whose history still counts."""
-        self.method.reset()
-        self._begin()
+        with self.method.hold():
+            self.method.reset()
+            self._begin()
 
     @property
     def stats(self) -> dict[str, float]:
         """The method's, and ``guard_alarms``; ``only_predicted`` is 1 for a batch that it did not adapt on."""
-        stats = {"only_predicted": 1.0} if self._only_predicts else self.method.stats
-        return {**stats, "guard_alarms": float(len(self.events))}
+        with self.method.hold():
+            stats = {"only_predicted": 1.0} if self._only_predicts else self.method.stats
+            return {**stats, "guard_alarms": float(len(self.events) + self.dropped_events)}
 
     def state_dict(self) -> dict[str, Any]:
         """The method's state, and under ``watch`` what was seen; plain data and tensors."""
-        seen: dict[str, Any] = {name: getattr(self, name) for name in _STATE}
-        seen |= {name: list(getattr(self, name).batches) for name in _WINDOWS}
-        seen |= {name: list(map(astuple, getattr(self, name))) for name in _HISTORY}
-        return {**self.method.state_dict(), STATE_KEY: seen}
+        with self.method.hold():
+            seen: dict[str, Any] = {name: getattr(self, name) for name in _STATE}
+            seen["events"] = list(self.events)
+            seen |= {name: list(getattr(self, name).batches) for name in _WINDOWS}
+            seen |= {name: list(map(astuple, getattr(self, name))) for name in _HISTORY}
+            return {**self.method.state_dict(), STATE_KEY: {**seen, "settings": asdict(self.settings)}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Counterpart of :meth:`state_dict`."""
-        self.method.load_state_dict({name: value for name, value in state.items() if name != STATE_KEY})
-        seen = copy.deepcopy(state[STATE_KEY])
-        self._forget()
-        self._past.clear()
-        for name in _STATE:
-            setattr(self, name, seen[name])
-        for name in _WINDOWS:
-            getattr(self, name).batches.extend(map(tuple, seen[name]))
-        for name in _HISTORY:
-            getattr(self, name).extend(WindowMeasures(*measures) for measures in seen[name])
+        """Counterpart of :meth:`state_dict`.
+
+        Raises:
+            ConfigError: If it is no state of a watch with these settings, or does not fit the method. Nothing has
+                changed.
+        """
+        mine, seen = asdict(self.settings), copy.deepcopy(state.get(STATE_KEY))
+        seen = (
+            {"dropped_events": 0, "settings": mine, **seen} if isinstance(seen, Mapping) else {}
+        )  # earlier ones lack these
+        if not {*_STATE, *_WINDOWS, *_HISTORY} <= seen.keys():
+            raise ConfigError(
+                "This is no state of a watch, but perhaps of a method alone: load it before the method is watched, "
+                "method.load_state_dict(state). A watch loads what its own state_dict() gave."
+            )
+        theirs = seen["settings"]
+        others = [
+            f"{name}={value!r}, here {mine.get(name)!r}" for name, value in theirs.items() if mine.get(name) != value
+        ]
+        if others:
+            raise ConfigError(f"This state is of a watch with other settings: {'; '.join(others)}. Use the same.")
+        with self.method.hold():
+            self.method.load_state_dict({name: value for name, value in state.items() if name != STATE_KEY})
+            self._forget()
+            self._past.clear()
+            for name in _STATE:
+                setattr(self, name, seen[name])
+            for name in _WINDOWS:
+                getattr(self, name).batches.extend(map(tuple, seen[name]))
+            for name in _HISTORY:
+                getattr(self, name).extend(WindowMeasures(*measures) for measures in seen[name])
+            self._revision = self.method.revision
 
     # What was seen
 
     def report(self) -> dict[str, Any]:
         """For the run's report."""
-        seen = {name: copy.deepcopy(getattr(self, name)) for name in ("events", "stopped", "on_probation", "forwards")}
+        names = ("events", "dropped_events", "stopped", "on_probation", "forwards")
+        seen = {name: copy.deepcopy(getattr(self, name)) for name in names}
         return {"settings": asdict(self.settings), **seen}
 
     def sizes(self) -> dict[str, int]:
@@ -278,14 +360,16 @@ class Watch:
         entropy, usual_entropy = now.entropy_of_log_k, reference.entropy_of_log_k
         if self.settings.compare == "source":
             gained = float((self._recent.shares - self._source.shares).max())
-            one_class = min(gained, 3 * (share - usual_share)) > self.settings.share_excess
+            one_class, few_classes = min(gained, 3 * (share - usual_share)) > self.settings.share_excess, True
         else:
             one_class = share > usual_share + self.settings.share_excess and entropy < usual_entropy / 2
+            few_classes = share >= 0.9 or share > usual_share + self.settings.share_excess / 3
         if now.logit_norm > self.settings.norm_ratio * reference.logit_norm:
             return "logit_norm"
         if one_class:
             return "one_class"
-        return "no_entropy" if entropy < min(self.settings.entropy_floor, usual_entropy / 4) else None
+        no_entropy = entropy < min(self.settings.entropy_floor, usual_entropy / 4)
+        return "no_entropy" if no_entropy and few_classes else None
 
     def _accept(self, measures: WindowMeasures) -> None:
         """A healthy batch: a window of history, perhaps a snapshot."""
@@ -320,6 +404,10 @@ class Watch:
             "action": "reset and stop" if gives_up else action,
         }
         self.events.append(event)
+        excess = len(self.events) - max(EVENTS, self.settings.history)
+        if excess > 0:
+            del self.events[:excess]
+            self.dropped_events += excess
         self._proven = 0
         warnings.warn(f"Guard: {reason} at batch {batch}: {event['action']}.", stacklevel=4)
         if self.on_event is not None:
@@ -341,8 +429,22 @@ class Watch:
         self._source.batches.clear()
         self._pending.clear()
 
+    def _begin_if_changed(self) -> None:
+        """At the first batch, and after changes that the watch did not see."""
+        if self._candidate is not None and self._revision == self.method.revision:
+            return
+        if self._candidate is not None:
+            warnings.warn(
+                f"The watched method ('{self.method.name}') was called, reset or loaded without its watch, so what the "
+                "watch has seen says nothing about it and begins anew. Use the watch in its place: watch(images), "
+                "watch.reset(), watch.load_state_dict(state).",
+                stacklevel=4,
+            )
+        self._begin()
+
     def _begin(self) -> None:
         """Another state than before: what was seen of the old one says nothing about it."""
         self._forget()
         self._healthy = self._candidate = take(self.method)
         self._since = 0
+        self._revision = self.method.revision

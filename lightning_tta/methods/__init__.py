@@ -96,10 +96,15 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
 def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False, **options: Any) -> TTAMethod:
     """Wrap a classifier so that it adapts to the unlabelled images it predicts.
 
+    It works on a copy: ``model`` stays as it is, so ``model.state_dict()`` is still that of the source after the
+    stream. The adapted net is in the method: :func:`lightning_tta.export` writes it as a plain net, and
+    ``method.state_dict()`` has all of the method's state, to go on from.
+
     Args:
         model: Any classifier: pixels (B, C, H, W) in [0, 1] -> logits (B, K). Normalisation belongs inside it.
         method: Name of a method, see :func:`lightning_tta.available_methods`.
-        in_place: Adapt ``model`` itself. By default a copy is adapted and ``model`` stays as it is.
+        in_place: Adapt ``model`` itself, which saves the memory of a copy. It is in the method's hands then: one method
+            at a time, and no weights may be loaded into it any more.
         **options: Arguments of the method's class, such as ``lr``.
 
     Returns:

@@ -132,6 +132,9 @@ class StreamRun:
     def restore(self) -> None:
         """Take up what was saved; the method once more, as the strategy has given all processes that of the first."""
         self._start = time.perf_counter()
+        if self.group.world > 1:
+            with self.method.hold(changed=True):
+                pass  # the strategy has written to the net, and the method shall know that this was meant
         if self.directory.state is not None:
             self.load_state_dict(self.directory.state)
 

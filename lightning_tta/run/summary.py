@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tta.metrics import Calibration, LogitMeasures
+from lightning_tta.metrics import Calibration, LogitMeasures, class_counts
 
 WINDOW = 8
 """Batches over which the recent predicted-class share is taken."""
@@ -52,7 +52,10 @@ class BatchRecord:
         return replace(self, **rows, images=None, files=(), damaged=None)
 
     def outputs(self) -> dict[str, Tensor]:
-        """What a predict step returns: ``logits`` (B, K) and the others (B,); prediction -1 where it was refused."""
+        """What a predict step returns: ``logits`` (B, K) and the others (B,).
+
+        Prediction -1 means none: the batch was refused, or pixels of the image, or its logits, are not finite.
+        """
         outputs = {"logits": self.logits, "index": self.index, "domain": self.domain, "label": self.label}
         if self.error:
             zeros = torch.zeros(len(self))
@@ -126,7 +129,8 @@ class StreamSummary:
             self.last["images"] = len(batch)
         domain, label, prediction = batch.domain, batch.label, batch.measures.prediction
         classes = batch.logits.shape[1]
-        correct, labelled = prediction == label, label >= 0
+        labelled = label >= 0
+        correct = labelled & (prediction == label)
         counted = torch.tensor(self._counted)[domain]
         self.calibration.update(batch.logits[counted], label[counted])
         for number in sorted(set(domain.tolist())):
@@ -135,7 +139,7 @@ class StreamSummary:
             self._labelled[number] += int(labelled[here].sum())
             self._correct[number] += int(correct[here].sum())
             self._entropy[number] += float(batch.measures.entropy[here].sum())
-            counts, before = torch.bincount(prediction[here], minlength=classes), self._classes[number]
+            counts, before = class_counts(prediction[here], classes), self._classes[number]
             self._classes[number] = counts if before is None else before + counts
         self.missed += not batch.adapted or bool(batch.stats.get("only_predicted"))
         self.images += len(batch)
@@ -214,7 +218,7 @@ class StreamSummary:
                 "accuracy": self.domain_accuracy(name),
                 "images": images,
                 "entropy": entropy / images,
-                "largest_class_share": float(counts.max() / counts.sum()),
+                "largest_class_share": float(counts.max() / counts.sum().clamp_min(1)),
                 "counted": counted,
             }
             for name, images, entropy, counts, counted in zip(

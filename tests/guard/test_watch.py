@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -80,11 +81,22 @@ def test_signals(sick, reason):
     assert healthy.events == []
 
 
-def test_no_entropy_needs_no_change_of_share():
-    watch, _ = feed(after(20, lambda: spread(3.0), lambda: spread(10.0)), 30, action="warn", norm_ratio=10.0)
+def test_no_entropy():
+    def two_classes():
+        return 10.0 * torch.eye(K)[[0, 0, 0, 1, 1, 1, 2, 3]]  # shares of 0.375 after 0.25: no ``one_class``
+
+    watch, _ = feed(after(20, lambda: spread(3.0), two_classes), 30, action="warn", norm_ratio=10.0)
     assert watch.events[0]["reason"] == "no_entropy"
     sure, _ = feed(lambda step: spread(10.0), 30, action="warn", norm_ratio=10.0)  # a net that always was so sure
     assert sure.events == []
+
+
+def test_an_easier_domain_is_no_collapse():
+    """Sure of all classes alike: what a confident net makes of clean images after noisy ones."""
+    easier = after(20, lambda: spread(3.0), lambda: spread(10.0))
+    assert feed(easier, 40, action="warn", norm_ratio=10.0)[0].events == []
+    sorted_before = after(20, lambda: one_class(3.0), lambda: one_class(10.0))  # one class all along: cannot be told
+    assert feed(sorted_before, 40, action="warn", norm_ratio=10.0)[0].events[0]["reason"] == "no_entropy"
 
 
 def test_a_stream_that_becomes_sorted_is_no_collapse():
@@ -303,3 +315,77 @@ def test_predict_shows_the_source_on_probation_only():
 def test_wrong_arguments(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Watch(Source(make_net("bn")), **wrong)
+
+
+def test_a_net_is_no_method():
+    with pytest.raises(ConfigError, match=r"Watch\(lightning_tta.adapt\(model, 'tent'\)\), not a net; got a ConvNet"):
+        Watch(make_net("bn"))
+
+
+def test_a_second_watch_and_a_call_without_the_watch():
+    method = adapt(make_net("bn"), "tent")
+    watch = Watch(method)
+    with pytest.warns(UserWarning, match="has a watch already"):
+        second = Watch(method)
+    stream = make_stream(6)
+    watch(stream[0])
+    for change, *of in ((method, stream[1]), (method.reset,), (second, stream[2])):
+        change(*of)
+        with pytest.warns(UserWarning, match="without its watch"):
+            watch(stream[3])
+        assert len(watch._recent.batches) == 1  # a new beginning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method.predict(stream[4])
+        method.state_dict()
+        with watch.hold():
+            watch(stream[4])
+            watch.reset()
+        watch(stream[5])
+        watch.load_state_dict(watch.state_dict())
+        watch(stream[5])
+        del second, watch, change
+        Watch(method)
+
+
+def test_states_that_are_not_this_watchs():
+    watch = Watch(adapt(make_net("bn"), "tent"), window=4)
+    watch(make_images(4))
+    before = copy.deepcopy(watch.state_dict())
+    others = {
+        "no state of a watch": watch.method.state_dict(),
+        "window=8, here 4": Watch(adapt(make_net("bn"), "tent"), window=8).state_dict(),
+        "method 'come'": Watch(adapt(make_net("bn"), "come"), window=4).state_dict(),
+        "does not fit": Watch(adapt(make_net("bn", num_classes=7), "tent"), window=4).state_dict(),
+    }
+    for match, state in others.items():
+        with pytest.raises(ConfigError, match=match):
+            watch.load_state_dict(state)
+        assert same(watch.state_dict(), before)
+    with pytest.raises(ConfigError, match="watch"):
+        watch.method.load_state_dict(before, strict=False)
+    older = {**before, "watch": {k: v for k, v in before["watch"].items() if k not in ("settings", "dropped_events")}}
+    watch.load_state_dict(older)
+    assert same(watch.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", ["settings", "method", "action", "window", "steps", "acton"])
+def test_attributes_that_cannot_be_set(name):
+    watch = Watch(adapt(make_net("bn"), "tent"))
+    with pytest.raises(ConfigError, match=f"'{name}' cannot be set"):
+        setattr(watch, name, "stop")
+    watch.on_event = print
+    watch.next_batch = 3
+
+
+def test_events_are_bounded():
+    watch, _ = feed(lambda step: torch.full((8, K), float("nan")), 300, action="warn")
+    assert len(watch.events) == 256
+    assert watch.dropped_events == 300 - 256
+    assert watch.events[-1]["batch"] == 299
+    assert watch.stats["guard_alarms"] == 300
+    assert watch.report()["dropped_events"] == 44
+    again = Watch(Scripted(None), "warn", window=4, history=16, compare="history")
+    again.load_state_dict(watch.state_dict())
+    assert again.dropped_events == 44
+    assert len(feed(lambda step: torch.full((8, K), float("nan")), 300, action="warn", history=280)[0].events) == 280

@@ -118,7 +118,8 @@ def main(args: list[str] | None = None) -> None:
 
     @torch.no_grad()
     def restore() -> None:
-        torch._foreach_copy_(weights, source)
+        with methods["ours, all"].hold():
+            torch._foreach_copy_(weights, source)
 
     runs: dict[str, Timed] = {"plain": plain, **{name: ours(name) for name in methods}}
     runs |= {f"{name}, channels last": ours(name, layout=torch.channels_last) for name in methods}

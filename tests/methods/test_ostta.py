@@ -85,7 +85,7 @@ def filtered(net, name, **more):
 def disturb(method, seed=0):
     """Move the net away from the source, so that the filter has something to say."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with method.hold(), torch.no_grad():
         for tensor in method.adaptable.values():
             tensor += 0.2 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 

@@ -35,7 +35,7 @@ class NoSynchronisation(TorchDispatchMode):
 
 def in_a_step(method, x):
     """One step, as forward() takes it."""
-    with torch.enable_grad(), method.running():
+    with method.hold(), torch.enable_grad(), method.running():
         method._batch_size = len(x)
         return method.step(x)
 

@@ -180,6 +180,9 @@ def test_broken_images_and_missing_labels(tmp_path, monkeypatch):
     module, outputs = run(tmp_path)
     report = json.loads((directory_of(tmp_path) / "report.json").read_text())
     assert report["nonfinite_images"] == 1 + 8
+    rows = list(csv.DictReader((directory_of(tmp_path) / "predictions.csv").open()))
+    assert [number for number, row in enumerate(rows) if row["prediction"] == "-1"] == [16, *range(32, 40)]
+    assert report["images"] == len(rows)  # they count as images, and as right in no accuracy
     assert report["accuracy"] is None
     assert torch.isfinite(logits_of(outputs)).all()
     assert all(torch.isfinite(tensor).all() for tensor in module.method.adaptable.values())

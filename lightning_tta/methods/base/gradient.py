@@ -223,14 +223,10 @@ class GradientMethod(TTAMethod):
         """While active, what is learned is ``radius`` up the gradient; afterwards exactly where it was."""
         pairs = [(t.detach(), g) for t, g in zip(self.learned, gradients.values, strict=True) if g is not None]
         tensors, directions = [t for t, _ in pairs], [g for _, g in pairs]
-        before = [tensor.clone() for tensor in tensors]
-        try:
+        with self.lend(tensors):
             with torch.no_grad():
                 torch._foreach_add_(tensors, torch._foreach_mul(directions, radius / (gradients.norm + 1e-12)))
             yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(tensors, before)
 
     def reset_where(self, condition: Tensor | None) -> None:
         """Every state back to its source value, and learning rates to those given."""

@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from lightning_tta import collective
 from lightning_tta.backbones.norms import batch_norm_layers, batch_statistics, grouped_batch_statistics
 from lightning_tta.backbones.passes import call_with, safe_checkpoints
 from lightning_tta.backbones.split import HeadSplit, features_at, module_at
-from lightning_tta.errors import NotPreparedError, check_range
+from lightning_tta.errors import ConfigError, NotPreparedError, check_range
 from lightning_tta.losses import at_least_float32
+from lightning_tta.methods.base.custody import Custody, exclusive, reading
 from lightning_tta.methods.base.description import Described
 from lightning_tta.methods.base.first_pass import FirstPass
 from lightning_tta.methods.base.selection import read_flags, select_parameters
@@ -44,6 +45,8 @@ class TTAMethod(Described, State, ABC):
     """Wraps a net; ``forward(x) -> logits`` adapts it on the way, and writes the declared state and nothing else.
 
     ``state_dict()`` is complete, :meth:`reset` exact. The net stays in eval mode, whatever mode the method is put in.
+    Calls may come from many threads; one runs at a time (:meth:`hold` makes several one). Between calls nobody else may
+    change the net: a method whose net has other weights or modules than it left refuses to go on.
     A method sees the input only: no labels, domains, trainer or device names.
 
     To write one: call ``super().__init__(model)``, declare what it may change with :meth:`state`, and implement
@@ -84,6 +87,8 @@ class TTAMethod(Described, State, ABC):
         self.replaces_statistics = self.uses_batch_statistics or type(self).running is not TTAMethod.running
         self._first_pass = FirstPass()
         self.model = plain.requires_grad_(False)
+        self._custody = Custody(self.model, self.name, self._lent)
+        self.register_load_state_dict_post_hook(_take_stock)  # type: ignore[no-untyped-call]
         self.steps = steps
         self.prepared = not self.needs_source
         self.optimizers: dict[str, Optimizer] = {}
@@ -93,6 +98,12 @@ class TTAMethod(Described, State, ABC):
         self._notes: dict[str, Tensor] = {}
         self._logits: Tensor | None = None  # of the last batch
         self._stats: Stats | None = {}  # None: not computed yet
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("forward", "reset", "prepare"):  # whoever overrides one need not think of threads
+            if name in vars(cls):
+                setattr(cls, name, exclusive(vars(cls)[name]))
 
     # What a method implements ----------------------------------------------------------------------------------------
 
@@ -108,6 +119,7 @@ class TTAMethod(Described, State, ABC):
         """How the net runs in every pass: by default with batch statistics, if :attr:`uses_batch_statistics`."""
         return batch_statistics(self.model) if self.uses_batch_statistics else nullcontext()
 
+    @exclusive
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Collect what the method needs from source data, once, before the stream. Most need nothing."""
         self.prepared = True
@@ -237,6 +249,7 @@ class TTAMethod(Described, State, ABC):
 
     # What users call -------------------------------------------------------------------------------------------------
 
+    @exclusive
     def forward(self, x: Tensor) -> Tensor:
         """Adapt on a batch and predict it.
 
@@ -288,6 +301,7 @@ class TTAMethod(Described, State, ABC):
                 logits = self.step(x).detach()
         return logits if present else logits[:0]
 
+    @reading
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Logits (B, K) of the net as adapted so far; changes nothing. Same input and errors as :meth:`forward`."""
@@ -308,16 +322,19 @@ class TTAMethod(Described, State, ABC):
     def stats(self) -> Stats:
         """Floats that describe the last batch: loss, passes, skipped steps, what the method noted, collapse measures.
 
-        ``forwards`` and ``backwards`` count the passes that ran. Reading them waits for the device.
+        ``forwards`` and ``backwards`` count the passes that ran. Reading them waits for the device. The last batch is
+        that of whichever thread came last; to read those of a call of one's own, see :meth:`hold`.
         """
-        if self._stats is None:
-            measures = {} if self._logits is None else collapse_measures(self._logits)
-            scalars = {**self._notes, **measures, **self._counts}
-            tensors = [torch.as_tensor(value).double().cpu().view(()) for value in scalars.values()]
-            numbers = dict(zip(scalars, torch.stack(tensors).tolist(), strict=True))
-            self._stats = {name: value for name, value in numbers.items() if value == value}  # NaN: there is none
-        return self._stats
+        with self._custody.lock:
+            if self._stats is None:
+                measures = {} if self._logits is None else collapse_measures(self._logits)
+                scalars = {**self._notes, **measures, **self._counts}
+                tensors = [torch.as_tensor(value).double().cpu().view(()) for value in scalars.values()]
+                numbers = dict(zip(scalars, torch.stack(tensors).tolist(), strict=True))
+                self._stats = {name: value for name, value in numbers.items() if value == value}  # NaN: there is none
+            return self._stats
 
+    @exclusive
     def reset(self) -> None:
         """Back to the source: every declared state exactly as at construction."""
         super().reset()
@@ -325,18 +342,86 @@ class TTAMethod(Described, State, ABC):
 
     def train(self, mode: bool = True) -> TTAMethod:
         """Record ``mode`` on the method; the net inside stays in eval mode (no dropout, no drop path)."""
-        super().train(mode)
-        self.model.eval()
+        with self._custody.call(check=False, changes=False):
+            super().train(mode)
+            self.model.eval()
         return self
+
+    def hold(self, *, changed: bool = False) -> AbstractContextManager[None]:
+        """While active, this thread has the method for itself; what it does to the net's weights meanwhile is meant.
+
+        ::
+
+            with method.hold():
+                logits, stats = method(images), method.stats  # of the same batch, whatever other threads do
+
+        Single calls need it not: of several threads, one runs at a time, in whatever order.
+
+        Args:
+            changed: Accept that the net's weights have been changed since the last call. What :meth:`reset` goes back
+                to stays what it was.
+        """
+        return self._custody.call(check=not changed)
+
+    @property
+    def revision(self) -> int:
+        """Number of calls so far that may have changed the method: of it, :meth:`reset`, :meth:`load_state_dict`."""
+        return self._custody.revision
+
+    @reading
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As torch's; a copy of all that the method may change, so that it may go on while this is saved."""
+        state: dict[str, Any] = super().state_dict(*args, **options)
+        if not options.get("keep_vars"):
+            prefix = options.get("prefix", args[1] if len(args) > 1 else "")
+            state.update({prefix + name: tensor.detach().clone() for name, tensor in self.adaptable.items()})
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, but all or nothing, whatever ``strict``: only a whole state of the same method and net fits.
+
+        Raises:
+            ConfigError: If it does not fit, or ``assign`` is set. Nothing has changed.
+        """
+        self._custody.revision += 1
+        with self._custody.call(check=True, values=False):
+            return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What is neither parameter nor buffer. Safe for ``weights_only`` loading."""
-        return {**super().get_extra_state(), "prepared": self.prepared}
+        return {**super().get_extra_state(), "method": self.name, "prepared": self.prepared}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Counterpart of :meth:`get_extra_state`."""
         super().set_extra_state(state)
         self.prepared = state.get("prepared", self.prepared)
+
+    def _check_fits(self, state: Mapping[str, Any]) -> None:
+        saved = state.get("_extra_state")
+        name = saved.get("method", self.name) if isinstance(saved, Mapping) else self.name
+        if name != self.name:
+            raise ConfigError(
+                f"This state does not fit: it is of method '{name}', and this is '{self.name}'. Build the method with "
+                "the name and the options that the state was saved with."
+            )
+        super()._check_fits(state)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        with self._custody.call():
+            super()._apply(fn, recurse)
+            self._custody.take_stock(self.model)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        with self._custody.lock:  # not in the middle of a step
+            twin = type(self).__new__(type(self))
+            memo[id(self)] = twin
+            twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._custody = Custody(self.model, self.name, self._lent)  # a copy's own
 
     # Internals -------------------------------------------------------------------------------------------------------
 
@@ -358,3 +443,10 @@ class TTAMethod(Described, State, ABC):
                 "one ('memo', 'single_image_bn'), or 'norm' with source_weight=0.9.",
                 stacklevel=3,
             )
+
+
+def _take_stock(method: nn.Module, incompatible_keys: object) -> None:
+    """What a state dict has brought, on its own or with that of a module around the method, is the method's own."""
+    assert isinstance(method, TTAMethod)
+    with method._custody.lock:
+        method._custody.take_stock(method.model)

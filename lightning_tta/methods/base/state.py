@@ -6,7 +6,7 @@ From the one declaration follow reset, saving, loading, conversion, copies and t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -17,6 +17,7 @@ from lightning_tta.errors import ConfigError
 NOT_YET = float("nan")
 """What a floating-point state holds that nothing has been written to yet."""
 
+Lent = list[tuple[list[Tensor], list[Tensor]]]
 Moment = dict[str, dict[str, Tensor]]
 """The state at one moment: ``tensors``, those of :attr:`State.adaptable`, and ``rest``. Plain data, can be saved."""
 
@@ -35,6 +36,7 @@ class State(nn.Module):
         self._rest: dict[str, Tensor] = {}  # all other tensors
         self._sources: dict[str, Tensor] = {}  # by name, of both; broadcast to the tensor's shape
         self._fixed_dtype: set[str] = set()
+        self._lent: Lent = []  # tensors with the values that they get back
 
     # What a method uses ----------------------------------------------------------------------------------------------
 
@@ -110,15 +112,29 @@ class State(nn.Module):
         return {name: None if is_empty(tensor) else tensor for name, tensor in states.items()}
 
     @contextmanager
-    def at_source(self) -> Iterator[None]:
-        """While active, :attr:`adaptable` has its source values. Not while a graph still needs the others."""
-        names, tensors = list(self._adaptable), [tensor.detach() for tensor in self._adaptable.values()]
-        learned = [tensor.clone() for tensor in tensors]
+    def lend(self, tensors: list[Tensor]) -> Iterator[None]:
+        """While active, they may be written to; afterwards they are exactly as before, also after an interrupt."""
+        tensors = [tensor.detach() for tensor in tensors]
+        entry = (tensors, [tensor.clone() for tensor in tensors])
+        self._lent.append(entry)
         try:
-            self._copy(tensors, [self._sources[name].expand_as(self._adaptable[name]) for name in names])
             yield
         finally:
-            self._copy(tensors, learned)
+            if any(entry is other for other in self._lent):  # else they are back already, and this comes late
+                self._copy(*entry)
+                self._lent.pop()
+
+    @contextmanager
+    def at_source(self) -> Iterator[None]:
+        """While active, :attr:`adaptable` has its source values. Not while a graph still needs the others."""
+        tensors = [tensor.detach() for tensor in self._adaptable.values()]
+        with self.hold(), self.lend(tensors):
+            self._copy(tensors, [self._sources[name].expand_as(tensor) for name, tensor in self._adaptable.items()])
+            yield
+
+    def hold(self) -> AbstractContextManager[None]:
+        """While active, writes to the state are meant."""
+        return nullcontext()
 
     def reset(self) -> None:
         """Every state back to its source value, exactly."""
@@ -141,7 +157,7 @@ class State(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """What is neither parameter nor buffer. Safe for ``weights_only`` loading."""
-        return {"source": dict(self._sources), "memory": dict(self._rest)}
+        return {"source": dict(self._sources), "memory": {name: t.clone() for name, t in self._rest.items()}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Counterpart of :meth:`get_extra_state`."""
@@ -151,29 +167,41 @@ class State(nn.Module):
             for name, value in state["source"].items():
                 self._sources[name].copy_(value)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        if prefix + "_extra_state" in state_dict:
-            names = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
-            self._check_fits(state_dict[prefix + "_extra_state"], {name for name in names if "." not in name})
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, local: Any, *rest: Any) -> None:
+        given = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        if given:
+            if local.get("assign_to_params_buffers"):
+                raise ConfigError(
+                    "A method cannot be loaded with assign=True: its optimizers and sources hold the tensors that are "
+                    "there. Leave it out; load_state_dict copies into them."
+                )
+            self._check_fits(given)
+        super()._load_from_state_dict(state_dict, prefix, local, *rest)
 
-    def _check_fits(self, state: Mapping[str, Any], tensors: set[str]) -> None:
-        """Refuse a state of another method, or of other options, before anything of it is written."""
-        saved = state.get("memory", {})
+    def _check_fits(self, given: Mapping[str, Any]) -> None:
+        """Refuse a state of another method, net or options, or a part of one, before anything of it is written."""
+        state = given.get("_extra_state")
+        if not isinstance(state, Mapping) or not {"memory", "source"} <= state.keys():
+            raise ConfigError(
+                f"This state does not fit {type(self).__name__}: it is none of a method, but perhaps of a plain net. "
+                "Load weights into the net, before adapt(); a method loads what its own state_dict() gave."
+            )
+        saved = state["memory"]
         memory = {name: value for name, value in saved.items() if not self._resizes(name, value)}
         mine = {name: value for name, value in self._rest.items() if name in memory or name not in saved}
         kinds: tuple[tuple[str, set[str], set[str]], ...] = (
             ("memory", _shapes(memory, "", "optimizers."), _shapes(mine, "", "optimizers.")),
             ("optimizers' settings", _shapes(memory, "optimizers."), _shapes(mine, "optimizers.")),
-            ("adapted tensors", _shapes(state.get("source", {})), _shapes(self._sources)),
-            ("own tensors", tensors - {"_extra_state"}, {*self._buffers, *self._parameters}),
+            ("adapted tensors", _shapes(state["source"]), _shapes(self._sources)),
+            ("tensors", _shapes(given, "", "_extra_state"), _shapes(nn.Module.state_dict(self), "", "_extra_state")),
         )
         for kind, theirs, ours in kinds:
             if theirs != ours:
                 more, missing = (", ".join(sorted(s)[:3]) or "nothing" for s in (theirs - ours, ours - theirs))
                 raise ConfigError(
                     f"This state does not fit {type(self).__name__}. Only the state has, among its {kind}: {more}; "
-                    f"only this method: {missing}. Build the method with the options that the state was saved with."
+                    f"only this method: {missing}. Build the method on the same net, with the options that the state "
+                    "was saved with."
                 )
 
     def _resizes(self, name: str, value: Tensor) -> bool:
@@ -209,9 +237,9 @@ def is_empty(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and bool(tensor.isnan().all())
 
 
-def _shapes(tensors: Mapping[str, Tensor], prefix: str = "", without: str | None = None) -> set[str]:
+def _shapes(tensors: Mapping[str, Any], prefix: str = "", without: str | None = None) -> set[str]:
     return {
-        f"{name.removeprefix(prefix)} {tuple(tensor.shape)}"
+        f"{name.removeprefix(prefix)} {tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__}"
         for name, tensor in tensors.items()
         if name.startswith(prefix) and not (without and name.startswith(without))
     }
@@ -219,17 +247,16 @@ def _shapes(tensors: Mapping[str, Tensor], prefix: str = "", without: str | None
 
 def take(method: State) -> Moment:
     """The state as it is now, copied."""
-    rest = method.get_extra_state()["memory"]
-    groups = {"tensors": method.adaptable, "rest": rest}
+    groups = {"tensors": method.adaptable, "rest": method._rest}
     return {group: {name: tensor.detach().clone() for name, tensor in t.items()} for group, t in groups.items()}
 
 
 def put_back(method: State, moment: Moment) -> None:
     """Bring ``method`` to where it was, exactly."""
-    with torch.inference_mode(False), torch.no_grad():
+    with method.hold(), torch.inference_mode(False), torch.no_grad():
         for name, tensor in method.adaptable.items():
             tensor.copy_(moment["tensors"][name])
-    method.set_extra_state({"source": {}, "memory": moment["rest"]})
+        method.set_extra_state({"source": {}, "memory": moment["rest"]})
 
 
 def size(value: Any) -> int:

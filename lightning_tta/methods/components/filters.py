@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -134,9 +135,22 @@ def move_average(method: TTAMethod, name: str, new: Tensor, momentum: float, whe
 @contextmanager
 def _usual_attention() -> Iterator[None]:
     """While active, torch's attention layers run without gradients as they do with them, to the last bit."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _FASTPATH.lock:  # the switch is one for all threads
+        if _FASTPATH.users == 0:
+            _FASTPATH.before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _FASTPATH.users += 1
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        with _FASTPATH.lock:
+            _FASTPATH.users -= 1
+            if _FASTPATH.users == 0:
+                torch.backends.mha.set_fastpath_enabled(_FASTPATH.before)
+
+
+class _Fastpath:
+    lock, users, before = threading.Lock(), 0, True
+
+
+_FASTPATH = _Fastpath()
