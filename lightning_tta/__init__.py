@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
         Protocol,
         ShiftedDataModule,
     )
-    from lightning_tta.exporting import export
+    from lightning_tta.exporting import export, save
     from lightning_tta.guard.callback import Guard
     from lightning_tta.guard.watch import Watch
     from lightning_tta.methods import TTAMethod, adapt, available_methods
@@ -79,6 +79,7 @@ __all__ = [
     "available_methods",
     "create_backbone",
     "export",
+    "save",
 ]
 _HOMES = {
     "backbones": ("Backbone", "create_backbone"),
@@ -86,7 +87,7 @@ _HOMES = {
         *("ArrayData", "CIFARData", "DigitsData", "DomainFolderData", "FolderData", "ImageNetData"),
         *("Protocol", "ShiftedDataModule"),
     ),
-    "exporting": ("export",),
+    "exporting": ("export", "save"),
     "guard.callback": ("Guard",),
     "guard.watch": ("Watch",),
     "run.board": ("StreamBoard",),
