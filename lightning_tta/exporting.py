@@ -51,14 +51,12 @@ def save(
 ) -> Path:
     """Write the plain net that predicts as ``method.predict`` does now: ``method.export()`` as a file.
 
-    ============== ====================================================================================================
-    ``safetensors`` The state dict of the user's own net, for ``net.load_state_dict(safetensors.torch.load_file(path))``.
-                   Of a :class:`~lightning_tta.Backbone` that of the net inside; its mean and std are in the metadata,
-                   with the method, its options, the class names and the stream.
-    ``pt``         The same state dict by ``torch.save``, for ``torch.load(path, weights_only=True)``; no metadata.
-    ``pt2``        A program for ``torch.export.load(path).module()``: pixels in [0, 1], any batch size -> logits.
-    ``onnx``       The same for ONNX, input ``images``, output ``logits``. Needs ``pip install 'lightning-tta[onnx]'``.
-    ============== ====================================================================================================
+    - ``safetensors``: the state dict of the user's own net, for ``net.load_state_dict(load_file(path))`` with
+      ``safetensors.torch.load_file``. Of a :class:`~lightning_tta.Backbone` that of the net inside; its mean and std
+      are in the metadata, with the method, its options, the class names and the stream.
+    - ``pt``: the same state dict by ``torch.save``, for ``torch.load(path, weights_only=True)``; no metadata.
+    - ``pt2``: a program for ``torch.export.load(path).module()``: pixels in [0, 1], any batch size -> logits.
+    - ``onnx``: the same for ONNX, input ``images``, output ``logits``. Needs ``pip install 'lightning-tta[onnx]'``.
 
     A program has the normalisation of a Backbone inside. It is run on batches of 1 to 3 images after it was written,
     and compared with the method.
@@ -120,8 +118,8 @@ def _weights(net: nn.Module) -> dict[str, Tensor]:
     others = [name for name, value in net.state_dict().items() if not isinstance(value, Tensor)]
     if others:
         raise UnsupportedModelError(
-            f"The state dict of {type(net).__name__} holds more than tensors ({', '.join(others[:3])}), which no file of "
-            "weights can hold. Save a program (.pt2, .onnx), or method.export() with torch.save."
+            f"The state dict of {type(net).__name__} holds more than tensors ({', '.join(others[:3])}), which no file "
+            "of weights can hold. Save a program (.pt2, .onnx), or method.export() with torch.save."
         )
     return {name: value.detach().contiguous().clone() for name, value in net.state_dict().items()}
 
@@ -162,12 +160,15 @@ def _explained(net: nn.Module, kind: str) -> Iterator[None]:
     except (ConfigError, UnsupportedModelError):
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = (lines or [type(error).__name__])[0][:300]
+        first: BaseException = error  # torch wraps what is wrong in a page of advice
+        while first.__cause__ is not None:
+            first = first.__cause__
+        lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+        reason = " ".join([f"{type(first).__name__}:", *lines[:1]])[:300].rstrip(".:") + "."
         other = "'.pt2' or '.safetensors'" if kind == "onnx" else "'.safetensors'"
         raise UnsupportedModelError(
-            f"{type(net).__name__} cannot be written as {kind}: {type(error).__name__}: {reason} Save weights or another "
-            f"format ({other}), or change what torch names."
+            f"{type(net).__name__} cannot be written as {kind}: {reason} Save weights or "
+            f"another format ({other}), or change what torch names."
         ) from error
 
 
@@ -265,13 +266,13 @@ def export_run(
     if state is None:
         raise DataError(
             f"{run} has no saved state ({FINAL}, or {STATE} of an unfinished run). Give the directory of a predict run "
-            f"that is finished, or that was made with --state.save_every N. (The runs of a benchmark keep none.) To make "
-            "this one again with a state, repeat its command with --state.resume restart."
+            f"that is finished, or that was made with --state.save_every N. (The runs of a benchmark keep none.) To "
+            "make this one again with a state, repeat its command with --state.resume restart."
         )
     if state.get("format") != FORMAT:
         raise DataError(
-            f"The state in {run} was written by version {state.get('version')} of lightning_tta, whose states cannot be "
-            "read any more. Repeat the run with --state.resume restart."
+            f"The state in {run} was written by version {state.get('version')} of lightning_tta, whose states cannot "
+            "be read any more. Repeat the run with --state.resume restart."
         )
     method = _method_of(run, state, build)
     identity = state["identity"]

@@ -212,16 +212,16 @@ class MomentsRecord:
         def forward(x: Tensor) -> Tensor:
             if layer.running_mean is not source:  # another rule is active inside this one
                 return plain(x)
-            layer._check_input_dim(x)
+            layer._check_input_dim(x)  # type: ignore[no-untyped-call]
             length = x.numel() // max(layer.num_features, 1)
             if source is not None and length == 1:
                 self.take_one(name, x)
                 return plain(x)  # one value a channel has no variance: this layer keeps its source statistics
             again = self.is_on and (name in self._lengths or name in self._taken)
-            rows = tuple(map(torch.zeros_like, self._rows[name])) if again else self._rows[name]
-            y = batch_norm(x, *rows, layer.weight, layer.bias, True, 1.0, layer.eps)
+            mean, var = map(torch.zeros_like, self._rows[name]) if again else self._rows[name]
+            y = batch_norm(x, mean, var, layer.weight, layer.bias, True, 1.0, layer.eps)
             if again:
-                self.take(name, rows[0], rows[1] * ((length - 1) / length))
+                self.take(name, mean, var * ((length - 1) / length))
             elif self.is_on:
                 self._lengths[name] = length
             return y
@@ -337,7 +337,9 @@ def fixed_statistics(model: nn.Module, statistics: Mapping[str, tuple[Tensor, Te
 def _recorded_statistics(model: nn.Module, rule: StatisticsRule, record: MomentsRecord) -> Iterator[None]:
     """The batch's own statistics, recorded; without hooks where a layer's forward is torch's own."""
     layers = {} if collective.is_joined() else batch_norm_layers(model)
-    forwards = {layer: record.forward(name, layer) for name, layer in layers.items() if record.fits(layer)}
+    forwards: dict[nn.Module, Callable[..., Any]] = {
+        layer: record.forward(name, layer) for name, layer in layers.items() if record.fits(layer)
+    }
     with replaced_forwards(forwards), bn_statistics(model, rule, record, but=forwards):
         yield
 

@@ -68,7 +68,6 @@ def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
         parser.add_function_arguments(report, skip={"runs"})
         return report, parser
     from lightning_tta.exporting import export_run
-
     from lightning_tta.launch.lightning import build_method
 
     parser.add_function_arguments(export_run, as_positional=True, skip={"build"})
