@@ -44,7 +44,6 @@ ALLOWED = {  # (files, private names of another library), as patterns: why there
     ("*", "_BatchNorm"): "torch's one base of all BatchNorm layers, without a public name",
     ("*", "_NormBase"): "the same, of all norm layers with running statistics",
     ("*", "_modules"): "puts a layer in the place of another one, also where it is shared and has several names",
-    ("*", "_check_input_dim"): "what a BatchNorm layer refuses; a forward in place of its own must, too",
     ("*", "_orig_mod"): "what torch.compile has wrapped",
     ("*", "_compiled_call_impl"): "what module.compile() leaves",
     ("*", "_foreach_*"): "one call for many tensors; torch's optimizers use it, under no public name",

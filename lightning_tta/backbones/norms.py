@@ -203,16 +203,17 @@ class MomentsRecord:
         """Whether torch's kernel can write here while this layer, with torch's own forward, runs."""
         like = layer.running_mean if layer.weight is None else layer.weight
         same = like is None or (like.dtype, like.device) == (self._like.dtype, self._like.device)
+        same = same and isinstance(layer, tuple(_DIMENSIONS))
         return same and type(layer).forward is _BatchNorm.forward and "forward" not in vars(layer)
 
     def forward(self, name: str, layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
         """In place of the layer's forward: the same with statistics of the batch, which are written here."""
         plain, source = layer.forward, layer.running_mean
+        dimensions = next(d for kind, d in _DIMENSIONS.items() if isinstance(layer, kind))
 
         def forward(x: Tensor) -> Tensor:
-            if layer.running_mean is not source:  # another rule is active inside this one
-                return plain(x)
-            layer._check_input_dim(x)  # type: ignore[no-untyped-call]
+            if layer.running_mean is not source or x.ndim not in dimensions:
+                return plain(x)  # another rule is active inside this one, or the layer refuses the input
             length = x.numel() // max(layer.num_features, 1)
             if source is not None and length == 1:
                 self.take_one(name, x)
@@ -249,6 +250,7 @@ class MomentsRecord:
             self._taken.setdefault(name, (batch_moments(x.detach())[0][None], 1))
 
 
+_DIMENSIONS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 _ALIGNED = 16
 """Channels: the rows of each layer begin where vectorised kernels expect them."""
 

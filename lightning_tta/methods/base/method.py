@@ -22,7 +22,7 @@ from lightning_tta.backbones.norms import (
     grouped_batch_statistics,
 )
 from lightning_tta.backbones.split import HeadSplit, features_at, module_at
-from lightning_tta.errors import NotPreparedError, check_choice, check_range
+from lightning_tta.errors import ConfigError, NotPreparedError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.account import MOMENTS, StreamAccount
 from lightning_tta.methods.base.description import Described
@@ -352,7 +352,15 @@ class TTAMethod(Described, State, ABC):
             UnsupportedModelError: If no plain net predicts as this method does, with the reason and what to use.
             ConfigError: If the method needs statistics of the stream and has seen no batch.
         """
-        return plain_net(self)
+        if self.no_plain_net:
+            raise UnsupportedModelError(f"No plain net predicts as '{self.name}' does: {self.no_plain_net}.")
+        statistics = self.stream_statistics()
+        if statistics is not None and not statistics:
+            raise ConfigError(
+                f"'{self.name}' has seen no batch since it was made or reset, so there are no statistics of the stream "
+                "for the BatchNorm layers. Stream some batches through it first: method(images)."
+            )
+        return plain_net(self.model, self.stream_weights(), statistics or {}, self.required)
 
     @property
     def stats(self) -> Stats:

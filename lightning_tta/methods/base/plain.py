@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import batch_norm_layers
-from lightning_tta.errors import ConfigError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.errors import UnsupportedModelError
 
 
-def plain_net(method: TTAMethod) -> nn.Module:
-    """See :meth:`~lightning_tta.methods.base.method.TTAMethod.export`."""
-    if method.no_plain_net:
-        raise UnsupportedModelError(f"No plain net predicts as '{method.name}' does: {method.no_plain_net}.")
-    statistics = method.stream_statistics()
-    if statistics is not None and not statistics:
-        raise ConfigError(
-            f"'{method.name}' has seen no batch since it was made or reset, so there are no statistics of the stream "
-            "for the BatchNorm layers. Stream some batches through it first: method(images)."
-        )
-    untracked = [n for n, layer in batch_norm_layers(method.model).items() if layer.running_mean is None]
-    if statistics is not None and untracked:
+def plain_net(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    statistics: Mapping[str, tuple[Tensor, Tensor]],
+    required: Collection[str],
+) -> nn.Module:
+    """A copy of a net in eval mode, with other weights and running statistics.
+
+    Args:
+        model: The net.
+        weights: Values of some of its parameters, by name.
+        statistics: Running mean and variance of BatchNorm layers, by name.
+        required: Names of the parameters that are to require gradients.
+
+    Raises:
+        UnsupportedModelError: If the net cannot be copied, or a value has no place in it.
+    """
+    untracked = [name for name, layer in batch_norm_layers(model).items() if layer.running_mean is None]
+    if statistics and untracked:
         raise UnsupportedModelError(
             f"BatchNorm layer '{untracked[0]}' keeps no running statistics (track_running_stats=False), so a plain net "
             "has no place for those of the stream. Build the net with track_running_stats=True, load the same weights "
             "(strict=False), and adapt that."
         )
-    net = _copy(method.model)
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name in method.required)
+    net = _copy(model)
     parameters = dict(net.named_parameters(remove_duplicate=False))
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in required)
     with torch.inference_mode(False), torch.no_grad():
-        for name, value in method.stream_weights().items():
+        for name, value in weights.items():
             if name not in parameters:
                 raise UnsupportedModelError(
                     f"'{name}' of {type(net).__name__} is computed from other parameters, so that nothing can be "
@@ -45,7 +49,7 @@ def plain_net(method: TTAMethod) -> nn.Module:
                 )
             parameters[name].copy_(value)
         layers = batch_norm_layers(net)
-        for name, (mean, var) in (statistics or {}).items():
+        for name, (mean, var) in statistics.items():
             for buffer, value in ((layers[name].running_mean, mean), (layers[name].running_var, var)):
                 assert buffer is not None
                 buffer.copy_(value)
