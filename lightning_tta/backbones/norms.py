@@ -118,14 +118,14 @@ def batch_moments(x: Tensor, *, unbiased: bool = False) -> tuple[Tensor, Tensor]
     return moments(x, dims, unbiased=unbiased)
 
 
-def merged_moments(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
+def merged_moments(old: Tensor, new: Tensor, weight: Tensor | float) -> Tensor:
     """Mean and variance, in rows (2, C), of a mixture: share ``weight`` of ``new``, 0-dimensional, the rest ``old``.
 
     The law of total variance: ``(1 - w) var_old + w var_new + w (1 - w) (mean_new - mean_old)^2``.
     """
-    between = weight * (1 - weight) * (new[0] - old[0]).square()
+    distance = new[0] - old[0]
     merged = torch.lerp(old, new, weight)
-    merged[1] += between
+    merged[1].addcmul_(distance, distance * (weight - weight * weight))
     return merged
 
 
@@ -140,12 +140,13 @@ class MomentsRecord:
         model: The net.
 
     Attributes:
+        layers: The layers by name.
         places: Where each layer has its channels in rows of means and variances (2, C), the layers one after the other.
         is_on: Whether the present pass is recorded.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = batch_norm_layers(model)
+        self.layers = layers = batch_norm_layers(model)
         sizes = [layer.num_features for layer in layers.values()]
         ends = list(itertools.accumulate(sizes))
         self.places = {n: slice(end - size, end) for n, end, size in zip(layers, ends, sizes, strict=True)}
@@ -160,9 +161,10 @@ class MomentsRecord:
         """New tensors: old ones may hold NaN, which the kernel would keep, or belong to a graph."""
         sizes = [place.stop - place.start for place in self.places.values()]
         widths = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
-        means, variances = (row.split(widths) for row in self._like.new_zeros(2, sum(widths)))
+        rows = self._like.new_zeros(2 * sum(widths)).split(widths * 2)
         if widths != sizes:
-            means, variances = ([row[:n] for row, n in zip(rows, sizes, strict=True)] for rows in (means, variances))
+            rows = tuple(row[:size] for row, size in zip(rows, sizes * 2, strict=True))
+        means, variances = rows[: len(sizes)], rows[len(sizes) :]
         self._rows = dict(zip(self.places, zip(means, variances, strict=True), strict=True))
 
     def begin(self) -> None:
@@ -175,11 +177,11 @@ class MomentsRecord:
         """Record no more."""
         self.is_on = False
 
-    def result(self, old: Tensor, began: Tensor) -> Tensor:
+    def result(self, old: Tensor, number: Tensor) -> Tensor:
         """What was recorded (2, C), in the dtype of ``old`` (2, C), which layers that did not run keep.
 
-        ``began``, 0-dimensional and bool, says whether ``old`` is of earlier passes. If so, one value a channel counts
-        as a batch without variance; if not, its layer keeps ``old`` too.
+        One value a channel counts as a batch without variance, if ``number``, 0-dimensional, of the passes that ``old``
+        is from is positive; else its layer keeps ``old`` too.
         """
         moments, factors = dict(self._rows), []
         for name, place in self.places.items():
@@ -190,14 +192,13 @@ class MomentsRecord:
                 mean, var = (
                     value
                     if len(value) == 2
-                    else torch.where(began, torch.cat([value, torch.zeros_like(value)]), old[:, place])
+                    else torch.where(number > 0, torch.cat([value, torch.zeros_like(value)]), old[:, place])
                 )
                 moments[name] = (mean, var)
             elif not length:
                 moments[name] = (old[0, place], old[1, place])
         means, variances = zip(*moments.values(), strict=True)
-        seen = torch.stack([torch.cat(means), torch.cat(torch._foreach_mul(variances, factors))])
-        return seen.to(old.dtype)
+        return torch.cat([*means, *torch._foreach_mul(variances, factors)]).view(2, -1).to(old.dtype)
 
     def fits(self, layer: _BatchNorm) -> bool:
         """Whether torch's kernel can write here while this layer, with torch's own forward, runs."""
@@ -241,7 +242,7 @@ class MomentsRecord:
         if name in self._taken:
             earlier, number = self._taken[name]
             number += 1
-            moments = merged_moments(earlier.to(moments), moments, moments.new_tensor(1 / number))
+            moments = merged_moments(earlier.to(moments), moments, 1 / number)
         self._taken[name] = (moments, number)
 
     def take_one(self, name: str, x: Tensor) -> None:
@@ -335,14 +336,19 @@ def fixed_statistics(model: nn.Module, statistics: Mapping[str, tuple[Tensor, Te
             _set_statistics(layers[name], *source)
 
 
-@contextmanager
-def _recorded_statistics(model: nn.Module, rule: StatisticsRule, record: MomentsRecord) -> Iterator[None]:
+def _recorded_statistics(model: nn.Module, rule: StatisticsRule, record: MomentsRecord) -> AbstractContextManager[None]:
     """The batch's own statistics, recorded; without hooks where a layer's forward is torch's own."""
-    layers = {} if collective.is_joined() else batch_norm_layers(model)
-    forwards: dict[nn.Module, Callable[..., Any]] = {
-        layer: record.forward(name, layer) for name, layer in layers.items() if record.fits(layer)
-    }
-    with replaced_forwards(forwards), bn_statistics(model, rule, record, but=forwards):
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    if not collective.is_joined():
+        forwards = {layer: record.forward(name, layer) for name, layer in record.layers.items() if record.fits(layer)}
+    if len(forwards) == len(record.layers):
+        return replaced_forwards(forwards)
+    return _both(replaced_forwards(forwards), bn_statistics(model, rule, record, but=forwards))
+
+
+@contextmanager
+def _both(first: AbstractContextManager[None], second: AbstractContextManager[None]) -> Iterator[None]:
+    with first, second:
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class StreamAccount:
         for name, layer in layers.items():
             if layer.running_mean is not None and layer.running_var is not None:
                 moments[:, self.record.places[name]] = torch.stack([layer.running_mean, layer.running_var]).to(moments)
-        self.noted: tuple[Tensor, Tensor, Tensor] | None = None
+        self.noted: tuple[Tensor, Tensor | bool] | None = None
         method.state(MOMENTS, moments)
         method.state(IMAGES, torch.zeros((), dtype=torch.int64, device=moments.device), source=0)
 
@@ -60,25 +60,33 @@ class StreamAccount:
     @torch.no_grad()
     def note(self, method: State, logits: Tensor) -> None:
         """Keep what was recorded in a pass that gave these logits, until :meth:`take`."""
-        moments, number = method.value(MOMENTS), method.value(IMAGES)
-        seen = self.record.result(moments, number > 0)
-        good = torch.isfinite(seen).all() & torch.isfinite(logits).all()
-        self.noted = (seen, number.clone(), good)
+        seen = self.record.result(method.value(MOMENTS), method.value(IMAGES))
+        total = _value(seen.sum() + logits.sum())
+        self.noted = (seen, total - total == 0)  # not so if one of them is not finite
+
+    def drop(self, where: Tensor | None = None) -> None:
+        """Forget what was noted; only if ``where``, 0-dimensional and bool, is true."""
+        if self.noted is not None:
+            seen, good = self.noted
+            self.noted = None if where is None else (seen, good & (_value(where) == 0))
 
     @torch.no_grad()
     def take(self, method: State, images: int, skipped: Tensor | int) -> None:
-        """Take in what was noted of a batch of ``images``, all processes together, unless one of its steps was skipped.
-
-        Nor is it taken in if the method has returned to the source since: the net is another one now.
-        """
+        """Take in what was noted of a batch of ``images``, all processes together, unless a step was ``skipped``."""
         if self.noted is None:
             return
-        (seen, then, good), self.noted = self.noted, None
+        (seen, good), self.noted = self.noted, None
+        good = good & ((_value(skipped) if isinstance(skipped, Tensor) else skipped) == 0)
         moments, number = method.value(MOMENTS), method.value(IMAGES)
-        good = good & (number == then) & (torch.as_tensor(skipped, device=good.device) == 0)
-        weight = torch.where(good, images / (number.clamp(max=self.HORIZON) + images), 0).to(moments.dtype)
-        moments.copy_(merged_moments(moments, torch.where(good, seen, moments), weight))
-        number.add_(images * good)
+        before = _value(number.clamp(max=self.HORIZON))
+        if isinstance(good, bool):
+            if good:
+                moments.copy_(merged_moments(moments, seen, images / (before + images)))
+                number.add_(images)
+            return
+        merged = merged_moments(moments, seen, (images / (before + images)).to(moments.dtype))
+        moments.copy_(torch.where(good, merged, moments))
+        number.add_(good, alpha=images)
 
     def statistics(self, method: State, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         """Mean and variance by layer, as the layer stores them; empty if nothing was seen. Asks the device."""
@@ -90,6 +98,11 @@ class StreamAccount:
             mean, var = moments[:, self.record.places[name]].to(like)
             statistics[name] = (mean, var)
         return statistics
+
+
+def _value(scalar: Tensor) -> Any:
+    """A 0-dimensional tensor; the number in it where the host has it anyway: it computes faster than tensors do."""
+    return scalar.numpy().item() if scalar.device.type == "cpu" else scalar
 
 
 def _tensors(layer: nn.Module) -> Iterator[Tensor]:

@@ -311,7 +311,7 @@ class TTAMethod(Described, State, ABC):
             finally:
                 self._unrecorded = None
                 if self._account is not None:
-                    self._account.noted = None
+                    self._account.drop()
         return logits if present else logits[:0]
 
     @torch.no_grad()
@@ -380,6 +380,12 @@ class TTAMethod(Described, State, ABC):
         """Back to the source: every declared state exactly as at construction."""
         super().reset()
         self._stats, self._logits, self._notes = {}, None, {}
+
+    def reset_where(self, condition: Tensor | None) -> None:
+        """As of the state; what was seen of the batch is of another net now."""
+        super().reset_where(condition)
+        if self._account is not None:
+            self._account.drop(condition)
 
     def train(self, mode: bool = True) -> TTAMethod:
         """Record ``mode`` on the method; the net inside stays in eval mode (no dropout, no drop path)."""
