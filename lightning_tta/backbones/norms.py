@@ -161,7 +161,7 @@ class MomentsRecord:
         """New tensors: old ones may hold NaN, which the kernel would keep, or belong to a graph."""
         sizes = [place.stop - place.start for place in self.places.values()]
         widths = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
-        rows = self._like.new_zeros(2 * sum(widths)).split(widths * 2)
+        rows = torch.split(self._like.new_zeros(2 * sum(widths)), widths * 2)
         if widths != sizes:
             rows = tuple(row[:size] for row, size in zip(rows, sizes * 2, strict=True))
         means, variances = rows[: len(sizes)], rows[len(sizes) :]
