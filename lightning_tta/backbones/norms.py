@@ -140,13 +140,12 @@ class MomentsRecord:
         model: The net.
 
     Attributes:
-        layers: The layers by name.
         places: Where each layer has its channels in rows of means and variances (2, C), the layers one after the other.
         is_on: Whether the present pass is recorded.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = layers = batch_norm_layers(model)
+        layers = batch_norm_layers(model)
         sizes = [layer.num_features for layer in layers.values()]
         ends = list(itertools.accumulate(sizes))
         self.places = {n: slice(end - size, end) for n, end, size in zip(layers, ends, sizes, strict=True)}
@@ -339,9 +338,10 @@ def fixed_statistics(model: nn.Module, statistics: Mapping[str, tuple[Tensor, Te
 def _recorded_statistics(model: nn.Module, rule: StatisticsRule, record: MomentsRecord) -> AbstractContextManager[None]:
     """The batch's own statistics, recorded; without hooks where a layer's forward is torch's own."""
     forwards: dict[nn.Module, Callable[..., Any]] = {}
+    layers = batch_norm_layers(model)
     if not collective.is_joined():
-        forwards = {layer: record.forward(name, layer) for name, layer in record.layers.items() if record.fits(layer)}
-    if len(forwards) == len(record.layers):
+        forwards = {layer: record.forward(name, layer) for name, layer in layers.items() if record.fits(layer)}
+    if len(forwards) == len(layers):
         return replaced_forwards(forwards)
     return _both(replaced_forwards(forwards), bn_statistics(model, rule, record, but=forwards))
 
