@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
         ShiftedDataModule,
     )
     from lightning_tta.diagnosis import Diagnosis, doctor
-    from lightning_tta.exporting import export
+    from lightning_tta.exporting import export, save
     from lightning_tta.guard.callback import Guard
     from lightning_tta.guard.watch import Watch
     from lightning_tta.methods import TTAMethod, adapt, available_methods
@@ -84,6 +84,7 @@ __all__ = [
     "create_backbone",
     "doctor",
     "export",
+    "save",
 ]
 _HOMES = {
     "backbones": ("Backbone", "create_backbone"),
@@ -92,7 +93,7 @@ _HOMES = {
         *("ImageFolderData", "Protocol", "ShiftedDataModule"),
     ),
     "diagnosis": ("Diagnosis", "doctor"),
-    "exporting": ("export",),
+    "exporting": ("export", "save"),
     "guard.callback": ("Guard",),
     "guard.watch": ("Watch",),
     "run.board": ("StreamBoard",),

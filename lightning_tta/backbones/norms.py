@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils import parametrize
 
@@ -160,11 +162,148 @@ def batch_moments(x: Tensor, *, unbiased: bool = False) -> tuple[Tensor, Tensor]
     return moments(x, dims, unbiased=unbiased)
 
 
+def merged_moments(old: Tensor, new: Tensor, weight: Tensor | float) -> Tensor:
+    """Mean and variance, in rows (2, C), of a mixture: share ``weight`` of ``new``, 0-dimensional, the rest ``old``.
+
+    The law of total variance: ``(1 - w) var_old + w var_new + w (1 - w) (mean_new - mean_old)^2``.
+    """
+    distance = new[0] - old[0]
+    merged = torch.lerp(old, new, weight)
+    merged[1].addcmul_(distance, distance * (weight - weight * weight))
+    return merged
+
+
+class MomentsRecord:
+    """Mean and biased variance that the BatchNorm layers of a net took of a batch, in one pass.
+
+    Goes to :func:`batch_statistics`. From :meth:`begin` to :meth:`end` the pass is recorded, at next to no cost:
+    torch's own kernel computes the moments anyway, and writes them to tensors that stand in for the layer's running
+    statistics. Of a layer that runs several times in the pass, the moments of all its inputs.
+
+    Args:
+        model: The net.
+
+    Attributes:
+        places: Where each layer has its channels in rows of means and variances (2, C), the layers one after the other.
+        is_on: Whether the present pass is recorded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = batch_norm_layers(model)
+        sizes = [layer.num_features for layer in layers.values()]
+        ends = list(itertools.accumulate(sizes))
+        self.places = {n: slice(end - size, end) for n, end, size in zip(layers, ends, sizes, strict=True)}
+        tensors = (t for layer in layers.values() for t in (layer.weight, layer.running_mean) if t is not None)
+        self._like = next(tensors, torch.zeros(())).detach().new_zeros(())
+        self.is_on = False
+        self._lengths: dict[str, int] = {}  # values a channel, of the layers to which torch's kernel wrote
+        self._taken: dict[str, tuple[Tensor, int]] = {}  # moments (2, C) that came in another way, and of how many runs
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """New tensors: old ones may hold NaN, which the kernel would keep, or belong to a graph."""
+        sizes = [place.stop - place.start for place in self.places.values()]
+        widths = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
+        rows = torch.split(self._like.new_zeros(2 * sum(widths)), widths * 2)
+        if widths != sizes:
+            rows = tuple(row[:size] for row, size in zip(rows, sizes * 2, strict=True))
+        means, variances = rows[: len(sizes)], rows[len(sizes) :]
+        self._rows = dict(zip(self.places, zip(means, variances, strict=True), strict=True))
+
+    def begin(self) -> None:
+        """Record the coming pass."""
+        self.is_on = True
+        self._lengths, self._taken = {}, {}
+        self._make_room()
+
+    def end(self) -> None:
+        """Record no more."""
+        self.is_on = False
+
+    def result(self, old: Tensor, number: Tensor) -> Tensor:
+        """What was recorded (2, C), in the dtype of ``old`` (2, C), which layers that did not run keep.
+
+        One value a channel counts as a batch without variance, if ``number``, 0-dimensional, of the passes that ``old``
+        is from is positive; else its layer keeps ``old`` too.
+        """
+        moments, factors = dict(self._rows), []
+        for name, place in self.places.items():
+            length = self._lengths.get(name, 0)
+            factors.append((length - 1) / length if length else 1.0)  # torch's kernel writes the unbiased variance
+            if name in self._taken:
+                value = self._taken[name][0].to(old.dtype)
+                mean, var = (
+                    value
+                    if len(value) == 2
+                    else torch.where(number > 0, torch.cat([value, torch.zeros_like(value)]), old[:, place])
+                )
+                moments[name] = (mean, var)
+            elif not length:
+                moments[name] = (old[0, place], old[1, place])
+        means, variances = zip(*moments.values(), strict=True)
+        return torch.cat([*means, *torch._foreach_mul(variances, factors)]).view(2, -1).to(old.dtype)
+
+    def fits(self, layer: _BatchNorm) -> bool:
+        """Whether torch's kernel can write here while this layer, with torch's own forward, runs."""
+        like = layer.running_mean if layer.weight is None else layer.weight
+        same = like is None or (like.dtype, like.device) == (self._like.dtype, self._like.device)
+        same = same and isinstance(layer, tuple(_DIMENSIONS))
+        return same and type(layer).forward is _BatchNorm.forward and "forward" not in vars(layer)
+
+    def forward(self, name: str, layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
+        """In place of the layer's forward: the same with statistics of the batch, which are written here."""
+        plain, source = layer.forward, layer.running_mean
+        dimensions = next(d for kind, d in _DIMENSIONS.items() if isinstance(layer, kind))
+
+        def forward(x: Tensor) -> Tensor:
+            if layer.running_mean is not source or x.ndim not in dimensions:
+                return plain(x)  # another rule is active inside this one, or the layer refuses the input
+            length = x.numel() // max(layer.num_features, 1)
+            if source is not None and length == 1:
+                self.take_one(name, x)
+                return plain(x)  # one value a channel has no variance: this layer keeps its source statistics
+            again = self.is_on and (name in self._lengths or name in self._taken)
+            mean, var = map(torch.zeros_like, self._rows[name]) if again else self._rows[name]
+            y = batch_norm(x, mean, var, layer.weight, layer.bias, True, 1.0, layer.eps)
+            if again:
+                self.take(name, mean, var * ((length - 1) / length))
+            elif self.is_on:
+                self._lengths[name] = length
+            return y
+
+        return forward
+
+    def take(self, name: str, mean: Tensor, var: Tensor) -> None:
+        """Note moments (C,) that somebody else has computed."""
+        if not self.is_on:
+            return
+        moments, number = torch.stack([mean, var]), 1
+        if name in self._lengths:  # of an earlier run of the layer
+            length = self._lengths.pop(name)
+            first, var = self._rows[name]
+            self._taken[name] = (torch.stack([first, var * ((length - 1) / length)]), 1)
+        if name in self._taken:
+            earlier, number = self._taken[name]
+            number += 1
+            moments = merged_moments(earlier.to(moments), moments, 1 / number)
+        self._taken[name] = (moments, number)
+
+    def take_one(self, name: str, x: Tensor) -> None:
+        """Note an input with one value a channel."""
+        if self.is_on:
+            self._taken.setdefault(name, (batch_moments(x.detach())[0][None], 1))
+
+
+_DIMENSIONS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+_ALIGNED = 16
+"""Channels: the rows of each layer begin where vectorised kernels expect them."""
+
+
 class _Swap:
     """Forward hooks of one BatchNorm layer: other statistics while it runs, its own afterwards."""
 
-    def __init__(self, name: str, rule: StatisticsRule) -> None:
-        self.name, self.rule = name, rule
+    def __init__(self, name: str, rule: StatisticsRule, record: MomentsRecord | None = None) -> None:
+        self.name, self.rule, self.record = name, rule, record
         self.source: tuple[Tensor | None, Tensor | None] | None = None  # while the layer runs
 
     def before(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -172,6 +311,8 @@ class _Swap:
         x = inputs[0]
         one_pixel = x.shape[1:].numel() == x.shape[1]
         if layer.running_mean is not None and one_pixel and collective.count(x) == 1:
+            if self.record is not None:
+                self.record.take_one(self.name, x)
             return None  # one value a channel has no variance: this layer keeps its source statistics
         statistics = self.rule(self.name, layer, x)
         self.source = (layer.running_mean, layer.running_var)
@@ -179,8 +320,13 @@ class _Swap:
             like = x if layer.weight is None else layer.weight
             _set_statistics(layer, like.new_zeros(x.shape[1]), like.new_full((x.shape[1],), 1 - layer.eps))
             shape = (1, -1, *[1] * (x.ndim - 2))
-            mean, var = (moment.reshape(shape) for moment in batch_moments(x))
+            moments = batch_moments(x)
+            if self.record is not None:
+                self.record.take(self.name, *(moment.detach() for moment in moments))
+            mean, var = (moment.reshape(shape) for moment in moments)
             return (((x - mean) * (var + layer.eps).rsqrt()).to(x.dtype), *inputs[1:])
+        if statistics is None and self.record is not None and self.record.is_on:  # moments cost a pass over x
+            self.record.take(self.name, *batch_moments(x.detach()))
         _set_statistics(layer, *(statistics or (None, None)))
         return None
 
@@ -196,17 +342,22 @@ def _set_statistics(layer: nn.Module, mean: Tensor | None, var: Tensor | None) -
 
 
 @contextmanager
-def bn_statistics(model: nn.Module, rule: StatisticsRule) -> Iterator[None]:
+def bn_statistics(
+    model: nn.Module, rule: StatisticsRule, record: MomentsRecord | None = None, *, but: Container[nn.Module] = ()
+) -> Iterator[None]:
     """While active, every BatchNorm layer of ``model`` (in eval mode) normalises with what ``rule`` returns.
 
     The running statistics are never written and are back in place after each call, also after an error. The layer's
     forward runs, so any subclass of torch's BatchNorm works. A layer that sees one value per channel, which has no
     variance, keeps its source statistics. Gradients flow through the batch's statistics (where ``rule``, see
-    :data:`StatisticsRule`, returns None), not into those that ``rule`` returns.
+    :data:`StatisticsRule`, returns None), not into those that ``rule`` returns. ``record`` gets the moments of layers
+    with the batch's own statistics; layers in ``but`` are left alone.
     """
     with ExitStack() as stack:
         for name, layer in batch_norm_layers(model).items():
-            swap = _Swap(name, rule)
+            if layer in but:
+                continue
+            swap = _Swap(name, rule, record)
             stack.callback(swap.after, layer, None, None)  # hooks do not run after a KeyboardInterrupt inside the layer
             stack.callback(layer.register_forward_pre_hook(swap.before).remove)
             # prepended: where rules are nested, the inner one ends first
@@ -214,8 +365,39 @@ def bn_statistics(model: nn.Module, rule: StatisticsRule) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def fixed_statistics(model: nn.Module, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """While active, the BatchNorm layers in ``statistics`` have this mean and variance (C,) for running statistics."""
+    layers = batch_norm_layers(model)
+    before = {name: (layers[name].running_mean, layers[name].running_var) for name in statistics}
+    try:
+        for name, (mean, var) in statistics.items():
+            _set_statistics(layers[name], mean, var)
+        yield
+    finally:
+        for name, source in before.items():
+            _set_statistics(layers[name], *source)
+
+
+def _recorded_statistics(model: nn.Module, rule: StatisticsRule, record: MomentsRecord) -> AbstractContextManager[None]:
+    """The batch's own statistics, recorded; without hooks where a layer's forward is torch's own."""
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    layers = batch_norm_layers(model)
+    if not collective.is_joined():
+        forwards = {layer: record.forward(name, layer) for name, layer in layers.items() if record.fits(layer)}
+    if len(forwards) == len(layers):
+        return replaced_forwards(forwards)
+    return _both(replaced_forwards(forwards), bn_statistics(model, rule, record, but=forwards))
+
+
+@contextmanager
+def _both(first: AbstractContextManager[None], second: AbstractContextManager[None]) -> Iterator[None]:
+    with first, second:
+        yield
+
+
 def batch_statistics(
-    model: nn.Module, source_weight: float = 0.0, *, unbiased: bool = False
+    model: nn.Module, source_weight: float = 0.0, *, unbiased: bool = False, record: MomentsRecord | None = None
 ) -> AbstractContextManager[None]:
     """BatchNorm with the current batch's statistics, or with a mixture of source and batch.
 
@@ -227,6 +409,7 @@ def batch_statistics(
         model: Any net in eval mode; one without BatchNorm is left as it is.
         source_weight: Weight on the source statistics, in [0, 1].
         unbiased: Whether a mixture takes the batch variance with the n - 1 denominator.
+        record: Gets the moments of the batch in the passes that it records; not of an unbiased mixture.
     """
     check_range("source_weight", source_weight, 0, 1)
 
@@ -239,10 +422,14 @@ def batch_statistics(
                 "source to mix with. Use source_weight=0."
             )
         mean, var = batch_moments(x.detach(), unbiased=unbiased)
+        if record is not None:
+            record.take(name, mean, var)
         mean = torch.lerp(mean.to(layer.running_mean), layer.running_mean, source_weight)
         return mean, torch.lerp(var.to(layer.running_var), layer.running_var, source_weight)
 
-    return bn_statistics(model, rule)
+    if source_weight == 0 and record is not None:
+        return _recorded_statistics(model, rule, record)
+    return bn_statistics(model, rule, record)
 
 
 def weighted_batch_statistics(model: nn.Module, weights: Tensor) -> AbstractContextManager[None]:

@@ -75,9 +75,10 @@ def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
         parser.add_argument("folder", nargs="?", default=".", help="Where configs/ is put; made if it does not exist.")
         return copy_configurations, parser
     from lightning_tta.exporting import export_run
+    from lightning_tta.launch.lightning import build_method
 
-    parser.add_function_arguments(export_run, as_positional=True)
-    return export_run, parser
+    parser.add_function_arguments(export_run, as_positional=True, skip={"build"})
+    return partial(export_run, build=build_method), parser
 
 
 def call(name: str, args: list[str]) -> Any:
@@ -155,9 +156,9 @@ COMMANDS = {
         "tables and an HTML page of finished runs", "runs/digits/benchmark", lambda args: call("report", args)
     ),
     "export": Command(
-        "the weights that a predict run adapted (one that saves its state), as plain safetensors",
-        "runs/digits/predict --output adapted.safetensors",
-        lambda args: print(f"adapted weights: {call('export', args)}"),
+        "the net that a predict run adapted: .safetensors, .pt, .pt2 or .onnx",
+        "runs/digits/predict --output adapted.onnx",
+        lambda args: print(f"adapted net: {call('export', args)}"),
     ),
     "methods": Command("list the methods, or describe one", "tent", _list_methods),
     "streams": Command("list the kinds of stream", "", _list_streams),

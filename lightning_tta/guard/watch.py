@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_tta.errors import ConfigError, check_choice, check_range
-from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.method import Statistics, TTAMethod
 from lightning_tta.methods.base.state import put_back, size, take
 from lightning_tta.metrics import Window, WindowMeasures
 
@@ -224,7 +224,7 @@ class Watch:
             self._only_predicts = self.stopped
             if self.stopped:
                 self.next_batch += 1
-                return self.method.predict(images)
+                return self.method.predict(images, statistics="batch")
             self._begin_if_changed()
             try:
                 return self._review(images, self.method(images))
@@ -233,10 +233,12 @@ class Watch:
 
     forward = __call__
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Logits (B, K) without adapting: the source's on probation."""
+    def predict(self, images: Tensor, *, statistics: Statistics = "stream") -> Tensor:
+        """Logits (B, K) without adapting, as ``method.predict`` gives them: the source's on probation."""
         with self.method.hold():
-            return self._predict_source(images) if self._is_on_probation() else self.method.predict(images)
+            if self._is_on_probation():
+                return self._predict_source(images, statistics)
+            return self.method.predict(images, statistics=statistics)
 
     def reset(self) -> None:
         """Return the method to the source: a new beginning, whose history still counts."""
@@ -334,9 +336,9 @@ class Watch:
         return source
 
     @torch.no_grad()
-    def _predict_source(self, images: Tensor) -> Tensor:
+    def _predict_source(self, images: Tensor, statistics: Statistics = "batch") -> Tensor:
         with self.method.at_source():
-            return self.method.predict(images)
+            return self.method.predict(images, statistics=statistics)
 
     def _is_on_probation(self) -> bool:
         length = self.settings.first_probation * 2 ** self._recent_alarms()
@@ -422,7 +424,7 @@ class Watch:
             put_back(self.method, self._healthy)
         self.stopped = gives_up or action == "stop"
         self._begin()
-        return self.method.predict(images)
+        return self.method.predict(images, statistics="batch")
 
     def _forget(self) -> None:
         self._recent.batches.clear()

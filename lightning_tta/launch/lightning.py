@@ -30,6 +30,7 @@ from lightning_tta.launch.messages import explain, missing_package, name_option
 from lightning_tta.launch.noise import without_noise
 from lightning_tta.launch.trust import MODE, check_classes, close_parsers
 from lightning_tta.methods import available_methods, find
+from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.modules.training import find_checkpoint
 from lightning_tta.run.bar import RunBar
 from lightning_tta.run.board import FitBoard
@@ -171,6 +172,12 @@ class TTACLI(LightningCLI):
         return last
 
 
+class _BuildOnlyCLI(TTACLI):
+    """Builds module, data and Trainer, and runs nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
 class _ParseOnlyCLI(TTACLI):
     """Stops after the checks of the parser: no net is built, no data read."""
 
@@ -181,12 +188,13 @@ class _ParseOnlyCLI(TTACLI):
     def _run_subcommand(self, subcommand: str) -> None: ...
 
 
-def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False) -> TTACLI:
+def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False, build_only: bool = False) -> TTACLI:
     """Run fit, validate, test or predict.
 
     Args:
         args: As on the command line, or a nested dict with ``subcommand``.
         parse_only: Only check the configuration.
+        build_only: Only build what it describes.
 
     Raises:
         LightningTTAError: If the arguments do not parse, or the configuration, data or weights are wrong.
@@ -196,7 +204,7 @@ def run_lightning(args: list[str] | dict[str, Any], *, parse_only: bool = False)
         sys.path.append(str(Path.cwd()))  # a user's own classes, as ``python -m`` finds them
     available_methods()  # a configuration may name any of them by its class alone
     with without_noise(), _in_our_words():
-        return (_ParseOnlyCLI if parse_only else TTACLI)(
+        return (_ParseOnlyCLI if parse_only else _BuildOnlyCLI if build_only else TTACLI)(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -250,6 +258,18 @@ def _in_our_words() -> Iterator[None]:
         if isinstance(error, MisconfigurationException):
             raise ConfigError(f"Lightning refuses this configuration: {' '.join(str(error).split())}") from error
         raise
+
+
+def build_method(config: Path) -> TTAMethod:
+    """The method around its net that ``predict`` would have with this configuration file.
+
+    Raises:
+        LightningTTAError: If the configuration is none of a predict run, or the net cannot be made.
+    """
+    method = getattr(run_lightning(["predict", f"--config={config}"], build_only=True).model, "method", None)
+    if not isinstance(method, TTAMethod):
+        raise ConfigError(f"{config} is no configuration of a predict run.")
+    return method
 
 
 def build_data(args: list[str]) -> LightningDataModule:

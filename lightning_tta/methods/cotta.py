@@ -29,7 +29,9 @@ class CoTTA(TeacherMethod):
 
     Passes per batch and step: one backward and three forward: anchor, teacher, student. If the anchor is unsure, the
     teacher's pass is replaced by ceil(views / n) passes of n views of the whole batch, n = chunk_views / batch size. At
-    ``anchor_threshold`` 0 the anchor is not asked: two forward passes. ``stats`` has the anchor's confidence.
+    ``anchor_threshold`` 0 the anchor is not asked: two forward passes. A net with BatchNorm makes the teacher's pass in
+    any case, for the account of the stream; :meth:`predict` is that pass, without views. ``stats`` has the anchor's
+    confidence.
 
     As long as s = t, at the start and after a reset, a sure anchor leaves the L above without gradient: the first step
     of SGD is none, that of Adam is rounding noise, scaled up; it takes an unsure anchor, and so views, to move the
@@ -85,12 +87,6 @@ class CoTTA(TeacherMethod):
             self.write("steps_taken", self.value("steps_taken") + 1)
         return target
 
-    @property
-    def lacks(self) -> str:
-        """The views are lacking too."""
-        views = "Where the source is unsure the method takes the mean over views; the plain net never does."
-        return f"{super().lacks} {views}".strip() if self.anchor_threshold > 0 else super().lacks
-
     @torch.no_grad()
     def infer(self, x: Tensor) -> Tensor:
         """The teacher's prediction, averaged over views where the anchor is unsure, which asks the device."""
@@ -99,8 +95,15 @@ class CoTTA(TeacherMethod):
             confidence = anchor.softmax(1).amax(1).mean()
             self.note(anchor_confidence=confidence)
             if bool(confidence < self.anchor_threshold):
+                if x is self._unrecorded:  # the statistics of the batch itself, with the weights that predict
+                    self.infer_plain(x)
                 return self._mean_over_views(x)
-        return self.logits(x, self.teacher.weights())
+        return self.infer_plain(x)
+
+    @torch.no_grad()
+    def infer_plain(self, x: Tensor) -> Tensor:
+        """The teacher's prediction."""
+        return self.logits(x, self.teacher.weights(), accounted=True)
 
     def _mean_over_views(self, x: Tensor) -> Tensor:
         size = self.views if self.chunk_views is None else max(1, self.chunk_views // len(x))

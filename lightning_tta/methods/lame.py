@@ -102,6 +102,11 @@ class LAME(TTAMethod):
         self.affinity, self.neighbours = affinity, neighbours
         self.split = HeadSplit(self.model, head)
 
+    no_plain_net = (
+        "it corrects the predictions of a batch together and leaves the net as it was. Deploy the method itself, or "
+        "adapt with 't3a', 'tent' or 'norm'"
+    )
+
     def step(self, x: Tensor) -> Tensor:
         """Refine the batch's predictions."""
         return self.infer(x)

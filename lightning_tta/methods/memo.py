@@ -128,11 +128,6 @@ class MEMO(ViewMethod, GradientMethod):
             )
         self.together = together
 
-    @property
-    def weight_names(self) -> dict[str, str]:
-        """None: each image starts from the source."""
-        return {}
-
     def step(self, x: Tensor) -> Tensor:
         """An episode for each image; several at once where that is the same and fits."""
         together = x.device.type != "cpu" if self.together is None else self.together

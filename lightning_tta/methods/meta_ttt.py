@@ -81,18 +81,10 @@ class MetaTTT(TTAMethod):
                 self.write(self._state_names[name], value, finite)
         return torch.where(finite, result.after[0], result.before[0])
 
-    @property
-    def weight_names(self) -> dict[str, str]:
-        """None if episodic: each batch starts from the source."""
-        return {} if self.episodic else super().weight_names
-
-    @property
-    def lacks(self) -> str:
-        """The mixed layers, where the net has none of its own."""
-        text = (
-            "The method mixes the source's BatchNorm statistics with those of the test batch; the plain net does not."
-        )
-        return text if self._layers else ""
+    no_plain_net = (
+        "it adapts to each batch in several passes, with layers that mix the source's BatchNorm statistics with the "
+        "batch's. Deploy the method itself, or adapt with 'tent' or 'norm'"
+    )
 
     def running(self) -> AbstractContextManager[None]:
         """Mixed layers in place of BatchNorm, only while the net runs: the net itself stays what it was."""

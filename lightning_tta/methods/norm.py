@@ -38,8 +38,10 @@ class Norm(TTAMethod):
     """
 
     synchronized = True
+    uses_batch_statistics = True
 
     def __init__(self, model: nn.Module, *, source_weight: float = 0.0, momentum: float | None = None) -> None:
+        self.uses_batch_statistics = momentum is None  # else their average is the account of the stream
         super().__init__(model)
         check_range("source_weight", source_weight, 0, 1)
         if momentum is not None:
@@ -88,14 +90,30 @@ class Norm(TTAMethod):
     def running(self) -> AbstractContextManager[None]:
         """With the statistics of the batch, mixed with the source's, or with their moving average."""
         if self.momentum is None:
-            return batch_statistics(self.model, self.source_weight)
+            return batch_statistics(self.model, self.source_weight, record=self.record)
         return bn_statistics(self.model, self._average)
+
+    def stream_statistics(self) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """The mixture of the source with the account of the stream, or with the moving average."""
+        layers = batch_norm_layers(self.model)
+        if self.momentum is not None:
+            return {name: self._mixture(name, layer) for name, layer in layers.items()}
+        stream = super().stream_statistics()
+        if not stream or not self.source_weight:
+            return stream
+        weight = self.source_weight
+        mixed = {n: torch.lerp(torch.stack(stream[n]), _source_moments(layer), weight) for n, layer in layers.items()}
+        return {name: (mean, var) for name, (mean, var) in mixed.items()}
 
     def _average(self, name: str, layer: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
         ema = self.get_buffer(self._ema_names[name])
         if self._updating:
             assert self.momentum is not None
             ema.lerp_(torch.stack(batch_moments(x)).to(ema), self.momentum)
+        return self._mixture(name, layer)
+
+    def _mixture(self, name: str, layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+        ema = self.get_buffer(self._ema_names[name])
         mean, var = torch.lerp(ema, _source_moments(layer), self.source_weight)
         return mean, var
 

@@ -87,6 +87,21 @@ class T3A(TTAMethod):
         """Predict with the prototypes as they are."""
         return self._scores(self.features(x)[0].to(self.sums.dtype))
 
+    @property
+    def no_plain_net(self) -> str:  # type: ignore[override]
+        """Where the head is not a linear layer of its own."""
+        head = self.split.head
+        names = [name for name, p in self.model.named_parameters(remove_duplicate=False) if p is head.weight]
+        if type(head).forward is nn.Linear.forward and names == [f"{self.split.name}.weight"]:
+            return ""
+        return "its prototypes cannot replace the last linear layer, whose weight is shared or computed"
+
+    def stream_weights(self) -> dict[str, Tensor]:
+        """The prototypes as rows of the head, without bias."""
+        weights = {f"{self.split.name}.weight": normalize(self.sums, dim=1)}
+        bias = self.split.head.bias
+        return weights if bias is None else {**weights, f"{self.split.name}.bias": torch.zeros_like(bias)}
+
     def _scores(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             return features @ normalize(self.sums, dim=1).T

@@ -22,7 +22,7 @@ from lightning_tta.errors import ConfigError, InputError, check_choice, check_ra
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of, count_logits
-from lightning_tta.modules.loading import load_source
+from lightning_tta.modules.loading import load_source, source_recipe
 from lightning_tta.run import batches
 from lightning_tta.run.batches import StreamInput
 from lightning_tta.run.board import StreamBoard
@@ -124,6 +124,7 @@ class TestTimeAdaptation(LightningModule):
         self.classes = class_subset(classes, "classes")
         pretrained = source_ckpt == "pretrained"
         source = load_source(None if pretrained else source_ckpt, backbone, num_classes, pretrained, backbone_options)
+        self.recipe = source_recipe(source_ckpt, backbone, num_classes, backbone_options)
         names = getattr(source, "class_names", None)
         if self.classes is not None:
             keep_classes(source, self.classes)
@@ -196,7 +197,9 @@ class TestTimeAdaptation(LightningModule):
             world_size=sharing.world,
             mode=sharing.mode,
         )
-        return StreamRun(trainer, self.method, self.net_info, protocol, data, self.reset_every, self.classes, sharing)
+        return StreamRun(
+            trainer, self.method, self.net_info, protocol, data, self.reset_every, self.classes, sharing, self.recipe
+        )
 
     def on_predict_start(self) -> None:
         """Take up what was saved, or show the source to a method that must see it."""
@@ -211,7 +214,7 @@ class TestTimeAdaptation(LightningModule):
         """Adapt on a batch of images and return its logits (B, K)."""
         method = self.method if self.run is None else self.run.method
         logits: Tensor = method(images)
-        return logits if self.predict == "method" else method.predict(images)
+        return logits if self.predict == "method" else method.predict(images, statistics="batch")
 
     def predict_step(
         self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int | None = None
@@ -269,7 +272,7 @@ class TestTimeAdaptation(LightningModule):
         present = self._shares is None or bool(self._shares[number])
         start = self._clock()
         with collective.joined(run.sharing.joined, present=present):
-            logits = self(images) if adapts else run.method.predict(images)
+            logits = self(images) if adapts else run.method.predict(images, statistics="batch")
         seconds = self._clock() - start
         stats = dict(run.method.stats) if adapts else {}
         if run.pace is not None and adapts:

@@ -20,6 +20,29 @@ from lightning_tta.meta.mixed_bn import convert_mixed_bn, mixed_batch_norm_layer
 from lightning_tta.modules.training import find_checkpoint
 
 
+def source_recipe(
+    source_ckpt: str | None,
+    backbone: str | nn.Module | None = None,
+    num_classes: int | None = None,
+    backbone_options: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """Arguments for :func:`load_source`, in primitives, that make the same net again from any folder.
+
+    ``None`` where there are none: the net was made by its user, or has random weights.
+    """
+    if isinstance(backbone, nn.Module) or source_ckpt in (None, "none"):
+        return None
+    pretrained = source_ckpt == "pretrained"
+    path = None if pretrained else str(find_checkpoint(str(source_ckpt)).absolute())
+    return {
+        "source_ckpt": path,
+        "backbone": backbone,
+        "num_classes": num_classes,
+        "pretrained": pretrained,
+        "backbone_options": backbone_options,
+    }
+
+
 def load_source(
     source_ckpt: str | None,
     backbone: str | nn.Module | None = None,

@@ -32,7 +32,7 @@ from lightning_tta.run.processes import ProcessGroup
 
 State = dict[str, Any]
 ResumePolicy = Literal["auto", "restart"]
-FORMAT = 2
+FORMAT = 3
 """Of the states that this version writes."""
 STATE, FINAL, LOCK, REPORT = "state.pt", "final_state.pt", "run.lock", "report.json"
 GROWING = ("predictions.csv", "batches.jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def source_accuracy(
         positions = positions[torch.isin(images.labels[positions], torch.tensor(classes))]
     positions = positions[: data.num_images]
     labels = labels_among(images.labels[positions], classes)
-    right = predict_classes(method.predict, images, positions, data.batch_size, device) == labels
+    predict = partial(method.predict, statistics="batch")
+    right = predict_classes(predict, images, positions, data.batch_size, device) == labels
     known = int((labels >= 0).sum())
     return int(right.sum()) / known if known else None
 

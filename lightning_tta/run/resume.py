@@ -19,8 +19,9 @@ from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun, run_of
 class StateKeeper(RunCallback):
     """Saves the state of a run: ``--state.save_every 50``, ``Trainer(callbacks=[StateKeeper(save_every=50)])``.
 
-    ``save_every=N`` writes ``state.pt`` into the run's directory before the first batch and after every N, whole or not
-    at all, and ``final_state.pt`` at the end. The same command then goes on from there: predictions and report are
+    Every run ends with ``final_state.pt``, which holds what the method may change and no more, for
+    ``lightning-tta export``. ``save_every=N`` also writes ``state.pt`` into the run's directory before the first batch
+    and after every N, whole or not at all. The same command then goes on from there: predictions and report are
     those of a run that was never interrupted, apart from timings. Images of batches that are done are not read again.
 
     Several processes with whole domains each (``replicas``) have a state each, ``state.rank0.pt`` and so on. They go on
@@ -34,8 +35,8 @@ class StateKeeper(RunCallback):
     there twice. (Lightning's CSVLogger starts its metrics.csv anew; batches.jsonl has all.)
 
     Args:
-        save_every: Save the whole state after every so many batches, so that a run that was killed can go on, and at
-            the end, so that ``lightning-tta export`` finds the adapted weights. ``None``: save nothing.
+        save_every: Save the whole state after every so many batches, so that a run that was killed can go on. ``None``:
+            only save the end.
         resume: What happens to a run that is already in the directory of this configuration, see
             :mod:`lightning_tta.run.directory`. ``auto``: an unfinished one goes on from its last saved state, or starts
             anew where none was saved, and a finished one raises :class:`~lightning_tta.errors.FinishedError`.
@@ -91,8 +92,10 @@ class StateKeeper(RunCallback):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end, before the report says that the run is finished."""
-        run_of(pl_module).check_end()
-        self._save(run_of(pl_module), FINAL)
+        run = run_of(pl_module)
+        run.check_end()
+        if run.sharing.mode != "synchronised" or trainer.is_global_zero:  # else all have the same
+            self._save(run, FINAL)
 
     def on_end(self, run: StreamRun) -> None:
         """Nothing is left to continue: the first process, which writes the report, removes the states of all.
@@ -128,7 +131,8 @@ class StateKeeper(RunCallback):
         sizes = {name: size for name, (size, _) in self._sums.items()}
         sums = {name: value for name, (_, value) in self._sums.items()}
         identity = run.directory.identity
-        state = {"version": __version__, "format": FORMAT, "identity": identity, **run.state_dict()}
+        content = run.result() if name == FINAL else run.state_dict()
+        state = {"version": __version__, "format": FORMAT, "identity": identity, **content}
         state |= {"bytes": sizes, "checksums": sums}
         write_whole(run.directory.file(name), lambda file: torch.save(state, file))
 

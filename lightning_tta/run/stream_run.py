@@ -18,6 +18,7 @@ from lightning_tta.data.protocol import Protocol
 from lightning_tta.data.sharing import Sharing
 from lightning_tta.errors import ConfigError
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.state import take
 from lightning_tta.run.directory import ResumePolicy, RunDirectory
 from lightning_tta.run.own_loader import BatchTrail
 from lightning_tta.run.pace import Pace
@@ -41,6 +42,7 @@ class StreamRun:
         reset_every: The method returns to the source after this many batches, beside the protocol's resets.
         classes: The logits that the net was cut to.
         sharing: This process's share of the stream.
+        recipe: Arguments of :func:`~lightning_tta.modules.loading.load_source` that make the net again, if there are.
 
     Attributes:
         summary: The account of the stream so far.
@@ -64,6 +66,7 @@ class StreamRun:
     reset_every: int | None
     classes: list[int] | None
     sharing: Sharing
+    recipe: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -189,17 +192,32 @@ class StreamRun:
         """Since the run first began; the time between a kill and the next start does not count."""
         return self._earlier_seconds + time.perf_counter() - self._start
 
+    def result(self) -> dict[str, Any]:
+        """What the method may change, as it is now, and what it takes to make net and method again."""
+        moment = take(self.method)
+        rest = {name: value for name, value in moment["rest"].items() if not name.startswith("optimizers.")}
+        return {**self._origin(), "moment": {**moment, "rest": rest}}
+
+    def _origin(self) -> dict[str, Any]:
+        names = None if self.data is None else list(self.data.class_names)
+        return {
+            "recipe": self.recipe,
+            "classes": self.classes,
+            "class_names": names if names is None or self.classes is None else [names[k] for k in self.classes],
+            "image_shape": self.method.image_shape,
+            "domain_names": self.summary.domain_names,
+            "position": [self.last_domain, self.since_reset],
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the stream depends on, in plain values and tensors."""
         return {
+            **self._origin(),
             "batches": self.summary.batches,
             "trail": [self.trail.batches, self.trail.digest],
             "method": self.method.state_dict(),
-            "weight_names": self.method.weight_names,
-            "lacks": self.method.lacks,
             "summary": self.summary.state_dict(),
             "pace": None if self.pace is None else self.pace.state_dict(),
-            "position": [self.last_domain, self.since_reset],
             "callbacks": {c.state_key: state for c in self._stateful if (state := c.state_dict())},
             "random": _random_state(self.device),
             "wall_seconds": self.wall_seconds,

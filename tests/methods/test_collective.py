@@ -56,7 +56,7 @@ def run(name, dtype, rank=0, world=1):
         part = batch.tensor_split(world)[rank]
         with collective.joined(world, present=len(part) > 0):
             found = method(part if len(part) else batch[:1])
-            predicted = method.predict(part if len(part) else batch[:1])
+            predicted = method.predict(part if len(part) else batch[:1], statistics="batch")
         logits.append(torch.cat([found, predicted], 1)[: len(part)])
         names = ("loss", "kept", "online_entropy", "skipped_steps", "backwards")
         stats.append({key: method.stats[key] for key in names if key in method.stats})

@@ -62,8 +62,8 @@ def test_a_stream_with_faults(case, subtests, monkeypatch):
         assert torch.equal(logits[broken], torch.zeros(3, 5))
         assert method.stats == {**expected.stats, "nonfinite_images": 3.0}
         assert same(method.state_dict(), expected.state_dict())
-        predicted = method.predict(images)
-        assert torch.equal(predicted[usable], expected.predict(clean))
+        predicted = method.predict(images, statistics="batch")
+        assert torch.equal(predicted[usable], expected.predict(clean, statistics="batch"))
         assert torch.equal(predicted[broken], torch.zeros(3, 5))
 
     for value in (float("nan"), float("inf"), -float("inf")):
@@ -144,7 +144,7 @@ def test_double_precision(case, subtests):
         method = build(name, options, kind, net=make_net(kind).double())
         for images in (make_images(4, dtype=torch.float64), make_images(4, seed=1)):
             assert method(images).dtype == torch.float64
-            assert method.predict(images).dtype == torch.float64
+            assert method.predict(images, statistics="batch").dtype == torch.float64
         assert all(t.dtype == torch.float64 for t in method.adaptable.values())
 
     with subtests.test("conversion in the middle of a stream"):
@@ -196,18 +196,18 @@ def test_autocast(case):
     """Within one context, too, the weights are those of the last step: autocast keeps copies that know of none."""
     method, stream, asked = build(*case), make_stream(2), make_images(4, seed=9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = [(method(images), method.predict(asked)) for images in stream]
+        found = [(method(images), method.predict(asked, statistics="batch")) for images in stream]
         method.reset()
-        at_the_source = method.predict(asked)
+        at_the_source = method.predict(asked, statistics="batch")
     assert all(t.dtype == torch.float32 for t in method.adaptable.values())
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-        assert torch.equal(method.predict(asked), at_the_source)
+        assert torch.equal(method.predict(asked, statistics="batch"), at_the_source)
     for images, (logits, predicted) in zip(stream, found, strict=True):
         assert logits.dtype == torch.float32
         assert torch.isfinite(logits).all()
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
             assert torch.equal(method(images), logits)
-            assert torch.equal(method.predict(asked), predicted)
+            assert torch.equal(method.predict(asked, statistics="batch"), predicted)
 
 
 WRONG = {

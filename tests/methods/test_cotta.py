@@ -114,7 +114,7 @@ def test_six_steps(kind, which, options, views):
     asked = []
     for images in stream:
         views.clear()
-        predicted = method.predict(images)
+        predicted = method.predict(images, statistics="batch")
         given = list(views)
         views.clear()
         logits = method(images)

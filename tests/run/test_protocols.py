@@ -35,9 +35,9 @@ class Spy(Source):
         self.stats["backwards"] = 1.0
         return logits
 
-    def predict(self, images):
+    def predict(self, images, **options):
         self.events.append("predict")
-        return super().predict(images)
+        return super().predict(images, **options)
 
     def reset(self):
         self.events.append("reset")
@@ -88,7 +88,9 @@ def test_frozen_pass_is_that_of_the_adapted_net(tmp_path):
     _, outputs, _ = run(tmp_path, data=data)
     alone = adapt(make_net("bn", num_classes=10), "tent", lr=1e-2)
     for batch, output in zip(data.predict_dataloader(), outputs, strict=True):
-        logits = alone(batch["image"]) if int(batch["domain"][0]) == 0 else alone.predict(batch["image"])
+        logits = (
+            alone(batch["image"]) if int(batch["domain"][0]) == 0 else alone.predict(batch["image"], statistics="batch")
+        )
         assert torch.equal(output["logits"], logits)
 
 
@@ -131,7 +133,7 @@ def test_a_slow_method_misses_samples_and_predicts_them_as_it_is(tmp_path):
     assert (report["protocol"]["charge"], report["protocol"]["interval"]) == ("passes", 1)
     alone = adapt(make_net("bn", num_classes=10), "tent", lr=1e-2)
     for number, (batch, output) in enumerate(zip(data.predict_dataloader(), outputs, strict=True)):
-        expected = alone.predict(batch["image"]) if number % 3 else alone(batch["image"])
+        expected = alone.predict(batch["image"], statistics="batch") if number % 3 else alone(batch["image"])
         assert torch.equal(output["logits"], expected)
     _, _, waiting = run(tmp_path / "b", data=DigitsData(domains=["contrast"], num_images=96, batch_size=16))
     assert waiting["batches_not_adapted_on"] == 0

@@ -1,20 +1,13 @@
-"""What a method says of itself to those who save it or compare it: its options, and where its adapted weights are."""
+"""What a method says of itself to those who save it or compare it: its name, its options, what it can be."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any, ClassVar, Self
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.errors import check_choice
-
-BATCH_STATISTICS = (
-    "The method normalises with statistics of the test batch; the plain net's BatchNorm layers normalise with the "
-    "source's, so that its logits differ. To get the method's, put these layers, and only these, into training mode "
-    "with track_running_stats=False, running_mean=None and running_var=None."
-)
 
 
 class Described:
@@ -27,12 +20,14 @@ class Described:
             :mod:`lightning_tta.collective`. A subclass that overrides ``step`` must say it again.
         fixed_options: Options of a base class that this class sets itself, and does not take.
         uses_batch_statistics: Whether its plain pass has BatchNorm normalise with the batch's own statistics.
+        no_plain_net: Why no plain net predicts as the method does, and what to do; empty where one can, see ``export``.
     """
 
     parallel: ClassVar[frozenset[str]] = frozenset({"replicas"})
     synchronized: ClassVar[bool] = False
     fixed_options: ClassVar[frozenset[str]] = frozenset()
-    uses_batch_statistics: ClassVar[bool] = False
+    uses_batch_statistics: bool = False
+    no_plain_net: str = ""
     options: dict[str, Any]
     model: nn.Module
 
@@ -58,21 +53,6 @@ class Described:
         """The name to ask for: the file's name in this package, or the class name of a method from elsewhere."""
         package, _, file = type(self).__module__.rpartition(".")
         return file if package == "lightning_tta.methods" else type(self).__name__
-
-    @property
-    def weight_names(self) -> dict[str, str]:
-        """The net's tensors as adapted: their names in ``state_dict()`` by those in the net's own state dict.
-
-        Empty where there are none to take away: nothing of the net adapts, or not for longer than a batch.
-        """
-        names = {name: f"model.{name}" for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
-        adaptable: dict[str, Tensor] = self.adaptable  # type: ignore[attr-defined]  # of State
-        return names if any(name.startswith("model.") for name in adaptable) else {}
-
-    @property
-    def lacks(self) -> str:
-        """What this method's predictions have and the plain net with these weights has not; empty for nothing."""
-        return BATCH_STATISTICS if batch_norm_layers(self.model) else ""
 
 
 def signature_of(cls: type) -> inspect.Signature:

@@ -6,7 +6,7 @@ import copy
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,14 +15,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tta import collective
-from lightning_tta.backbones.norms import batch_norm_layers, batch_statistics, grouped_batch_statistics
+from lightning_tta.backbones.norms import (
+    MomentsRecord,
+    batch_norm_layers,
+    batch_statistics,
+    fixed_statistics,
+    grouped_batch_statistics,
+)
 from lightning_tta.backbones.passes import call_with, safe_checkpoints
 from lightning_tta.backbones.split import HeadSplit, features_at, module_at
-from lightning_tta.errors import ConfigError, NotPreparedError, check_range
+from lightning_tta.errors import ConfigError, NotPreparedError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import at_least_float32
+from lightning_tta.methods.base.account import MOMENTS, StreamAccount
 from lightning_tta.methods.base.custody import Custody, exclusive, reading
 from lightning_tta.methods.base.description import Described
 from lightning_tta.methods.base.first_pass import FirstPass
+from lightning_tta.methods.base.plain import plain_net
 from lightning_tta.methods.base.selection import read_flags, select_parameters
 from lightning_tta.methods.base.state import State
 from lightning_tta.methods.base.task import (
@@ -38,6 +46,7 @@ from lightning_tta.methods.base.task import (
 from lightning_tta.metrics import collapse_measures
 
 Stats = dict[str, float]
+Statistics = Literal["stream", "batch"]
 COUNTS = ("forwards", "backwards", "skipped_steps", "nonfinite_images")
 
 
@@ -63,6 +72,8 @@ class TTAMethod(Described, State, ABC):
         returns: Whether the logits come from before or after the batch's own update.
         needs_source: Whether :meth:`prepare` must run before the stream; may depend on the options.
         prepared: Whether it has.
+        image_shape: That of an image of the last batch, (C, H, W).
+        required: Names of the net's parameters that required gradients when the method was made.
         optimizers: By name; empty for methods without gradients. Their moments are state, and exist from the start.
         task: What the input is: :class:`~lightning_tta.methods.base.task.Images`.
         small_batch: A first batch of fewer images than this, of a net with BatchNorm, is warned of: 8 where the batch's
@@ -81,6 +92,7 @@ class TTAMethod(Described, State, ABC):
         super().__init__()
         check_range("steps", steps, 1, integer=True)
         plain = plain_model(model).eval()
+        self.required = frozenset(name for name, p in plain.named_parameters() if p.requires_grad)
         self._flags = read_flags(plain)
         self.task = copy.copy(self.task)  # it remembers what it has warned of
         self.small_batch = 8 if self.uses_batch_statistics else 0
@@ -94,6 +106,12 @@ class TTAMethod(Described, State, ABC):
         self.optimizers: dict[str, Optimizer] = {}
         self._module_at: dict[float, str] = {}
         self._batch_size = 0
+        self.image_shape: list[int] | None = None
+        self._unrecorded: Tensor | None = None  # the batch, until its pass comes whose statistics are accounted for
+        self._account: StreamAccount | None = None
+        if self.uses_batch_statistics and batch_norm_layers(plain):
+            with torch.no_grad():
+                self._account = StreamAccount(self, plain)
         self._counts = dict.fromkeys(COUNTS, 0)
         self._notes: dict[str, Tensor] = {}
         self._logits: Tensor | None = None  # of the last batch
@@ -115,9 +133,24 @@ class TTAMethod(Described, State, ABC):
         """The logits as this method predicts, without adapting. Override where that is not a pass of the net."""
         return self.logits(x)
 
+    def infer_plain(self, x: Tensor) -> Tensor:
+        """The logits as near to :meth:`infer` as one pass of a plain net, which keeps images apart, can give."""
+        return self.infer(x)
+
     def running(self) -> AbstractContextManager[None]:
         """How the net runs in every pass: by default with batch statistics, if :attr:`uses_batch_statistics`."""
-        return batch_statistics(self.model) if self.uses_batch_statistics else nullcontext()
+        return batch_statistics(self.model, record=self.record) if self.uses_batch_statistics else nullcontext()
+
+    def stream_statistics(self) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """Mean and variance (C,) with which BatchNorm runs after the stream, by layer; ``None``: the source's.
+
+        An empty dict: of a method that takes them from the stream, and has seen no batch yet. Asks the device.
+        """
+        return None if self._account is None else self._account.statistics(self, self.model)
+
+    def stream_weights(self) -> dict[str, Tensor]:
+        """Values of the net's parameters with which the method predicts, by name, where the net has others."""
+        return {}
 
     @exclusive
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
@@ -126,23 +159,33 @@ class TTAMethod(Described, State, ABC):
 
     # What a method uses ----------------------------------------------------------------------------------------------
 
-    def logits(self, x: Tensor, weights: Mapping[str, Tensor] | None = None, groups: int = 1) -> Tensor:
+    def logits(
+        self,
+        x: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        groups: int = 1,
+        *,
+        accounted: bool | None = None,
+    ) -> Tensor:
         """A pass of the net.
 
         Args:
             x: Samples (B, C, H, W).
             weights: Other values for some of the net's parameters, by name; cast to their dtype.
             groups: Number of equal batches in ``x``, one after the other: BatchNorm takes the statistics of each apart.
+            accounted: Whether the first such pass over the batch, as it came to the step, is the one whose BatchNorm
+                statistics go into the account of the stream; by default the one with the net's own weights.
 
         Returns:
             Logits (B, ..., K).
         """
         with nullcontext() if groups == 1 else grouped_batch_statistics(self.model, groups):
             if weights is None:
-                return self.task.logits(self.model(x))
+                return self._accounted(x, accounted is not False, lambda: (None, self.task.logits(self.model(x))))[1]
             parameters = dict(self.model.named_parameters(remove_duplicate=False))
             cast = {parameters[name]: weight.to(parameters[name].dtype) for name, weight in weights.items()}
-            return self.task.logits(call_with(self.model, cast, x))
+            run = lambda: (None, self.task.logits(call_with(self.model, cast, x)))  # noqa: E731
+            return self._accounted(x, accounted is True, run)[1]
 
     def features(self, x: Tensor, at: float | Sequence[str] | Literal["head"] = "head") -> tuple[Any, Tensor]:
         """Features and logits in one pass.
@@ -159,6 +202,9 @@ class TTAMethod(Described, State, ABC):
         Raises:
             UnsupportedModelError: If the net does not end in a linear layer, or a named module does not run.
         """
+        return self._accounted(x, True, lambda: self._features(x, at))
+
+    def _features(self, x: Tensor, at: float | Sequence[str]) -> tuple[Any, Tensor]:
         if isinstance(at, str):
             return self.split(x)
         if isinstance(at, (int, float)):
@@ -272,6 +318,7 @@ class TTAMethod(Described, State, ABC):
                 "batches {'image': (B, C, H, W) in [0, 1], 'label': (B,)} from the training set."
             )
         usable = self.task.usable(x)
+        self.image_shape = list(x.shape[1:])
         number = int(usable.sum())
         self._counts = {**dict.fromkeys(COUNTS, 0), "nonfinite_images": len(usable) - number}
         self._notes, self._stats, self._logits = {}, None, None
@@ -296,27 +343,68 @@ class TTAMethod(Described, State, ABC):
         present = len(x) > 0  # else other processes have samples
         with nullcontext() if present else collective.absent():
             x = x if present else self.task.stand_in(x)
-            for _ in range(self.steps):
-                self._notes = {}
-                logits = self.step(x).detach()
+            try:
+                for number in range(self.steps):
+                    self._notes = {}
+                    self._unrecorded = x if self._account is not None and number + 1 == self.steps else None
+                    logits = self.step(x).detach()
+                if self._account is not None:
+                    self._account.take(self, self._batch_size, self._counts["skipped_steps"])
+            finally:
+                self._unrecorded = None
+                if self._account is not None:
+                    self._account.drop()
         return logits if present else logits[:0]
 
     @reading
     @torch.no_grad()
-    def predict(self, x: Tensor) -> Tensor:
-        """Logits (B, K) of the net as adapted so far; changes nothing. Same input and errors as :meth:`forward`."""
+    def predict(self, x: Tensor, *, statistics: Statistics = "stream") -> Tensor:
+        """Logits (B, K) of the net as adapted so far; changes nothing. Same input and errors as :meth:`forward`.
+
+        Args:
+            x: As in :meth:`forward`.
+            statistics: Of a method whose BatchNorm layers normalise with statistics of the test data: ``stream``, those
+                of the stream so far (:class:`~lightning_tta.methods.base.account.StreamAccount`), so that images do not
+                depend on each other, and one alone is right too; while nothing was seen as ``batch``, those of ``x``.
+
+        Raises:
+            ConfigError: If ``statistics`` is another word.
+        """
+        check_choice("statistics", statistics, ("stream", "batch"))
         usable = self.task.usable(x)
         kept = self._counts, self._notes
         self._counts, self._notes = {}, {}
         try:
+            stream = self.stream_statistics() if statistics == "stream" else {}
             seen = explained(self.model, x, has_run=self.has_run)
-            with seen, fresh_casts(), self.running(), self.passes():
+            with seen, fresh_casts(), self._running(stream) as infer, self.passes():
                 samples = x.to(float_dtype(self.model))
                 samples = samples if bool(usable.all()) else samples[usable.to(x.device)]
-                logits = self.infer(samples) if len(samples) else self._no_logits(samples)
+                logits = infer(samples) if len(samples) else self._no_logits(samples)
         finally:
             self._counts, self._notes = kept
         return fill(at_least_float32(logits), usable)
+
+    def export(self) -> nn.Module:
+        """A plain net that predicts each image as :meth:`predict` does now, up to rounding.
+
+        A copy of the user's net, of its own class and with its own names, in eval mode: with the adapted parameters,
+        and with the stream's statistics as running statistics of its BatchNorm layers. A
+        :class:`~lightning_tta.Backbone` stays one: it takes pixels.
+
+        Raises:
+            UnsupportedModelError: If no plain net predicts as this method does, with the reason and what to use.
+            ConfigError: If the method needs statistics of the stream and has seen no batch.
+        """
+        if self.no_plain_net:
+            raise UnsupportedModelError(f"No plain net predicts as '{self.name}' does: {self.no_plain_net}.")
+        statistics = self.stream_statistics()
+        if statistics is not None and not statistics:
+            raise ConfigError(
+                f"'{self.name}' has seen no batch since it was made or reset, so there are no statistics of the stream "
+                "for the BatchNorm layers. Stream some batches through it first: method(images)."
+            )
+        return plain_net(self.model, self.stream_weights(), statistics or {}, self.required)
 
     @property
     def stats(self) -> Stats:
@@ -339,6 +427,12 @@ class TTAMethod(Described, State, ABC):
         """Back to the source: every declared state exactly as at construction."""
         super().reset()
         self._stats, self._logits, self._notes = {}, None, {}
+
+    def reset_where(self, condition: Tensor | None) -> None:
+        """As of the state; what was seen of the batch is of another net now."""
+        super().reset_where(condition)
+        if self._account is not None:
+            self._account.drop(condition)
 
     def train(self, mode: bool = True) -> TTAMethod:
         """Record ``mode`` on the method; the net inside stays in eval mode (no dropout, no drop path)."""
@@ -406,9 +500,28 @@ class TTAMethod(Described, State, ABC):
             )
         super()._check_fits(state)
 
+    @property
+    def record(self) -> MomentsRecord | None:
+        """What :meth:`running` hands on, so that the statistics of the batch's pass are accounted for."""
+        return None if self._account is None else self._account.record
+
+    @contextmanager
+    def at_source(self) -> Iterator[None]:
+        """As of the state; a pass meanwhile says nothing of the net as adapted."""
+        batch, self._unrecorded = self._unrecorded, None
+        try:
+            with super().at_source():
+                yield
+        finally:
+            self._unrecorded = batch
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         with self._custody.call():
             super()._apply(fn, recurse)
+            if self._account is not None:
+                self._account.renew(self.model)
+                for tensors in (self._rest, self._sources):
+                    tensors[MOMENTS] = at_least_float32(tensors[MOMENTS])
             self._custody.take_stock(self.model)
         return self
 
@@ -424,6 +537,29 @@ class TTAMethod(Described, State, ABC):
         self._custody = Custody(self.model, self.name, self._lent)  # a copy's own
 
     # Internals -------------------------------------------------------------------------------------------------------
+
+    def _accounted(self, x: Tensor, wanted: bool, run: Callable[[], tuple[Any, Tensor]]) -> tuple[Any, Tensor]:
+        """Run a pass; the first over the batch as it came to the step is accounted for, if ``wanted``."""
+        if self._account is None or x is not self._unrecorded or not wanted:
+            return run()
+        self._unrecorded = None
+        self._account.record.begin()
+        try:
+            features, logits = run()
+        finally:
+            self._account.record.end()
+        self._account.note(self, logits.detach())
+        return features, logits
+
+    @contextmanager
+    def _running(self, stream: dict[str, tuple[Tensor, Tensor]] | None) -> Iterator[Callable[[Tensor], Tensor]]:
+        """How the net runs in a prediction, and what predicts."""
+        if stream:
+            with fixed_statistics(self.model, stream):
+                yield self.infer_plain
+        else:
+            with self.running():
+                yield self.infer_plain if stream is None else self.infer
 
     @torch.no_grad()
     def _no_logits(self, x: Tensor) -> Tensor:

@@ -117,6 +117,10 @@ class ViewMethod(TTAMethod):
     """
 
     fixed_options = frozenset({"steps"})
+    no_plain_net = (
+        "it treats each image on its own, from the source anew, so that nothing learned remains in the net. Deploy the "
+        "method itself, or adapt with 'tent', 'zerosiam' or 'norm'"
+    )
 
     def __init__(
         self,

@@ -96,10 +96,9 @@ class TeacherMethod(GradientMethod):
         """The weights that the student started with."""
         return {name: self.source_value(f"model.{name}") for name in self.teacher.slots}
 
-    @property
-    def weight_names(self) -> dict[str, str]:
+    def stream_weights(self) -> dict[str, Tensor]:
         """The teacher's, which predicts."""
-        return {**super().weight_names, **{name: f"teacher.{slot}" for name, slot in self.teacher.slots.items()}}
+        return self.teacher.weights()
 
     def update_teacher(self) -> None:
         """Move the teacher towards the student."""

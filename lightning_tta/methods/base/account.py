@@ -1,0 +1,109 @@
+"""A running account of the stream's BatchNorm statistics: what a net that is deployed after the stream runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tta.backbones.norms import MomentsRecord, batch_norm_layers, merged_moments
+from lightning_tta.losses import at_least_float32
+from lightning_tta.methods.base.state import State
+
+MOMENTS, IMAGES = "stream.moments", "stream.images"
+
+
+class StreamAccount:
+    """Mean and variance of the input of each BatchNorm layer over the stream, two tensors in a method's state.
+
+    After a batch of B images with mean m and variance v, where n images were seen before::
+
+        w = B / (min(n, horizon) + B)    d = m - mean
+        mean <- mean + w d               var <- (1 - w) var + w v + w (1 - w) d^2
+
+    That is the law of total variance: over the first ``horizon`` images exact, whatever the batches, also for one
+    image at a time and for a stream sorted by class, whose batches vary less than the stream does. A batch is left out
+    whose moments, logits or gradients are not finite. Layers that do not run keep the source's.
+
+    Args:
+        method: Has the state; of whose net the layers are.
+        model: The net.
+
+    Attributes:
+        noted: What :meth:`note` kept.
+        HORIZON: Images after which older ones fade. A mean over 1,000 images is known to 3 % of a standard deviation,
+            and the account follows a stream that changes; the parameters change with it.
+    """
+
+    HORIZON: ClassVar[int] = 1000
+
+    def __init__(self, method: State, model: nn.Module) -> None:
+        self.record = MomentsRecord(model)
+        layers = batch_norm_layers(model)
+        like = next((t for layer in layers.values() for t in _tensors(layer)), torch.zeros(()))
+        moments = at_least_float32(like.new_zeros(2, sum(layer.num_features for layer in layers.values())))
+        moments[1] = 1
+        for name, layer in layers.items():
+            if layer.running_mean is not None and layer.running_var is not None:
+                moments[:, self.record.places[name]] = torch.stack([layer.running_mean, layer.running_var]).to(moments)
+        self.noted: tuple[Tensor, Tensor | bool] | None = None
+        method.state(MOMENTS, moments)
+        method.state(IMAGES, torch.zeros((), dtype=torch.int64, device=moments.device), source=0)
+
+    def renew(self, model: nn.Module) -> None:
+        """The net was moved or converted."""
+        with torch.inference_mode(False):
+            self.record = MomentsRecord(model)
+
+    @torch.no_grad()
+    def note(self, method: State, logits: Tensor) -> None:
+        """Keep what was recorded in a pass that gave these logits, until :meth:`take`."""
+        seen = self.record.result(method.value(MOMENTS), method.value(IMAGES))
+        total = _value(seen.sum() + logits.sum())
+        self.noted = (seen, total - total == 0)  # not so if one of them is not finite
+
+    def drop(self, where: Tensor | None = None) -> None:
+        """Forget what was noted; only if ``where``, 0-dimensional and bool, is true."""
+        if self.noted is not None:
+            seen, good = self.noted
+            self.noted = None if where is None else (seen, good & (_value(where) == 0))
+
+    @torch.no_grad()
+    def take(self, method: State, images: int, skipped: Tensor | int) -> None:
+        """Take in what was noted of a batch of ``images``, all processes together, unless a step was ``skipped``."""
+        if self.noted is None:
+            return
+        (seen, good), self.noted = self.noted, None
+        good = good & ((_value(skipped) if isinstance(skipped, Tensor) else skipped) == 0)
+        moments, number = method.value(MOMENTS), method.value(IMAGES)
+        before = _value(number.clamp(max=self.HORIZON))
+        if isinstance(good, bool):
+            if good:
+                moments.copy_(merged_moments(moments, seen, images / (before + images)))
+                number.add_(images)
+            return
+        merged = merged_moments(moments, seen, (images / (before + images)).to(moments.dtype))
+        moments.copy_(torch.where(good, merged, moments))
+        number.add_(good, alpha=images)
+
+    def statistics(self, method: State, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean and variance by layer, as the layer stores them; empty if nothing was seen. Asks the device."""
+        if not bool(method.value(IMAGES) > 0):
+            return {}
+        moments, statistics = method.value(MOMENTS), {}
+        for name, layer in batch_norm_layers(model).items():
+            like = next(_tensors(layer), moments)
+            mean, var = moments[:, self.record.places[name]].to(like)
+            statistics[name] = (mean, var)
+        return statistics
+
+
+def _value(scalar: Tensor) -> Any:
+    """A 0-dimensional tensor; the number in it where the host has it anyway: it computes faster than tensors do."""
+    return scalar.numpy().item() if scalar.device.type == "cpu" else scalar
+
+
+def _tensors(layer: nn.Module) -> Iterator[Tensor]:
+    return (t for t in (layer.running_mean, layer.weight) if isinstance(t, Tensor))
