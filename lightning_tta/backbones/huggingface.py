@@ -34,7 +34,10 @@ def build_transformers(name: str, num_classes: int | None, load: bool, options: 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="transformers")
         if architecture is not None:
-            config = transformers.AutoConfig.for_model(**architecture)
+            try:
+                config = transformers.AutoConfig.for_model(**architecture)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"hf/{name}: architecture is no configuration of a model: {error}") from error
             recipe: dict[str, Any] = {}
         else:
             config = _read(transformers.AutoConfig, name)

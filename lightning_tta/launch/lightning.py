@@ -84,7 +84,7 @@ class TTACLI(LightningCLI):
             super().parse_arguments(parser, _name_classes(args) if isinstance(args, list) else args)
         except argparse.ArgumentError as error:
             raise explain(error, command, f"lightning-tta {name}") from None
-        check_classes(self.config)
+        check_classes(self.config[name])
 
     def before_instantiate_classes(self) -> None:
         """A net of the user's that is written as a class with its arguments is built as one that is named by its path.

@@ -129,6 +129,15 @@ def test_benchmark(scratch, place):
     assert not list(scratch.rglob("pwned"))
 
 
+def test_the_option_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(HOSTILE["a function in a schedule"])
+    said = capsys.readouterr().err.rpartition("error: ")[2]
+    assert said.startswith(
+        "--model.lr_scheduler.lr_lambda names evil.run, which a configuration may not call. Allowed:"
+    )
+
+
 def test_every_option_of_any_type_keeps_a_mapping():
     """Walks the options of all commands: whatever takes any value takes a class as data."""
     close_parsers()
