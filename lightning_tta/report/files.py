@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,20 +161,21 @@ def read_predictions(directory: Path, report: Report) -> tuple[Predictions, str]
     if not path.is_file():
         return {}, ""
     content = path.read_bytes()
-    rows: dict[str, list[tuple[int, int, int]]] = {}
+    numbers: dict[str, array[int]] = {}
     try:
-        header, *lines = csv.reader(io.StringIO(content.decode(), newline=""))
-        place = {name: number for number, name in enumerate(header)}
+        lines = csv.reader(io.StringIO(content.decode(), newline=""))
+        place = {name: number for number, name in enumerate(next(lines, []))}
         domain, index, label, guess = (place[name] for name in ("domain", "index", "label", "prediction"))
         for line in lines:
-            numbers = int(line[index]), int(line[label] or -1), int(line[guess] or -1)
-            rows.setdefault(line[domain], []).append(numbers)
-    except (KeyError, IndexError, ValueError, csv.Error) as error:
+            here = numbers.setdefault(line[domain], array("q"))
+            here.extend((int(line[index]), int(line[label] or -1), int(line[guess] or -1)))
+    except (KeyError, IndexError, ValueError, OverflowError, csv.Error) as error:
         return {}, f"predictions.csv cannot be read ({type(error).__name__}: {error})"
     wanted = report.get("predictions_digest")
     if wanted is not None and wanted != predictions_digest(content):
         return {}, "predictions.csv was changed after the run: its checksum is not the report's"
-    images = {name: np.array(sorted(each)) for name, each in rows.items()}
+    unsorted = {name: np.array(each, dtype=np.int64).reshape(-1, 3) for name, each in numbers.items()}
+    images = {name: each[np.argsort(each[:, 0], kind="stable")] for name, each in unsorted.items()}
     for name, part in (report.get("domains") or {}).items():
         accuracy, (_, labels, guesses) = part.get("accuracy"), images.get(name, np.empty((0, 3))).T
         labelled = int((labels >= 0).sum())

@@ -6,8 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
+import numpy as np
 from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 UPPER = 0.975
 """Upper quantile of the 95 % confidence intervals."""
@@ -55,22 +60,22 @@ def over_seeds(differences: Sequence[float]) -> Estimate | None:
     return replace(estimate, p=2 * float(stdtr(estimate.count - 1, -abs(estimate.mean) / error)))
 
 
-def over_images(differences: Sequence[int]) -> Estimate | None:
+def over_images(differences: Sequence[int] | NDArray[np.int64]) -> Estimate | None:
     """The mean of per-image differences in {-1, 0, 1} with its standard error, by the normal distribution.
 
     It takes images as independent draws, and speaks of this net and this order of the stream only. Where fewer than
     ``FEW`` images differ, p is that of the exact sign test (McNemar's).
     """
-    n = len(differences)
+    values = np.asarray(differences)
+    n, better, worse = len(values), int((values > 0).sum()), int((values < 0).sum())
     if n < MIN_SEEDS:
         return None
-    mean = sum(differences) / n
-    error = math.sqrt(max(0.0, sum(d * d for d in differences) - n * mean**2) / (n - 1) / n)
+    mean = (better - worse) / n
+    error = math.sqrt(max(0.0, better + worse - n * mean**2) / (n - 1) / n)
     p = 2 * float(ndtr(-abs(mean) / error)) if error else None
-    better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     if p is not None and better + worse < FEW:
         p = min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
-    return Estimate(mean, min(differences), max(differences), n, float(ndtri(UPPER)) * error, p, "images")
+    return Estimate(mean, int(values.min()), int(values.max()), n, float(ndtri(UPPER)) * error, p, "images")
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -89,7 +89,7 @@ def difference(group: Group, method: str, domain: str | None = None, base: str |
     if len(pairs) == 1:
         hits, others = (run.hits_in(domain) for run in pairs[0])
         if hits and hits.keys() == others.keys() and all(np.array_equal(hits[n][0], others[n][0]) for n in hits):
-            over = over_images(np.concatenate([hits[name][1] - others[name][1] for name in hits]).tolist())
+            over = over_images(np.concatenate([hits[name][1] - others[name][1] for name in hits]))
             if over is not None:
                 return over
     return over_seeds([(run.accuracy(domain) or 0) - (source.accuracy(domain) or 0) for run, source in pairs])
