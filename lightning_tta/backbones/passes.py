@@ -16,7 +16,7 @@ def names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     """Every place of each parameter, by name; a shared one has several, one in a module held twice has the first."""
     places: dict[nn.Parameter, list[str]] = {}
     for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False):
+        for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
             places.setdefault(parameter, []).append(name)
     return places
 

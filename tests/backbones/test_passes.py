@@ -16,9 +16,11 @@ class Twice(nn.Module):
         super().__init__()
         self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
         self.alias, self.other.weight = self.one, self.one.weight
+        self.register_parameter("own", nn.Parameter(torch.ones(3)))
+        self.register_parameter("again", self.own)
 
     def forward(self, x):
-        return self.other(self.alias(x))
+        return self.other(self.alias(x)) * self.own * self.again
 
 
 def test_other_values_in_every_place_and_back_again():
@@ -28,6 +30,8 @@ def test_other_values_in_every_place_and_back_again():
     with torch.no_grad():
         expected = (x @ weight.T + net.one.bias) @ weight.T + net.other.bias
     torch.testing.assert_close(call_with(net, {net.one.weight: weight}, x), expected)
+    twice = call_with(net, {net.one.weight: weight, net.own: torch.full((3,), 2.0)}, x)
+    torch.testing.assert_close(twice, 4 * expected)
     assert isinstance(net.alias.weight, nn.Parameter)
     assert torch.equal(net(x), before)
 
