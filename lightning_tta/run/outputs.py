@@ -37,9 +37,11 @@ class PredictionWriter(RunCallback):
 
     def __init__(self) -> None:
         self._file: IO[str] | None = None
+        self._class_names: list[str] = []
 
     def on_start(self, run: StreamRun) -> None:
         """Open the file, anew or where a continued run left it."""
+        self._class_names = run.class_names
         self._file = run.directory.open(PREDICTIONS)
         if self._file.tell() == 0:
             csv.writer(self._file).writerow((*COLUMNS, *NAMES))
@@ -53,7 +55,7 @@ class PredictionWriter(RunCallback):
             columns[name] = [f"{value:.6g}" for value in columns[name]]
         files = [] if run.batch is None else run.batch.files
         columns["file"] = [printable(name) for name in files] or [""] * len(output["index"])
-        names = run.class_names
+        names = self._class_names
         columns["class"] = [names[k] if 0 <= k < len(names) else "" for k in columns["prediction"]]
         csv.writer(self._file).writerows(zip(*columns.values(), strict=True))
         self._file.flush()
