@@ -101,6 +101,8 @@ class ShiftedDataModule(LightningDataModule, ABC):
     """Whether a leaf reads files of corrupted images: see :meth:`published`."""
     reads_ahead: ClassVar[bool] = True
     """Whether natural domains are read before the stream, and kept in memory where they fit."""
+    has_labels: bool = True
+    """Whether any image has a label: without, nothing is said of accuracy."""
     own_images: ClassVar[bool] = False
     """Whether the images are a user's own: without ``domains`` they come as they are, and nothing is corrupted."""
 

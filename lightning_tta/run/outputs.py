@@ -121,10 +121,11 @@ class StreamReport(RunCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse early what cannot be measured."""
         data = getattr(trainer, "datamodule", None)
-        if self.measure_forgetting and not isinstance(data, ShiftedDataModule):
+        known = isinstance(data, ShiftedDataModule) and data.has_labels
+        if self.measure_forgetting and not known:
             raise ConfigError(
-                "measure_forgetting needs clean source test images: predict with a data module of lightning_tta, or "
-                "leave it out."
+                "measure_forgetting needs clean source test images with labels: predict with a data module of "
+                "lightning_tta that has them, or leave it out."
             )
 
     def on_ready(self, run: StreamRun) -> None:
