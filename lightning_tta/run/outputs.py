@@ -49,6 +49,8 @@ class PredictionWriter(RunCallback):
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Write one batch and flush it to the system."""
         assert self._file is not None
+        if not len(output["index"]):  # another process has all of the batch, or it was no batch
+            return
         columns = {name: output[name].tolist() for name in COLUMNS}
         columns["domain"] = [run.summary.domain_names[number] for number in columns["domain"]]
         for name in ("confidence", "entropy"):
