@@ -101,6 +101,8 @@ class ShiftedDataModule(LightningDataModule, ABC):
     """Whether a leaf reads files of corrupted images: see :meth:`published`."""
     reads_ahead: ClassVar[bool] = True
     """Whether natural domains are read before the stream, and kept in memory where they fit."""
+    has_labels: bool = True
+    """Whether any image has a label: without, nothing is said of accuracy."""
     own_images: ClassVar[bool] = False
     """Whether the images are a user's own: without ``domains`` they come as they are, and nothing is corrupted."""
 
@@ -258,8 +260,10 @@ class ShiftedDataModule(LightningDataModule, ABC):
         if self.cache is not None and needed <= self.cache_limit:
             numbers = hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
             file_key = f"{key}|{numbers}|{function_set_id(self.function_set)}|{settings}"
-            return CACHE.on_disk(images, file_key, self.cache, text)
-        if self.cache is not None and name == names[0]:
+            stored = CACHE.on_disk(images, file_key, self.cache, text)
+            if stored is not images:
+                return stored
+        elif self.cache is not None and name == names[0]:
             warnings.warn(
                 f"{len(names)} corrupted domains take {needed / 1e9:.0f} GB, more than cache_limit_gb="
                 f"{self.cache_limit / 1e9:.0f}: they are made anew in each run. Raise it, or lower num_images.",

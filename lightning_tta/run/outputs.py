@@ -38,9 +38,11 @@ class PredictionWriter(RunCallback):
 
     def __init__(self) -> None:
         self._file: IO[str] | None = None
+        self._class_names: list[str] = []
 
     def on_start(self, run: StreamRun) -> None:
         """Open the file, anew or where a continued run left it."""
+        self._class_names = run.class_names
         self._file = run.directory.open(PREDICTIONS)
         if self._file.tell() == 0:
             csv.writer(self._file).writerow((*COLUMNS, *NAMES))
@@ -48,13 +50,15 @@ class PredictionWriter(RunCallback):
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Write one batch and flush it to the system."""
         assert self._file is not None
+        if not len(output["index"]):  # another process has all of the batch, or it was no batch
+            return
         columns = {name: output[name].tolist() for name in COLUMNS}
         columns["domain"] = [run.summary.domain_names[number] for number in columns["domain"]]
         for name in ("confidence", "entropy"):
             columns[name] = [f"{value:.6g}" for value in columns[name]]
         files = [] if run.batch is None else run.batch.files
         columns["file"] = [printable(name) for name in files] or [""] * len(output["index"])
-        names = run.class_names
+        names = self._class_names
         columns["class"] = [names[k] if 0 <= k < len(names) else "" for k in columns["prediction"]]
         csv.writer(self._file).writerows(zip(*columns.values(), strict=True))
         self._file.flush()
@@ -110,10 +114,11 @@ class StreamReport(RunCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse early what cannot be measured."""
         data = getattr(trainer, "datamodule", None)
-        if self.measure_forgetting and not isinstance(data, ShiftedDataModule):
+        known = isinstance(data, ShiftedDataModule) and data.has_labels
+        if self.measure_forgetting and not known:
             raise ConfigError(
-                "measure_forgetting needs clean source test images: predict with a data module of lightning_tta, or "
-                "leave it out."
+                "measure_forgetting needs clean source test images with labels: predict with a data module of "
+                "lightning_tta that has them, or leave it out."
             )
 
     def on_ready(self, run: StreamRun) -> None:

@@ -11,7 +11,16 @@ from torch import nn
 
 from data.test_image_files import broken_files
 from data.test_unlabelled import write
-from lightning_tta import DataError, FolderData, ImageFolderData, StateKeeper, StreamInput, TestTimeAdaptation
+from lightning_tta import (
+    ConfigError,
+    DataError,
+    FolderData,
+    ImageFolderData,
+    StateKeeper,
+    StreamInput,
+    StreamReport,
+    TestTimeAdaptation,
+)
 from lightning_tta.methods import Tent
 
 
@@ -118,5 +127,12 @@ def test_class_names_and_old_columns(photos, tmp_path):
     rows, _ = run(tmp_path / "run", ImageFolderData(str(photos), class_names=["cat", "dog", "emu"]))
     assert list(rows[0]) == ["index", "domain", "label", "prediction", "confidence", "entropy", "file", "class"]
     assert all(row["class"] == ["cat", "dog", "emu"][int(row["prediction"])] for row in rows)
-    names = TestTimeAdaptation(lambda model: Tent(model, lr=0.1), backbone=net(), classes=[2, 0])
-    assert names.classes == [2, 0]
+    model = net()
+    model.class_names = ["x", "y", "z"]  # a net may know them too
+    module = TestTimeAdaptation(lambda model: Tent(model, lr=0.1), backbone=model, classes=[2, 0])
+    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu"}
+    Trainer(default_root_dir=tmp_path / "cut", **quiet).predict(module, datamodule=ImageFolderData(str(photos)))
+    assert {row["class"] for row in results(tmp_path / "cut")[0]} <= {"z", "x"}
+    trainer = Trainer(callbacks=[StreamReport(measure_forgetting=True)], **quiet)
+    with pytest.raises(ConfigError, match="measure_forgetting needs clean source test images with labels"):
+        trainer.predict(module, datamodule=ImageFolderData(str(photos)))

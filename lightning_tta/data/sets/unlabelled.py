@@ -84,7 +84,7 @@ class ImageFolderData(FileData):
         self.paths = {str(k): [str(p) for p in ([v] if isinstance(v, (str, Path)) else v)] for k, v in named.items()}
         self.image_size, self.resize, self.interpolation, self.every = image_size, resize, interpolation, every
         self.labels_file = None if labels is None else Path(labels).expanduser()
-        self._names = class_names
+        self._names, self.has_labels = class_names, labels is not None
         super().__init__(stream=stream, **kwargs)
         self._files = {
             name: [Path(os.path.abspath(path)) for path in find_files(entries)] for name, entries in self.paths.items()
@@ -191,7 +191,7 @@ class ImageFolderData(FileData):
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Refused without labels."""
-        if self.labels_file is None:
+        if not self.has_labels:
             raise DataError("These images have no labels, so there is nothing to test. Give --data.labels FILE.csv.")
         return super().test_dataloader()
 
