@@ -372,7 +372,7 @@ def _is_whole(report: dict[str, Any], directory: Path) -> bool:
         return True
     with predictions.open("rb") as file:
         lines = sum(1 for _ in file) - 1  # the header
-    return lines == report["images"] + int(report.get("skipped_images") or 0)
+    return lines == int(report["images"]) + int(report.get("skipped_images") or 0)
 
 
 def _check_labels(who: str, names: Iterable[str] | None, allowed: Iterable[str]) -> None:
