@@ -104,7 +104,7 @@ def test_ctrl_c_in_a_terminal_ends_a_benchmark_with_its_workers(tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     process = subprocess.Popen(command, cwd=tmp_path, **pipes)
     end = time.monotonic() + 300  # on a machine that is busy with other tests
-    while not list(tmp_path.glob("out/cells/bn/iid/*/batches.jsonl")) and time.monotonic() < end:
+    while not list(tmp_path.glob("out/cells/bn/iid/*/state.pt")) and time.monotonic() < end:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=100)
