@@ -48,8 +48,9 @@ def grid(console: Console) -> Iterator[bars.Progress]:
     name = bars.TextColumn("{task.description}", table_column=Column(overflow="fold"))
     columns = (bars.BarColumn(10), bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
     # the estimate is by all runs so far: by default those of the last 30 seconds count, often none
-    options = {"speed_estimate_period": math.inf, "disable": not console.is_terminal}
-    with bars.Progress(name, *columns, console=console, **options) as progress:
+    with bars.Progress(
+        name, *columns, console=console, speed_estimate_period=math.inf, disable=not console.is_terminal
+    ) as progress:
         token = _GRID.set(progress)
         try:
             yield progress

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from lightning_tta import progress
 from lightning_tta.cli.main import main
 from lightning_tta.progress import grid
-from lightning_tta.run import progress as run_progress
+from lightning_tta.run import bar
 from lightning_tta.run.progress import FitProgress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,10 +25,9 @@ PREDICT += ["--model.method=source", "--data.num_images=60", "--data.batch_size=
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes one second with every look at it."""
-    now = iter(range(10_000))
-    for module in (progress, run_progress):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    """A clock that goes three seconds with every look at it."""
+    now = iter(range(0, 30_000, 3))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(now)))
 
 
 @pytest.fixture
@@ -50,19 +49,62 @@ def shown(monkeypatch):
     return said
 
 
-def test_a_fit_says_what_all_epochs_will_take(monkeypatch, shown, tmp_path):
+@pytest.fixture
+def slow(monkeypatch):
+    """A clock that goes ten seconds with every look at it."""
     now = iter(range(0, 100_000, 10))
-    slow = SimpleNamespace(monotonic=lambda: next(now))
-    for module in (progress, run_progress):
-        monkeypatch.setattr(module, "time", slow)
+    monkeypatch.setattr(bar, "time", SimpleNamespace(monotonic=lambda: next(now)))
+
+
+def screen_of(monkeypatch, **options):
+    """A screen that is 80 columns wide, for the bar of a run."""
+    screen = Console(file=io.StringIO(), width=80, **options)
+    monkeypatch.setattr(bar, "Console", lambda **_: screen)
+    return screen
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_fit_says_what_all_epochs_will_take(monkeypatch, capsys, tmp_path):
+    screen_of(monkeypatch, force_terminal=False)
+    monkeypatch.setattr(bar, "FIRST", 0.0)
+    monkeypatch.setattr(bar, "GROWTH", 0.0)  # a line a batch
     main([*FIT, f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"])
-    texts = [text for text, _ in shown if text and "left in all" in text]
-    batches = len(texts) // 3
-    assert batches > 1
-    left = [re.fullmatch(r"Epoch (\d)/2, 0:(\d\d):(\d\d) left in all", text).groups() for text in texts]
-    assert [int(epoch) for epoch, _, _ in left] == [0] * batches + [1] * batches + [2] * batches
-    seconds = [60 * int(minutes) + int(rest) for _, minutes, rest in left]
-    assert seconds == [10 * (3 * batches - done) for done in range(1, 3 * batches + 1)]  # ten a batch
+    out, err = capsys.readouterr()
+    lines = [
+        re.fullmatch(r"epoch (\d)/3, batch (\d)/(\d), (\d+:\d\d:\d\d|\d\d:\d\d) left.*", x) for x in err.splitlines()
+    ]
+    found = [line.groups() for line in lines if line]
+    batches = int(found[0][2])
+    assert [(int(epoch), int(done)) for epoch, done, _, _ in found] == [
+        (epoch, done) for epoch in (1, 2, 3) for done in range(1, batches + 1)
+    ]
+    assert found[-1][3] == "00:00"
+    weights = next(tmp_path.rglob("*.ckpt"))
+    assert out.splitlines()[-2] == f"weights: {weights}"
+    assert out.splitlines()[-1].startswith("adapt them: lightning-tta predict --data lightning_tta")
+    assert f"--model.source_ckpt {weights}" in out
+    assert "Tip" not in err
+    assert "GPU" not in err
+
+
+def test_a_bar_fits_the_screen_and_is_gone_before_the_table(monkeypatch, capsys, tmp_path):
+    screen = screen_of(monkeypatch, force_terminal=True)
+    main([*PREDICT, f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"])
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.file.getvalue())
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", shown)]
+    assert max(map(len, lines)) <= 80
+    assert re.search(r"predict .* 6/6 .*left  accuracy \d\.\d{3}$", "\n".join(lines), re.MULTILINE)
+    assert screen.file.getvalue().endswith("\x1b[2K")  # the line is empty again
+    out = capsys.readouterr().out
+    assert out.startswith("source, iid stream")
+    assert out.splitlines()[-1].startswith("page: lightning-tta report ")
+
+
+def test_values_that_do_not_fit_are_left_out_as_a_whole():
+    texts = ["0:10 left", "train_loss 0.501", "val_accuracy 0.536"]
+    assert bar._fitting(texts, 80) == "0:10 left  train_loss 0.501  val_accuracy 0.536"
+    assert bar._fitting(texts, 46) == "0:10 left  train_loss 0.501"
+    assert bar._fitting(texts, 5) == ""
 
 
 def run_in_grid(args, tmp_path):
@@ -91,7 +133,7 @@ def test_a_short_run_has_none(shown, tmp_path):
 
 
 def test_the_line_of_a_run_that_fails_goes_too():
-    with grid(Console(file=io.StringIO())) as bars:
+    with grid(Console(file=io.StringIO(), force_terminal=True)) as bars:
         callback = FitProgress()
         callback._line.start = -100.0
         callback._line.show("fit", 1, 10)
@@ -102,7 +144,7 @@ def test_the_line_of_a_run_that_fails_goes_too():
 
 def test_the_estimate_is_by_all_runs():
     now = [0.0]
-    with grid(Console(file=io.StringIO())) as bars:
+    with grid(Console(file=io.StringIO(), force_terminal=True)) as bars:
         bars.get_time = lambda: now[0]
         task = bars.add_task("cells", total=10)
         for _ in range(3):  # each longer than the half minute that rich looks back

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from lightning_tta import ConfigError, DataError, TestTimeAdaptation
 from lightning_tta.benchmark.config import NetConfig, StreamConfig
@@ -98,6 +99,29 @@ def test_a_method_has_its_own_arguments_of_the_module(tmp_path):
             benchmark(tmp_path, {"tent": {"class_path": "Tent", **wrong}})
     with pytest.raises(ConfigError, match=r"model\.measure_forgetting is now --report.measure_forgetting"):
         benchmark(tmp_path, model={"measure_forgetting": True})
+
+
+def test_damaged_cells_are_run_again(tmp_path):
+    def row():
+        (row,) = benchmark(tmp_path, {"source": {"class_path": "Source", "nets": ["bn"]}}).run()["rows"]
+        return {**row, "seconds_per_batch": 0}
+
+    expected = row()
+    (path,) = tmp_path.rglob("report.json")
+    predictions = path.with_name("predictions.csv")
+    whole, lines = path.read_bytes(), predictions.read_bytes()
+    for damaged, file in ((b"", path), (whole[:99], path), (b"{}", path), (lines[:-30], predictions)):
+        file.write_bytes(damaged)
+        assert row() == expected
+        assert json.loads(path.read_bytes())["domains"] == json.loads(whole)["domains"]
+        assert predictions.read_bytes() == lines
+
+
+def test_two_benchmarks_do_not_share_a_directory(tmp_path):
+    tmp_path.joinpath("sources").mkdir()
+    with FileLock(tmp_path / "benchmark.lock"), pytest.raises(ConfigError, match="in use by another benchmark"):
+        benchmark(tmp_path).run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.lock", "sources"]
 
 
 @pytest.mark.slow

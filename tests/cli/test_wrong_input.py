@@ -53,6 +53,13 @@ def message_of(capsys, args):
         ([*RUN, "--data.domains=clean"], "--data.domains must be a list, such as .* or null; got 'clean'"),
         ([*RUN, "--data.batch_size=0"], r"batch_size must be a whole number in \[1, inf\); got 0"),
         ([*RUN, "--data.severity=6"], r"severity must be a whole number in \[1, 5\]; got 6"),
+        ([*RUN, "--model.method.lr=-1"], r"^--model.method.lr must be a number in \[0, inf\); got -1.0"),
+        ([*RUN, "--model.reset_every=0"], "^--model.reset_every must be a whole number"),
+        ([*RUN, "--model.sav_every=3"], "has no option 'sav_every'. Did you mean --state.save_every?"),
+        ([*RUN, "--data.reset=never"], "DigitsData has no option 'reset'. Did you mean --model.reset?"),
+        ([*RUN, "--model.severty=3"], "Did you mean --data.severity?"),
+        ([*RUN, "--trainer.logger=CometLogger"], r"^comet.* is not installed, .*\nInstall it: pip install 'comet"),
+        ([*RUN, "--trainer.accelerator=gpu"], "Trainer refuses its options: No supported gpu backend found"),
         ([*RUN, "--data.severity=x"], "--data.severity must be a whole number; got 'x'"),
         ([*RUN, "--data.num_images=x"], "--data.num_images must be a whole number or null; got 'x'"),
         (
