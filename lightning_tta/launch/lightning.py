@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pydoc
 import sys
 from collections.abc import Iterable, Iterator
@@ -89,13 +90,14 @@ class TTACLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """A net of the user's that is written as a class with its arguments is built as one that is named by its path.
 
-        So a checkpoint can say which net it is of, and the weights are asked for.
+        So a checkpoint can say which net it is of, and the weights are asked for. One whose arguments no checkpoint
+        can hold, such as a class of blocks, is built as it is written.
         """
         model = self.config[self.config["subcommand"]].get("model") or {}
         options = model.get("init_args") or {}
         net = options.get("backbone")
-        if isinstance(net, Namespace) and "class_path" in net:
-            given = net.init_args.as_dict() if "init_args" in net else {}
+        given = net.init_args.as_dict() if isinstance(net, Namespace) and "init_args" in net else {}
+        if isinstance(net, Namespace) and "class_path" in net and _is_data(given):
             classes = given.pop("num_classes", None)
             if options.get("num_classes") in (None, 10):  # as by default
                 options["num_classes"] = classes or options.get("num_classes")
@@ -295,6 +297,14 @@ def _name_classes(args: list[str]) -> list[str]:
             arg = _class_path(arg)
         named.append(arg)
     return named
+
+
+def _is_data(arguments: dict[str, Any]) -> bool:
+    try:
+        json.dumps(arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def _class_path(name: str) -> str:

@@ -223,7 +223,7 @@ def test_a_deleted_method_and_a_copy_do_not_block(case):
     net = make_net(case[2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build(*case, net=net)(make_images(2))
+        build(*case, net=net)(make_images(8))
         method = build(*case, net=copy.deepcopy(net))  # not collected, but counted: no cycle keeps the first alive
         adapt(method.model, "source")
         twin = copy.deepcopy(method)
@@ -233,8 +233,8 @@ def test_a_deleted_method_and_a_copy_do_not_block(case):
             build(*case, net=net)
         finally:
             gc.enable()
-        twin(make_images(2))
+        twin(make_images(8))
         twin.reset()
-        method(make_images(2))
+        method(make_images(8))
     with pytest.warns(UserWarning, match="another method"):
         create_method("source", twin.model)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from lightning_tta.backbones.copying import copy_net
 from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.errors import UnsupportedModelError
 
@@ -36,7 +36,9 @@ def plain_net(
             "has no place for those of the stream. Build the net with track_running_stats=True, load the same weights "
             "(strict=False), and adapt that."
         )
-    net = _copy(model)
+    with torch.inference_mode(False):
+        net = copy_net(model).eval()
+    vars(net).pop("_tta_flags", None)
     parameters = dict(net.named_parameters(remove_duplicate=False))
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in required)
@@ -54,17 +56,3 @@ def plain_net(
                 assert buffer is not None
                 buffer.copy_(value)
     return net
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """The net as its user had it, apart from the values."""
-    try:
-        with torch.inference_mode(False):
-            net = copy.deepcopy(model)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied: {reason} Take out what it keeps beside parameters and buffers."
-        ) from error
-    net.__dict__.pop("_tta_flags", None)
-    return net.eval()
