@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import safetensors.torch
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from safetensors import safe_open
 from torch import nn
 
@@ -18,6 +18,7 @@ from lightning_tta.backbones import Backbone, create_backbone
 from lightning_tta.cli.main import main
 from lightning_tta.exporting import export_run
 from lightning_tta.methods import Source, Tent
+from lightning_tta.run.resume import StateKeeper
 from nets import make_images, make_net, make_stream, max_difference
 from runs import directory_of
 
@@ -313,6 +314,30 @@ def test_a_run_of_a_net_by_class(tmp_path):
     source = safetensors.torch.load_file(tmp_path / "w.safetensors")
     assert torch.equal(plain.conv1.weight, source["conv1.weight"])
     assert not torch.equal(plain.bn1.running_mean, source["bn1.running_mean"])
+
+
+def test_an_unfinished_run(tmp_path):
+    """What was saved on the way has all that a run needs to go on; the net is in it as it was then."""
+    weights = {"source_ckpt": weights_file(tmp_path), "backbone": "timm/test_resnet", "num_classes": 10}
+    place = directory_of_states(tmp_path / "run", weights)
+    export_run(place, tmp_path / "a.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    saved = torch.load(place / "state.pt")["method"]
+    assert torch.equal(found["bn1.weight"], saved["model.net.bn1.weight"])
+    assert not torch.equal(found["bn1.running_mean"], saved["model.net.bn1.running_mean"])
+
+
+def directory_of_states(root, weights):
+    """A run that was stopped after two of its three batches."""
+
+    class Stop(Callback):
+        def on_predict_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+            if batch_idx == 2:
+                raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        predict(root, TENT, StateKeeper(save_every=2), Stop(), **weights)
+    return directory_of(root)
 
 
 def test_the_source_too(tmp_path):
