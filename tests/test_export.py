@@ -1,6 +1,7 @@
 """Adapted nets without this package: the plain net predicts as the method does, or the export is refused."""
 
 import json
+import warnings
 from functools import partial
 
 import onnxruntime
@@ -66,6 +67,15 @@ def test_plain_net_predicts_as_the_method(case):
         if case[0] != "source":
             assert not torch.allclose(make_net(case[2])(images), plain(images), atol=1e-4)
     assert all(torch.equal(method.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_cotta_says_that_its_views_are_lost():
+    for threshold, number in ((0.5, 1), (0.0, 0)):
+        method = adapted(("cotta", {"views": 2, "anchor_threshold": threshold}, "gn"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            method.export()
+        assert ["views" in str(warning.message) for warning in caught] == [True] * number
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case_id(*case))
