@@ -1,13 +1,14 @@
 """Adapted nets without this package: the plain net predicts as the method does, or the export is refused."""
 
 import json
+import warnings
 from functools import partial
 
 import onnxruntime
 import pytest
 import safetensors.torch
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from safetensors import safe_open
 from torch import nn
 
@@ -18,6 +19,7 @@ from lightning_tta.backbones import Backbone, create_backbone
 from lightning_tta.cli.main import main
 from lightning_tta.exporting import export_run
 from lightning_tta.methods import Source, Tent
+from lightning_tta.run.resume import StateKeeper
 from nets import make_images, make_net, make_stream, max_difference
 from runs import directory_of
 
@@ -65,6 +67,15 @@ def test_plain_net_predicts_as_the_method(case):
         if case[0] != "source":
             assert not torch.allclose(make_net(case[2])(images), plain(images), atol=1e-4)
     assert all(torch.equal(method.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_cotta_says_that_its_views_are_lost():
+    for threshold, number in ((0.5, 1), (0.0, 0)):
+        method = adapted(("cotta", {"views": 2, "anchor_threshold": threshold}, "gn"))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            method.export()
+        assert ["views" in str(warning.message) for warning in caught] == [True] * number
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case_id(*case))
@@ -313,6 +324,30 @@ def test_a_run_of_a_net_by_class(tmp_path):
     source = safetensors.torch.load_file(tmp_path / "w.safetensors")
     assert torch.equal(plain.conv1.weight, source["conv1.weight"])
     assert not torch.equal(plain.bn1.running_mean, source["bn1.running_mean"])
+
+
+def test_an_unfinished_run(tmp_path):
+    """What was saved on the way has all that a run needs to go on; the net is in it as it was then."""
+    weights = {"source_ckpt": weights_file(tmp_path), "backbone": "timm/test_resnet", "num_classes": 10}
+    place = directory_of_states(tmp_path / "run", weights)
+    export_run(place, tmp_path / "a.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    saved = torch.load(place / "state.pt")["method"]
+    assert torch.equal(found["bn1.weight"], saved["model.net.bn1.weight"])
+    assert not torch.equal(found["bn1.running_mean"], saved["model.net.bn1.running_mean"])
+
+
+def directory_of_states(root, weights):
+    """A run that was stopped after two of its three batches."""
+
+    class Stop(Callback):
+        def on_predict_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+            if batch_idx == 2:
+                raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        predict(root, TENT, StateKeeper(save_every=2), Stop(), **weights)
+    return directory_of(root)
 
 
 def test_the_source_too(tmp_path):

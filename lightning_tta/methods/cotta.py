@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -104,6 +105,17 @@ class CoTTA(TeacherMethod):
     def infer_plain(self, x: Tensor) -> Tensor:
         """The teacher's prediction."""
         return self.logits(x, self.teacher.weights(), accounted=True)
+
+    def export(self) -> nn.Module:
+        """As of every method: the teacher. Warns that it has no views."""
+        net = super().export()
+        if self.anchor_threshold > 0:
+            warnings.warn(
+                "Where the source is unsure CoTTA averages over views of the image; a plain net does not, nor does "
+                "method.predict(images). method.predict(images, statistics='batch') does.",
+                stacklevel=2,
+            )
+        return net
 
     def _mean_over_views(self, x: Tensor) -> Tensor:
         size = self.views if self.chunk_views is None else max(1, self.chunk_views // len(x))

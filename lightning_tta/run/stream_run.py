@@ -199,11 +199,13 @@ class StreamRun:
         return {**self._origin(), "moment": {**moment, "rest": rest}}
 
     def _origin(self) -> dict[str, Any]:
-        names = None if self.data is None else list(self.data.class_names)
+        names = [] if self.data is None else list(self.data.class_names or ())
+        if names and self.classes is not None:  # a net may have logits that the data have no name for
+            names = [names[k] if k < len(names) else "" for k in self.classes]
         return {
             "recipe": self.recipe,
             "classes": self.classes,
-            "class_names": names if names is None or self.classes is None else [names[k] for k in self.classes],
+            "class_names": names or None,
             "image_shape": self.method.image_shape,
             "domain_names": self.summary.domain_names,
             "position": [self.last_domain, self.since_reset],

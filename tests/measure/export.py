@@ -59,7 +59,11 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, Any]]:
     print(f"source: {source[0]} on the first {sum(len(b['label']) for b in first)} images, {source[1]} on the second")
     header("method", "online", "predict", "predict, batch", "predict, one by one", "exported")
     for name in options.methods:
-        method = adapt(net, name, **FEW.get(name, {}))
+        try:
+            method = adapt(net, name, **FEW.get(name, {}))
+        except UnsupportedModelError as error:
+            row(name, error)
+            continue
         if not method.prepared:
             with torch.enable_grad():
                 method.prepare(data.source_batches(options.source_images, batch_size=64))

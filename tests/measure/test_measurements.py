@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import cost
+import export
 import guard
 import loading
 import memo_cifar
@@ -142,6 +143,14 @@ def test_guard_on_digits(capsys, tmp_path):
     assert set(found) >= {"source", "tent at 20x", "zerosiam"}
     assert all(0 <= accuracy <= 100 for accuracy, _ in found.values())
     assert {alarms is None for name, (_, alarms) in found.items() if "window" not in name} == {True}
+
+
+def test_export(capsys, places):
+    place = [f"--source-ckpt={places[1]}", "--net=cifar/resnet20", "--device=cpu"]
+    found = export.main([*place, "--methods", "tent", "lame", "--images=24", "--batch=6", "--source-images=8"])
+    assert found["tent"]["predict"] == found["tent"]["single"] == found["tent"]["exported"]
+    assert "No plain net" in found["lame"]["exported"]
+    assert "| tent |" in capsys.readouterr().out
 
 
 def test_cost(capsys):

@@ -43,8 +43,9 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert together(root)[0] == [0, 0]
     refused(root, "FinishedError", "nothing to continue")
     replaced = directory_of(root) / "final_state.rank1.pt"
+    replaced.write_bytes(b"old")
     assert together(root, resume="restart", save_every=None)[0] == [0, 0]
-    assert not replaced.exists()
+    assert replaced.read_bytes() != b"old"
 
 
 def test_in_a_named_directory_another_run_or_number_of_processes_is_refused_and_named(tmp_path):
