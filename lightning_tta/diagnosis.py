@@ -201,7 +201,7 @@ def _describe_net(net: nn.Module) -> str:
 def _preprocessing(net: nn.Module, images: Tensor, logits: Tensor, found: list[str]) -> str:
     """The net's own normalization, or, where it is not known, with which of the usual ones the net is surest."""
     if isinstance(net, Backbone):
-        if net.weights == "random" and net.name != "custom":
+        if net.weights == "random":
             found.append("The weights are random: predictions are chance. Load weights before anything adapts.")
         settings = net.preprocessing
         height = settings["input_size"] and settings["input_size"][-1]

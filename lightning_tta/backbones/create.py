@@ -33,7 +33,7 @@ class Backbone(nn.Module):
         in_chans: Number of channels C.
         name: The net's name in :attr:`info`.
         num_classes: Number of logits K, if known.
-        weights: What the weights are: a file's name, an enum or tag, "random".
+        weights: What the weights are: a file's name, an enum or tag, "random", or "module": those that `net` came with.
         pretrained: Whether the weights came with timm or torchvision.
         preprocessing: ``input_size``, ``interpolation`` and ``crop_pct`` the weights were trained for.
         config: Keyword arguments with which :func:`create_backbone` rebuilds the architecture.
@@ -55,7 +55,7 @@ class Backbone(nn.Module):
         in_chans: int = 3,
         name: str = "custom",
         num_classes: int | None = None,
-        weights: str = "random",
+        weights: str = "module",
         pretrained: bool = False,
         preprocessing: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,

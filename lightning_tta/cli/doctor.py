@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 
 from lightning_tta.data import ShiftedDataModule
+from lightning_tta.data.sets.image_files import FileData
 from lightning_tta.diagnosis import Diagnosis, doctor
 from lightning_tta.errors import ConfigError, DataError
 from lightning_tta.launch.help import class_options
-from lightning_tta.launch.lightning import check_configurations
-from lightning_tta.methods.source import Source
+from lightning_tta.launch.lightning import check_configurations, run_lightning
 from lightning_tta.modules import TestTimeAdaptation
 
 METHOD = "--model.method=source"
@@ -39,19 +39,19 @@ def run_doctor(args: list[str]) -> None:
         return
     if own.output.exists():
         raise ConfigError(f"{own.output} exists. Name another file with --output FILE, or remove it.")
-    plain = ["predict", METHOD, "--data=DigitsData"]  # for the defaults of all but the classes
-    config, defaults = (each.as_dict() for each in check_configurations([["predict", METHOD, *rest], plain]))
-    model = pydoc.locate(config["model"]["class_path"])
-    if model is not TestTimeAdaptation:
-        raise ConfigError(f"doctor looks at what predict adapts; the model is {config['model']['class_path']}.")
-    arguments = {name: value for name, value in config["model"]["init_args"].items() if name != "method"}
-    module = TestTimeAdaptation(Source, **arguments)
-    data = pydoc.locate(config["data"]["class_path"])(**config["data"]["init_args"])  # type: ignore[operator]
-    found = diagnose(module, data)
+    built = run_lightning(["predict", METHOD, *rest], build_only=True)
+    config = built.config["predict"].as_dict()
+    (plain,) = check_configurations(
+        [["predict", METHOD, "--data=DigitsData"]]
+    )
+    module = built.model
+    if not isinstance(module, TestTimeAdaptation):
+        raise ConfigError(f"doctor looks at what predict adapts; the model is a {type(module).__name__}.")
+    found = diagnose(module, built.datamodule)
     print(found)
-    config["model"]["init_args"] = {**arguments, **found.configuration()}
+    config["model"]["init_args"] |= found.configuration()
     own.output.parent.mkdir(parents=True, exist_ok=True)
-    own.output.write_text(_text(changed(config, defaults), found, own.output))
+    own.output.write_text(_text(changed(config, plain.as_dict()), found, own.output))
     print(f"\nA configuration to start with: {own.output}. Run it: lightning-tta predict --config {own.output}")
 
 
@@ -63,10 +63,14 @@ def diagnose(module: TestTimeAdaptation, data: Any) -> Diagnosis:
     """
     data.prepare_data()
     data.setup("predict")
+    if isinstance(data, FileData):
+        data.fit_to_net({**module.preprocessing, **module.net_info})
     batch = next(iter(data.predict_dataloader()), None)
     images = batch.get("image") if isinstance(batch, dict) else batch
     if images is None:
         raise DataError(f"{type(data).__name__} gives no batch of images: it is empty, or its batches have no 'image'.")
+    if isinstance(batch, dict) and "damaged" in batch:
+        images = images[~batch["damaged"]]
     labels = batch.get("label") if isinstance(batch, dict) else None
     labelled = isinstance(data, ShiftedDataModule) and labels is not None and bool((labels >= 0).any())
     names = data.class_names if labelled and module.classes is None else None
