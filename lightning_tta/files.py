@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 from lightning_tta._version import __version__
 
+_MARK = b"CRC-32: "
+
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Versions and hardware of this run; ``device``: the CPU by default."""
@@ -64,9 +66,47 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+class _Summed:
+    """A file that takes what is written to it one after the other, and its CRC-32."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.value = file, 0
+
+    def write(self, block: bytes) -> int:
+        self.value = zlib.crc32(block, self.value)
+        return self.file.write(block)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_summed(value: Any, file: IO[bytes]) -> None:
+    """``torch.save``, with the checksum of the whole file behind the archive: readers of archives do not mind.
+
+    The checksums inside an archive are of its entries; where they begin is not covered.
+    """
+    import torch
+
+    summed = _Summed(file)
+    torch.save(value, summed)  # type: ignore[arg-type]  # it needs no more than to write
+    file.write(_MARK + f"{summed.value:08x}".encode())
+
+
 def is_whole_archive(path: Path) -> bool:
-    """Whether what ``torch.save`` has written is as it was written, by the checksums (CRC-32) in the file."""
+    """Whether what ``torch.save`` has written is as it was written.
+
+    By the checksum at its end (:func:`save_summed`), else by those (CRC-32) of the archive's entries.
+    """
     try:
+        size, value, tail = path.stat().st_size, 0, len(_MARK) + 8
+        with path.open("rb") as file:
+            file.seek(max(size - tail, 0))
+            mark = file.read()
+            if mark.startswith(_MARK):
+                file.seek(0)
+                while block := file.read(min(2**20, size - tail - file.tell())):
+                    value = zlib.crc32(block, value)
+                return mark == _MARK + f"{value:08x}".encode()
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
     except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):

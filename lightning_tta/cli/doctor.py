@@ -41,9 +41,7 @@ def run_doctor(args: list[str]) -> None:
         raise ConfigError(f"{own.output} exists. Name another file with --output FILE, or remove it.")
     built = run_lightning(["predict", METHOD, *rest], build_only=True)
     config = built.config["predict"].as_dict()
-    (plain,) = check_configurations(
-        [["predict", METHOD, "--data=DigitsData"]]
-    )
+    (plain,) = check_configurations([["predict", METHOD, "--data=DigitsData"]])
     module = built.model
     if not isinstance(module, TestTimeAdaptation):
         raise ConfigError(f"doctor looks at what predict adapts; the model is a {type(module).__name__}.")

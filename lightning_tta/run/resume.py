@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_tta._version import __version__
 from lightning_tta.errors import ConfigError, Interrupted, check_choice, check_range
-from lightning_tta.files import write_whole
+from lightning_tta.files import save_summed, write_whole
 from lightning_tta.run.directory import FINAL, FORMAT, GROWING, STATE, ResumePolicy, checksum
 from lightning_tta.run.interrupts import received, waiting
 from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun, run_of
@@ -134,7 +133,7 @@ class StateKeeper(RunCallback):
         content = run.result() if name == FINAL else run.state_dict()
         state = {"version": __version__, "format": FORMAT, "identity": identity, **content}
         state |= {"bytes": sizes, "checksums": sums}
-        write_whole(run.directory.file(name), lambda file: torch.save(state, file))
+        write_whole(run.directory.file(name), lambda file: save_summed(state, file))
 
 
 def _why_not(run: StreamRun) -> str | None:
