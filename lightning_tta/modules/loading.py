@@ -70,7 +70,7 @@ def load_source(
     if source_ckpt == "none" and not isinstance(backbone, nn.Module) and not pretrained:
         warnings.warn("source_ckpt='none': the net is randomly initialised and predicts by chance.", stacklevel=2)
     content = read_checkpoint(path) if path is not None and path.suffix == ".ckpt" else None
-    saved: dict[str, Any] = content.get("lightning_tta", {}) if isinstance(content, dict) else {}
+    saved = _entry(content, path)
     meta_trained = path is not None and "mixed_bn" in saved
     weights = None if meta_trained else path  # those of mixed layers are loaded once the net has them
     if isinstance(backbone, nn.Module):
@@ -126,6 +126,24 @@ def load_source(
             f"{saved['digest']}): the file is damaged, or the net has changed since. Copy or train it again."
         )
     return net
+
+
+def _entry(content: Any, path: Any) -> dict[str, Any]:
+    """What a checkpoint of this package says of its net; empty of another make.
+
+    Raises:
+        WeightsError: If it says something else than :func:`describe_net` writes: changed, or from elsewhere.
+    """
+    saved = content.get("lightning_tta", {}) if isinstance(content, dict) else {}
+    kinds = {"backbone": dict, "class_names": list, "mixed_bn": dict, "meta_ttt": dict, "digest": str}
+    fits = isinstance(saved, dict) and all(isinstance(saved.get(k) or kind(), kind) for k, kind in kinds.items())
+    backbone = (saved.get("backbone") if fits else None) or {"name": ""}
+    if not fits or not isinstance(backbone.get("name"), str) or {"weights", "pretrained"} & {*backbone}:
+        raise WeightsError(
+            f"{path}: its entry 'lightning_tta' is not as SourceClassifier writes it. Train or copy again."
+        )
+    entry: dict[str, Any] = saved
+    return entry
 
 
 def check_options(options: dict[str, Any] | None) -> dict[str, Any]:

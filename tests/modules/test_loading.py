@@ -86,6 +86,19 @@ def test_logits_are_counted_where_they_can_be():
     assert count_logits(create_backbone("cifar/resnet20", 7)) == 7
 
 
+@pytest.mark.parametrize(
+    "entry",
+    ["x", {"backbone": "cifar/resnet20"}, {"backbone": {"depth": 8}}, {"backbone": {"name": 5}}, {"class_names": 5},
+     {"backbone": {"name": "cifar/resnet20", "weights": "w.pt"}}, {"mixed_bn": 3, "meta_ttt": {}}],
+)  # fmt: skip
+def test_a_checkpoint_that_was_changed_by_hand(checkpoint, entry):
+    content = torch.load(checkpoint, weights_only=True)
+    given = {**content["lightning_tta"], **entry} if isinstance(entry, dict) else entry
+    torch.save({**content, "lightning_tta": given}, checkpoint)
+    with pytest.raises(WeightsError, match="its entry 'lightning_tta' is not as SourceClassifier writes it"):
+        load_source(str(checkpoint))
+
+
 def test_a_label_of_ones_own_images_without_a_logit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in range(6):
