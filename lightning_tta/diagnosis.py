@@ -206,12 +206,15 @@ def _preprocessing(net: nn.Module, images: Tensor, logits: Tensor, found: list[s
         settings = net.preprocessing
         height = settings["input_size"] and settings["input_size"][-1]
         if height and height != images.shape[-1]:
+            size = f"The images have {images.shape[-1]} pixels a side, "
             found.append(
-                f"The images have {images.shape[-1]} pixels a side, the weights were trained with {height}: resize "
-                "them, or expect less accuracy."
+                f"{size}the weights were trained with {height}: resize them, or expect less accuracy."
+                if net.pretrained
+                else f"{size}{net.name} was published for {height}. If your weights were trained with {height}, resize."
             )
+        trained = f", {'trained at' if net.pretrained else 'published for'} {height} pixels" * bool(height)
         round_ = [[round(value, 3) for value in settings[key]] for key in ("mean", "std")]
-        return f"inside the net: mean {round_[0]}, std {round_[1]}" + (f", trained at {height} pixels" * bool(height))
+        return f"inside the net: mean {round_[0]}, std {round_[1]}{trained}"
     sure = {"as it is": _sureness(logits)}
     if images.shape[1] == 3:
         for name, (mean, std) in {"ImageNet's": IMAGENET, "0.5 and 0.5": CENTERED}.items():

@@ -322,9 +322,12 @@ def _run_directory(path: Path) -> Path:
     """The directory itself, or that of the only run below it with a saved state."""
     if any(of_all(path / name) for name in (STATE, FINAL)):
         return path
-    runs = sorted({state.parent for pattern in ("state*.pt", "final_state*.pt") for state in path.glob(f"*/{pattern}")})
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no folder. Give the directory of a predict run.")
+    runs = sorted({state.parent for pattern in ("state*.pt", "final_state*.pt") for state in path.rglob(pattern)})
     if len(runs) > 1:
-        raise ConfigError(f"Say which run of {path}: {', '.join(run.name for run in runs)} have saved their states.")
+        names = ", ".join(str(run.relative_to(path)) for run in runs)
+        raise ConfigError(f"Say which run of {path}: {names} have saved their states.")
     return runs[0] if runs else path
 
 

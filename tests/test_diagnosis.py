@@ -138,3 +138,11 @@ def test_all_of_it_is_primitive():
     found = json.loads(json.dumps(doctor(make_net("gn"), make_images(4)).to_dict()))
     assert found["recommended"][0] == "zerosiam"
     assert found["facts"]["norm layers"] == "2 GroupNorm"
+
+
+def test_the_published_size_is_no_claim_about_ones_own_weights(tmp_path):
+    torch.save(create_backbone("timm/test_resnet", 10).net.state_dict(), tmp_path / "own.pt")
+    own = create_backbone("timm/test_resnet", 10, weights=tmp_path / "own.pt")
+    said = str(doctor(own, torch.rand(16, 3, 32, 32)))
+    assert "was published for 160" in said
+    assert "the weights were trained" not in said

@@ -263,8 +263,10 @@ def test_any_finished_run(tmp_path, capsys):
     program = torch.export.load(tmp_path / "a.pt2").module()
     assert max_difference(program(images), module.method.predict(images)) < 1e-5
     predict(tmp_path / "run", partial(Tent, lr=2e-2), **weights)
-    with pytest.raises(ConfigError, match=r"Say which run of .*tent-.*, tent-"):
+    with pytest.raises(ConfigError, match=r"Say which run of .*tent-.*, .*tent-"):
         export_run(tmp_path / "run", output)
+    with pytest.raises(ConfigError, match=r"Say which run of .*tent-.*, .*tent-"):
+        export_run(tmp_path, output)  # further above
     weights_file(tmp_path)  # others
     with pytest.raises(DataError, match="no longer those"):
         export_run(place, output)
@@ -282,7 +284,10 @@ def test_what_a_run_cannot_export(tmp_path, capsys):
     assert max_difference(plain(images).detach(), module.method.predict(images)) < 1e-6
     with pytest.raises(DataError, match="no longer those"):
         export_run(place, output, build=lambda _: Tent(make_net("gn", num_classes=10, seed=1)))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no saved state.*--state\.resume restart"):
+        export_run(tmp_path / "empty", output)
+    with pytest.raises(ConfigError, match="nowhere is no folder"):
         export_run(tmp_path / "nowhere", output)
 
 

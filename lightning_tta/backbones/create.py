@@ -312,6 +312,11 @@ def _channels(key: str, values: Sequence[float], in_chans: int | None) -> tuple[
         raise ConfigError(f"{key} must be a list of 1 or {in_chans or 3} numbers, one a channel; got {values!r}.")
     for value in values:
         check_range(key, value, low=0 if key == "std" else None, low_open=key == "std")
+    if key == "mean" and max(values) > 1:  # of pixels from 0 to 255: logits of dark noise, and nobody would notice
+        raise ConfigError(
+            f"mean is that of pixels in [0, 1]; got {list(values)}. Divide mean and std by 255 if they are for pixels "
+            "from 0 to 255."
+        )
     return tuple(float(value) for value in values) * ((in_chans or len(values)) // len(values))
 
 

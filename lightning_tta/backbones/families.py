@@ -93,7 +93,7 @@ def build(
     """Construct a net (``enum``: of torchvision's weights, or ``None``); errors of libraries become ours."""
     try:
         return _BUILDERS[family](arch, num_classes, pretrained, enum, options)
-    except ConfigError:
+    except (ConfigError, WeightsError):
         raise
     except OSError as error:  # what the download clients raise without a network
         raise WeightsError(

@@ -51,7 +51,9 @@ def build_transformers(name: str, num_classes: int | None, load: bool, options: 
             config.num_labels = num_classes
         transformers.utils.logging.disable_progress_bar()
         try:
-            net = _read(auto, name, config=config, ignore_mismatched_sizes=True) if load else auto.from_config(config)
+            net = _read_weights(auto, name, config) if load else auto.from_config(config)
+        except WeightsError:
+            raise
         except ValueError as error:
             raise ConfigError(f"hf/{name} is no image classifier: {' '.join(str(error).split())[:300]}") from error
     if load and config.num_labels != own_classes:
@@ -74,15 +76,41 @@ def build_transformers(name: str, num_classes: int | None, load: bool, options: 
     }
 
 
+def _read_weights(auto: Any, name: str, config: Any) -> Any:
+    """The net with its weights; layers for which there are none are named: transformers makes them random."""
+    net, found = _read(auto, name, config=config, ignore_mismatched_sizes=True, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        warnings.warn(
+            f"hf/{name} has no weights for {', '.join(missing[:4])}{more}: they are random, and the net predicts by "
+            "chance until it is trained.",
+            stacklevel=3,
+        )
+    return net
+
+
 def _read(kind: Any, name: str, **options: Any) -> Any:
-    """``from_pretrained``; a folder is read without the network."""
+    """``from_pretrained``; a folder is read without the network, and code in it is not run, nor asked about."""
     try:
-        return kind.from_pretrained(name, local_files_only=Path(name).is_dir(), **options)
-    except OSError as error:
+        return kind.from_pretrained(name, local_files_only=Path(name).is_dir(), trust_remote_code=False, **options)
+    except Exception as error:  # damaged files provoke any
         text = " ".join(str(error).split())[:300]
-        raise WeightsError(
-            f"hf/{name} is neither a folder that save_pretrained wrote nor a name that can be fetched: {text}"
-        ) from error
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"hf/{name} needs code of its own, which is not run. If you trust it, make the net in Python, and give "
+                "it to adapt or TestTimeAdaptation."
+            ) from error
+        if isinstance(error, OSError):
+            kind_of = "is neither a folder that save_pretrained wrote nor a name that can be fetched"
+            raise WeightsError(f"hf/{name} {kind_of}: {text}") from error
+        if "GLOBAL" in str(error):
+            raise WeightsError(
+                f"hf/{name} has weights in a file that holds more than tensors: to read it, code would have to run, "
+                "which is refused. Take or make a model.safetensors."
+            ) from error
+        if isinstance(error, ValueError):  # of another kind of model
+            raise
+        raise WeightsError(f"hf/{name} cannot be read ({type(error).__name__}): {text}") from error
 
 
 def _recipe(name: str) -> dict[str, Any]:
@@ -92,7 +120,12 @@ def _recipe(name: str) -> dict[str, Any]:
         path = hub.cached_file(name, "preprocessor_config.json", local_files_only=Path(name).is_dir())
     except OSError:
         return {}
-    content: dict[str, Any] = json.loads(Path(path).read_text()) if path else {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    except ValueError as error:
+        raise WeightsError(f"{path} is no JSON: {error}. Save it again, or remove it and give mean and std.") from error
+    if not isinstance(content, dict) or (content.get("image_mean") is None) != (content.get("image_std") is None):
+        raise WeightsError(f"{path} must be a mapping, with image_mean and image_std or neither.")
     return content
 
 

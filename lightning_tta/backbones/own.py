@@ -7,6 +7,7 @@ or a function that makes one, so that no other code can be reached from a config
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,11 +43,17 @@ def find_net(name: str) -> MakeNet:
     module = _import_file(Path(path), name) if path.endswith(".py") else _import_module(path, name)
     net = getattr(module, attribute, None)
     if net is None:
-        nets = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, nn.Module)]
+        nets = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == module.__name__
+        ]
         there = f" Nets there: {', '.join(nets)}." if nets else ""
         raise ConfigError(f"{path} has no {attribute!r}.{did_you_mean(attribute, nets)}{there}")
     if inspect.isclass(net) and issubclass(net, nn.Module):
         return net
+    if inspect.isfunction(net) and is_of_torch(net):
+        raise ConfigError(f"{name} is a function of torch, some of which run text as code. Name a class, or your own.")
     if inspect.isfunction(net) and (_makes_net(net) or _is_local(net, path)):
         return net
     kind = "a class that is no torch.nn.Module" if inspect.isclass(net) else f"a {type(net).__name__}"
@@ -54,6 +61,29 @@ def find_net(name: str) -> MakeNet:
         f"{name} is {kind}. Allowed: a subclass of torch.nn.Module, or a function that returns one: annotated "
         "(def make_net(...) -> nn.Module), or in a file below the current folder."
     )
+
+
+def is_of_torch(function: Callable[..., Any]) -> bool:
+    """Whether a function is defined in torch, where ``reduce_graph_module``, for one, runs text that it is given."""
+    return (function.__module__ or "").partition(".")[0] == "torch"
+
+
+def check_not_beside(name: str, checkpoint: Path) -> None:
+    """Refuse code that a checkpoint names and that lies with it in a folder of theirs: it came along from elsewhere.
+
+    Raises:
+        ConfigError: The code and the checkpoint have a folder in common that does not hold the current folder.
+    """
+    path, _, _ = name.rpartition(":") if ":" in name else name.rpartition(".")
+    file = Path(path) if path.endswith(".py") else Path(*path.split("."))
+    if not path.endswith(".py") and not (Path(file.parts[0]).is_dir() or Path(f"{file.parts[0]}.py").is_file()):
+        return  # of an installed package
+    common = os.path.commonpath([file.resolve(), checkpoint.resolve()])
+    if not Path.cwd().resolve().is_relative_to(common):
+        raise ConfigError(
+            f"{checkpoint} asks for the net {name}, whose code lies beside it and would be run. If you trust it, name "
+            f"it yourself: --model.backbone {name} (with its --model.num_classes and --model.backbone_options)."
+        )
 
 
 def build_own(name: str, num_classes: int | None, options: Mapping[str, Any]) -> tuple[nn.Module, int | None]:
@@ -86,7 +116,7 @@ def build_own(name: str, num_classes: int | None, options: Mapping[str, Any]) ->
     with _current_folder_first():  # a net may import its parts when it is built
         try:
             net = Context().run(make, **given)  # a LightningModule must not take the options of the one around it
-        except Exception as error:  # whatever a user's code raises
+        except (Exception, SystemExit) as error:  # whatever a user's code raises
             raise ConfigError(f"{name} cannot be built with {given}: {type(error).__name__}: {error}") from error
     if not isinstance(net, nn.Module):
         raise ConfigError(f"{name} must make a torch.nn.Module; it made a {type(net).__name__}.")
@@ -102,7 +132,7 @@ def _import_module(path: str, name: str) -> ModuleType:
         ours = error.name is not None and f"{path}.".startswith(f"{error.name}.")
         where = "Run the command in the folder of the file, or name the file: path/to/my_net.py:MyNet."
         raise ConfigError(f"{name} cannot be imported: {error}.{f' {where}' if ours else ''}") from error
-    except Exception as error:  # whatever a user's module raises
+    except (Exception, SystemExit) as error:  # whatever a user's module raises
         raise ConfigError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
@@ -121,9 +151,11 @@ def _import_file(path: Path, name: str) -> ModuleType:
     try:
         with _current_folder_first(path.resolve().parent):
             spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.modules.pop(path.stem, None)
-        raise ConfigError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+        package = path.with_suffix("").as_posix().replace("/", ".")
+        hint = f" Name it as {package}:{name.rpartition(':')[2]}." if "relative import" in str(error) else ""
+        raise ConfigError(f"{name} cannot be imported: {type(error).__name__}: {error}.{hint}") from error
     return module
 
 

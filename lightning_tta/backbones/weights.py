@@ -87,7 +87,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> Any:
                 "refused. If you trust its source, load it once with torch.load(path, weights_only=False), and save "
                 "its state dict alone with torch.save or safetensors."
             ) from error
-        detail = str(error).strip().split("\n", 1)[0][:200]
+        detail = str(error).strip().split("\n", 1)[0].partition(" In PyTorch")[0][:200]  # not torch's advice to run it
         raise WeightsError(
             f"{path} is not a readable checkpoint ({type(error).__name__}: {detail}). It may be cut short or of "
             f"another format than its name says ({', '.join(_SUFFIXES)}): fetch or save it again."

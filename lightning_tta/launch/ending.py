@@ -99,13 +99,20 @@ def say_where_run_is(model: LightningModule) -> None:
 
 
 def _predict_options(args: list[str], data: str) -> list[str]:
-    """The data of a fit as options of predict: the configuration beside that of the fit, else the same class."""
+    """The data of a fit as options of predict: the configuration beside that of the fit, else the same class.
+
+    What the command line says of the data is said again.
+    """
+    of_data = list[str]()
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        if arg.startswith("--data."):
+            of_data += [arg] if "=" in arg else [arg, following]
     for arg, following in zip(args, [*args[1:], ""], strict=True):
         name, equals, value = arg.partition("=")
         beside = Path(value if equals else following).with_name("predict.yaml") if name in ("-c", "--config") else None
         if beside is not None and beside.is_file():
-            return ["--config", str(beside)]
-    return ["--data", data]
+            return ["--config", str(beside), *of_data]
+    return ["--data", data, *of_data]
 
 
 def remove_empty_parameters(trainer: Trainer) -> None:

@@ -156,9 +156,11 @@ class TTACLI(LightningCLI):
         ours = saved.get("lightning_tta", {}) if isinstance(saved, dict) else {}
         written_by = ours.get("class", "a class of another package")
         if written_by != wanted:
+            weights = "--model.weights" if wanted == "SourceClassifier" else "--model.source_ckpt"
+            remedy = f"Weights to begin with go to {weights}."
             raise ConfigError(
                 f"--ckpt_path {path} was written by {written_by}, but the model is {wanted}. --ckpt_path resumes a run "
-                "of the same class. Source weights to adapt go to --model.source_ckpt."
+                f"of the same class. {remedy}"
             )
 
     def _find_checkpoint(self, folder: Path) -> Path:
@@ -257,6 +259,8 @@ def _in_our_words() -> Iterator[None]:
             raise cause from None
         if isinstance(cause, ModuleNotFoundError):
             raise missing_package(cause) from error
+        if isinstance(error, UnicodeDecodeError):
+            raise ConfigError(f"A file that is named as configuration is no text in UTF-8: {error}.") from error
         if isinstance(error, MisconfigurationException):
             raise ConfigError(f"Lightning refuses this configuration: {' '.join(str(error).split())}") from error
         raise

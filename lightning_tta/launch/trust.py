@@ -40,12 +40,28 @@ def close_parsers() -> None:
 def _load(text: str) -> Any:
     try:
         value = _yaml_load(text)
+        if ":" in text:
+            _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), set())
         size = _size(value, {})
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply, or an alias names itself.") from None
     if size > LARGEST:
         raise yaml.YAMLError(f"its aliases stand for {size:.1e} values; a configuration may have {LARGEST:,}.")
     return value
+
+
+def _check_keys(node: yaml.Node | None, seen: set[int]) -> None:
+    """Refuse a key that is there twice, of which YAML would keep the last without a word."""
+    if node is None or id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    keys = set[str]()
+    for item in node.value:
+        key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
+        if isinstance(key, yaml.ScalarNode) and key.value in keys and key.value != "<<":
+            raise yaml.YAMLError(f"the key {key.value!r} is there twice, in line {key.start_mark.line + 1} again.")
+        keys |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        _check_keys(value, seen)
 
 
 def _size(value: Any, sizes: dict[int, int]) -> int:
@@ -74,10 +90,13 @@ def check_classes(config: Namespace) -> None:
     Raises:
         ConfigError: With the option and what it names.
     """
+    from lightning_tta.backbones.own import is_of_torch
+
     for option, path in _class_paths(config, ""):
         kind = find_loaded(path)
         made = kind if inspect.isclass(kind) else _returns(kind)
-        if kind is not None and not (inspect.isclass(made) and issubclass(made, _declared())):
+        is_kind = inspect.isclass(made) and issubclass(made, _declared())
+        if kind is not None and (not is_kind or (inspect.isfunction(kind) and is_of_torch(kind))):
             raise ConfigError(
                 f"--{option} names {path}, which a configuration may not call. Allowed: classes of the option's kind, "
                 "such as a torch.optim.Optimizer, a Callback or a torch.nn.Module. Call anything else from Python."

@@ -172,6 +172,8 @@ class TestTimeAdaptation(LightningModule):
             data.set_blind_spots(source_errors(self.method.model.to(device), data, self.classes, device))
         if self.classes is None:
             check_class_counts(class_names_of(trainer), self._logits, self.class_names)
+            if data is not None and self._logits:
+                check_labels(torch.cat([images.labels for _, images in data.stream_images]), self._logits)
         policy = self.reset
         if policy == "auto":
             policy = cast(ResetPolicy, default_reset(kind)) if kind in STREAM_KINDS else "never"

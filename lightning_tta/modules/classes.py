@@ -78,7 +78,7 @@ def check_labels(labels: Tensor, logits: int) -> None:
     highest = int(labels.max()) if labels.numel() else -1
     if highest >= logits:
         raise DataError(
-            f"A batch has the label {highest}, but the net has {logits} logits (labels 0 to {logits - 1}). Take a net "
+            f"An image has the label {highest}, but the net has {logits} logits (labels 0 to {logits - 1}). Take a net "
             "with a logit for each class (num_classes), or leave the labels out."
         )
 

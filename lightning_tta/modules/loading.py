@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_tta.backbones import Backbone, create_backbone, load_weights, state_digest
-from lightning_tta.backbones.families import resolve
-from lightning_tta.backbones.own import find_net, is_import_path
+from lightning_tta.backbones.families import TRANSFORMERS, resolve
+from lightning_tta.backbones.own import check_not_beside, find_net, is_import_path
 from lightning_tta.backbones.weights import digest_of, read_checkpoint
 from lightning_tta.errors import ConfigError, WeightsError
 from lightning_tta.meta.inner_loop import InnerLoop, set_inner_loop
@@ -56,18 +56,21 @@ def load_source(
     :func:`~lightning_tta.meta.inner_loop.inner_loop_of`).
     """
     options = check_options(backbone_options)
-    if source_ckpt is None and isinstance(backbone, str) and backbone.startswith(("hf/", "transformers/")):
+    pretrained_only = isinstance(backbone, str) and backbone.startswith(TRANSFORMERS) and "architecture" not in options
+    if source_ckpt is None and pretrained_only:
         pretrained = True  # a folder or name of transformers is one with weights
     if source_ckpt is None and not pretrained and not isinstance(backbone, nn.Module):
         raise ConfigError(
             "No source weights: pass source_ckpt=PATH (a checkpoint of SourceClassifier, or a weights file together "
             "with backbone=NAME), or source_ckpt='pretrained', or source_ckpt='none' to run a randomly initialised net."
         )
+    if source_ckpt == "none" and pretrained_only:
+        raise ConfigError(f"backbone={backbone!r} comes with its weights: leave source_ckpt='none' out.")
     path = None if source_ckpt is None or source_ckpt == "none" else find_checkpoint(source_ckpt)
     if source_ckpt == "none" and not isinstance(backbone, nn.Module) and not pretrained:
         warnings.warn("source_ckpt='none': the net is randomly initialised and predicts by chance.", stacklevel=2)
     content = read_checkpoint(path) if path is not None and path.suffix == ".ckpt" else None
-    saved: dict[str, Any] = content.get("lightning_tta", {}) if isinstance(content, dict) else {}
+    saved = _entry(content, path)
     meta_trained = path is not None and "mixed_bn" in saved
     weights = None if meta_trained else path  # those of mixed layers are loaded once the net has them
     if isinstance(backbone, nn.Module):
@@ -78,7 +81,8 @@ def load_source(
         pretrained = pretrained and not meta_trained
         options = {**_hyper_parameters(backbone, content), **options}
         if "num_classes" in options:
-            num_classes = options.pop("num_classes") if num_classes is None else num_classes
+            own_classes = options.pop("num_classes")
+            num_classes = own_classes if num_classes is None else num_classes
         net = create_backbone(backbone, num_classes, pretrained=pretrained, weights=weights, **options)
         if weights is not None and not {"mean", "std"} & {*options}:
             mean, std = (net.preprocessing[key] for key in ("mean", "std"))
@@ -89,6 +93,8 @@ def load_source(
     elif path is None:
         raise ConfigError("Which net? Pass backbone=NAME, such as 'timm/test_resnet' or 'cifar/resnet20'.")
     elif saved.get("backbone"):
+        if resolve(saved["backbone"]["name"])[0] == "own":
+            check_not_beside(saved["backbone"]["name"], path)
         try:
             net = create_backbone(**saved["backbone"], weights=weights)
         except ConfigError as error:
@@ -120,6 +126,24 @@ def load_source(
             f"{saved['digest']}): the file is damaged, or the net has changed since. Copy or train it again."
         )
     return net
+
+
+def _entry(content: Any, path: Any) -> dict[str, Any]:
+    """What a checkpoint of this package says of its net; empty of another make.
+
+    Raises:
+        WeightsError: If it says something else than :func:`describe_net` writes: changed, or from elsewhere.
+    """
+    saved = content.get("lightning_tta", {}) if isinstance(content, dict) else {}
+    kinds = {"backbone": dict, "class_names": list, "mixed_bn": dict, "meta_ttt": dict, "digest": str}
+    fits = isinstance(saved, dict) and all(isinstance(saved.get(k) or kind(), kind) for k, kind in kinds.items())
+    backbone = (saved.get("backbone") if fits else None) or {"name": ""}
+    if not fits or not isinstance(backbone.get("name"), str) or {"weights", "pretrained"} & {*backbone}:
+        raise WeightsError(
+            f"{path}: its entry 'lightning_tta' is not as SourceClassifier writes it. Train or copy again."
+        )
+    entry: dict[str, Any] = saved
+    return entry
 
 
 def check_options(options: dict[str, Any] | None) -> dict[str, Any]:

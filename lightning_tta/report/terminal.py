@@ -58,6 +58,8 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
     ]
     if count["skipped_batches"]:
         lines.append(f"skipped: {count['skipped_batches']} bad batches with {count['skipped_images']} images")
+    elif count["skipped_images"]:
+        lines.append(f"skipped: {count['skipped_images']} images that could not be used")
     if guard := report.get("guard"):
         events = guard.get("events", [])
         action, stopped = (guard.get("settings") or {}).get("action"), ", stopped" * bool(guard.get("stopped"))

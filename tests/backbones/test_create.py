@@ -69,6 +69,8 @@ def test_a_net_without_logits_is_refused() -> None:
         ((float("nan"),), (0.5,), "mean must be a number"),
         ((0.5,), (float("inf"),), "std must be a number in"),
         (0.5, (0.5,), "mean must be a list"),
+        ((127.5,), (127.5,), "Divide mean and std by 255"),
+        ((0.4, 123.7, 0.4), (0.2,), "mean is that of pixels in"),
     ],
 )
 def test_wrong_mean_or_std_is_refused(mean: Any, std: Any, says: str) -> None:

@@ -1,9 +1,11 @@
 """Image classifiers of transformers, from a folder as save_pretrained writes it, without network."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_tta import ConfigError, SourceClassifier, WeightsError, create_backbone
 from lightning_tta.modules.loading import load_source
@@ -86,3 +88,57 @@ def test_what_is_missing_is_said(folder, tmp_path):
         create_backbone(f"hf/{tmp_path}/empty")
     with pytest.raises(ConfigError, match=r"has no option 'hiden_act'. Did you mean hidden_act"):
         create_backbone(f"hf/{folder}", hiden_act="gelu")
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copied")
+
+
+def test_code_of_a_folder_is_neither_run_nor_asked_about(copied, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    auto = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Net"}
+    (copied / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+    (copied / "evil.py").write_text("raise SystemExit")
+    with pytest.raises(ConfigError, match="needs code of its own, which is not run"):
+        create_backbone(f"hf/{copied}")
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_weights_that_hold_code(copied, capsys):
+    (copied / "model.safetensors").unlink()
+    torch.save({"x": Code()}, copied / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"code would have to run.*safetensors"):
+        create_backbone(f"hf/{copied}")
+    assert "run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("preprocessor_config.json", '{"image_mean": [', r"preprocessor_config.json is no JSON"),
+        ("preprocessor_config.json", '{"image_mean": [0.5]}', "image_mean and image_std or neither"),
+        ("model.safetensors", "cut", "cannot be read"),
+    ],
+)
+def test_damaged_files_of_a_folder(copied, file, text, words):
+    (copied / file).write_text(text)
+    with pytest.raises(WeightsError, match=words):
+        create_backbone(f"hf/{copied}")
+
+
+def test_a_backbone_without_its_classifier(copied):
+    state = load_file(copied / "model.safetensors")
+    save_file({name: value for name, value in state.items() if "classifier" not in name}, copied / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.warns(UserWarning, match=r"has no weights for classifier.1.bias, classifier.1.weight: they are random"):
+        create_backbone(f"hf/{copied}")
+
+
+def test_random_weights_are_not_promised(folder):
+    with pytest.raises(ConfigError, match=r"comes with its weights: leave source_ckpt='none' out"):
+        load_source("none", f"hf/{folder}")

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 
@@ -81,6 +82,12 @@ HOSTILE = {
     "a net of a library": [*FIT, "--model.backbone=evil.run", '--model.backbone_options={"command": "x"}'],
     "a net as class": [*PREDICT, NET[0], "--model.method=tent", f"--model.backbone={POPEN}"],
     "a net as function": [*PREDICT, NET[0], "--model.method=tent", f"--model.backbone={call('evil.run')}"],
+    "a function of torch": [
+        *PREDICT,
+        NET[0],
+        "--model.method=tent",
+        "--model.backbone=" + call(f"{torch.fx.graph_module.__name__}.reduce_graph_module", body={}, import_block="1"),
+    ],
     "a method": [*PREDICT, *NET, f"--model.method={call('evil.run')}"],
     "a method by name": [*PREDICT, *NET, "--model.method=os.system"],
     "an option of a net in predict": [
@@ -182,6 +189,19 @@ def test_a_configuration_that_explodes(capsys, scratch, text, words, command):
         main([command, "--config=bomb.yaml"])
     assert words in capsys.readouterr().err
     assert LARGEST == 1_000_000
+
+
+@pytest.mark.parametrize("text", ["{x: 1, y: {a: 1, b: 2, a: 3}}", "x: 1\ny: {}\nx: 3", '{"x": 1, "x": 2}'])
+def test_a_key_that_is_there_twice(text):
+    close_parsers()
+    parser = ArgumentParser(parser_mode=MODE, exit_on_error=False)
+    parser.add_argument("--x", type=int)
+    parser.add_argument("--y", type=dict)
+    with pytest.raises(Exception, match=r"the key '[ax]' is there twice, in line [13] again"):
+        parser.parse_string(text)
+    with pytest.raises(Exception, match=r"Parser key \"y\""):
+        parser.parse_args(["--y={a: 1, b: 2, a: 3}"])
+    assert parser.parse_args(["--y={a: {b: 1}, c: {b: 1}}"]).y == {"a": {"b": 1}, "c": {"b": 1}}
 
 
 def test_aliases_within_reason_are_read(scratch):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from lightning_tta import ConfigError, create_backbone
+from lightning_tta import ConfigError, WeightsError, create_backbone
 from lightning_tta.cli.main import main
 from lightning_tta.modules.loading import load_source
 
@@ -58,6 +58,11 @@ class Lit(LightningModule):
 
     def forward(self, x):
         return self.net(x)
+
+
+class Counted(Lit):
+    def __init__(self, num_classes=3, width=4, lr=0.1):
+        super().__init__(width, lr)
 
 
 class Text:
@@ -152,7 +157,7 @@ def test_a_checkpoint_without_its_class(capsys, folder):
         ("my_net.os.system", "my_net.os.system"),
         ("os.system", "standard library"),
         ("subprocess.Popen", "standard library"),
-        ("torch.hub.load", "Allowed: a subclass of torch.nn.Module"),
+        ("torch.hub.load", "a function of torch, some of which run text"),
         ("numpy.f2py.run_main", "Allowed: a subclass of torch.nn.Module"),
         ("builtins.exec", "standard library"),
     ],
@@ -160,6 +165,59 @@ def test_a_checkpoint_without_its_class(capsys, folder):
 def test_names_that_are_no_net(name, words):
     with pytest.raises(ConfigError, match=words):
         create_backbone(name, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import sys\nsys.exit(3)", "cannot be imported: SystemExit: 3"),
+        ("import argparse\nargparse.ArgumentParser().parse_args(['--x'])", "cannot be imported: SystemExit: 2"),
+        ("from torch import nn\nclass Net(nn.Module):\n    def __init__(self): exit(4)", "cannot be built .* 4"),
+        ("from torch import nn\nclass Nat(nn.Module): pass", "has no .Net.*Nets there: Nat[.]"),
+        ("from .parts import Net", r"Name it as nets\.own:Net"),
+    ],
+)
+def test_a_file_that_ends_the_program_or_has_no_such_net(folder, capsys, text, words):
+    (folder / "nets").mkdir()
+    (folder / "nets/own.py").write_text(text)
+    net = ["--model.source_ckpt=none", "--model.backbone=nets/own.py:Net"]
+    error = refused(capsys, [*PREDICT, *net, "--model.method=tent"])
+    assert re.search(words, error)
+
+
+def of_own_net(name, place, **options):
+    net = create_backbone("my_net.MyNet")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    state = {f"backbone.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"state_dict": state, "lightning_tta": {"backbone": {"name": name, **options}}}, place)
+
+
+@pytest.mark.parametrize("name", ["got/theirs.py:MyNet", "got.theirs.MyNet", "got/code/theirs.py:MyNet"])
+def test_code_that_came_with_a_checkpoint_is_not_run(folder, name):
+    of_own_net(name, folder / "got/runs/best.ckpt")
+    for place in ("theirs.py", "code/theirs.py"):
+        (folder / "got" / place).parent.mkdir(exist_ok=True)
+        (folder / "got" / place).write_text("open('pwned', 'w')\nfrom my_net import MyNet")
+    with pytest.raises(ConfigError, match=r"lies beside it .* --model.backbone got"):
+        load_source("got/runs/best.ckpt")
+    assert not (folder / "pwned").exists()
+    with warnings.catch_warnings(action="ignore"):
+        load_source("got/runs/best.ckpt", name)
+    assert (folder / "pwned").exists()
+    with warnings.catch_warnings(action="ignore"):
+        of_own_net("my_net.py:MyNet", folder / "runs/best.ckpt")
+        load_source("runs/best.ckpt")  # one's own net, in the folder where one works
+
+
+def test_functions_of_torch_are_not_called(folder):
+    code = {"body": {"_code": "def forward(self, x): return x\n"}, "import_block": "open('pwned', 'w')\n"}
+    name = "torch.fx.graph_module.reduce_graph_module"
+    of_own_net(name, folder / "best.ckpt", **code)
+    with pytest.raises(WeightsError, match="is a function of torch"):
+        load_source("best.ckpt")
+    with pytest.raises(ConfigError, match="is a function of torch"):
+        create_backbone(name, **code)
+    assert not (folder / "pwned").exists()
 
 
 def test_options_that_the_class_has_not(capsys):
@@ -187,6 +245,9 @@ def test_weights_of_ones_own_training(folder, capsys):
         warnings.simplefilter("error")
         whole = load_source("theirs.ckpt", "my_net.Lit", backbone_options=normalized)  # its width is in the file
     assert torch.equal(whole.eval()(images), lit((images - 0.5) / 0.25))
+    torch.save({**checkpoint, "hyper_parameters": {"num_classes": 10, **lit.hparams}}, "counted.ckpt")
+    counted = load_source("counted.ckpt", "my_net.Counted", 10, backbone_options=normalized)
+    assert torch.equal(counted.eval()(images), whole(images))
     torch.save({**checkpoint, "hyper_parameters": {"cls": Lit}}, "code.ckpt")
     said = refused(
         capsys, [*PREDICT, "--model.source_ckpt=code.ckpt", "--model.backbone=my_net.MyNet", "--model.method=tent"]

@@ -93,7 +93,7 @@ def message_of(capsys, args):
         (["stream", "--config=nothere.yaml"], "--config: File does not exist: '.*nothere.yaml'"),
         (["report", "nowhere"], r"nowhere has no report.json or benchmark.json, .*Give a finished run's directory"),
         (["report"], "Missing: RUNS.*lightning-tta report --help"),
-        (["export", "nowhere"], "nowhere has no saved state .*--state.save_every"),
+        (["export", "nowhere"], "nowhere is no folder. Give the directory of a predict run"),
         (["benchmark"], "Missing: --output, --data, --nets, --streams, --methods"),
         ([*BENCHMARK, "--only=[nope]"], r"only names methods \['nope'\]; there are \['source'"),
         ([*BENCHMARK, "--jobs=many"], "--jobs must be a whole number; got 'many'"),
@@ -115,6 +115,11 @@ def test_a_key_of_a_configuration_is_misspelt(capsys, scratch):
         (scratch / "typo.yaml").write_text(text.replace(right, wrong))
         assert words in message_of(capsys, ["predict", "--config=typo.yaml", *NET, "--model.method=tent"])
     assert "Did you mean data" in message_of(capsys, ["stream", "--config=typo.yaml"])
+
+
+def test_a_configuration_that_is_no_text(capsys, scratch):
+    (scratch / "weights.pt").write_bytes(b"PK\x03\x04\x80\xff")
+    assert "is no text in UTF-8" in message_of(capsys, ["predict", "--config=weights.pt"])
 
 
 @pytest.mark.parametrize("text", ["data: [1,\n  b", "hello", "\x00\x01"])

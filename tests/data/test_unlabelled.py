@@ -117,6 +117,38 @@ def test_labels_and_class_names_where_they_are_given(photos):
             ImageFolderData(str(photos), labels=str(table), class_names=["cat", "dog"]).setup("predict")
 
 
+def test_labels_and_names_that_contradict(photos):
+    table = photos.parent / "labels.csv"
+    table.write_text("9.png,dog\n1.png,cat\n9.png,1\n1.png,0\n")
+    names = ["cat", "dog"]
+    (batch,) = ImageFolderData(str(photos), labels=str(table), class_names=names).predict_dataloader()
+    assert sorted(batch["label"].tolist()) == [-1, -1, 0, 1]
+    table.write_text("9.png,dog\n1.png,cat\n9.png,cat\n")
+    with pytest.raises(DataError, match=r"line 3: 9.png had another class before: 1, now 0"):
+        ImageFolderData(str(photos), labels=str(table), class_names=names).setup("predict")
+    table.write_text("9.png,dog\nphotos/1.png,cat\n")
+    with pytest.warns(UserWarning, match=r"1 of 2 files in .*labels.csv are none of the images, such as photos/1.png"):
+        ImageFolderData(str(photos), labels=str(table), class_names=names).setup("predict")
+    table.write_text("9.png,dog\n1.png,cat\n")
+    with pytest.raises(DataError, match=r"2 images are not in .*labels.csv; test needs a label for each"):
+        ImageFolderData(str(photos), labels=str(table), class_names=names).test_dataloader()
+    with pytest.raises(DataError, match="class_names must be different; dog is there more than once"):
+        _ = ImageFolderData(str(photos), class_names=["dog", "cat", "dog"]).class_names
+
+
+def test_text_files_of_windows(photos):
+    """With the mark and the line ends that Notepad and Excel write."""
+    files = {"list.txt": "# day\r\n\r\n9.png\r\n1.png\r\n", "labels.csv": "9.png,dog\r\n1.png,cat\r\n"}
+    for name, text in {**files, "names.txt": "cat\r\ndog\r\n"}.items():
+        (photos / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    data = ImageFolderData(
+        str(photos / "list.txt"), labels=str(photos / "labels.csv"), class_names=str(photos / "names.txt")
+    )
+    (batch,) = data.predict_dataloader()
+    assert (data.class_names, data.file_of(0)) == (["cat", "dog"], "9.png")
+    assert batch["label"].tolist() == [1, 0]
+
+
 def test_without_labels_nothing_that_needs_them_runs(photos):
     for kind in ("label_shift", "correlated", "blind_spot"):
         with pytest.raises(ConfigError, match=rf"stream='{kind}' orders images by their labels.*iid.*ordered"):
@@ -201,3 +233,9 @@ def test_videos_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no video")
     with pytest.raises(DataError, match=r"Cannot read the video .*a\.mp4"):
         ImageFolderData(str(tmp_path / "a.mp4")).setup("predict")
+
+
+def test_videos_in_a_folder_are_not_lost_without_a_word(photos):
+    (photos / "a.MP4").touch()
+    with pytest.warns(UserWarning, match=r"1 files are left out.*a.MP4.*of a video.* the path of the file itself"):
+        assert len(ImageFolderData(str(photos)).natural_domain("images")) == 4

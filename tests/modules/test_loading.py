@@ -3,9 +3,12 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image
 from torch import nn
 
-from lightning_tta import ConfigError, SourceClassifier, TestTimeAdaptation, WeightsError, create_backbone
+from lightning_tta import ConfigError, DataError, SourceClassifier, TestTimeAdaptation, WeightsError, create_backbone
+from lightning_tta.data import ImageFolderData
+from lightning_tta.methods import Tent
 from lightning_tta.modules.classes import check_class_counts, count_logits
 from lightning_tta.modules.loading import load_source
 
@@ -81,6 +84,32 @@ def test_logits_are_counted_where_they_can_be():
     assert count_logits(one) == 3
     assert count_logits(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))) is None
     assert count_logits(create_backbone("cifar/resnet20", 7)) == 7
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["x", {"backbone": "cifar/resnet20"}, {"backbone": {"depth": 8}}, {"backbone": {"name": 5}}, {"class_names": 5},
+     {"backbone": {"name": "cifar/resnet20", "weights": "w.pt"}}, {"mixed_bn": 3, "meta_ttt": {}}],
+)  # fmt: skip
+def test_a_checkpoint_that_was_changed_by_hand(checkpoint, entry):
+    content = torch.load(checkpoint, weights_only=True)
+    given = {**content["lightning_tta"], **entry} if isinstance(entry, dict) else entry
+    torch.save({**content, "lightning_tta": given}, checkpoint)
+    with pytest.raises(WeightsError, match="its entry 'lightning_tta' is not as SourceClassifier writes it"):
+        load_source(str(checkpoint))
+
+
+def test_a_label_of_ones_own_images_without_a_logit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "labels.csv").write_text("5.png,3\n")
+    data = ImageFolderData(str(tmp_path), labels="labels.csv", batch_size=2)
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    module = TestTimeAdaptation(Tent, None, net)
+    with pytest.raises(DataError, match="label 3, but the net has 3 logits"):
+        Trainer(accelerator="cpu", enable_progress_bar=False).predict(module, data)
+    assert not [*tmp_path.rglob("predictions.csv")]
 
 
 @pytest.mark.parametrize("net_says", [True, False], ids=["before the stream", "with the logits"])

@@ -58,8 +58,8 @@ def _is_hidden(name: str) -> bool:
 def walk_images(folder: Path) -> list[Path]:
     """All image files in a folder and below, in torchvision's order: folder after folder, sorted by name.
 
-    Hidden files are left out, and, with a warning, images of a format that PIL does not read. Links are followed; a
-    folder that has an image's name and no files counts as an image, which cannot be read.
+    Hidden files are left out, and, with a warning, videos and images of a format that PIL does not read. Links are
+    followed; a folder that has an image's name and no files counts as an image, which cannot be read.
     """
     known, paths, foreign, seen = endings(), list[Path](), list[Path](), set[str]()
     for root, folders, files in sorted(_walk(folder, seen)):
@@ -69,12 +69,13 @@ def walk_images(folder: Path) -> list[Path]:
             ending = os.path.splitext(name)[1].lower()
             if not _is_hidden(name) and ending in known:
                 paths.append(Path(root, name))
-            elif not _is_hidden(name) and ending in FOREIGN:
+            elif not _is_hidden(name) and ending in FOREIGN | VIDEOS:
                 foreign.append(Path(root, name))
     if foreign:
         warnings.warn(
             f"{len(foreign)} files are left out, as their format cannot be read: {foreign[0]}"
-            f"{' and others' if len(foreign) > 1 else ''}. Convert them to JPEG or PNG.",
+            f"{' and others' if len(foreign) > 1 else ''}. Convert them to JPEG or PNG; of a video, in "
+            "ImageFolderData, give the path of the file itself.",
             stacklevel=3,
         )
     return paths

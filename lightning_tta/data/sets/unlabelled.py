@@ -84,7 +84,7 @@ class ImageFolderData(FileData):
         self.paths = {str(k): [str(p) for p in ([v] if isinstance(v, (str, Path)) else v)] for k, v in named.items()}
         self.image_size, self.resize, self.interpolation, self.every = image_size, resize, interpolation, every
         self.labels_file = None if labels is None else Path(labels).expanduser()
-        self._names, self.has_labels = class_names, labels is not None
+        self._names, self.has_labels, self._told = class_names, labels is not None, False
         super().__init__(stream=stream, **kwargs)
         self._files = {
             name: [Path(os.path.abspath(path)) for path in find_files(entries)] for name, entries in self.paths.items()
@@ -106,10 +106,17 @@ class ImageFolderData(FileData):
     @cached_property
     def class_names(self) -> list[str]:
         """The names given; empty without."""
+        names = self._read_names()
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DataError(f"class_names must be different; {', '.join(twice)} is there more than once.")
+        return names
+
+    def _read_names(self) -> list[str]:
         if isinstance(self._names, str):
             path = Path(self._names).expanduser()
             try:
-                return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+                return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(
                     f"Cannot read {path} ({error}). Expected a text file with one class name a line."
@@ -171,11 +178,20 @@ class ImageFolderData(FileData):
 
     def _labels_of(self, images: Images) -> Tensor:
         label_of = read_labels(self.labels_file, self.class_names) if self.labels_file is not None else {}
-        labels = torch.tensor([label_of.get(images.file(position), -1) for position in range(len(images))])
+        files = [images.file(position) for position in range(len(images))]
+        labels = torch.tensor([label_of.get(file, -1) for file in files])
         if not bool((labels >= 0).any()):
             raise DataError(
                 f"{self.labels_file} names none of the images, such as {images.file(0)}. Expected lines <file>,<class> "
                 "with the files named as in predictions.csv."
+            )
+        unknown = sorted({*label_of} - {*files}) if len(self.paths) == 1 else []  # else of another domain
+        if unknown and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{len(unknown)} of {len(label_of)} files in {self.labels_file} are none of the images, such as "
+                f"{unknown[0]}; an image is named {files[0]}.",
+                stacklevel=4,
             )
         return labels
 
@@ -193,6 +209,9 @@ class ImageFolderData(FileData):
         """Refused without labels."""
         if not self.has_labels:
             raise DataError("These images have no labels, so there is nothing to test. Give --data.labels FILE.csv.")
+        missing = sum(int((self.natural_domain(name).labels < 0).sum()) for name in self.paths)
+        if missing:
+            raise DataError(f"{missing} images are not in {self.labels_file}; test needs a label for each image.")
         return super().test_dataloader()
 
     def digest_content(self) -> Iterator[bytes]:
@@ -256,9 +275,9 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def read_list(path: Path) -> list[Path]:
-    """Files named in a text file, one a line, relative to its folder."""
+    """Files named in a text file, one a line, relative to its folder; as all such files UTF-8, also with its mark."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"Cannot read {path} ({error}). Expected a text file with the path of one image a line."
@@ -273,17 +292,17 @@ def read_labels(path: Path, class_names: Sequence[str]) -> dict[str, int]:
     """Labels by file from lines ``<file>,<class>``, the class a name or a number from 0; a first line may be a head."""
     number_of = {name: number for number, name in enumerate(class_names)}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"Cannot read {path} ({error}). Expected lines <file>,<class>.") from error
-    labels = {}
+    labels = dict[str, int]()
     for line, row in enumerate(rows, 1):
         name, label = (row[0].strip(), row[1].strip()) if len(row) == 2 else ("", "")
-        if label in number_of:
-            labels[name] = number_of[label]
-        elif label.isascii() and label.isdecimal() and (not class_names or int(label) < len(class_names)):
-            labels[name] = int(label)
+        number = number_of.get(label, int(label) if label.isascii() and label.isdecimal() else -1)
+        if label in number_of or (number >= 0 and (not class_names or number < len(class_names))):
+            if labels.setdefault(name, number) != number:
+                raise DataError(f"{path}, line {line}: {name} had another class before: {labels[name]}, now {number}.")
         elif line > 1 or [cell.strip().lower() for cell in row] not in (["file", "class"], ["file", "label"]):
             known = f"one of {', '.join(class_names[:10])}" if class_names else "a number from 0"
             raise DataError(f"{path}, line {line}: {','.join(row)!r}. Expected <file>,<class>, the class {known}.")
