@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -237,6 +238,44 @@ def resnet_of_transformers():
     return nets[0], Through(nets[1], lambda net, x: net(x).logits)
 
 
+def wrapped_forwards():
+    """As a patch does it: by a closure, by a default, and on the net itself."""
+    net = Through()
+
+    def wrap(layer):
+        inner = layer.forward
+        layer.forward = lambda x: inner(x)
+
+    wrap(net.net[3])
+    net.net[8].forward = lambda x, inner=net.net[8].forward: inner(x)
+    wrap(net)
+    return net, Through()
+
+
+def weakly_referred():
+    net = Through()
+    net.at, net.run = weakref.ref(net.net[4]), None
+    net.forward = lambda x: net.net[5:](net.at()(net.net[:4](x)))
+    return net, Through()
+
+
+def hooked_batch_norm():
+    net, twin = Through(), Through(run=lambda net, x: net[1:](net[0](x) * 2))
+    net.net[1].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    return net, twin
+
+
+class ParametersInAList(Through):
+    """Takes a convolution's parameters from a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken = [self.net[3].weight]
+
+    def forward(self, x):
+        return self.net[4:](F.conv2d(self.net[:3](x), *self.taken, stride=2, padding=1))
+
+
 class OddParameters(Through):
     def __init__(self):
         super().__init__()
@@ -280,6 +319,10 @@ RIGHT = {  # a net, and a plain one whose numbers a method must give
     "two towers": lambda: (TwoTowers(), TwoTowers(text=False)),
     "DataParallel": lambda: (nn.DataParallel(plain()), plain()),
     "a part in DataParallel": lambda: (nn.Sequential(nn.DataParallel(plain()[:6]), *plain()[6:]), plain()),
+    "wrapped forwards": wrapped_forwards,
+    "a weak reference to a layer": weakly_referred,
+    "a hook at BatchNorm": hooked_batch_norm,
+    "parameters in a list": lambda: (ParametersInAList(), Through()),
     "an output with logits": lambda: (Through(run=lambda net, x: SimpleNamespace(logits=net(x))), Through()),
     "transformers' ViT": vit,
     "transformers' ResNet": resnet_of_transformers,

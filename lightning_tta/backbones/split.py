@@ -102,8 +102,8 @@ class HeadSplit:
             logits = as_logits(self.model(images))
         if len(calls) != 1:
             raise UnsupportedModelError(
-                f"The head '{self.name}' ran {len(calls)} times in one pass; it must run once. Pass head='...' to "
-                "name the last linear layer."
+                f"The head '{self.name}' ran {len(calls)} times in one pass; it must run once, as a module. Pass "
+                "head='...' to name the last linear layer; or use a method that needs no features ('norm', 'tent')."
             )
         _, (features, *_), head_output = calls[0]
         if not self._checked:  # a net that overflowed cannot be compared: look again at the next pass
@@ -113,8 +113,8 @@ class HeadSplit:
             if features.ndim != 2 or (finite and not same):
                 raise UnsupportedModelError(
                     f"The net's output is not the output of its head '{self.name}' (softmax or another layer after "
-                    "it, or not the last linear layer). Return the raw logits, or pass head='...' to name the right "
-                    "layer."
+                    "it, two heads, or not the last linear layer). Return the raw logits, or pass head='...' to name "
+                    "the right layer; or use a method that needs no features ('norm', 'tent')."
                 )
             self._checked = finite
         return features, logits

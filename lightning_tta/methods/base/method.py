@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tta import collective
+from lightning_tta.backbones.copying import copied_whole, holds_parameters_elsewhere
 from lightning_tta.backbones.norms import (
     MomentsRecord,
     batch_norm_layers,
@@ -94,6 +95,7 @@ class TTAMethod(Described, State, ABC):
         plain = plain_model(model).eval()
         self.required = frozenset(name for name, p in plain.named_parameters() if p.requires_grad)
         self._flags = read_flags(plain)
+        self._holds_parameters_elsewhere = holds_parameters_elsewhere(plain)
         self.task = copy.copy(self.task)  # it remembers what it has warned of
         self.small_batch = 8 if self.uses_batch_statistics else 0
         self.replaces_statistics = self.uses_batch_statistics or type(self).running is not TTAMethod.running
@@ -184,6 +186,11 @@ class TTAMethod(Described, State, ABC):
                 return self._accounted(x, accounted is not False, lambda: (None, self.task.logits(self.model(x))))[1]
             parameters = dict(self.model.named_parameters(remove_duplicate=False))
             cast = {parameters[name]: weight.to(parameters[name].dtype) for name, weight in weights.items()}
+            if self._holds_parameters_elsewhere and not torch.is_grad_enabled():
+                with self.lend(list(cast)):  # in their places it would be missed
+                    for parameter, weight in cast.items():
+                        parameter.copy_(weight)
+                    return self._accounted(x, accounted is True, lambda: (None, self.task.logits(self.model(x))))[1]
             run = lambda: (None, self.task.logits(call_with(self.model, cast, x)))  # noqa: E731
             return self._accounted(x, accounted is True, run)[1]
 
@@ -529,7 +536,9 @@ class TTAMethod(Described, State, ABC):
         with self._custody.lock:  # not in the middle of a step
             twin = type(self).__new__(type(self))
             memo[id(self)] = twin
-            twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+            with copied_whole(self.model, memo):
+                state = {name: copy.deepcopy(value, memo) for name, value in vars(self).items()}
+            twin.__setstate__(state)
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
