@@ -143,6 +143,11 @@ class Normalize(nn.Module):
         return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
 
+class ClampedNormalize(Normalize):
+    def forward(self, x):
+        return super().forward(x.clamp(0.1, 0.9))
+
+
 def write(net, x):
     x -= 0.5
     return net(x.mul_(2))
@@ -311,6 +316,13 @@ RIGHT = {  # a net, and a plain one whose numbers a method must give
         nn.Sequential(Normalize("parameters"), plain()).requires_grad_(False),
         nn.Sequential(Normalize("buffers"), plain()),
     ],
+    "clamped pixels, normalised, all frozen": lambda: [
+        nn.Sequential(ClampedNormalize(k), plain()).requires_grad_(False) for k in ("parameters", "buffers")
+    ],
+    "an autocast of its own": lambda: (
+        Through(run=torch.autocast("cpu", torch.bfloat16)(lambda net, x: net(x))),
+        Through(run=torch.autocast("cpu", torch.bfloat16)(lambda net, x: net[1:](net[0](x)))),
+    ),
     "writes into its input": lambda: (Through(run=write), Through(run=lambda net, x: net((x - 0.5) * 2))),
     "parametrised BatchNorm": parametrized,
     "a plain list of layers": lambda: (Walks(), Through()),

@@ -122,7 +122,7 @@ def test_images_that_are_not_finite_are_counted():
 def test_logits_that_are_not_finite_are_told():
     net = make_net("gn")
     with torch.no_grad():
-        net.head.weight[0, 0] = float("inf")
+        net.conv1.weight[0, 0] = float("inf")
     with pytest.warns(UserWarning, match="not all finite"):
         found = doctor(net, make_images(8))
     assert any("not finite for 8 of 8 images" in text for text in found.warnings)

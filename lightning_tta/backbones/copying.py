@@ -180,8 +180,8 @@ class _Functions:
             return function in self.twin_of
         self._seen.add(id(function))
         cells = [cell for cell in function.__closure__ or () if self._uses(_content(cell))]
-        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        if not cells and not any([self._uses(value) for value in defaults]):
+        others = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
+        if not any([bool(cells), *map(self._uses, others)]):
             return False
         self._cells |= {id(cell): CellType() for cell in cells if id(cell) not in self._cells}
         closure = tuple(self._cells.get(id(cell), cell) for cell in function.__closure__ or ())

@@ -103,6 +103,7 @@ def test_no_gradient_is_no_step(name):
     nets = {
         "no linear layer|No gradient reaches": quantize_dynamic(plain(), {nn.Linear}),
         "No gradient reaches": Through(run=torch.no_grad()(lambda net, x: net(x))),
+        "No gradient reache.": Through(run=torch.inference_mode()(lambda net, x: net(x))),
     }
     for words, net in nets.items():
         with pytest.raises(UnsupportedModelError, match=words):
@@ -119,7 +120,11 @@ def test_no_gradient_is_no_step(name):
 
 
 def test_meta_ttt_needs_gradients_too():
-    for net in (quantize_dynamic(plain(), {nn.Linear}), Through(run=lambda net, x: net[6:](net[:6](x).detach()))):
+    for net in (
+        quantize_dynamic(plain(), {nn.Linear}),
+        Through(run=lambda net, x: net[6:](net[:6](x).detach())),
+        Through(run=torch.inference_mode()(lambda net, x: net(x))),
+    ):
         with pytest.raises(UnsupportedModelError, match="No gradient reaches"):
             adapt(net, "meta_ttt")(make_images(8))
 
@@ -432,7 +437,7 @@ def test_an_auxiliary_head_that_does_not_run_is_no_matter(name):
 
     assert not logits_warnings(Auxiliary(False), name)
     if name == "tent":
-        with pytest.raises(UnsupportedModelError, match="does not call its BatchNorm layer 'aux.1'"):
+        with pytest.raises(UnsupportedModelError, match=r"does not call its BatchNorm layer 'aux\.1'"):
             adapt(Auxiliary(True), name)(make_images(8))
         return
     (message,) = logits_warnings(Auxiliary(True), name)
@@ -454,3 +459,19 @@ def test_outputs_that_are_not_finite():
     assert "-inf" in message
     assert "-1e4" in message
     assert not logits_warnings(Through(run=rule_out), "source")
+
+
+def test_meta_ttt_adapts_the_last_layers_of_what_runs():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            net = plain()
+            self.head, self.second, self.first = net[5:], net[3:5], net[:3]
+            self.aux = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+
+        def forward(self, x):
+            return self.head(self.second(self.first(x)))
+
+    options = {"threshold": 0.4, "adapt_layers": 0.5}
+    assert {n.rpartition(".")[0] for n in adapt(Backwards(), "meta_ttt", **options).adaptable} >= {"model.second.1"}
+    assert torch.equal(outcome(Backwards(), "meta_ttt", **options), outcome(plain(), "meta_ttt", **options))

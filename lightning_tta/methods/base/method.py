@@ -213,7 +213,8 @@ class TTAMethod(Described, State, ABC):
 
     def _features(self, x: Tensor, at: float | Sequence[str]) -> tuple[Any, Tensor]:
         if isinstance(at, str):
-            return self.split(x)
+            features, logits = self.split(x)
+            return features.clone() if features.is_inference() else features, logits
         if isinstance(at, (int, float)):
             if at not in self._module_at:
                 self._module_at[at] = module_at(self.model, at)
@@ -408,8 +409,9 @@ class TTAMethod(Described, State, ABC):
         statistics = self.stream_statistics()
         if statistics is not None and not statistics:
             raise ConfigError(
-                f"'{self.name}' has seen no batch since it was made or reset, so there are no statistics of the stream "
-                "for the BatchNorm layers. Stream some batches through it first: method(images)."
+                f"'{self.name}' has seen no batch since it was made or reset, or only such that gave values that are not "
+                "finite (stats['skipped_steps']), so there are no statistics of the stream for the BatchNorm layers. "
+                "Stream some batches through it first: method(images)."
             )
         return plain_net(self.model, self.stream_weights(), statistics or {}, self.required)
 
