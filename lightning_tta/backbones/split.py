@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -154,6 +154,12 @@ def parts_by_depth(model: nn.Module, layers: Iterable[str]) -> list[str]:
 def is_inside(layer: str, module: str) -> bool:
     """Whether a layer is a module, or a descendant of it, by their names."""
     return layer == module or layer.startswith(f"{module}.")
+
+
+def is_idle(layer: str, called: Collection[str]) -> bool:
+    """Whether nothing is called of the module that a layer is a part of, as of an auxiliary head in eval mode."""
+    parent = layer.rpartition(".")[0]
+    return bool(parent) and not any(is_inside(name, parent) for name in called)
 
 
 def module_at(model: nn.Module, at: float) -> str:

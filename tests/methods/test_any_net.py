@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from contract import MECHANISMS, VARIANTS, build
-from lightning_tta import UnsupportedModelError, adapt, available_methods
+from lightning_tta import ConfigError, UnsupportedModelError, adapt, available_methods, save
 from lightning_tta.errors import InputError, WeightsError
 from nets import make_images, make_net, same
 from odd_nets import (
@@ -473,5 +473,14 @@ def test_meta_ttt_adapts_the_last_layers_of_what_runs():
             return self.head(self.second(self.first(x)))
 
     options = {"threshold": 0.4, "adapt_layers": 0.5}
-    assert {n.rpartition(".")[0] for n in adapt(Backwards(), "meta_ttt", **options).adaptable} >= {"model.second.1"}
+    adapted = {n.rpartition(".")[0] for n in adapt(Backwards(), "meta_ttt", **options).adaptable}
+    assert adapted == {"model.second.4"}
     assert torch.equal(outcome(Backwards(), "meta_ttt", **options), outcome(plain(), "meta_ttt", **options))
+
+
+def test_what_is_no_state_and_what_is_no_method():
+    for state in (None, [1]):
+        with pytest.raises(ConfigError, match=r"what method\.state_dict"):
+            adapt(plain(), "tent").load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"save\(\) writes the net of a method.*got a Sequential"):
+        save(plain(), "net.safetensors")

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tta.backbones.norms import is_norm_layer
-from lightning_tta.backbones.split import is_inside
+from lightning_tta.backbones.split import is_idle
 from lightning_tta.errors import UnsupportedModelError
 from lightning_tta.losses import at_least_float32
 
@@ -166,16 +166,10 @@ def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _NormBase)}
 
 
-def _is_idle(layer: str, called: set[str]) -> bool:
-    """Whether nothing runs of the module that a layer is a part of, as of an auxiliary head in eval mode."""
-    parent = layer.rpartition(".")[0]
-    return bool(parent) and not any(is_inside(name, parent) for name in called)
-
-
 def _look_at_statistics(model: nn.Module, called: set[str]) -> None:
     """Refuse a net whose BatchNorm layers do not run as modules; warn of some."""
     layers = _batch_norms(model)
-    missed = [name for name in layers if name not in called and not _is_idle(name, called)]
+    missed = [name for name in layers if name not in called and not is_idle(name, called)]
     how = "(does its forward call torch.nn.functional.batch_norm, or was it replaced by one of another net?)"
     if missed and len(missed) == len(layers):
         raise UnsupportedModelError(

@@ -409,9 +409,9 @@ class TTAMethod(Described, State, ABC):
         statistics = self.stream_statistics()
         if statistics is not None and not statistics:
             raise ConfigError(
-                f"'{self.name}' has seen no batch since it was made or reset, or only such that gave values that are not "
-                "finite (stats['skipped_steps']), so there are no statistics of the stream for the BatchNorm layers. "
-                "Stream some batches through it first: method(images)."
+                f"'{self.name}' has seen no batch since it was made or reset, or only such that gave values that are "
+                "not finite (stats['skipped_steps']), so there are no statistics of the stream for the BatchNorm "
+                "layers. Stream some batches through it first: method(images)."
             )
         return plain_net(self.model, self.stream_weights(), statistics or {}, self.required)
 
@@ -486,6 +486,11 @@ class TTAMethod(Described, State, ABC):
         Raises:
             ConfigError: If it does not fit, or ``assign`` is set. Nothing has changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ConfigError(
+                f"A state is what method.state_dict() gave; got a {type(state_dict).__name__}. From a file: "
+                "method.load_state_dict(torch.load(path))."
+            )
         self._custody.revision += 1
         with self._custody.call(check=True, values=False):
             return super().load_state_dict(state_dict, strict, assign)
