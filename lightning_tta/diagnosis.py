@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import textwrap
 import time
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones import Backbone
 from lightning_tta.backbones.norms import batch_norm_layers, norm_layers
-from lightning_tta.errors import ConfigError, LightningTTAError
-from lightning_tta.methods import adapt, create_method, docstring, find, names
+from lightning_tta.errors import ConfigError, InputError, LightningTTAError
+from lightning_tta.methods import adapt, docstring, find, names
 from lightning_tta.methods.base.state import size, take
 
 FEW, MANY = 16, 64
@@ -220,7 +219,7 @@ def _preprocessing(net: nn.Module, images: Tensor, logits: Tensor, found: list[s
         for name, (mean, std) in {"ImageNet's": IMAGENET, "0.5 and 0.5": CENTERED}.items():
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                sure[name] = _sureness(adapt(Backbone(copy.deepcopy(net), mean, std), "source")(images))
+                sure[name] = _sureness(adapt(Backbone(net, mean, std), "source")(images))
     best = max(sure, key=sure.__getitem__)
     if best != "as it is" and sure[best] > max(0.4, sure["as it is"] + 0.05):
         mean, std = IMAGENET if best == "ImageNet's" else CENTERED
@@ -239,6 +238,8 @@ def _sureness(logits: Tensor) -> float:
 
 def _pixels(images: Tensor, nonfinite: float, found: list[str]) -> str:
     values = images[images.isfinite()]
+    if nonfinite == len(images):
+        raise InputError("No image of this batch has finite pixels throughout: look at how the images are read.")
     low, high = float(values.min()), float(values.max())
     if low < -0.1 or high > 1.1:
         found.append(
@@ -254,6 +255,12 @@ def _classes(logits: Tensor, class_names: Sequence[str] | None, found: list[str]
     number, classes = len(logits), logits.shape[-1]
     share = Counter(logits.argmax(-1).tolist())
     largest, count = share.most_common(1)[0]
+    finite = int(torch.isfinite(logits.logsumexp(-1)).sum())
+    if finite < number:
+        found.append(
+            f"The source's logits are not finite for {number - finite} of {number} images: infinite weights, or values "
+            "too large for the net's precision? Look at the weights; or run the net in float32 or bfloat16."
+        )
     probabilities = logits.float().softmax(-1)
     entropy = float(torch.special.entr(probabilities).sum(-1).mean()) / math.log(max(classes, 2))
     if class_names is not None and len(class_names) != classes:
@@ -314,7 +321,7 @@ def _try(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            method = create_method(name, copy.deepcopy(net), **(options or {}))
+            method = adapt(net, name, **(options or {}))
             method.skips_when_empty = False  # a step that keeps no sample costs as much as any other where it counts
             if method.needs_source:
                 method.prepare([{"image": batch, "label": logits[: len(batch)].argmax(-1)}])  # stand-ins, for the cost

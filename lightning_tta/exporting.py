@@ -83,6 +83,10 @@ def save(
         )
     kind = FORMATS[path.suffix] if format is None else format
     check_choice("format", kind, tuple(dict.fromkeys(FORMATS.values())))
+    if not isinstance(getattr(method, "method", method), TTAMethod):  # a watch has its method
+        raise ConfigError(
+            f"save() writes the net of a method, lightning_tta.adapt(net, ...); got a {type(method).__name__}."
+        )
     net = method.export().cpu()
     metadata = _metadata(method, net, class_names, stream)
     if kind in ("safetensors", "pt"):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -142,6 +143,11 @@ class Normalize(nn.Module):
         return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
 
+class ClampedNormalize(Normalize):
+    def forward(self, x):
+        return super().forward(x.clamp(0.1, 0.9))
+
+
 def write(net, x):
     x -= 0.5
     return net(x.mul_(2))
@@ -237,6 +243,44 @@ def resnet_of_transformers():
     return nets[0], Through(nets[1], lambda net, x: net(x).logits)
 
 
+def wrapped_forwards():
+    """As a patch does it: by a closure, by a default, and on the net itself."""
+    net = Through()
+
+    def wrap(layer):
+        inner = layer.forward
+        layer.forward = lambda x: inner(x)
+
+    wrap(net.net[3])
+    net.net[8].forward = lambda x, inner=net.net[8].forward: inner(x)
+    wrap(net)
+    return net, Through()
+
+
+def weakly_referred():
+    net = Through()
+    net.at, net.run = weakref.ref(net.net[4]), None
+    net.forward = lambda x: net.net[5:](net.at()(net.net[:4](x)))
+    return net, Through()
+
+
+def hooked_batch_norm():
+    net, twin = Through(), Through(run=lambda net, x: net[1:](net[0](x) * 2))
+    net.net[1].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    return net, twin
+
+
+class ParametersInAList(Through):
+    """Takes a convolution's parameters from a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken = [self.net[3].weight]
+
+    def forward(self, x):
+        return self.net[4:](F.conv2d(self.net[:3](x), *self.taken, stride=2, padding=1))
+
+
 class OddParameters(Through):
     def __init__(self):
         super().__init__()
@@ -272,6 +316,13 @@ RIGHT = {  # a net, and a plain one whose numbers a method must give
         nn.Sequential(Normalize("parameters"), plain()).requires_grad_(False),
         nn.Sequential(Normalize("buffers"), plain()),
     ],
+    "clamped pixels, normalised, all frozen": lambda: [
+        nn.Sequential(ClampedNormalize(k), plain()).requires_grad_(False) for k in ("parameters", "buffers")
+    ],
+    "an autocast of its own": lambda: (
+        Through(run=torch.autocast("cpu", torch.bfloat16)(lambda net, x: net(x))),
+        Through(run=torch.autocast("cpu", torch.bfloat16)(lambda net, x: net[1:](net[0](x)))),
+    ),
     "writes into its input": lambda: (Through(run=write), Through(run=lambda net, x: net((x - 0.5) * 2))),
     "parametrised BatchNorm": parametrized,
     "a plain list of layers": lambda: (Walks(), Through()),
@@ -280,6 +331,10 @@ RIGHT = {  # a net, and a plain one whose numbers a method must give
     "two towers": lambda: (TwoTowers(), TwoTowers(text=False)),
     "DataParallel": lambda: (nn.DataParallel(plain()), plain()),
     "a part in DataParallel": lambda: (nn.Sequential(nn.DataParallel(plain()[:6]), *plain()[6:]), plain()),
+    "wrapped forwards": wrapped_forwards,
+    "a weak reference to a layer": weakly_referred,
+    "a hook at BatchNorm": hooked_batch_norm,
+    "parameters in a list": lambda: (ParametersInAList(), Through()),
     "an output with logits": lambda: (Through(run=lambda net, x: SimpleNamespace(logits=net(x))), Through()),
     "transformers' ViT": vit,
     "transformers' ResNet": resnet_of_transformers,

@@ -119,7 +119,35 @@ def test_images_that_are_not_finite_are_counted():
     assert any(text.startswith("1 images") for text in doctor(make_net("gn"), images).warnings)
 
 
+def test_logits_that_are_not_finite_are_told():
+    net = make_net("gn")
+    with torch.no_grad():
+        net.conv1.weight[0, 0] = float("inf")
+    with pytest.warns(UserWarning, match="not all finite"):
+        found = doctor(net, make_images(8))
+    assert any("not finite for 8 of 8 images" in text for text in found.warnings)
+
+
+def test_a_net_that_keeps_what_it_computed_and_one_in_half_precision():
+    class Keeps(Softmaxed):
+        def forward(self, x):
+            self.last = self.net(x)
+            return self.last
+
+    net = Keeps(make_net("gn"))
+    net(make_images(2))
+    assert {t.method for t in doctor(net, make_images(4)).trials if t.role == "start here"} == {
+        "zerosiam",
+        "ostta",
+        "sar",
+    }
+    half = doctor(make_net("gn").half(), make_images(4))
+    assert "ImageNet's" in half.facts["preprocessing"]
+
+
 def test_wrong_input_is_refused():
+    with pytest.raises(InputError, match="No image"):
+        doctor(make_net("gn"), make_images(4) * float("nan"))
     with pytest.raises(ConfigError, match="--data"):
         doctor(make_net("bn"), "photos")
     with pytest.raises(InputError, match="0-255"):

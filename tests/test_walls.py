@@ -51,6 +51,7 @@ ALLOWED = {  # (files, private names of another library), as patterns: why there
     ("lightning_tta/modules/adaptation.py", "_data_source"): "the loaders of a user, before Lightning asks them",
     ("lightning_tta/meta/prefix.py", "_version"): "the one sign that a tensor was written in place",
     ("lightning_tta/methods/base/custody.py", "_version"): "the same",
+    ("lightning_tta/methods/base/first_pass.py", "_version"): "the same",
     ("lightning_tta/methods/base/custody.py", "_parameters"): "what a module has, without a walk through all names",
     ("lightning_tta/methods/base/custody.py", "_buffers"): "the same",
     ("lightning_tta/methods/base/custody.py", "_forward_*"): "what hooks a broken call has left; no handle is at hand",

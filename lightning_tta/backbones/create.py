@@ -71,8 +71,11 @@ class Backbone(nn.Module):
         self._mean, self._std = _channels("mean", mean, in_chans), _channels("std", std, in_chans)
         self._preprocessing = dict(preprocessing or {})
         self._config = dict(config or {})
+        usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        like = next((p for p in net.parameters() if p.dtype in usual and not p.is_meta), torch.zeros(()))
         for key, values in (("mean", self._mean), ("std", self._std)):
-            self.register_buffer(key, torch.tensor(values).view(1, in_chans, 1, 1), persistent=False)
+            value = torch.tensor(values, dtype=like.dtype, device=like.device).view(1, in_chans, 1, 1)
+            self.register_buffer(key, value, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, K) of ``images`` (B, C, H, W), floats in [0, 1].

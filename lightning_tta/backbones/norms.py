@@ -31,8 +31,9 @@ StatisticsRule = Callable[[str, _BatchNorm, Tensor], "tuple[Tensor, Tensor] | No
 def is_norm_layer(module: nn.Module) -> bool:
     """Whether ``module`` is one of :data:`NORM_TYPES`, or a user's "...norm..." that normalises.
 
-    That has one-dimensional parameters, and depends on statistics: of its input, so that it is no affine map of it, or
-    running ones, which are buffers of the parameters' size. ``(x - mean) / std`` of pixels is none.
+    That has one-dimensional parameters, and depends on statistics: of its input, so that it is no affine map of it and
+    does not take each value by itself, or running ones, which are buffers of the parameters' size. ``(x - mean) / std``
+    of pixels is none, clamped or not.
     """
     if isinstance(module, NORM_TYPES):
         return True
@@ -40,12 +41,17 @@ def is_norm_layer(module: nn.Module) -> bool:
     if not parameters or "norm" not in type(module).__name__.lower() or any(p.ndim != 1 for p in parameters):
         return False
     shapes = {p.shape for p in parameters}
-    return any(b.shape in shapes for b in module.buffers(recurse=False)) or not _is_affine(module, len(parameters[0]))
+    return any(b.shape in shapes for b in module.buffers(recurse=False)) or not _is_affine_or_pointwise(
+        module, len(parameters[0])
+    )
 
 
 @torch.no_grad()
-def _is_affine(module: nn.Module, width: int) -> bool:
-    """Whether a layer of this width maps f(x) + f(y) = f(x + y) + f(0); tried on layouts of images and of tokens."""
+def _is_affine_or_pointwise(module: nn.Module, width: int) -> bool:
+    """Whether a layer of this width maps f(x) + f(y) = f(x + y) + f(0), or each value apart from the others.
+
+    Tried on layouts of images and of tokens.
+    """
     try:
         twin = copy_net(module).eval()
     except UnsupportedModelError:
@@ -59,9 +65,12 @@ def _is_affine(module: nn.Module, width: int) -> bool:
         try:
             apart = twin.forward(x) + twin.forward(y)
             joint = twin.forward(x + y) + twin.forward(torch.zeros_like(x))
+            half = (torch.rand(shape, generator=generator) < 0.5).to(x.device)
+            changed = (twin.forward(torch.where(half, x, 3 * y)) != twin.forward(x)) | apart.isnan()
         except Exception:  # not this layer's layout
             continue
-        return torch.allclose(apart, joint, rtol=1e-2, atol=1e-2 * float(apart.abs().max()))
+        is_affine = torch.allclose(apart, joint, rtol=1e-2, atol=1e-2 * float(apart.abs().max()))
+        return is_affine or (changed.shape == half.shape and not bool(changed[half].any()))
     return False
 
 

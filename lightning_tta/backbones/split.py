@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -102,8 +102,8 @@ class HeadSplit:
             logits = as_logits(self.model(images))
         if len(calls) != 1:
             raise UnsupportedModelError(
-                f"The head '{self.name}' ran {len(calls)} times in one pass; it must run once. Pass head='...' to "
-                "name the last linear layer."
+                f"The head '{self.name}' ran {len(calls)} times in one pass; it must run once, as a module. Pass "
+                "head='...' to name the last linear layer; or use a method that needs no features ('norm', 'tent')."
             )
         _, (features, *_), head_output = calls[0]
         if not self._checked:  # a net that overflowed cannot be compared: look again at the next pass
@@ -113,8 +113,8 @@ class HeadSplit:
             if features.ndim != 2 or (finite and not same):
                 raise UnsupportedModelError(
                     f"The net's output is not the output of its head '{self.name}' (softmax or another layer after "
-                    "it, or not the last linear layer). Return the raw logits, or pass head='...' to name the right "
-                    "layer."
+                    "it, two heads, or not the last linear layer). Return the raw logits, or pass head='...' to name "
+                    "the right layer; or use a method that needs no features ('norm', 'tent')."
                 )
             self._checked = finite
         return features, logits
@@ -154,6 +154,12 @@ def parts_by_depth(model: nn.Module, layers: Iterable[str]) -> list[str]:
 def is_inside(layer: str, module: str) -> bool:
     """Whether a layer is a module, or a descendant of it, by their names."""
     return layer == module or layer.startswith(f"{module}.")
+
+
+def is_idle(layer: str, called: Collection[str]) -> bool:
+    """Whether nothing is called of the module that a layer is a part of, as of an auxiliary head in eval mode."""
+    parent = layer.rpartition(".")[0]
+    return bool(parent) and not any(is_inside(name, parent) for name in called)
 
 
 def module_at(model: nn.Module, at: float) -> str:

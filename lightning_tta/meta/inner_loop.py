@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lightning_tta.backbones.norms import shortcut_norms
 from lightning_tta.backbones.passes import safe_checkpoints
+from lightning_tta.backbones.split import execution_order, is_idle
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import confident_loss, unconfident_entropy
 from lightning_tta.meta.mixed_bn import batch_of_domains, mixed_batch_norm_layers
@@ -146,6 +147,10 @@ class InnerParameters:
             )
         shortcuts = shortcut_norms(net)
         main = [name for name, layer in layers.items() if name not in shortcuts and layer.affine]
+        order = execution_order(net)  # else the net's own: an auxiliary head may come last there, and not run
+        if order is not None:
+            main = [name for name in main if not is_idle(name, order)] or main
+            main = sorted(main, key=order.index) if set(main) <= set(order) else main
         if not main:
             raise UnsupportedModelError(
                 f"The BatchNorm layers of {type(net).__name__} have no weight and bias to adapt. Use layers with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,10 @@ from lightning_tta.backbones.norms import affine, batch_norm_layers, moments, re
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 
 Parametrization = Literal["raw", "sigmoid"]
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
 
 
 class _Moments(Function):
@@ -52,7 +57,7 @@ class MixedBatchNorm(_NormBase):
     the other, each with its own batch statistics; each parameter is (C,) for all or (D, C), one row a domain.
 
     Args:
-        norm: The BatchNorm layer to take over; parameters and statistics are shared with it.
+        norm: The BatchNorm layer to take over; parameters, statistics and forward hooks are shared with it.
         source_weight: Initial w, in [0, 1] (sigmoid: strictly inside).
         std: Standard deviation of its initial values.
         parametrization: ``raw``: the parameter is w, as in the authors' code; it may leave [0, 1], so the variance is
@@ -92,6 +97,8 @@ class MixedBatchNorm(_NormBase):
         self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var = running, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked
+        for name in _HOOKS:
+            setattr(self, name, getattr(norm, name))
         self.parametrization = parametrization
         initial = torch.full_like(running, source_weight) + std * torch.randn_like(running)
         if parametrization == "sigmoid":
@@ -155,6 +162,11 @@ def _check_mixing(source_weight: float, std: float, parametrization: str) -> Non
 
 def _fused_activation(norm: _BatchNorm) -> nn.Module | None:
     """What timm's BatchNormAct2d does after the normalisation; ``None`` for torch's own layers."""
+    if "forward" in vars(norm):
+        raise UnsupportedModelError(
+            f"The forward of a {type(norm).__name__} was replaced by a function, which mixed batch norm cannot take "
+            "over. Put a forward hook or a layer of its own in its place, or use method 'tent'."
+        )
     if type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return None
     drop, act = getattr(norm, "drop", None), getattr(norm, "act", None)
@@ -217,7 +229,7 @@ def convert_mixed_bn(
     """
     layers = make_mixed_layers(model, source_weight, std, parametrization)
     for norm, layer in layers.items():
-        vars(norm)["forward"] = layer.__call__  # for a forward that walks through a plain list of its layers
+        vars(norm)["forward"] = partial(_run, layer)  # for a forward that walks through a plain list of its layers
     return _replace(model, layers)
 
 
@@ -231,10 +243,15 @@ def mixed_layers(model: nn.Module, layers: MixedLayers) -> Iterator[None]:
         layer.running_mean, layer.running_var = norm.running_mean, norm.running_var  # moved since, perhaps
     _replace(model, layers)
     try:
-        with replaced_forwards({norm: layer.__call__ for norm, layer in layers.items()}):
+        with replaced_forwards({norm: partial(_run, layer) for norm, layer in layers.items()}):
             yield
     finally:
         _replace(model, {layer: norm for norm, layer in layers.items()})
+
+
+def _run(layer: MixedBatchNorm, x: Tensor) -> Tensor:
+    """Without hooks, which the layer shares with the one that it stands in for; with its forward of the moment."""
+    return layer.forward(x)
 
 
 def _replace(model: nn.Module, replacement: Mapping[Any, nn.Module]) -> nn.Module:

@@ -25,7 +25,7 @@ Run = Callable[[Mapping[str, Tensor]], Tensor]
 
 def _versions(output: Any) -> list[int]:
     """How often each tensor in a module's output has been written to."""
-    return [leaf._version for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf._version for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 @dataclass

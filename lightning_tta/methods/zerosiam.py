@@ -132,6 +132,7 @@ class ZeroSiam(EntropyMethod):
         """One step of the asymmetric objective on the samples that the filters keep."""
         self.look(x)
         features, logits = self.features(x)
+        features = features.to(self.predictor.weight.dtype)  # of a net with an autocast of its own
         online, reference = self.split.head(self.predictor(features)), logits.detach()
         entropies, alignment = self.entropy(online), symmetric_kl(reference, online)
         kept = self.keep(logits, entropies)

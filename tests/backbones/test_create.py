@@ -29,6 +29,14 @@ def test_pixels_are_normalised_channel_by_channel() -> None:
     torch.testing.assert_close(backbone(images), expected)
 
 
+def test_pixels_are_normalised_in_the_nets_precision() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(5))
+    net(torch.zeros(1, 3, 8, 8))
+    pixels = torch.rand(2, 3, 8, 8).bfloat16()
+    logits = Backbone(net.bfloat16(), [0.5], [0.25])(pixels)
+    assert torch.equal(logits, net((pixels - 0.5) / 0.25))
+
+
 def test_a_single_value_serves_every_channel() -> None:
     backbone = Backbone(nn.Identity(), (0.5,), (0.25,), in_chans=2)
     assert backbone.mean.shape == backbone.std.shape == (1, 2, 1, 1)

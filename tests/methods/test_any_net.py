@@ -1,5 +1,6 @@
 """Every method on nets as users bring them: the numbers of a plain twin, or a refusal that names the remedy."""
 
+import copy
 import threading
 import warnings
 
@@ -11,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from contract import MECHANISMS, VARIANTS, build
-from lightning_tta import UnsupportedModelError, adapt, available_methods
+from lightning_tta import ConfigError, UnsupportedModelError, adapt, available_methods, save
 from lightning_tta.errors import InputError, WeightsError
 from nets import make_images, make_net, same
 from odd_nets import (
@@ -24,6 +25,7 @@ from odd_nets import (
     TwoInputs,
     TwoTowers,
     functional,
+    noted_by_a_hook,
     plain,
     pruned,
 )
@@ -101,6 +103,7 @@ def test_no_gradient_is_no_step(name):
     nets = {
         "no linear layer|No gradient reaches": quantize_dynamic(plain(), {nn.Linear}),
         "No gradient reaches": Through(run=torch.no_grad()(lambda net, x: net(x))),
+        "No gradient reache.": Through(run=torch.inference_mode()(lambda net, x: net(x))),
     }
     for words, net in nets.items():
         with pytest.raises(UnsupportedModelError, match=words):
@@ -117,7 +120,11 @@ def test_no_gradient_is_no_step(name):
 
 
 def test_meta_ttt_needs_gradients_too():
-    for net in (quantize_dynamic(plain(), {nn.Linear}), Through(run=lambda net, x: net[6:](net[:6](x).detach()))):
+    for net in (
+        quantize_dynamic(plain(), {nn.Linear}),
+        Through(run=lambda net, x: net[6:](net[:6](x).detach())),
+        Through(run=torch.inference_mode()(lambda net, x: net(x))),
+    ):
         with pytest.raises(UnsupportedModelError, match="No gradient reaches"):
             adapt(net, "meta_ttt")(make_images(8))
 
@@ -339,3 +346,141 @@ def test_a_layer_norm_whose_parameters_are_computed():
     for leaf in ("weight", "bias"):
         parametrize.register_parametrization(net.norm1, leaf, Times())
     assert torch.equal(outcome(net, "tent"), outcome(make_net("ln"), "tent"))
+
+
+def test_a_wrapped_batch_norm():
+    """The copy's layer runs, not the original's; mixed batch norm cannot know what the function does."""
+
+    def wrapped():
+        net = plain()
+        inner = net[1].forward
+        net[1].forward = lambda x: inner(x) * 2
+        return net
+
+    twin = lambda: Through(run=lambda net, x: net[2:](net[1](net[0](x)) * 2))  # noqa: E731
+    for name in ("norm", "tent", "cotta", "source", "memo"):
+        torch.testing.assert_close(outcome(wrapped(), name), outcome(twin(), name), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UnsupportedModelError, match=r"Layer '1': The forward of a BatchNorm2d was replaced"):
+        adapt(wrapped(), "meta_ttt")
+    method = adapt(wrapped(), "tent", lr=0.1)
+    copied = copy.deepcopy(method)
+    for seed in range(2):
+        assert torch.equal(method(make_images(8, seed)), copied(make_images(8, seed)))
+
+
+def test_functions_share_what_is_not_of_the_net():
+    net, seen, count = plain(), [], 0
+
+    def hook(module, inputs, output):
+        nonlocal count
+        count += 1
+        seen.append(net)
+
+    net[4].register_forward_hook(hook)
+    method = adapt(net, "source")
+    method(make_images(8))
+    assert seen == [method.model]
+    assert count == 1
+    net(make_images(8))
+    assert seen == [method.model, net]
+    assert count == 2
+
+
+def test_a_global_name_of_the_net_is_warned_of():
+    space = {"net": plain()}
+    exec("def replaced(x, inner=net[1].forward):\n    return inner(x) + net[1].bias.sum()", space)
+    space["net"][1].forward = space["replaced"]
+    with pytest.warns(UserWarning, match=r"'replaced'.*global name 'net'.*in_place=True"):
+        adapt(space["net"], "tent")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(noted_by_a_hook()[0], "tent")
+
+
+def test_a_net_that_begins_to_write_into_its_input():
+    class Later(Through):
+        passes = 0
+
+        def forward(self, x):
+            self.passes += 1
+            return self.net(x.sub_(0.5) if self.passes > 1 else x)
+
+    method = adapt(Later(), "source")
+    method(make_images(4))
+    with pytest.warns(UserWarning, match=r"wrote into its input.*x\.clone"):
+        method(make_images(4))
+    images = make_images(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method(images)
+    assert torch.equal(images, make_images(4))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["tent", "norm"])
+def test_an_auxiliary_head_that_does_not_run_is_no_matter(name):
+    class Auxiliary(Through):
+        def __init__(self, functional):
+            super().__init__()
+            self.aux = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+            self.functional = functional
+
+        def forward(self, x):
+            if self.functional:
+                x = x + functional(self.aux, self.aux[0](x.mean(1, keepdim=True).expand(-1, 8, -1, -1)))
+            return self.net(x)
+
+    def functional(aux, y):
+        norm = aux[1]
+        y = nn.functional.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1)
+        return y.mean(1, keepdim=True)
+
+    assert not logits_warnings(Auxiliary(False), name)
+    if name == "tent":
+        with pytest.raises(UnsupportedModelError, match=r"does not call its BatchNorm layer 'aux\.1'"):
+            adapt(Auxiliary(True), name)(make_images(8))
+        return
+    (message,) = logits_warnings(Auxiliary(True), name)
+    assert "1 do not run as modules" in message
+    assert "aux.1" in message
+
+
+def test_outputs_that_are_not_finite():
+    net = plain()
+    with torch.no_grad():
+        net[3].weight[0, 0] = float("inf")
+    (message,) = logits_warnings(net, "source")
+    assert "not all finite" in message
+
+    def rule_out(net, x):
+        return net(x).index_fill(1, torch.tensor([2]), -torch.inf)
+
+    (message,) = logits_warnings(Through(run=rule_out))
+    assert "-inf" in message
+    assert "-1e4" in message
+    assert not logits_warnings(Through(run=rule_out), "source")
+
+
+def test_meta_ttt_adapts_the_last_layers_of_what_runs():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            net = plain()
+            self.head, self.second, self.first = net[5:], net[3:5], net[:3]
+            self.aux = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+
+        def forward(self, x):
+            return self.head(self.second(self.first(x)))
+
+    options = {"threshold": 0.4, "adapt_layers": 0.5}
+    adapted = {n.rpartition(".")[0] for n in adapt(Backwards(), "meta_ttt", **options).adaptable}
+    assert adapted == {"model.second.4"}
+    assert torch.equal(outcome(Backwards(), "meta_ttt", **options), outcome(plain(), "meta_ttt", **options))
+
+
+def test_what_is_no_state_and_what_is_no_method():
+    for state in (None, [1]):
+        with pytest.raises(ConfigError, match=r"what method\.state_dict"):
+            adapt(plain(), "tent").load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"save\(\) writes the net of a method.*got a Sequential"):
+        save(plain(), "net.safetensors")

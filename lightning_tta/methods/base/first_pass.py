@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tta.backbones.norms import is_norm_layer
+from lightning_tta.backbones.split import is_idle
 from lightning_tta.errors import UnsupportedModelError
 from lightning_tta.losses import at_least_float32
 
@@ -30,6 +31,16 @@ _LOGITS = {
         "The net's outputs are log-probabilities (a log-softmax at its end?). Predictions and entropies are those of "
         "logits; what looks at the length of logits (COME, the guard) sees other lengths. Return the logits instead."
     ),
+    "not finite": (
+        "The net's outputs are not all finite numbers, for images that are: weights that are infinite, or values too "
+        "large for the net's precision? Such images have no prediction, and no step is taken on them. Look at the "
+        "weights; or run the net in float32 or bfloat16."
+    ),
+    "ruled out": (
+        "Some of the net's outputs are -inf (classes that are ruled out?). Their entropy has no finite gradient, so "
+        "that steps are skipped and nothing adapts. Return a large negative number there, such as -1e4, or leave the "
+        "classes out."
+    ),
     "features": (
         "The net has as many outputs as its last normalisation layer has channels, and no layer with weights behind "
         "it: does it return features, without a classifier? A method takes them for logits of classes. Give it its "
@@ -42,7 +53,8 @@ class FirstPass:
     """Watches the passes of one net.
 
     A net that writes into its input gets a copy in each pass, so that no pass sees what another one wrote, nor does the
-    caller. The first pass shows whether it does, and what its outputs look like: the only one that asks the device.
+    caller. The first pass shows whether it does, and what its outputs look like: the only one that asks the device. A
+    net that begins to write later is warned of, and gets copies from then on.
 
     Attributes:
         has_run: Whether the net has taken a batch.
@@ -68,6 +80,7 @@ class FirstPass:
             UnsupportedModelError: If none of the BatchNorm layers runs.
         """
         given: list[Tensor] = []
+        version: list[int] = []  # of the input, where it is no copy
         called: set[str] = set()
         hooks: list[RemovableHandle] = []
         buffers: dict[str, Tensor] = {}  # as they were before the first pass
@@ -77,10 +90,10 @@ class FirstPass:
             if not self.has_run:
                 buffers.update({name: buffer.clone() for name, buffer in model.named_buffers()})
             if not self.has_run or (self.ran is None and torch.is_grad_enabled()):
-                watched = _with_parameters(model) if torch.is_grad_enabled() else _batch_norms(model)
-                for name, layer in watched.items():  # until the pass ends: with hooks, torch's attention runs otherwise
+                for name, layer in _watched(model, torch.is_grad_enabled()).items():  # until the pass ends
                     hooks.append(layer.register_forward_hook(lambda m, i, o, name=name: called.add(name)))
             if not self._writes or not inputs:
+                version[:] = [] if not inputs or inputs[0].is_inference() else [inputs[0]._version]
                 return None
             given[:] = inputs[:1]
             return (inputs[0].clone(), *inputs[1:])
@@ -88,8 +101,16 @@ class FirstPass:
         def after(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
             while hooks:
                 hooks.pop().remove()
+            if version and inputs[0]._version != version.pop():
+                self._writes = True
+                warnings.warn(
+                    f"{type(model).__name__} wrote into its input, which it had not done before. The images of this "
+                    "batch are others now, for the caller too, and what was computed from them since is not to be "
+                    "trusted. From here on the net gets copies. Let its forward write to a copy: x = x.clone().",
+                    stacklevel=2,
+                )
             called.add("")
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and self.ran is None:
                 self.ran = frozenset(called)
             if self.has_run:
                 return
@@ -111,8 +132,7 @@ class FirstPass:
 
         with ExitStack() as stack:
             stack.callback(model.register_forward_pre_hook(before).remove)
-            if not self.has_run or self.ran is None:
-                stack.callback(model.register_forward_hook(after).remove)
+            stack.callback(model.register_forward_hook(after).remove)
             try:
                 yield
             finally:
@@ -128,9 +148,18 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a != a)).all())  # NaN has not changed
 
 
-def _with_parameters(model: nn.Module) -> dict[str, nn.Module]:
-    named = model.named_modules()
-    return {name: m for name, m in named if isinstance(m, _NormBase) or any(True for _ in m.parameters(recurse=False))}
+def _watched(model: nn.Module, everywhere: bool) -> dict[str, nn.Module]:
+    """BatchNorm layers, and modules with parameters: all, or those beside a BatchNorm layer.
+
+    Without gradients torch's attention runs otherwise where it has hooks.
+    """
+    norms = _batch_norms(model)
+    parents = {name.rpartition(".")[0] for name in norms}
+    return norms | {
+        name: module
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False)) and (everywhere or name.rpartition(".")[0] in parents)
+    }
 
 
 def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -140,7 +169,7 @@ def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:
 def _look_at_statistics(model: nn.Module, called: set[str]) -> None:
     """Refuse a net whose BatchNorm layers do not run as modules; warn of some."""
     layers = _batch_norms(model)
-    missed = [name for name in layers if name not in called]
+    missed = [name for name in layers if name not in called and not is_idle(name, called)]
     how = "(does its forward call torch.nn.functional.batch_norm, or was it replaced by one of another net?)"
     if missed and len(missed) == len(layers):
         raise UnsupportedModelError(
@@ -164,10 +193,14 @@ def _look_at_logits(model: nn.Module, logits: object) -> None:
     one = ((u.sum(1) - 1).abs() < 1e-2).all() & (u >= 0).all()
     log_one = (u.logsumexp(1).abs() < 1e-2).all()
     unit = (u >= 0).all() & (u < 0.1).any() & (u > 0.9).any() & (u <= 1).all()
-    is_one, is_log_one, is_unit = torch.stack([one, log_one, unit]).tolist()
+    broken = (u.isnan() | (u == torch.inf)).any()  # -inf is the logit of a class that is ruled out
+    ruled_out = (u == -torch.inf).any()
+    is_one, is_log_one, is_unit, is_broken, is_ruled_out = torch.stack([one, log_one, unit, broken, ruled_out]).tolist()
     last = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))][-1:]
     features = any(is_norm_layer(m) and any(p.shape == u.shape[1:] for p in m.parameters(recurse=False)) for m in last)
     found = {
+        "not finite": is_broken,
+        "ruled out": is_ruled_out and logits.requires_grad,
         "probabilities": is_one,
         "log-probabilities": is_log_one,
         "independent probabilities": not is_one and (_ends_in_sigmoid(model, logits) or (is_unit and u.numel() >= 32)),

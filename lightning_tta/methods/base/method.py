@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tta import collective
+from lightning_tta.backbones.copying import copied_whole, holds_parameters_elsewhere
 from lightning_tta.backbones.norms import (
     MomentsRecord,
     batch_norm_layers,
@@ -94,6 +95,7 @@ class TTAMethod(Described, State, ABC):
         plain = plain_model(model).eval()
         self.required = frozenset(name for name, p in plain.named_parameters() if p.requires_grad)
         self._flags = read_flags(plain)
+        self._holds_parameters_elsewhere = holds_parameters_elsewhere(plain)
         self.task = copy.copy(self.task)  # it remembers what it has warned of
         self.small_batch = 8 if self.uses_batch_statistics else 0
         self.replaces_statistics = self.uses_batch_statistics or type(self).running is not TTAMethod.running
@@ -184,6 +186,11 @@ class TTAMethod(Described, State, ABC):
                 return self._accounted(x, accounted is not False, lambda: (None, self.task.logits(self.model(x))))[1]
             parameters = dict(self.model.named_parameters(remove_duplicate=False))
             cast = {parameters[name]: weight.to(parameters[name].dtype) for name, weight in weights.items()}
+            if self._holds_parameters_elsewhere and not torch.is_grad_enabled():
+                with self.lend(list(cast)):  # in their places it would be missed
+                    for parameter, weight in cast.items():
+                        parameter.copy_(weight)
+                    return self._accounted(x, accounted is True, lambda: (None, self.task.logits(self.model(x))))[1]
             run = lambda: (None, self.task.logits(call_with(self.model, cast, x)))  # noqa: E731
             return self._accounted(x, accounted is True, run)[1]
 
@@ -206,7 +213,8 @@ class TTAMethod(Described, State, ABC):
 
     def _features(self, x: Tensor, at: float | Sequence[str]) -> tuple[Any, Tensor]:
         if isinstance(at, str):
-            return self.split(x)
+            features, logits = self.split(x)
+            return features.clone() if features.is_inference() else features, logits
         if isinstance(at, (int, float)):
             if at not in self._module_at:
                 self._module_at[at] = module_at(self.model, at)
@@ -401,8 +409,9 @@ class TTAMethod(Described, State, ABC):
         statistics = self.stream_statistics()
         if statistics is not None and not statistics:
             raise ConfigError(
-                f"'{self.name}' has seen no batch since it was made or reset, so there are no statistics of the stream "
-                "for the BatchNorm layers. Stream some batches through it first: method(images)."
+                f"'{self.name}' has seen no batch since it was made or reset, or only such that gave values that are "
+                "not finite (stats['skipped_steps']), so there are no statistics of the stream for the BatchNorm "
+                "layers. Stream some batches through it first: method(images)."
             )
         return plain_net(self.model, self.stream_weights(), statistics or {}, self.required)
 
@@ -477,6 +486,11 @@ class TTAMethod(Described, State, ABC):
         Raises:
             ConfigError: If it does not fit, or ``assign`` is set. Nothing has changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ConfigError(
+                f"A state is what method.state_dict() gave; got a {type(state_dict).__name__}. From a file: "
+                "method.load_state_dict(torch.load(path))."
+            )
         self._custody.revision += 1
         with self._custody.call(check=True, values=False):
             return super().load_state_dict(state_dict, strict, assign)
@@ -529,7 +543,9 @@ class TTAMethod(Described, State, ABC):
         with self._custody.lock:  # not in the middle of a step
             twin = type(self).__new__(type(self))
             memo[id(self)] = twin
-            twin.__setstate__({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+            with copied_whole(self.model, memo):
+                state = {name: copy.deepcopy(value, memo) for name, value in vars(self).items()}
+            twin.__setstate__(state)
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
