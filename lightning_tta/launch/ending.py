@@ -100,12 +100,15 @@ def say_where_run_is(model: LightningModule) -> None:
 
 def _predict_options(args: list[str], data: str) -> list[str]:
     """The data of a fit as options of predict: the configuration beside that of the fit, else the same class."""
+    first, options = ["--data", data], list[str]()
     for arg, following in zip(args, [*args[1:], ""], strict=True):
         name, equals, value = arg.partition("=")
         beside = Path(value if equals else following).with_name("predict.yaml") if name in ("-c", "--config") else None
         if beside is not None and beside.is_file():
-            return ["--config", str(beside)]
-    return ["--data", data]
+            first = ["--config", str(beside)]
+        if name.startswith("--data."):
+            options += [arg] if equals else [arg, following]
+    return [*first, *options]
 
 
 def remove_empty_parameters(trainer: Trainer) -> None:
