@@ -6,8 +6,10 @@ the other.
 
 import argparse
 import contextlib
+import glob
 import importlib
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -30,6 +32,7 @@ PAGES = {
     if "_build" not in path.parts
 }
 LIGHTNING = ("fit", "validate", "test", "predict")
+JOURNEYS = [page for page in PAGES if "journeys" in page]  # run as a whole, each in an empty folder
 PLACEHOLDERS = {"CONFIG": "configs/digits/predict.yaml", "ROOT": "."}  # and the reader's own weights:
 PLACEHOLDERS |= {"resnet20.safetensors": "none", "resnet26_gn.safetensors": "none"}
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
@@ -63,7 +66,7 @@ def commands_of(text):
     return found
 
 
-ALL = commands_of("\n\n".join(PAGES.values()))
+ALL = commands_of("\n\n".join(text for page, text in PAGES.items() if page not in JOURNEYS))
 
 
 class Parsed(Exception):
@@ -90,6 +93,9 @@ def check(words, monkeypatch):
         run_lightning([name, *args], parse_only=True)
     elif name == "stream":
         run_lightning(["predict", "--model.method=source", *args], parse_only=True)
+    elif name == "doctor" and args:
+        _, rest = argparse_of_doctor().parse_known_args(args)
+        run_lightning(["predict", "--model.method=source", *rest], parse_only=True)
     elif name == "benchmark":
         # what each cell would be given is parsed in test_configs.py
         monkeypatch.setattr("lightning_tta.benchmark.runner.run_lightning", lambda *args, **options: None)
@@ -100,6 +106,12 @@ def check(words, monkeypatch):
         assert not args or (name, args) == ("methods", ["tent"])
     else:
         main([name, *args])
+
+
+def argparse_of_doctor():
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output")
+    return parser
 
 
 def asks(words):
@@ -184,7 +196,7 @@ def test_short_ones_run_in_this_order(reader, capsys, digits_source):
     for words in ALL:
         if any(part in " ".join(words) for part in NOT_RUN) or "RUN..." in words:
             continue
-        if " ".join(words) in (TRAINED, "lightning-tta init"):  # the latter is refused where configs/ is
+        if " ".join(words) in (TRAINED, "lightning-tta init", "lightning-tta doctor"):  # configs/ is there; no data
             continue
         shorter = (
             [*QUIET, *(SHORTER if "configs/digits/predict.yaml" in words else [])] if words[1] == "predict" else []
@@ -200,7 +212,9 @@ def test_short_ones_run_in_this_order(reader, capsys, digits_source):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "reader")
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks_of(text, "python")])
+@pytest.mark.parametrize(
+    "page", [page for page, text in PAGES.items() if blocks_of(text, "python") and page not in JOURNEYS]
+)
 def test_python_blocks_run(page):
     net = torch.nn.Sequential(
         *(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()),
@@ -209,6 +223,31 @@ def test_python_blocks_run(page):
     names = {"__name__": "reader", "model": net, "digits_net": net, "images": torch.rand(4, 3, 32, 32)}
     for block in blocks_of(PAGES[page], "python"):
         exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("page", JOURNEYS)
+def test_a_journey_runs(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_net", raising=False)
+    for block in blocks_of(PAGES[page], "python"):
+        text = block.replace("max_epochs=10", "max_epochs=1")
+        (tmp_path / block.split()[1]).write_text(text)  # its first line is "# name.py"
+    commands = [line for block in blocks_of(PAGES[page], "bash") for line in block.replace("\\\n", " ").splitlines()]
+    assert 4 <= len(commands) <= 6
+    for command in commands:
+        words = [str(name) for word in shlex.split(command) for name in (glob.glob(word) or [word])]
+        if words[0] == "python":
+            runpy.run_path(words[1], run_name="__main__")
+        else:
+            shorter = {"fit": ["--trainer.max_epochs=1", *QUIET], "predict": QUIET}.get(words[1], [])
+            main([*words[1:], *shorter])
+    out = capsys.readouterr().out
+    for line in re.findall(r"^\d+ of \d+ photos are predicted as by the method$", PAGES[page], re.MULTILINE):
+        assert line in out
+    sys.modules.pop("my_net", None)
 
 
 def test_blocks_of():

@@ -103,16 +103,15 @@ def _predict_options(args: list[str], data: str) -> list[str]:
 
     What the command line says of the data is said again.
     """
-    of_data = list[str]()
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
-        if arg.startswith("--data."):
-            of_data += [arg] if "=" in arg else [arg, following]
+    first, options = ["--data", data], list[str]()
     for arg, following in zip(args, [*args[1:], ""], strict=True):
         name, equals, value = arg.partition("=")
         beside = Path(value if equals else following).with_name("predict.yaml") if name in ("-c", "--config") else None
         if beside is not None and beside.is_file():
-            return ["--config", str(beside), *of_data]
-    return ["--data", data, *of_data]
+            first = ["--config", str(beside)]
+        if name.startswith("--data."):
+            options += [arg] if equals else [arg, following]
+    return [*first, *options]
 
 
 def remove_empty_parameters(trainer: Trainer) -> None:

@@ -97,7 +97,7 @@ def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False,
     """Wrap a classifier so that it adapts to the unlabelled images it predicts.
 
     It works on a copy: ``model`` stays as it is, so ``model.state_dict()`` is still that of the source after the
-    stream. The adapted net is in the method: :func:`lightning_tta.export` writes it as a plain net, and
+    stream. The adapted net is in the method: :func:`lightning_tta.save` writes it as a plain net, and
     ``method.state_dict()`` has all of the method's state, to go on from.
 
     Args:

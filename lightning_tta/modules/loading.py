@@ -84,8 +84,8 @@ def load_source(
             own_classes = options.pop("num_classes")
             num_classes = own_classes if num_classes is None else num_classes
         net = create_backbone(backbone, num_classes, pretrained=pretrained, weights=weights, **options)
-        if weights is not None and not {"mean", "std"} & {*options}:
-            mean, std = (net.preprocessing[key] for key in ("mean", "std"))
+        mean, std = (net.preprocessing[key] for key in ("mean", "std"))
+        if weights is not None and any(mean) and not {"mean", "std"} & {*options}:  # none: a warning has said it
             rank_zero_info(
                 f"{path}: images are normalized with mean {mean}, std {std}. Other values: "
                 "--model.backbone_options '{mean: [...], std: [...]}'."
