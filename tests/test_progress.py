@@ -68,7 +68,6 @@ def test_a_fit_says_what_all_epochs_will_take(monkeypatch, capsys, tmp_path):
     screen_of(monkeypatch, force_terminal=False)
     monkeypatch.setattr(bar, "FIRST", 0.0)
     monkeypatch.setattr(bar, "GROWTH", 0.0)  # a line a batch
-    data = next(arg for arg in FIT if arg.startswith("--data."))
     main([*FIT, f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"])
     out, err = capsys.readouterr()
     lines = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_tta.errors import WeightsError
-from lightning_tta.files import write_json
+from lightning_tta.files import read_json, write_json
 
 RECORD = "training.json"
 """Beside the checkpoints of a training: whether it was finished, and how many epochs it did."""
@@ -72,9 +71,11 @@ class TrainingRecord(Callback):
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
         if folder and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(folder).mkdir(parents=True, exist_ok=True)
-            write_json(
-                Path(folder) / RECORD, {"finished": finished, "epochs": epochs, "max_epochs": trainer.max_epochs}
-            )
+            record = {"finished": finished, "epochs": epochs, "max_epochs": trainer.max_epochs}
+            best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or "")
+            if finished and best.parent == Path(folder):
+                record["best"] = best.name
+            write_json(Path(folder) / RECORD, record)
 
 
 def _take_best(callback: ModelCheckpoint, state: dict[str, Any], copy: bool) -> None:
@@ -99,18 +100,20 @@ def _take_best(callback: ModelCheckpoint, state: dict[str, Any], copy: bool) -> 
 
 def unfinished(folder: Path) -> str | None:
     """How far the training with checkpoints in this folder came, if it says that it was not finished."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
-        return None  # of an earlier version, or somebody else's: it counts as finished
+    record = read_json(folder / RECORD) or {}  # of an earlier version, or somebody else's: it counts as finished
     if record.get("finished", True):
         return None
     total = record.get("max_epochs")
     return f"{record.get('epochs', 0)} of {total if total and total > 0 else 'any number of'} epochs"
 
 
+def _best(folder: Path) -> Path:
+    """The best checkpoint of a training, which may be missing: the one that its record names, or ``best.ckpt``."""
+    return folder / str((read_json(folder / RECORD) or {}).get("best", "best.ckpt"))
+
+
 def find_checkpoint(path: str | Path, option: str = "source_ckpt") -> Path:
-    """A weights file: ``path`` itself, or ``best.ckpt`` of the last finished training in or below a directory.
+    """A weights file: ``path`` itself, or the best checkpoint of the last finished training in or below a directory.
 
     A training without a record, of an earlier version, counts as finished. Warns where a later one was not finished,
     and where the file is of one that was not.
@@ -126,7 +129,7 @@ def find_checkpoint(path: str | Path, option: str = "source_ckpt") -> Path:
     files = [*path.rglob("best.ckpt"), *path.rglob(RECORD)] if path.is_dir() else []
     folders = {file.parent: max(f.stat().st_mtime for f in files if f.parent == file.parent) for file in files}
     latest = sorted(folders, key=lambda folder: folders[folder], reverse=True)
-    done = next((f for f in latest if unfinished(f) is None and (f / "best.ckpt").exists()), None)
+    done = next((f for f in latest if unfinished(f) is None and _best(f).is_file()), None)
     later = [f for f in latest[: latest.index(done) if done else None] if unfinished(f)]
     if not later and done is None:
         others = sorted(str(file.relative_to(path)) for file in path.rglob("*.ckpt"))[:5] if path.is_dir() else []
@@ -149,6 +152,6 @@ def find_checkpoint(path: str | Path, option: str = "source_ckpt") -> Path:
         text = f"The training in {at} was not finished: {unfinished(later[0])}.{how}"
         if done is None:
             raise WeightsError(f"{option}={str(path)!r} holds no finished training. {text}")
-        warnings.warn(f"{text} Taken instead: {done / 'best.ckpt'}, of the last finished one.", stacklevel=3)
+        warnings.warn(f"{text} Taken instead: {_best(done)}, of the last finished one.", stacklevel=3)
     assert done is not None
-    return done / "best.ckpt"
+    return _best(done)

@@ -66,7 +66,7 @@ def test_a_continued_training_equals_the_uninterrupted_one(tmp_path, make, monit
     best = [torch.load(tmp_path / name / "best.ckpt", weights_only=True) for name in ("whole", "continued")]
     assert best[0]["epoch"] == best[1]["epoch"]
     record = json.loads((tmp_path / "continued" / RECORD).read_text())
-    assert record == {"finished": True, "epochs": 3, "max_epochs": 3}
+    assert record == {"finished": True, "epochs": 3, "max_epochs": 3, "best": "best.ckpt"}
 
 
 def test_the_best_so_far_is_taken_over(tmp_path):
@@ -120,6 +120,16 @@ def test_the_last_finished_training_is_taken(tmp_path):
 def test_a_training_that_was_cut_off_before_its_first_checkpoint(tmp_path):
     training(tmp_path / "version_0/checkpoints", 100, finished=False, files=())
     with pytest.raises(WeightsError, match="no finished training"):
+        find_checkpoint(tmp_path)
+
+
+def test_the_record_names_the_best_checkpoint(tmp_path):
+    """As of a fit without a configuration, where Lightning names the file."""
+    folder = training(tmp_path / "version_0/checkpoints", 100, files=("epoch=3-step=8.ckpt",)).parent
+    (folder / RECORD).write_text(json.dumps({"finished": True, "best": "epoch=3-step=8.ckpt"}))
+    assert find_checkpoint(tmp_path) == folder / "epoch=3-step=8.ckpt"
+    (folder / "epoch=3-step=8.ckpt").unlink()
+    with pytest.raises(WeightsError, match=r"holds no best.ckpt"):
         find_checkpoint(tmp_path)
 
 
