@@ -32,8 +32,8 @@ def main(args: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: With code 2 after a message, if the configuration, data or weights are wrong, or a place cannot be
-            written to; with 130 after Ctrl-C and 143 after SIGTERM; in silence where nobody reads the output any more, as after ``| head``. A run that
-            was to be continued and is finished is no error.
+            written to; with 130 after Ctrl-C and 143 after SIGTERM; in silence where nobody reads the output any more,
+            as after ``| head``. A run that was to be continued and is finished is no error.
     """
     name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     if args is None:
