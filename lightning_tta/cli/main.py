@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import codecs
 import errno
 import gc
+import io
 import os
 import shlex
 import signal
@@ -23,6 +25,9 @@ PLACES = {
 }
 """What to do about an error of the operating system that is no fault of this package."""
 
+ASCII = {"±": "+-", "→": "->", "…": "...", "─": "-", "━": "-", "╸": "-", "╺": "-"}
+"""What stands for characters that the terminal's encoding lacks."""
+
 
 def main(args: list[str] | None = None) -> None:
     """Run a command; what users, tests and notebooks call.
@@ -37,6 +42,7 @@ def main(args: list[str] | None = None) -> None:
     """
     name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     if args is None:
+        _write_any_text()
         atexit.register(gc.freeze)  # the process ends: looking for garbage in all modules would take a second or more
     with _until_output_closes():
         _call(name, rest)
@@ -75,6 +81,21 @@ def _call(name: str, rest: list[str]) -> None:
                 command = shlex.join(["lightning-tta", name, *_without(rest, again), *again])
                 print(f"Go on with: {command}", file=sys.stderr)
         raise SystemExit(128 + number) from None
+
+
+def _write_any_text() -> None:
+    """In a locale without some characters, write others for them instead of ending with an error."""
+    codecs.register_error(__name__, _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=__name__)
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(ASCII.get(character, "?") for character in text), error.end
 
 
 @contextmanager

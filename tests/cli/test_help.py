@@ -181,3 +181,12 @@ def test_an_error_of_the_system_that_says_nothing_of_a_place_is_raised(monkeypat
     monkeypatch.setitem(COMMANDS, "methods", COMMANDS["methods"]._replace(run=fail))
     with pytest.raises(OSError, match="Input/output error"):
         main(["methods"])
+
+
+def test_a_terminal_without_the_characters_gets_others():
+    code = (
+        "import sys\nfrom lightning_tta.cli import main\nsys.argv[1:] = ['--version']\nmain.main()\nprint('1 ± 2 → µ')"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    end = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert end.stdout.splitlines()[1] == "1 +- 2 -> ?"
