@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_tta import methods
+from lightning_tta.errors import ConfigError
 from lightning_tta.launch.help import columns, describe_method, without_markup
 from lightning_tta.shipped import copy_configurations
 
@@ -108,6 +109,8 @@ def call(name: str, args: list[str]) -> Any:
         from lightning_tta.launch.messages import explain
 
         raise explain(error, parser, parser.prog) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"A file of the configuration is no UTF-8 text: {error}. Give a YAML file.") from error
     options.pop("config", None)
     return function(**options)
 
@@ -136,6 +139,8 @@ def _run_doctor(args: list[str]) -> None:
 
 
 def _list_streams(args: list[str]) -> None:
+    if args:
+        raise ConfigError(f"streams takes no argument; got {args[0]!r}. It lists all kinds of stream.")
     from lightning_tta.data.streams import MEANING, default_reset
 
     print(columns((kind, f"{meaning}; reset: {default_reset(kind)}") for kind, meaning in MEANING.items()))

@@ -190,3 +190,15 @@ def test_a_terminal_without_the_characters_gets_others():
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     end = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, cwd=ROOT)
     assert end.stdout.splitlines()[1] == "1 +- 2 -> ?"
+
+
+@pytest.mark.parametrize("args", [["predict", "--config"], ["benchmark", "--config"], ["streams"]], ids=" ".join)
+def test_a_file_that_is_no_text_and_a_word_too_many_are_refused(args, tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SystemExit) as end:
+        main([*args, str(path)])
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: streams takes no argument" if args == ["streams"] else "error: A file of the config")
+    assert len(err.splitlines()) == 1
