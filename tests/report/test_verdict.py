@@ -67,7 +67,7 @@ def test_none_is_better_where_all_are_below_or_the_interval_holds_zero(tmp_path)
         ),
         (
             [78.0, 75.0],
-            "source",
+            None,
             "None is better .*; tent is 1.0 points over the source .two seeds, -1.0 and .3.0: how",
         ),
         ([70.0], "source", "None is better .*; tent is 5.0 points below the source .one seed: how sure is not known."),
