@@ -43,12 +43,12 @@ class Interrupted(BaseException):
     Attributes:
         number: The signal, such as ``signal.SIGINT``.
         args: One sentence that says what is kept, and where; or an empty one.
-        again: Options with which the same command goes on from what is kept.
+        again: Options with which the same command goes on from what is kept; ``None`` where all is done.
     """
 
-    def __init__(self, number: int, kept: str = "", again: Sequence[str] = ()) -> None:
+    def __init__(self, number: int, kept: str = "", again: Sequence[str] | None = ()) -> None:
         super().__init__(kept)
-        self.number, self.again = number, list(again)
+        self.number, self.again = number, None if again is None else list(again)
 
 
 def check_range(

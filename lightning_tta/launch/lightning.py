@@ -85,6 +85,8 @@ class TTACLI(LightningCLI):
             super().parse_arguments(parser, _name_classes(args) if isinstance(args, list) else args)
         except argparse.ArgumentError as error:
             raise explain(error, command, f"lightning-tta {name}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"A file of the configuration is no UTF-8 text: {error}. Give a YAML file.") from error
         check_classes(self.config[name])
 
     def before_instantiate_classes(self) -> None:

@@ -93,6 +93,7 @@ def report(runs: list[Path], *, allow_different: bool = False, output: Path | No
     """
     console = Console()
     results = read(runs, allow_different=allow_different)
+    written = write_report(runs, output, results)  # first: the terminal's reader may leave, as after `| head`
     if results.found:
         console.print(Text(results.found))
     if len(results.singles) == 1 == len(results.groups):
@@ -103,7 +104,6 @@ def report(runs: list[Path], *, allow_different: bool = False, output: Path | No
         console.print(Text(verdict(group).text), style="bold")
     else:
         print_results(results, console)
-    written = write_report(runs, output, results)
     console.print(Text(f"written: {', '.join(map(str, written))}"), soft_wrap=True)
 
 

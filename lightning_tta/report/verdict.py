@@ -32,10 +32,12 @@ def verdict(group: Group) -> Verdict:
         return Verdict(_without_labels(group, where))
     top, *_ = order = ranked(group)
     if group.source is None:
+        level = len([method for method in order if _mean(group, method) == _mean(group, top)]) - 1
+        which = "alone" if len(order) == 1 else f"and {level} more are level, and highest," if level else "is highest"
         return Verdict(
-            f"{top} {'is highest' if len(order) > 1 else 'alone'} {where}: {_accuracy(group, top)}. There is no run of "
-            "source under the same protocol, so it is not known whether adapting helps.",
-            top if len(order) > 1 else None,
+            f"{top} {which} {where}: {_accuracy(group, top)}. There is no run of source under the same protocol, so it "
+            "is not known whether adapting helps.",
+            top if len(order) > 1 and not level else None,
         )
     gains, source = differences(group), f"source {_accuracy(group, group.source)}"
     if not gains:
@@ -53,7 +55,7 @@ def verdict(group: Group) -> Verdict:
     which = f"the highest of the others, {top}," if len(gains) > 1 else top
     return Verdict(
         f"None is better than the source {where}: {source}; {which} is {_points(gain)}{unsure} {_how_sure(gain)}.",
-        group.source,
+        group.source if order[0] == group.source else None,  # else one is higher, though nobody knows how sure
     )
 
 
@@ -84,9 +86,14 @@ def _where(group: Group) -> str:
     return f"on the {stream} stream of {data or 'these data'}{targets}{net}"
 
 
-def _accuracy(group: Group, method: str) -> str:
+def _mean(group: Group, method: str) -> float | None:
     accuracy = accuracy_of(group.methods[method])
-    return "accuracy not known" if accuracy is None else f"{100 * accuracy.mean:.1f} %"
+    return None if accuracy is None else accuracy.mean
+
+
+def _accuracy(group: Group, method: str) -> str:
+    mean = _mean(group, method)
+    return "accuracy not known" if mean is None else f"{100 * mean:.1f} %"
 
 
 def _points(gain: Estimate) -> str:

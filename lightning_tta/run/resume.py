@@ -105,7 +105,8 @@ class StateKeeper(RunCallback):
         if run.trainer.is_global_zero:
             run.directory.remove_states()
         if stop := received(run.trainer):
-            raise Interrupted(stop, f"Stopped after the last batch. The run is finished: {run.directory.path}")
+            text = f"Stopped after the last batch. The run is finished: {run.directory.path}"
+            raise Interrupted(stop, text, again=None)
 
     def close(self) -> None:
         """Leave signals to others."""

@@ -1,7 +1,9 @@
 """Help, and what needs neither torch nor lightning."""
 
+import errno
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +127,78 @@ def test_table_of_streams(capsys):
     text = capsys.readouterr().out
     assert all(kind in text for kind in STREAM_KINDS)
     assert set(MEANING) == set(STREAM_KINDS)
+
+
+CLOSED = """
+import os, sys
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 1)
+from lightning_tta.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("args", [["methods"], ["report", "RUN"]], ids=" ".join)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(args, unbuffered, tmp_path):
+    protocol = {"data": "digits", "stream": "iid"}
+    (tmp_path / "report.json").write_text(json.dumps({"method": "tent", "protocol": protocol}))
+    args = [str(tmp_path) if arg == "RUN" else arg for arg in args]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    end = subprocess.run([sys.executable, "-c", CLOSED, *args], env=env, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert end.stderr == ""
+    assert end.returncode == (1 if str(tmp_path) in args else 141)  # rich has its own word for it
+    assert (tmp_path / "report.html").exists() == (str(tmp_path) in args)
+
+
+def test_a_broken_pipe_of_something_else_is_raised(monkeypatch):
+    def fail(args):
+        raise BrokenPipeError("a worker")
+
+    monkeypatch.setitem(COMMANDS, "methods", COMMANDS["methods"]._replace(run=fail))
+    with pytest.raises(BrokenPipeError, match="a worker"):
+        main(["methods"])
+
+
+@pytest.mark.parametrize("path", ["file/deeper", "n" * 300])
+def test_a_place_that_cannot_be_written_to_is_named(path, tmp_path, capsys):
+    (tmp_path / "report.json").write_text(json.dumps({"method": "tent", "protocol": {}}))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(tmp_path), "--output", str(tmp_path / path)])
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert str(tmp_path / "file" if "deeper" in path else path)[:100] in err
+    assert err.endswith("Give another path.\n")
+
+
+def test_an_error_of_the_system_that_says_nothing_of_a_place_is_raised(monkeypatch):
+    def fail(args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setitem(COMMANDS, "methods", COMMANDS["methods"]._replace(run=fail))
+    with pytest.raises(OSError, match="Input/output error"):
+        main(["methods"])
+
+
+def test_a_terminal_without_the_characters_gets_others():
+    code = (
+        "import sys\nfrom lightning_tta.cli import main\nsys.argv[1:] = ['--version']\nmain.main()\nprint('1 ± 2 → µ')"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    end = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert end.stdout.splitlines()[1] == "1 +- 2 -> ?"
+
+
+@pytest.mark.parametrize("args", [["predict", "--config"], ["benchmark", "--config"], ["streams"]], ids=" ".join)
+def test_a_file_that_is_no_text_and_a_word_too_many_are_refused(args, tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SystemExit) as end:
+        main([*args, str(path)])
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: streams takes no argument" if args == ["streams"] else "error: A file of the config")
+    assert len(err.splitlines()) == 1

@@ -53,7 +53,7 @@ def test_none_is_better_where_all_are_below_or_the_interval_holds_zero(tmp_path)
         f"None is better than the source {WHERE}: source 76.0 %; tent is 0.5 ± 3.7 points over"
     )
     assert unsure.text.endswith("the source, not distinguishable from it (3 seeds).")
-    assert unsure.best == "source"
+    assert unsure.best is None  # tent stands above it
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_none_is_better_where_all_are_below_or_the_interval_holds_zero(tmp_path)
         ),
         (
             [78.0, 75.0],
-            "source",
+            None,
             "None is better .*; tent is 1.0 points over the source .two seeds, -1.0 and .3.0: how",
         ),
         ([70.0], "source", "None is better .*; tent is 5.0 points below the source .one seed: how sure is not known."),
@@ -162,3 +162,9 @@ def test_a_collapse_is_named_without_labels(tmp_path):
 def test_title_names_data_and_net(tmp_path):
     page = write_report([write_run(tmp_path / "run", "tent", hits(0, 0.5))])[0].read_text()
     assert "<title>Test-time adaptation: toy, net net</title>" in page
+
+
+def test_equal_ones_without_a_source_are_level(tmp_path):
+    made = verdict(group(tmp_path, {"tent": [70.0], "eta": [70.0], "norm": [60.0]}))
+    assert made.text.startswith(f"tent and 1 more are level, and highest, {WHERE}: 70.0 %. There is no run of source")
+    assert made.best is None

@@ -51,8 +51,9 @@ def test_the_batch_is_finished_and_kept(tmp_path, number, save_every):
 
 def test_in_the_last_batch_the_run_is_finished(tmp_path):
     run(tmp_path / "whole")
-    with pytest.raises(Interrupted, match="The run is finished: "):
+    with pytest.raises(Interrupted, match="The run is finished: ") as stop:
         run(tmp_path / "a", callbacks=[Signal(BATCHES - 1)])
+    assert stop.value.again is None  # no command to go on with
     assert results(tmp_path / "a") == results(tmp_path / "whole")
 
 
