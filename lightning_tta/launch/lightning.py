@@ -261,8 +261,6 @@ def _in_our_words() -> Iterator[None]:
             raise cause from None
         if isinstance(cause, ModuleNotFoundError):
             raise missing_package(cause) from error
-        if isinstance(error, UnicodeDecodeError):
-            raise ConfigError(f"A file that is named as configuration is no text in UTF-8: {error}.") from error
         if isinstance(error, MisconfigurationException):
             raise ConfigError(f"Lightning refuses this configuration: {' '.join(str(error).split())}") from error
         raise

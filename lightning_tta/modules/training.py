@@ -71,7 +71,7 @@ class TrainingRecord(Callback):
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
         if folder and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             Path(folder).mkdir(parents=True, exist_ok=True)
-            record = {"finished": finished, "epochs": epochs, "max_epochs": trainer.max_epochs}
+            record: dict[str, Any] = {"finished": finished, "epochs": epochs, "max_epochs": trainer.max_epochs}
             best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") or "")
             if finished and best.parent == Path(folder):
                 record["best"] = best.name

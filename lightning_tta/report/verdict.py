@@ -113,11 +113,12 @@ def _how_sure(gain: Estimate) -> str:
 
 
 def _cost(group: Group, method: str) -> str:
+    """Passes are exact. Times are of runs that may have been made on other days and beside other work."""
     own, base = costs(group.methods[method]), costs(group.methods[group.source or method])
-    if own.get("ms / batch") and base.get("ms / batch"):
-        return f", at {own['ms / batch'] / base['ms / batch']:.1f} times the time of the source"
     if own.get("passes") and base.get("passes"):
         return f", at {own['passes'] / base['passes']:.1f} times the passes of the source"
+    if own.get("ms / batch") and base.get("ms / batch"):
+        return f", at {own['ms / batch'] / base['ms / batch']:.1f} times the time of the source"
     return ""
 
 

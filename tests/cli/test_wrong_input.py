@@ -119,7 +119,7 @@ def test_a_key_of_a_configuration_is_misspelt(capsys, scratch):
 
 def test_a_configuration_that_is_no_text(capsys, scratch):
     (scratch / "weights.pt").write_bytes(b"PK\x03\x04\x80\xff")
-    assert "is no text in UTF-8" in message_of(capsys, ["predict", "--config=weights.pt"])
+    assert "is no UTF-8 text" in message_of(capsys, ["predict", "--config=weights.pt"])
 
 
 @pytest.mark.parametrize("text", ["data: [1,\n  b", "hello", "\x00\x01"])
