@@ -56,6 +56,8 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
         f"{count['skipped_steps']} steps skipped, {count['nonfinite_images']} non-finite images",
         "protocol: " + ", ".join(f"{name} {value}" for name, value in settings.items()),
     ]
+    if 0 < (known := report.get("labelled_images", 0)) < report["images"]:
+        lines.insert(0, f"accuracy: of the {known} images with a label, among {report['images']}")
     if count["skipped_batches"]:
         lines.append(f"skipped: {count['skipped_batches']} bad batches with {count['skipped_images']} images")
     elif count["skipped_images"]:
@@ -63,7 +65,7 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
     if guard := report.get("guard"):
         events = guard.get("events", [])
         action, stopped = (guard.get("settings") or {}).get("action"), ", stopped" * bool(guard.get("stopped"))
-        lines.append(f"guard ({action}): {len(events)} alarms{stopped}")
+        lines.append(f"guard ({action}): {len(events) + guard.get('dropped_events', 0)} alarms{stopped}")
         if guard.get("on_probation"):
             lines[-1] += f", {guard['on_probation']} batches predicted by the source on probation"
         said = [f"batch {event.get('batch')}: {event.get('reason')}, {event.get('action')}" for event in events[:10]]

@@ -229,6 +229,7 @@ class StreamSummary:
         return {
             "accuracy": self.accuracy,
             "images": self.images,
+            "labelled_images": sum(compress(self._labelled, self._counted)),
             "batches": self.batches,
             "domains": domains,
             **self.calibration.result(),

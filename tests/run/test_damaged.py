@@ -22,6 +22,7 @@ from lightning_tta import (
     TestTimeAdaptation,
 )
 from lightning_tta.methods import Tent
+from lightning_tta.report.terminal import print_report
 
 
 def net():
@@ -136,3 +137,14 @@ def test_class_names_and_old_columns(photos, tmp_path):
     trainer = Trainer(callbacks=[StreamReport(measure_forgetting=True)], **quiet)
     with pytest.raises(ConfigError, match="measure_forgetting needs clean source test images with labels"):
         trainer.predict(module, datamodule=ImageFolderData(str(photos)))
+
+
+def test_accuracy_over_some_images_says_so(photos, tmp_path, capsys):
+    (tmp_path / "labels.csv").write_text("0.png,a\n3.png,b\n")
+    data = {"image_size": 32, "class_names": ["a", "b", "c"], "labels": str(tmp_path / "labels.csv")}
+    rows, report = run(tmp_path / "run", ImageFolderData(str(photos), **data))
+    right = [row["prediction"] == row["label"] for row in rows if row["label"] != "-1"]
+    assert (report["labelled_images"], report["images"]) == (2, 6)
+    assert report["accuracy"] == sum(right) / 2
+    print_report(report, tmp_path)
+    assert "accuracy: of the 2 images with a label, among 6" in capsys.readouterr().out
