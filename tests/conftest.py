@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from filelock import FileLock
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs"
 WHOLE_RUNS = ("benchmark", "measure", "run", "test_notebooks.py", "test_pages.py")  # rooms left out of each_commit
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; the tests of Ctrl-C need it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by processes: threads on top of them only wait
     torch.set_num_threads(1)
