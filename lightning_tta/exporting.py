@@ -270,7 +270,7 @@ def export_run(
     if state is None:
         raise DataError(
             f"{run} has no saved state ({FINAL}, or {STATE} of an unfinished run). Give the directory of a predict run "
-            f"that is finished, or that was made with --state.save_every N. (The runs of a benchmark keep none.) To "
+            f"that is finished, or that was made with --state.save_every N. To "
             "make this one again with a state, repeat its command with --state.resume restart."
         )
     if state.get("format") != FORMAT:

@@ -42,7 +42,7 @@ from lightning_tta.methods import create_method, find
 from lightning_tta.modules.training import find_checkpoint
 from lightning_tta.progress import grid
 from lightning_tta.report.terminal import write_benchmark
-from lightning_tta.run.directory import FINAL, REPORT
+from lightning_tta.run.directory import REPORT
 from lightning_tta.run.interrupts import listening
 from lightning_tta.run.options import PARTS, where_moved
 from lightning_tta.run.outputs import PREDICTIONS
@@ -354,7 +354,6 @@ class Benchmark:
             }
             config["predict"].setdefault("state", {})["save_every"] = self.save_every
             run_lightning(config)
-            (directory / FINAL).unlink(missing_ok=True)  # a net for each cell would fill the disk
             report = json.loads((directory / REPORT).read_text())
         return {
             **asdict(cell),
