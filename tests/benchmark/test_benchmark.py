@@ -51,6 +51,7 @@ def test_rows_files_and_no_second_run(tmp_path, capsys):
     assert (tmp_path / "bn-iid.png").read_bytes().startswith(b"\x89PNG")
     reports = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("report.json")}
     assert len(reports) == 6
+    assert {path.parent for path in tmp_path.rglob("final_state.pt")} == {path.parent for path in reports}
     assert benchmark(tmp_path, seeds=[0, 1]).run()["rows"] == rows
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("report.json")} == reports
 
