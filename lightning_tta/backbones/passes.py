@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import checkpoint
+
+
+def outside_inference_mode() -> AbstractContextManager[Any]:
+    """Inference mode off and gradients on, as within ``torch.inference_mode(False)``.
+
+    That guard restores gradients a second time when it is collected. After an interrupt at the wrong moment this comes
+    late, and leaves them off for the whole process; so it is taken only where it is needed.
+    """
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
 
 
 def names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:

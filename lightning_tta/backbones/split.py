@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.copying import copy_net
-from lightning_tta.backbones.passes import safe_checkpoints
+from lightning_tta.backbones.passes import outside_inference_mode, safe_checkpoints
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_range
 
 
@@ -215,7 +215,7 @@ def execution_order(model: nn.Module) -> list[str] | None:
         for channel in channels:
             try:
                 called = recorded_calls(dict(twin.named_modules()))
-                with torch.no_grad(), torch.inference_mode(False), safe_checkpoints(), called as calls:
+                with torch.no_grad(), outside_inference_mode(), safe_checkpoints(), called as calls:
                     twin(torch.zeros(1, channel, size, size, dtype=like.dtype, device=like.device))
             except Exception:  # not this net's size: the next
                 continue

@@ -79,6 +79,8 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
     """
     import torch
 
+    from lightning_tta.backbones.passes import outside_inference_mode
+
     kind = find(name)
     allowed = [option for option in inspect.signature(kind).parameters if option != "model"]
     unknown = [option for option in options if option not in allowed]
@@ -89,7 +91,7 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
         )
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-    with torch.inference_mode(False):  # what is created under inference_mode could not be adapted
+    with outside_inference_mode():  # what is created under inference_mode could not be adapted
         return kind(model, **options)
 
 
@@ -117,10 +119,11 @@ def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False,
     """
     import torch
 
-    if not in_place and isinstance(model, torch.nn.Module):
-        with torch.inference_mode(False):  # a copy made under inference_mode could not be adapted
-            from lightning_tta.backbones.copying import copy_net
+    from lightning_tta.backbones.copying import copy_net
+    from lightning_tta.backbones.passes import outside_inference_mode
 
+    if not in_place and isinstance(model, torch.nn.Module):
+        with outside_inference_mode():  # a copy made under inference_mode could not be adapted
             model = copy_net(model)
     return create_method(method, model, **options)
 

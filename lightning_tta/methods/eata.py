@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import check_range
 from lightning_tta.methods.components.fisher import fisher_information
 from lightning_tta.methods.eta import ETA
@@ -56,7 +57,7 @@ class EATA(ETA):
         """
         if self.needs_source:
             fisher = fisher_information(self, source_batches)
-            with torch.inference_mode(False), torch.no_grad():
+            with outside_inference_mode(), torch.no_grad():
                 for number, value in enumerate(fisher):
                     self.get_buffer(f"fisher_{number}").copy_(value)
         super().prepare(source_batches)

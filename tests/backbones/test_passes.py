@@ -1,12 +1,14 @@
 """Passes with other parameters, and checkpoints that keep their gradients."""
 
+import gc
 import threading
 
+import pytest
 import torch
 from torch import nn
 from torch.utils import checkpoint
 
-from lightning_tta.backbones.passes import call_with, names_by_parameter, safe_checkpoints
+from lightning_tta.backbones.passes import call_with, names_by_parameter, outside_inference_mode, safe_checkpoints
 
 
 class Twice(nn.Module):
@@ -87,3 +89,23 @@ def test_contexts_of_several_threads_end_in_any_order():
     second.set()
     thread.join()
     assert checkpoint.CheckpointFunction is original
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_outside_inference_mode(inference):
+    with torch.inference_mode(inference), torch.no_grad(), outside_inference_mode():
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_one_that_an_interrupt_left_open_does_no_harm_later():
+    """torch's own guard would switch gradients off when it is collected."""
+    with torch.no_grad():
+        guard = outside_inference_mode()
+        guard.__enter__()
+    torch.set_grad_enabled(True)
+    del guard
+    gc.collect()
+    assert torch.is_grad_enabled()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import MomentsRecord, batch_norm_layers, merged_moments
+from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.state import State
 
@@ -54,7 +55,7 @@ class StreamAccount:
 
     def renew(self, model: nn.Module) -> None:
         """The net was moved or converted."""
-        with torch.inference_mode(False):
+        with outside_inference_mode():
             self.record = MomentsRecord(model)
 
     @torch.no_grad()

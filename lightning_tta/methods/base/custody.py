@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import ConfigError
 from lightning_tta.methods.base.state import Lent
 
@@ -183,7 +184,7 @@ class Custody:
     def _put_back(self) -> None:
         while self._lent:
             tensors, values = self._lent[-1]
-            with torch.inference_mode(False), torch.no_grad():
+            with outside_inference_mode(), torch.no_grad():
                 torch._foreach_copy_(tensors, values)
             self._lent.pop()
         for slots, before in zip(self._slots, self._contents, strict=True):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones.copying import copy_net
 from lightning_tta.backbones.norms import batch_norm_layers
+from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import UnsupportedModelError
 
 
@@ -36,13 +37,13 @@ def plain_net(
             "has no place for those of the stream. Build the net with track_running_stats=True, load the same weights "
             "(strict=False), and adapt that."
         )
-    with torch.inference_mode(False):
+    with outside_inference_mode():
         net = copy_net(model).eval()
     vars(net).pop("_tta_flags", None)
     parameters = dict(net.named_parameters(remove_duplicate=False))
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in required)
-    with torch.inference_mode(False), torch.no_grad():
+    with outside_inference_mode(), torch.no_grad():
         for name, value in weights.items():
             if name not in parameters:
                 raise UnsupportedModelError(

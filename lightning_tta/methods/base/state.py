@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import ConfigError
 
 NOT_YET = float("nan")
@@ -142,7 +143,7 @@ class State(nn.Module):
 
     def reset_where(self, condition: Tensor | None) -> None:
         """Every state back to its source value if ``condition``, 0-dimensional and bool, is true, or ``None``."""
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_inference_mode(), torch.no_grad():
             for name, tensor in {**self._adaptable, **self._rest}.items():
                 source = self._sources[name]
                 tensor.copy_(source if condition is None else torch.where(condition, source, tensor))
@@ -150,7 +151,7 @@ class State(nn.Module):
     @staticmethod
     def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
         if tensors:
-            with torch.inference_mode(False), torch.no_grad():
+            with outside_inference_mode(), torch.no_grad():
                 torch._foreach_copy_(tensors, values)
 
     # Saving, loading, moving -----------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ class State(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Counterpart of :meth:`get_extra_state`."""
-        with torch.inference_mode(False), torch.no_grad():  # else the optimizers could not step afterwards
+        with outside_inference_mode(), torch.no_grad():  # else the optimizers could not step afterwards
             for name, value in state["memory"].items():
                 (self.sized(name, value) if self._resizes(name, value) else self._rest[name]).copy_(value)
             for name, value in state["source"].items():
@@ -253,7 +254,7 @@ def take(method: State) -> Moment:
 
 def put_back(method: State, moment: Moment) -> None:
     """Bring ``method`` to where it was, exactly."""
-    with method.hold(), torch.inference_mode(False), torch.no_grad():
+    with method.hold(), outside_inference_mode(), torch.no_grad():
         for name, tensor in method.adaptable.items():
             tensor.copy_(moment["tensors"][name])
         method.set_extra_state({"source": {}, "memory": moment["rest"]})

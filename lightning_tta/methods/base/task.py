@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones.copying import PARALLEL, check_initialized
 from lightning_tta.backbones.norms import batch_norm_layers
+from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import InputError, LightningTTAError, UnsupportedModelError, WeightsError
 
@@ -231,7 +232,7 @@ def _refusal(model: nn.Module, x: Tensor) -> Exception | None:
 @contextmanager
 def with_gradients(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Gradients on, whatever the caller's mode; inference tensors cannot be saved for backward, so clone them."""
-    with torch.inference_mode(False), torch.enable_grad(), fresh_casts():
+    with outside_inference_mode(), torch.enable_grad(), fresh_casts():
         x = x.clone() if x.is_inference() else x.detach()
         yield x.to(dtype)
 
