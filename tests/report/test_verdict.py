@@ -41,6 +41,19 @@ def test_the_best_with_how_much_how_sure_and_at_what_cost(tmp_path):
     assert ranked(made) == ["zerosiam", "source", "tent"]
 
 
+def test_passes_are_the_cost_where_they_are_known(tmp_path):
+    """They are exact; times are of runs that may have been made beside other work."""
+    passes = {"source": (20, 0), "tent": (10, 10), "sar": (20, 15)}
+    made = group(
+        tmp_path,
+        {"source": [75.0] * 3, "tent": [74, 74, 75], "sar": [77, 78, 79]},
+        milliseconds=dict.fromkeys(passes, 9),
+    )
+    for run in made.runs:
+        run.report.update(batches=10, forwards=passes[run.method][0], backwards=passes[run.method][1])
+    assert ", at 2.5 times the passes of the source." in verdict(made).text  # (2 + 2 * 1.5) / 2
+
+
 def test_none_is_better_where_all_are_below_or_the_interval_holds_zero(tmp_path):
     below = verdict(group(tmp_path, {"source": [75, 76, 77], "tent": [70, 71.5, 72], "norm": [60, 61, 63]}))
     assert below.text == (
