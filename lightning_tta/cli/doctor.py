@@ -59,6 +59,8 @@ def diagnose(module: TestTimeAdaptation, data: Any) -> Diagnosis:
     Raises:
         DataError: If the stream has no batch of images.
     """
+    if isinstance(data, ShiftedDataModule):
+        data.marks_damaged = True  # one that cannot be read is left out, and said by the run
     data.prepare_data()
     data.setup("predict")
     if isinstance(data, FileData):

@@ -261,8 +261,8 @@ class TestTimeAdaptation(LightningModule):
         first = int(domain[0])
         if run.last_domain is None:
             batches.warn_of_size(images, self.preprocessing, self.net_info)
-            if "label" in batch and self.classes is None and self._logits:
-                check_labels(batch["label"], self._logits)
+            if self.classes is None and self._logits:
+                check_labels(labels.label, self._logits)
             run.summary.started = True
         if run.needs_reset(first):
             run.method.reset()

@@ -5,8 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data.test_unlabelled import write
+from lightning_tta import ImageFolderData, TestTimeAdaptation
+from lightning_tta.cli.doctor import diagnose
 from lightning_tta.cli.main import main
 from lightning_tta.launch.lightning import check_configurations
+from lightning_tta.methods import Source
 
 CONFIG = Path(__file__).parents[2] / "configs/digits/predict.yaml"
 
@@ -37,6 +41,15 @@ def test_writes_a_configuration_that_predict_takes(digits_source, tmp_path, caps
     with pytest.raises(SystemExit):
         main(["doctor", *given, f"--output={output}"])
     assert "exists" in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_read_is_left_out(tmp_path):
+    for number in range(3):
+        write(tmp_path / f"{number}.png", number)
+    (tmp_path / "1.png").write_bytes(b"no image")
+    data = ImageFolderData(str(tmp_path), image_size=32)
+    module = TestTimeAdaptation(Source, backbone="timm/test_resnet", num_classes=5, source_ckpt="none")
+    assert diagnose(module, data).facts["images"].startswith("2 of 3x32x32")
 
 
 def test_what_is_wrong_is_said_before_anything_runs(tmp_path, capsys, monkeypatch):
