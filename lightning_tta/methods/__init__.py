@@ -71,7 +71,7 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
     Args:
         name: One of :func:`available_methods`.
         model: Pixels in [0, 1] -> logits.
-        **options: Arguments of the method's class.
+        **options: Arguments of the method's class, and of :class:`~lightning_tta.methods.base.execution.Execution`.
 
     Raises:
         ConfigError: If the name or an option is unknown, or a value is out of range.
@@ -80,8 +80,10 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
     import torch
 
     from lightning_tta.backbones.passes import outside_inference_mode
+    from lightning_tta.methods.base.execution import split_options
 
     kind = find(name)
+    execution, options = split_options(options)
     allowed = [option for option in inspect.signature(kind).parameters if option != "model"]
     unknown = [option for option in options if option not in allowed]
     if unknown:
@@ -92,7 +94,9 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     with outside_inference_mode():  # what is created under inference_mode could not be adapted
-        return kind(model, **options)
+        made = kind(model, **options)
+    made.execution = execution
+    return made
 
 
 def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False, **options: Any) -> TTAMethod:
@@ -107,7 +111,9 @@ def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False,
         method: Name of a method, see :func:`lightning_tta.available_methods`.
         in_place: Adapt ``model`` itself, which saves the memory of a copy. It is in the method's hands then: one method
             at a time, and no weights may be loaded into it any more.
-        **options: Arguments of the method's class, such as ``lr``.
+        **options: Arguments of the method's class, such as ``lr``; and how it computes, see
+            :class:`~lightning_tta.methods.base.execution.Execution`: ``capture``, ``compile``, ``deterministic``,
+            ``precision``, ``lean``.
 
     Returns:
         A module with ``method(images) -> logits``, ``reset()``, complete ``state_dict()``, ``stats``.

@@ -20,6 +20,7 @@ from lightning_tta.data.protocol import CUSTOM_DATA, Protocol
 from lightning_tta.data.streams import STREAM_KINDS, default_reset
 from lightning_tta.errors import ConfigError, InputError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
+from lightning_tta.methods.base.execution import Capture, Execution, Precision
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of, count_logits
 from lightning_tta.modules.loading import load_source, source_recipe
@@ -82,6 +83,11 @@ class TestTimeAdaptation(LightningModule):
             process. ``synchronised``: each has a part of every batch, of W times the batch size, and gradients and
             statistics are those of all; equals one process with that batch size, up to summation order. Only replicas
             save, resume and skip batches.
+        capture: Whether steps are recorded once and replayed, on CUDA, see
+            :class:`~lightning_tta.methods.base.execution.Execution`.
+        compile: Whether the net is compiled for recorded steps.
+        precision: ``exact``, ``tf32`` or ``bf16``; ``None``: as ``--trainer.precision`` says.
+        lean: Whether the backward pass keeps no more activations than what learns needs.
         removed: Former options, refused with a sentence that names the new ones.
 
     Attributes:
@@ -110,6 +116,10 @@ class TestTimeAdaptation(LightningModule):
         reset_every: int | None = None,
         predict: PredictPolicy = "method",
         processes: ProcessMode = "replicas",
+        capture: Capture = "auto",
+        compile: bool = False,
+        precision: Precision | None = None,
+        lean: Literal["auto"] | bool = "auto",
         **removed: Any,
     ) -> None:
         super().__init__()
@@ -136,6 +146,8 @@ class TestTimeAdaptation(LightningModule):
         self.method = method(source)
         if not isinstance(self.method, TTAMethod):
             raise ConfigError(f"method must make a TTAMethod; it made a {type(self.method).__name__}.")
+        self.execution = Execution(capture=capture, compile=compile, precision=precision, lean=lean)
+        self.method.execution = self.execution
         self.run: StreamRun | None = None
         self._loggers: list[Logger] = []
         self._input, self._keeper = StreamInput(), StateKeeper()

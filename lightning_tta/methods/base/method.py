@@ -30,6 +30,7 @@ from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.account import MOMENTS, StreamAccount
 from lightning_tta.methods.base.custody import Custody, exclusive, reading
 from lightning_tta.methods.base.description import Described
+from lightning_tta.methods.base.execution import Execution
 from lightning_tta.methods.base.first_pass import FirstPass
 from lightning_tta.methods.base.plain import plain_net
 from lightning_tta.methods.base.selection import read_flags, select_parameters
@@ -76,6 +77,7 @@ class TTAMethod(Described, State, ABC):
         image_shape: That of an image of the last batch, (C, H, W).
         required: Names of the net's parameters that required gradients when the method was made.
         optimizers: By name; empty for methods without gradients. Their moments are state, and exist from the start.
+        execution: How it computes: recorded steps, precision, memory.
         task: What the input is: :class:`~lightning_tta.methods.base.task.Images`.
         small_batch: A first batch of fewer images than this, of a net with BatchNorm, is warned of: 8 where the batch's
             own statistics are taken, else 0.
@@ -104,6 +106,7 @@ class TTAMethod(Described, State, ABC):
         self._custody = Custody(self.model, self.name, self._lent)
         self.register_load_state_dict_post_hook(_take_stock)  # type: ignore[no-untyped-call]
         self.steps = steps
+        self.execution = Execution()
         self.prepared = not self.needs_source
         self.optimizers: dict[str, Optimizer] = {}
         self._module_at: dict[float, str] = {}
@@ -333,6 +336,7 @@ class TTAMethod(Described, State, ABC):
         self._warn_of_small_batch(number)
         with (
             explained(self.model, x, has_run=self.has_run),
+            self.execution.active(x.device),
             with_gradients(x, float_dtype(self.model)) as x,
             self.running(),
             self.passes(),
@@ -385,7 +389,7 @@ class TTAMethod(Described, State, ABC):
         try:
             stream = self.stream_statistics() if statistics == "stream" else {}
             seen = explained(self.model, x, has_run=self.has_run)
-            with seen, fresh_casts(), self._running(stream) as infer, self.passes():
+            with seen, self.execution.active(x.device), fresh_casts(), self._running(stream) as infer, self.passes():
                 samples = x.to(float_dtype(self.model))
                 samples = samples if bool(usable.all()) else samples[usable.to(x.device)]
                 logits = infer(samples) if len(samples) else self._no_logits(samples)
