@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_tta.backbones.norms import MomentsRecord, batch_norm_layers, merged_moments
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.losses import at_least_float32
+from lightning_tta.methods.base.host import host_has
 from lightning_tta.methods.base.state import State
 
 MOMENTS, IMAGES = "stream.moments", "stream.images"
@@ -103,7 +104,7 @@ class StreamAccount:
 
 def _value(scalar: Tensor) -> Any:
     """A 0-dimensional tensor; the number in it where the host has it anyway: it computes faster than tensors do."""
-    return scalar.numpy().item() if scalar.device.type == "cpu" else scalar
+    return scalar.numpy().item() if host_has(scalar) else scalar
 
 
 def _tensors(layer: nn.Module) -> Iterator[Tensor]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.hooks import RemovableHandle
 
 from lightning_tta.backbones.norms import is_norm_layer
 from lightning_tta.backbones.split import is_idle
@@ -66,6 +67,7 @@ class FirstPass:
         self.has_run = False
         self.ran: frozenset[str] | None = None
         self._writes = True  # until it is known
+        self._through: Callable[..., Any] | None = None  # what calls the net in its place
 
     @contextmanager
     def watch(self, model: nn.Module, count: Callable[[], None], *, statistics: bool) -> Iterator[None]:
@@ -79,29 +81,29 @@ class FirstPass:
         Raises:
             UnsupportedModelError: If none of the BatchNorm layers runs.
         """
-        given: list[Tensor] = []
-        version: list[int] = []  # of the input, where it is no copy
-        called: set[str] = set()
-        hooks: list[RemovableHandle] = []
-        buffers: dict[str, Tensor] = {}  # as they were before the first pass
+        own, before = model.forward, vars(model).get("forward")
+        inside = False
 
-        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        def forward(*inputs: Any, **options: Any) -> Any:
+            nonlocal inside
+            if inside:  # a net that calls its own forward
+                return own(*inputs, **options)
+            inside = True
+            try:
+                return one_pass(*inputs, **options)
+            finally:
+                inside = False
+
+        def one_pass(*inputs: Any, **options: Any) -> Any:
             count()
-            if not self.has_run:
-                buffers.update({name: buffer.clone() for name, buffer in model.named_buffers()})
+            run = own if self._through is None else functools.partial(self._through, own)
             if not self.has_run or (self.ran is None and torch.is_grad_enabled()):
-                for name, layer in _watched(model, torch.is_grad_enabled()).items():  # until the pass ends
-                    hooks.append(layer.register_forward_hook(lambda m, i, o, name=name: called.add(name)))
-            if not self._writes or not inputs:
-                version[:] = [] if not inputs or inputs[0].is_inference() else [inputs[0]._version]
-                return None
-            given[:] = inputs[:1]
-            return (inputs[0].clone(), *inputs[1:])
-
-        def after(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-            while hooks:
-                hooks.pop().remove()
-            if version and inputs[0]._version != version.pop():
+                return self._look(model, run, statistics, inputs, options)
+            if self._writes and inputs:
+                return run(inputs[0].clone(), *inputs[1:], **options)
+            version = inputs[0]._version if inputs and not inputs[0].is_inference() else None
+            output = run(*inputs, **options)
+            if version is not None and inputs[0]._version != version:
                 self._writes = True
                 warnings.warn(
                     f"{type(model).__name__} wrote into its input, which it had not done before. The images of this "
@@ -109,35 +111,74 @@ class FirstPass:
                     "trusted. From here on the net gets copies. Let its forward write to a copy: x = x.clone().",
                     stacklevel=2,
                 )
-            called.add("")
-            if torch.is_grad_enabled() and self.ran is None:
-                self.ran = frozenset(called)
-            if self.has_run:
-                return
-            self._writes = bool(given) and not torch.equal(inputs[0], given.pop())
-            now = dict(model.named_buffers())
-            written = [name for name, b in buffers.items() if name in now and not _equal(b, now[name])]
-            buffers.clear()
-            if written:
-                warnings.warn(
-                    f"{type(model).__name__} writes to its own buffers while it runs in eval mode ({_some(written)}): "
-                    "observers of quantisation, counters, statistics of its own? They are no state of the method, so "
-                    "that reset() does not bring them back. Switch that off, or expect streams that do not repeat.",
-                    stacklevel=2,
-                )
-            _look_at_logits(model, getattr(output, "logits", output))
-            if statistics:
-                _look_at_statistics(model, called)
-            self.has_run = True
+            return output
 
+        forward.__wrapped__ = own  # type: ignore[attr-defined]  # its signature is that of the net's own
+        try:
+            vars(model)["forward"] = forward
+            yield
+        finally:
+            vars(model).pop("forward", None)
+            if before is not None:
+                vars(model)["forward"] = before
+
+    @contextmanager
+    def aside(self, model: nn.Module) -> Iterator[None]:
+        """While active, the net's forward is its own again."""
+        watched = vars(model).pop("forward", None)
+        try:
+            yield
+        finally:
+            if watched is not None:
+                vars(model)["forward"] = watched
+
+    @contextmanager
+    def through(self, call: Callable[..., Any]) -> Iterator[None]:
+        """While active, ``call(forward, *inputs)`` takes the place of ``forward(*inputs)``."""
+        before, self._through = self._through, call
+        try:
+            yield
+        finally:
+            self._through = before
+
+    def _look(
+        self,
+        model: nn.Module,
+        run: Callable[..., Any],
+        statistics: bool,
+        inputs: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> Any:
+        """A first pass, with or without gradients."""
+        buffers = {} if self.has_run else {name: buffer.clone() for name, buffer in model.named_buffers()}
+        called: set[str] = set()
+        copied = (inputs[0].clone(), *inputs[1:]) if self._writes and inputs else inputs
         with ExitStack() as stack:
-            stack.callback(model.register_forward_pre_hook(before).remove)
-            stack.callback(model.register_forward_hook(after).remove)
-            try:
-                yield
-            finally:
-                for hook in hooks:
-                    hook.remove()
+            for name, layer in _watched(model, torch.is_grad_enabled()).items():
+                if layer is not model:
+                    hook = layer.register_forward_hook(lambda m, i, o, name=name: called.add(name))
+                    stack.callback(hook.remove)
+            output = run(*copied, **options)
+        called.add("")
+        if torch.is_grad_enabled() and self.ran is None:
+            self.ran = frozenset(called)
+        if self.has_run:
+            return output
+        self._writes = bool(inputs) and not torch.equal(copied[0], inputs[0])
+        now = dict(model.named_buffers())
+        written = [name for name, b in buffers.items() if name in now and not _equal(b, now[name])]
+        if written:
+            warnings.warn(
+                f"{type(model).__name__} writes to its own buffers while it runs in eval mode ({_some(written)}): "
+                "observers of quantisation, counters, statistics of its own? They are no state of the method, so "
+                "that reset() does not bring them back. Switch that off, or expect streams that do not repeat.",
+                stacklevel=2,
+            )
+        _look_at_logits(model, getattr(output, "logits", output))
+        if statistics:
+            _look_at_statistics(model, called)
+        self.has_run = True
+        return output
 
 
 def _some(names: Sequence[str]) -> str:

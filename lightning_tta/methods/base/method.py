@@ -23,15 +23,17 @@ from lightning_tta.backbones.norms import (
     fixed_statistics,
     grouped_batch_statistics,
 )
-from lightning_tta.backbones.passes import call_with, safe_checkpoints
+from lightning_tta.backbones.passes import call_with, outside_inference_mode, safe_checkpoints
 from lightning_tta.backbones.split import HeadSplit, features_at, module_at
 from lightning_tta.errors import ConfigError, NotPreparedError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.account import MOMENTS, StreamAccount
+from lightning_tta.methods.base.capture import COUNTS, STEP, Capture
 from lightning_tta.methods.base.custody import Custody, exclusive, reading
 from lightning_tta.methods.base.description import Described
 from lightning_tta.methods.base.execution import Execution
 from lightning_tta.methods.base.first_pass import FirstPass
+from lightning_tta.methods.base.host import host_has
 from lightning_tta.methods.base.plain import plain_net
 from lightning_tta.methods.base.selection import read_flags, select_parameters
 from lightning_tta.methods.base.state import State
@@ -49,7 +51,6 @@ from lightning_tta.metrics import collapse_measures
 
 Stats = dict[str, float]
 Statistics = Literal["stream", "batch"]
-COUNTS = ("forwards", "backwards", "skipped_steps", "nonfinite_images")
 
 
 class TTAMethod(Described, State, ABC):
@@ -84,12 +85,15 @@ class TTAMethod(Described, State, ABC):
         replaces_statistics: Whether BatchNorm runs with other statistics than the source's.
         skips_when_empty: Whether passes that cannot change anything, as no sample is kept, are left out where the host
             knows that at no cost: on a CPU. On other devices they run, and their result is masked.
+        step_on_host: Why a step cannot be captured as a whole, but only the parts that it gives to :meth:`replayed`;
+            empty: it is tensors only.
     """
 
     returns: ClassVar[Literal["before the step", "after the step"]] = "before the step"
     needs_source: bool = False
     task: Task = Images()
     skips_when_empty: bool = True
+    step_on_host: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module, *, steps: int = 1) -> None:
         super().__init__()
@@ -102,6 +106,7 @@ class TTAMethod(Described, State, ABC):
         self.small_batch = 8 if self.uses_batch_statistics else 0
         self.replaces_statistics = self.uses_batch_statistics or type(self).running is not TTAMethod.running
         self._first_pass = FirstPass()
+        self._capture = Capture()
         self.model = plain.requires_grad_(False)
         self._custody = Custody(self.model, self.name, self._lent)
         self.register_load_state_dict_post_hook(_take_stock)  # type: ignore[no-untyped-call]
@@ -220,7 +225,8 @@ class TTAMethod(Described, State, ABC):
             return features.clone() if features.is_inference() else features, logits
         if isinstance(at, (int, float)):
             if at not in self._module_at:
-                self._module_at[at] = module_at(self.model, at)
+                with self._first_pass.aside(self.model):  # a copy of the net is asked
+                    self._module_at[at] = module_at(self.model, at)
             outputs, output = features_at(self.model, x, [self._module_at[at]])
             return outputs[self._module_at[at]], self.task.logits(output)
         outputs, output = features_at(self.model, x, at)
@@ -300,9 +306,25 @@ class TTAMethod(Described, State, ABC):
 
         ``False`` says nothing. For leaving out passes whose result is masked anyway, and for nothing else.
         """
-        if not self.skips_when_empty or condition.device.type != "cpu":
+        if not self.skips_when_empty or not host_has(condition):
             return False
         return bool(condition.detach().numpy())  # reads the host's own memory; no synchronisation
+
+    def replayed(self, name: str, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """``function(*tensors)``, as a part of a step that may be captured: recorded once and replayed.
+
+        For methods with :attr:`step_on_host`; what comes before and after such a part runs as it is.
+
+        Args:
+            name: Of the part: another function, another name.
+            function: Of tensors alone; may write to declared state, :meth:`note` and :meth:`count`. What it needs
+                beside the tensors given is state, or the same in every call.
+            *tensors: Its arguments.
+
+        Returns:
+            A tensor, or a tuple of tensors, as the function does.
+        """
+        return self._capture.run(self, name, function, tensors)
 
     # What users call -------------------------------------------------------------------------------------------------
 
@@ -334,6 +356,14 @@ class TTAMethod(Described, State, ABC):
         self._counts = {**dict.fromkeys(COUNTS, 0), "nonfinite_images": len(usable) - number}
         self._notes, self._stats, self._logits = {}, None, None
         self._warn_of_small_batch(number)
+        given, whole = x, number == len(usable)
+        self._capture.begin(self, x, whole)
+        replays = self._capture.active and not self.step_on_host
+        recording = self._capture.find(STEP, (x,)) if replays else None
+        if recording is not None:
+            with outside_inference_mode():
+                replayed: Tensor = self._capture.replay(self, recording, (x,))
+                return replayed
         with (
             explained(self.model, x, has_run=self.has_run),
             self.execution.active(x.device),
@@ -341,11 +371,17 @@ class TTAMethod(Described, State, ABC):
             self.running(),
             self.passes(),
         ):
-            x = x if number == len(usable) else x[usable.to(x.device)]
-            logits = at_least_float32(self._adapted(x))
+            if replays:
+                key = self._capture.key(STEP, (given,))
+                logits = self._capture.run(self, STEP, self._all_steps, (x,), key)
+            else:
+                logits = self._all_steps(x if whole else x[usable.to(x.device)])
         if number:
             self._logits = logits.clone()  # for stats; the caller may write to what it gets
         return fill(logits, usable)
+
+    def _all_steps(self, x: Tensor) -> Tensor:
+        return at_least_float32(self._adapted(x))
 
     def _adapted(self, x: Tensor) -> Tensor:
         """All steps on usable samples (B, C, H, W), B >= 0; their logits."""
@@ -429,11 +465,26 @@ class TTAMethod(Described, State, ABC):
         with self._custody.lock:
             if self._stats is None:
                 measures = {} if self._logits is None else collapse_measures(self._logits)
-                scalars = {**self._notes, **measures, **self._counts}
-                tensors = [torch.as_tensor(value).double().cpu().view(()) for value in scalars.values()]
-                numbers = dict(zip(scalars, torch.stack(tensors).tolist(), strict=True))
+                numbers = _read({**self._notes, **measures, **self._counts})
                 self._stats = {name: value for name, value in numbers.items() if value == value}  # NaN: there is none
             return self._stats
+
+    def capture_report(self) -> dict[str, str]:
+        """What was captured, by part and shape: ``recorded``, or the reason why not."""
+        return self._capture.report()
+
+    def take_scalars(self, names: Sequence[str], scalars: Tensor, notes: int) -> None:
+        """Take scalars (N,) of a replayed part: the first ``notes`` of them as notes, the others as counts."""
+        each = scalars.unbind()
+        self._notes.update(zip(names[:notes], each[:notes], strict=True))
+        for name, number in zip(names[notes:], each[notes:], strict=True):
+            self.count(name, number)
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """While active, passes of the net are compiled (``torch.compile``), for shapes that do not change."""
+        with self._first_pass.through(torch.compile(_call, dynamic=False)):
+            yield
 
     @exclusive
     def reset(self) -> None:
@@ -536,6 +587,7 @@ class TTAMethod(Described, State, ABC):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         with self._custody.call():
             super()._apply(fn, recurse)
+            self._capture.clear()
             if self._account is not None:
                 self._account.renew(self.model)
                 for tensors in (self._rest, self._sources):
@@ -599,6 +651,23 @@ class TTAMethod(Described, State, ABC):
                 "one ('memo', 'single_image_bn'), or 'norm' with source_weight=0.9.",
                 stacklevel=3,
             )
+
+
+def _call(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    return forward(*inputs, **options)
+
+
+def _read(scalars: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Numbers as floats; those on a device come in one read."""
+    tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
+    by_device: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_device.setdefault(tensor.device, []).append(name)
+    numbers: dict[str, float] = {}
+    for names in by_device.values():
+        stacked = torch.stack([tensors[name].detach().double().view(()) for name in names])
+        numbers |= dict(zip(names, stacked.tolist(), strict=True))
+    return {name: numbers[name] if name in numbers else float(value) for name, value in scalars.items()}
 
 
 def _take_stock(method: nn.Module, incompatible_keys: object) -> None:

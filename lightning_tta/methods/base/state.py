@@ -37,6 +37,7 @@ class State(nn.Module):
         self._rest: dict[str, Tensor] = {}  # all other tensors
         self._sources: dict[str, Tensor] = {}  # by name, of both; broadcast to the tensor's shape
         self._fixed_dtype: set[str] = set()
+        self.layout = 0  # of which tensors hold the state; another number, other tensors
         self._lent: Lent = []  # tensors with the values that they get back
 
     # What a method uses ----------------------------------------------------------------------------------------------
@@ -78,6 +79,7 @@ class State(nn.Module):
         """
         if self._rest[name].shape != like.shape:
             self._rest[name] = torch.full_like(like, NOT_YET)
+            self.layout += 1
         return self._rest[name]
 
     @torch.no_grad()

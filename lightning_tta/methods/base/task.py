@@ -52,7 +52,11 @@ class Images:
                 overshoot a little, so below -1 or above 2).
         """
         check_shape(x)
-        low, high = torch.stack(torch.aminmax(x.detach().flatten(1), dim=1)).cpu().double()  # NaN wins in both
+        extremes = torch.stack(torch.aminmax(x.detach().flatten(1), dim=1)).cpu()  # NaN wins in both
+        lows, highs = extremes.tolist()
+        if all(low >= -OVERSHOOT for low in lows) and all(high <= 1 + OVERSHOOT for high in highs):
+            return torch.ones(len(x), dtype=torch.bool)
+        low, high = extremes.double()
         finite = torch.isfinite(low) & torch.isfinite(high)
         if bool((((low < -1) | (high > 2)) & finite).any()):
             raise InputError(

@@ -1,0 +1,367 @@
+"""Captured steps: what a method computes on batches of one shape is recorded once, as a CUDA graph, and replayed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from lightning_tta import collective
+from lightning_tta.errors import ConfigError, UnsupportedModelError
+from lightning_tta.methods.base.host import recording
+from lightning_tta.methods.base.state import Moment, put_back, take
+from lightning_tta.metrics import collapse_measures
+
+if TYPE_CHECKING:
+    from lightning_tta.methods.base.method import TTAMethod
+
+Outputs = tuple[Tensor, ...]
+Key = tuple[Any, ...]
+COUNTS = ("forwards", "backwards", "skipped_steps", "nonfinite_images")
+"""Counters that every method has."""
+STEP = "step"
+"""The name of the part that is a whole step."""
+
+
+class Recorder(Protocol):
+    """What records the work of a device, and repeats it on the same addresses."""
+
+    def reason_against(self, device: torch.device) -> str:
+        """Why it cannot record there; empty if it can."""
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """What ``run()`` returns, whose tensors are written anew by each call of the second value."""
+
+
+class CudaGraphs:
+    """Records CUDA graphs, all with one pool of memory: their results must be copied before another one is replayed."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+        self.stream: torch.cuda.Stream | None = None
+
+    def reason_against(self, device: torch.device) -> str:
+        """Empty on CUDA, where nobody else is recording."""
+        if device.type != "cuda":
+            return f"CUDA graphs need a CUDA device, and the batch is on '{device}'"
+        return "the caller is recording a CUDA graph" if torch.cuda.is_current_stream_capturing() else ""
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """Record, without running. Other threads, such as those of a data loader, may go on."""
+        if self.pool is None:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            result = run()
+        return result, graph.replay
+
+
+make_recorder: Callable[[], Recorder] = CudaGraphs
+
+
+@dataclass
+class Recording:
+    """A part of a method for inputs of one shape.
+
+    Attributes:
+        inputs: Where its inputs go.
+        outputs: Where its results stand after a replay.
+        replay: Repeats it.
+        names: Of the scalars in ``packed``: notes, then counters that are tensors.
+        notes: How many of them are notes.
+        packed: The scalars (N,), float64.
+        counts: Counters that are the same each time.
+        single: Whether the part returns one tensor, and not a tuple.
+    """
+
+    inputs: list[Tensor]
+    outputs: Outputs
+    replay: Callable[[], None]
+    names: list[str]
+    notes: int
+    packed: Tensor | None
+    counts: dict[str, int]
+    single: bool
+
+
+class Capture:
+    """Records and replays the parts of one method. A copy of the method gets one of its own, which is empty.
+
+    A part is a function of tensors that reads and writes tensors alone: those given, and declared state in place. Per
+    part, shape and setting there are :attr:`WARM_UPS` plain calls, then the recording, which is used only if it gives
+    what the plain step gives: the first one runs both ways from the same state. Of what differs in kind, the plain path
+    is taken: a batch with unusable samples, hooks on the net, modes of torch that look at operations, several processes
+    that adapt as one.
+
+    Attributes:
+        WARM_UPS: Plain calls before a recording. What torch sets up at the first calls of a shape cannot be recorded.
+        LIMIT: At most this many recordings; what comes beyond takes the plain path.
+    """
+
+    WARM_UPS: ClassVar[int] = 2
+    LIMIT: ClassVar[int] = 16
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all recordings: the tensors are other ones now."""
+        self.recorder = make_recorder()
+        self.recordings: dict[Key, Recording] = {}
+        self.plain: dict[Key, str] = {}  # why a part is not replayed
+        self._calls: dict[Key, int] = {}
+        self._hooks: list[Mapping[Any, Any]] | None = None
+        self._layout = -1
+        self._settings: Key = ()
+        self.active = False
+        self.why_not = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
+        return Capture()
+
+    def __reduce__(self) -> tuple[type[Capture], tuple[()]]:
+        return Capture, ()
+
+    def begin(self, method: TTAMethod, x: Tensor, usable: bool) -> None:
+        """Decide whether this call may record and replay.
+
+        Args:
+            method: The method.
+            x: The batch (B, ...).
+            usable: Whether all of its samples are.
+
+        Raises:
+            ConfigError: If ``capture=True`` and the device or the processes do not allow it.
+        """
+        self.active = False
+        if method.execution.capture is False:
+            self.why_not = "capture=False"
+            return
+        demanded = method.execution.capture is True
+        self.why_not = self.recorder.reason_against(x.device)
+        if not self.why_not and collective.is_joined():
+            self.why_not = "several processes adapt as one"
+        if self.why_not:
+            if demanded:
+                raise ConfigError(f"capture=True is not possible: {self.why_not}. Use capture='auto' or False.")
+            return
+        self.why_not = "" if usable else "the batch has images that are left out"
+        self.why_not = self.why_not or self._looked_at(method.model)
+        self.active = not self.why_not
+        if self.active and self._layout != method.layout:
+            self.clear()
+            self._layout, self.active = method.layout, True
+        self._settings = _settings(method) if self.active else ()
+
+    def _looked_at(self, model: nn.Module) -> str:
+        """Who looks inside a pass of the net; empty if nobody does."""
+        if self._hooks is None:
+            names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+            self._hooks = [getattr(module, name) for module in model.modules() for name in names]
+        if any(self._hooks) or torch_modules._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return "the net has hooks"
+        modes = _get_current_dispatch_mode_stack() or _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        if modes or torch.is_anomaly_enabled():
+            return "a mode of torch looks at each operation"
+        return ""
+
+    def key(self, name: str, tensors: Sequence[Tensor]) -> Key:
+        """What must be the same for a recording to be used."""
+        kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+        return name, kinds, self._settings, _modes(tensors[0].device.type)
+
+    def find(self, name: str, tensors: Sequence[Tensor]) -> Recording | None:
+        """The recording for such tensors, if there is one and this call may use it."""
+        return self.recordings.get(self.key(name, tensors)) if self.active else None
+
+    def replay(self, method: TTAMethod, found: Recording, tensors: Sequence[Tensor]) -> Any:
+        """The results of a part, copied, with its notes and counts in the method's."""
+        with torch.no_grad():
+            for place, tensor in zip(found.inputs, tensors, strict=True):
+                place.copy_(tensor, non_blocking=True)
+            found.replay()
+            outputs = tuple(output.clone() for output in found.outputs)
+            if found.packed is not None:
+                method.take_scalars(found.names, found.packed.clone(), found.notes)
+        for name, number in found.counts.items():
+            method.count(name, number)
+        return outputs[0] if found.single else outputs
+
+    def run(
+        self,
+        method: TTAMethod,
+        name: str,
+        function: Callable[..., Any],
+        tensors: Sequence[Tensor],
+        key: Key | None = None,
+    ) -> Any:
+        """A part: replayed, recorded for the next time, or as it is."""
+        if not self.active:
+            return function(*tensors)
+        key = self.key(name, tensors) if key is None else key
+        found = self.recordings.get(key)
+        if found is not None:
+            return self.replay(method, found, tensors)
+        self._calls[key] = self._calls.get(key, 0) + 1
+        if key in self.plain or self._calls[key] <= self.WARM_UPS or len(self.recordings) >= self.LIMIT:
+            return function(*tensors)
+        return self._record(method, key, function, tensors)
+
+    def _record(self, method: TTAMethod, key: Key, function: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+        """Run the part as it is and recorded, from the same state; keep the recording if it agrees."""
+        kept = dict(method._notes), dict(method._counts)
+        before = take(method)
+        expected = function(*tensors)
+        after = take(method), method._notes, method._counts
+        reason, found = "", None
+        try:
+            put_back(method, before)
+            found = self._recorded(method, key[0], function, tensors)
+            put_back(method, before)
+            method._notes, method._counts = dict(kept[0]), dict(kept[1])
+            result = self.replay(method, found, tensors)
+            reason = _difference(_as_tuple(expected), _as_tuple(result), before, after[0], take(method))
+        except (RuntimeError, NotImplementedError) as error:  # torch's, CUDA's, of memory too
+            lines = str(error).strip().splitlines() or [""]
+            reason = f"{type(error).__name__}: {lines[0]}"
+        if not reason:
+            assert found is not None
+            self.recordings[key] = found
+            return result
+        put_back(method, after[0])
+        method._notes, method._counts = after[1], after[2]
+        self.plain[key] = reason
+        text = f"A step of '{method.name}' cannot be captured, and runs as it is: {reason}."
+        if method.execution.capture is True:
+            raise UnsupportedModelError(f"{text} Use capture='auto' or False.")
+        warnings.warn(f"{text} With capture=False it is not tried.", stacklevel=2)
+        return expected
+
+    def _recorded(
+        self, method: TTAMethod, name: str, function: Callable[..., Any], tensors: Sequence[Tensor]
+    ) -> Recording:
+        inputs = [tensor.detach().clone() for tensor in tensors]
+        names: list[str] = []
+        counts: dict[str, int] = {}
+        shape: dict[str, int] = {}
+
+        def run() -> tuple[Outputs, Tensor | None]:
+            method._notes, method._counts = {}, dict.fromkeys(COUNTS, 0)
+            outputs = function(*inputs)
+            shape["single"] = isinstance(outputs, Tensor)
+            if name == STEP:
+                method.note(**collapse_measures(outputs))
+            scalars = dict(method._notes)
+            shape["notes"] = len(scalars)
+            for counter, number in method._counts.items():
+                if isinstance(number, Tensor):
+                    scalars[f"{counter} "] = number  # a note may have the same name
+                else:
+                    counts[counter] = number
+            names[:] = [scalar.rstrip() for scalar in scalars]
+            packed = torch.stack([s.detach().double().view(()) for s in scalars.values()]) if scalars else None
+            return tuple(output.detach() for output in _as_tuple(outputs)), packed
+
+        with ExitStack() as stack:
+            if method.execution.compile:
+                stack.enter_context(method.compiled())
+                run()  # compiles, forward and backward; what it wrote is put back
+                counts.clear()
+            stack.enter_context(recording())
+            stack.enter_context(_capturable(method))
+            (outputs, packed), replay = self.recorder.record(run)
+        return Recording(inputs, outputs, replay, names, shape["notes"], packed, counts, bool(shape["single"]))
+
+    def report(self) -> dict[str, str]:
+        """By part and shape: ``recorded``, or why not."""
+        seen = {_label(key): reason for key, reason in self.plain.items()}
+        seen |= {_label(key): f"plain: {reason}" for key, reason in self.plain.items()}
+        seen |= {_label(key): "recorded" for key in self.recordings}
+        waiting = {_label(k): f"plain so far: {number} of {self.WARM_UPS} calls" for k, number in self._calls.items()}
+        return {**waiting, **seen, **({"last batch": f"plain: {self.why_not}"} if self.why_not else {})}
+
+
+def _label(key: Key) -> str:
+    return f"{key[0]} {' '.join('x'.join(map(str, kind[0])) for kind in key[1])}"
+
+
+def _as_tuple(outputs: Any) -> Outputs:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _modes(device: str) -> Key:
+    """What of torch's global settings goes into a recording."""
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    exact = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    return autocast, exact, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+_PLAIN = (bool, int, float, str, type(None), tuple)
+
+
+def _settings(method: TTAMethod) -> Key:
+    """Everything in plain values that a step may have been made of: options, learning rates, those of filters."""
+    values: list[Any] = [method.execution]
+    holders: list[object] = [method, *getattr(method, "filters", ())]
+    for holder in holders:
+        for name, value in vars(holder).items():
+            if name[0] != "_" and name != "training":
+                if isinstance(value, _PLAIN) or callable(value):
+                    values.append(value if isinstance(value, _PLAIN) else id(value))
+                elif isinstance(value, list) and len(value) < 2000 and all(type(item) is int for item in value):
+                    values.append(tuple(value))
+    for optimizer in method.optimizers.values():
+        for group in optimizer.param_groups:
+            values += [value for name, value in group.items() if name not in ("params", "lr")]  # set from initial_lr
+    return tuple(values)
+
+
+@contextmanager
+def _capturable(method: TTAMethod) -> Iterator[None]:
+    """While active, the optimizers agree to be recorded: all of their state is on the device from the start."""
+    groups = [group for optimizer in method.optimizers.values() for group in optimizer.param_groups]
+    before = [group.get("capturable") for group in groups]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group, value in zip(groups, before, strict=True):
+            if value is None:
+                del group["capturable"]
+            else:
+                group["capturable"] = value
+
+
+@torch.no_grad()
+def _difference(expected: Outputs, result: Outputs, before: Moment, plain: Moment, replayed: Moment) -> str:
+    """How a replay differs from the plain step, beyond rounding; empty if it does not.
+
+    Results must be close. A state must have moved as far: where a gradient is rounding noise, Adam moves either way.
+    """
+    for one, other in zip(expected, result, strict=True):
+        half = one.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(one.device.type)
+        if one.shape != other.shape or not torch.allclose(
+            one.double(), other.double(), rtol=0.05 if half else 1e-3, atol=0.05 if half else 1e-3, equal_nan=True
+        ):
+            return "its results differ from those of the plain step"
+    for group, tensors in before.items():
+        for name, old in tensors.items():
+            one, other = plain[group][name], replayed[group][name]
+            if not old.is_floating_point():
+                if not torch.equal(one, other):
+                    return f"the state '{name}' differs from that of the plain step"
+                continue
+            one, other, old = (t.double().nan_to_num(nan=1e30) for t in (one, other, old))
+            moved, moved_too = (one - old).norm(), (other - old).norm()
+            if bool((moved - moved_too).abs() > 0.1 * moved + 1e-4 * (1e-6 + old.norm())):
+                return f"the state '{name}' differs from that of the plain step"
+    return ""
