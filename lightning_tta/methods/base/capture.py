@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
+from torch.optim import Optimizer
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_tta import collective
 from lightning_tta.errors import ConfigError, UnsupportedModelError
+from lightning_tta.methods.base.execution import Execution
 from lightning_tta.methods.base.host import recording
-from lightning_tta.methods.base.state import Moment, put_back, take
+from lightning_tta.methods.base.state import Moment, State, put_back, take
 from lightning_tta.metrics import collapse_measures
-
-if TYPE_CHECKING:
-    from lightning_tta.methods.base.method import TTAMethod
 
 Outputs = tuple[Tensor, ...]
 Key = tuple[Any, ...]
@@ -29,6 +28,71 @@ COUNTS = ("forwards", "backwards", "skipped_steps", "nonfinite_images")
 """Counters that every method has."""
 STEP = "step"
 """The name of the part that is a whole step."""
+
+
+Scalars = tuple[dict[str, Tensor], dict[str, Any]]
+"""Notes, and counters, which are integers or tensors, by name."""
+
+
+class Replayable(State):
+    """What a captured method is beside its state.
+
+    Attributes:
+        model: The net.
+        execution: How it computes.
+        optimizers: By name.
+        scalars: Notes and counters of this batch so far.
+    """
+
+    model: nn.Module
+    optimizers: dict[str, Optimizer]
+
+    @property
+    def name(self) -> str:
+        """The method's."""
+        raise NotImplementedError
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.execution = Execution()
+        self.scalars: Scalars = {}, {}
+        self._capture = Capture()
+
+    def note(self, **values: Tensor) -> None:
+        """Put scalars of this step into :attr:`stats`; they stay on the device until somebody reads them.
+
+        One that is not a number, such as a mean over no sample, is left out there.
+        """
+        self.scalars[0].update({name: value.detach() for name, value in values.items()})
+
+    def count(self, name: str, number: int | Tensor = 1) -> None:
+        """Add to a counter of this batch in :attr:`stats`; it starts at 0 with each batch."""
+        counts = self.scalars[1]
+        counts[name] = counts.get(name, 0) + number
+
+    def replayed(self, name: str, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """``function(*tensors)``, as a part of a step that may be captured: recorded once and replayed.
+
+        For methods with ``step_on_host``; what comes before and after such a part runs as it is.
+
+        Args:
+            name: Of the part: another function, another name.
+            function: Of tensors alone; may write to declared state, :meth:`note` and :meth:`count`. What it needs
+                beside the tensors given is state, or the same in every call.
+            *tensors: Its arguments.
+
+        Returns:
+            A tensor, or a tuple of tensors, as the function does.
+        """
+        return self._capture.run(self, name, function, tensors)
+
+    def capture_report(self) -> dict[str, str]:
+        """What was captured, by part and shape: ``recorded``, or the reason why not."""
+        return self._capture.report()
+
+    def compiled(self) -> AbstractContextManager[None]:
+        """While active, passes of the net are compiled."""
+        raise NotImplementedError
 
 
 class Recorder(Protocol):
@@ -130,7 +194,7 @@ class Capture:
     def __reduce__(self) -> tuple[type[Capture], tuple[()]]:
         return Capture, ()
 
-    def begin(self, method: TTAMethod, x: Tensor, usable: bool) -> None:
+    def begin(self, method: Replayable, x: Tensor, usable: bool) -> None:
         """Decide whether this call may record and replay.
 
         Args:
@@ -182,7 +246,7 @@ class Capture:
         """The recording for such tensors, if there is one and this call may use it."""
         return self.recordings.get(self.key(name, tensors)) if self.active else None
 
-    def replay(self, method: TTAMethod, found: Recording, tensors: Sequence[Tensor]) -> Any:
+    def replay(self, method: Replayable, found: Recording, tensors: Sequence[Tensor]) -> Any:
         """The results of a part, copied, with its notes and counts in the method's."""
         with torch.no_grad():
             for place, tensor in zip(found.inputs, tensors, strict=True):
@@ -190,14 +254,17 @@ class Capture:
             found.replay()
             outputs = tuple(output.clone() for output in found.outputs)
             if found.packed is not None:
-                method.take_scalars(found.names, found.packed.clone(), found.notes)
+                scalars = found.packed.clone().unbind()
+                method.note(**dict(zip(found.names[: found.notes], scalars, strict=False)))
+                for name, scalar in zip(found.names[found.notes :], scalars[found.notes :], strict=True):
+                    method.count(name, scalar)
         for name, number in found.counts.items():
             method.count(name, number)
         return outputs[0] if found.single else outputs
 
     def run(
         self,
-        method: TTAMethod,
+        method: Replayable,
         name: str,
         function: Callable[..., Any],
         tensors: Sequence[Tensor],
@@ -215,20 +282,20 @@ class Capture:
             return function(*tensors)
         return self._record(method, key, function, tensors)
 
-    def _record(self, method: TTAMethod, key: Key, function: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+    def _record(self, method: Replayable, key: Key, function: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
         """Run the part as it is and recorded, from the same state; keep the recording if it agrees."""
-        kept = dict(method._notes), dict(method._counts)
+        notes, counts = map(dict, method.scalars)
         before = take(method)
         expected = function(*tensors)
-        after = take(method), method._notes, method._counts
+        after, scalars = take(method), method.scalars
         reason, found = "", None
         try:
             put_back(method, before)
             found = self._recorded(method, key[0], function, tensors)
             put_back(method, before)
-            method._notes, method._counts = dict(kept[0]), dict(kept[1])
+            method.scalars = dict(notes), dict(counts)
             result = self.replay(method, found, tensors)
-            reason = _difference(_as_tuple(expected), _as_tuple(result), before, after[0], take(method))
+            reason = _difference(_as_tuple(expected), _as_tuple(result), before, after, take(method))
         except (RuntimeError, NotImplementedError) as error:  # torch's, CUDA's, of memory too
             lines = str(error).strip().splitlines() or [""]
             reason = f"{type(error).__name__}: {lines[0]}"
@@ -236,8 +303,8 @@ class Capture:
             assert found is not None
             self.recordings[key] = found
             return result
-        put_back(method, after[0])
-        method._notes, method._counts = after[1], after[2]
+        put_back(method, after)
+        method.scalars = scalars
         self.plain[key] = reason
         text = f"A step of '{method.name}' cannot be captured, and runs as it is: {reason}."
         if method.execution.capture is True:
@@ -246,7 +313,7 @@ class Capture:
         return expected
 
     def _recorded(
-        self, method: TTAMethod, name: str, function: Callable[..., Any], tensors: Sequence[Tensor]
+        self, method: Replayable, name: str, function: Callable[..., Any], tensors: Sequence[Tensor]
     ) -> Recording:
         inputs = [tensor.detach().clone() for tensor in tensors]
         names: list[str] = []
@@ -254,14 +321,14 @@ class Capture:
         shape: dict[str, int] = {}
 
         def run() -> tuple[Outputs, Tensor | None]:
-            method._notes, method._counts = {}, dict.fromkeys(COUNTS, 0)
+            method.scalars = {}, dict.fromkeys(COUNTS, 0)
             outputs = function(*inputs)
             shape["single"] = isinstance(outputs, Tensor)
             if name == STEP:
                 method.note(**collapse_measures(outputs))
-            scalars = dict(method._notes)
+            scalars = dict(method.scalars[0])
             shape["notes"] = len(scalars)
-            for counter, number in method._counts.items():
+            for counter, number in method.scalars[1].items():
                 if isinstance(number, Tensor):
                     scalars[f"{counter} "] = number  # a note may have the same name
                 else:
@@ -304,20 +371,23 @@ def _modes(device: str) -> Key:
     return autocast, exact, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
 
-_PLAIN = (bool, int, float, str, type(None), tuple)
+_PLAIN = (bool, int, float, str, type(None))
 
 
-def _settings(method: TTAMethod) -> Key:
+def _settings(method: Replayable) -> Key:
     """Everything in plain values that a step may have been made of: options, learning rates, those of filters."""
     values: list[Any] = [method.execution]
     holders: list[object] = [method, *getattr(method, "filters", ())]
     for holder in holders:
         for name, value in vars(holder).items():
-            if name[0] != "_" and name != "training":
-                if isinstance(value, _PLAIN) or callable(value):
-                    values.append(value if isinstance(value, _PLAIN) else id(value))
-                elif isinstance(value, list) and len(value) < 2000 and all(type(item) is int for item in value):
-                    values.append(tuple(value))
+            if name[0] == "_" or name == "training":
+                continue
+            if isinstance(value, _PLAIN):
+                values.append(value)
+            elif isinstance(value, (list, tuple)) and all(isinstance(item, _PLAIN) for item in value):
+                values.append(tuple(value))
+            elif callable(value):
+                values.append(id(value))
     for optimizer in method.optimizers.values():
         for group in optimizer.param_groups:
             values += [value for name, value in group.items() if name not in ("params", "lr")]  # set from initial_lr
@@ -325,7 +395,7 @@ def _settings(method: TTAMethod) -> Key:
 
 
 @contextmanager
-def _capturable(method: TTAMethod) -> Iterator[None]:
+def _capturable(method: Replayable) -> Iterator[None]:
     """While active, the optimizers agree to be recorded: all of their state is on the device from the start."""
     groups = [group for optimizer in method.optimizers.values() for group in optimizer.param_groups]
     before = [group.get("capturable") for group in groups]

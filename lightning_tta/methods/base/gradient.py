@@ -145,7 +145,7 @@ class GradientMethod(TTAMethod):
             counts = number > 0
         if isinstance(extra, Tensor) or extra:
             loss = loss + extra
-        before = self._notes.get("loss")  # of an earlier pass of this step, which stands if no sample counts now
+        before = self.scalars[0].get("loss")  # of an earlier pass of this step, which stands if no sample counts now
         self.note(loss=loss if counts is None or before is None else torch.where(counts, loss, before))
         if not loss.requires_grad:
             raise self._no_gradient(loss)

@@ -28,15 +28,13 @@ from lightning_tta.backbones.split import HeadSplit, features_at, module_at
 from lightning_tta.errors import ConfigError, NotPreparedError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.account import MOMENTS, StreamAccount
-from lightning_tta.methods.base.capture import COUNTS, STEP, Capture
+from lightning_tta.methods.base.capture import COUNTS, STEP, Replayable
 from lightning_tta.methods.base.custody import Custody, exclusive, reading
 from lightning_tta.methods.base.description import Described
-from lightning_tta.methods.base.execution import Execution
 from lightning_tta.methods.base.first_pass import FirstPass
 from lightning_tta.methods.base.host import host_has
 from lightning_tta.methods.base.plain import plain_net
 from lightning_tta.methods.base.selection import read_flags, select_parameters
-from lightning_tta.methods.base.state import State
 from lightning_tta.methods.base.task import (
     Images,
     Task,
@@ -53,7 +51,7 @@ Stats = dict[str, float]
 Statistics = Literal["stream", "batch"]
 
 
-class TTAMethod(Described, State, ABC):
+class TTAMethod(Described, Replayable, ABC):
     """Wraps a net; ``forward(x) -> logits`` adapts it on the way, and writes the declared state and nothing else.
 
     ``state_dict()`` is complete, :meth:`reset` exact. The net stays in eval mode, whatever mode the method is put in.
@@ -78,7 +76,6 @@ class TTAMethod(Described, State, ABC):
         image_shape: That of an image of the last batch, (C, H, W).
         required: Names of the net's parameters that required gradients when the method was made.
         optimizers: By name; empty for methods without gradients. Their moments are state, and exist from the start.
-        execution: How it computes: recorded steps, precision, memory.
         task: What the input is: :class:`~lightning_tta.methods.base.task.Images`.
         small_batch: A first batch of fewer images than this, of a net with BatchNorm, is warned of: 8 where the batch's
             own statistics are taken, else 0.
@@ -106,12 +103,10 @@ class TTAMethod(Described, State, ABC):
         self.small_batch = 8 if self.uses_batch_statistics else 0
         self.replaces_statistics = self.uses_batch_statistics or type(self).running is not TTAMethod.running
         self._first_pass = FirstPass()
-        self._capture = Capture()
         self.model = plain.requires_grad_(False)
         self._custody = Custody(self.model, self.name, self._lent)
         self.register_load_state_dict_post_hook(_take_stock)  # type: ignore[no-untyped-call]
         self.steps = steps
-        self.execution = Execution()
         self.prepared = not self.needs_source
         self.optimizers: dict[str, Optimizer] = {}
         self._module_at: dict[float, str] = {}
@@ -122,8 +117,7 @@ class TTAMethod(Described, State, ABC):
         if self.uses_batch_statistics and batch_norm_layers(plain):
             with torch.no_grad():
                 self._account = StreamAccount(self, plain)
-        self._counts = dict.fromkeys(COUNTS, 0)
-        self._notes: dict[str, Tensor] = {}
+        self.scalars = {}, dict.fromkeys(COUNTS, 0)
         self._logits: Tensor | None = None  # of the last batch
         self._stats: Stats | None = {}  # None: not computed yet
 
@@ -290,17 +284,6 @@ class TTAMethod(Described, State, ABC):
             self._flags.learned.add(name.removeprefix("model."))
         return super().state(name, tensor, **settings)
 
-    def note(self, **values: Tensor) -> None:
-        """Put scalars of this step into :attr:`stats`; they stay on the device until somebody reads them.
-
-        One that is not a number, such as a mean over no sample, is left out there.
-        """
-        self._notes.update({name: value.detach() for name, value in values.items()})
-
-    def count(self, name: str, number: int | Tensor = 1) -> None:
-        """Add to a counter of this batch in :attr:`stats`; it starts at 0 with each batch."""
-        self._counts[name] = self._counts.get(name, 0) + number  # type: ignore[assignment]
-
     def known(self, condition: Tensor) -> bool:
         """Whether a condition, 0-dimensional, is true and the host knows it at no cost.
 
@@ -309,22 +292,6 @@ class TTAMethod(Described, State, ABC):
         if not self.skips_when_empty or not host_has(condition):
             return False
         return bool(condition.detach().numpy())  # reads the host's own memory; no synchronisation
-
-    def replayed(self, name: str, function: Callable[..., Any], *tensors: Tensor) -> Any:
-        """``function(*tensors)``, as a part of a step that may be captured: recorded once and replayed.
-
-        For methods with :attr:`step_on_host`; what comes before and after such a part runs as it is.
-
-        Args:
-            name: Of the part: another function, another name.
-            function: Of tensors alone; may write to declared state, :meth:`note` and :meth:`count`. What it needs
-                beside the tensors given is state, or the same in every call.
-            *tensors: Its arguments.
-
-        Returns:
-            A tensor, or a tuple of tensors, as the function does.
-        """
-        return self._capture.run(self, name, function, tensors)
 
     # What users call -------------------------------------------------------------------------------------------------
 
@@ -353,8 +320,8 @@ class TTAMethod(Described, State, ABC):
         usable = self.task.usable(x)
         self.image_shape = list(x.shape[1:])
         number = int(usable.sum())
-        self._counts = {**dict.fromkeys(COUNTS, 0), "nonfinite_images": len(usable) - number}
-        self._notes, self._stats, self._logits = {}, None, None
+        self.scalars = {}, {**dict.fromkeys(COUNTS, 0), "nonfinite_images": len(usable) - number}
+        self._stats, self._logits = None, None
         self._warn_of_small_batch(number)
         given, whole = x, number == len(usable)
         self._capture.begin(self, x, whole)
@@ -393,11 +360,11 @@ class TTAMethod(Described, State, ABC):
             x = x if present else self.task.stand_in(x)
             try:
                 for number in range(self.steps):
-                    self._notes = {}
+                    self.scalars[0].clear()
                     self._unrecorded = x if self._account is not None and number + 1 == self.steps else None
                     logits = self.step(x).detach()
                 if self._account is not None:
-                    self._account.take(self, self._batch_size, self._counts["skipped_steps"])
+                    self._account.take(self, self._batch_size, self.scalars[1]["skipped_steps"])
             finally:
                 self._unrecorded = None
                 if self._account is not None:
@@ -420,8 +387,7 @@ class TTAMethod(Described, State, ABC):
         """
         check_choice("statistics", statistics, ("stream", "batch"))
         usable = self.task.usable(x)
-        kept = self._counts, self._notes
-        self._counts, self._notes = {}, {}
+        before, self.scalars = self.scalars, ({}, {})
         try:
             stream = self.stream_statistics() if statistics == "stream" else {}
             seen = explained(self.model, x, has_run=self.has_run)
@@ -430,7 +396,7 @@ class TTAMethod(Described, State, ABC):
                 samples = samples if bool(usable.all()) else samples[usable.to(x.device)]
                 logits = infer(samples) if len(samples) else self._no_logits(samples)
         finally:
-            self._counts, self._notes = kept
+            self.scalars = before
         return fill(at_least_float32(logits), usable)
 
     def export(self) -> nn.Module:
@@ -465,20 +431,9 @@ class TTAMethod(Described, State, ABC):
         with self._custody.lock:
             if self._stats is None:
                 measures = {} if self._logits is None else collapse_measures(self._logits)
-                numbers = _read({**self._notes, **measures, **self._counts})
+                numbers = _read({**self.scalars[0], **measures, **self.scalars[1]})
                 self._stats = {name: value for name, value in numbers.items() if value == value}  # NaN: there is none
             return self._stats
-
-    def capture_report(self) -> dict[str, str]:
-        """What was captured, by part and shape: ``recorded``, or the reason why not."""
-        return self._capture.report()
-
-    def take_scalars(self, names: Sequence[str], scalars: Tensor, notes: int) -> None:
-        """Take scalars (N,) of a replayed part: the first ``notes`` of them as notes, the others as counts."""
-        each = scalars.unbind()
-        self._notes.update(zip(names[:notes], each[:notes], strict=True))
-        for name, number in zip(names[notes:], each[notes:], strict=True):
-            self.count(name, number)
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
@@ -490,7 +445,7 @@ class TTAMethod(Described, State, ABC):
     def reset(self) -> None:
         """Back to the source: every declared state exactly as at construction."""
         super().reset()
-        self._stats, self._logits, self._notes = {}, None, {}
+        self._stats, self._logits, self.scalars = {}, None, ({}, dict.fromkeys(COUNTS, 0))
 
     def reset_where(self, condition: Tensor | None) -> None:
         """As of the state; what was seen of the batch is of another net now."""
@@ -638,7 +593,7 @@ class TTAMethod(Described, State, ABC):
         """Logits (0, K): what is left when every sample is left out."""
         with collective.absent():
             logits = self.infer(self.task.stand_in(x))[:0]
-        self._notes = {}  # of a sample that stands in for none
+        self.scalars[0].clear()  # of a sample that stands in for none
         return logits
 
     def _warn_of_small_batch(self, number: int) -> None:
