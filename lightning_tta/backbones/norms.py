@@ -201,10 +201,13 @@ class MomentsRecord:
         layers = batch_norm_layers(model)
         sizes = [layer.num_features for layer in layers.values()]
         ends = list(itertools.accumulate(sizes))
+        self.layers = layers
+        self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] | None = None  # making them costs time
         self.places = {n: slice(end - size, end) for n, end, size in zip(layers, ends, sizes, strict=True)}
         tensors = (t for layer in layers.values() for t in (layer.weight, layer.running_mean) if t is not None)
         self._like = next(tensors, torch.zeros(())).detach().new_zeros(())
         self.is_on = False
+        self._sources: list[tuple[dict[str, Any], Tensor | None]] = []
         self._lengths: dict[str, int] = {}  # values a channel, of the layers to which torch's kernel wrote
         self._taken: dict[str, tuple[Tensor, int]] = {}  # moments (2, C) that came in another way, and of how many runs
         self._make_room()
@@ -218,6 +221,9 @@ class MomentsRecord:
             rows = tuple(row[:size] for row, size in zip(rows, sizes * 2, strict=True))
         means, variances = rows[: len(sizes)], rows[len(sizes) :]
         self._rows = dict(zip(self.places, zip(means, variances, strict=True), strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_forwards": None, "_sources": []}  # which hold these layers, not those of a copy
 
     def begin(self) -> None:
         """Record the coming pass."""
@@ -258,6 +264,15 @@ class MomentsRecord:
         same = like is None or (like.dtype, like.device) == (self._like.dtype, self._like.device)
         same = same and isinstance(layer, tuple(_DIMENSIONS))
         return same and type(layer).forward is _BatchNorm.forward and "forward" not in vars(layer)
+
+    def forwards(self) -> Mapping[nn.Module, Callable[[Tensor], Tensor]]:
+        """:meth:`forward` of each layer that :meth:`fits`."""
+        if self._forwards is None:
+            fitting = {name: layer for name, layer in self.layers.items() if self.fits(layer)}
+            self._forwards = {layer: self.forward(name, layer) for name, layer in fitting.items()}
+            self._sources = [(vars(layer), layer.running_mean) for layer in fitting.values()]
+        usual = all("forward" not in slot and slot["_buffers"]["running_mean"] is m for slot, m in self._sources)
+        return self._forwards if usual else {x: self.forward(n, x) for n, x in self.layers.items() if self.fits(x)}
 
     def forward(self, name: str, layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
         """In place of the layer's forward: the same with statistics of the batch, which are written here."""
@@ -390,11 +405,8 @@ def fixed_statistics(model: nn.Module, statistics: Mapping[str, tuple[Tensor, Te
 
 def _recorded_statistics(model: nn.Module, rule: StatisticsRule, record: MomentsRecord) -> AbstractContextManager[None]:
     """The batch's own statistics, recorded; without hooks where a layer's forward is torch's own."""
-    forwards: dict[nn.Module, Callable[..., Any]] = {}
-    layers = batch_norm_layers(model)
-    if not collective.is_joined():
-        forwards = {layer: record.forward(name, layer) for name, layer in layers.items() if record.fits(layer)}
-    if len(forwards) == len(layers):
+    forwards = {} if collective.is_joined() else record.forwards()
+    if len(forwards) == len(record.layers):
         return replaced_forwards(forwards)
     return _both(replaced_forwards(forwards), bn_statistics(model, rule, record, but=forwards))
 
@@ -467,16 +479,17 @@ def weighted_batch_statistics(model: nn.Module, weights: Tensor) -> AbstractCont
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """While active, each module runs with the ``forward`` given for it."""
-    before = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
+    slots = [(vars(module), forward) for module, forward in forwards.items()]  # setattr of a module is slow
+    before = [(slot, slot["forward"]) for slot, _ in slots if "forward" in slot]
     try:
-        for module, forward in forwards.items():
-            module.forward = forward
+        for slot, forward in slots:
+            slot["forward"] = forward
         yield
     finally:
-        for module in forwards:
-            vars(module).pop("forward", None)
-            if module in before:
-                module.forward = before[module]
+        for slot, _ in slots:
+            slot.pop("forward", None)
+        for slot, own in before:
+            slot["forward"] = own
 
 
 def grouped_batch_statistics(model: nn.Module, groups: int) -> AbstractContextManager[None]:

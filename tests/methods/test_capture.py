@@ -1,0 +1,314 @@
+"""Captured steps give what plain ones give, to the last bit, whatever happens on the stream.
+
+There need be no GPU: tests/replay.py records on a CPU what a CUDA graph would, with the same limits.
+"""
+
+import copy
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from contract import FIRST, MECHANISMS, SUPPORTED, VARIANTS, build, case_id
+from lightning_tta import ConfigError, UnsupportedModelError, adapt
+from lightning_tta.methods.base import capture
+from lightning_tta.methods.base.execution import Execution
+from lightning_tta.methods.base.host import recording
+from lightning_tta.methods.tent import Tent
+from nets import make_images, make_net, make_stream, same
+from replay import Tape, use_tape
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "tape"),
+    pytest.mark.filterwarnings("ignore:.*normalises BatchNorm layers"),
+    pytest.mark.filterwarnings("error:A step of"),
+]
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    """Record on a CPU; the plain path leaves out no pass that a GPU would not."""
+    use_tape(monkeypatch)
+    with recording():
+        yield
+
+
+NOT_YET = {"cotta", "lame", "memo", "t3a", "view_averaging", "zero"}
+SUPPORTED, FIRST = ([case for case in cases if case[0] not in NOT_YET] for cases in (SUPPORTED, FIRST))
+
+
+def pair(name, options, kind, **more):
+    plain, captured = (build(name, options, kind, **more) for _ in range(2))
+    plain.execution = Execution(capture=False)
+    return plain, captured
+
+
+def agree(plain, captured, images, context=nullcontext):
+    with context():
+        expected, logits = plain(images.clone()), captured(images)
+    assert same(logits, expected)
+    assert captured.stats == pytest.approx(plain.stats, rel=1e-9, abs=1e-12, nan_ok=True)
+    assert same(captured.adaptable, plain.adaptable)
+    assert same(captured.memory, plain.memory)
+
+
+def replays(method):
+    return "recorded" in method.capture_report().values()
+
+
+@pytest.mark.parametrize(("name", "options", "kind"), SUPPORTED, ids=[case_id(*case) for case in SUPPORTED])
+def test_every_method_on_every_net(name, options, kind):
+    plain, captured = pair(name, options, kind)
+    for images in make_stream(6):
+        agree(plain, captured, images)
+    assert replays(captured)
+
+
+@contextmanager
+def autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(("dtype", "context"), [(torch.float32, autocast), (torch.bfloat16, nullcontext)])
+@pytest.mark.parametrize(("name", "options", "kind"), FIRST, ids=[case_id(*case) for case in FIRST])
+def test_precisions_and_sizes(name, options, kind, dtype, context, batch):
+    plain, captured = pair(name, options, kind)
+    plain.to(dtype), captured.to(dtype)
+    for images in make_stream(5, batch=batch):
+        agree(plain, captured, images.to(dtype), context)
+    assert replays(captured)
+
+
+ONE_OF_EACH = [(name, VARIANTS.get(name, [{}])[number], "bn") for name, number in MECHANISMS.values()]
+ONE_OF_EACH = [case for case in ONE_OF_EACH if case[0] not in NOT_YET]
+EACH = pytest.mark.parametrize(("name", "options", "kind"), ONE_OF_EACH, ids=[case[0] for case in ONE_OF_EACH])
+
+
+@EACH
+def test_odd_batches_take_the_plain_path(name, options, kind):
+    plain, captured = pair(name, options, kind)
+    stream = make_stream(12)
+    stream[5][1, 0, 0, 0] = float("nan")
+    stream[7] = make_images(3, seed=3)
+    stream[8] = stream[8].contiguous(memory_format=torch.channels_last)
+    stream[9][:] = float("inf")
+    for images in stream:
+        agree(plain, captured, images)
+    assert replays(captured)
+
+
+@EACH
+def test_reset_state_and_copies(name, options, kind):
+    plain, captured = pair(name, options, kind)
+    stream = make_stream(8)
+    for images in stream[:5]:
+        agree(plain, captured, images)
+    state = copy.deepcopy(captured.state_dict())
+    plain.reset(), captured.reset()
+    for images in stream[:3]:
+        agree(plain, captured, images)
+    plain.load_state_dict(state), captured.load_state_dict(state)
+    agree(plain, captured, stream[5])
+    twin, fresh = copy.deepcopy(captured), build(name, options, kind)
+    assert not replays(twin)
+    fresh.load_state_dict(captured.state_dict())
+    twin.execution = Execution(capture=False)
+    for images in stream[4:]:
+        agree(plain, captured, images)
+        agree(twin, fresh, images)
+    assert replays(captured)
+    assert same(twin.adaptable, captured.adaptable)
+
+
+def test_a_recording_knows_its_settings():
+    plain, captured = pair("tent", {"lr": 0.1, "optimizer": "sgd"}, "gn")
+    stream = make_stream(24)
+    for images in stream[:5]:
+        agree(plain, captured, images)
+    for method in (plain, captured):
+        method.optimizers["model"].param_groups[0]["initial_lr"] = 0.01
+    for images in stream[5:10]:
+        agree(plain, captured, images)
+    for method in (plain, captured):
+        method.steps = 2
+    for images in stream[10:15]:
+        agree(plain, captured, images)
+    for method in (plain, captured):
+        method.entropy = lambda logits: logits.logsumexp(1)
+    for images in stream[15:20]:
+        agree(plain, captured, images)
+    assert captured.capture_report()["step 4x3x16x16"] == "recorded"
+    plain.double(), captured.double()
+    for images in stream[20:]:
+        agree(plain, captured, images.double())
+    assert replays(captured)
+
+
+def test_filters_count_as_settings():
+    options = {"lr": 0.1, "entropy_margin": 0.9, "diversity_margin": None}
+    plain, captured = pair("eta", options, "gn")
+    stream = make_stream(10)
+    for images in stream[:5]:
+        agree(plain, captured, images)
+    for method in (plain, captured):
+        method.filters[0].margin = 0.2
+    for images in stream[5:]:
+        agree(plain, captured, images)
+
+
+def test_who_looks_inside_sees_every_pass():
+    method = build("tent", {"lr": 0.01}, "gn")
+    stream = make_stream(6)
+    for images in stream[:4]:
+        method(images)
+    seen = []
+    layer = next(m for m in method.model.modules() if isinstance(m, torch.nn.GroupNorm))
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    method(stream[4])
+    assert len(seen) == 1
+    assert "hooks" in method.capture_report()["last batch"]
+    handle.remove()
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Count.calls += func.name().startswith("aten::convolution")
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        method(stream[5])
+    assert Count.calls > 0
+    assert "mode" in method.capture_report()["last batch"]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_under_every_mode(mode):
+    plain, captured = pair("tent", {"lr": 0.1}, "bn")
+    for images in make_stream(6):
+        agree(plain, captured, images, mode)
+    assert replays(captured)
+
+
+def test_results_belong_to_the_caller():
+    plain, captured = pair("tent", {"lr": 0.1}, "bn")
+    stream = make_stream(8)
+    for images in stream:
+        expected, given = plain(images), images.clone()
+        logits = captured(given)
+        given.zero_(), logits.add_(1e6)
+        assert same(logits - 1e6, expected + 1e6 - 1e6)
+        assert captured.stats == pytest.approx(plain.stats, rel=1e-9)
+
+
+class _Asking(Tent):
+    """A method whose step asks the host."""
+
+    synchronized = False
+
+    def step(self, x):
+        logits = super().step(x)
+        return logits * 2 if bool(logits.sum() > 0) else logits
+
+
+def _asking():
+    return [_Asking(make_net("gn"), lr=0.1) for _ in range(2)]
+
+
+def test_a_step_that_asks_the_host_runs_as_it_is():
+    plain, captured = _asking()
+    plain.execution = Execution(capture=False)
+    stream = make_stream(6)
+    for images in stream[:2]:
+        agree(plain, captured, images)
+    with pytest.warns(UserWarning, match=r"cannot be captured, and runs as it is: .*capture=False"):
+        agree(plain, captured, stream[2])
+    for images in stream[3:]:  # without another word
+        agree(plain, captured, images)
+    assert "not permitted" in captured.capture_report()["step 4x3x16x16"]
+
+
+def test_capture_true_refuses_what_cannot_be_captured(monkeypatch):
+    method = _asking()[0]
+    method.execution = Execution(capture=True)
+    stream = make_stream(4)
+    for images in stream[:2]:
+        method(images)
+    with pytest.raises(UnsupportedModelError, match=r"cannot be captured.*capture='auto'"):
+        method(stream[2])
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"capture=True is not possible: CUDA graphs need.*'cpu'.*capture='auto'"):
+        adapt(make_net("gn"), "tent", capture=True)(stream[3])
+
+
+class _Stale(Tape):
+    """A recorder whose replays write nothing: what a graph would be that lost its addresses."""
+
+    def record(self, run):
+        result, _ = super().record(run)
+        return result, lambda: None
+
+
+class _Off(Tape):
+    """One whose replays give other results."""
+
+    def record(self, run):
+        result, replay = super().record(run)
+
+        def wrong():
+            replay()
+            result[0][0].add_(0.1)
+
+        return result, wrong
+
+
+@pytest.mark.parametrize(("recorder", "reason"), [(_Stale, "the state '.*' differs"), (_Off, "its results differ")])
+def test_a_recording_that_does_not_agree_is_not_used(monkeypatch, recorder, reason):
+    monkeypatch.setattr(capture, "make_recorder", recorder)
+    plain, captured = pair("tent", {"lr": 0.1}, "bn")
+    stream = make_stream(5)
+    for images in stream[:2]:
+        agree(plain, captured, images)
+    with pytest.warns(UserWarning, match=reason):
+        agree(plain, captured, stream[2])
+    for images in stream[3:]:
+        agree(plain, captured, images)
+
+
+def test_the_number_of_recordings_is_bounded(monkeypatch):
+    monkeypatch.setattr(capture.Capture, "LIMIT", 2)
+    plain, captured = pair("tent", {"lr": 0.1}, "gn")
+    for batch in (2, 3, 4):
+        for images in make_stream(4, batch=batch):
+            agree(plain, captured, images)
+    assert list(captured.capture_report().values()).count("recorded") == 2
+
+
+def test_cuda_graphs_share_a_pool_and_leave_other_threads_alone(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def graph(made, **settings):
+        entered.append((made, settings))
+        yield
+
+    class Graph:
+        def replay(self):
+            entered.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "stream")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    recorder = capture.CudaGraphs()
+    for _ in range(2):
+        result, replay = recorder.record(lambda: 7)
+        assert result == 7
+        replay()
+    assert [settings for _, settings in entered[::2]] == 2 * [
+        {"pool": "pool", "stream": "stream", "capture_error_mode": "thread_local"}
+    ]
+    assert entered[1::2] == ["replay", "replay"]
