@@ -58,6 +58,7 @@ ALLOWED = {  # (files, private names of another library), as patterns: why there
     ("lightning_tta/methods/base/capture.py", "_has_any_global_hook"): "whether anybody looks inside a pass",
     ("lightning_tta/methods/base/capture.py", "_get_current_*_mode_stack"): "the same, of modes; nothing public tells",
     ("lightning_tta/methods/base/capture.py", "_python_dispatch"): "where torch keeps them",
+    ("lightning_tta/methods/base/method.py", "_dynamo"): "where torch.compile's settings are documented to be",
     ("lightning_tta/modules/meta_ttt.py", "_layer_sync"): "where Lightning's strategy keeps sync_batchnorm",
     ("lightning_tta/modules/training.py", "_data_fetcher"): "a continued epoch needs a new iterator; no public way",
     ("lightning_tta/run/board.py", "_log_hyperparams"): "save_hyperparameters(logger=False) is for the module's author",

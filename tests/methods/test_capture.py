@@ -4,14 +4,17 @@ There need be no GPU: tests/replay.py records on a CPU what a CUDA graph would, 
 """
 
 import copy
+import random
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contract import FIRST, MECHANISMS, SUPPORTED, VARIANTS, build, case_id
 from lightning_tta import ConfigError, UnsupportedModelError, adapt
+from lightning_tta.guard.watch import Watch
 from lightning_tta.methods.base import capture
 from lightning_tta.methods.base.execution import Execution
 from lightning_tta.methods.base.host import recording
@@ -231,6 +234,30 @@ def test_a_step_that_asks_the_host_runs_as_it_is():
     assert "not permitted" in captured.capture_report()["step 4x3x16x16"]
 
 
+class _Draws(Tent):
+    """A method that draws on the host."""
+
+    synchronized = False
+
+    def step(self, x):
+        return super().step(x) * (1 + 1e-6 * self.draw())
+
+
+@pytest.mark.parametrize(
+    "draw", [random.random, lambda: float(torch.rand(())), np.random.rand], ids=["python", "torch", "numpy"]
+)
+def test_draws_on_the_host_are_not_recorded(draw):
+    captured = _Draws(make_net("gn"), lr=0.1)
+    captured.draw = draw
+    stream = make_stream(4)
+    for images in stream[:2]:
+        captured(images)
+    with pytest.warns(UserWarning, match="draws random numbers on the host"):
+        captured(stream[2])
+    captured(stream[3])
+    assert not replays(captured)
+
+
 def test_capture_true_refuses_what_cannot_be_captured(monkeypatch):
     method = _asking()[0]
     method.execution = Execution(capture=True)
@@ -240,7 +267,7 @@ def test_capture_true_refuses_what_cannot_be_captured(monkeypatch):
     with pytest.raises(UnsupportedModelError, match=r"cannot be captured.*capture='auto'"):
         method(stream[2])
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match=r"capture=True is not possible: CUDA graphs need.*'cpu'.*capture='auto'"):
+    with pytest.raises(ConfigError, match=r"capture=True is not possible: CUDA graphs need.*'cpu'.*capture=False"):
         adapt(make_net("gn"), "tent", capture=True)(stream[3])
 
 
@@ -278,6 +305,20 @@ def test_a_recording_that_does_not_agree_is_not_used(monkeypatch, recorder, reas
         agree(plain, captured, images)
 
 
+def test_a_watch_rolls_back_what_is_captured():
+    plain, captured = (adapt(make_net("bn"), "tent", lr=5.0, optimizer="sgd") for _ in range(2))
+    plain.execution = Execution(capture=False)
+    settings = {"compare": "history", "window": 2, "history": 2, "snapshot_every": 2, "share_excess": 0.01}
+    watches = [Watch(method, action="rollback", **settings) for method in (plain, captured)]
+    for images in make_stream(30):
+        expected, logits = (watch(images) for watch in watches)
+        assert same(logits, expected)
+    assert watches[0].events
+    assert len(watches[1].events) == len(watches[0].events)
+    assert same(captured.adaptable, plain.adaptable)
+    assert replays(captured)
+
+
 def test_the_number_of_recordings_is_bounded(monkeypatch):
     monkeypatch.setattr(capture.Capture, "LIMIT", 2)
     plain, captured = pair("tent", {"lr": 0.1}, "gn")
@@ -312,3 +353,48 @@ def test_cuda_graphs_share_a_pool_and_leave_other_threads_alone(monkeypatch):
         {"pool": "pool", "stream": "stream", "capture_error_mode": "thread_local"}
     ]
     assert entered[1::2] == ["replay", "replay"]
+
+
+class _Again:
+    """A recorder that runs the step itself again: a tape would not see what is compiled."""
+
+    method = None
+
+    def reason_against(self, device):
+        return ""
+
+    def record(self, run):
+        outputs, packed = run()
+
+        def replay():
+            with torch.enable_grad(), self.method.running(), self.method.passes(), self.method.compiled():
+                again, scalars = run()
+            packed.copy_(scalars)
+            for old, new in zip(outputs, again, strict=True):
+                old.copy_(new)
+
+        return (outputs, packed), replay
+
+
+def test_compiled_steps(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **options: compile(*a, **options, backend="aot_eager"))
+    monkeypatch.setattr(capture, "make_recorder", _Again)
+    plain, captured = pair("zerosiam", VARIANTS["zerosiam"][0], "bn")
+    captured.execution = Execution(compile=True)
+    monkeypatch.setattr(_Again, "method", captured)
+    passes = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for images in make_stream(4):
+        torch.testing.assert_close(captured(images), plain(images), rtol=1e-5, atol=1e-5)
+    assert replays(captured)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > passes
+    for one, other in zip(captured.adaptable.values(), plain.adaptable.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_compile_without_capture_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match=r"compile=True compiles captured steps"):
+        adapt(make_net("gn"), "tent", compile=True, capture=False)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"compile=True is not possible: CUDA graphs need"):
+        adapt(make_net("gn"), "tent", compile=True)(make_images(4))

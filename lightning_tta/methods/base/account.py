@@ -86,7 +86,7 @@ class StreamAccount:
                 moments.copy_(merged_moments(moments, seen, images / (before + images)))
                 number.add_(images)
             return
-        merged = merged_moments(moments, seen, (images / (before + images)).to(moments.dtype))
+        merged = merged_moments(moments, seen, images / (before.to(moments.dtype) + images))
         moments.copy_(torch.where(good, merged, moments))
         number.add_(good, alpha=images)
 

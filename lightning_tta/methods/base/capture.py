@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -209,13 +211,13 @@ class Capture:
         if method.execution.capture is False:
             self.why_not = "capture=False"
             return
-        demanded = method.execution.capture is True
         self.why_not = self.recorder.reason_against(x.device)
         if not self.why_not and collective.is_joined():
             self.why_not = "several processes adapt as one"
         if self.why_not:
-            if demanded:
-                raise ConfigError(f"capture=True is not possible: {self.why_not}. Use capture='auto' or False.")
+            for option in ("capture", "compile"):
+                if getattr(method.execution, option) is True:
+                    raise ConfigError(f"{option}=True is not possible: {self.why_not}. Use {option}=False.")
             return
         self.why_not = "" if usable else "the batch has images that are left out"
         self.why_not = self.why_not or self._looked_at(method.model)
@@ -285,8 +287,11 @@ class Capture:
     def _record(self, method: Replayable, key: Key, function: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
         """Run the part as it is and recorded, from the same state; keep the recording if it agrees."""
         notes, counts = map(dict, method.scalars)
-        before = take(method)
+        before, drawn = take(method), _host_randomness()
         expected = function(*tensors)
+        if _host_randomness() != drawn:
+            self.plain[key] = "it draws random numbers on the host"
+            return self._refused(method, key, expected)
         after, scalars = take(method), method.scalars
         reason, found = "", None
         try:
@@ -296,7 +301,7 @@ class Capture:
             method.scalars = dict(notes), dict(counts)
             result = self.replay(method, found, tensors)
             reason = _difference(_as_tuple(expected), _as_tuple(result), before, after, take(method))
-        except (RuntimeError, NotImplementedError) as error:  # torch's, CUDA's, of memory too
+        except Exception as error:  # torch's, CUDA's, of memory; the plain step has just run
             lines = str(error).strip().splitlines() or [""]
             reason = f"{type(error).__name__}: {lines[0]}"
         if not reason:
@@ -306,11 +311,14 @@ class Capture:
         put_back(method, after)
         method.scalars = scalars
         self.plain[key] = reason
-        text = f"A step of '{method.name}' cannot be captured, and runs as it is: {reason}."
+        return self._refused(method, key, expected)
+
+    def _refused(self, method: Replayable, key: Key, result: Any) -> Any:
+        text = f"A step of '{method.name}' cannot be captured, and runs as it is: {self.plain[key]}."
         if method.execution.capture is True:
             raise UnsupportedModelError(f"{text} Use capture='auto' or False.")
         warnings.warn(f"{text} With capture=False it is not tried.", stacklevel=2)
-        return expected
+        return result
 
     def _recorded(
         self, method: Replayable, name: str, function: Callable[..., Any], tensors: Sequence[Tensor]
@@ -392,6 +400,14 @@ def _settings(method: Replayable) -> Key:
         for group in optimizer.param_groups:
             values += [value for name, value in group.items() if name not in ("params", "lr")]  # set from initial_lr
     return tuple(values)
+
+
+def _host_randomness() -> Key:
+    """Where the host's generators stand: what they give would be the same in each replay."""
+    numpy = sys.modules.get("numpy")
+    legacy = () if numpy is None else numpy.random.get_state()  # a tuple with an array
+    others = [item.tobytes() if hasattr(item, "tobytes") else item for item in legacy]
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), tuple(others)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ class Execution:
     Args:
         capture: Whether steps on batches of a shape that comes again are recorded once and replayed, as one CUDA graph:
             ``auto``: on CUDA, where the method can be; ``True``: refuse to run where it cannot be; ``False``: never.
-        compile: Whether the net is compiled for recorded steps (``torch.compile``).
+        compile: Whether the net is compiled for captured steps (``torch.compile``); needs a compiler for the device.
         deterministic: Whether only operations are used that give the same bits each time.
         precision: ``exact``: float32 as it is; ``tf32``: TF32 in matrix products and convolutions on CUDA; ``bf16``:
             autocast to bfloat16; ``None``: as the process is set.
@@ -45,6 +45,8 @@ class Execution:
             if field.name != "precision" and not isinstance(value, bool) and not (word and value == "auto"):
                 allowed = "True, False or 'auto'" if word else "True or False"
                 raise ConfigError(f"{field.name} must be {allowed}; got {value!r}.")
+        if self.compile and self.capture is False:
+            raise ConfigError("compile=True compiles captured steps. Use it with capture='auto' or True.")
         if self.precision is not None:
             check_choice("precision", self.precision, ("exact", "tf32", "bf16"))
 

@@ -438,7 +438,13 @@ class TTAMethod(Described, Replayable, ABC):
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """While active, passes of the net are compiled (``torch.compile``), for shapes that do not change."""
-        with self._first_pass.through(torch.compile(_call, dynamic=False)):
+
+        def call(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+            return forward(*inputs, **options)
+
+        call.__code__ = call.__code__.replace()  # torch keeps what it compiled by the code, and for several nets
+        hooks_count = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+        with hooks_count, self._first_pass.through(torch.compile(call, dynamic=False)):
             yield
 
     @exclusive
@@ -606,10 +612,6 @@ class TTAMethod(Described, Replayable, ABC):
                 "one ('memo', 'single_image_bn'), or 'norm' with source_weight=0.9.",
                 stacklevel=3,
             )
-
-
-def _call(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-    return forward(*inputs, **options)
 
 
 def _read(scalars: Mapping[str, Tensor | float]) -> dict[str, float]:
