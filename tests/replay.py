@@ -6,7 +6,7 @@ changes, or to write to tensors that the next replay does not read.
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves
 
 from lightning_tta.methods.base import capture
 
@@ -34,7 +34,7 @@ class Tape:
     def reason_against(self, device):
         return ""
 
-    def record(self, run):
+    def record(self, run, device):
         tape = _Tape()
         with tape:
             result = run()
@@ -44,7 +44,7 @@ class Tape:
             with torch.no_grad():
                 for func, args, kwargs, result in calls:
                     again = func(*args, **kwargs)
-                    for old, new in zip(tree_flatten(result)[0], tree_flatten(again)[0], strict=True):
+                    for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                         if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                             old.copy_(new)
 
@@ -54,6 +54,3 @@ class Tape:
 def use_tape(monkeypatch):
     """Methods made from here on record on a CPU."""
     monkeypatch.setattr(capture, "make_recorder", Tape)
-
-
-__all__ = ["Tape", "tree_map", "use_tape"]

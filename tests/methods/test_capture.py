@@ -274,16 +274,16 @@ def test_capture_true_refuses_what_cannot_be_captured(monkeypatch):
 class _Stale(Tape):
     """A recorder whose replays write nothing: what a graph would be that lost its addresses."""
 
-    def record(self, run):
-        result, _ = super().record(run)
+    def record(self, run, device):
+        result, _ = super().record(run, device)
         return result, lambda: None
 
 
 class _Off(Tape):
     """One whose replays give other results."""
 
-    def record(self, run):
-        result, replay = super().record(run)
+    def record(self, run, device):
+        result, replay = super().record(run, device)
 
         def wrong():
             replay()
@@ -342,15 +342,16 @@ def test_cuda_graphs_share_a_pool_and_leave_other_threads_alone(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: "stream")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     recorder = capture.CudaGraphs()
     for _ in range(2):
-        result, replay = recorder.record(lambda: 7)
+        result, replay = recorder.record(lambda: 7, torch.device("cuda:1"))
         assert result == 7
         replay()
     assert [settings for _, settings in entered[::2]] == 2 * [
-        {"pool": "pool", "stream": "stream", "capture_error_mode": "thread_local"}
+        {"pool": "pool", "stream": "stream of cuda:1", "capture_error_mode": "thread_local"}
     ]
     assert entered[1::2] == ["replay", "replay"]
 
@@ -363,7 +364,7 @@ class _Again:
     def reason_against(self, device):
         return ""
 
-    def record(self, run):
+    def record(self, run, device):
         outputs, packed = run()
 
         def replay():

@@ -14,7 +14,10 @@ from lightning_tta import DigitsData, TestTimeAdaptation, available_methods
 from lightning_tta.cli.main import main
 from lightning_tta.data.images import StreamBatches
 from lightning_tta.methods import Source, Tent
+from lightning_tta.methods.base.capture import Capture
+from lightning_tta.methods.base.host import recording
 from nets import make_net
+from replay import use_tape
 from runs import callbacks_of, directory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,6 +87,25 @@ def test_every_method_goes_on_bit_by_bit(tmp_path, name):
         assert results(root) == expected
         for key, tensor in whole.method.adaptable.items():
             assert torch.equal(tensor, resumed.method.adaptable[key])
+
+
+@pytest.mark.parametrize("name", ["tent", "zerosiam"])
+def test_captured_steps_go_on_bit_by_bit(tmp_path, name, monkeypatch):
+    data = partial(make_data, num_images=96)
+    run(tmp_path / "plain", partial_of(name), data=data(), capture=False)
+    use_tape(monkeypatch)
+    replay, replays = Capture.replay, []
+    monkeypatch.setattr(Capture, "replay", lambda *args: (replays.append(args), replay(*args))[1])
+    with recording():
+        whole = run(tmp_path / "whole", partial_of(name), data=data(), reset_every=4)
+        run(tmp_path / "a", partial_of(name), data=data(), crash=3, reset_every=4)
+        resumed = run(tmp_path / "a", partial_of(name), data=data(), reset_every=4)
+        run(tmp_path / "captured", partial_of(name), data=data())
+    assert len(replays) > 20
+    assert results(tmp_path / "a") == results(tmp_path / "whole")
+    for key, tensor in whole.method.adaptable.items():
+        assert torch.equal(tensor, resumed.method.adaptable[key])
+    assert results(tmp_path / "captured")[0] == results(tmp_path / "plain")[0]
 
 
 def test_three_crashes_in_one_run_with_resets_and_pace(tmp_path):

@@ -103,7 +103,7 @@ class Recorder(Protocol):
     def reason_against(self, device: torch.device) -> str:
         """Why it cannot record there; empty if it can."""
 
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def record(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
         """What ``run()`` returns, whose tensors are written anew by each call of the second value."""
 
 
@@ -120,13 +120,14 @@ class CudaGraphs:
             return f"CUDA graphs need a CUDA device, and the batch is on '{device}'"
         return "the caller is recording a CUDA graph" if torch.cuda.is_current_stream_capturing() else ""
 
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def record(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
         """Record, without running. Other threads, such as those of a data loader, may go on."""
-        if self.pool is None:
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            result = run()
+        with torch.cuda.device(device):
+            if self.pool is None:
+                self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                result = run()
         return result, graph.replay
 
 
@@ -352,7 +353,7 @@ class Capture:
                 counts.clear()
             stack.enter_context(recording())
             stack.enter_context(_capturable(method))
-            (outputs, packed), replay = self.recorder.record(run)
+            (outputs, packed), replay = self.recorder.record(run, inputs[0].device)
         return Recording(inputs, outputs, replay, names, shape["notes"], packed, counts, bool(shape["single"]))
 
     def report(self) -> dict[str, str]:
