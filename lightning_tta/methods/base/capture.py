@@ -84,7 +84,7 @@ class Replayable(State):
             *tensors: Its arguments.
 
         Returns:
-            A tensor, or a tuple of tensors, as the function does.
+            A tensor, or a tuple of tensors, as the function does, without a graph.
         """
         return self._capture.run(self, name, function, tensors)
 
@@ -275,21 +275,21 @@ class Capture:
     ) -> Any:
         """A part: replayed, recorded for the next time, or as it is."""
         if not self.active:
-            return function(*tensors)
+            return _without_graph(function(*tensors))
         key = self.key(name, tensors) if key is None else key
         found = self.recordings.get(key)
         if found is not None:
             return self.replay(method, found, tensors)
         self._calls[key] = self._calls.get(key, 0) + 1
         if key in self.plain or self._calls[key] <= self.WARM_UPS or len(self.recordings) >= self.LIMIT:
-            return function(*tensors)
+            return _without_graph(function(*tensors))
         return self._record(method, key, function, tensors)
 
     def _record(self, method: Replayable, key: Key, function: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
         """Run the part as it is and recorded, from the same state; keep the recording if it agrees."""
         notes, counts = map(dict, method.scalars)
         before, drawn = take(method), _host_randomness()
-        expected = function(*tensors)
+        expected = _without_graph(function(*tensors))
         if _host_randomness() != drawn:
             self.plain[key] = "it draws random numbers on the host"
             return self._refused(method, key, expected)
@@ -371,6 +371,10 @@ def _label(key: Key) -> str:
 
 def _as_tuple(outputs: Any) -> Outputs:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _without_graph(outputs: Any) -> Any:
+    return outputs.detach() if isinstance(outputs, Tensor) else tuple(output.detach() for output in outputs)
 
 
 def _modes(device: str) -> Key:
