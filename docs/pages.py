@@ -15,7 +15,7 @@ import yaml
 
 from lightning_tta import methods
 from lightning_tta.data import ShiftedDataModule, data_modules
-from lightning_tta.launch.help import class_options, without_markup
+from lightning_tta.launch.help import class_options, say_captured, without_markup
 
 DOCS = Path(__file__).parent
 CONFIGS = DOCS.parent / "configs"
@@ -58,6 +58,7 @@ def method_page(name: str) -> str:
         f'.. code-block:: python\n\n   method = lightning_tta.adapt(model, "{name}")\n   logits = method(images)',
         ".. code-block:: bash\n\n   lightning-tta predict --config configs/digits/predict.yaml \\\n"
         f"       --model.source_ckpt runs/digits/source --model.method {name}",
+        f"{say_captured(kind)} :doc:`/guides/gpu`",
         title("Options", "-"),
         option_table(kind, class_options(kind)) or "None.",
         f"Of the options that several methods share: {' '.join(rest[1].split())}" if rest else "",

@@ -22,6 +22,8 @@ from lightning_tta.shipped import CONFIGS
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser
 
+    from lightning_tta.methods.base.method import TTAMethod
+
 STREAM = ("stream", "domains", "severity", "num_images", "batch_size", "order_seed")
 SOURCE = ("train_batch_size", "augment", "val_domains", "num_workers")
 TRAINER = ("accelerator", "devices", "precision", "default_root_dir")
@@ -68,7 +70,14 @@ def describe_method(name: str) -> str:
     text = re.sub(r"Args:\n(?: .*\n|\n)*", "", f"{inspect.getdoc(kind)}\n").strip()
     options = class_options(kind, "model.method").items()
     rows = [(f"--{name}", f"{without_markup(a.help or '')} (default: {a.default})") for name, a in options]
-    return f"{kind.__name__}: {text}\n\n{columns(rows, left=32)}"
+    return f"{kind.__name__}: {text}\n\n{say_captured(kind)}\n\n{columns(rows, left=32)}"
+
+
+def say_captured(kind: type[TTAMethod]) -> str:
+    """How much of a method's step becomes one CUDA graph."""
+    if kind.step_on_host:
+        return f"On CUDA, parts of a step are captured as graphs; not the whole, because {kind.step_on_host}."
+    return "On CUDA, a step is captured as one graph."
 
 
 def short_help(command: str, parser: LightningArgumentParser) -> str:
