@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import time
@@ -96,9 +97,10 @@ class Account:
             with self.guarded(case.label):
                 self.rows.setdefault(case.section, {})[case.name] = case.run()
             print(f"{case.label}: {time.monotonic() - start:.1f} s, {self.left():.0f} left", flush=True)
-        gc.collect()
-        if torch.cuda.is_initialized() and case.label not in self.errors:
-            torch.cuda.empty_cache()
+        if torch.cuda.is_initialized():
+            gc.collect()
+            with contextlib.suppress(RuntimeError):  # of a GPU that answers no more
+                torch.cuda.empty_cache()
         self.save()
 
     @contextmanager

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import cost
 import export
+import gpu
 import guard
 import loading
 import memo_cifar
@@ -21,6 +22,7 @@ import overhead
 import reasons
 import startup
 import stream_memory
+from cases import Account, Case
 from lightning_tta import SourceClassifier, adapt, create_backbone
 from nets import make_images, make_net
 
@@ -183,3 +185,32 @@ def test_startup(capsys):
     assert set(table) == {"python -c pass", "import lightning_tta"}
     assert all(0 < value < 10 for values in table.values() for value in values.values())
     assert "| processor seconds | this | the other |" in capsys.readouterr().out
+
+
+def test_gpu_at_smoke_size(capsys, tmp_path):
+    account = gpu.main(["--smoke", "--device=cpu", f"--output={tmp_path / 'gpu.json'}"])
+    assert not account.errors
+    assert {*account.rows} == {*gpu.SECTIONS} - {"digits"}
+    assert account.left_out["digits: benchmark"] == "needs CUDA"
+    assert account.rows["correct"]["tent"]["bits: two runs"] == "2 of 2"
+    text = capsys.readouterr().out
+    again = gpu.main(["--smoke", "--device=cpu", "--go-on", "--section=tent", f"--output={tmp_path / 'gpu.json'}"])
+    assert again.rows.keys() == account.rows.keys()
+    for table in (text, capsys.readouterr().out):
+        assert "needs CUDA" in table
+        assert "| tiny BN exact b4 |" in table
+
+
+def test_a_case_that_fails_and_one_without_time_are_named(tmp_path):
+    account = Account({"torch": torch.__version__}, budget=100, path=tmp_path / "a.json")
+    account.run(Case("s", "bad", 1, lambda: 1 // 0))
+    account.run(Case("s", "slow", 1000, dict))
+    account.run(Case("s", "good", 1, lambda: {"ms": 2.0}))
+    again = Account({}, path=tmp_path / "a.json")
+    again.go_on()
+    for one in (account, again):
+        assert one.rows == {"s": {"good": {"ms": 2.0}}}
+        assert "ZeroDivisionError" in one.errors["s: bad"][-1]
+    assert "it may take 1000" in account.left_out["s: slow"]
+    text = account.text()
+    assert all(word in text for word in ("| good | 2 |", "ZeroDivisionError", "s: slow"))
