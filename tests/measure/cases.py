@@ -109,7 +109,9 @@ class Account:
         try:
             yield
         except Exception as error:  # whatever it is, the other cases may go
-            self.errors[what] = traceback.format_exc().strip().splitlines()[-LINES:]
+            self.errors[what] = [
+                line for line in traceback.format_exc().strip().splitlines() if set(line) - set(" ^~")
+            ][-LINES:]
             print(f"!! {what}: {type(error).__name__}: {str(error)[:300]}", flush=True)
 
     def text(self) -> str:

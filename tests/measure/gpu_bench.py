@@ -53,7 +53,12 @@ class Bench:
     """
 
     def __init__(self, device: str, smoke: bool, account: Account) -> None:
-        self.device, self.smoke, self.account, self.cuda = device, smoke, account, device == "cuda"
+        self.device, self.smoke, self.account = device, smoke, account
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it is a GPU, whose steps can be recorded."""
+        return self.device == "cuda"
 
     @property
     def without_cuda(self) -> str:
@@ -114,7 +119,8 @@ class Bench:
                 for number in range(8):  # the first ones are plain, then one is recorded
                     call(x)
                     self.synchronize()
-                    if number >= (1 if self.smoke and not self.cuda else 4) and time.perf_counter() - start > 0.5:
+                    enough = number >= (4 if self.cuda else 1)
+                    if enough and (self.smoke or time.perf_counter() - start > 0.5):
                         break
                 if self.cuda:
                     memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -92,9 +92,10 @@ class Streamed:
             )
         return max(found)
 
-    def equals(self, other: Streamed) -> bool:
-        """Bit by bit."""
-        return same([self.logits, self.state], [other.logits, other.state])
+    def unequal(self, other: Streamed) -> list[str]:
+        """What is not equal bit by bit, by name."""
+        logits = [f"logits {number}" for number, u in enumerate(self.logits) if not same(u, other.logits[number])]
+        return logits + [name for name, value in self.state.items() if not same(value, other.state.get(name))]
 
 
 def correct_row(bench: Bench, name: str, options: dict[str, Any]) -> Row:
@@ -125,11 +126,10 @@ def correct_row(bench: Bench, name: str, options: dict[str, Any]) -> Row:
                     if bench.cuda:
                         try:
                             captured = here(capture=True)
+                            counts["recorded"] += is_recorded(captured.report)
+                            widest(f"captured - plain, {passes}", captured.difference(plain))
                         except (ConfigError, UnsupportedModelError) as error:
                             bench.account.notes[f"correct: {name} {kind} {passes} b{batch}: not captured"] = str(error)
-                            continue
-                        counts["recorded"] += is_recorded(captured.report)
-                        widest(f"captured - plain, {passes}", captured.difference(plain))
                 if passes == "fp32" and batch == batches[0]:
                     with bench.account.guarded(f"correct: {name} {kind} deterministic"):
                         exact = functools.partial(here, deterministic=True)
@@ -138,7 +138,10 @@ def correct_row(bench: Bench, name: str, options: dict[str, Any]) -> Row:
                         if bench.cuda and is_recorded((captured := exact()).report):
                             pairs["captured = plain"] = captured
                         for column, other in pairs.items():
-                            equal.setdefault(column, []).append(other.equals(first))
+                            unequal = first.unequal(other)
+                            equal.setdefault(column, []).append(not unequal)
+                            if unequal:
+                                bench.account.notes[f"correct: {name} {kind} deterministic, {column}"] = unequal[:4]
     row: Row = {**counts, **worst}
     return row | {f"bits: {column}": f"{sum(values)} of {len(values)}" for column, values in equal.items()}
 

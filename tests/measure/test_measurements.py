@@ -9,9 +9,11 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import save_file
 
+import by_hand
 import cost
 import export
 import gpu
+import gpu_checks
 import guard
 import loading
 import memo_cifar
@@ -23,6 +25,7 @@ import reasons
 import startup
 import stream_memory
 from cases import Account, Case
+from gpu_bench import Bench
 from lightning_tta import SourceClassifier, adapt, create_backbone
 from nets import make_images, make_net
 
@@ -190,7 +193,7 @@ def test_startup(capsys):
 def test_gpu_at_smoke_size(capsys, tmp_path):
     account = gpu.main(["--smoke", "--device=cpu", f"--output={tmp_path / 'gpu.json'}"])
     assert not account.errors
-    assert {*account.rows} == {*gpu.SECTIONS} - {"digits"}
+    assert {*account.rows} == {*gpu.SECTIONS} - {"digits", "compiled"}
     assert account.left_out["digits: benchmark"] == "needs CUDA"
     assert account.rows["correct"]["tent"]["bits: two runs"] == "2 of 2"
     text = capsys.readouterr().out
@@ -214,3 +217,22 @@ def test_a_case_that_fails_and_one_without_time_are_named(tmp_path):
     assert "it may take 1000" in account.left_out["s: slow"]
     text = account.text()
     assert all(word in text for word in ("| good | 2 |", "ZeroDivisionError", "s: slow"))
+
+
+def test_the_branches_for_a_gpu(monkeypatch, tmp_path):
+    """As on a GPU, with a recorder for CPUs in the place of CUDA graphs; what it gives is no measurement."""
+    pytest.importorskip("replay").use_tape(monkeypatch)
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(Bench, "cuda", True)
+    monkeypatch.setattr(by_hand, "Recorded", lambda step, x: step)
+    monkeypatch.setattr(gpu_checks, "kernels_of", lambda step: (1, 0.1))
+    monkeypatch.setattr(gpu_checks, "alone_row", dict)
+    sections = ["tent", "zerosiam", "rivals", "waits", "correct"]
+    account = gpu.main(["--device=cpu", f"--output={tmp_path / 'gpu.json'}", "--section", *sections])
+    assert not account.errors
+    assert {"floor, ms", "captured, ms", "captured / floor"} <= account.rows["tent"]["tiny BN exact b4"].keys()
+    assert account.rows["correct"]["tent"]["recorded"] == 6
+    assert account.rows["correct"]["tent"]["captured - plain, fp32"] < 1e-6
