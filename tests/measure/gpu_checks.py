@@ -220,7 +220,7 @@ def kernels_of(step: Callable[[], object]) -> tuple[int, float]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         step()
         torch.cuda.synchronize()
-    events = [event for event in found.events() if "CUDA" in str(event.device_type)]
+    events = [e for e in found.events() if "CUDA" in str(e.device_type) and not getattr(e, "is_user_annotation", False)]
     spans = sorted(
         (e.time_range.start, e.time_range.end) for e in events if not e.name.startswith(("Mem", "ProfilerStep"))
     )
@@ -236,7 +236,10 @@ def waits_row(bench: Bench, net: str, name: str, options: dict[str, Any], batch:
     x, row = bench.images(net, batch), {}
     for way in ("plain", "captured") if bench.cuda else ("plain",):
         with bench.account.guarded(f"waits: {name} {way}"):
-            method = bench.ours(net, name, capture=False if way == "plain" else "auto", **options)()
+            try:
+                method = bench.ours(net, name, capture=False if way == "plain" else "auto", **options)()
+            except UnsupportedModelError as error:
+                return {"operations": f"refused: {str(error).split('.')[0]}"}
             for _ in range(4 if bench.cuda else 2):
                 method(x)
             if way == "plain":
