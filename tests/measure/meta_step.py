@@ -62,12 +62,12 @@ def build(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Step]:
         return step
 
     def with_higher(inner: InnerLoop) -> Step:
-        import higher
-
         kinds = InnerParameters(net, inner).rate_of["min"]
         rates = [inner.rates[kinds[name]] if name in kinds else 0.0 for name, _ in net.named_parameters()]
 
         def step() -> list[Tensor]:
+            import higher
+
             by_domain = []
             for x, y in zip(images.chunk(options.domains), labels.chunk(options.domains), strict=True):
                 optimizer = torch.optim.SGD([{"params": [p]} for p in net.parameters()], lr=0.1)

@@ -20,7 +20,14 @@ from lightning_tta.data import DigitsData, FolderData, ShiftedDataModule
 from lightning_tta.modules import TestTimeAdaptation
 
 sys.path.append(str(Path(__file__).parents[1]))
-from nets import TinyNet, make_images, same  # found by the line above where a script is run on its own
+from nets import (
+    TinyNet,
+    make_images,
+    make_net,
+    norm_weights,
+    same,
+    without_running_statistics,
+)  # found by the line above where a script is run on its own
 
 __all__ = [
     "CUDA_OR_CPU",
@@ -30,13 +37,16 @@ __all__ = [
     "header",
     "leaves",
     "make_images",
+    "make_net",
     "medians",
+    "norm_weights",
     "on_device",
     "predict",
     "resident",
     "row",
     "same",
     "take_turns",
+    "without_running_statistics",
 ]
 
 CUDA_OR_CPU = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,8 +9,11 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import save_file
 
+import by_hand
 import cost
 import export
+import gpu
+import gpu_checks
 import guard
 import loading
 import memo_cifar
@@ -21,6 +24,8 @@ import overhead
 import reasons
 import startup
 import stream_memory
+from cases import Account, Case
+from gpu_bench import Bench
 from lightning_tta import SourceClassifier, adapt, create_backbone
 from nets import make_images, make_net
 
@@ -183,3 +188,51 @@ def test_startup(capsys):
     assert set(table) == {"python -c pass", "import lightning_tta"}
     assert all(0 < value < 10 for values in table.values() for value in values.values())
     assert "| processor seconds | this | the other |" in capsys.readouterr().out
+
+
+def test_gpu_at_smoke_size(capsys, tmp_path):
+    account = gpu.main(["--smoke", "--device=cpu", f"--output={tmp_path / 'gpu.json'}"])
+    assert not account.errors
+    assert {*account.rows} == {*gpu.SECTIONS} - {"digits", "compiled"}
+    assert account.left_out["digits: benchmark"] == "needs CUDA"
+    assert account.rows["correct"]["tent"]["bits: two runs"] == "2 of 2"
+    text = capsys.readouterr().out
+    again = gpu.main(["--smoke", "--device=cpu", "--go-on", "--section=tent", f"--output={tmp_path / 'gpu.json'}"])
+    assert again.rows.keys() == account.rows.keys()
+    for table in (text, capsys.readouterr().out):
+        assert "needs CUDA" in table
+        assert "| tiny BN exact b4 |" in table
+
+
+def test_a_case_that_fails_and_one_without_time_are_named(tmp_path):
+    account = Account({"torch": torch.__version__}, budget=100, path=tmp_path / "a.json")
+    account.run(Case("s", "bad", 1, lambda: 1 // 0))
+    account.run(Case("s", "slow", 1000, dict))
+    account.run(Case("s", "good", 1, lambda: {"ms": 2.0}))
+    again = Account({}, path=tmp_path / "a.json")
+    again.go_on()
+    for one in (account, again):
+        assert one.rows == {"s": {"good": {"ms": 2.0}}}
+        assert "ZeroDivisionError" in one.errors["s: bad"][-1]
+    assert "it may take 1000" in account.left_out["s: slow"]
+    text = account.text()
+    assert all(word in text for word in ("| good | 2 |", "ZeroDivisionError", "s: slow"))
+
+
+def test_the_branches_for_a_gpu(monkeypatch, tmp_path):
+    """As on a GPU, with a recorder for CPUs in the place of CUDA graphs; what it gives is no measurement."""
+    pytest.importorskip("replay").use_tape(monkeypatch)
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(Bench, "cuda", True)
+    monkeypatch.setattr(by_hand, "Recorded", lambda step, x: step)
+    monkeypatch.setattr(gpu_checks, "kernels_of", lambda step: (1, 0.1))
+    monkeypatch.setattr(gpu_checks, "alone_row", dict)
+    sections = ["tent", "zerosiam", "rivals", "waits", "correct"]
+    account = gpu.main(["--device=cpu", f"--output={tmp_path / 'gpu.json'}", "--section", *sections])
+    assert not account.errors
+    assert {"floor, ms", "captured, ms", "captured / floor"} <= account.rows["tent"]["tiny BN exact b4"].keys()
+    assert account.rows["correct"]["tent"]["recorded"] == 6
+    assert account.rows["correct"]["tent"]["captured - plain, fp32"] < 1e-6
