@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 STREAM = ("stream", "domains", "severity", "num_images", "batch_size", "order_seed")
 SOURCE = ("train_batch_size", "augment", "val_domains", "num_workers")
 TRAINER = ("accelerator", "devices", "precision", "default_root_dir")
+RARE = ("model.compile", "model.lean")
 LEFT = 28
 
 
@@ -104,7 +105,7 @@ def short_help(command: str, parser: LightningArgumentParser) -> str:
 FILE, which is optional, sets the same options: configs/digits/{"predict" if predict else "source"}.yaml{hint}
 
   --model {model.__name__}{"" if predict else f" (or {MetaTTT.__name__})"}
-{lines(class_options(model, "model"))}
+{lines(name for name in class_options(model, "model") if name not in RARE)}
 {columns([("--data", ", ".join(data_modules()))], left=LEFT)}
 {lines(f"data.{name}" for name in (STREAM if predict else SOURCE))}
   the run

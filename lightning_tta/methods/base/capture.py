@@ -245,10 +245,6 @@ class Capture:
         kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
         return name, kinds, self._settings, _modes(tensors[0].device.type)
 
-    def find(self, name: str, tensors: Sequence[Tensor]) -> Recording | None:
-        """The recording for such tensors, if there is one and this call may use it."""
-        return self.recordings.get(self.key(name, tensors)) if self.active else None
-
     def replay(self, method: Replayable, found: Recording, tensors: Sequence[Tensor]) -> Any:
         """The results of a part, copied, with its notes and counts in the method's."""
         with torch.no_grad():
@@ -381,7 +377,8 @@ def _modes(device: str) -> Key:
     """What of torch's global settings goes into a recording."""
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     exact = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
-    return autocast, exact, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return autocast, exact, torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision
 
 
 _PLAIN = (bool, int, float, str, type(None))

@@ -36,6 +36,14 @@ class Gradients:
     norm: Tensor
 
 
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all of them together, as ``torch.nn.utils.get_total_norm``, which sorts them first."""
+    if len({(tensor.device, tensor.dtype) for tensor in tensors}) != 1:
+        return nn.utils.get_total_norm(tensors, error_if_nonfinite=False)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+    return norm
+
+
 class GradientMethod(TTAMethod):
     """Learns some of the net's parameters with an optimizer.
 
@@ -154,7 +162,7 @@ class GradientMethod(TTAMethod):
         values = collective.average(self.differentiate(loss))
         present = [value for value in values if value is not None]
         self.count("backwards")
-        norm = nn.utils.get_total_norm(present, error_if_nonfinite=False)
+        norm = total_norm(present)
         finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
         usable = finite if counts is None else finite & counts
         self.count("skipped_steps", ~finite if counts is None else ~finite & counts)

@@ -143,7 +143,7 @@ class TTAMethod(Described, Replayable, ABC):
 
     def running(self) -> AbstractContextManager[None]:
         """How the net runs in every pass: by default with batch statistics, if :attr:`uses_batch_statistics`."""
-        return batch_statistics(self.model, record=self.record) if self.uses_batch_statistics else nullcontext()
+        return batch_statistics(self.model, record=self.record) if self._account is not None else nullcontext()
 
     def stream_statistics(self) -> dict[str, tuple[Tensor, Tensor]] | None:
         """Mean and variance (C,) with which BatchNorm runs after the stream, by layer; ``None``: the source's.
@@ -323,10 +323,10 @@ class TTAMethod(Described, Replayable, ABC):
         self.scalars = {}, {**dict.fromkeys(COUNTS, 0), "nonfinite_images": len(usable) - number}
         self._stats, self._logits = None, None
         self._warn_of_small_batch(number)
-        given, whole = x, number == len(usable)
+        whole = number == len(usable)
         self._capture.begin(self, x, whole)
-        replays = self._capture.active and not self.step_on_host
-        recording = self._capture.find(STEP, (x,)) if replays else None
+        key = self._capture.key(STEP, (x,)) if self._capture.active and not self.step_on_host else None
+        recording = None if key is None else self._capture.recordings.get(key)
         if recording is not None:
             with outside_inference_mode():
                 replayed: Tensor = self._capture.replay(self, recording, (x,))
@@ -338,11 +338,10 @@ class TTAMethod(Described, Replayable, ABC):
             self.running(),
             self.passes(),
         ):
-            if replays:
-                key = self._capture.key(STEP, (given,))
-                logits = self._capture.run(self, STEP, self._all_steps, (x,), key)
-            else:
+            if key is None:
                 logits = self._all_steps(x if whole else x[usable.to(x.device)])
+            else:
+                logits = self._capture.run(self, STEP, self._all_steps, (x,), key)
         if number:
             self._logits = logits.clone()  # for stats; the caller may write to what it gets
         return fill(logits, usable)
