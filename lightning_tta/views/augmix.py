@@ -9,7 +9,7 @@ of their products exactly: AugMix gives the same bits on every device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -232,7 +232,8 @@ def _sample(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
         axis.to(x.dtype).mul_(1 / (PIXEL // 2 * side)).add_(1 / side - 1)
         for axis, side in zip((across, down), sides, strict=True)
     ]
-    grid = torch.stack(torch.broadcast_tensors(*axes), 1).flatten(2, -2).permute(0, 2, 3, 1)
+    shape = [max(*lengths) for lengths in zip(*(axis.shape for axis in axes), strict=True)]
+    grid = torch.stack([axis.expand(shape) for axis in axes], 1).flatten(2, -2).permute(0, 2, 3, 1)
     return grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
@@ -335,7 +336,7 @@ def _equalize(x: Tensor) -> Tensor:
     return table.gather(2, pixels).to(x.dtype).view_as(x)
 
 
-_APPLIED = {
+_APPLIED: dict[str, Callable[..., Tensor]] = {
     "moved": _moved,
     "solarize": _solarize,
     "posterize": _posterize,

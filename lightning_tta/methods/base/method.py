@@ -295,6 +295,12 @@ class TTAMethod(Described, State, ABC):
         """Add to a counter of this batch in :attr:`stats`; it starts at 0 with each batch."""
         self._counts[name] = self._counts.get(name, 0) + number  # type: ignore[assignment]
 
+    step_on_host: ClassVar[str] = ""
+
+    def replayed(self, name: str, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """A stand-in until steps are captured."""
+        return function(*tensors)
+
     def known(self, condition: Tensor) -> bool:
         """Whether a condition, 0-dimensional, is true and the host knows it at no cost.
 
