@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate, pad
@@ -45,6 +48,9 @@ FINE = 2**16
 _PIXELS_AT_ONCE = 2**19  # on a CPU, through one operation: what its caches hold; an accelerator takes all at once
 
 
+Numbers = npt.NDArray[Any]
+
+
 class ViewPlan:
     """What views are to be made of some images: all that is random, on the CPU.
 
@@ -65,41 +71,38 @@ class ViewPlan:
         flips = augment in ("rrc_flip", "crop_flip", "augmix", "augmix_crop")
         crop, flip, chains = 2 * ATTEMPTS + 2, 1, WIDTH * (1 + 3 * DEPTH)
         columns = [crop * self.crops, flip * flips, chains * self.mixes, (WIDTH + 1) * self.mixes]
-        drawn = torch.split(_uniform(seeds, views, sum(columns)), columns, dim=-1)
+        drawn = np.split(_uniform(seeds, views, sum(columns)), np.cumsum(columns)[:-1], axis=1)
         self._tensors: list[Tensor] = []
         if self.crops:
-            box = _crop_boxes(drawn[0], *size) if self.resizes else _padded_boxes(drawn[0])
-            mirrored = (drawn[1] < 0.5) if flips else torch.zeros(len(box), 1)
-            self._tensors.append(torch.cat([box.long(), mirrored.long()], 1))
+            boxes = crop_boxes(drawn[0], *self.size) if self.resizes else _padded_boxes(drawn[0])
+            mirrored = drawn[1] < 0.5 if flips else np.zeros((len(boxes), 1))
+            self._add(np.concatenate([boxes, mirrored], 1))
         self._todo: list[str] = []  # operations in order, each on some of the chains
         if self.mixes:
-            self._tensors.append(_mixing_weights(drawn[3]))
+            self._add(_mixing_weights(drawn[3]))
             self._draw_chains(drawn[2].reshape(-1, 1 + 3 * DEPTH))
 
-    def _draw_chains(self, drawn: Tensor) -> None:
+    def _add(self, numbers: Numbers) -> None:
+        self._tensors.append(torch.from_numpy(numbers.astype(np.int64)))
+
+    def _draw_chains(self, drawn: Numbers) -> None:
         """Which chains go through which operation, step by step; numbers (views x WIDTH, 10), uniform."""
-        depth, operation, level, sign = torch.split(drawn, [1, DEPTH, DEPTH, DEPTH], -1)
-        operation = torch.where(torch.arange(DEPTH) < 1 + (depth * DEPTH).floor(), operation * len(OPERATIONS), -1)
-        level, sign = 0.1 + 0.9 * level, torch.where(sign < 0.5, -1, 1)
-        view = torch.arange(len(drawn)) // WIDTH
-        number = torch.arange(len(drawn)) + view + 1  # before the chains of a view comes the view itself
+        depth, operation, level, sign = np.split(drawn, [1, 1 + DEPTH, 1 + 2 * DEPTH], axis=1)
+        operation = (operation * len(OPERATIONS)).astype(np.int64)
+        level, sign = 0.1 + 0.9 * level, np.where(sign < 0.5, -1, 1)
+        kind = np.where(np.arange(DEPTH) < 1 + np.floor(depth * DEPTH), _KIND[operation], -1)
+        number = np.arange(len(drawn)) + np.arange(len(drawn)) // WIDTH + 1  # before a view's chains comes the view
         for step in range(DEPTH):
-            code = operation[:, step].floor()
-            matrices = torch.zeros(len(drawn), 2, 3, dtype=torch.float64)
-            moved = torch.zeros(len(drawn), dtype=torch.bool)
-            for index, name in enumerate(OPERATIONS):
-                chosen = code == index
-                if name in MATRICES:
-                    matrices[chosen] = MATRICES[name](level[chosen, step], sign[chosen, step], *self.size)
-                    moved |= chosen
-                elif chosen.any():
+            for index, name in enumerate(_APPLIED):
+                chosen = np.flatnonzero(kind[:, step] == index)
+                if len(chosen):
                     self._todo.append(name)
-                    self._tensors.append(number[chosen])
-                    if name == "solarize":
-                        self._tensors.append(solarize_threshold(level[chosen, step]))
-            if moved.any():
-                self._todo.append("moved")
-                self._tensors += [number[moved], positions(matrices[moved], *self.size)]
+                    self._add(number[chosen])
+                    if name == "moved":
+                        which = operation[chosen, step]
+                        self._add(positions(which, level[chosen, step], sign[chosen, step], *self.size))
+                    elif name == "solarize":
+                        self._add(solarize_threshold(level[chosen, step]))
 
     def __call__(self, images: Tensor) -> Tensor:
         """The views (S, V, C, H, W) of images (S, C, H, W), floats in [0, 1], of this number and size."""
@@ -152,13 +155,13 @@ def _laid_out_as(images: Tensor, x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _uniform(seeds: Sequence[int], views: int, columns: int) -> Tensor:
+def _uniform(seeds: Sequence[int], views: int, columns: int) -> Numbers:
     """Numbers (S V, columns), uniform in [0, 1), those of each image from its seed."""
     generator = torch.Generator()
     drawn = torch.empty(len(seeds), views, columns, dtype=torch.float64)
-    for rows, seed in zip(drawn, seeds, strict=True):
+    for rows, seed in zip(drawn.unbind(), seeds, strict=True):
         rows.uniform_(generator=generator.manual_seed(seed))
-    return drawn.flatten(0, 1)
+    return drawn.flatten(0, 1).numpy()
 
 
 def _carried(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
@@ -174,26 +177,26 @@ def _carried(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor
 # Crops ---------------------------------------------------------------------------------------------------------------
 
 
-def _crop_boxes(drawn: Tensor, height: int, width: int) -> Tensor:
+def crop_boxes(drawn: Numbers, height: int, width: int) -> Numbers:
     """Top, left, height, width of random crops as torchvision draws them, (N, 4); numbers (N, 22), uniform."""
-    areas, ratios, position = torch.split(drawn, [ATTEMPTS, ATTEMPTS, 2], -1)
-    area = height * width * (SCALE[0] + (SCALE[1] - SCALE[0]) * areas)
     low, high = (math.log(ratio) for ratio in RATIO)
-    ratio = (low + (high - low) * ratios).exp()
-    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    area = height * width * (SCALE[0] + (SCALE[1] - SCALE[0]) * drawn[:, :ATTEMPTS])
+    root = np.exp((low + (high - low) * drawn[:, ATTEMPTS : 2 * ATTEMPTS]) / 2)
+    side = np.sqrt(area)
+    h, w = np.rint(side / root), np.rint(side * root)
     fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
-    first = fits.to(torch.uint8).argmax(1, keepdim=True)
-    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
-    top, left = (position[:, 0] * (height - h + 1)).floor(), (position[:, 1] * (width - w + 1)).floor()
+    first = np.arange(len(drawn)), fits.argmax(1)
+    h, w = h[first], w[first]
+    top, left = np.floor(drawn[:, -2] * (height - h + 1)), np.floor(drawn[:, -1] * (width - w + 1))
     # None fits: the largest crop in the middle whose ratio is allowed.
     h0, w0 = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
-    middle = torch.tensor([(height - h0) // 2, (width - w0) // 2, h0, w0], dtype=drawn.dtype)
-    return torch.where(fits.any(1, keepdim=True), torch.stack([top, left, h, w], 1), middle)
+    middle = np.array([(height - h0) // 2, (width - w0) // 2, h0, w0])
+    return np.where(fits[first][:, None], np.stack([top, left, h, w], 1), middle)
 
 
-def _padded_boxes(drawn: Tensor) -> Tensor:
+def _padded_boxes(drawn: Numbers) -> Numbers:
     """Top and left of crops of the images' size out of images with a black border, (N, 2)."""
-    return (drawn[:, -2:] * (2 * PADDING + 1)).floor() - PADDING
+    return np.floor(drawn[:, -2:] * (2 * PADDING + 1)) - PADDING
 
 
 def _cropped(images: Tensor, boxes: Tensor, views: int, resizes: bool) -> Tensor:
@@ -240,67 +243,35 @@ def _sample(x: Tensor, across: Tensor, down: Tensor) -> Tensor:
 # AugMix's operations, on 8-bit pixels in floats, 0 to 255 ------------------------------------------------------------
 
 
-def _matrix(
-    level: Tensor,
-    height: int,
-    width: int,
-    *,
-    across: tuple[Tensor | float, Tensor | float, Tensor | float] = (1, 0, 0),
-    down: tuple[Tensor | float, Tensor | float, Tensor | float] = (0, 1, 0),
-) -> Tensor:
-    """Matrices (N, 2, 3): the output at (p, q), right and down from the middle, is the input at M (p, q, 1)."""
-    rows = [torch.stack([torch.as_tensor(v).to(level).expand_as(level) for v in row], -1) for row in (across, down)]
-    return torch.stack(rows, 1)
+def positions(operation: Numbers, level: Numbers, sign: Numbers, height: int, width: int) -> Numbers:
+    """Where operations that move pixels take them from, (N, 2, 3), in units of 1 / FINE of a pixel.
+
+    With rows (a, b, c) and (d, e, f) the output at column i and row j is the input at (a i + b j + c, d i + e j + f).
+
+    Args:
+        operation: Positions (N,) in :data:`OPERATIONS`.
+        level: In (0.1, 1).
+        sign: -1 or 1.
+        height: Of the images.
+        width: Of the images.
+    """
+    rotates, shears_x, shears_y, moves_x, moves_y = (operation == OPERATIONS.index(name) for name in _MOVES)
+    angle = np.deg2rad(np.floor(level * 3) * sign * rotates)  # whole degrees, up to 30 at level 10
+    shear = level * 0.03 * sign
+    a, b, d, e = np.cos(angle), shears_x * shear - np.sin(angle), np.sin(angle) + shears_y * shear, np.cos(angle)
+    p, q = (width - 1) / 2, (height - 1) / 2  # rotation is about the middle; PIL shears from the corner
+    c = rotates * (p - a * p - b * q) + moves_x * np.floor(level * width / 30) * sign  # whole pixels, a third at 10
+    f = rotates * (q - d * p - e * q) + moves_y * np.floor(level * height / 30) * sign
+    return np.rint(np.stack([a, b, c, d, e, f], 1) * FINE).reshape(-1, 2, 3)
 
 
-def _rotation(level: Tensor, sign: Tensor, height: int, width: int) -> Tensor:
-    angle = torch.deg2rad((level * 3).floor() * sign)  # whole degrees, up to 30 at level 10
-    cos, sin = angle.cos(), angle.sin()
-    return _matrix(level, height, width, across=(cos, -sin, 0), down=(sin, cos, 0))
-
-
-def _shear_x(level: Tensor, sign: Tensor, height: int, width: int) -> Tensor:
-    amount = level * 0.03 * sign
-    return _matrix(level, height, width, across=(1, amount, amount * (height - 1) / 2))  # PIL shears from the corner
-
-
-def _shear_y(level: Tensor, sign: Tensor, height: int, width: int) -> Tensor:
-    amount = level * 0.03 * sign
-    return _matrix(level, height, width, down=(amount, 1, amount * (width - 1) / 2))
-
-
-def _translation_x(level: Tensor, sign: Tensor, height: int, width: int) -> Tensor:
-    return _matrix(level, height, width, across=(1, 0, (level * width / 30).floor() * sign))  # a third at level 10
-
-
-def _translation_y(level: Tensor, sign: Tensor, height: int, width: int) -> Tensor:
-    return _matrix(level, height, width, down=(0, 1, (level * height / 30).floor() * sign))
-
-
-MATRICES = {
-    "rotate": _rotation,
-    "shear_x": _shear_x,
-    "shear_y": _shear_y,
-    "translate_x": _translation_x,
-    "translate_y": _translation_y,
-}
-"""Of the operations that move pixels; each takes a level in (0.1, 1), a sign (N,), height and width: (N, 2, 3)."""
-
-
-def positions(matrices: Tensor, height: int, width: int) -> Tensor:
-    """Slopes and offset for columns and rows counted from the corner, in units of 1 / FINE, of matrices (N, 2, 3)."""
-    middle = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=matrices.dtype)
-    offset = matrices[:, :, 2] + middle - (matrices[:, :, :2] * middle).sum(-1)
-    return torch.cat([matrices[:, :, :2], offset[..., None]], -1).mul(FINE).round().long()
-
-
-def solarize_threshold(level: Tensor) -> Tensor:
+def solarize_threshold(level: Numbers) -> Numbers:
     """From which pixel on it inverts, whole numbers in [231, 254]."""
-    return (256 - (level * 25.6).floor()).long()
+    return 256 - np.floor(level * 25.6)
 
 
 def _moved(x: Tensor, coefficients: Tensor) -> Tensor:
-    """Resampled where the :func:`positions` say, (N, 2, 3); black outside."""
+    """Resampled where :func:`positions` says, (N, 2, 3); black outside."""
     height, width = x.shape[-2:]
     column = torch.arange(width, device=x.device, dtype=torch.int32)
     row = torch.arange(height, device=x.device, dtype=torch.int32)
@@ -345,15 +316,19 @@ _APPLIED: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _mixing_weights(drawn: Tensor) -> Tensor:
+_MOVES = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+_KIND = np.array([list(_APPLIED).index("moved" if name in _MOVES else name) for name in OPERATIONS])
+
+
+def _mixing_weights(drawn: Numbers) -> Numbers:
     """Weights of the view itself and of its chains (N, 1 + WIDTH), in units of 1 / FINE that sum to 1.
 
     ``m * x + (1 - m) * sum_i w_i chain_i(x)``, w ~ Dirichlet(1, 1, 1), m ~ Beta(1, 1), which is uniform (AugMix, arXiv
     1912.02781).
     """
-    share, chains = drawn[:, :1], -torch.log1p(-drawn[:, 1:])
-    chains = ((1 - share) * chains / chains.sum(-1, keepdim=True)).mul(FINE).floor().long()
-    return torch.cat([FINE - chains.sum(-1, keepdim=True), chains], -1)
+    share, chains = drawn[:, :1], -np.log1p(-drawn[:, 1:])
+    chains = np.floor(FINE * (1 - share) * chains / chains.sum(1, keepdims=True))
+    return np.concatenate([FINE - chains.sum(1, keepdims=True), chains], 1)
 
 
 def permute_patches(images: Tensor, patches: int, order: Tensor) -> Tensor:

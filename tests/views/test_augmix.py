@@ -55,8 +55,8 @@ def test_resized_crops_are_torchvisions(size):
     images = smooth_images(2, *size)
     made = make_views(images, 6, "rrc", [1, 2])
     for number, seed in enumerate((1, 2)):
-        boxes = views._crop_boxes(views._uniform([seed], 6, 22), *size)
-        for box, view in zip(boxes.int().tolist(), made[number], strict=True):
+        boxes = views.crop_boxes(views._uniform([seed], 6, 22), *size)
+        for box, view in zip(boxes.astype(int).tolist(), made[number], strict=True):
             expected = functional.resized_crop(images[number], *box, list(size), antialias=False)
             steepest = max(expected.diff(dim=axis).abs().max().item() for axis in (1, 2))
             assert max_difference(view, expected) < 1e-4 + 2 * steepest / (2 * views.PIXEL)  # half a unit on each axis
@@ -67,7 +67,7 @@ def test_a_flip_mirrors_the_crop():
     drawn = views._uniform([3], 40, 23)
     mirrored = drawn[:, 22] < 0.5
     assert 10 < mirrored.sum() < 30
-    boxes = views._crop_boxes(drawn[:, :22], 32, 40).int().tolist()
+    boxes = views.crop_boxes(drawn[:, :22], 32, 40).astype(int).tolist()
     for box, view, mirror in zip(boxes, make_views(images, 40, "rrc_flip", [3])[0], mirrored, strict=True):
         expected = functional.resized_crop(images[0], *box, [32, 40], antialias=False)
         assert max_difference(view, expected.flip(-1) if mirror else expected) < 2e-3
@@ -80,7 +80,7 @@ def test_crop_boxes_are_distributed_as_torchvisions():
     image = torch.zeros(3, 32, 40)
     drawn = [theirs.make_params([image]) for _ in range(2000)]
     expected = torch.tensor([[d["top"], d["left"], d["height"], d["width"]] for d in drawn]).float()
-    ours = views._crop_boxes(views._uniform([0], 2000, 22), 32, 40)
+    ours = torch.from_numpy(views.crop_boxes(views._uniform([0], 2000, 22), 32, 40)).float()
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, 0] + ours[:, 2] <= 32).all()
     assert (ours[:, 1] + ours[:, 3] <= 40).all()
@@ -144,11 +144,12 @@ def from_pil(image):
 
 def operation(name, pixels, level, sign):
     """Ours, on 8-bit pixels in floats; level and sign for all images."""
-    levels, signs = torch.full((len(pixels),), level, dtype=torch.float64), torch.full((len(pixels),), sign)
-    if name in views.MATRICES:
-        matrices = views.MATRICES[name](levels, signs, *pixels.shape[-2:])
-        return views._moved(pixels, views.positions(matrices, *pixels.shape[-2:]))
-    arguments = [views.solarize_threshold(levels)] if name == "solarize" else []
+    levels, signs = np.full(len(pixels), level), np.full(len(pixels), sign)
+    if name in views._MOVES:
+        which = np.full(len(pixels), OPERATIONS.index(name))
+        found = views.positions(which, levels, signs, *pixels.shape[-2:])
+        return views._moved(pixels, torch.from_numpy(found).long())
+    arguments = [torch.from_numpy(views.solarize_threshold(levels))] if name == "solarize" else []
     return views._APPLIED[name](pixels, *arguments)
 
 
