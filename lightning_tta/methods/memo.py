@@ -7,14 +7,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.losses import consistency, marginal_entropy
 from lightning_tta.methods.base.gradient import GradientMethod, Gradients
 from lightning_tta.methods.base.optimizers import OptimizerName, masked_step
-from lightning_tta.methods.components.episodes import ViewMethod, check_classes, per_image
+from lightning_tta.methods.components.episodes import ViewMethod, check_classes, made_again, per_image
 from lightning_tta.views.augmix import make_views
 
 _VIEWS_AT_ONCE = 128
@@ -138,19 +137,15 @@ class MEMO(ViewMethod, GradientMethod):
         images, self._views_at_once = self.fitting(x, run, kind, self.views)
         if x.device.type == "cpu" and not together:  # what goes through the net in turn stays in the caches
             images = min(images, max(1, _VIEWS_AT_ONCE // self.views))
-        whole, seeds = self._views_at_once == self.views, self.seeds(x)
-        parts: list[tuple[Tensor, Tensor]] = []
+        seeds, parts = self.seeds(x), []
         for first in range(0, len(x), images):  # views of several images are made at once, which is faster
             chunk = x[first : first + images]
             views = make_views(chunk, self.views, self.augment, seeds[first : first + images])
-            if together and whole:
+            if together and self._views_at_once == self.views:
                 parts.append(self.replayed("episodes", self._episodes, chunk, views))
-            elif whole:
-                parts += [
-                    self.replayed("episode", self._episode, one[None], v) for one, v in zip(chunk, views, strict=True)
-                ]
-            else:  # recorded, activations that are made again would cost their memory all the same
-                parts += [self._episode(one[None], v) for one, v in zip(chunk, views, strict=True)]
+            else:
+                pairs = zip(chunk, views, strict=True)
+                parts += [self.replayed("episode", self._episode, one[None], its_views) for one, its_views in pairs]
         logits, losses = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         self.note(loss=losses.mean())
         return self.allowed(logits)
@@ -262,4 +257,4 @@ class MEMO(ViewMethod, GradientMethod):
         if self._views_at_once >= self.views:
             return self.logits(views)
         chunks = torch.split(views, self._views_at_once)
-        return torch.cat([checkpoint(self.logits, chunk, use_reentrant=False) for chunk in chunks])
+        return torch.cat([made_again(self.logits, chunk) for chunk in chunks])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from lightning_tta.backbones import norms
 from lightning_tta.backbones.norms import affine, batch_norm_layers
@@ -251,6 +252,16 @@ class ViewMethod(TTAMethod):
         check_classes("predict_classes", self.predict_classes, logits.shape[-1])
         out = torch.ones_like(logits[0], dtype=torch.bool).index_fill_(0, self.predictable, False)
         return torch.where(out, logits.min() - 1e4, logits)
+
+
+def made_again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``run(x)``, whose activations are not kept, but made again in the backward pass.
+
+    With the same random numbers, but not in a CUDA graph, whose generator cannot be asked.
+    """
+    preserve = not torch.cuda.is_current_stream_capturing()
+    output: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=preserve)
+    return output
 
 
 def check_classes(option: str, classes: Sequence[int], number: int) -> None:
