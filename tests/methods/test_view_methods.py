@@ -215,3 +215,22 @@ def test_class_positions_move_with_the_method():
     assert {name for name, _ in method.named_buffers()} >= {"seen", "predictable"}
     assert not {"seen", "predictable"} & method.state_dict().keys()
     assert method.half().seen.dtype == torch.int64
+
+
+class Detached(nn.Module):
+    """A norm layer that runs, and that no gradient reaches."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.extra = net, nn.BatchNorm2d(3).eval()
+
+    def forward(self, x):
+        return self.net(x + self.extra(x).detach())
+
+
+@pytest.mark.filterwarnings("ignore:No gradient reaches 2 of")
+def test_weight_decay_leaves_alone_what_does_not_learn():
+    net, images = Detached(make_net("gn")).double(), make_images(3, dtype=torch.float64)
+    options = {"views": 4, "params": "norm", "lr": 0.1, "weight_decay": 0.5, "augment": "crop_flip"}
+    apart, together = (adapt(net, "memo", together=flag, **options)(images) for flag in (False, True))
+    assert max_difference(together, apart) < 1e-9
