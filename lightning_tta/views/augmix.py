@@ -196,7 +196,8 @@ def crop_boxes(drawn: Numbers, height: int, width: int) -> Numbers:
 
 def _padded_boxes(drawn: Numbers) -> Numbers:
     """Top and left of crops of the images' size out of images with a black border, (N, 2)."""
-    return np.floor(drawn[:, -2:] * (2 * PADDING + 1)) - PADDING
+    corner: Numbers = np.floor(drawn[:, -2:] * (2 * PADDING + 1)) - PADDING
+    return corner
 
 
 def _cropped(images: Tensor, boxes: Tensor, views: int, resizes: bool) -> Tensor:
@@ -267,7 +268,8 @@ def positions(operation: Numbers, level: Numbers, sign: Numbers, height: int, wi
 
 def solarize_threshold(level: Numbers) -> Numbers:
     """From which pixel on it inverts, whole numbers in [231, 254]."""
-    return 256 - np.floor(level * 25.6)
+    threshold: Numbers = 256 - np.floor(level * 25.6)
+    return threshold
 
 
 def _moved(x: Tensor, coefficients: Tensor) -> Tensor:
