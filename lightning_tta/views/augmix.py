@@ -263,7 +263,8 @@ def positions(operation: Numbers, level: Numbers, sign: Numbers, height: int, wi
     p, q = (width - 1) / 2, (height - 1) / 2  # rotation is about the middle; PIL shears from the corner
     c = rotates * (p - a * p - b * q) + moves_x * np.floor(level * width / 30) * sign  # whole pixels, a third at 10
     f = rotates * (q - d * p - e * q) + moves_y * np.floor(level * height / 30) * sign
-    return np.rint(np.stack([a, b, c, d, e, f], 1) * FINE).reshape(-1, 2, 3)
+    found: Numbers = np.rint(np.stack([a, b, c, d, e, f], 1) * FINE).reshape(-1, 2, 3)
+    return found
 
 
 def solarize_threshold(level: Numbers) -> Numbers:
