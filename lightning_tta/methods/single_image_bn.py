@@ -24,6 +24,8 @@ class SingleImageBN(ViewMethod):
     Source: Schneider et al., arXiv 2006.16971, with N = 16 as a baseline in Zhang et al., arXiv 2110.09506.
     """
 
+    step_on_host = ""  # it makes no views
+
     def __init__(self, model: nn.Module, *, prior: int = 16) -> None:
         super().__init__(model, views=1, augment="none", bn_prior=prior)
         if not batch_norm_layers(self.model):

@@ -38,8 +38,12 @@ class ViewAveraging(ViewMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """Average."""
-        return self.infer(x)
+        return self.voted(x, replays=True)
 
     def infer(self, x: Tensor) -> Tensor:
         """Average."""
-        return self.allowed(log_mean_probability(self.view_logits(x)))
+        return self.voted(x)
+
+    def vote(self, logits: Tensor) -> Tensor:
+        """Log of the mean probability."""
+        return log_mean_probability(logits)

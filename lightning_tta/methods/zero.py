@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32, entropy
@@ -48,13 +47,18 @@ class Zero(ViewMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """Vote."""
-        return self.infer(x)
+        return self.voted(x, replays=True)
 
     def infer(self, x: Tensor) -> Tensor:
         """Vote."""
-        logits = at_least_float32(self.view_logits(x))
+        return self.voted(x)
+
+    def vote(self, logits: Tensor) -> Tensor:
+        """Log of the shares of the votes."""
+        logits = at_least_float32(logits)
         count = max(1, int(self.keep * self.views))
         sure = entropy(logits).topk(count, dim=1, largest=False).indices
         kept = logits.gather(1, sure[..., None].expand(-1, -1, logits.shape[-1]))
-        votes = one_hot(kept.argmax(-1), logits.shape[-1]).to(kept).mean(1)
-        return self.allowed(torch.log(votes + 1e-3 * kept.softmax(-1).mean(1) + 1e-12))
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        votes = (kept.argmax(-1, keepdim=True) == classes).to(kept).mean(1)
+        return torch.log(votes + 1e-3 * kept.softmax(-1).mean(1) + 1e-12)

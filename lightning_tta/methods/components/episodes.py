@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, layer_norm
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from lightning_tta.backbones import norms
 from lightning_tta.backbones.norms import affine, batch_norm_layers
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.components.room import Room
 from lightning_tta.views.augmix import AUGMENTATIONS, make_views
 
 Affine = Mapping[str, Tensor]
@@ -111,12 +113,15 @@ class ViewMethod(TTAMethod):
         bn_prior: N: BatchNorm takes N / (N + 1) of the source statistics, the rest of the image's views; ``None``:
             the source statistics.
         predict_classes: Classes that may be predicted: positions, ``imagenet_a`` or ``imagenet_r``; ``None``: all.
-        chunk_views: At most this many views in one pass; ``None``: all of the batch.
+        chunk_views: At most this many views in one pass; ``None``: as many as fit into memory, see
+            :class:`~lightning_tta.methods.components.room.Room`.
         seed: Seed of the views; an image's views depend on it and the pixels alone.
         **options: Of a further base class.
     """
 
+    predictable: Tensor
     fixed_options = frozenset({"steps"})
+    step_on_host: ClassVar[str] = "its views are drawn on the host"
     no_plain_net = (
         "it treats each image on its own, from the source anew, so that nothing learned remains in the net. Deploy the "
         "method itself, or adapt with 'tent', 'zerosiam' or 'norm'"
@@ -157,6 +162,10 @@ class ViewMethod(TTAMethod):
         self.replaces_statistics = bn_prior is not None
         self.chunk_views, self.seed = chunk_views, seed
         self.predict_classes = class_subset(predict_classes, "predict_classes")
+        self.register_buffer("predictable", self.positions(self.predict_classes), persistent=False)
+        self.room = Room()
+        self._common = bn_prior is not None and bool(batch_norm_layers(self.model))  # statistics of an image's views
+        self._views_at_once = views
         tracked = all(layer.running_mean is not None for layer in batch_norm_layers(self.model).values())
         self.runs_per_image = tracked and per_image_layers(self.model) is not None
 
@@ -167,42 +176,101 @@ class ViewMethod(TTAMethod):
         return norms.batch_statistics(self.model, self.bn_prior / (self.bn_prior + 1), unbiased=True)
 
     def infer(self, x: Tensor) -> Tensor:
-        """The source's prediction, with each image's own statistics if there is a prior."""
-        return self.allowed(self._apart(x, 1))
+        """The source's prediction of the images themselves, with each image's own statistics if there is a prior."""
+        return self.voted(x, make=False)
 
-    def _apart(self, batch: Tensor, views: int) -> Tensor:
-        """Logits of S x ``views`` images, the statistics of each image its own; nothing learns."""
-        images = len(batch) // views
-        with torch.no_grad():
-            if self.bn_prior is None or not batch_norm_layers(self.model):
-                size = self.chunk_views or len(batch)
-                return torch.cat([self.logits(chunk) for chunk in torch.split(batch, size)])
-            if self.runs_per_image:
-                size = max(1, (self.chunk_views or len(batch)) // views)
-                logits = []
-                for chunk in torch.split(batch.view(images, views, *batch.shape[1:]), size):
-                    with per_image(self.model, len(chunk), prior=self.bn_prior):
-                        logits.append(self.logits(chunk.flatten(0, 1)))
-                return torch.cat(logits)
+    def vote(self, logits: Tensor) -> Tensor:
+        """Logits (S, K) of images, from those of their views (S, V, K). Override where there are several views."""
+        return logits[:, 0]
+
+    def voted(self, x: Tensor, *, make: bool = True, replays: bool = False) -> Tensor:
+        """The votes of each image's views; nothing learns.
+
+        Args:
+            x: Images (B, C, H, W).
+            make: Whether to make views; else each image is its only one.
+            replays: Whether passes may be recorded and replayed.
+        """
+        views = self.views if make else 1
+        images, self._views_at_once = self.fitting(x, self._pass_of_source, "source", views)
+        seeds = self.seeds(x) if make else []
+        logits = []
+        for first in range(0, len(x), images):
+            chunk = x[first : first + images]
+            made = make_views(chunk, views, self.augment, seeds[first : first + images]) if make else chunk[:, None]
+            logits.append(self.replayed("vote", self._vote_of, made) if replays else self._vote_of(made))
+        return self.allowed(torch.cat(logits))
+
+    def _vote_of(self, views: Tensor) -> Tensor:
+        return self.vote(self.view_logits(views))
+
+    @torch.no_grad()
+    def view_logits(self, views: Tensor) -> Tensor:
+        """Logits (S, V, K) of views (S, V, C, H, W), the statistics of each image its own; nothing learns."""
+        images, samples = len(views), views.flatten(0, 1)
+        if not self._common:
+            logits = [self.logits(chunk) for chunk in torch.split(samples, images * self._views_at_once)]
+        elif self.runs_per_image:
+            with per_image(self.model, images, prior=self.bn_prior):
+                logits = [self.logits(samples)]
+        else:
             with self.source_statistics():
-                return torch.cat([self.logits(chunk) for chunk in torch.split(batch, views)])
+                logits = [self.logits(chunk) for chunk in torch.split(samples, views.shape[1])]
+        return torch.cat(logits).view(images, views.shape[1], -1)
 
-    def view_logits(self, images: Tensor) -> Tensor:
-        """Logits of every image's views, without adapting: (S, V, K)."""
-        views = make_views(images, self.views, self.augment, self.seeds(images))
-        return self._apart(views.flatten(0, 1), self.views).view(len(images), self.views, -1)
+    def fitting(self, x: Tensor, run: Callable[[Tensor], Tensor], kind: str, views: int) -> tuple[int, int]:
+        """Number of images, and of views of one image, for a pass; see :class:`Room`.
+
+        Views with common statistics are not split, whatever the memory.
+        """
+        number = self.chunk_views or self.room.fitting(run, x, self.model, kind)
+        return max(1, number // views), views if self._common else min(number, views)
+
+    def _pass_of_source(self, samples: Tensor) -> Tensor:
+        """A pass that keeps no less than one without gradients has in memory at a time."""
+        return self.logits(samples.requires_grad_())
 
     def seeds(self, images: Tensor) -> list[int]:
-        """A seed for each image, from its pixels: the same in any order, batch and process."""
+        """A seed for each image, from its pixels: the same in any order, batch and process, and on every device.
+
+        Whole numbers in 64-bit arithmetic, which wraps: exact anywhere. Asks the device once.
+        """
         bits = images.detach().float().contiguous().view(torch.int32).flatten(1).long()
         factors = 2 * torch.arange(bits.shape[1], device=bits.device) + 1
-        sums: list[int] = (bits * factors * 0x9E3779B1).sum(1).tolist()  # 64-bit arithmetic wraps: exact anywhere
+        sums: list[int] = (bits * factors * 0x9E3779B1).sum(1).tolist()
         return [(total ^ (self.seed * 0x85EBCA6B)) & (2**62 - 1) for total in sums]
+
+    def positions(self, classes: Sequence[int] | None) -> Tensor | None:
+        """Classes as a tensor beside the net's parameters."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return None if classes is None else torch.tensor(classes, device=device)
 
     def allowed(self, logits: Tensor) -> Tensor:
         """Logits with the classes that may not be predicted far below the others."""
         if self.predict_classes is None:
             return logits
-        out = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-        out[self.predict_classes] = False
-        return logits.masked_fill(out, float(logits.min()) - 1e4)
+        check_classes("predict_classes", self.predict_classes, logits.shape[-1])
+        out = torch.ones_like(logits[0], dtype=torch.bool).index_fill_(0, self.predictable, False)
+        return torch.where(out, logits.min() - 1e4, logits)
+
+
+def made_again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``run(x)``, whose activations are not kept, but made again in the backward pass.
+
+    With the same random numbers, but not in a CUDA graph, whose generator cannot be asked.
+    """
+    preserve = x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    output: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=preserve)
+    return output
+
+
+def check_classes(option: str, classes: Sequence[int], number: int) -> None:
+    """Refuse positions that the logits do not have, which a GPU would answer with an error of all its work.
+
+    Raises:
+        ConfigError: With how many there are.
+    """
+    if max(classes) >= number:
+        raise ConfigError(
+            f"{option} names class {max(classes)}, but the net has {number} logits, from 0. Leave it out."
+        )
