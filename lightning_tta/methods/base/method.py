@@ -90,6 +90,7 @@ class TTAMethod(Described, State, ABC):
     needs_source: bool = False
     task: Task = Images()
     skips_when_empty: bool = True
+    step_on_host: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module, *, steps: int = 1) -> None:
         super().__init__()
@@ -303,6 +304,10 @@ class TTAMethod(Described, State, ABC):
         if not self.skips_when_empty or condition.device.type != "cpu":
             return False
         return bool(condition.detach().numpy())  # reads the host's own memory; no synchronisation
+
+    def replayed(self, name: str, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """``function(*tensors)``, a part of a step that is tensors only."""
+        return function(*tensors)
 
     # What users call -------------------------------------------------------------------------------------------------
 
