@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contract import VARIANTS, build, run
-from lightning_tta.methods.components.draws import random_integers, random_orders
+from lightning_tta.draws import random_integers, random_orders
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same, without_account
 
 pytestmark = pytest.mark.usefixtures("one_thread")
