@@ -116,7 +116,8 @@ class State(nn.Module):
     def lend(self, tensors: list[Tensor]) -> Iterator[None]:
         """While active, they may be written to; afterwards they are exactly as before, also after an interrupt."""
         tensors = [tensor.detach() for tensor in tensors]
-        entry = (tensors, [torch.empty_like(tensor) for tensor in tensors])
+        with outside_inference_mode():
+            entry = (tensors, [torch.empty_like(tensor) for tensor in tensors])
         self._copy(entry[1], tensors)
         self._lent.append(entry)
         try:
