@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from contract import FIRST, SUPPORTED, build, case_id
-from fake_gpu import DEVICE, NotOnTheDevice, OnTheDevice, fake_gpu, move
+from contract import FIRST, SUPPORTED, VARIANTS, build, case_id
+from fake_gpu import DEVICE, KernelCount, NotOnTheDevice, OnTheDevice, fake_gpu, move
 from nets import make_images
 
 pytestmark = [
@@ -115,3 +115,66 @@ def test_the_device_is_not_left_behind():
         move(method)
     weight = torch.ones(2, requires_grad=True)
     assert torch.autograd.grad(weight.sum(), weight)[0].device.type == "cpu"
+
+
+class Deep(torch.nn.Module):
+    """As many blocks of a convolution and BatchNorm as wanted."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        layers = [
+            (torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.BatchNorm2d(3), torch.nn.ReLU()) for _ in range(blocks)
+        ]
+        self.blocks = torch.nn.Sequential(*(torch.nn.Sequential(*block) for block in layers))
+        self.head = torch.nn.Linear(3, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(x).mean((2, 3)))
+
+
+def kernels(name, options, blocks, function="step"):
+    """Kernels of one step on a net of so many blocks."""
+    method = build(name, options, "bn", net=Deep(blocks).eval())
+    shapes = [((4, 3, 16, 16), torch.float32)]
+    with fake_gpu(), KernelCount() as count:
+        move(method)
+        on_the_device(method, function, shapes)
+        before = count.total
+        on_the_device(method, function, shapes)
+        return count.total - before
+
+
+@pytest.fixture(scope="module")
+def of_tent():
+    """Kernels of a pass and of a step of Tent, forward and backward, for a block."""
+    return [(kernels(name, {}, 24) - kernels(name, {}, 8)) / 16 for name in ("source", "tent")]
+
+
+PASSES = {  # forward passes alone, and passes with a backward pass, of each method; kernels a block on top
+    ("norm", 0): (1, 0, 0),
+    ("norm", 2): (1, 0, 3),  # moments, average, and their mixture with the source in each layer
+    ("t3a", 0): (1, 0, 0),
+    ("lame", 0): (1, 0, 0),
+    ("come", 0): (0, 1, 0),
+    ("ostta", 0): (1, 1, 0),
+    ("eta", 0): (0, 1, 0),
+    ("eata", 0): (0, 1, 0),
+    ("sar", 2): (1, 2, 0),  # with the source filter
+    ("deyo", 0): (1, 1, 22),  # statistics of some of the batch, in each layer
+    ("zerosiam", 0): (0, 1, 0),
+}
+
+
+@pytest.mark.parametrize("case", PASSES, ids=str)
+def test_kernels_do_not_grow_with_the_number_of_parameters(case, of_tent):
+    """A loop over parameters would show: what is not a pass takes a few kernels for all of them."""
+    (name, number), (forward, both, more) = case, PASSES[case]
+    options = {**VARIANTS[name][number], "steps": 1} if "steps" in VARIANTS[name][number] else VARIANTS[name][number]
+    growth = (kernels(name, options, 24) - kernels(name, options, 8)) / 16
+    assert growth <= forward * of_tent[0] + both * of_tent[1] + more + 0.2
+
+
+def test_kernels_of_cotta_do_not_grow_either(of_tent):
+    options = {**VARIANTS["cotta"][0], "restore": 0.1}
+    growth = (kernels("cotta", options, 24, "_sure_step") - kernels("cotta", options, 8, "_sure_step")) / 16
+    assert growth <= of_tent[0] + of_tent[1] + 0.2
