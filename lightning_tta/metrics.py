@@ -109,7 +109,8 @@ class Window:
         """Take in the logits (B, K) of a batch, B >= 1."""
         measures = LogitMeasures(logits)
         means = torch.stack([measures.entropy.mean(), measures.norm.mean()]).double()
-        means, counts = torch.cat([means, measures.counts.double()]).cpu().split([2, logits.shape[-1]])  # one question
+        both = torch.cat([means, measures.counts.double()]).cpu()  # one question to the device
+        means, counts = both[:2], both[2:]
         entropy, norm = means.tolist()
         self.batches.append((counts.long(), entropy / math.log(logits.shape[-1]), norm))
 

@@ -87,7 +87,7 @@ class Norm(TTAMethod):
             self._updating = False
             if finite is None or not self.known(finite):
                 kept = before if finite is None else torch.where(finite, now, before)
-                parts = kept.split([ema.numel() for ema in averages])
+                parts = torch.split(kept, [ema.numel() for ema in averages])
                 torch._foreach_copy_(averages, [p.view_as(e) for p, e in zip(parts, averages, strict=True)])
         return logits
 

@@ -39,7 +39,7 @@ def _view(x: Tensor, key: Tensor) -> Tensor:
 
     def draw(bounds: tuple[float, float]) -> float:
         low, high = bounds
-        return low + (high - low) * next(numbers)
+        return low + (high - low) * float(next(numbers))
 
     height, width = x.shape[-2:]
     adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue, F.adjust_gamma)

@@ -160,7 +160,7 @@ PASSES = {  # forward passes alone, and passes with a backward pass, of each met
     ("eta", 0): (0, 1, 0),
     ("eata", 0): (0, 1, 0),
     ("sar", 2): (1, 2, 0),  # with the source filter
-    ("deyo", 0): (1, 1, 22),  # statistics of some of the batch, in each layer
+    ("deyo", 0): (1, 1, 19),  # statistics of some of the batch, in each layer
     ("zerosiam", 0): (0, 1, 0),
 }
 

@@ -156,7 +156,7 @@ class State(nn.Module):
                 tensors = [states[name].detach() for name in names]
                 sources = [self._sources[name].expand_as(tensor) for name, tensor in zip(names, tensors, strict=True)]
                 source, now = (torch.cat([tensor.flatten() for tensor in group]) for group in (sources, tensors))
-                values = torch.where(condition, source, now).split([tensor.numel() for tensor in tensors])
+                values = torch.split(torch.where(condition, source, now), [tensor.numel() for tensor in tensors])
                 torch._foreach_copy_(tensors, [v.view_as(t) for v, t in zip(values, tensors, strict=True)])
 
     @staticmethod

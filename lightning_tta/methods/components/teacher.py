@@ -100,8 +100,8 @@ def restore_some(
             torch.where(restored[: weights[0].numel()].view_as(weights[0]), values[0], weights[0], out=weights[0])
             continue
         gone, kept = (  # there is no torch.where for all of them at once; w * 1 + s * 0 is w
-            [m[: w.numel()].view_as(w) for m, w in zip(mask.to(weights[0].dtype).split(sizes), weights, strict=True)]
-            for mask in (restored, ~restored)
+            [m[: w.numel()].view_as(w) for m, w in zip(torch.split(mask, sizes), weights, strict=True)]
+            for mask in (restored.to(weights[0].dtype), (~restored).to(weights[0].dtype))
         )
         torch._foreach_mul_(weights, kept)
         torch._foreach_addcmul_(weights, values, gone)
