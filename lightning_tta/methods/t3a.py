@@ -120,8 +120,8 @@ class T3A(TTAMethod):
         """Supports (B, D) with their classes and entropies (B,), if ``where``, 0-dimensional and bool, is true."""
         rows = self._rows(classes)
         members = rows[:, None] == classes  # (T, B)
-        sums = self.sums[rows]
         if self.filter_k is None:
+            sums = self.sums[rows]
             self.sums.index_copy_(0, rows, torch.where(where, sums + members.to(new) @ new, sums))
             return
         count = self.filter_k
@@ -136,6 +136,5 @@ class T3A(TTAMethod):
         filled = torch.where(where, table.gather(1, lowest), before)
         self.supports.index_copy_(0, rows, supports)
         self.entropies.index_copy_(0, rows, filled)
-        total = torch.where((filled < EMPTY / 2)[..., None], supports, 0).sum(1)
-        self.sums.index_copy_(0, rows, torch.where(where, total, sums))
+        self.sums.index_copy_(0, rows, torch.where((filled < EMPTY / 2)[..., None], supports, 0).sum(1))
         self.note(supports=(self.entropies < EMPTY / 2).sum())

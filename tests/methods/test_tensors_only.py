@@ -141,18 +141,36 @@ def test_cotta_asks_once(kind, threshold, skips):
     )
 
 
-def test_a_masked_step_of_cotta_changes_nothing():
-    method = build("cotta", {**VARIANTS["cotta"][1], "anchor_threshold": 0.0}, "bn")
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize(
+    ("name", "options", "layer"),
+    [
+        ("cotta", {**VARIANTS["cotta"][1], "anchor_threshold": 0.0}, "head"),
+        ("t3a", {"filter_k": 50}, "conv2"),
+        ("t3a", {"filter_k": None}, "conv2"),
+        ("norm", {"momentum": 0.3}, "conv2"),
+    ],
+    ids=str,
+)
+def test_a_batch_that_overflows_changes_nothing(name, options, layer, skips):
+    method = build(name, options, "bn")
     run(method, make_stream(2))
-    for skips in (True, False):
-        method.skips_when_empty = skips
-        before = copy.deepcopy(method.state_dict())
-        with torch.no_grad():
-            method.model.head.register_forward_hook(lambda module, inputs, output: output * float("inf"))
-            method(make_images(4))
-        method.model.head._forward_hooks.clear()
-        assert method.stats["skipped_steps"] == 1
-        assert same(without_account(method.state_dict()), without_account(before))
+    method.skips_when_empty = skips
+    before = copy.deepcopy(method.state_dict())
+    images = make_images(4)
+
+    def overflow(module, inputs, output):
+        """The first image's."""
+        return torch.cat([output[:1] * torch.inf, output[1:]])
+
+    hook = method.model.get_submodule(layer).register_forward_hook(overflow)
+    method(images)
+    hook.remove()
+    assert method.stats["skipped_steps"] == 1
+    assert same(without_account(method.state_dict()), without_account(before))
+    method(images)
+    assert method.stats["skipped_steps"] == 0
+    assert not same(without_account(method.state_dict()), without_account(before))
 
 
 def test_words_are_the_halves_of_integers_in_any_parts():
