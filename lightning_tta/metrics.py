@@ -63,7 +63,14 @@ class LogitMeasures:
 
 def class_counts(predictions: Tensor, classes: int) -> Tensor:
     """How often each class (K,) is predicted; predictions (B,) of -1 are none."""
-    return torch.bincount(predictions + 1, minlength=classes + 1)[1:]
+    if predictions.device.type == "cpu":
+        return torch.bincount(predictions + 1, minlength=classes + 1)[1:]
+    return compared_counts(predictions, classes)
+
+
+def compared_counts(predictions: Tensor, classes: int) -> Tensor:
+    """:func:`class_counts` without torch's ``bincount``, which off the CPU waits for the largest prediction."""
+    return (predictions[:, None] == torch.arange(classes, device=predictions.device)).sum(0)
 
 
 def collapse_measures(logits: Tensor) -> dict[str, Tensor]:
@@ -101,8 +108,11 @@ class Window:
     def add(self, logits: Tensor) -> None:
         """Take in the logits (B, K) of a batch, B >= 1."""
         measures = LogitMeasures(logits)
-        entropy, norm = torch.stack([measures.entropy.mean(), measures.norm.mean()]).tolist()
-        self.batches.append((measures.counts.cpu(), entropy / math.log(logits.shape[-1]), norm))
+        means = torch.stack([measures.entropy.mean(), measures.norm.mean()]).double()
+        both = torch.cat([means, measures.counts.double()]).cpu()  # one question to the device
+        means, counts = both[:2], both[2:]
+        entropy, norm = means.tolist()
+        self.batches.append((counts.long(), entropy / math.log(logits.shape[-1]), norm))
 
     @property
     def shares(self) -> Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from lightning_tta.metrics import Calibration, LogitMeasures, collapse_measures
+from fake_gpu import DEVICE, OnTheDevice, fake_gpu
+from lightning_tta.metrics import Calibration, LogitMeasures, class_counts, collapse_measures, compared_counts
 
 
 def measures(rows, dtype=torch.float64):
@@ -40,6 +41,19 @@ def test_one_image_and_zero_logits():
     zeros = measures([[0.0] * 5] * 3)
     assert zeros["centre_dominance"] == zeros["logit_norm"] == 0
     assert zeros["entropy"] == pytest.approx(math.log(5))
+
+
+def test_counts_are_the_same_on_every_device():
+    predictions = torch.tensor([2, -1, 0, 2, 2, 4, -1])
+    for count in (class_counts, compared_counts):
+        assert count(predictions, 6).tolist() == [1, 0, 3, 0, 1, 0]
+
+
+def test_no_measure_waits_for_the_device():
+    with fake_gpu(), OnTheDevice():
+        measures = LogitMeasures(torch.rand(4, 3, device=DEVICE))
+        values = [*collapse_measures(measures.logits).values(), measures.confidence, measures.prediction]
+        assert all(value.device.type == DEVICE for value in values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

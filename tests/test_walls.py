@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "lightning_tta"
 
 FLOORS: tuple[dict[str, str], ...] = (  # a floor: room -> its modules; rooms of one floor do not know each other
-    {"ground": "_version errors files shipped progress losses metrics collective imagenet_classes"},
+    {"ground": "_version errors files shipped progress losses metrics collective draws imagenet_classes"},
     {"backbones": "backbones"},
     {"meta": "meta", "views": "views"},
     {"data": "data", "methods.base": "methods.base"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class CoTTA(TeacherMethod):
     net stays in eval mode (no dropout) with batch statistics, and source statistics survive; SGD without Nesterov.
     """
 
+    step_on_host = "it asks whether the anchor is sure, which decides the number of passes"
+
     def __init__(
         self,
         model: nn.Module,
@@ -80,25 +82,19 @@ class CoTTA(TeacherMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """One step of the student towards the teacher, of the teacher towards the student, and restore."""
-        target = self.infer(x)
-        losses = soft_cross_entropy(target, self.logits(x), 0.5 if self.symmetric else 0.0)
-        if bool(self.descend(losses)):
-            self.update_teacher()
-            restore_some(self.student(), self.source(), self.restore, self.draw_seed())
-            self.write("steps_taken", self.value("steps_taken") + 1)
-        return target
+        if self.anchor_threshold > 0:
+            is_sure, steps_taken = self._ask_anchor(x)
+            if not is_sure:
+                target = self._mean_over_views(x, steps_taken)
+                return cast(Tensor, self.replayed("step with views", self._step_with_views, x, target))
+        return cast(Tensor, self.replayed("sure step", self._sure_step, x))
 
-    @torch.no_grad()
     def infer(self, x: Tensor) -> Tensor:
         """The teacher's prediction, averaged over views where the anchor is unsure, which asks the device."""
         if self.anchor_threshold > 0:
-            anchor = at_least_float32(self.logits(x, self.source()))
-            confidence = anchor.softmax(1).amax(1).mean()
-            self.note(anchor_confidence=confidence)
-            if bool(confidence < self.anchor_threshold):
-                if x is self._unrecorded:  # the statistics of the batch itself, with the weights that predict
-                    self.infer_plain(x)
-                return self._mean_over_views(x)
+            is_sure, steps_taken = self._ask_anchor(x)
+            if not is_sure:
+                return self._mean_over_views(x, steps_taken)
         return self.infer_plain(x)
 
     @torch.no_grad()
@@ -117,12 +113,48 @@ class CoTTA(TeacherMethod):
             )
         return net
 
-    def _mean_over_views(self, x: Tensor) -> Tensor:
+    def _ask_anchor(self, x: Tensor) -> tuple[bool, int]:
+        """Whether the anchor is sure, and the number of steps taken: the one question to the device."""
+        confidence, steps_taken = self.replayed("anchor pass", self._anchor_pass, x).tolist()
+        return not confidence < self.anchor_threshold, int(steps_taken)
+
+    @torch.no_grad()
+    def _anchor_pass(self, x: Tensor) -> Tensor:
+        anchor = at_least_float32(self.logits(x, self.source()))
+        confidence = anchor.softmax(1).amax(1).mean()
+        self.note(anchor_confidence=confidence)
+        return torch.stack([confidence.double(), self.value("steps_taken").double()])
+
+    def _sure_step(self, x: Tensor) -> Tensor:
+        return self._step_towards(self.infer_plain(x), x)
+
+    def _step_with_views(self, x: Tensor, target: Tensor) -> Tensor:
+        if x is self._unrecorded:  # the statistics of the batch itself, with the weights that predict
+            self.infer_plain(x)
+        return self._step_towards(target, x)
+
+    def _step_towards(self, target: Tensor, x: Tensor) -> Tensor:
+        losses = soft_cross_entropy(target, self.logits(x), 0.5 if self.symmetric else 0.0)
+        taken = self.descend(losses)
+        if not self.known(~taken):
+            where = None if self.known(taken) else taken
+            self.update_teacher(where)
+            restore_some(self.student(), self.source(), self.restore, self.draw_key(), where)
+            self.write("steps_taken", self.value("steps_taken") + 1, where)
+        return target
+
+    @torch.no_grad()
+    def _mean_over_views(self, x: Tensor, steps_taken: int) -> Tensor:
+        """The mean of the teacher's logits over views, which are drawn and made on the host's word."""
         size = self.views if self.chunk_views is None else max(1, self.chunk_views // len(x))
-        seeds = [self.draw_seed(1 + number) for number in range(self.views)]
+        keys = [self.host_key(steps_taken, 1 + number) for number in range(self.views)]
         logits = []
         for start in range(0, self.views, size):
-            views = [jitter(x, seed) for seed in seeds[start : start + size]]
-            chunk = self.logits(torch.cat(views), self.teacher.weights(), groups=len(views))
-            logits.append(chunk.view(len(views), len(x), -1))
+            views = torch.stack([jitter(x, key) for key in keys[start : start + size]])
+            logits.append(self.replayed("pass of views", self._view_logits, views))
         return at_least_float32(torch.cat(logits)).mean(0)
+
+    def _view_logits(self, views: Tensor) -> Tensor:
+        """Logits (V, B, K) of views (V, B, C, H, W), the statistics of each view its own."""
+        logits = self.logits(views.flatten(0, 1), self.teacher.weights(), groups=len(views))
+        return logits.view(len(views), -1, logits.shape[-1])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import weighted_batch_statistics
+from lightning_tta.draws import random_orders
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
-from lightning_tta.methods.components.draws import random_orders
 from lightning_tta.methods.components.entropy import EntropyMethod
 from lightning_tta.methods.components.filters import LowLoss
 from lightning_tta.views.augmix import permute_patches

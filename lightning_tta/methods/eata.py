@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class EATA(ETA):
         self.fisher_alpha = fisher_alpha
         self.needs_source = fisher_alpha > 0
         self.prepared = not self.needs_source
+        self._weighted: Sequence[Tensor] | None = None  # F (theta - theta0), from the loss to its gradient
         if self.needs_source:
             for number, parameter in enumerate(self.learned):
                 self.register_buffer(f"fisher_{number}", torch.zeros_like(parameter, requires_grad=False))
@@ -56,23 +57,36 @@ class EATA(ETA):
             DataError: If there is no image, or a gradient is not finite.
         """
         if self.needs_source:
+            self._weighted = None
             fisher = fisher_information(self, source_batches)
             with outside_inference_mode(), torch.no_grad():
                 for number, value in enumerate(fisher):
                     self.get_buffer(f"fisher_{number}").copy_(value)
         super().prepare(source_batches)
 
+    @torch.no_grad()
     def penalty(self) -> Tensor | float:
-        """How far the net has moved from the source, weighted by F."""
+        """How far the net has moved from the source, weighted by F; without graph, :meth:`differentiate` adds its own.
+
+        So the gradients of all parameters together take a few kernels, not some for each.
+        """
         if not self.needs_source:
             return 0.0
-        names = list(self.adaptable)
-        now, source, fisher = (
-            torch.cat([tensor.flatten() for tensor in tensors])
-            for tensors in (
-                self.learned,
-                [self.source_value(name) for name in names],
-                [self.get_buffer(f"fisher_{number}") for number in range(len(names))],
-            )
-        )
-        return self.fisher_alpha * (fisher * (now - source).square()).sum()
+        now, names = [tensor.detach() for tensor in self.learned], list(self.adaptable)
+        moved = torch._foreach_sub(now, [self.source_value(name) for name in names])
+        fisher = [self.get_buffer(f"fisher_{number}") for number in range(len(names))]
+        self._weighted = torch._foreach_mul(fisher, moved)
+        squares = torch._foreach_mul(self._weighted, moved)
+        return self.fisher_alpha * torch.cat([square.flatten() for square in squares]).sum()
+
+    def differentiate(self, loss: Tensor, tensors: Sequence[Tensor] | None = None) -> tuple[Tensor | None, ...]:
+        """With the gradient of the penalty: 2 ``fisher_alpha`` F (theta - theta0)."""
+        values = super().differentiate(loss, tensors)
+        weighted, self._weighted = self._weighted, None
+        if weighted is None:  # the Fisher information itself
+            return values
+        reached = [number for number, value in enumerate(values) if value is not None]
+        gradients = [value for value in values if value is not None]
+        pulls = torch._foreach_mul([weighted[number] for number in reached], 2 * self.fisher_alpha)
+        sums = iter(torch._foreach_add(gradients, pulls))
+        return tuple(None if value is None else next(sums) for value in values)

@@ -74,17 +74,21 @@ class Norm(TTAMethod):
         """Take in the batch's statistics and predict with them."""
         if self.momentum is None:
             return self.infer(x)
-        before = {name: ema.clone() for name, ema in self.adaptable.items()}
+        averages = list(self.adaptable.values())
+        before = torch.cat([ema.flatten() for ema in averages])
         finite: Tensor | None = None
         self._updating = True
         try:
             logits = self.logits(x)
-            finite = torch.stack([ema.isfinite().all() for ema in self.adaptable.values()]).all()
+            now = torch.cat([ema.flatten() for ema in averages])
+            finite = now.isfinite().all()
             self.count("skipped_steps", ~finite)
         finally:  # the net overflowed on this batch, or refused it half way
             self._updating = False
-            for name, ema in self.adaptable.items():
-                ema.copy_(before[name] if finite is None else torch.where(finite, ema, before[name]))
+            if finite is None or not self.known(finite):
+                kept = before if finite is None else torch.where(finite, now, before)
+                parts = torch.split(kept, [ema.numel() for ema in averages])
+                torch._foreach_copy_(averages, [p.view_as(e) for p, e in zip(parts, averages, strict=True)])
         return logits
 
     def running(self) -> AbstractContextManager[None]:
@@ -114,7 +118,7 @@ class Norm(TTAMethod):
 
     def _mixture(self, name: str, layer: _BatchNorm) -> tuple[Tensor, Tensor]:
         ema = self.get_buffer(self._ema_names[name])
-        mean, var = torch.lerp(ema, _source_moments(layer), self.source_weight)
+        mean, var = torch.lerp(ema, _source_moments(layer), self.source_weight) if self.source_weight else ema
         return mean, var
 
 

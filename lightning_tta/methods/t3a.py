@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -24,8 +25,7 @@ class T3A(TTAMethod):
         returned:             z . c_k,  c_k = sum(S_k) / |sum(S_k)|, without bias, z as it is
 
     The batch is added before it is predicted. Parameters touched: none; BatchNorm keeps its source statistics. Per
-    batch: one forward pass, no backward pass; which classes occur is asked of the device. ``stats`` has the number of
-    supports, with a filter.
+    batch: one forward pass, no backward pass. ``stats`` has the number of supports, with a filter.
 
     State: the sums of the supports, K x D floats; with ``filter_k`` = M also the supports and their entropies,
     K x M x (D + 1) floats, allocated at once, however long the stream: 2 MB for K = 10, M = 100, D = 512; 164 MB for
@@ -75,11 +75,11 @@ class T3A(TTAMethod):
         """Add the batch to the bank, then predict it."""
         features, logits = self.features(x)
         features = features.to(self.sums.dtype)
-        if not bool(torch.isfinite(features).all() & torch.isfinite(logits).all()):
-            self.count("skipped_steps")
-            return self._scores(features)
-        with torch.autocast(x.device.type, enabled=False):
-            self._add(normalize(features, dim=1), logits.argmax(1), entropy(logits))
+        finite = torch.isfinite(features).all() & torch.isfinite(logits).all()
+        self.count("skipped_steps", ~finite)
+        if not self.known(~finite):
+            with torch.autocast(x.device.type, enabled=False):
+                self._add(normalize(features, dim=1), logits.argmax(1), entropy(logits), finite)
         return self._scores(features)
 
     @torch.no_grad()
@@ -106,21 +106,35 @@ class T3A(TTAMethod):
         with torch.autocast(features.device.type, enabled=False):
             return features @ normalize(self.sums, dim=1).T
 
-    def _add(self, new: Tensor, classes: Tensor, entropies: Tensor) -> None:
-        """Supports (B, D) with their classes and entropies (B,); only the classes that occur are touched."""
-        touched = torch.unique(classes)
-        members = touched[:, None] == classes  # (T, B)
+    def _rows(self, classes: Tensor) -> Tensor:
+        """Which classes to write: those that occur, (T,), where the host knows them at no cost.
+
+        Elsewhere as many as can occur. One that stands there twice is written twice, the same.
+        """
+        if self.skips_when_empty and classes.device.type == "cpu":
+            return torch.from_numpy(np.unique(classes.numpy()))
+        number = len(self.sums)
+        return classes if len(classes) < number else torch.arange(number, device=classes.device)
+
+    def _add(self, new: Tensor, classes: Tensor, entropies: Tensor, where: Tensor) -> None:
+        """Supports (B, D) with their classes and entropies (B,), if ``where``, 0-dimensional and bool, is true."""
+        rows = self._rows(classes)
+        members = rows[:, None] == classes  # (T, B)
         if self.filter_k is None:
-            self.sums[touched] += members.to(new) @ new
+            sums = self.sums[rows]
+            self.sums.index_copy_(0, rows, torch.where(where, sums + members.to(new) @ new, sums))
             return
         count = self.filter_k
         candidates = torch.where(members, entropies.to(self.entropies), EMPTY)
-        table = torch.cat([self.entropies[touched], candidates], 1)  # (T, M + B)
+        before, old = self.entropies[rows], self.supports[rows]
+        table = torch.cat([before, candidates], 1)  # (T, M + B)
         lowest = table.argsort(dim=1, stable=True)[:, :count]  # older ones first, so never another class's image
-        old = torch.arange(len(touched), device=lowest.device)[:, None] * count + lowest
-        pool = torch.cat([self.supports[touched].flatten(0, 1), new])
-        supports = pool[torch.where(lowest < count, old, len(touched) * count + lowest - count)]
-        filled = table.gather(1, lowest)
-        self.supports[touched], self.entropies[touched] = supports, filled
-        self.sums[touched] = torch.where((filled < EMPTY / 2)[..., None], supports, 0).sum(1)
+        kept = torch.arange(len(rows), device=lowest.device)[:, None] * count + lowest
+        place = torch.where(lowest < count, kept, len(rows) * count + lowest - count)
+        place = torch.where(where, place, torch.arange(place.numel(), device=place.device).view_as(place))
+        supports = torch.cat([old.flatten(0, 1), new])[place]
+        filled = torch.where(where, table.gather(1, lowest), before)
+        self.supports.index_copy_(0, rows, supports)
+        self.entropies.index_copy_(0, rows, filled)
+        self.sums.index_copy_(0, rows, torch.where((filled < EMPTY / 2)[..., None], supports, 0).sum(1))
         self.note(supports=(self.entropies < EMPTY / 2).sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_tta.draws import random_normals, random_words
 from lightning_tta.losses import at_least_float32
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GAMMA = (0.6, 1.4), (0.7, 1.3), (0.5, 1.5), (-0.06, 0.06), (0.7, 1.3)
@@ -13,7 +14,10 @@ BLUR, FLIP, NOISE = (0.001, 0.5), 0.5, 0.005
 """The ranges of CoTTA's authors. SHIFT is a share of the image: theirs is 1/16 of an image padded to twice its size."""
 
 
-def jitter(images: Tensor, seed: int) -> Tensor:
+_DRAWN = 16  # numbers of a view before those of its noise
+
+
+def jitter(images: Tensor, key: Tensor) -> Tensor:
     """One random view of each image of a batch; all share the same draw, except of the noise.
 
     Brightness, contrast, saturation, hue and gamma in random order (images of 1 or 3 channels, others keep theirs);
@@ -22,24 +26,26 @@ def jitter(images: Tensor, seed: int) -> Tensor:
 
     Args:
         images: (B, C, H, W), floats in [0, 1].
-        seed: Of the draw. The noise is drawn on the images' device: other there than on a CPU.
+        key: Of the draw, (2,), int64, on the CPU: a seed and a counter. The draw is the same on every device.
     """
     with torch.autocast(images.device.type, enabled=False):  # affine of half precision grids rounds pixels to 0 or 1
-        return _view(at_least_float32(images).clamp(0, 1), seed).to(images.dtype)
+        return _view(at_least_float32(images).clamp(0, 1), key).to(images.dtype)
 
 
-def _view(x: Tensor, seed: int) -> Tensor:
+def _view(x: Tensor, key: Tensor) -> Tensor:
     from torchvision.transforms.v2 import functional as F  # takes seconds: imported when needed
 
-    generator = torch.Generator().manual_seed(seed)
+    numbers = iter((random_words(key, _DRAWN).double() * 2**-32 + 0.5).tolist())  # in [0, 1)
 
     def draw(bounds: tuple[float, float]) -> float:
-        return float(torch.empty(()).uniform_(*bounds, generator=generator))
+        low, high = bounds
+        return low + (high - low) * float(next(numbers))
 
     height, width = x.shape[-2:]
     adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue, F.adjust_gamma)
     factors = [draw(bounds) for bounds in (BRIGHTNESS, CONTRAST, SATURATION, HUE, GAMMA)]
-    for index in torch.randperm(len(adjust), generator=generator).tolist():
+    places = [next(numbers) for _ in adjust]
+    for index in sorted(range(len(adjust)), key=places.__getitem__):
         if x.shape[1] in (1, 3):
             x = adjust[index](x, factors[index]).clamp(0, 1)  # a hue may end below 0 by a rounding error
     angle, scale = draw(DEGREES), draw(SCALE)
@@ -51,6 +57,5 @@ def _view(x: Tensor, seed: int) -> Tensor:
     x = F.center_crop(F.gaussian_blur(x, [5, 5], [draw(BLUR)]), [height, width])
     if draw((0, 1)) < FLIP:
         x = x.flip(-1)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+    noise = random_normals(key, *x.shape, start=_DRAWN, device=x.device)
     return (x + NOISE * noise).clamp(0, 1)

@@ -8,6 +8,7 @@ from test_cotta import TOLERANCE
 
 from lightning_tta import ConfigError, adapt
 from lightning_tta.methods import cotta
+from lightning_tta.methods.components import teacher
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same, without_running_statistics
 from plain import assert_goes_on_after_loading
 
@@ -29,8 +30,8 @@ def test_masks_and_views_come_from_the_seed():
 
 def test_every_step_and_view_has_a_draw_of_its_own(monkeypatch):
     seeds = []
-    monkeypatch.setattr(cotta, "jitter", lambda images, seed: seeds.append(seed) or images)
-    monkeypatch.setattr(cotta, "restore_some", lambda student, source, share, seed: seeds.append(seed))
+    monkeypatch.setattr(cotta, "jitter", lambda images, key: seeds.append(tuple(key.tolist())) or images)
+    monkeypatch.setattr(cotta, "restore_some", lambda *args: seeds.append(tuple(args[3].tolist())))
     method, images = adapt(make_net("gn"), "cotta", views=3, anchor_threshold=1.0, steps=2), make_images(2)
     for _ in range(3):
         method(images)
@@ -40,6 +41,51 @@ def test_every_step_and_view_has_a_draw_of_its_own(monkeypatch):
     for _ in range(3):
         method(images)
     assert seeds == first
+
+
+def test_all_weights_at_once_are_restored_as_one_by_one(monkeypatch):
+    """In a few kernels where kernels are dear: by products, not by choices; the draw is the same."""
+    shapes, key = [(3, 5), (7,), (2, 2, 2), (1,), (1001,)], torch.tensor([3, 9])
+    source = {str(n): torch.randn(shape) for n, shape in enumerate(shapes)}
+    start = {name: torch.randn_like(value) for name, value in source.items()}
+    results = []
+    for portions in (teacher._portions, lambda tensors: [tensors[:2], tensors[2:]], lambda tensors: [tensors]):
+        monkeypatch.setattr(teacher, "_portions", portions)
+        weights = {name: value.clone() for name, value in start.items()}
+        teacher.restore_some(weights, source, 0.3, key, torch.tensor(False))
+        assert same(weights, start)
+        teacher.restore_some(weights, source, 0.3, key, torch.tensor(True))
+        results.append(weights)
+        assert all(bool(((weights[n] == source[n]) | (weights[n] == start[n])).all()) for n in source)
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+    share = (results[0]["4"] == source["4"]).double().mean()
+    assert abs(share - 0.3) < 0.08
+    assert not torch.equal(
+        results[0]["4"][:500] == source["4"][:500], results[0]["4"][500:1000] == source["4"][500:1000]
+    )
+
+
+@pytest.mark.parametrize("probability", [1e-12, 1.0])
+def test_restore_at_the_ends(probability):
+    weights, source = {"w": torch.ones(10_000)}, {"w": torch.zeros(10_000)}
+    teacher.restore_some(weights, source, probability, torch.tensor([0, 1]))
+    assert weights["w"].sum() == (0 if probability == 1 else 10_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_masked_update_of_the_teacher(dtype):
+    student = {"a.w": torch.randn(50).to(dtype), "b": torch.randn(3, 4).to(dtype)}
+    target = {name: value + torch.ones_like(value) for name, value in student.items()}
+    means = [teacher.Teacher(student) for _ in range(3)]
+    for mean, where in zip(means, (None, torch.tensor(True), torch.tensor(False)), strict=True):
+        mean.update(target, 0.9, where)
+    for name, value in student.items():
+        start = value.double()
+        expected = 0.9 * start + 0.1 * target[name].double()
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+        for mean, goal in zip(means, (expected, expected, start), strict=True):
+            assert (mean.weights()[name].double() - goal).abs().max() < tolerance
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,22 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contract import VARIANTS, build, run
-from lightning_tta.methods.components.draws import random_integers, random_orders
+from contract import SUPPORTED, VARIANTS, build, run
+from lightning_tta.draws import random_integers, random_normals, random_orders, random_words
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same, without_account
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ASKS_NOTHING = ("tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam")
-CASES = [(name, options) for name in ASKS_NOTHING for options in VARIANTS[name]]
-IDS = [f"{name}-{number}" for name in ASKS_NOTHING for number in range(len(VARIANTS[name]))]
-SYNCHRONISES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+ASKS_NOTHING = ("source", "norm", "t3a", "lame", "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam")
+CASES = [(name, options) for name in ASKS_NOTHING for options in VARIANTS.get(name, [{}])]
+IDS = [f"{name}-{number}" for name in ASKS_NOTHING for number in range(len(VARIANTS.get(name, [{}])))]
+ON_NETS = [  # those that a net of the kind has no use for are left out
+    pytest.param(name, options, kind, id=f"{number}-{kind}")
+    for (name, options), number in zip(CASES, IDS, strict=True)
+    for kind in KINDS
+    if (name, options, kind) in SUPPORTED
+]
+SYNCHRONISES = tuple("_local_scalar_dense nonzero masked_select unique _unique equal is_nonzero bincount".split())
 
 
 class HostIsAsked(AssertionError):
@@ -41,8 +47,7 @@ def in_a_step(method, x):
 
 
 @pytest.mark.parametrize("skips", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "options", "kind"), ON_NETS)
 def test_no_step_asks_the_host(name, options, kind, skips):
     method = build(name, options, kind)
     method.skips_when_empty = skips
@@ -65,15 +70,17 @@ def test_on_a_gpu_too():
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("ask", [bool, float, torch.Tensor.item, torch.nonzero, lambda t: torch.ones(1)[t > 0]])
+ASKS = [bool, float, torch.Tensor.item, torch.nonzero, torch.unique, lambda t: torch.ones(1)[t > 0]]
+
+
+@pytest.mark.parametrize("ask", [*ASKS, lambda t: torch.bincount(t.long())])
 def test_the_mode_finds_what_asks(ask):
     x = torch.ones(1)
     with NoSynchronisation(), pytest.raises(HostIsAsked):
         ask(x)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+@pytest.mark.parametrize(("name", "options", "kind"), [*ON_NETS, ("cotta", VARIANTS["cotta"][1], "bn")])
 def test_masked_passes_give_what_skipped_ones_give(name, options, kind):
     """On a CPU passes that keep nothing are left out; elsewhere they run, masked. Odd batches are among them."""
     skipping, masking = (build(name, options, kind, net=make_net(kind).double()) for _ in range(2))
@@ -109,6 +116,83 @@ def test_a_masked_step_changes_nothing(name):
     assert method.stats["backwards"] >= 1
     assert "loss" not in method.stats or name == "tent"
     assert same(without_account(method.state_dict()), without_account(before))
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("threshold", [0.0, 1e-6, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cotta_asks_once(kind, threshold, skips):
+    """Whether the anchor is sure; what comes before and after is tensors only."""
+    method = build("cotta", {**VARIANTS["cotta"][1], "anchor_threshold": threshold}, kind)
+    method.skips_when_empty = skips
+    parts = []
+
+    def replayed(name, function, *tensors):
+        parts.append(name)
+        with NoSynchronisation():
+            return function(*tensors)
+
+    method.replayed = replayed
+    for images in make_stream(2):
+        assert torch.isfinite(in_a_step(method, images)).all()
+    views = ["pass of views", "step with views"]
+    assert (
+        parts == 2 * {0.0: ["sure step"], 1e-6: ["anchor pass", "sure step"], 1.0: ["anchor pass", *views]}[threshold]
+    )
+
+
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize(
+    ("name", "options", "layer"),
+    [
+        ("cotta", {**VARIANTS["cotta"][1], "anchor_threshold": 0.0}, "head"),
+        ("t3a", {"filter_k": 50}, "conv2"),
+        ("t3a", {"filter_k": None}, "conv2"),
+        ("norm", {"momentum": 0.3}, "conv2"),
+    ],
+    ids=str,
+)
+def test_a_batch_that_overflows_changes_nothing(name, options, layer, skips):
+    method = build(name, options, "bn")
+    run(method, make_stream(2))
+    method.skips_when_empty = skips
+    before = copy.deepcopy(method.state_dict())
+    images = make_images(4)
+
+    def overflow(module, inputs, output):
+        """The first image's."""
+        return torch.cat([output[:1] * torch.inf, output[1:]])
+
+    hook = method.model.get_submodule(layer).register_forward_hook(overflow)
+    method(images)
+    hook.remove()
+    assert method.stats["skipped_steps"] == 1
+    assert same(without_account(method.state_dict()), without_account(before))
+    method(images)
+    assert method.stats["skipped_steps"] == 0
+    assert not same(without_account(method.state_dict()), without_account(before))
+
+
+def test_words_are_the_halves_of_integers_in_any_parts():
+    key = torch.tensor([7, 3])
+    number = 2**18 + 5  # several chunks of a CPU
+    words = random_words(key, number)
+    assert torch.equal(words[:-1], random_integers(key, number // 2).view(torch.int32))
+    assert torch.equal(words[1000:1007], random_words(key, 7, start=1000))
+    share = (words.double() * 2**-32 + 0.5)[:100_000]
+    assert abs(share.mean() - 0.5) < 0.005
+    assert abs((share < 0.01).double().mean() - 0.01) < 0.001
+
+
+def test_normal_numbers():
+    key = torch.tensor([7, 3])
+    numbers = random_normals(key, 200, 500)
+    assert torch.equal(numbers.flatten()[10:20], random_normals(key, 10, start=10))
+    expected = torch.distributions.Normal(0, 1)
+    for x in (-2.0, -1.0, 0.0, 0.5, 1.5, 3.0):
+        assert abs((numbers < x).double().mean() - expected.cdf(torch.tensor(x))) < 0.005
+    assert numbers.abs().max() < 5.5
+    assert abs((numbers[:, 1:] * numbers[:, :-1]).mean()) < 0.01
 
 
 def test_draws_are_uniform_and_each_its_own():

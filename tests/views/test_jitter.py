@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lightning_tta.views import jitter as _jitter
-from lightning_tta.views.jitter import jitter
 from nets import make_images, max_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,6 +22,10 @@ NEUTRAL = {
     "FLIP": 0.0,
     "NOISE": 0.0,
 }
+
+
+def jitter(images, seed):
+    return _jitter.jitter(images, torch.tensor([seed, 3]))
 
 
 @pytest.fixture

@@ -293,6 +293,10 @@ class TTAMethod(Described, Replayable, ABC):
             return False
         return bool(condition.detach().numpy())  # reads the host's own memory; no synchronisation
 
+    def replayed(self, name: str, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """``function(*tensors)``, a part of a step that is tensors only."""
+        return function(*tensors)
+
     # What users call -------------------------------------------------------------------------------------------------
 
     @exclusive

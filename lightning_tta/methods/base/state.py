@@ -118,7 +118,9 @@ class State(nn.Module):
     def lend(self, tensors: list[Tensor]) -> Iterator[None]:
         """While active, they may be written to; afterwards they are exactly as before, also after an interrupt."""
         tensors = [tensor.detach() for tensor in tensors]
-        entry = (tensors, [tensor.clone() for tensor in tensors])
+        with outside_inference_mode():
+            entry = (tensors, [torch.empty_like(tensor) for tensor in tensors])
+        self._copy(entry[1], tensors)
         self._lent.append(entry)
         try:
             yield
@@ -145,10 +147,19 @@ class State(nn.Module):
 
     def reset_where(self, condition: Tensor | None) -> None:
         """Every state back to its source value if ``condition``, 0-dimensional and bool, is true, or ``None``."""
+        states = {**self._adaptable, **self._rest}
         with outside_inference_mode(), torch.no_grad():
-            for name, tensor in {**self._adaptable, **self._rest}.items():
-                source = self._sources[name]
-                tensor.copy_(source if condition is None else torch.where(condition, source, tensor))
+            if condition is None:
+                for name, tensor in states.items():
+                    tensor.copy_(self._sources[name])
+                return
+            for dtype in {tensor.dtype for tensor in states.values()}:  # all of a kind at once: a few kernels
+                names = [name for name, tensor in states.items() if tensor.dtype == dtype]
+                tensors = [states[name].detach() for name in names]
+                sources = [self._sources[name].expand_as(tensor) for name, tensor in zip(names, tensors, strict=True)]
+                source, now = (torch.cat([tensor.flatten() for tensor in group]) for group in (sources, tensors))
+                values = torch.split(torch.where(condition, source, now), [tensor.numel() for tensor in tensors])
+                torch._foreach_copy_(tensors, [v.view_as(t) for v, t in zip(values, tensors, strict=True)])
 
     @staticmethod
     def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:

@@ -36,7 +36,8 @@ def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Te
                 kind = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
                 raise DataError(f"Source batches must be dicts with 'image' (B, C, H, W) in [0, 1]; got {kind}.")
             images = batch["image"].to(sums[0].device)
-            images = images[method.task.usable(images).to(images.device)]
+            usable = method.task.usable(images)
+            images = images if bool(usable.all()) else images[usable.to(images.device)]
             if len(images):
                 with (
                     explained(method.model, images, has_run=method.has_run),
@@ -45,12 +46,14 @@ def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Te
                     logits = at_least_float32(method.infer(images))
                     loss = cross_entropy(logits, logits.argmax(-1))
                     gradients = method.differentiate(loss)
-                sums = [t if g is None else t + g.square() for t, g in zip(sums, gradients, strict=True)]
+                pairs = [(t, g) for t, g in zip(sums, gradients, strict=True) if g is not None]
+                totals, present = [t for t, _ in pairs], [g for _, g in pairs]
+                torch._foreach_add_(totals, torch._foreach_mul(present, present))
                 count += 1
-    if not count or not all(bool(total.isfinite().all()) for total in sums):
+    if not count or not bool(torch.cat([total.flatten() for total in sums]).isfinite().all()):
         problem = f"gradients that are not finite, in {count} batches" if count else "no image"
         raise DataError(
             f"{type(method).__name__}'s Fisher information needs finite gradients of source images; found {problem}. "
             "Give batches {'image': (B, C, H, W) in [0, 1]} of the training set, or use method 'eta', which needs none."
         )
-    return [total / count for total in sums]
+    return list(torch._foreach_div(sums, count))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_tta.draws import random_words
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.gradient import GradientMethod
+
+DRAWS = 1_000_003
+"""Draws that a step may make, each with a key of its own."""
+
+_PORTION = 2**23  # weights; their masks take eight times as many bytes for a moment
 
 
 class Teacher(nn.Module):
@@ -39,26 +45,79 @@ class Teacher(nn.Module):
         return {name: getattr(self, slot) for name, slot in self._slots.items()}
 
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, Tensor], decay: float) -> None:
-        """``teacher = decay * teacher + (1 - decay) * student``; exactly nothing where both are equal."""
-        averages = self.weights()
-        students = [parameters[name].detach().to(average.dtype) for name, average in averages.items()]
-        torch._foreach_lerp_(list(averages.values()), students, 1 - decay)
+    def update(self, parameters: Mapping[str, Tensor], decay: float, where: Tensor | None = None) -> None:
+        """``teacher = decay * teacher + (1 - decay) * student``; exactly nothing where both are equal.
+
+        Args:
+            parameters: The student's, by name.
+            decay: In [0, 1].
+            where: 0-dimensional, bool: whether to move at all; ``None``: yes.
+        """
+        weights = self.weights()
+        averages, students = list(weights.values()), [parameters[name].detach() for name in weights]
+        if any(student.dtype != average.dtype for student, average in zip(students, averages, strict=True)):
+            wide = [torch.empty_like(average) for average in averages]
+            torch._foreach_copy_(wide, students)
+            students = wide
+        if where is None:
+            torch._foreach_lerp_(averages, students, 1 - decay)
+            return
+        steps = torch._foreach_sub(students, averages)  # there is no lerp by a tensor for all of them at once
+        torch._foreach_mul_(steps, (1 - decay) * where.to(averages[0].dtype))
+        torch._foreach_add_(averages, steps)
 
 
 @torch.no_grad()
-def restore_some(parameters: Mapping[str, Tensor], source: Mapping[str, Tensor], probability: float, seed: int) -> None:
+def restore_some(
+    parameters: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    probability: float,
+    key: Tensor,
+    where: Tensor | None = None,
+) -> None:
     """Each weight goes back to its source value with this probability, independently.
 
-    Drawn on the parameters' device, where the weights are: masks on a GPU are others than on a CPU.
+    Args:
+        parameters: Weights, by name, finite.
+        source: Their source values.
+        probability: In [0, 1].
+        key: Of the draw, see :mod:`~lightning_tta.draws`: the same weights on every device.
+        where: 0-dimensional, bool: whether to do it at all; ``None``: yes.
     """
     if probability == 0 or not parameters:
         return
-    device = next(iter(parameters.values())).device
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, parameter in parameters.items():
-        mask = torch.rand(parameter.shape, generator=generator, device=device, dtype=torch.float32) < probability
-        parameter.copy_(torch.where(mask, source[name], parameter))
+    largest = max(round(probability * 2**32) - 2**31 - 1, -(2**31))
+    tensors = [(parameter.detach(), source[name]) for name, parameter in parameters.items()]
+    start = 0
+    for portion in _portions(tensors):
+        sizes = [tensor.numel() + tensor.numel() % 2 for tensor, _ in portion]
+        restored = random_words(key, sum(sizes), start=start, device=portion[0][0].device) <= largest
+        start += sum(sizes)
+        if where is not None:
+            restored &= where
+        weights, values = ([pair[column] for pair in portion] for column in (0, 1))
+        if len(portion) == 1:
+            torch.where(restored[: weights[0].numel()].view_as(weights[0]), values[0], weights[0], out=weights[0])
+            continue
+        gone, kept = (  # there is no torch.where for all of them at once; w * 1 + s * 0 is w
+            [m[: w.numel()].view_as(w) for m, w in zip(torch.split(mask, sizes), weights, strict=True)]
+            for mask in (restored.to(weights[0].dtype), (~restored).to(weights[0].dtype))
+        )
+        torch._foreach_mul_(weights, kept)
+        torch._foreach_addcmul_(weights, values, gone)
+
+
+def _portions(tensors: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """One by one on a CPU, for its cache; else as many of a dtype as may be drawn at once."""
+    portion: list[tuple[Tensor, Tensor]] = []
+    number = 0
+    for tensor, value in tensors:
+        number += tensor.numel()
+        if portion and (tensor.device.type == "cpu" or number > _PORTION or tensor.dtype != portion[0][0].dtype):
+            yield portion
+            portion, number = [], tensor.numel()
+        portion.append((tensor, value))
+    yield portion
 
 
 class TeacherMethod(GradientMethod):
@@ -100,10 +159,15 @@ class TeacherMethod(GradientMethod):
         """The teacher's, which predicts."""
         return self.teacher.weights()
 
-    def update_teacher(self) -> None:
-        """Move the teacher towards the student."""
-        self.teacher.update(self.student(), self.ema_decay)
+    def update_teacher(self, where: Tensor | None = None) -> None:
+        """Move the teacher towards the student, if ``where``, 0-dimensional and bool, is true, or ``None``."""
+        self.teacher.update(self.student(), self.ema_decay, where)
 
-    def draw_seed(self, number: int = 0) -> int:
-        """The seed of draw ``number`` (below a million) of the coming step. Asks the device."""
-        return ((self.seed * 1_000_003 + int(self.value("steps_taken"))) * 1_000_003 + number) % 2**62
+    def draw_key(self) -> Tensor:
+        """The key of draw 0 of the coming step, (2,), on the device of the state."""
+        counter = self.value("steps_taken") * DRAWS
+        return torch.stack([torch.full_like(counter, self.seed), counter])
+
+    def host_key(self, steps_taken: int, number: int) -> Tensor:
+        """The key of draw ``number``, below :data:`DRAWS`, of the step after so many; on the host."""
+        return torch.tensor([self.seed, steps_taken * DRAWS + number])
