@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lightning_tta.backbones.norms import batch_norm_layers, replaced_forwards
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
-from lightning_tta.meta.mixing import Source, mixed_batch_norm, source_batch_norm
+from lightning_tta.meta.mixing import Inner, Source, mixed_batch_norm, source_batch_norm
 
 Parametrization = Literal["raw", "sigmoid"]
 _HOOKS = (
@@ -48,6 +48,7 @@ class MixedBatchNorm(_NormBase):
     Attributes:
         source_weight: The raw parameter (C,), see :attr:`mixing` for w.
         domains: Number of domains in a batch, see :func:`batch_of_domains`.
+        inner: Which gradients a pass computes, see there.
 
     Raises:
         UnsupportedModelError: If the layer keeps no running statistics, or computes more than BatchNorm.
@@ -87,6 +88,7 @@ class MixedBatchNorm(_NormBase):
             initial = torch.logit(initial, eps=1e-3)
         self.source_weight = nn.Parameter(initial)
         self.domains = 1
+        self.inner: Inner | None = None
 
     @property
     def mixing(self) -> Tensor:
@@ -101,7 +103,7 @@ class MixedBatchNorm(_NormBase):
         assert var is not None
         source = Source(mean, var, self.eps, self.parametrization == "raw")
         if x.numel() > self.domains * self.num_features:
-            y = mixed_batch_norm(x, self.weight, self.bias, self.mixing, source, self.domains)
+            y = mixed_batch_norm(x, self.weight, self.bias, self.mixing, source, self.domains, self.inner)
         else:  # one value a channel: it has no variance
             y = source_batch_norm(x, self.weight, self.bias, source, self.domains)
         return y if self.activation is None else self.activation(y)
@@ -231,14 +233,18 @@ def _replace(model: nn.Module, replacement: Mapping[Any, nn.Module]) -> nn.Modul
 
 
 @contextmanager
-def batch_of_domains(model: nn.Module, domains: int) -> Iterator[None]:
-    """While active, batches hold ``domains`` of equal size, one after the other; see :class:`MixedBatchNorm`."""
+def batch_of_domains(model: nn.Module, domains: int) -> Iterator[Inner]:
+    """While active, batches hold ``domains`` of equal size, one after the other; see :class:`MixedBatchNorm`.
+
+    Yields the switch of the gradients that passes meanwhile compute.
+    """
     check_range("domains", domains, 1, integer=True)
     layers = mixed_batch_norm_layers(model).values()
+    inner = Inner()
     for layer in layers:
-        layer.domains = domains
+        layer.domains, layer.inner = domains, inner
     try:
-        yield
+        yield inner
     finally:
         for layer in layers:
-            layer.domains = 1
+            layer.domains, layer.inner = 1, None

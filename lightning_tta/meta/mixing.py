@@ -45,11 +45,23 @@ class Source(NamedTuple):
     bounded: bool
 
 
+class Inner:
+    """Shared by the passes of an inner loop: whether the gradient that is taken now is one of its steps'.
+
+    The engine does not tell a function which of its gradients somebody wants. A step does not want that of the mixing
+    weights, where their rate is 0.
+
+    Attributes:
+        mixing: Whether the gradients of the mixing weights are wanted.
+    """
+
+    mixing: bool = True
+
+
 class _Channels(NamedTuple):
     """What the derivatives need of a pass, each (D, C), ``w`` and ``c`` perhaps (C,)."""
 
     mu: Tensor
-    var: Tensor  # V
     d: Tensor
     w: Tensor
     c: Tensor
@@ -58,22 +70,36 @@ class _Channels(NamedTuple):
     r: Tensor
     rho: Tensor
     a: Tensor
+    slope: Tensor | None  # K
 
 
 def mixed_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, w: Tensor, source: Source, domains: int
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    w: Tensor,
+    source: Source,
+    domains: int,
+    inner: Inner | None = None,
 ) -> Tensor:
     """Normalise x (D * B, C, ...) with the moments of the mixture, see :class:`MixedBatchNorm`; twice differentiable.
 
     ``weight``, ``bias`` and ``w`` are (C,) or (D, C). Keeps x for backward, and nothing else of that size.
     """
-    return _Mixed.apply(x, weight, bias, w, source, domains)  # type: ignore[no-any-return]
+    return _Mixed.apply(x, weight, bias, w, source, domains, inner)  # type: ignore[no-any-return]
 
 
 class _Mixed(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, w: Tensor, source: Source, domains: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        w: Tensor,
+        source: Source,
+        domains: int,
+        inner: Inner | None,
     ) -> Tensor:
         wide = at_least_float32(_by_domain(x, domains))
         mu, var = _moments(wide)
@@ -81,7 +107,9 @@ class _Mixed(Function):
         d, c = mean_s - mu, 1 - w_
         wd = w_ * d
         m = mu + wd
-        u = torch.lerp(var, var_s, w_).addcmul_(wd * c, d).add_(source.eps)
+        excess, square = var_s - var, d * d
+        u = torch.addcmul(var, w_, excess).addcmul_(w_ * c, square).add_(source.eps)
+        slope = torch.addcmul(excess, 1 - 2 * w_, square) if ctx.needs_input_grad[3] else None
         if source.bounded:
             r = u.clamp_min(source.eps).rsqrt_()
             # Past any rounding: where u is eps itself, the derivative is that of u.
@@ -91,19 +119,20 @@ class _Mixed(Function):
             rho = r * r
         a = r if weight is None else r * weight
         shift = -m * a if bias is None else torch.addcmul(bias.to(m.dtype), m, a, value=-1)
-        ctx.save_for_backward(x, weight, bias, w, source.var, mu, var, d, w_, c, wd, m, r, rho, a)
-        ctx.domains = domains
+        ctx.save_for_backward(x, weight, bias, w, mu, d, w_, c, wd, m, r, rho, a, slope)
+        ctx.domains, ctx.inner = domains, inner
         ctx.set_materialize_grads(False)  # zeros would look like gradients where none comes through
         return _sum_like(x, [(wide, a)], shift)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 6
-        x, weight, bias, w, var_s, *channels = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        gradients = _MixedGradient.apply(g, x, weight, w, bias, var_s, _Channels(*channels), ctx.domains, needs)
-        return (*gradients, None, None)
+            return (None,) * 7
+        x, weight, bias, w, *channels = ctx.saved_tensors
+        *needs, needs_w = ctx.needs_input_grad[:4]
+        needs.append(needs_w and (ctx.inner is None or ctx.inner.mixing))
+        gradients = _MixedGradient.apply(g, x, weight, w, bias, _Channels(*channels), ctx.domains, needs)
+        return (*gradients, None, None, None)
 
 
 class _MixedGradient(Function):
@@ -115,10 +144,9 @@ class _MixedGradient(Function):
         weight: Tensor | None,
         w: Tensor,
         bias: Tensor | None,
-        var_s: Tensor,
         k: _Channels,
         domains: int,
-        needs: tuple[bool, bool, bool, bool],
+        needs: list[bool],
     ) -> tuple[Tensor | None, ...]:
         wide_g, wide_x = (at_least_float32(_by_domain(value, domains)) for value in (g, x))
         n = x.numel() // k.mu.numel()
@@ -135,8 +163,8 @@ class _MixedGradient(Function):
         if needs[2] and bias is not None:
             gbias = _like(b, bias)
         if needs[3]:
-            gw = _like(torch.addcmul(-k.a * b * k.d, e, _slope(k, var_s), value=-0.5), w)
-        ctx.save_for_backward(g, x, weight, w, var_s, b, t, e, p, *k)
+            gw = _like(torch.mul(k.a * b, k.d).addcmul_(e, k.slope, value=0.5).neg_(), w)
+        ctx.save_for_backward(g, x, weight, w, b, t, e, p, *k)
         ctx.domains = domains
         ctx.set_materialize_grads(False)
         return gx, gweight, gbias, gw
@@ -145,15 +173,13 @@ class _MixedGradient(Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor | None, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """See the head of the file; J's derivative by each tensor that it depends on."""
-        g, x, weight, w, var_s, b, t, e, p, *channels = ctx.saved_tensors
+        g, x, weight, w, b, t, e, p, *channels = ctx.saved_tensors
         k = _Channels(*channels)
         n = x.numel() // k.mu.numel()
         needs_g, needs_x, needs_weight, needs_w = ctx.needs_input_grad[:4]
         wide_g, wide_x = (at_least_float32(_by_domain(value, ctx.domains)) for value in (g, x))
         wide_v = None if v is None else at_least_float32(_by_domain(v, ctx.domains))
         v_weight, v_bias, v_w = (None if value is None else value.to(b.dtype) for value in cotangents)
-        slope = _slope(k, var_s) if v_w is not None or needs_w else None  # K
-
         if wide_v is None:  # of the first layer, whose input needs no gradient
             s = centred = product = torch.zeros_like(b)
         else:
@@ -165,7 +191,7 @@ class _MixedGradient(Function):
         big_q = torch.addcmul(k.wd * big_l, k.c, centred, value=-1 / (n - 1))
         if v_w is not None:
             big_l = torch.addcmul(big_l, v_w, k.d)
-            big_q = torch.addcmul(big_q, v_w, slope, value=-0.5)
+            big_q = torch.addcmul(big_q, v_w, k.slope, value=-0.5)
         rest = torch.addcmul(product, b, big_l, value=-1)  # G - B L
         q = k.rho * big_q
         aq = k.a * q
@@ -180,7 +206,7 @@ class _MixedGradient(Function):
         if needs_weight and weight is not None:
             grad_weight = _like(torch.addcmul(rest, t, q).mul_(k.r), weight)
         if not (needs_x or needs_w):
-            return grad_g, None, grad_weight, *(None,) * 6
+            return grad_g, None, grad_weight, *(None,) * 5
         minus_2u = torch.add(h, aq, alpha=2).mul_(t).addcmul_(k.a, rest).mul_(k.rho)  # -2 dJ/du
         minus_2v = k.c * minus_2u  # -2 dJ/dV, by way of u
         bh = b * h
@@ -199,8 +225,8 @@ class _MixedGradient(Function):
             by_q = torch.addcmul(centred / (n - 1), (1 - 2 * k.w) * k.d, s, value=1 / n)
             by_q = by_q if v_w is None else by_q.addcmul_(v_w, k.d * k.d)
             by_w = torch.addcmul(e * by_q, k.a * b, s, value=1 / n).addcmul_(bh, k.d, value=-1)
-            grad_w = _like(by_w.addcmul_(minus_2u, slope, value=-0.5), w)
-        return grad_g, grad_x, grad_weight, grad_w, *(None,) * 5
+            grad_w = _like(by_w.addcmul_(minus_2u, k.slope, value=-0.5), w)
+        return grad_g, grad_x, grad_weight, grad_w, *(None,) * 4
 
 
 def _by_domain(x: Tensor, domains: int) -> Tensor:
@@ -243,11 +269,6 @@ def _sum_like(x: Tensor, terms: list[tuple[Tensor | None, Tensor]], shift: Tenso
     for term, factor in more:
         out.addcmul_(term, factor)
     return result.to(x.dtype)
-
-
-def _slope(k: _Channels, var_s: Tensor) -> Tensor:
-    """K = du/dw."""
-    return torch.addcmul(var_s.to(k.var.dtype) - k.var, 1 - 2 * k.w, k.d * k.d)
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
