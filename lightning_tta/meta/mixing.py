@@ -256,7 +256,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum_like(x: Tensor, terms: list[tuple[Tensor | None, Tensor]], shift: Tensor) -> Tensor:
-    """The sum of tensors (D, B, C, ...), each times its factor (D, C), and of a shift (D, C); like x (D * B, C, ...)."""
+    """The sum of tensors (D, B, C, ...), each times its factor (D, C), and of a shift (D, C); shaped like x."""
     (first, factor), *more = [(term, _spread(factor, term)) for term, factor in terms if term is not None]
     shift = _spread(shift, first)
     same = x.dtype == first.dtype
