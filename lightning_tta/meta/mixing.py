@@ -12,7 +12,7 @@ weight w on the source and c = 1 - w::
 The gradient, for g = dL/dy, B = sum g, T = sum g (x - m), rho = r^2 (0 where u is kept from falling below eps),
 e = a rho T and K = V_s - V + (1 - 2w) d^2::
 
-    dL/dx = a g + p (x - mu) + t        p = -c e / (n - 1)        t = -c (a B - w d e) / n
+    dL/dx = a g - p (x - mu) - c (a B - w d e) / n        p = c e / (n - 1)
     dL/dweight = r T        dL/dbias = B        dL/dw = -a B d - e K / 2
 
 The gradient of that, for cotangents v of dL/dx and v_weight, v_bias, v_w, follows from the scalar
@@ -25,6 +25,7 @@ X = sum v (x - mu), G = sum v g is::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,17 +60,19 @@ class Inner:
 
 
 class _Channels(NamedTuple):
-    """What the derivatives need of a pass, each (D, C), ``w`` and ``c`` perhaps (C,)."""
+    """What the derivatives need of a pass, each (D, C), ``w`` and ``share`` perhaps (C,)."""
 
     mu: Tensor
     d: Tensor
     w: Tensor
-    c: Tensor
     wd: Tensor
     m: Tensor
     r: Tensor
     rho: Tensor
     a: Tensor
+    a_rho: Tensor
+    share: Tensor  # c / (n - 1)
+    skew: Tensor | None  # (1 - 2w) d
     slope: Tensor | None  # K
 
 
@@ -104,22 +107,21 @@ class _Mixed(Function):
         wide = at_least_float32(_by_domain(x, domains))
         mu, var = _moments(wide)
         w_, mean_s, var_s = w.to(mu.dtype), source.mean.to(mu.dtype), source.var.to(mu.dtype)
-        d, c = mean_s - mu, 1 - w_
+        d = mean_s - mu
         wd = w_ * d
-        m = mu + wd
-        excess, square = var_s - var, d * d
-        u = torch.addcmul(var, w_, excess).addcmul_(w_ * c, square).add_(source.eps)
-        slope = torch.addcmul(excess, 1 - 2 * w_, square) if ctx.needs_input_grad[3] else None
-        if source.bounded:
-            r = u.clamp_min(source.eps).rsqrt_()
-            # Past any rounding: where u is eps itself, the derivative is that of u.
-            rho = torch.threshold(u, source.eps * (1 - 1e-6), torch.inf).reciprocal_()
-        else:
-            r = u.rsqrt()
-            rho = r * r
+        m, rest = mu + wd, d - wd
+        u = torch.lerp(var, var_s, w_).addcmul_(wd, rest).add_(source.eps)  # w c d^2 = w d (d - w d)
+        r = (u.clamp_min(source.eps) if source.bounded else u).rsqrt()
         a = r if weight is None else r * weight
         shift = -m * a if bias is None else torch.addcmul(bias.to(m.dtype), m, a, value=-1)
-        ctx.save_for_backward(x, weight, bias, w, mu, d, w_, c, wd, m, r, rho, a, slope)
+        if any(ctx.needs_input_grad):
+            # Past any rounding: where u is eps itself, the derivative is that of u.
+            low = source.eps * (1 - 1e-6)
+            rho = torch.threshold(u, low, torch.inf).reciprocal_() if source.bounded else r * r
+            share = (1 - w_).div_(x.numel() // mu.numel() - 1)
+            skew = rest - wd if ctx.needs_input_grad[3] else None
+            slope = torch.addcmul(var_s - var, d, skew) if skew is not None else None
+            ctx.save_for_backward(x, weight, bias, w, mu, d, w_, wd, m, r, rho, a, a * rho, share, skew, slope)
         ctx.domains, ctx.inner = domains, inner
         ctx.set_materialize_grads(False)  # zeros would look like gradients where none comes through
         return _sum_like(x, [(wide, a)], shift)
@@ -152,19 +154,19 @@ class _MixedGradient(Function):
         n = x.numel() // k.mu.numel()
         b = _total(wide_g)
         t = torch.addcmul(_total(wide_g * wide_x), k.m, b, value=-1)
-        e = k.a * k.rho * t
-        p = (k.c * e).mul_(-1 / (n - 1))
+        e, ab = k.a_rho * t, k.a * b
+        p = k.share * e
         gx = gweight = gbias = gw = None
         if needs[0]:
-            shift = torch.addcmul(k.a * b, k.wd, e, value=-1).mul_(k.c).mul_(-1 / n).addcmul_(p, k.mu, value=-1)
-            gx = _sum_like(x, [(wide_g, k.a), (wide_x, p)], shift)
+            shift = (p * k.mu).addcmul_(k.share, torch.addcmul(ab, k.wd, e, value=-1), value=(1 - n) / n)
+            gx = _sum_like(x, [(wide_g, k.a), (wide_x, p)], shift, [1, -1])
         if needs[1] and weight is not None:
             gweight = _like(k.r * t, weight)
         if needs[2] and bias is not None:
             gbias = _like(b, bias)
         if needs[3]:
-            gw = _like(torch.mul(k.a * b, k.d).addcmul_(e, k.slope, value=0.5).neg_(), w)
-        ctx.save_for_backward(g, x, weight, w, b, t, e, p, *k)
+            gw = _like((ab * k.d).addcmul_(e, k.slope, value=0.5).neg_(), w)
+        ctx.save_for_backward(g, x, weight, w, b, t, e, ab, p, *k)
         ctx.domains = domains
         ctx.set_materialize_grads(False)
         return gx, gweight, gbias, gw
@@ -173,7 +175,7 @@ class _MixedGradient(Function):
     @once_differentiable
     def backward(ctx: Any, v: Tensor | None, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """See the head of the file; J's derivative by each tensor that it depends on."""
-        g, x, weight, w, b, t, e, p, *channels = ctx.saved_tensors
+        g, x, weight, w, b, t, e, ab, p, *channels = ctx.saved_tensors
         k = _Channels(*channels)
         n = x.numel() // k.mu.numel()
         needs_g, needs_x, needs_weight, needs_w = ctx.needs_input_grad[:4]
@@ -186,52 +188,48 @@ class _MixedGradient(Function):
             s = _total(wide_v)
             centred = torch.addcmul(_total(wide_v * wide_x), k.mu, s, value=-1)
             product = _total(wide_v * wide_g)
-        cs = k.c * s
-        big_l = cs / n
-        big_q = torch.addcmul(k.wd * big_l, k.c, centred, value=-1 / (n - 1))
+        share_n = (n - 1) / n
+        big_l = by_s = k.share * s  # L but for the factor share_n
+        minus_q = torch.addcmul(k.share * centred, k.wd, big_l, value=-share_n)
         if v_w is not None:
-            big_l = torch.addcmul(big_l, v_w, k.d)
-            big_q = torch.addcmul(big_q, v_w, k.slope, value=-0.5)
-        rest = torch.addcmul(product, b, big_l, value=-1)  # G - B L
-        q = k.rho * big_q
-        aq = k.a * q
-        h = aq if v_weight is None else torch.addcmul(aq, k.r, v_weight)
-        mh = k.m * h
+            big_l = torch.addcmul(big_l, v_w, k.d, value=1 / share_n)
+            minus_q = torch.addcmul(minus_q, v_w, k.slope, value=0.5)
+        rest = torch.addcmul(product, b, big_l, value=-share_n)  # G - B L
+        minus_aq = k.a_rho * minus_q
+        minus_h = minus_aq if v_weight is None else torch.addcmul(minus_aq, k.r, v_weight, value=-1)
 
         grad_g = grad_x = grad_weight = grad_w = None
         if needs_g:
-            shift = torch.addcmul(mh, k.a, big_l).neg_()
-            shift = shift if v_bias is None else shift + v_bias
-            grad_g = _sum_like(g, [(wide_v, k.a), (wide_x, h)], shift)
+            shift = k.m * minus_h if v_bias is None else torch.addcmul(v_bias, k.m, minus_h)
+            shift = shift.addcmul_(k.a, big_l, value=-share_n)
+            grad_g = _sum_like(g, [(wide_x, minus_h), (wide_v, k.a)], shift, [-1, 1])
         if needs_weight and weight is not None:
-            grad_weight = _like(torch.addcmul(rest, t, q).mul_(k.r), weight)
+            grad_weight = _like(torch.addcmul(rest, t, k.rho * minus_q, value=-1).mul_(k.r), weight)
         if not (needs_x or needs_w):
             return grad_g, None, grad_weight, *(None,) * 5
-        minus_2u = torch.add(h, aq, alpha=2).mul_(t).addcmul_(k.a, rest).mul_(k.rho)  # -2 dJ/du
-        minus_2v = k.c * minus_2u  # -2 dJ/dV, by way of u
-        bh = b * h
+        twice_u = torch.add(minus_h, minus_aq, alpha=2).mul_(t).addcmul_(k.a, rest, value=-1).mul_(k.rho)  # 2 dJ/du
+        minus_bh = b * minus_h
         if needs_x:
-            # -dJ/dmu = B H + p S + dJ/dd, where mu has no part in d
-            by_d = torch.addcmul(bh, e, cs, value=-1 / n).addcmul_(k.d, minus_2v)  # -dJ/dd / w
-            minus_mu = torch.addcmul(bh, p, s).addcmul_(k.w, by_d, value=-1)
+            by_var = k.share * twice_u  # 2 / (n - 1) dJ/dV; first by way of u
+            # dJ/dmu = -B H + p S - dJ/dd, where mu has no part in d, and dJ/dd = w (...)
+            by_d = torch.addcmul(minus_bh, e, by_s, value=share_n).addcmul_(k.d, by_var, value=n - 1)
+            by_mu = torch.addcmul(minus_bh, p, s).addcmul_(k.w, by_d, value=-1)
             if v_w is not None:
-                inner = torch.addcmul(k.a * b, e * (1 - 2 * k.w), k.d)  # -(its part by v_w) / v_w
-                minus_mu.addcmul_(v_w, inner, value=-1)
-                minus_2v = torch.addcmul(minus_2v, v_w, e, value=-1)
-            by_var = minus_2v * (-1 / (n - 1))
-            shift = minus_mu.mul_(-1 / n).addcmul_(by_var, k.mu, value=-1)
-            grad_x = _sum_like(x, [(wide_g, h), (wide_v, p), (wide_x, by_var)], shift)
+                by_mu.addcmul_(v_w, torch.addcmul(ab, e, k.skew))
+                by_var = torch.addcmul(by_var, v_w, e, value=1 / (n - 1))
+            shift = by_mu.div_(n).addcmul_(by_var, k.mu, value=-1)
+            grad_x = _sum_like(x, [(wide_x, by_var), (wide_g, minus_h), (wide_v, p)], shift, [1, -1, -1])
         if needs_w:
-            by_q = torch.addcmul(centred / (n - 1), (1 - 2 * k.w) * k.d, s, value=1 / n)
+            by_q = torch.addcmul(centred / (n - 1), k.skew, s, value=1 / n)
             by_q = by_q if v_w is None else by_q.addcmul_(v_w, k.d * k.d)
-            by_w = torch.addcmul(e * by_q, k.a * b, s, value=1 / n).addcmul_(bh, k.d, value=-1)
-            grad_w = _like(by_w.addcmul_(minus_2u, k.slope, value=-0.5), w)
+            by_w = (e * by_q).addcmul_(ab, s, value=1 / n).addcmul_(minus_bh, k.d)
+            grad_w = _like(by_w.addcmul_(twice_u, k.slope, value=0.5), w)
         return grad_g, grad_x, grad_weight, grad_w, *(None,) * 4
 
 
 def _by_domain(x: Tensor, domains: int) -> Tensor:
     """(D * B, C, ...) -> (D, B, C, ...)."""
-    return x.view(domains, len(x) // domains, *x.shape[1:])
+    return x.view(domains, -1, *x.shape[1:])
 
 
 def _total(x: Tensor) -> Tensor:
@@ -241,7 +239,7 @@ def _total(x: Tensor) -> Tensor:
 
 def _spread(value: Tensor, x: Tensor) -> Tensor:
     """(D, C) -> what broadcasts over x (D, B, C, ...)."""
-    return value.view(len(value), 1, -1, *(1,) * (x.ndim - 3))
+    return value.view(value.shape[0], 1, -1, *(1,) * (x.ndim - 3))
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,25 +253,31 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, _total(deviation.mul_(deviation)).div_(x.numel() // mean.numel() - 1)
 
 
-def _sum_like(x: Tensor, terms: list[tuple[Tensor | None, Tensor]], shift: Tensor) -> Tensor:
-    """The sum of tensors (D, B, C, ...), each times its factor (D, C), and of a shift (D, C); shaped like x."""
-    (first, factor), *more = [(term, _spread(factor, term)) for term, factor in terms if term is not None]
-    shift = _spread(shift, first)
-    same = x.dtype == first.dtype
-    result = torch.empty_like(x if same else first.flatten(0, 1))  # no view: layers may write into it
-    out = _by_domain(result, len(first))
-    if x.device.type == "cpu":  # addcmul does not broadcast well there, unless it adds to its result
+def _sum_like(
+    x: Tensor, terms: list[tuple[Tensor | None, Tensor]], shift: Tensor, signs: Sequence[int] = (1,)
+) -> Tensor:
+    """The sum of tensors (D, B, C, ...), each times its factor (D, C) and sign, and of a shift (D, C); shaped like x.
+
+    Terms that are ``None`` are left out.
+    """
+    (first, factor), *more = [(term, factor) for term, factor in terms if term is not None]
+    present = [sign for (term, _), sign in zip(terms, signs, strict=True) if term is not None]
+    assert first is not None
+    shift, factor = _spread(shift, first), _spread(factor, first)
+    result = torch.empty_like(x if x.dtype == first.dtype else first.flatten(0, 1))  # no view: layers may write into it
+    out = _by_domain(result, first.shape[0])
+    if present[0] > 0 and x.device.type == "cpu":  # addcmul does not broadcast well there, unless it adds to its result
         torch.mul(first, factor, out=out).add_(shift)
     else:
-        torch.addcmul(shift, first, factor, out=out)
-    for term, factor in more:
-        out.addcmul_(term, factor)
+        torch.addcmul(shift, first, factor, value=present[0], out=out)
+    for (term, factor), sign in zip(more, present[1:], strict=True):
+        out.addcmul_(term, _spread(factor, first), value=sign)
     return result.to(x.dtype)
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
     """A gradient (D, C) for a parameter (D, C), or (C,) that all domains share."""
-    return (value if parameter.ndim == 2 else value.sum(0) if len(value) > 1 else value[0]).to(parameter.dtype)
+    return (value if parameter.ndim == 2 else value.sum(0) if value.shape[0] > 1 else value[0]).to(parameter.dtype)
 
 
 def source_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, source: Source, domains: int) -> Tensor:
