@@ -319,7 +319,7 @@ def _by_name(groups: Sequence[_Group], values: Sequence[Tensor]) -> dict[str, Te
     named: dict[str, Tensor] = {}
     for group, value in zip(groups, values, strict=True):
         sizes = [len(parameter) for parameter in group.parameters.values()]
-        named.update(zip(group.names, value.split(sizes, -1), strict=True))
+        named.update(zip(group.names, torch.split(value, sizes, -1), strict=True))
     return named
 
 

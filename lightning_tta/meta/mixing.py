@@ -72,8 +72,8 @@ class _Channels(NamedTuple):
     a: Tensor
     a_rho: Tensor
     share: Tensor  # c / (n - 1)
-    skew: Tensor | None  # (1 - 2w) d
-    slope: Tensor | None  # K
+    skew: Any  # (1 - 2w) d; None where w is fixed
+    slope: Any  # K; the same
 
 
 def mixed_batch_norm(

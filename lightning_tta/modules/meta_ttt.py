@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -226,12 +227,13 @@ class MetaTTT(LightningModule):
         """How many domains the batch holds, with the pseudo-domains."""
         real = 1
         if "domain" in batch:
-            _, counts = torch.unique_consecutive(batch["domain"], return_counts=True)
-            real = len(counts)
-            if len(set(counts.tolist())) > 1 or len(torch.unique(batch["domain"])) != real:
+            numbers = batch["domain"].tolist()  # the one time that a step waits for the device
+            runs = [(number, len(list(run))) for number, run in itertools.groupby(numbers)]
+            real = len(runs)
+            if len({size for _, size in runs}) > 1 or len({number for number, _ in runs}) != real:
                 raise ConfigError(
                     "A batch must hold its domains one after the other, in equal numbers; got domains "
-                    f"{batch['domain'].tolist()}. The data modules of lightning_tta.data make such batches."
+                    f"{numbers}. The data modules of lightning_tta.data make such batches."
                 )
         domains = real * self.pseudo_domains
         if len(batch["image"]) < 2 * domains or (real > 1 and len(batch["image"]) % domains):
