@@ -109,7 +109,7 @@ class _Mixed(Function):
         w_, mean_s, var_s = w.to(mu.dtype), source.mean.to(mu.dtype), source.var.to(mu.dtype)
         d = mean_s - mu
         wd = w_ * d
-        m, rest = mu + wd, d - wd
+        m, rest = torch.lerp(mu, mean_s, w_), d - wd
         u = torch.lerp(var, var_s, w_).addcmul_(wd, rest).add_(source.eps)  # w c d^2 = w d (d - w d)
         r = (u.clamp_min(source.eps) if source.bounded else u).rsqrt()
         a = r if weight is None else r * weight

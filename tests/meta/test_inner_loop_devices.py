@@ -14,7 +14,10 @@ from lightning_tta.meta.synthesis import DomainShiftSynthesis
 from lightning_tta.methods import MetaTTT
 from nets import make_images, make_net
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),  # by torch's own check of parameters
+]
 OPTIONS = [{}, {"temperature": "gem_t", "confident_loss": "entropy", "source_weight_lr": 0.1, "min_steps": 2}]
 
 
