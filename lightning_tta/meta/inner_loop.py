@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
-from typing import Literal, NamedTuple, TypeVar, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -246,38 +246,86 @@ def adapt_inner(
     before: Tensor | None = None
     losses: dict[Phase, list[Tensor]] = {}
     first_gradients: dict[str, Tensor] = {}
-    current: dict[str, Tensor] = {}
-    named = dict(net.named_parameters())
-    for name in [name for phase in phases for name in rate_of[phase]]:
-        value = named[name] if differentiable else named[name].detach()
-        value = value.expand(domains, -1) if domains > 1 else value
-        current[name] = value if value.requires_grad else value.clone().requires_grad_()
+    groups = _groups(net, {phase: rate_of[phase] for phase in phases})
+    current = [group.values(domains, differentiable) for group in groups]
+    moving = [name for group in groups for name in group.names]
     # Checkpointed layers would compute again with the net's own parameters, for the others are in place in a pass only.
     once = safe_checkpoints(recompute=False)
-    with once, batch_of_domains(net, domains), shared_prefix(net, images, list(current)) as run:
+    with once, batch_of_domains(net, domains) as inner, shared_prefix(net, images, moving) as run:
         for phase in phases:
-            kinds = rate_of[phase]
+            moved = [number for number, group in enumerate(groups) if phase in group.kinds]
             for _ in range(settings.steps(phase)):
                 # Aliases of this pass alone: else, at second order, a gradient would also run through earlier steps.
-                used = {name: value.view_as(value) for name, value in current.items()}
-                logits = _by_domain(run(used), domains)
+                used = current if before is None else [values.view_as(values) for values in current]
+                logits = _by_domain(run(_by_name(groups, used)), domains)
                 before = logits if before is None else before
                 loss = settings.loss(logits, phase)
+                inner.mixing = "source_weight" in rate_of[phase].values()
                 gradients = _gradients(
                     net,
                     loss.sum(),
-                    [used[name] for name in kinds],
+                    [used[number] for number in moved],
                     create_graph=second_order,
                     retain_graph=second_order or keep_before,
                 )
+                inner.mixing = True
                 losses.setdefault(phase, []).append(loss.detach().mean())
-                first_gradients = first_gradients or dict(zip(kinds, gradients, strict=True))
-                for (name, kind), gradient in zip(kinds.items(), gradients, strict=True):
-                    current[name] = current[name] - rates[kind] * gradient
+                first_gradients = first_gradients or _by_name([groups[number] for number in moved], gradients)
+                for number, gradient in zip(moved, gradients, strict=True):
+                    current[number] = _descended(current[number], gradient, rates[groups[number].kinds[phase]])
+        parameters = _by_name(groups, current)
         with torch.set_grad_enabled(differentiable):
-            after = _by_domain(run(current), domains)
+            after = _by_domain(run(parameters), domains)
     before = after if before is None else before
-    return Adapted(before if differentiable else before.detach(), after, current, losses, first_gradients)
+    return Adapted(before if differentiable else before.detach(), after, parameters, losses, first_gradients)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Parameters that move at the same rates, as one tensor: a step is one operation, whatever the net's depth.
+
+    Attributes:
+        kinds: Of their learning rates, by phase.
+        parameters: By name, each (C,).
+    """
+
+    kinds: dict[Phase, str]
+    parameters: dict[str, Tensor]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.parameters)
+
+    def values(self, domains: int, differentiable: bool) -> Tensor:
+        """The values to start from, (sum of C,), or (D, sum of C) for several domains."""
+        values = torch.cat([p if differentiable else p.detach() for p in self.parameters.values()])
+        values = values.expand(domains, -1) if domains > 1 else values
+        return values if values.requires_grad else values.requires_grad_()
+
+
+def _groups(net: nn.Module, rate_of: Mapping[Phase, Mapping[str, str]]) -> list[_Group]:
+    """The parameters of all phases, those together that have the same kind of rate in each phase."""
+    named = dict(net.named_parameters())
+    groups: dict[Any, _Group] = {}
+    for name in dict.fromkeys(name for kinds in rate_of.values() for name in kinds):
+        kinds = {phase: rate_of[phase][name] for phase in rate_of if name in rate_of[phase]}
+        key = (*kinds.items(), named[name].dtype, named[name].device)
+        groups.setdefault(key, _Group(kinds, {})).parameters[name] = named[name]
+    return list(groups.values())
+
+
+def _by_name(groups: Sequence[_Group], values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The tensor of each group, taken apart."""
+    named: dict[str, Tensor] = {}
+    for group, value in zip(groups, values, strict=True):
+        sizes = [len(parameter) for parameter in group.parameters.values()]
+        named.update(zip(group.names, torch.split(value, sizes, -1), strict=True))
+    return named
+
+
+def _descended(values: Tensor, gradient: Tensor, rate: Tensor | float) -> Tensor:
+    """A step of gradient descent."""
+    return values - rate * gradient if isinstance(rate, Tensor) else torch.sub(values, gradient, alpha=rate)
 
 
 def _gradients(

@@ -9,35 +9,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from lightning_tta.backbones.norms import affine, batch_norm_layers, moments, replaced_forwards
+from lightning_tta.backbones.norms import batch_norm_layers, replaced_forwards
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
+from lightning_tta.meta.mixing import Inner, Source, mixed_batch_norm, source_batch_norm
 
 Parametrization = Literal["raw", "sigmoid"]
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
-
-
-class _Moments(Function):
-    """Unbiased variance and mean of x (D, B, C, ...), each (D, C); the derivatives keep x and no centred copy."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var = moments(x, [1, *range(3, x.ndim)], unbiased=True)
-        ctx.save_for_backward(x, mean)
-        return var, mean
-
-    @staticmethod
-    def backward(ctx: Any, var_gradient: Tensor, mean_gradient: Tensor) -> Tensor:
-        x, mean = ctx.saved_tensors
-        count = x.numel() // mean.numel()
-        slope = 2 / (count - 1) * var_gradient
-        shape = (len(mean), 1, mean.shape[1]) + (1,) * (x.ndim - 3)
-        return affine(x, slope.view(shape), (mean_gradient / count - slope * mean).view(shape))
 
 
 class MixedBatchNorm(_NormBase):
@@ -66,6 +48,7 @@ class MixedBatchNorm(_NormBase):
     Attributes:
         source_weight: The raw parameter (C,), see :attr:`mixing` for w.
         domains: Number of domains in a batch, see :func:`batch_of_domains`.
+        inner: Which gradients a pass computes, see there.
 
     Raises:
         UnsupportedModelError: If the layer keeps no running statistics, or computes more than BatchNorm.
@@ -105,6 +88,7 @@ class MixedBatchNorm(_NormBase):
             initial = torch.logit(initial, eps=1e-3)
         self.source_weight = nn.Parameter(initial)
         self.domains = 1
+        self.inner: Inner | None = None
 
     @property
     def mixing(self) -> Tensor:
@@ -114,29 +98,15 @@ class MixedBatchNorm(_NormBase):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (N, C, ...)."""
         self._check_input_dim(x)
-        x = x.view(self.domains, len(x) // self.domains, *x.shape[1:])
-        scale, shift = self._scale_and_shift(x)
-        shape = (-1, 1, self.num_features) + (1,) * (x.ndim - 3)
-        y = affine(x, scale.view(shape), shift.view(shape)).flatten(0, 1)
-        return y if self.activation is None else self.activation(y)
-
-    def _scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalisation and affine map of x (D, B, C, ...) in one: each (1, C) or (D, C)."""
         mean, var = self.running_mean, self.running_var
         assert mean is not None
         assert var is not None
-        if x.numel() > self.domains * self.num_features:  # else one value a channel: it has no variance
-            w = self.mixing
-            var_t, mean_t = _Moments.apply(x)
-            var = w * var + (1 - w) * var_t + w * (1 - w) * (mean - mean_t).square()
-            if self.parametrization == "raw":
-                var = var.clamp_min(0)
-            mean = w * mean + (1 - w) * mean_t
-        scale = (var + self.eps).rsqrt()
-        if not self.affine:
-            return scale, -mean * scale
-        scale = scale * self.weight
-        return scale, self.bias - mean * scale
+        source = Source(mean, var, self.eps, self.parametrization == "raw")
+        if x.numel() > self.domains * self.num_features:
+            y = mixed_batch_norm(x, self.weight, self.bias, self.mixing, source, self.domains, self.inner)
+        else:  # one value a channel: it has no variance
+            y = source_batch_norm(x, self.weight, self.bias, source, self.domains)
+        return y if self.activation is None else self.activation(y)
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim < 2 or len(x) % self.domains:
@@ -263,14 +233,18 @@ def _replace(model: nn.Module, replacement: Mapping[Any, nn.Module]) -> nn.Modul
 
 
 @contextmanager
-def batch_of_domains(model: nn.Module, domains: int) -> Iterator[None]:
-    """While active, batches hold ``domains`` of equal size, one after the other; see :class:`MixedBatchNorm`."""
+def batch_of_domains(model: nn.Module, domains: int) -> Iterator[Inner]:
+    """While active, batches hold ``domains`` of equal size, one after the other; see :class:`MixedBatchNorm`.
+
+    Yields the switch of the gradients that passes meanwhile compute.
+    """
     check_range("domains", domains, 1, integer=True)
     layers = mixed_batch_norm_layers(model).values()
+    inner = Inner()
     for layer in layers:
-        layer.domains = domains
+        layer.domains, layer.inner = domains, inner
     try:
-        yield
+        yield inner
     finally:
         for layer in layers:
-            layer.domains = 1
+            layer.domains, layer.inner = 1, None

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from lightning_tta.backbones.norms import replaced_forwards
-from lightning_tta.backbones.passes import call_with, names_by_parameter
+from lightning_tta.backbones.passes import names_by_parameter
 from lightning_tta.backbones.split import as_logits
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
@@ -107,7 +108,8 @@ def shared_prefix(net: nn.Module, images: Tensor, changing: Collection[str]) -> 
         recorder.start_pass()
         given = images.clone() if writes else images
         before = _versions(given)
-        logits = as_logits(call_with(net, {named[name]: value for name, value in parameters.items()}, given))
+        values = {place: value for name, value in parameters.items() for place in places[named[name]]}
+        logits = as_logits(functional_call(net, values, (given,), tie_weights=False))
         writes = writes and _versions(given) != before
         return logits
 

@@ -74,7 +74,8 @@ class MetaTTT(TTAMethod):
         self.count("backwards", steps)
         for phase, losses in result.losses.items():
             self.note(**{f"{phase}_loss": losses[0], "loss": losses[-1]})
-        finite = torch.stack([value.isfinite().all() for value in (result.after, *result.parameters.values())]).all()
+        values = torch.cat([value.flatten() for value in result.parameters.values()])
+        finite = torch.cat([result.after.flatten(), values.to(result.after.dtype)]).isfinite().all()
         self.count("skipped_steps", steps * ~finite)
         if not self.episodic:
             for name, value in result.parameters.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,8 +21,10 @@ from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.meta.inner_loop import InnerLoop, InnerParameters, Phase, adapt_inner, alignment
 from lightning_tta.meta.mixed_bn import Parametrization, convert_mixed_bn, mixed_batch_norm_layers
 from lightning_tta.meta.synthesis import DomainShiftSynthesis
+from lightning_tta.methods.base.execution import Capture
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of
 from lightning_tta.modules.loading import describe_net, load_source
+from lightning_tta.modules.recorded_loss import RecordedLoss
 from lightning_tta.modules.source import log_mean
 from lightning_tta.modules.training import TrainingRecord
 
@@ -63,6 +67,9 @@ class MetaTTT(LightningModule):
         head_lr_factor: The head's learning rate over that of the rest; the authors take 10.
         optimizer: Called with the parameters. Default: SGD, lr 1e-3, Nesterov momentum 0.9, weight decay 5e-4.
         lr_scheduler: Called with the optimizer; stepped per epoch.
+        capture: Whether outer steps are recorded as a CUDA graph, one a shape, and replayed: ``auto``: on CUDA with one
+            process; ``True``: refuse to train where that is not possible; ``False``: never. See
+            :class:`~lightning_tta.modules.recorded_loss.RecordedLoss`.
         inner: Settings of :class:`~lightning_tta.meta.inner_loop.InnerLoop` by name, such as ``max_lr=0.3``.
 
     Raises:
@@ -96,6 +103,7 @@ class MetaTTT(LightningModule):
             p, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4
         ),
         lr_scheduler: LRSchedulerCallable | None = None,
+        capture: Capture = "auto",
         **inner: Any,
     ) -> None:
         super().__init__()
@@ -104,7 +112,7 @@ class MetaTTT(LightningModule):
         check_range("pseudo_domains", pseudo_domains, 1, integer=True)
         check_range("head_lr_factor", head_lr_factor, 0)
         self.settings = InnerLoop(**inner)
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone"])
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone", "capture"])
         net = load_source(source_ckpt, backbone, num_classes, pretrained, backbone_options)
         self.backbone = convert_mixed_bn(net, source_weight, source_weight_std, source_weight_kind)
         self.backbone.requires_grad_(True)
@@ -119,6 +127,7 @@ class MetaTTT(LightningModule):
             rates = {kind: rate for kind, rate in self.settings.rates.items() if rate > 0}
             self.log_rates.update({kind: nn.Parameter(torch.tensor(rate).log()) for kind, rate in rates.items()})
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.recorded = RecordedLoss(capture)
 
     @property
     def rates(self) -> dict[str, Tensor | float]:
@@ -154,6 +163,11 @@ class MetaTTT(LightningModule):
             raise ConfigError(
                 "torch.compile cannot differentiate a compiled net twice. Train it uncompiled; compile the net later."
             )
+        self.recorded.check(self.trainer.strategy.root_device, self.trainer.world_size)
+
+    def on_train_end(self) -> None:
+        """Give the memory of recorded steps back."""
+        self.recorded.clear()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Adapt without labels, then the cross-entropy with them."""
@@ -163,12 +177,32 @@ class MetaTTT(LightningModule):
         phases = self._phases()
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         measure = bool(phases) and self.global_step % every == 0
-        shifts: AbstractContextManager[None] = nullcontext()
+        tensors = [images, labels]
         if self.synthesis is not None:
             first = self.global_rank * domains
             key = f"{self.trainer.current_epoch}|{batch_idx}|{torch.initial_seed()}"
-            shifts = self.synthesis.active(*self.synthesis.draw([f"{key}|{first + i}" for i in range(domains)]))
-        with shifts:
+            drawn = self.synthesis.draw([f"{key}|{first + i}" for i in range(domains)])
+            tensors += [value.to(images.device, non_blocking=True) for value in drawn]
+        if batch_idx == 0 or labels.device.type == "cpu":
+            head = find_head(self.backbone)[1]
+            check_labels(labels, head.out_features)
+        outer = partial(self._outer, phases, domains, measure)
+        if measure:
+            loss, *scalars, cosine = outer(*tensors)
+            self.log("meta/alignment", cosine)
+        else:
+            settings = (phases, domains, self.settings, self.second_order)
+            loss, *scalars = self.recorded(self, outer, tensors, settings=settings, processes=self.trainer.world_size)
+        self.log("meta/train_loss", loss, prog_bar=True)
+        for phase, value in zip(phases, scalars, strict=True):
+            self.log(f"meta/inner_{phase}_loss", value)
+        return loss
+
+    def _outer(
+        self, phases: tuple[Phase, ...], domains: int, measure: bool, images: Tensor, labels: Tensor, *shifts: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The loss, the first inner loss of each phase, and with ``measure`` the alignment. Of tensors alone."""
+        with nullcontext() if self.synthesis is None else self.synthesis.active(*shifts):
             result = adapt_inner(
                 self.backbone,
                 images,
@@ -181,15 +215,9 @@ class MetaTTT(LightningModule):
                 rates=self.rates,
                 inner_parameters=self.inner_parameters,
             )
-        if batch_idx == 0 or labels.device.type == "cpu":
-            check_labels(labels, result.after.shape[-1])
         loss = cross_entropy(result.after.flatten(0, 1), labels)
-        self.log("meta/train_loss", loss, prog_bar=True)
-        for phase, losses in result.losses.items():
-            self.log(f"meta/inner_{phase}_loss", losses[0])
-        if measure:
-            self.log("meta/alignment", alignment(result, self.inner_parameters, labels))
-        return loss
+        inner = [losses[0] for losses in result.losses.values()]
+        return loss, *inner, *([alignment(result, self.inner_parameters, labels)] if measure else [])
 
     def _phases(self) -> tuple[Phase, ...]:
         phases = self.settings.phases if self.meta else ()
@@ -199,12 +227,13 @@ class MetaTTT(LightningModule):
         """How many domains the batch holds, with the pseudo-domains."""
         real = 1
         if "domain" in batch:
-            _, counts = torch.unique_consecutive(batch["domain"], return_counts=True)
-            real = len(counts)
-            if len(set(counts.tolist())) > 1 or len(torch.unique(batch["domain"])) != real:
+            numbers = batch["domain"].tolist()  # the one time that a step waits for the device
+            runs = [(number, len(list(run))) for number, run in itertools.groupby(numbers)]
+            real = len(runs)
+            if len({size for _, size in runs}) > 1 or len({number for number, _ in runs}) != real:
                 raise ConfigError(
                     "A batch must hold its domains one after the other, in equal numbers; got domains "
-                    f"{batch['domain'].tolist()}. The data modules of lightning_tta.data make such batches."
+                    f"{numbers}. The data modules of lightning_tta.data make such batches."
                 )
         domains = real * self.pseudo_domains
         if len(batch["image"]) < 2 * domains or (real > 1 and len(batch["image"]) % domains):

@@ -45,7 +45,9 @@ def test_meta_step(monkeypatch, capsys):
     differences = [float(value) for value in re.findall(r"differ by (\S+)", text)]
     assert len(differences) == 2
     assert max(differences) < 1e-10
-    assert "1.00x higher" in text
+    kernels = {line.split(" | ")[0][2:]: int(line.split(" | ")[3]) for line in text.splitlines() if "0 |" in line}
+    assert set(kernels) == {"plain", "ours", "ours_deep", "higher", "higher_deep"}
+    assert kernels["plain"] < kernels["ours_deep"] < kernels["ours"] < kernels["higher"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
