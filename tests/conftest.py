@@ -10,6 +10,9 @@ TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs"
 WHOLE_RUNS = ("benchmark", "measure", "run", "test_notebooks.py", "test_pages.py")  # rooms left out of each_commit
 
+# Before any fake device is known: autograd would start threads for it, and no process could be forked any more.
+torch.ones((), requires_grad=True).backward()
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; the tests of Ctrl-C need it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

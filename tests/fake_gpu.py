@@ -87,7 +87,9 @@ def fake_gpu() -> Iterator[None]:
             patch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: fused)
             devices = [*_foreach_utils._get_foreach_kernels_supported_devices(), DEVICE]
             patch.setattr(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: devices)
-            patch.setattr(torch, "autocast", partial(_autocast, torch.autocast))
+            patch.setattr(torch, DEVICE, torch.cpu, raising=False)  # where checkpoints look for its functions
+            for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
+                patch.setattr(torch, name, partial(_autocast, getattr(torch, name)))
         patch.setattr(_foreach_utils, "_foreach_supported_types", [torch.Tensor, FakeTensor])
         patch.setattr(torch, "_fused_sgd_", lambda *args, **options: None)  # torch has no shape rule for it
         yield

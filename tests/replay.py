@@ -41,7 +41,7 @@ class Tape:
         calls = [(f, a, k, r) for f, a, k, r in tape.calls if not f.is_view]
 
         def replay():
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):  # casts are among what was recorded
                 for func, args, kwargs, result in calls:
                     again = func(*args, **kwargs)
                     for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):

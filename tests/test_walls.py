@@ -47,6 +47,7 @@ ALLOWED = {  # (files, private names of another library), as patterns: why there
     ("*", "_orig_mod"): "what torch.compile has wrapped",
     ("*", "_compiled_call_impl"): "what module.compile() leaves",
     ("*", "_foreach_*"): "one call for many tensors; torch's optimizers use it, under no public name",
+    ("lightning_tta/methods/base/optimizers.py", "_fused_*"): "the kernels of torch's optimizers, without their checks",
     ("*", "_pytree"): "the tensors in whatever a net returns; torch has no public module for it",
     ("lightning_tta/modules/adaptation.py", "_data_source"): "the loaders of a user, before Lightning asks them",
     ("lightning_tta/meta/prefix.py", "_version"): "the one sign that a tensor was written in place",

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_modules
 
 from lightning_tta.errors import ConfigError, UnsupportedModelError
+from lightning_tta.methods.base.capture import CudaGraphs, Recorder
 from lightning_tta.methods.base.execution import Capture
-from lightning_tta.modules.recorder import CudaGraphs, Recorder
 
 Losses = tuple[Tensor, ...]
 """The loss, and further scalars."""
@@ -181,7 +181,7 @@ class RecordedLoss:
             gradients = torch.autograd.grad(losses[0], parameters, allow_unused=True)
             return tuple(value.detach() for value in losses), list(gradients)
 
-        (losses, gradients), replay = self.recorder.record(run)
+        (losses, gradients), replay = self.recorder.record(run, inputs[0].device)
         self.recordings[key] = _Recording(inputs, losses, gradients, replay)
         return ""
 

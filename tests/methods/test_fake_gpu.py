@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._pytree import tree_leaves
 
 from contract import FIRST, SUPPORTED, VARIANTS, build, case_id
 from fake_gpu import DEVICE, KernelCount, NotOnTheDevice, OnTheDevice, fake_gpu, move
@@ -13,13 +14,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
 ]
 
-OTHERS = (
-    "memo",
-    "zero",
-    "view_averaging",
-    "single_image_bn",
-    "meta_ttt",
-)  # that do not yet say which parts are tensors
 CASES = [case for case in SUPPORTED if case[2] != "user"]
 
 
@@ -41,7 +35,7 @@ def parts_of(method, images):
 def on_the_device(method, function, shapes):
     """Call a function of a method, moved to the device, with tensors there; nothing may happen elsewhere."""
     tensors = [torch.rand(shape, device=DEVICE).to(dtype) for shape, dtype in shapes]
-    method._batch_size, method._counts, method._notes = 4, {}, {}
+    method._batch_size, method.scalars = 4, ({}, {})
     with method.hold(), torch.enable_grad(), method.running(), OnTheDevice():
         method._unrecorded = tensors[0] if method._account is not None else None
         return getattr(method, function)(*tensors)
@@ -59,16 +53,14 @@ def test_a_step_stays_on_the_device(case, has_run):
     if method.step_on_host:
         parts = parts_of(build(*case), images)
         assert parts, "it says that its step needs the host, and replays no part of it"
-    elif method.name in OTHERS:
-        pytest.skip("asks the host, and does not say so yet")
     if has_run:
         method(images)
     with fake_gpu():
         move(method)
         for function, shapes in parts:
-            result = on_the_device(method, function, shapes)
-            assert result.device.type == DEVICE
-            for value in (*method._notes.values(), *method._counts.values()):
+            for result in tree_leaves(on_the_device(method, function, shapes)):
+                assert result.device.type == DEVICE
+            for value in (*method.scalars[0].values(), *method.scalars[1].values()):
                 assert not isinstance(value, torch.Tensor) or value.device.type == DEVICE
         for tensor in (*method.parameters(), *method.buffers(), *method._rest.values(), *method._sources.values()):
             assert tensor.device.type == DEVICE

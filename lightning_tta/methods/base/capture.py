@@ -92,6 +92,22 @@ class Replayable(State):
         """What was captured, by part and shape: ``recorded``, or the reason why not."""
         return self._capture.report()
 
+    def batch_among(self, tensors: Sequence[Tensor]) -> int:
+        """Which of them is the batch whose statistics are still to be noted; -1 for none."""
+        raise NotImplementedError
+
+    def set_batch(self, x: Tensor) -> None:
+        """The same batch, in another tensor."""
+        raise NotImplementedError
+
+    def noted_statistics(self) -> Outputs:
+        """Statistics of the batch that a part has noted, and that are taken in at the end of the step."""
+        raise NotImplementedError
+
+    def note_statistics(self, noted: Outputs) -> None:
+        """Counterpart of :meth:`noted_statistics`."""
+        raise NotImplementedError
+
     def compiled(self) -> AbstractContextManager[None]:
         """While active, passes of the net are compiled."""
         raise NotImplementedError
@@ -147,6 +163,7 @@ class Recording:
         packed: The scalars (N,), float64.
         counts: Counters that are the same each time.
         single: Whether the part returns one tensor, and not a tuple.
+        statistics: Those of the batch that it notes, if it is the part that does.
     """
 
     inputs: list[Tensor]
@@ -157,6 +174,7 @@ class Recording:
     packed: Tensor | None
     counts: dict[str, int]
     single: bool
+    statistics: Outputs
 
 
 class Capture:
@@ -188,7 +206,7 @@ class Capture:
         self._hooks: list[Mapping[Any, Any]] | None = None
         self._layout = -1
         self._settings: Key = ()
-        self.active = False
+        self.active = self._inside = False
         self.why_not = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
@@ -196,6 +214,15 @@ class Capture:
 
     def __reduce__(self) -> tuple[type[Capture], tuple[()]]:
         return Capture, ()
+
+    @contextmanager
+    def deciding(self, method: Replayable, x: Tensor, usable: bool) -> Iterator[None]:
+        """Decide whether the call inside may record and replay, see :meth:`begin`; outside nothing may."""
+        self.begin(method, x, usable)
+        try:
+            yield
+        finally:
+            self.active = False
 
     def begin(self, method: Replayable, x: Tensor, usable: bool) -> None:
         """Decide whether this call may record and replay.
@@ -240,10 +267,10 @@ class Capture:
             return "a mode of torch looks at each operation"
         return ""
 
-    def key(self, name: str, tensors: Sequence[Tensor]) -> Key:
-        """What must be the same for a recording to be used."""
+    def key(self, name: str, tensors: Sequence[Tensor], batch: int = -1) -> Key:
+        """What must be the same for a recording to be used; ``batch``: which tensor is to be accounted for."""
         kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
-        return name, kinds, self._settings, _modes(tensors[0].device.type)
+        return name, kinds, batch, self._settings, _modes(tensors[0].device.type)
 
     def replay(self, method: Replayable, found: Recording, tensors: Sequence[Tensor]) -> Any:
         """The results of a part, copied, with its notes and counts in the method's."""
@@ -252,6 +279,8 @@ class Capture:
                 place.copy_(tensor, non_blocking=True)
             found.replay()
             outputs = tuple(output.clone() for output in found.outputs)
+            if found.statistics:
+                method.note_statistics(tuple(tensor.clone() for tensor in found.statistics))
             if found.packed is not None:
                 scalars = found.packed.clone().unbind()
                 method.note(**dict(zip(found.names[: found.notes], scalars, strict=False)))
@@ -270,18 +299,30 @@ class Capture:
         key: Key | None = None,
     ) -> Any:
         """A part: replayed, recorded for the next time, or as it is."""
-        if not self.active:
+        if not self.active or self._inside:
             return _without_graph(function(*tensors))
-        key = self.key(name, tensors) if key is None else key
+        self._inside = True
+        try:
+            return self._run(method, name, function, tensors, key)
+        finally:
+            self._inside = False
+
+    def _run(
+        self, method: Replayable, name: str, function: Callable[..., Any], tensors: Sequence[Tensor], key: Key | None
+    ) -> Any:
+        batch = method.batch_among(tensors)
+        key = self.key(name, tensors, batch) if key is None else key
         found = self.recordings.get(key)
         if found is not None:
             return self.replay(method, found, tensors)
         self._calls[key] = self._calls.get(key, 0) + 1
         if key in self.plain or self._calls[key] <= self.WARM_UPS or len(self.recordings) >= self.LIMIT:
             return _without_graph(function(*tensors))
-        return self._record(method, key, function, tensors)
+        return self._record(method, key, function, tensors, batch)
 
-    def _record(self, method: Replayable, key: Key, function: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+    def _record(
+        self, method: Replayable, key: Key, function: Callable[..., Any], tensors: Sequence[Tensor], batch: int
+    ) -> Any:
         """Run the part as it is and recorded, from the same state; keep the recording if it agrees."""
         notes, counts = map(dict, method.scalars)
         before, drawn = take(method), _host_randomness()
@@ -290,10 +331,11 @@ class Capture:
             self.plain[key] = "it draws random numbers on the host"
             return self._refused(method, key, expected)
         after, scalars = take(method), method.scalars
+        noted = method.noted_statistics() if batch >= 0 else ()
         reason, found = "", None
         try:
             put_back(method, before)
-            found = self._recorded(method, key[0], function, tensors)
+            found = self._recorded(method, key[0], function, tensors, batch)
             put_back(method, before)
             method.scalars = dict(notes), dict(counts)
             result = self.replay(method, found, tensors)
@@ -307,6 +349,8 @@ class Capture:
             return result
         put_back(method, after)
         method.scalars = scalars
+        if noted:
+            method.note_statistics(noted)
         self.plain[key] = reason
         return self._refused(method, key, expected)
 
@@ -318,14 +362,16 @@ class Capture:
         return result
 
     def _recorded(
-        self, method: Replayable, name: str, function: Callable[..., Any], tensors: Sequence[Tensor]
+        self, method: Replayable, name: str, function: Callable[..., Any], tensors: Sequence[Tensor], batch: int
     ) -> Recording:
         inputs = [tensor.detach().clone() for tensor in tensors]
         names: list[str] = []
         counts: dict[str, int] = {}
         shape: dict[str, int] = {}
 
-        def run() -> tuple[Outputs, Tensor | None]:
+        def run() -> tuple[Outputs, Tensor | None, Outputs]:
+            if batch >= 0:
+                method.set_batch(inputs[batch])
             method.scalars = {}, dict.fromkeys(COUNTS, 0)
             outputs = function(*inputs)
             shape["single"] = isinstance(outputs, Tensor)
@@ -340,7 +386,8 @@ class Capture:
                     counts[counter] = number
             names[:] = [scalar.rstrip() for scalar in scalars]
             packed = torch.stack([s.detach().double().view(()) for s in scalars.values()]) if scalars else None
-            return tuple(output.detach() for output in _as_tuple(outputs)), packed
+            noted = method.noted_statistics() if batch >= 0 else ()
+            return tuple(output.detach() for output in _as_tuple(outputs)), packed, noted
 
         with ExitStack() as stack:
             if method.execution.compile:
@@ -348,9 +395,11 @@ class Capture:
                 run()  # compiles, forward and backward; what it wrote is put back
                 counts.clear()
             stack.enter_context(recording())
-            stack.enter_context(_capturable(method))
-            (outputs, packed), replay = self.recorder.record(run, inputs[0].device)
-        return Recording(inputs, outputs, replay, names, shape["notes"], packed, counts, bool(shape["single"]))
+            (outputs, packed, noted), replay = self.recorder.record(run, inputs[0].device)
+        if batch >= 0:
+            method.set_batch(tensors[batch])
+        single, notes = bool(shape["single"]), shape["notes"]
+        return Recording(inputs, outputs, replay, names, notes, packed, counts, single, noted)
 
     def report(self) -> dict[str, str]:
         """By part and shape: ``recorded``, or why not."""
@@ -410,23 +459,6 @@ def _host_randomness() -> Key:
     legacy = () if numpy is None else numpy.random.get_state()  # a tuple with an array
     others = [item.tobytes() if hasattr(item, "tobytes") else item for item in legacy]
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), tuple(others)
-
-
-@contextmanager
-def _capturable(method: Replayable) -> Iterator[None]:
-    """While active, the optimizers agree to be recorded: all of their state is on the device from the start."""
-    groups = [group for optimizer in method.optimizers.values() for group in optimizer.param_groups]
-    before = [group.get("capturable") for group in groups]
-    for group in groups:
-        group["capturable"] = True
-    try:
-        yield
-    finally:
-        for group, value in zip(groups, before, strict=True):
-            if value is None:
-                del group["capturable"]
-            else:
-                group["capturable"] = value
 
 
 @torch.no_grad()

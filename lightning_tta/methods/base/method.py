@@ -293,9 +293,24 @@ class TTAMethod(Described, Replayable, ABC):
             return False
         return bool(condition.detach().numpy())  # reads the host's own memory; no synchronisation
 
-    def replayed(self, name: str, function: Callable[..., Any], *tensors: Tensor) -> Any:
-        """``function(*tensors)``, a part of a step that is tensors only."""
-        return function(*tensors)
+    def batch_among(self, tensors: Sequence[Tensor]) -> int:
+        """Which of them is the batch whose pass is still to be accounted for; -1 for none."""
+        return next((n for n, tensor in enumerate(tensors) if tensor is self._unrecorded), -1)
+
+    def set_batch(self, x: Tensor) -> None:
+        """The same batch, in another tensor."""
+        self._unrecorded = x
+
+    def noted_statistics(self) -> tuple[Tensor, ...]:
+        """What was accounted for and not yet taken in."""
+        noted = None if self._account is None else self._account.noted
+        return () if noted is None else (noted[0], torch.as_tensor(noted[1]))
+
+    def note_statistics(self, noted: tuple[Tensor, ...]) -> None:
+        """Counterpart of :meth:`noted_statistics`; the batch is accounted for."""
+        self._unrecorded = None
+        if self._account is not None:
+            self._account.noted = (noted[0], noted[1]) if noted else None
 
     # What users call -------------------------------------------------------------------------------------------------
 
@@ -328,7 +343,12 @@ class TTAMethod(Described, Replayable, ABC):
         self._stats, self._logits = None, None
         self._warn_of_small_batch(number)
         whole = number == len(usable)
-        self._capture.begin(self, x, whole)
+        with self._capture.deciding(self, x, whole):
+            return self._adapt_and_predict(x, usable)
+
+    def _adapt_and_predict(self, x: Tensor, usable: Tensor) -> Tensor:
+        number = int(usable.sum())
+        whole = number == len(usable)
         key = self._capture.key(STEP, (x,)) if self._capture.active and not self.step_on_host else None
         recording = None if key is None else self._capture.recordings.get(key)
         if recording is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,24 +65,48 @@ def masked_step(
 ) -> None:
     """One step, or none, without asking the host which.
 
+    Calls torch's fused kernels themselves: ``optimizer.step()`` takes longer than they do, and Adam's asks CUDA whether
+    a graph is being captured, which opens a context in a process that runs on the CPU.
+
     Args:
         optimizer: From :func:`make_optimizer`.
         gradients: Of its parameters, in order; where there is none, the parameter stays.
         taken: 0-dimensional, bool: whether parameters and moments change.
         lr_factor: Learning rates are ``initial_lr`` times this.
     """
-    remaining = iter(gradients)
+    not_taken, remaining = (~taken).float(), iter(gradients)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_factor
+        alike: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = {}
         for parameter, gradient in zip(group["params"], remaining, strict=False):
-            if gradient is not None and gradient.stride() != parameter.stride():
+            if gradient is None:
+                continue
+            if gradient.stride() != parameter.stride():
                 gradient = torch.empty_like(parameter).copy_(gradient)  # fused kernels walk through memory
-            parameter.grad = gradient
-    optimizer.grad_scale, optimizer.found_inf = None, (~taken).float()  # type: ignore[attr-defined]  # AMP's interface
-    try:
-        optimizer.step()
-    finally:
-        optimizer.zero_grad(set_to_none=True)
+            alike.setdefault((parameter.dtype, parameter.device), []).append((parameter, gradient))
+        for pairs in alike.values():
+            parameters, values = (list(tensors) for tensors in zip(*pairs, strict=True))
+            _fused_step(optimizer, group, parameters, values, not_taken)
+
+
+def _fused_step(
+    optimizer: Optimizer, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], not_taken: Tensor
+) -> None:
+    """A step of parameters of one kind; moments move with them, and neither does where ``not_taken`` is 1."""
+    states = [optimizer.state[parameter] for parameter in parameters]
+    settings: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "maximize")}
+    settings |= {"grad_scale": None, "found_inf": not_taken}  # the interface of torch's gradient scaling
+    if isinstance(optimizer, SGD):
+        buffers = [state["momentum_buffer"] for state in states] if group["momentum"] else []
+        more = {name: group[name] for name in ("momentum", "dampening", "nesterov")}
+        torch._fused_sgd_(parameters, gradients, buffers, **settings, **more, is_first_step=False)
+        return
+    first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    step: Any = torch._fused_adamw_ if isinstance(optimizer, AdamW) else torch._fused_adam_
+    settings |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "eps": group["eps"], "amsgrad": False}
+    torch._foreach_add_(steps, 1)
+    step(parameters, gradients, first, second, [], steps, **settings)
+    torch._foreach_sub_(steps, [not_taken] * len(steps))
 
 
 def check_precision(optimizer: Optimizer, dtype: torch.dtype) -> None:
