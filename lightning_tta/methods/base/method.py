@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tta import collective
+from lightning_tta.backbones.casts import FrozenCasts
 from lightning_tta.backbones.copying import copied_whole, holds_parameters_elsewhere
 from lightning_tta.backbones.norms import (
     MomentsRecord,
@@ -103,6 +104,7 @@ class TTAMethod(Described, State, ABC):
         self.replaces_statistics = self.uses_batch_statistics or type(self).running is not TTAMethod.running
         self._first_pass = FirstPass()
         self.model = plain.requires_grad_(False)
+        self._casts = FrozenCasts(self.model)
         self._custody = Custody(self.model, self.name, self._lent)
         self.register_load_state_dict_post_hook(_take_stock)  # type: ignore[no-untyped-call]
         self.steps = steps
@@ -227,6 +229,12 @@ class TTAMethod(Described, State, ABC):
         return outputs, self.task.logits(output)
 
     @contextmanager
+    def computing(self, device: torch.device) -> Iterator[None]:
+        """While active, passes of the net on ``device`` compute as :attr:`execution` says."""
+        with self.execution.active(device, float_dtype(self.model)), self._casts.active(device):
+            yield
+
+    @contextmanager
     def passes(self) -> Iterator[None]:
         """While active, passes of the net are counted, and see images as given; inside :meth:`running`."""
         statistics = self.replaces_statistics
@@ -336,7 +344,7 @@ class TTAMethod(Described, State, ABC):
         self._warn_of_small_batch(number)
         with (
             explained(self.model, x, has_run=self.has_run),
-            self.execution.active(x.device),
+            self.computing(x.device),
             with_gradients(x, float_dtype(self.model)) as x,
             self.running(),
             self.passes(),
@@ -389,7 +397,7 @@ class TTAMethod(Described, State, ABC):
         try:
             stream = self.stream_statistics() if statistics == "stream" else {}
             seen = explained(self.model, x, has_run=self.has_run)
-            with seen, self.execution.active(x.device), fresh_casts(), self._running(stream) as infer, self.passes():
+            with seen, self.computing(x.device), fresh_casts(), self._running(stream) as infer, self.passes():
                 samples = x.to(float_dtype(self.model))
                 samples = samples if bool(usable.all()) else samples[usable.to(x.device)]
                 logits = infer(samples) if len(samples) else self._no_logits(samples)
@@ -540,6 +548,7 @@ class TTAMethod(Described, State, ABC):
                 self._account.renew(self.model)
                 for tensors in (self._rest, self._sources):
                     tensors[MOMENTS] = at_least_float32(tensors[MOMENTS])
+            self._casts.drop()
             self._custody.take_stock(self.model)
         return self
 
