@@ -67,10 +67,11 @@ def _group_norm(x: Tensor, *args: Any, **options: Any) -> Tensor:
     """In place of torch's: backward on a CPU crashes the process if x is channels-last and needs no gradient itself."""
     if x.device.type == "cpu" and torch.is_grad_enabled():  # nobody knows yet whether x will be asked for its gradient
         x = x.contiguous()
-    return _ORIGINAL_GROUP_NORM(x, *args, **options)
+    y: Tensor = _ORIGINAL_GROUP_NORM(x, *args, **options)
+    return y
 
 
-_ORIGINAL_GROUP_NORM = functional.group_norm
+_ORIGINAL_GROUP_NORM: Any = functional.group_norm
 _GROUP_NORM_CRASHES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)  # 2.11, 2.12, 2.13
 _GENERATORS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
 _ACTIVE: list[bool] = []  # whether each context that is open, in any thread, forbids to compute again
@@ -87,7 +88,7 @@ def _install() -> None:
         if original is not None:
             setattr(checkpoint, name, replaced.get(name, original))
     if _GROUP_NORM_CRASHES:
-        functional.group_norm = _group_norm if _ACTIVE else _ORIGINAL_GROUP_NORM
+        functional.group_norm = _group_norm if _ACTIVE else _ORIGINAL_GROUP_NORM  # type: ignore[assignment]
 
 
 @contextmanager

@@ -182,7 +182,7 @@ def test_layers_with_a_forward_or_a_weight_of_their_own_are_left_alone():
 
 
 def test_nested_calls_and_errors_leave_the_net_as_it_was():
-    net, x = frozen()
+    net, _ = frozen()
     casts = FrozenCasts(net)
     with torch.autocast("cpu", torch.bfloat16):
         with casts.active(CPU):

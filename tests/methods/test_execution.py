@@ -110,13 +110,15 @@ def test_nothing_to_set_costs_nothing():
 def test_nested_and_after_an_error():
     before = settings()
     exact, tf32 = Execution(precision="exact", deterministic=True), Execution(precision="tf32")
-    with pytest.raises(ZeroDivisionError), exact.active(CUDA):
+    with exact.active(CUDA):
         with tf32.active(CUDA):
             with exact.active(CUDA):
                 assert settings()["kinds"][:3] == ["ieee"] * 3
             assert settings()["kinds"][:3] == ["tf32"] * 3
             assert settings()["deterministic"]  # another method's wish for less takes nothing away
         assert settings()["kinds"][:3] == ["ieee"] * 3
+    assert settings() == before
+    with pytest.raises(ZeroDivisionError), exact.active(CUDA):
         raise ZeroDivisionError
     assert settings() == before
 
@@ -309,3 +311,37 @@ def test_a_contradictory_autocast_is_refused(precision, around):
 def test_wrong_words(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         adapt(make_net("bn"), "tent", **options)
+
+
+# 16-bit nets
+
+
+def moved(method, stream):
+    """How far each learned value is from the source after the stream."""
+    source = [p.detach().double().clone() for p in method.learned]
+    run(method, stream)
+    return torch.cat([(p.detach().double() - s).flatten() for p, s in zip(method.learned, source, strict=True)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_learning_of_16_bit_weights_is_warned_of_with_reason(dtype):
+    """At small rates most steps are rounded away; a float32 net that computes in 16 bits takes them all."""
+    options = {"lr": 2.5e-4, "optimizer": "sgd"}
+    stream = make_stream(6, batch=16)
+    with pytest.warns(UserWarning, match=r"learn \w*16 weights.*rounded away.*precision='bf16'"):
+        narrow = adapt(make_net("bn").to(dtype), "tent", **options)
+    with pytest.warns(UserWarning, match="rounded away"):
+        adapt(make_net("bn"), "tent", **options).to(dtype)
+    exact = moved(adapt(make_net("bn"), "tent", **options), stream)
+    stuck = (moved(narrow, stream) == 0) & (exact != 0)
+    assert stuck.double().mean() > 0.5
+    cast = moved(adapt(make_net("bn"), "tent", precision="bf16", **options), stream)
+    assert (cast == 0).double().mean() < 0.05
+    assert torch.cosine_similarity(cast, exact, dim=0) > 0.95
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_nothing_is_said_where_nothing_learns(dtype, recwarn):
+    adapt(make_net("bn").to(dtype), "norm")(make_images(8))
+    adapt(make_net("bn"), "tent", precision="bf16")(make_images(8))
+    assert not [w for w in recwarn if "rounded away" in str(w.message)]

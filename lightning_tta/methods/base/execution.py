@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-from torch.utils import deterministic as torch_deterministic
+from torch.utils import deterministic
 
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice
 
@@ -81,6 +81,12 @@ class Execution:
             return self._deterministic(None) if self.deterministic else nullcontext()
         return self._deterministic(self.precision == "tf32")
 
+    def precision_on(self, device: torch.device) -> Precision | None:
+        """In which precision a call computes on ``device``, by an autocast around it too; ``None``: it is not said."""
+        if self.precision is None and torch.is_autocast_enabled(device.type):
+            return "bf16"  # or float16, for which the same layout is quicker
+        return self.precision
+
     def _check(self, device: torch.device, dtype: torch.dtype) -> None:
         if dtype != torch.float32 and not (self.precision == "exact" and dtype == torch.float64):
             raise ConfigError(
@@ -128,7 +134,7 @@ class _Wish:
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.deterministic = True
             torch.backends.cudnn.benchmark = False
-            torch_deterministic.fill_uninitialized_memory = False  # a kernel for each tensor, and nobody reads it
+            _FILL.fill_uninitialized_memory = False  # a kernel for each tensor, and nobody reads it
 
 
 class _Settings:
@@ -137,7 +143,7 @@ class _Settings:
     def __init__(self) -> None:
         self.deterministic = torch.are_deterministic_algorithms_enabled()
         self.warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        self.fill = torch_deterministic.fill_uninitialized_memory
+        self.fill = _FILL.fill_uninitialized_memory
         self.cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
         self.kinds = [kind.fp32_precision for kind in (*_CUDA_KINDS, *_CPU_KINDS)]
         matmul, convolution, *_ = self.kinds
@@ -158,7 +164,7 @@ class _Settings:
         if wish.deterministic:
             torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warn_only)
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = self.cudnn
-            torch_deterministic.fill_uninitialized_memory = self.fill
+            _FILL.fill_uninitialized_memory = self.fill
 
 
 class _Process:
@@ -199,8 +205,11 @@ class _Level:
     users: int = 0
 
 
-_CUDA_KINDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-_CPU_KINDS: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn)
+_CUDNN: Any = torch.backends.cudnn  # whose stubs do not know these names
+_MKLDNN: Any = torch.backends.mkldnn
+_FILL: Any = deterministic
+_CUDA_KINDS: tuple[Any, ...] = (torch.backends.cuda.matmul, _CUDNN.conv, _CUDNN.rnn)
+_CPU_KINDS: tuple[Any, ...] = (_MKLDNN.matmul, _MKLDNN.conv, _MKLDNN.rnn)
 _PROCESS = _Process()
 _REFUSALS = ("not have a deterministic implementation", "not deterministic because")  # torch's words
 

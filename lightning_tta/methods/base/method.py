@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_tta import collective
 from lightning_tta.backbones.casts import FrozenCasts
 from lightning_tta.backbones.copying import copied_whole, holds_parameters_elsewhere
+from lightning_tta.backbones.layout import wanted_layout
 from lightning_tta.backbones.norms import (
     MomentsRecord,
     batch_norm_layers,
@@ -24,7 +25,7 @@ from lightning_tta.backbones.norms import (
     fixed_statistics,
     grouped_batch_statistics,
 )
-from lightning_tta.backbones.passes import call_with, safe_checkpoints
+from lightning_tta.backbones.passes import call_with, outside_inference_mode, safe_checkpoints
 from lightning_tta.backbones.split import HeadSplit, features_at, module_at
 from lightning_tta.errors import ConfigError, NotPreparedError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import at_least_float32
@@ -105,6 +106,8 @@ class TTAMethod(Described, State, ABC):
         self._first_pass = FirstPass()
         self.model = plain.requires_grad_(False)
         self._casts = FrozenCasts(self.model)
+        self._layout: torch.memory_format | None = None  # of the images; None: as they come
+        self._layout_chosen = False
         self._custody = Custody(self.model, self.name, self._lent)
         self.register_load_state_dict_post_hook(_take_stock)  # type: ignore[no-untyped-call]
         self.steps = steps
@@ -231,6 +234,9 @@ class TTAMethod(Described, State, ABC):
     @contextmanager
     def computing(self, device: torch.device) -> Iterator[None]:
         """While active, passes of the net on ``device`` compute as :attr:`execution` says."""
+        if device.type == "cuda" and not self._layout_chosen:
+            self._layout_chosen = True
+            self._lay_out(wanted_layout(self.model, device, self.execution.precision_on(device)))
         with self.execution.active(device, float_dtype(self.model)), self._casts.active(device):
             yield
 
@@ -349,7 +355,7 @@ class TTAMethod(Described, State, ABC):
             self.running(),
             self.passes(),
         ):
-            x = x if number == len(usable) else x[usable.to(x.device)]
+            x = self._laid_out(x if number == len(usable) else x[usable.to(x.device)])
             logits = at_least_float32(self._adapted(x))
         if number:
             self._logits = logits.clone()  # for stats; the caller may write to what it gets
@@ -400,6 +406,7 @@ class TTAMethod(Described, State, ABC):
             with seen, self.computing(x.device), fresh_casts(), self._running(stream) as infer, self.passes():
                 samples = x.to(float_dtype(self.model))
                 samples = samples if bool(usable.all()) else samples[usable.to(x.device)]
+                samples = self._laid_out(samples)
                 logits = infer(samples) if len(samples) else self._no_logits(samples)
         finally:
             self._counts, self._notes = kept
@@ -579,6 +586,16 @@ class TTAMethod(Described, State, ABC):
             self._account.record.end()
         self._account.note(self, logits.detach())
         return features, logits
+
+    def _lay_out(self, layout: torch.memory_format | None) -> None:
+        """Let net, state and, from now on, images lie in memory so; the parameters stay the same objects."""
+        self._layout = layout
+        if layout is not None:
+            with outside_inference_mode():
+                self._apply(lambda t: t.contiguous(memory_format=layout) if t.ndim == 4 else t)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return x if self._layout is None else x.contiguous(memory_format=self._layout)
 
     @contextmanager
     def _running(self, stream: dict[str, tuple[Tensor, Tensor]] | None) -> Iterator[Callable[[Tensor], Tensor]]:
