@@ -237,7 +237,8 @@ class TTAMethod(Described, State, ABC):
         if device.type == "cuda" and not self._layout_chosen:
             self._layout_chosen = True
             self._lay_out(wanted_layout(self.model, device, self.execution.precision_on(device)))
-        with self.execution.active(device, float_dtype(self.model)), self._casts.active(device):
+        dtype = torch.float32 if self.execution.precision is None else float_dtype(self.model)
+        with self.execution.active(device, dtype), self._casts.active(device):
             yield
 
     @contextmanager
