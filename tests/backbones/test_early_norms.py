@@ -1,7 +1,6 @@
 """Which norm layers count as the last ones, in nets of several shapes."""
 
 import pytest
-import torch
 from torch import nn
 
 from lightning_tta import ConfigError
