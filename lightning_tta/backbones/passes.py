@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 from torch.utils import checkpoint
 
 
@@ -62,6 +63,16 @@ def _nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
 
 
+def _group_norm(x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """In place of torch's: backward on a CPU crashes the process if x is channels-last and needs no gradient itself."""
+    if x.device.type == "cpu" and torch.is_grad_enabled():  # nobody knows yet whether x will be asked for its gradient
+        x = x.contiguous()
+    y: Tensor = _ORIGINAL_GROUP_NORM(x, *args, **options)
+    return y
+
+
+_ORIGINAL_GROUP_NORM: Any = functional.group_norm
+_GROUP_NORM_CRASHES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)  # 2.11, 2.12, 2.13
 _GENERATORS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
 _ACTIVE: list[bool] = []  # whether each context that is open, in any thread, forbids to compute again
 _LOCK = threading.Lock()
@@ -76,6 +87,8 @@ def _install() -> None:
     for name, original in _ORIGINALS.items():
         if original is not None:
             setattr(checkpoint, name, replaced.get(name, original))
+    if _GROUP_NORM_CRASHES:
+        functional.group_norm = _group_norm if _ACTIVE else _ORIGINAL_GROUP_NORM  # type: ignore[assignment]
 
 
 @contextmanager
@@ -83,6 +96,7 @@ def safe_checkpoints(*, recompute: bool = True) -> Iterator[None]:
     """While active, layers under ``torch.utils.checkpoint`` give the gradients that they give without it.
 
     Reentrant checkpoints lose them where the input has none, and refuse ``autograd.grad``: the other kind runs instead.
+    GroupNorm, too, gives its gradients for any layout of its input, with a torch where it crashes otherwise.
 
     Args:
         recompute: Whether parts of a pass may be computed again in the backward pass, which saves memory. Not where the

@@ -35,7 +35,7 @@ from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.modules.training import find_checkpoint
 from lightning_tta.run.bar import RunBar
 from lightning_tta.run.board import FitBoard
-from lightning_tta.run.options import PARTS, RunConfig
+from lightning_tta.run.options import PARTS, RunConfig, check_precisions
 from lightning_tta.run.progress import FitProgress
 
 METHOD_OPTIONS = ("--model.method", "--model.method.help", "--model.init_args.method")
@@ -88,6 +88,8 @@ class TTACLI(LightningCLI):
         except UnicodeDecodeError as error:
             raise ConfigError(f"A file of the configuration is no UTF-8 text: {error}. Give a YAML file.") from error
         check_classes(self.config[name])
+        options = (self.config[name].get("model") or {}).get("init_args") or {}
+        check_precisions(options.get("precision"), self.config[name].get("trainer.precision"))
 
     def before_instantiate_classes(self) -> None:
         """A net of the user's that is written as a class with its arguments is built as one that is named by its path.

@@ -29,7 +29,7 @@ from lightning_tta.run.batches import StreamInput
 from lightning_tta.run.board import StreamBoard
 from lightning_tta.run.directory import withhold_loggers
 from lightning_tta.run.measures import source_errors
-from lightning_tta.run.options import where_moved
+from lightning_tta.run.options import check_precisions, where_moved
 from lightning_tta.run.outputs import PredictionWriter, StreamLogger, StreamReport
 from lightning_tta.run.own_loader import describe_loaders
 from lightning_tta.run.processes import ProcessMode, share_stream
@@ -170,6 +170,7 @@ class TestTimeAdaptation(LightningModule):
         self.trainer.loggers = self._loggers  # nothing asks them to write before the run has its directory
         if stage != "predict":
             raise ConfigError(f"TestTimeAdaptation runs in predict, not in {stage}. Use SourceClassifier to {stage}.")
+        check_precisions(self.execution.precision, self.trainer.precision)
         run = self._make_run()
         run.begin(self._keeper.resume)
         self.run = run

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from lightning_tta.errors import ConfigError
 from lightning_tta.run.batches import StreamInput
 from lightning_tta.run.board import StreamBoard
 from lightning_tta.run.outputs import StreamReport
@@ -40,6 +41,28 @@ def where_moved(option: str) -> str | None:
         f"model.{option} is now --{owner}.{name} on the command line, {owner}: {{{name}: ...}} in a configuration, and "
         f"{PARTS[owner].__name__}({name}=...) among the callbacks of the Trainer in Python."
     )
+
+
+def check_precisions(precision: str | None, trainers: object) -> None:
+    """Refuse a method's precision that Lightning's contradicts.
+
+    Args:
+        precision: That of :class:`~lightning_tta.methods.base.execution.Execution`.
+        trainers: The Trainer's, such as ``bf16-mixed`` or ``32``; ``None``: float32.
+
+    Raises:
+        ConfigError: With the values that go together.
+    """
+    whole = ("32-true", "32")
+    allowed = {"exact": (*whole, "64-true", "64"), "tf32": whole, "bf16": (*whole, "bf16-mixed", "bf16")}
+    given = "32-true" if trainers is None else str(trainers)
+    if precision is not None and given not in allowed[precision]:
+        with_it = " or ".join(word for word in allowed[precision] if "-" in word)
+        raise ConfigError(
+            f"--model.precision {precision} and --trainer.precision {given} contradict each other: the Trainer would "
+            f"cast the net or its operations otherwise. With {precision} goes --trainer.precision {with_it}; or leave "
+            "--model.precision out, to compute as the Trainer says."
+        )
 
 
 class RunConfig(SaveConfigCallback):

@@ -142,7 +142,7 @@ class StreamReport(RunCallback):
             "guard": None,
             "wall_seconds": run.wall_seconds,
             **peak_memory(run.device),
-            "precision": str(run.trainer.precision),
+            "precision": run.method.execution.precision or str(run.trainer.precision),
             "environment": environment(run.device),
             "run_digest": run.directory.digest,
             "predictions_digest": predictions_digest((run.directory.path / PREDICTIONS).read_bytes()),

@@ -119,12 +119,13 @@ class StreamRun:
 
     def identity(self) -> dict[str, Any]:
         """What makes this run another one than others, by name; the same on all processes."""
-        limit = self.trainer.limit_predict_batches
+        limit, precision = self.trainer.limit_predict_batches, self.method.execution.precision
         identity: dict[str, Any] = {
             "method": self.method.name,
             **{f"method.{name}": value for name, value in self.method.options.items()},
             "reset_every": self.reset_every,
             "precision": str(self.trainer.precision),
+            **({} if precision is None else {"model.precision": precision}),
             **({} if limit in (None, 1.0) else {"limit_predict_batches": limit}),
             **{f"protocol.{name}": value for name, value in self.protocol.to_dict().items()},
         }

@@ -73,6 +73,10 @@ def message_of(capsys, args):
         ([*RUN, "--model.source_ckpt=nothere.ckpt"], "source_ckpt='nothere.ckpt' does not exist. Give a checkpoint"),
         ([*RUN, "--trainer.max_epohcs=1"], "There is no option 'trainer.max_epohcs'. Did you mean trainer.max_epochs"),
         ([*RUN, "--trainer.devices=x"], "Trainer refuses its options: .*devices"),
+        (
+            [*RUN, "--model.precision=tf32", "--trainer.precision=16-mixed"],
+            "--model.precision tf32 and --trainer.precision 16-mixed contradict.*--trainer.precision 32-true;",
+        ),
         ([*RUN, "--trainer.precision=17"], "--trainer.precision must be one of 64, 32, 16 or .*; got '17'"),
         ([*RUN, "--trainer.callbacks+=lightning_tta.Gard"], "'lightning_tta.Gard' is neither a file nor a class"),
         (

@@ -145,6 +145,23 @@ def test_a_recording_knows_its_settings():
     assert replays(captured)
 
 
+@pytest.mark.parametrize("name", ["tent", "memo"])
+def test_other_frozen_weights_reach_a_recording(name):
+    """Under bf16 the net's frozen weights are kept as copies, which a recorded pass reads."""
+    options = {"precision": "bf16", **VARIANTS[name][1 if name == "memo" else 0]}
+    plain, captured = pair(name, options, "bn")
+    plain.execution, captured.execution = (Execution(precision="bf16", capture=c) for c in (False, "auto"))
+    stream = make_stream(8)
+    for images in stream[:5]:
+        agree(plain, captured, images)
+    assert replays(captured)
+    state = build(name, options, "bn", seed=1).state_dict()
+    plain.load_state_dict(state), captured.load_state_dict(state)
+    for images in stream[5:]:
+        agree(plain, captured, images)
+    assert replays(captured)
+
+
 def test_filters_count_as_settings():
     options = {"lr": 0.1, "entropy_margin": 0.9, "diversity_margin": None}
     plain, captured = pair("eta", options, "gn")

@@ -94,6 +94,7 @@ def test_restart_replaces_the_run(tmp_path):
         {"callbacks": [Guard()]},
         {"callbacks": [Guard(window=4)]},
         {"predict": "after"},
+        {"precision": "bf16"},
     ],
 )
 def test_another_configuration_is_another_run(tmp_path, change):

@@ -214,6 +214,33 @@ def test_bfloat16_autocast(tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in module.method.adaptable.values())
 
 
+@pytest.mark.parametrize("trainers", ["32-true", "bf16-mixed"])
+def test_bf16_of_the_method_is_that_of_the_trainer(tmp_path, trainers):
+    _, expected = run(tmp_path / "trainer", trainer_options={"precision": "bf16-mixed"})
+    module = TestTimeAdaptation(TENT, backbone=net(), precision="bf16")
+    module, outputs = run(tmp_path / "method", module=module, trainer_options={"precision": trainers})
+    assert torch.equal(logits_of(outputs), logits_of(expected))
+    report = json.loads((module.run.directory.path / "report.json").read_text())
+    assert report["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("precision", "trainers", "goes"),
+    [
+        ("exact", "bf16-mixed", "32-true or 64-true"),
+        ("tf32", "bf16-true", "32-true"),
+        ("bf16", "bf16-true", "32-true or bf16-mixed"),
+        ("bf16", "64-true", "32-true or bf16-mixed"),
+    ],
+)
+def test_contradictory_precisions_are_refused(tmp_path, precision, trainers, goes):
+    module = TestTimeAdaptation(TENT, backbone=net(), precision=precision)
+    words = f"--model.precision {precision} and --trainer.precision {trainers} contradict.*precision {goes};"
+    with pytest.raises(ConfigError, match=words):
+        run(tmp_path, module=module, trainer_options={"precision": trainers})
+    assert not any(tmp_path.iterdir())
+
+
 def test_predict_after_the_step(tmp_path):
     module = TestTimeAdaptation(TENT, backbone=net(), predict="after")
     _, outputs = run(tmp_path, module=module)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_tta import collective
+from lightning_tta.backbones.casts import FrozenCasts
 from lightning_tta.backbones.copying import copied_whole, holds_parameters_elsewhere
+from lightning_tta.backbones.layout import wanted_layout
 from lightning_tta.backbones.norms import (
     MomentsRecord,
     batch_norm_layers,
@@ -104,6 +106,9 @@ class TTAMethod(Described, Replayable, ABC):
         self.replaces_statistics = self.uses_batch_statistics or type(self).running is not TTAMethod.running
         self._first_pass = FirstPass()
         self.model = plain.requires_grad_(False)
+        self._casts = FrozenCasts(self.model)
+        self._layout: torch.memory_format | None = None  # of the images; None: as they come
+        self._layout_chosen = False
         self._custody = Custody(self.model, self.name, self._lent)
         self.register_load_state_dict_post_hook(_take_stock)  # type: ignore[no-untyped-call]
         self.steps = steps
@@ -225,6 +230,16 @@ class TTAMethod(Described, Replayable, ABC):
             return outputs[self._module_at[at]], self.task.logits(output)
         outputs, output = features_at(self.model, x, at)
         return outputs, self.task.logits(output)
+
+    @contextmanager
+    def computing(self, device: torch.device) -> Iterator[None]:
+        """While active, passes of the net on ``device`` compute as :attr:`execution` says."""
+        if device.type == "cuda" and not self._layout_chosen:
+            self._layout_chosen = True
+            self._lay_out(wanted_layout(self.model, device, self.execution.precision_on(device)))
+        dtype = torch.float32 if self.execution.precision is None else float_dtype(self.model)
+        with self.execution.active(device, dtype), self._casts.active(device):
+            yield
 
     @contextmanager
     def passes(self) -> Iterator[None]:
@@ -352,20 +367,20 @@ class TTAMethod(Described, Replayable, ABC):
         key = self._capture.key(STEP, (x,)) if self._capture.active and not self.step_on_host else None
         recording = None if key is None else self._capture.recordings.get(key)
         if recording is not None:
+            self._casts.keep_up()
             with outside_inference_mode():
                 replayed: Tensor = self._capture.replay(self, recording, (x,))
                 return replayed
         with (
             explained(self.model, x, has_run=self.has_run),
-            self.execution.active(x.device),
+            self.computing(x.device),
             with_gradients(x, float_dtype(self.model)) as x,
             self.running(),
             self.passes(),
         ):
-            if key is None:
-                logits = self._all_steps(x if whole else x[usable.to(x.device)])
-            else:
-                logits = self._capture.run(self, STEP, self._all_steps, (x,), key)
+            x = self._laid_out(x if whole else x[usable.to(x.device)])
+            steps = self._all_steps
+            logits = steps(x) if key is None else self._capture.run(self, STEP, steps, (x,), key)
         if number:
             self._logits = logits.clone()  # for stats; the caller may write to what it gets
         return fill(logits, usable)
@@ -414,9 +429,10 @@ class TTAMethod(Described, Replayable, ABC):
         try:
             stream = self.stream_statistics() if statistics == "stream" else {}
             seen = explained(self.model, x, has_run=self.has_run)
-            with seen, self.execution.active(x.device), fresh_casts(), self._running(stream) as infer, self.passes():
+            with seen, self.computing(x.device), fresh_casts(), self._running(stream) as infer, self.passes():
                 samples = x.to(float_dtype(self.model))
                 samples = samples if bool(usable.all()) else samples[usable.to(x.device)]
+                samples = self._laid_out(samples)
                 logits = infer(samples) if len(samples) else self._no_logits(samples)
         finally:
             self.scalars = before
@@ -576,6 +592,7 @@ class TTAMethod(Described, Replayable, ABC):
                 self._account.renew(self.model)
                 for tensors in (self._rest, self._sources):
                     tensors[MOMENTS] = at_least_float32(tensors[MOMENTS])
+            self._casts.drop()
             self._custody.take_stock(self.model)
         return self
 
@@ -606,6 +623,16 @@ class TTAMethod(Described, Replayable, ABC):
             self._account.record.end()
         self._account.note(self, logits.detach())
         return features, logits
+
+    def _lay_out(self, layout: torch.memory_format | None) -> None:
+        """Let net, state and, from now on, images lie in memory so; the parameters stay the same objects."""
+        self._layout = layout
+        if layout is not None:
+            with outside_inference_mode():
+                self._apply(lambda t: t.contiguous(memory_format=layout) if t.ndim == 4 else t)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return x if self._layout is None else x.contiguous(memory_format=self._layout)
 
     @contextmanager
     def _running(self, stream: dict[str, tuple[Tensor, Tensor]] | None) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -112,6 +113,8 @@ def _fused_step(
 def check_precision(optimizer: Optimizer, dtype: torch.dtype) -> None:
     """Refuse Adam on float16: its second moments and its epsilon vanish there, and a step of 0 / 0 ends all.
 
+    Any learning of 16-bit weights is warned of: a step of less than half their spacing is rounded away.
+
     Raises:
         ConfigError: With what to use.
     """
@@ -120,4 +123,12 @@ def check_precision(optimizer: Optimizer, dtype: torch.dtype) -> None:
             f"{type(optimizer).__name__} cannot learn float16 weights: its second moments are too small for them, and "
             "the weights become NaN. Use optimizer='sgd', or keep the net in float32, with torch.autocast for speed, "
             "or in bfloat16."
+        )
+    if dtype in (torch.float16, torch.bfloat16):
+        warnings.warn(
+            f"The method is to learn {str(dtype).removeprefix('torch.')} weights. A step smaller than "
+            f"{torch.finfo(dtype).eps / 2:.1g} of a weight's size is rounded away there; at small learning rates (SGD "
+            "at 2.5e-4, Adam at 1e-4) most steps are, and the net hardly adapts. Keep the net in float32 and let it "
+            "compute in 16 bits: adapt(net.float(), ..., precision='bf16').",
+            stacklevel=2,
         )

@@ -1,0 +1,167 @@
+"""16-bit copies of frozen weights, kept from pass to pass: autocast makes them anew in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_tta.backbones.passes import outside_inference_mode
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_version = attrgetter("_version")
+_address: Callable[[Any], int] = Tensor.data_ptr
+
+
+class FrozenCasts:
+    """Copies, in autocast's dtype, of the weights of a net's convolutions and linear layers that do not learn.
+
+    A layer with torch's own forward then computes what it computes under autocast without its cache, to the last bit:
+    autocast casts nothing that has its dtype already. Names, parameters and state dict stay as they are. A weight that
+    learns, that has another tensor in its place (``functional_call``) or was written to since the call began is cast
+    anew; so is every weight in a region without autocast, in that autocast's dtype, and in what torch.compile traces.
+
+    A copy is made at its first use and keeps its address: a call that begins after its weight was written to, in place
+    or by ``to()``, writes to it first. The copies take half the memory of the float32 weights they are of.
+
+    Args:
+        model: The net.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._casts: list[_Cast] | None = None  # None: not looked for yet
+        self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        self._state: tuple[Any, ...] = ()
+
+    def __reduce__(self) -> tuple[type[FrozenCasts], tuple[nn.Module]]:
+        return FrozenCasts, (self.model,)  # a copy makes copies of its own
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies."""
+        return sum(cast.copy.nbytes for cast in self._casts or () if cast.copy is not None)
+
+    def drop(self) -> None:
+        """Forget all copies, as after a conversion of the net."""
+        self.__init__(self.model)  # type: ignore[misc]
+
+    def active(self, device: torch.device) -> AbstractContextManager[None]:
+        """While active, layers run with the copies, where the caller's autocast is on; costs next to nothing if not."""
+        if not torch.is_autocast_enabled(device.type):
+            return nullcontext()
+        self._refresh(device, torch.get_autocast_dtype(device.type))
+        return _replaced(self._forwards) if self._forwards else nullcontext()
+
+    def keep_up(self) -> None:
+        """Bring the copies that there are up to date, where no layer will look: a recorded pass reads them."""
+        if self._state:
+            self._refresh(*self._state[:2])
+
+    def _refresh(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self._casts is None:
+            self._casts, self._forwards = _find(self.model, device.type)
+        sources = [cast.source for cast in self._casts]
+        state = (device, dtype, sum(map(_version, sources)), sum(map(_address, sources)))
+        if state != self._state:
+            for cast in self._casts:
+                cast.refresh(dtype)
+            self._state = state
+
+
+class _Cast:
+    """A parameter and its copy."""
+
+    def __init__(self, source: nn.Parameter) -> None:
+        self.source = source
+        self.copy: Tensor | None = None
+        self.version = -1  # of the source, when it was copied
+        self.address = 0
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        source, copy = self.source, self.copy
+        if source.requires_grad or source.dtype != torch.float32:
+            self.copy, self.version = None, -1
+            return
+        if copy is not None and copy.dtype == dtype and (self.version, self.address) == _where(source):
+            return
+        with outside_inference_mode(), torch.no_grad():
+            fresh = source.detach().to(dtype)
+            if copy is None or (copy.dtype, copy.device, copy.stride()) != (dtype, fresh.device, fresh.stride()):
+                self.copy = fresh
+            else:
+                copy.copy_(fresh)
+        self.version, self.address = _where(source)
+
+
+def _where(source: Tensor) -> tuple[int, int]:
+    return source._version, source.data_ptr()
+
+
+def _find(model: nn.Module, kind: str) -> tuple[list[_Cast], dict[nn.Module, Callable[[Tensor], Tensor]]]:
+    """Layers with torch's own forward and parameters of their own, and what they run with while copies are used."""
+    casts: dict[int, _Cast] = {}
+    forwards = {}
+    for layer in model.modules():
+        run = _run(layer)
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if run is None or weight is None or weight.is_inference() or (bias is not None and bias.is_inference()):
+            continue
+        own = [casts.setdefault(id(p), _Cast(p)) for p in (weight, bias) if p is not None]
+        forwards[layer] = _forward(layer, run, own[0], own[1] if bias is not None else None, kind)
+    return list(casts.values()), forwards
+
+
+def _run(layer: nn.Module) -> Callable[..., Tensor] | None:
+    """What torch's own forward of a layer calls with input, weight and bias; ``None`` for other layers."""
+    if "forward" in vars(layer):
+        return None
+    if type(layer).forward is nn.Linear.forward:
+        return functional.linear
+    for kind in _CONVOLUTIONS:
+        if isinstance(layer, kind) and type(layer).forward is kind.forward:
+            return layer._conv_forward if type(layer)._conv_forward is kind._conv_forward else None
+    return None
+
+
+def _forward(
+    layer: nn.Module, run: Callable[..., Tensor], weight: _Cast, bias: _Cast | None, kind: str
+) -> Callable[[Tensor], Tensor]:
+    plain, slots = layer.forward, layer._parameters
+
+    def forward(input: Tensor) -> Tensor:
+        copy = weight.copy
+        if (
+            copy is None
+            or slots["weight"] is not weight.source
+            or weight.source._version != weight.version
+            or weight.source.requires_grad
+            or torch.compiler.is_compiling()
+            or not torch.is_autocast_enabled(kind)
+            or torch.get_autocast_dtype(kind) != copy.dtype
+        ):
+            return plain(input)  # type: ignore[no-any-return]
+        offset = slots["bias"]
+        if bias is not None and offset is bias.source and bias.copy is not None and offset._version == bias.version:
+            offset = offset if offset.requires_grad else bias.copy  # type: ignore[assignment]
+        return run(input, copy, offset)
+
+    return forward
+
+
+@contextmanager
+def _replaced(forwards: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """While active, each layer runs with its forward here. Not by ``setattr``, which is slow in a module."""
+    mine = [(vars(layer), forward) for layer, forward in forwards.items() if "forward" not in vars(layer)]
+    try:
+        for slots, forward in mine:
+            slots["forward"] = forward
+        yield
+    finally:
+        for slots, _ in mine:
+            slots.pop("forward", None)  # a call that broke off may have tidied up
