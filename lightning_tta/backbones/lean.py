@@ -1,0 +1,252 @@
+"""Passes whose graph keeps what the learned parameters need and no more, with the same gradients.
+
+Where only norm layers learn, torch keeps about two maps for each convolution with norm layer and ReLU: the input of the
+norm layer, and the output of the ReLU, which is the input of the next convolution too. The first is needed. Of the
+second the ReLU needs one bit a value, and a convolution whose weight does not learn needs the shape. Plain layers run
+with these instead; the kernels of both passes are torch's own. After Bhatia and Dangel, "Lowering PyTorch's Memory
+Consumption for Selective Differentiation", arXiv 2404.12406; one bit in place of a byte is ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F  # noqa: N812
+
+Forward = Callable[[Tensor], Tensor]
+
+LARGE = 2**20
+"""Values: below, what a layer keeps is little, and the host's time for a Python function shows (some 20 us)."""
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU)
+_POOLS = {nn.MaxPool2d: torch.ops.aten.max_pool2d_with_indices_backward}
+_POOLS[nn.MaxPool3d] = torch.ops.aten.max_pool3d_with_indices_backward
+
+_GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: their bits, side by side in the highest byte
+
+
+class _Shape:
+    """Shape, strides and dtype of a tensor, for backward kernels that ask for it and read no value of it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape, self.strides, self.dtype = x.shape, x.stride(), x.dtype
+
+    def empty(self, like: Tensor) -> Tensor:
+        """A tensor of this shape without values, in the dtype of ``like``."""
+        return like.new_empty_strided(self.shape, self.strides)
+
+
+class _Convolution(Function):
+    """A convolution whose weight is constant keeps its weight alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, output_padding: list[int], plain: Forward
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.set_materialize_grads(False)
+        ctx.x, ctx.layer, ctx.output_padding = _Shape(x), layer, output_padding
+        ctx.bias = None if bias is None else (list(bias.shape), bias.dtype)
+        return plain(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return (None,) * 6
+        layer, (weight,) = ctx.layer, ctx.saved_tensors
+        x, _, bias = torch.ops.aten.convolution_backward(
+            gradient,
+            ctx.x.empty(gradient),
+            weight.to(gradient.dtype),  # under autocast the layer ran with a copy, which nothing keeps
+            None if ctx.bias is None else ctx.bias[0],
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            isinstance(layer, _TRANSPOSED),
+            ctx.output_padding,
+            layer.groups,
+            [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]],
+        )
+        x = None if x is None else x.to(ctx.x.dtype)
+        return x, None, None if bias is None else bias.to(ctx.bias[1]), None, None, None
+
+
+class _Rectifier(Function):
+    """A ReLU, or one of its kind, keeps one bit a value: whether the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module, plain: Forward) -> Tensor:
+        y = plain(x)
+        if y is x:
+            ctx.mark_dirty(x)
+        ctx.set_materialize_grads(False)
+        ctx.slope = layer.negative_slope if isinstance(layer, nn.LeakyReLU) else 0.0
+        if isinstance(layer, nn.Hardtanh):
+            passes = (y > layer.min_val).logical_and_(y < layer.max_val)
+        else:  # no value of a ReLU is negative; on a CPU the first is three times as fast
+            passes = y > 0 if ctx.slope else y.to(torch.bool)
+        ctx.layout = passes.shape, passes.stride()
+        ctx.save_for_backward(pack_bits(passes))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if gradient is None:
+            return None, None, None
+        passes = unpack_bits(*ctx.saved_tensors, *ctx.layout)
+        if gradient.device.type != "cpu":
+            return torch.where(passes, gradient, gradient * ctx.slope if ctx.slope else 0), None, None
+        signs = passes.to(gradient.dtype)  # torch.where is ten times slower on a CPU than these kernels
+        if ctx.slope:
+            return torch.ops.aten.leaky_relu_backward(gradient, signs, ctx.slope, False), None, None
+        return torch.ops.aten.threshold_backward(gradient, signs, 0), None, None
+
+
+class _MaxPool(Function):
+    """Max pooling keeps the places of the maxima, in 16 bits where that is enough, and not its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        pool = F.max_pool2d_with_indices if isinstance(layer, nn.MaxPool2d) else F.max_pool3d_with_indices
+        y, places = pool(
+            x, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, return_indices=True
+        )
+        ctx.set_materialize_grads(False)
+        ctx.x, ctx.layer = _Shape(x), layer
+        ctx.save_for_backward(places.to(_smallest_type(x.shape[2:].numel())))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        if gradient is None:
+            return None, None
+        layer, (places,) = ctx.layer, ctx.saved_tensors
+        x = _POOLS[type(layer)](
+            gradient,
+            ctx.x.empty(gradient),
+            *(_each(size, gradient.ndim - 2) for size in (layer.kernel_size, layer.stride)),
+            *(_each(size, gradient.ndim - 2) for size in (layer.padding, layer.dilation)),
+            layer.ceil_mode,
+            places.long(),
+        )
+        return x, None
+
+
+def _smallest_type(number: int) -> torch.dtype:
+    return next((t for t in (torch.int16, torch.int32) if number <= torch.iinfo(t).max), torch.int64)
+
+
+def _each(size: Any, number: int) -> list[int]:
+    return list(size) if isinstance(size, (tuple, list)) else [size] * number
+
+
+def pack_bits(values: Tensor) -> Tensor:
+    """A bool tensor, dense in whatever order, as bits in memory's order: (numel / 8,), uint8.
+
+    As it is where the number of values is no multiple of 8, or the machine keeps the highest byte first.
+    """
+    if values.numel() % 8 or sys.byteorder == "big":
+        return values
+    eights = values.as_strided((values.numel(),), (1,)).view(torch.int64) * _GATHER
+    return eights.view(torch.uint8).view(-1, 8)[:, 7].contiguous()
+
+
+def unpack_bits(bits: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+    """The bool tensor that :func:`pack_bits` was given."""
+    if bits.dtype == torch.bool:
+        return bits
+    number = torch.arange(256, device=bits.device)
+    table = ((number[:, None] >> number[:8]) & 1).to(torch.uint8).view(torch.int64).flatten()
+    eights = torch.index_select(table, 0, bits.to(torch.int32))
+    return eights.view(torch.bool).as_strided(shape, strides)
+
+
+def _lean_forward(layer: nn.Module, smallest: int) -> Forward | None:
+    """What runs in place of this layer's forward; ``None`` if it is not one that can keep less."""
+    kind, plain = type(layer), layer.forward
+    if kind in _CONVOLUTIONS or kind in _TRANSPOSED:
+        return _convolution(layer, smallest)
+    if kind in _RECTIFIERS:
+        slope = layer.negative_slope if isinstance(layer, nn.LeakyReLU) else 0.0
+        if slope < 0:
+            return None  # the sign of the output says nothing
+
+        def rectify(x: Tensor) -> Tensor:
+            if x.numel() < smallest or not (torch.is_grad_enabled() and x.requires_grad):
+                return plain(x)
+            return _Rectifier.apply(x, layer, plain)  # type: ignore[no-any-return]
+
+        return rectify
+    if kind in _POOLS and not layer.return_indices:
+
+        def pool(x: Tensor) -> Tensor:
+            wanted = torch.is_grad_enabled() and x.requires_grad and x.ndim == (4 if kind is nn.MaxPool2d else 5)
+            return _MaxPool.apply(x, layer) if wanted and x.numel() >= smallest else plain(x)  # type: ignore[no-any-return]
+
+        return pool
+    return None
+
+
+def _convolution(layer: Any, smallest: int) -> Forward | None:
+    plain, dimensions = layer.forward, len(layer.kernel_size) + 2
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return None
+    output_padding = list(layer.output_padding)
+
+    def convolve(x: Tensor) -> Tensor:
+        weight, bias = layer.weight, layer.bias  # which functional_call may have replaced
+        wanted = torch.is_grad_enabled() and not weight.requires_grad and x.ndim == dimensions
+        if not wanted or x.numel() < smallest or not (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return plain(x)  # type: ignore[no-any-return]
+        return _Convolution.apply(x, weight, bias, layer, output_padding, plain)  # type: ignore[no-any-return]
+
+    return convolve
+
+
+_PLANS: WeakKeyDictionary[nn.Module, dict[int, dict[nn.Module, Forward]]] = WeakKeyDictionary()
+
+
+def _plan(model: nn.Module, smallest: int) -> dict[nn.Module, Forward]:
+    plans = _PLANS.setdefault(model, {})
+    if smallest not in plans:
+        layers = [layer for layer in model.modules() if layer is not model and "forward" not in vars(layer)]
+        forwards = {layer: _lean_forward(layer, smallest) for layer in layers}
+        plans[smallest] = {layer: forward for layer, forward in forwards.items() if forward is not None}
+    return plans[smallest]
+
+
+@contextmanager
+def lean_backward(model: nn.Module, smallest: int = 0) -> Iterator[None]:
+    """While active, passes of ``model`` keep for the backward pass what learns needs, and give the same gradients.
+
+    Convolutions (also transposed ones) whose weight does not require gradients keep no input; ReLU, ReLU6, Hardtanh and
+    LeakyReLU one bit a value; max pooling the places of the maxima, in 16 bits where that is enough. That is so of
+    layers of exactly torch's types; one that has a ``forward`` of its own, padding by name or by other values than
+    zeros, or a weight that learns, runs as it is. Norm layers do: what they keep is needed. Linear layers do: torch
+    keeps no input of one whose weight is constant. ``torch.nn.functional.relu`` in a net's forward is no layer, and
+    keeps its output. Hooks, autocast, ``functional_call``, checkpointing and second derivatives work as without this.
+
+    Args:
+        model: Any net. Its layers' forwards are replaced; those of a net that is a single layer are not.
+        smallest: Inputs with fewer values take the plain way: see :data:`LARGE`.
+    """
+    installed = []
+    try:
+        for layer, forward in _plan(model, smallest).items():
+            attributes = layer.__dict__  # not setattr: a module's costs more than all the rest
+            if "forward" not in attributes:
+                attributes["forward"] = forward
+                installed.append(attributes)
+        yield
+    finally:
+        for attributes in installed:
+            attributes.pop("forward", None)
