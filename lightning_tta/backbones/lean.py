@@ -102,13 +102,16 @@ class _Rectifier(Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
         if gradient is None:
             return None, None, None
-        passes = unpack_bits(*ctx.saved_tensors, *ctx.layout)
+        (bits,) = ctx.saved_tensors
         if gradient.device.type != "cpu":
+            passes = unpack_bits(bits, *ctx.layout, torch.bool)
             return torch.where(passes, gradient, gradient * ctx.slope if ctx.slope else 0), None, None
-        signs = passes.to(gradient.dtype)  # torch.where is ten times slower on a CPU than these kernels
+        signs = unpack_bits(bits, *ctx.layout, gradient.dtype)  # torch.where is ten times slower on a CPU
         if ctx.slope:
             return torch.ops.aten.leaky_relu_backward(gradient, signs, ctx.slope, False), None, None
-        return torch.ops.aten.threshold_backward(gradient, signs, 0), None, None
+        if torch.is_grad_enabled():  # somebody differentiates the gradient
+            return torch.ops.aten.threshold_backward(gradient, signs, 0), None, None
+        return torch.ops.aten.threshold_backward.grad_input(gradient, signs, 0, grad_input=signs), None, None
 
 
 class _MaxPool(Function):
@@ -150,24 +153,26 @@ def _each(size: Any, number: int) -> list[int]:
 
 
 def pack_bits(values: Tensor) -> Tensor:
-    """A bool tensor, dense in whatever order, as bits in memory's order: (numel / 8,), uint8.
+    """A bool tensor, dense in whatever order, as bits in memory's order: (numel / 8,), uint8. Its values are used up.
 
     As it is where the number of values is no multiple of 8, or the machine keeps the highest byte first.
     """
     if values.numel() % 8 or sys.byteorder == "big":
         return values
-    eights = values.as_strided((values.numel(),), (1,)).view(torch.int64) * _GATHER
+    eights = values.as_strided((values.numel(),), (1,)).view(torch.int64).mul_(_GATHER)
     return eights.view(torch.uint8).view(-1, 8)[:, 7].contiguous()
 
 
-def unpack_bits(bits: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
-    """The bool tensor that :func:`pack_bits` was given."""
+def unpack_bits(bits: Tensor, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What :func:`pack_bits` was given, as 0 and 1 in ``dtype``; its memory is the caller's."""
     if bits.dtype == torch.bool:
-        return bits
+        return bits.to(dtype, copy=True)
     number = torch.arange(256, device=bits.device)
-    table = ((number[:, None] >> number[:8]) & 1).to(torch.uint8).view(torch.int64).flatten()
-    eights = torch.index_select(table, 0, bits.to(torch.int32))
-    return eights.view(torch.bool).as_strided(shape, strides)
+    table = ((number[:, None] >> number[:8]) & 1).to(dtype)  # eight values a row, by the byte that holds them
+    if dtype == torch.bool:
+        table = table.view(torch.int64)  # moved as one
+    rows = torch.index_select(table, 0, bits.to(torch.int32))
+    return rows.view(dtype).as_strided(shape, strides)
 
 
 def _lean_forward(layer: nn.Module, smallest: int) -> Forward | None:
