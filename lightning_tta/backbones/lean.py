@@ -28,8 +28,12 @@ LARGE = 2**20
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU)
-_POOLS = {nn.MaxPool2d: torch.ops.aten.max_pool2d_with_indices_backward}
-_POOLS[nn.MaxPool3d] = torch.ops.aten.max_pool3d_with_indices_backward
+_MAXIMA = {
+    nn.MaxPool2d: torch.ops.aten.max_pool2d_with_indices_backward,
+    nn.MaxPool3d: torch.ops.aten.max_pool3d_with_indices_backward,
+}
+_AVERAGES = {nn.AvgPool2d: torch.ops.aten.avg_pool2d_backward, nn.AvgPool3d: torch.ops.aten.avg_pool3d_backward}
+_DIMENSIONS = {nn.MaxPool2d: 4, nn.AvgPool2d: 4, nn.MaxPool3d: 5, nn.AvgPool3d: 5}  # of a batch; others take one image
 
 _GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: their bits, side by side in the highest byte
 
@@ -49,19 +53,17 @@ class _Convolution(Function):
     """A convolution whose weight is constant keeps its weight alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, output_padding: list[int], plain: Forward
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, plain: Forward) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.set_materialize_grads(False)
-        ctx.x, ctx.layer, ctx.output_padding = _Shape(x), layer, output_padding
+        ctx.x, ctx.layer = _Shape(x), layer
         ctx.bias = None if bias is None else (list(bias.shape), bias.dtype)
         return plain(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:
-            return (None,) * 6
+            return (None,) * 5
         layer, (weight,) = ctx.layer, ctx.saved_tensors
         x, _, bias = torch.ops.aten.convolution_backward(
             gradient,
@@ -72,12 +74,12 @@ class _Convolution(Function):
             layer.padding,
             layer.dilation,
             isinstance(layer, _TRANSPOSED),
-            ctx.output_padding,
+            layer.output_padding,
             layer.groups,
             [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]],
         )
         x = None if x is None else x.to(ctx.x.dtype)
-        return x, None, None if bias is None else bias.to(ctx.bias[1]), None, None, None
+        return x, None, None if bias is None else bias.to(ctx.bias[1]), None, None
 
 
 class _Rectifier(Function):
@@ -133,7 +135,7 @@ class _MaxPool(Function):
         if gradient is None:
             return None, None
         layer, (places,) = ctx.layer, ctx.saved_tensors
-        x = _POOLS[type(layer)](
+        x = _MAXIMA[type(layer)](
             gradient,
             ctx.x.empty(gradient),
             *(_each(size, gradient.ndim - 2) for size in (layer.kernel_size, layer.stride)),
@@ -142,6 +144,25 @@ class _MaxPool(Function):
             places.long(),
         )
         return x, None
+
+
+class _AveragePool(Function):
+    """Average pooling keeps the shape of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any, plain: Forward) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.x, ctx.layer = _Shape(x), layer
+        return plain(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if gradient is None:
+            return None, None, None
+        layer, number = ctx.layer, gradient.ndim - 2
+        sizes = (_each(size, number) for size in (layer.kernel_size, layer.stride, layer.padding))
+        how = layer.ceil_mode, layer.count_include_pad, layer.divisor_override
+        return _AVERAGES[type(layer)](gradient, ctx.x.empty(gradient), *sizes, *how), None, None
 
 
 def _smallest_type(number: int) -> torch.dtype:
@@ -175,46 +196,45 @@ def unpack_bits(bits: Tensor, shape: torch.Size, strides: tuple[int, ...], dtype
     return rows.view(dtype).as_strided(shape, strides)
 
 
-def _lean_forward(layer: nn.Module, smallest: int) -> Forward | None:
+def _output_tells(layer: Any) -> bool:
+    """Whether a rectifier's output says which values are cut off, in any dtype."""
+    if isinstance(layer, nn.Hardtanh):  # a limit that 16 bits round is not what the kernel compares with
+        return all(float(limit).is_integer() and abs(limit) <= 256 for limit in (layer.min_val, layer.max_val))
+    return not isinstance(layer, nn.LeakyReLU) or layer.negative_slope >= 0
+
+
+def _lean_forward(layer: Any, smallest: int) -> Forward | None:
     """What runs in place of this layer's forward; ``None`` if it is not one that can keep less."""
     kind, plain = type(layer), layer.forward
-    if kind in _CONVOLUTIONS or kind in _TRANSPOSED:
-        return _convolution(layer, smallest)
-    if kind in _RECTIFIERS:
-        slope = layer.negative_slope if isinstance(layer, nn.LeakyReLU) else 0.0
-        if slope < 0:
-            return None  # the sign of the output says nothing
 
-        def rectify(x: Tensor) -> Tensor:
-            if x.numel() < smallest or not (torch.is_grad_enabled() and x.requires_grad):
-                return plain(x)
-            return _Rectifier.apply(x, layer, plain)  # type: ignore[no-any-return]
+    def differentiated(x: Tensor) -> bool:
+        return x.numel() >= smallest and x.requires_grad and torch.is_grad_enabled()
 
-        return rectify
-    if kind in _POOLS and not layer.return_indices:
+    def rectify(x: Tensor) -> Tensor:
+        return _Rectifier.apply(x, layer, plain) if differentiated(x) else plain(x)  # type: ignore[no-any-return]
 
-        def pool(x: Tensor) -> Tensor:
-            wanted = torch.is_grad_enabled() and x.requires_grad and x.ndim == (4 if kind is nn.MaxPool2d else 5)
-            return _MaxPool.apply(x, layer) if wanted and x.numel() >= smallest else plain(x)  # type: ignore[no-any-return]
+    def maximum(x: Tensor) -> Tensor:
+        fits = x.ndim == _DIMENSIONS[kind] and differentiated(x)
+        return _MaxPool.apply(x, layer) if fits else plain(x)  # type: ignore[no-any-return]
 
-        return pool
-    return None
-
-
-def _convolution(layer: Any, smallest: int) -> Forward | None:
-    plain, dimensions = layer.forward, len(layer.kernel_size) + 2
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return None
-    output_padding = list(layer.output_padding)
+    def average(x: Tensor) -> Tensor:
+        fits = x.ndim == _DIMENSIONS[kind] and differentiated(x)
+        return _AveragePool.apply(x, layer, plain) if fits else plain(x)  # type: ignore[no-any-return]
 
     def convolve(x: Tensor) -> Tensor:
         weight, bias = layer.weight, layer.bias  # which functional_call may have replaced
-        wanted = torch.is_grad_enabled() and not weight.requires_grad and x.ndim == dimensions
-        if not wanted or x.numel() < smallest or not (x.requires_grad or (bias is not None and bias.requires_grad)):
+        needed = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if not needed or weight.requires_grad or x.numel() < smallest or x.ndim != weight.ndim:
             return plain(x)  # type: ignore[no-any-return]
-        return _Convolution.apply(x, weight, bias, layer, output_padding, plain)  # type: ignore[no-any-return]
+        return _Convolution.apply(x, weight, bias, layer, plain)  # type: ignore[no-any-return]
 
-    return convolve
+    if kind in _CONVOLUTIONS or kind in _TRANSPOSED:
+        return convolve if layer.padding_mode == "zeros" and not isinstance(layer.padding, str) else None
+    if kind in _RECTIFIERS:
+        return rectify if _output_tells(layer) else None
+    if kind in _MAXIMA:
+        return None if layer.return_indices else maximum
+    return average if kind in _AVERAGES else None
 
 
 _PLANS: WeakKeyDictionary[nn.Module, dict[int, dict[nn.Module, Forward]]] = WeakKeyDictionary()
@@ -234,23 +254,27 @@ def lean_backward(model: nn.Module, smallest: int = 0) -> Iterator[None]:
     """While active, passes of ``model`` keep for the backward pass what learns needs, and give the same gradients.
 
     Convolutions (also transposed ones) whose weight does not require gradients keep no input; ReLU, ReLU6, Hardtanh and
-    LeakyReLU one bit a value; max pooling the places of the maxima, in 16 bits where that is enough. That is so of
-    layers of exactly torch's types; one that has a ``forward`` of its own, padding by name or by other values than
-    zeros, or a weight that learns, runs as it is. Norm layers do: what they keep is needed. Linear layers do: torch
-    keeps no input of one whose weight is constant. ``torch.nn.functional.relu`` in a net's forward is no layer, and
-    keeps its output. Hooks, autocast, ``functional_call``, checkpointing and second derivatives work as without this.
+    LeakyReLU one bit a value; max pooling the places of the maxima, in 16 bits where that is enough; average pooling
+    nothing. That is so of layers of exactly torch's types; one that has a ``forward`` of its own, padding by name or by
+    other values than zeros, runs as it is. Norm layers do: what they keep is needed. Linear layers do: torch keeps no
+    input of one whose weight is constant. ``torch.nn.functional.relu`` in a net's forward is no layer, and keeps its
+    output. Where a convolution learns, its input is kept, which is the output of the layer before: such a net runs as
+    it is. Hooks, autocast, ``functional_call``, checkpointing and second derivatives work as without this.
 
     Args:
-        model: Any net. Its layers' forwards are replaced; those of a net that is a single layer are not.
-        smallest: Inputs with fewer values take the plain way: see :data:`LARGE`.
+        model: Any net. Its layers' forwards are replaced; that of a net that is a single layer is not.
+        smallest: Inputs with fewer values take the plain way; see :data:`LARGE`.
     """
+    plan = _plan(model, smallest)
+    if any(layer.weight.requires_grad for layer in plan if isinstance(layer, _CONVOLUTIONS + _TRANSPOSED)):
+        plan = {}
     installed = []
     try:
-        for layer, forward in _plan(model, smallest).items():
+        for layer, forward in plan.items():
             attributes = layer.__dict__  # not setattr: a module's costs more than all the rest
             if "forward" not in attributes:
-                attributes["forward"] = forward
                 installed.append(attributes)
+                attributes["forward"] = forward
         yield
     finally:
         for attributes in installed:
