@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from contract import VARIANTS
 from lightning_tta import adapt
-from lightning_tta.backbones.lean import LARGE, lean_backward, pack_bits, unpack_bits
+from lightning_tta.backbones import lean as lean_module
+from lightning_tta.backbones.lean import lean_backward, pack_bits, unpack_bits
 from nets import make_stream, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -259,15 +260,49 @@ def test_where_a_convolution_learns_the_net_runs_as_it_is():
         assert not any("forward" in vars(module) for module in net.modules())
 
 
-def test_small_inputs_take_the_plain_way():
-    net, x = Block(), torch.rand(4, 3, 16, 16)
+class Functional(Block):
+    """The same with functions."""
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.bn(self.stem(x)), inplace=True))
+        x = torch.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)).relu_())) + x)
+        return self.head(self.average(F.relu(x - 0.5)).mean((2, 3)) * 3)
+
+
+def test_relu_as_a_function():
+    net, x = Functional(), torch.rand(4, 3, 16, 16)
+    learned = norm_only(net)
+    (logits, gradients, plain), (lean_logits, lean_gradients, lean) = passes(
+        net, x, learned, [nullcontext(), lean_backward(net)]
+    )
+    assert torch.equal(logits, lean_logits)
+    assert all(map(torch.equal, gradients, lean_gradients))
+    assert size(lean) < 0.62 * size(plain)
+
+
+def test_only_what_is_free(monkeypatch):
+    """Large inputs that no ReLU keeps: what follows SiLU, but nothing of a net with ReLU."""
+    monkeypatch.setattr(lean_module, "LARGE", 4 * 8 * 8 * 8)
+    x = torch.rand(4, 3, 16, 16)
+    for activation, factor in ((nn.SiLU, 0.85), (nn.ReLU, 1)):
+        net = Block()
+        net.relu = activation()
+        learned = norm_only(net)
+        (logits, gradients, plain), (lean_logits, lean_gradients, lean) = passes(
+            net, x, learned, [nullcontext(), lean_backward(net, only_free=True)]
+        )
+        assert torch.equal(logits, lean_logits)
+        assert all(map(torch.equal, gradients, lean_gradients))
+        assert size(lean) <= factor * size(plain)
+    monkeypatch.setattr(lean_module, "LARGE", 4 * 8 * 16 * 16 + 1)  # larger than any
+    net = Block()
+    net.relu = nn.SiLU()
     norm_only(net)
-    with lean_backward(net, LARGE):
-        assert size(kept(lambda: net(x))[1]) == size(kept(lambda: copy.deepcopy(net)(x))[1])
-    with lean_backward(net, 4 * 8 * 16 * 16):  # the stem's alone are as large
-        some = size(kept(lambda: net(x))[1])
-    with lean_backward(net):
-        assert size(kept(lambda: net(x))[1]) < some
+    sizes = []
+    for context in (nullcontext(), lean_backward(net, only_free=True)):
+        with context:
+            sizes.append(size(kept(lambda net=net: net(x))[1]))
+    assert sizes[0] == sizes[1]
 
 
 def test_forwards_come_back_and_those_of_others_stay():
@@ -275,12 +310,13 @@ def test_forwards_come_back_and_those_of_others_stay():
     norm_only(net)
     mine = lambda x: F.conv2d(x, net.conv2.weight) + 1  # noqa: E731
     net.conv2.forward = mine
-    with pytest.raises(RuntimeError), lean_backward(net):
+    with lean_backward(net):
         assert net.conv2.forward is mine
         with lean_backward(net):
             assert "forward" in vars(net.relu)
         assert "forward" in vars(net.relu)
-        net(torch.rand(4, 5, 16, 16))  # too many channels
+    with pytest.raises(ZeroDivisionError), lean_backward(net):
+        1 / ("forward" not in vars(net.relu))
     assert [module for module in net.modules() if "forward" in vars(module)] == [net.conv2]
 
 
@@ -333,4 +369,4 @@ def test_methods_that_learn_norm_layers_keep_less():
         method = adapt(net, "tent", lean=lean)
         sizes[lean] = size(kept(lambda method=method: method(images))[1])
     assert sizes[True] < 0.7 * sizes[False]
-    assert sizes["auto"] == sizes[False]  # too small to be worth it
+    assert sizes["auto"] == sizes[False]  # small, and after ReLUs

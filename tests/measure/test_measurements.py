@@ -16,6 +16,7 @@ import loading
 import memo_cifar
 import memo_leak
 import memo_speed
+import memory
 import meta_step
 import overhead
 import reasons
@@ -41,6 +42,14 @@ def test_meta_step(monkeypatch, capsys):
     assert len(differences) == 2
     assert max(differences) < 1e-10
     assert "1.00x higher" in text
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_memory(capsys):
+    peaks = memory.main(["--nets", "resnet18", "--batch=8", "--pixels=32", "--scaled=32", "--rounds=2"])
+    assert peaks["resnet18", True][1] < 0.8 * peaks["resnet18", False][1]
+    assert peaks["resnet18", True][0] < peaks["resnet18", True][1]
+    assert capsys.readouterr().out.count("| resnet18 |") == 3
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_tta import collective
 from lightning_tta.backbones.copying import copied_whole, holds_parameters_elsewhere
-from lightning_tta.backbones.lean import LARGE, lean_backward
+from lightning_tta.backbones.lean import lean_backward
 from lightning_tta.backbones.norms import (
     MomentsRecord,
     batch_norm_layers,
@@ -233,8 +233,8 @@ class TTAMethod(Described, State, ABC):
         statistics = self.replaces_statistics
         watch = self._first_pass.watch(self.model, lambda: self.count("forwards"), statistics=statistics)
         lean = self.execution.lean if self._flags.learned and torch.is_grad_enabled() else False
-        smallest = LARGE if lean == "auto" else 0
-        with safe_checkpoints(), watch, lean_backward(self.model, smallest) if lean else nullcontext():
+        less = lean_backward(self.model, only_free=lean == "auto") if lean else nullcontext()
+        with safe_checkpoints(), watch, less:
             yield
 
     @property
