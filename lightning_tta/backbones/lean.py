@@ -106,11 +106,11 @@ class _Rectifier(Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
         if gradient is None:
             return None, None, None
-        (bits,) = ctx.saved_tensors
+        (bits,), (shape, strides) = ctx.saved_tensors, ctx.layout
         if gradient.device.type != "cpu":
-            passes = unpack_bits(bits, *ctx.layout, torch.bool)
+            passes = unpack_bits(bits, shape, strides, torch.bool)
             return torch.where(passes, gradient, gradient * ctx.slope if ctx.slope else 0), None, None
-        signs = unpack_bits(bits, *ctx.layout, gradient.dtype)  # torch.where is ten times slower on a CPU
+        signs = unpack_bits(bits, shape, strides, gradient.dtype)  # torch.where is ten times slower on a CPU
         if ctx.slope:
             return torch.ops.aten.leaky_relu_backward(gradient, signs, ctx.slope, False), None, None
         if torch.is_grad_enabled():  # somebody differentiates the gradient
@@ -315,7 +315,7 @@ def lean_backward(model: nn.Module, *, only_free: bool = False) -> Iterator[None
             and written, 7 more for each value of 4 bytes on a GPU, where the plain ReLU needs 20 in both passes.
     """
     plan = _plan(model, only_free)
-    learns = any(layer.weight.requires_grad for layer in plan.weighted)  # type: ignore[union-attr]
+    learns = any(layer.weight.requires_grad for layer in plan.weighted)
     installed = []
     try:
         for layer, forward in ({} if learns else plan.forwards).items():

@@ -133,8 +133,8 @@ def ratios(name: str, batch: int, pixels: int, rounds: int) -> dict[bool | str, 
     return results
 
 
-def main(args: list[str] | None = None) -> dict[tuple[str, bool | str], tuple[float, float]]:
-    """Print the table; returns the peaks by shapes, of the batch and of the scaled one, by net and kind."""
+def main(args: list[str] | None = None) -> dict[tuple[str, bool | str], list[tuple[float, float]]]:
+    """Print the table; returns what is kept and the peak by shapes, of the batch and of the scaled one."""
     options = arguments(
         __doc__,
         args,
@@ -146,14 +146,14 @@ def main(args: list[str] | None = None) -> dict[tuple[str, bool | str], tuple[fl
         no_resident=(False, "leave resident memory out"),
     )
     torch.set_num_threads(1)
-    peaks = {}
+    results = {}
     small, large = f"b{options.batch}", f"b{options.scaled}"
     header("net", "lean", f"kept {small}", f"peak {small}", f"kept {large}", f"peak {large}", "resident", "time")
     for name in options.nets:
         times = ratios(name, options.batch, options.pixels, options.rounds) if options.rounds else {}
         for lean in KINDS:
             sizes = [by_shapes(name, number, options.pixels, lean) for number in (options.batch, options.scaled)]
-            peaks[name, lean] = (sizes[0][1], sizes[1][1])
+            results[name, lean] = sizes
             cells = [f"{value:,.0f}" for pair in sizes for value in pair]
             peak = "" if options.no_resident else f"{resident_peak(name, options.batch, options.pixels, lean):,.0f}"
             spread = ""
@@ -161,7 +161,7 @@ def main(args: list[str] | None = None) -> dict[tuple[str, bool | str], tuple[fl
                 low, middle, high = statistics.quantiles(times[lean], n=4)
                 spread = f"{middle:.3f} ({low:.3f}-{high:.3f})"
             row(name, lean, *cells, peak, spread)
-    return peaks
+    return results
 
 
 if __name__ == "__main__":
