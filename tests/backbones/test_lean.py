@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from contract import VARIANTS
 from lightning_tta import adapt
 from lightning_tta.backbones import lean as lean_module
-from lightning_tta.backbones.lean import lean_backward, pack_bits, unpack_bits
+from lightning_tta.backbones.lean import cut, lean_backward, pack_bits, unpack_bits
 from nets import make_stream, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -341,6 +341,33 @@ def test_bits(shape, dtype):
     back = unpack_bits(bits, values.shape, values.stride(), dtype)
     assert torch.equal(back, values.to(dtype))
     assert bits.numel() == (values.numel() if values.numel() % 8 else values.numel() // 8)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_to_cut_a_gradient(slope, dtype):
+    """On a CPU and on other devices."""
+    x, gradient = torch.randn(2, 3, 4, 4).to(dtype), torch.randn(2, 3, 4, 4).to(dtype)
+    gradient[0, 0, 0] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0])
+    bits = pack_bits(x > 0)
+    results = [cut(gradient, bits, x.shape, x.stride(), slope, select=select) for select in (False, True)]
+    assert same(*results)
+    assert same(
+        results[0],
+        torch.ops.aten.leaky_relu_backward(gradient, x, slope, False)
+        if slope
+        else torch.ops.aten.threshold_backward(gradient, x, 0),
+    )
+
+
+def test_the_host_reads_nothing():
+    """Tensors without values, on a device that is no CPU: reading one raises."""
+    with torch.device("meta"):
+        net, x = Functional(), torch.rand(4, 3, 16, 16)
+    learned = norm_only(net)
+    with lean_backward(net):
+        gradients = torch.autograd.grad(net(x).sum(), learned)
+    assert [g.shape for g in gradients] == [p.shape for p in learned]
 
 
 LEARN = [(name, o) for name in sorted(VARIANTS) for o in VARIANTS[name] if name not in ("norm", "t3a", "lame", "zero")]
