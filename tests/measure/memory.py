@@ -11,6 +11,7 @@ own; Tent's time, the kinds taking turns, as a ratio to ``lean=False``, with its
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -101,7 +102,9 @@ def by_shapes(name: str, batch: int, pixels: int, lean: bool | str) -> tuple[flo
 def resident_peak(name: str, batch: int, pixels: int, lean: bool | str) -> float:
     """Peak MB of two batches of Tent in a new process, above what it had before the first."""
     given = [name, str(batch), str(pixels), str(lean)]
-    done = subprocess.run([sys.executable, __file__, "--worker", *given], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc keeps what is freed between others, else
+    command = [sys.executable, __file__, "--worker", *given]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(done.stdout.split()[-1])
 
 

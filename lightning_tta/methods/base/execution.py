@@ -27,7 +27,7 @@ class Execution:
         precision: ``exact``: float32 as it is; ``tf32``: TF32 in matrix products and convolutions on CUDA; ``bf16``:
             autocast to bfloat16; ``None``: as the process is set.
         lean: Whether the backward pass keeps no more activations than what learns needs, with the same gradients:
-            about half of them where norm layers alone learn. ``True``: everywhere, which costs some hundredths of the
+            about half of them where norm layers alone learn. ``True``: everywhere, which costs up to a tenth of the
             time in a net with ReLUs; ``auto``: where it adds no operation, see
             :func:`~lightning_tta.backbones.lean.lean_backward`; ``False``: nowhere.
 
