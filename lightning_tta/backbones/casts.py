@@ -77,6 +77,12 @@ class FrozenCasts:
 class _Cast:
     """A parameter and its copy."""
 
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The copy, if it is one of ``weight`` as it is now in this dtype; else ``weight``."""
+        copy = self.copy
+        fits = weight is self.source and copy is not None and copy.dtype == dtype and self.version == weight._version
+        return copy if fits and copy is not None else weight
+
     def __init__(self, source: nn.Parameter) -> None:
         self.source = source
         self.copy: Tensor | None = None
@@ -151,6 +157,7 @@ def _forward(
             offset = offset if offset.requires_grad else bias.copy  # type: ignore[assignment]
         return run(input, copy, offset)
 
+    forward.cast = weight  # type: ignore[attr-defined]  # for what wraps it
     return forward
 
 

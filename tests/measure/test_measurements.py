@@ -19,6 +19,7 @@ import loading
 import memo_cifar
 import memo_leak
 import memo_speed
+import memory
 import meta_step
 import overhead
 import reasons
@@ -48,6 +49,16 @@ def test_meta_step(monkeypatch, capsys):
     kernels = {line.split(" | ")[0][2:]: int(line.split(" | ")[3]) for line in text.splitlines() if "0 |" in line}
     assert set(kernels) == {"plain", "ours", "ours_deep", "higher", "higher_deep"}
     assert kernels["plain"] < kernels["ours_deep"] < kernels["ours"] < kernels["higher"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_memory(capsys):
+    results = memory.main(["--nets", "resnet18", "--batch=8", "--pixels=32", "--scaled=32", "--rounds=2"])
+    (small, _), (large, peak) = results["resnet18", True]
+    (_, _), (plain, plain_peak) = results["resnet18", False]
+    assert 3 * small < large < 0.6 * plain
+    assert 0.7 * (plain - large) < plain_peak - peak < 1.1 * (plain - large)
+    assert capsys.readouterr().out.count("| resnet18 |") == 3
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")

@@ -408,6 +408,8 @@ def test_compiled_steps(monkeypatch):
 def test_compile_without_capture_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"compile=True compiles captured steps"):
         adapt(make_net("gn"), "tent", compile=True, capture=False)
+    with pytest.raises(ConfigError, match=r"lean=True and compile=True exclude each other.*Leave one"):
+        adapt(make_net("gn"), "tent", compile=True, lean=True)
     monkeypatch.undo()
     with pytest.raises(ConfigError, match=r"compile=True is not possible: CUDA graphs need"):
         adapt(make_net("gn"), "tent", compile=True)(make_images(4))

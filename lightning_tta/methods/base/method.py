@@ -18,6 +18,7 @@ from lightning_tta import collective
 from lightning_tta.backbones.casts import FrozenCasts
 from lightning_tta.backbones.copying import copied_whole, holds_parameters_elsewhere
 from lightning_tta.backbones.layout import wanted_layout
+from lightning_tta.backbones.lean import lean_backward
 from lightning_tta.backbones.norms import (
     MomentsRecord,
     batch_norm_layers,
@@ -246,7 +247,10 @@ class TTAMethod(Described, Replayable, ABC):
         """While active, passes of the net are counted, and see images as given; inside :meth:`running`."""
         statistics = self.replaces_statistics
         watch = self._first_pass.watch(self.model, lambda: self.count("forwards"), statistics=statistics)
-        with safe_checkpoints(), watch:
+        lean = self.execution.lean if self._flags.learned and torch.is_grad_enabled() else False
+        saves = lean and not self.execution.compile
+        less = lean_backward(self.model, only_free=lean == "auto") if saves else nullcontext()
+        with safe_checkpoints(), watch, less:
             yield
 
     @property
