@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -170,6 +171,9 @@ class TestTimeAdaptation(LightningModule):
         self.trainer.loggers = self._loggers  # nothing asks them to write before the run has its directory
         if stage != "predict":
             raise ConfigError(f"TestTimeAdaptation runs in predict, not in {stage}. Use SourceClassifier to {stage}.")
+        exact = torch.are_deterministic_algorithms_enabled()  # Lightning's --trainer.deterministic true
+        exact &= not torch.is_deterministic_algorithms_warn_only_enabled()
+        self.method.execution = replace(self.execution, deterministic=exact)
         run = self._make_run()
         run.begin(self._keeper.resume)
         self.run = run

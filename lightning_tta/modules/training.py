@@ -40,7 +40,7 @@ class TrainingRecord(Callback):
         """Go on with the random numbers of the checkpoint."""
         if self._random and trainer.world_size == 1:
             torch.set_rng_state(self._random["cpu"])
-            if len(self._random["cuda"]) == torch.cuda.device_count():
+            if torch.cuda.is_initialized() and len(self._random["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(self._random["cuda"])
             fetcher = trainer.fit_loop._data_fetcher  # its iterator was made with the random numbers of a fresh run
             if fetcher is not None:
@@ -57,7 +57,8 @@ class TrainingRecord(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The random state, for the checkpoint."""
-        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        on_gpu = torch.cuda.is_initialized()  # asking all GPUs opens a context, which a run on the CPU has no use for
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if on_gpu else []}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The random state of a checkpoint, for the next epoch."""

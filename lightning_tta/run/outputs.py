@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from dataclasses import asdict
 from typing import IO
 
 import torch
@@ -143,6 +144,8 @@ class StreamReport(RunCallback):
             "wall_seconds": run.wall_seconds,
             **peak_memory(run.device),
             "precision": str(run.trainer.precision),
+            "execution": asdict(run.method.execution),
+            "repeatable": run.device.type == "cpu" or run.method.execution.deterministic,
             "environment": environment(run.device),
             "run_digest": run.directory.digest,
             "predictions_digest": predictions_digest((run.directory.path / PREDICTIONS).read_bytes()),
