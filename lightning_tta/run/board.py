@@ -57,6 +57,8 @@ class StreamBoard(RunCallback):
             is in the method's ``stats``.
     """
 
+    may_lag = True
+
     def __init__(self, images: int = 4, details: bool = False) -> None:
         check_range("images", images, 0, integer=True)
         self.images, self.details = images, details

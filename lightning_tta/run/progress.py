@@ -14,6 +14,8 @@ from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun
 class StreamProgress(RunCallback):
     """Shows a stream's accuracy so far in the Trainer's own bar, rich or tqdm, and its length below a benchmark's."""
 
+    may_lag = True
+
     def __init__(self) -> None:
         self._line = GridLine()
 

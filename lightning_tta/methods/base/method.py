@@ -428,12 +428,17 @@ class TTAMethod(Described, State, ABC):
         """
         with self._custody.lock:
             if self._stats is None:
-                measures = {} if self._logits is None else collapse_measures(self._logits)
-                scalars = {**self._notes, **measures, **self._counts}
+                scalars = self.unread_stats()
                 tensors = [torch.as_tensor(value).double().cpu().view(()) for value in scalars.values()]
                 numbers = dict(zip(scalars, torch.stack(tensors).tolist(), strict=True))
                 self._stats = {name: value for name, value in numbers.items() if value == value}  # NaN: there is none
             return self._stats
+
+    def unread_stats(self) -> dict[str, Tensor | float]:
+        """What :attr:`stats` is made of, where it is, NaN included: nobody waits for the device."""
+        with self._custody.lock:
+            measures = {} if self._logits is None else collapse_measures(self._logits)
+            return {**self._notes, **measures, **self._counts}
 
     @exclusive
     def reset(self) -> None:
