@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import Any, Literal, cast
 
 import torch
@@ -235,6 +236,7 @@ class TestTimeAdaptation(LightningModule):
         logits: Tensor = method(images)
         return logits if self.predict == "method" else method.predict(images, statistics="batch")
 
+    @wraps(LightningModule.transfer_batch_to_device, assigned=())  # or Lightning warns of it beside any data module
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Only images go to the device; what a batch says of them is for the host, which would have to fetch it back.
 
