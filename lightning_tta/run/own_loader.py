@@ -53,8 +53,11 @@ def domain_of(batch: Mapping[str, Any], count: int, summary: StreamSummary, load
     if isinstance(value, (str, int)) or (isinstance(value, Tensor) and not value.ndim):
         value = [value.item() if isinstance(value, Tensor) else value] * count
     numbers = _numbers("domain", value, count)
-    names = value if numbers is None else [f"domain {number}" for number in numbers.tolist()]
-    return torch.tensor([summary.domain_number(name) for name in names])
+    names = value if numbers is None else numbers.tolist()
+    table = {
+        name: summary.domain_number(name if numbers is None else f"domain {name}") for name in dict.fromkeys(names)
+    }
+    return torch.tensor([table[name] for name in names], dtype=torch.int64)
 
 
 def labels_of(batch: Mapping[str, Any], count: int) -> Tensor:
