@@ -237,7 +237,9 @@ class TestTimeAdaptation(LightningModule):
         return logits if self.predict == "method" else method.predict(images, statistics="batch")
 
     @wraps(LightningModule.transfer_batch_to_device, assigned=())  # or Lightning warns of it beside any data module
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(  # type: ignore[override]
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
         """Only images go to the device; what a batch says of them is for the host, which would have to fetch it back.
 
         On CUDA they are copied beside what the device is at work on, without waiting where their memory is pinned.
@@ -270,7 +272,7 @@ class TestTimeAdaptation(LightningModule):
         if self._shares is not None and not self._shares[batch_idx]:  # other processes have all of the batch
             return {name: value[:0] for name, value in record.record().outputs().items()}
         run.settle()  # the one before, while the device is at work on this one
-        if run.defers and not self.trainer.predict_loop.batch_progress.is_last_batch:
+        if run.defers and not self.trainer.predict_loop.batch_progress.is_last_batch:  # type: ignore[attr-defined]
             run.defer(record)
             return {}
         return run.account(record.record())

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch import Tensor
 
 from lightning_tta.backbones.split import as_logits
@@ -234,8 +234,8 @@ def log_numbers(logger: Logger, numbers: Mapping[str, float], step: int) -> None
 
     An event takes as long as its way into TensorBoard's queue, whatever it holds.
     """
-    writer = getattr(logger.experiment, "file_writer", None) if isinstance(logger, TensorBoardLogger) else None
-    if writer is None or getattr(logger, "_prefix", ""):  # closed, or with names that the logger makes
+    writer: Any = getattr(logger.experiment, "file_writer", None) if isinstance(logger, TensorBoardLogger) else None
+    if writer is None or vars(logger).get("_prefix"):  # closed, or with names that the logger makes
         logger.log_metrics(dict(numbers), step=step)
         return
     values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]

@@ -42,7 +42,7 @@ class Readback:
         if packed.device.type == "cuda":
             self._packed = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
             self._packed.copy_(packed, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(packed.device))
         else:
             self._packed = packed.cpu()
@@ -69,7 +69,7 @@ class Moment:
         self._time = time.perf_counter()
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(device))
 
     def seconds_since(self, earlier: Moment) -> float:
@@ -77,7 +77,7 @@ class Moment:
         if self._event is None or earlier._event is None:
             return self._time - earlier._time
         self._event.synchronize()
-        return earlier._event.elapsed_time(self._event) / 1000
+        return float(earlier._event.elapsed_time(self._event)) / 1000
 
 
 class UnreadBatch:
@@ -130,10 +130,10 @@ class Transfer:
 
     def __call__(self, images: Tensor, device: torch.device) -> Tensor:
         """The images on the device."""
-        if device.type != "cuda" or images.device == device:
+        if device.type != "cuda" or images.device.type != "cpu":
             return images.to(device)
         if self._stream is None or self._stream.device != device:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             moved = images.to(device, non_blocking=True)
         current = torch.cuda.current_stream(device)
