@@ -234,8 +234,10 @@ def log_numbers(logger: Logger, numbers: Mapping[str, float], step: int) -> None
 
     An event takes as long as its way into TensorBoard's queue, whatever it holds.
     """
-    writer: Any = getattr(logger.experiment, "file_writer", None) if isinstance(logger, TensorBoardLogger) else None
-    if writer is None or vars(logger).get("_prefix"):  # closed, or with names that the logger makes
+    writer = None
+    if isinstance(logger, TensorBoardLogger) and not logger._prefix:
+        writer = getattr(logger.experiment, "file_writer", None)
+    if writer is None:  # another logger, a closed writer, or names that the logger puts its prefix before
         logger.log_metrics(dict(numbers), step=step)
         return
     values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
