@@ -142,15 +142,16 @@ class Calibration:
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Take in logits (B, K) with labels (B,); those below 0 are not known and are left out."""
         known = labels >= 0
-        logits, labels = logits[known], labels[known]
+        if not bool(known.all()):
+            logits, labels = logits[known], labels[known]
         if not len(labels):
             return
         log_p = torch.log_softmax(logits.double(), -1)
         p = log_p.exp()
         confidence, prediction = p.max(-1)
         bin_of = (confidence * self.BINS).ceil().long().clamp(1, self.BINS) - 1  # bins (0, 1/15], ..., (14/15, 1]
-        for row, values in enumerate((torch.ones_like(confidence), confidence, (prediction == labels).double())):
-            self.bins[row].index_add_(0, bin_of, values)
+        rows = torch.stack([torch.ones_like(confidence), confidence, (prediction == labels).double()])
+        self.bins.index_add_(1, bin_of, rows)
         label_log_p = log_p.gather(1, labels[:, None])[:, 0]
         brier = (p**2).sum(1) - 2 * label_log_p.exp() + 1
         self.scores += torch.stack([-label_log_p.sum(), brier.sum()])

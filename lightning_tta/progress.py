@@ -15,8 +15,25 @@ from rich.errors import LiveError
 from rich.table import Column
 
 PATIENCE = 2.0  # seconds of work before a progress bar appears
+PULSE = 0.1
+"""Seconds between two updates of a bar: nobody sees more, and each takes as long as a small step."""
 
 _GRID: ContextVar[bars.Progress | None] = ContextVar("grid", default=None)
+
+
+class Pulse:
+    """Says whether something that happens often is to be shown again."""
+
+    def __init__(self) -> None:
+        self._next = -math.inf
+
+    def beats(self) -> bool:
+        """Whether the last time that it was is long enough ago."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + PULSE
+        return True
 
 
 def with_progress(count: int, text: str) -> Iterator[int]:

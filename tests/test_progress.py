@@ -101,6 +101,16 @@ def test_a_bar_fits_the_screen_and_is_gone_before_the_table(monkeypatch, capsys,
     assert out.splitlines()[-1].startswith("page: lightning-tta report ")
 
 
+def test_a_bar_is_not_updated_more_often_than_anybody_sees(monkeypatch, tmp_path):
+    """Sixty batches in no time: the first and the last are shown."""
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    screen_of(monkeypatch, force_terminal=True)
+    shown, show = [], bar.RunBar._show
+    monkeypatch.setattr(bar.RunBar, "_show", lambda self, done, *rest: (shown.append(done), show(self, done, *rest)))
+    main([*PREDICT, "--data.batch_size=1", f"--trainer.default_root_dir={tmp_path}"])
+    assert shown == [1, 60]
+
+
 def test_values_that_do_not_fit_are_left_out_as_a_whole():
     texts = ["0:10 left", "train_loss 0.501", "val_accuracy 0.536"]
     assert bar._fitting(texts, 80) == "0:10 left  train_loss 0.501  val_accuracy 0.536"

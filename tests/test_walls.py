@@ -66,6 +66,7 @@ ALLOWED = {  # (files, private names of another library), as patterns: why there
     ("lightning_tta/modules/meta_ttt.py", "_layer_sync"): "where Lightning's strategy keeps sync_batchnorm",
     ("lightning_tta/modules/recorded_loss.py", "_has_any_global_hook"): "whether anybody looks inside a pass",
     ("lightning_tta/modules/training.py", "_data_fetcher"): "a continued epoch needs a new iterator; no public way",
+    ("lightning_tta/run/board.py", "_prefix"): "only log_metrics puts it before a name, one event for each number",
     ("lightning_tta/run/board.py", "_log_hyperparams"): "save_hyperparameters(logger=False) is for the module's author",
     ("lightning_tta/benchmark/runner.py", "_exit"): "os._exit is documented: a worker ends with its parent, at once",
     ("lightning_tta/run/interrupts.py", "_exit"): "the same of a process that is told a second time to end",

@@ -214,7 +214,7 @@ class Benchmark:
             "rows": rows,
             "methods": {label: asdict(method) for label, method in self.methods.items()},
             "skipped": skipped,
-            "environment": environment(),
+            "environment": environment() | _devices(rows),
             "seconds": time.perf_counter() - start,
         }
         write_benchmark(result, self.output, console)
@@ -359,8 +359,15 @@ class Benchmark:
             **asdict(cell),
             **{name: report.get(name) for name in MEASURES},
             "protocol_hash": report["protocol"]["hash"],
+            "device": (report.get("environment") or {}).get("device"),
             "directory": str(directory.relative_to(self.output)),
         }
+
+
+def _devices(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """What the cells ran on, which need not be what this process runs on; several where cells were finished before."""
+    devices = dict.fromkeys(row["device"] for row in rows if row["device"])
+    return {"device": "; ".join(devices)} if devices else {}
 
 
 def _is_whole(report: dict[str, Any], directory: Path) -> bool:

@@ -372,7 +372,9 @@ class ShiftedDataModule(LightningDataModule, ABC):
         return CACHE.in_memory(self.clean(split), (self.cache_key(), split), f"Reading {split} images")
 
     def _loader(self, dataset: Any, **options: Any) -> DataLoader[Batch]:
-        options |= {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        # pinned memory opens a CUDA context: a process without one may fork, and gains nothing by pinning
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        options |= {"num_workers": self.num_workers, "pin_memory": on_gpu}
         return DataLoader(dataset, collate_fn=already_collated, **options)
 
     def train_dataloader(self) -> DataLoader[Batch]:

@@ -133,7 +133,7 @@ class SelectedImages(Images):
 
     def file(self, position: int) -> str:
         """Name of an image's file."""
-        return self.source.file(int(self.positions[position]))
+        return self.source.file(int(self.positions.numpy()[position]))  # a tensor's own index takes ten times as long
 
     def problem(self, position: int) -> DataError:
         """Why an image cannot be read."""

@@ -253,6 +253,12 @@ class Watch:
             stats = {"only_predicted": 1.0} if self._only_predicts else self.method.stats
             return {**stats, "guard_alarms": float(len(self.events) + self.dropped_events)}
 
+    def unread_stats(self) -> dict[str, Tensor | float]:
+        """The same, where it is: nobody waits for the device."""
+        with self.method.hold():
+            stats = {"only_predicted": 1.0} if self._only_predicts else self.method.unread_stats()
+            return {**stats, "guard_alarms": float(len(self.events) + self.dropped_events)}
+
     def state_dict(self) -> dict[str, Any]:
         """The method's state, and under ``watch`` what was seen; plain data and tensors."""
         with self.method.hold():

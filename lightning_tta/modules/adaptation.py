@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
 from typing import Any, Literal, cast
 
 import torch
@@ -34,9 +35,9 @@ from lightning_tta.run.outputs import PredictionWriter, StreamLogger, StreamRepo
 from lightning_tta.run.own_loader import describe_loaders
 from lightning_tta.run.processes import ProcessMode, share_stream
 from lightning_tta.run.progress import StreamProgress
+from lightning_tta.run.readback import Moment, Transfer, UnreadBatch
 from lightning_tta.run.resume import StateKeeper
 from lightning_tta.run.stream_run import StreamRun, run_of
-from lightning_tta.run.summary import BatchRecord
 
 ResetPolicy = Literal["auto", "never", "domain", "batch"]
 PredictPolicy = Literal["method", "after"]
@@ -151,6 +152,7 @@ class TestTimeAdaptation(LightningModule):
         self.run: StreamRun | None = None
         self._loggers: list[Logger] = []
         self._input, self._keeper = StreamInput(), StateKeeper()
+        self._transfer = Transfer()
         self._shares: list[list[int]] | None = None
 
     # Before the stream
@@ -171,6 +173,9 @@ class TestTimeAdaptation(LightningModule):
         if stage != "predict":
             raise ConfigError(f"TestTimeAdaptation runs in predict, not in {stage}. Use SourceClassifier to {stage}.")
         check_precisions(self.execution.precision, self.trainer.precision)
+        exact = torch.are_deterministic_algorithms_enabled()  # Lightning's --trainer.deterministic true
+        exact &= not torch.is_deterministic_algorithms_warn_only_enabled()
+        self.method.execution = replace(self.execution, deterministic=exact)
         run = self._make_run()
         run.begin(self._keeper.resume)
         self.run = run
@@ -220,6 +225,7 @@ class TestTimeAdaptation(LightningModule):
         """Take up what was saved, or show the source to a method that must see it."""
         run = run_of(self)
         run.restore()
+        run.defers = run.may_defer(self)
         if not self.method.prepared:
             batches.show_source(self.method, run.data, self._input.source_images, self.device)
 
@@ -231,6 +237,18 @@ class TestTimeAdaptation(LightningModule):
         logits: Tensor = method(images)
         return logits if self.predict == "method" else method.predict(images, statistics="batch")
 
+    @wraps(LightningModule.transfer_batch_to_device, assigned=())  # or Lightning warns of it beside any data module
+    def transfer_batch_to_device(  # type: ignore[override]
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Only images go to the device; what a batch says of them is for the host, which would have to fetch it back.
+
+        On CUDA they are copied beside what the device is at work on, without waiting where their memory is pinned.
+        """
+        if not isinstance(batch, dict) or not isinstance(batch.get("image"), Tensor):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return {**batch, "image": self._transfer(batch["image"], device)}
+
     def predict_step(
         self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int | None = None
     ) -> dict[str, Tensor] | None:
@@ -238,7 +256,8 @@ class TestTimeAdaptation(LightningModule):
 
         Several loaders are one stream, one after the other, each a domain unless its batches say otherwise.
 
-        Returns :meth:`~lightning_tta.run.summary.BatchRecord.outputs`; ``None`` for a batch that an earlier run did.
+        Returns :meth:`~lightning_tta.run.summary.BatchRecord.outputs`; ``None`` for a batch that an earlier run did;
+        nothing where the batch is accounted for later, see :meth:`~lightning_tta.run.stream_run.StreamRun.may_defer`.
         """
         run = run_of(self)
         if run.is_done(batch):
@@ -248,13 +267,16 @@ class TestTimeAdaptation(LightningModule):
         except InputError as error:
             if not self._input.skips:
                 raise
+            run.settle()  # the one before is counted first
             self._warn_of_skip("A batch", error)
-            record = batches.refused_batch(batch, error, run.summary, run.data, dataloader_idx)
+            return run.account(batches.refused_batch(batch, error, run, dataloader_idx))
         if self._shares is not None and not self._shares[batch_idx]:  # other processes have all of the batch
-            return {name: value[:0] for name, value in record.outputs().items()}
-        run.batch = record
-        run.summary.update(record)
-        return record.outputs()
+            return {name: value[:0] for name, value in record.record().outputs().items()}
+        run.settle()  # the one before, while the device is at work on this one
+        if run.defers and not self.trainer.predict_loop.batch_progress.is_last_batch:  # type: ignore[attr-defined]
+            run.defer(record)
+            return {}
+        return run.account(record.record())
 
     def _warn_of_skip(self, what: str, error: Exception | str) -> None:
         summary = run_of(self).summary
@@ -263,12 +285,13 @@ class TestTimeAdaptation(LightningModule):
                 f"{what} is skipped, and so will be others like it (on_bad_batch='skip'): {error}", stacklevel=3
             )
 
-    def _step(self, run: StreamRun, batch: dict[str, Any], number: int, loader: int | None) -> BatchRecord:
+    def _step(self, run: StreamRun, batch: dict[str, Any], number: int, loader: int | None) -> UnreadBatch:
         images = batches.images_of(batch).contiguous(memory_format=self._input.memory_format)
-        labels = batches.labels_of(batch, len(images), run.summary, run.data, loader)
+        labels = batches.labels_of(batch, len(images), run, loader)
         damaged, why = batches.damage_of(batch, run.data, self._input.skips)
         whole, domain = images, labels.domain
         if damaged is not None:
+            run.settle()
             self._warn_of_skip("An image", why)
             images = images[~damaged.to(images.device)]
         first = int(domain[0])
@@ -285,23 +308,19 @@ class TestTimeAdaptation(LightningModule):
         run.since_reset += 1
         adapts = first not in run.frozen and (run.pace is None or run.pace.take())
         present = self._shares is None or bool(self._shares[number])
-        start = self._clock()
+        start = Moment(run.device)
         with collective.joined(run.sharing.joined, present=present):
             logits = self(images) if adapts else run.method.predict(images, statistics="batch")
-        seconds = self._clock() - start
-        stats = dict(run.method.stats) if adapts else {}
-        if run.pace is not None and adapts:
-            run.pace.work(stats, seconds)
+        done = Moment(run.device)
         label = batches.labels_among(labels.label, self.classes)
         check_labels(label, logits.shape[-1])
-        logits = batches.spread(logits, damaged)
-        rows = (logits, labels.index, domain, label, stats, seconds, adapts)
-        return BatchRecord(*rows, images=whole, files=labels.files, damaged=damaged, note=why)
-
-    def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        stats = run.method.unread_stats() if adapts else {}
+        rest = {"index": labels.index, "domain": domain, "label": label, "adapted": adapts, "images": whole}
+        rest |= {"files": labels.files, "damaged": damaged, "note": why}
+        unread = UnreadBatch(batches.spread(logits, damaged), stats, (start, done), rest, pack=run.defers)
+        if run.pace is not None and adapts:
+            run.pace.work(*unread.cost())
+        return unread
 
 
 def _describe(source: nn.Module) -> dict[str, Any]:

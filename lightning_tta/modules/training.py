@@ -40,7 +40,7 @@ class TrainingRecord(Callback):
         """Go on with the random numbers of the checkpoint."""
         if self._random and trainer.world_size == 1:
             torch.set_rng_state(self._random["cpu"])
-            if len(self._random["cuda"]) == torch.cuda.device_count():
+            if _uses_cuda() and len(self._random["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(self._random["cuda"])
             fetcher = trainer.fit_loop._data_fetcher  # its iterator was made with the random numbers of a fresh run
             if fetcher is not None:
@@ -57,7 +57,7 @@ class TrainingRecord(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The random state, for the checkpoint."""
-        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if _uses_cuda() else []}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The random state of a checkpoint, for the next epoch."""
@@ -155,3 +155,8 @@ def find_checkpoint(path: str | Path, option: str = "source_ckpt") -> Path:
         warnings.warn(f"{text} Taken instead: {_best(done)}, of the last finished one.", stacklevel=3)
     assert done is not None
     return _best(done)
+
+
+def _uses_cuda() -> bool:
+    """Whether this process has a CUDA context: asking a GPU for anything would open one, of no use to a CPU."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

@@ -392,6 +392,17 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def repeat_problem(report: Report) -> str:
+    """A sentence where the same run may give other last digits next time; empty where it is equal bit for bit."""
+    if report.get("repeatable", True):  # older reports do not say
+        return ""
+    device = (report.get("environment") or {}).get("device") or "this device"
+    return (
+        f"Not repeatable: the same run on {device} may differ in its last digits, and so in a few predictions. "
+        "With --trainer.deterministic true runs are equal bit for bit."
+    )
+
+
 def _warnings(group: Group) -> list[str]:
     """What makes a group's numbers less than they seem."""
     warnings = []
@@ -413,6 +424,7 @@ def _warnings(group: Group) -> list[str]:
                 f"{run.method}, seed {run.seed}: {run.predictions_problem}. Its images are not used; run it once more."
             )
     warnings += [f"{', '.join(dict.fromkeys(who))}: {what}." for what, who in problems.items() if what]
+    warnings += dict.fromkeys(filter(None, (repeat_problem(run.report) for run in group.runs)))
     if any(str(run.protocol.get("weights", "")).endswith("random") for run in group.runs):
         warnings.append("The net is randomly initialised: these numbers say nothing of a trained one.")
     if group.labelled and len(group.seeds) == 1:

@@ -15,7 +15,7 @@ from rich.text import Text
 from lightning_tta.files import write_json
 from lightning_tta.report import figures, tables, write_report
 from lightning_tta.report.document import markdown, sections
-from lightning_tta.report.runs import Results, protocol_problem, read
+from lightning_tta.report.runs import Results, protocol_problem, read, repeat_problem
 from lightning_tta.report.tables import Table
 from lightning_tta.report.verdict import verdict
 
@@ -70,6 +70,8 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
             lines[-1] += f", {guard['on_probation']} batches predicted by the source on probation"
         said = [f"batch {event.get('batch')}: {event.get('reason')}, {event.get('action')}" for event in events[:10]]
         lines += [f"  {text}" for text in said] + [f"  ... and {len(events) - 10} more"] * (len(events) > 10)
+    if problem := repeat_problem(report):
+        lines.append(problem)
     if str(protocol.get("weights")).endswith("random"):
         console.print(
             Text("The net is randomly initialised: these numbers say nothing of a trained one."), style="bold red"

@@ -14,6 +14,8 @@ from rich import progress as bars
 from rich.console import Console
 from rich.table import Column
 
+from lightning_tta.progress import Pulse
+
 FIRST, GROWTH = 10.0, 1.25
 """Without a terminal: the first line after so many seconds; each following one after so much longer from the start."""
 BAR = 10
@@ -33,7 +35,7 @@ class RunBar(ProgressBar):
         self._bar: bars.Progress | None = None
         self._task = bars.TaskID(0)
         self._text, self._start, self._next = "", 0.0, FIRST
-        self._done, self._total = 0, 0
+        self._total, self._pulse = 0, Pulse()
         self._trained = self._to_train = 0  # batches of this fit, and where it began
 
     def disable(self) -> None:
@@ -55,7 +57,8 @@ class RunBar(ProgressBar):
 
     def _begin(self, text: str, total: float) -> None:
         """Show the progress of something else from now on."""
-        self._text, self._done, self._total = text, 0, 0 if total == float("inf") else int(total)
+        self._text, self._total = text, 0 if total == float("inf") else int(total)
+        self._pulse = Pulse()
         if not self._enabled or not self._console.is_terminal:
             return
         if self._bar is None:
@@ -70,11 +73,12 @@ class RunBar(ProgressBar):
             self._bar.start()
         self._bar.reset(self._task, total=self._total or None, description=text, values="")
 
+    def _is_due(self, done: int) -> bool:
+        """Whether to show that so many batches are done: some times a second, and the last one of all."""
+        return self._enabled and (self._pulse.beats() or done == self._total)
+
     def _show(self, done: int, left: float | None, values: Mapping[str, str]) -> None:
         """So many batches are done; so many seconds are left, if that is known, of all."""
-        self._done = done
-        if not self._enabled:
-            return
         count = f"{done}/{self._total}" if self._total else str(done)
         texts = [f"{name} {value}" for name, value in values.items()]
         if left is not None:
@@ -118,6 +122,8 @@ class RunBar(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._trained += 1
+        if not self._is_due(batch_idx + 1):
+            return
         total, left = self.total_train_batches, None
         if trainer.max_epochs not in (None, -1) and total != float("inf"):
             remaining = (trainer.max_epochs - trainer.current_epoch) * total - batch_idx - 1
@@ -137,7 +143,8 @@ class RunBar(ProgressBar):
     def on_validation_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        self._show(batch_idx + 1, None, {})
+        if self._is_due(batch_idx + 1):
+            self._show(batch_idx + 1, None, {})
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._begin_all()
@@ -151,7 +158,8 @@ class RunBar(ProgressBar):
     def on_test_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        self._show(batch_idx + 1, self._left(batch_idx + 1, self._total or float("inf")), {})
+        if self._is_due(batch_idx + 1):
+            self._show(batch_idx + 1, self._left(batch_idx + 1, self._total or float("inf")), {})
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._begin_all()
@@ -165,6 +173,8 @@ class RunBar(ProgressBar):
     def on_predict_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
+        if not self._is_due(batch_idx + 1):
+            return
         summary = getattr(getattr(pl_module, "run", None), "summary", None)
         accuracy = None if summary is None else summary.accuracy
         values = {} if accuracy is None else {"accuracy": f"{accuracy:.3f}"}

@@ -18,8 +18,8 @@ from lightning_tta.errors import DataError, InputError, NotPreparedError, check_
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.progress import with_progress
 from lightning_tta.run import own_loader
-from lightning_tta.run.stream_run import RunCallback
-from lightning_tta.run.summary import BatchRecord, StreamSummary
+from lightning_tta.run.stream_run import RunCallback, StreamRun
+from lightning_tta.run.summary import BatchRecord
 
 
 class StreamInput(RunCallback):
@@ -75,25 +75,22 @@ class Labels:
     files: list[str]
 
 
-def labels_of(
-    batch: Mapping[str, Any], count: int, summary: StreamSummary, data: ShiftedDataModule | None, loader: int | None
-) -> Labels:
-    """What a batch of ``count`` images says of them; of a user's own loader (without ``data``) it is checked.
+def labels_of(batch: Mapping[str, Any], count: int, run: StreamRun, loader: int | None) -> Labels:
+    """What a batch of ``count`` images says of them; of a user's own loader it is checked.
 
     Raises:
         DataError: If a value is of no allowed kind.
     """
-    index, files = own_loader.index_of(batch, count, summary)
+    data = run.data
+    index, files = own_loader.index_of(batch, count, run.seen)
     label = own_loader.labels_of(batch, count)
     if data is None:
-        return Labels(index, own_loader.domain_of(batch, count, summary, loader), label, files)
-    domain = batch.get("domain", torch.zeros(count, dtype=torch.int64)).cpu()
+        return Labels(index, own_loader.domain_of(batch, count, run.summary, loader), label, files)
+    domain = batch["domain"].cpu() if "domain" in batch else torch.zeros(count, dtype=torch.int64)
     return Labels(index, domain, label, [data.file_of(number) for number in index.tolist()])
 
 
-def refused_batch(
-    batch: Any, error: InputError, summary: StreamSummary, data: ShiftedDataModule | None, loader: int | None
-) -> BatchRecord:
+def refused_batch(batch: Any, error: InputError, run: StreamRun, loader: int | None) -> BatchRecord:
     """The record of a batch that cannot be used: as many images as ``index`` or else ``image`` has, or none."""
     batch = batch if isinstance(batch, dict) else {}
     image = batch.get("image")
@@ -101,10 +98,10 @@ def refused_batch(
     with suppress(TypeError):
         count = len(batch["index"]) if "index" in batch else count
     try:
-        labels = labels_of(batch, count, summary, data, loader)
+        labels = labels_of(batch, count, run, loader)
     except (DataError, KeyError):  # nothing of the batch is right
         number = torch.zeros(count, dtype=torch.int64)
-        labels = Labels(torch.arange(count) + summary.images + summary.skipped_images, number, number - 1, [])
+        labels = Labels(torch.arange(count) + run.seen, number, number - 1, [])
     unknown = torch.full((count,), -1)
     rows = (torch.zeros(count, 0), labels.index, labels.domain, unknown)
     return BatchRecord(*rows, adapted=False, error=str(error), files=labels.files)

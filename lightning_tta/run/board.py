@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch import Tensor
 
 from lightning_tta.backbones.split import as_logits
@@ -57,6 +58,8 @@ class StreamBoard(RunCallback):
             is in the method's ``stats``.
     """
 
+    may_lag = True
+
     def __init__(self, images: int = 4, details: bool = False) -> None:
         check_range("images", images, 0, integer=True)
         self.images, self.details = images, details
@@ -77,7 +80,7 @@ class StreamBoard(RunCallback):
         step = run.summary.images
         numbers = self._numbers(run)
         for logger in run.trainer.loggers:
-            logger.log_metrics(numbers, step=step)
+            log_numbers(logger, numbers, step)
         if (run.summary.batches - 1) % self._every == 0:
             for add_histogram in _writers(run.trainer, "add_histogram"):
                 add_histogram("entropies", output["entropy"].float(), global_step=step)
@@ -224,6 +227,21 @@ def _source_prediction(method: TTAMethod, images: Tensor) -> Tensor:
     rng = torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])
     with rng, method.at_source():
         return as_logits(method.model(images.to(float_dtype(method.model)))).argmax(1).cpu()
+
+
+def log_numbers(logger: Logger, numbers: Mapping[str, float], step: int) -> None:
+    """As the logger's ``log_metrics``; to TensorBoard all as one event, which it shows as so many curves.
+
+    An event takes as long as its way into TensorBoard's queue, whatever it holds.
+    """
+    writer = None
+    if isinstance(logger, TensorBoardLogger) and not logger._prefix:
+        writer = getattr(logger.experiment, "file_writer", None)
+    if writer is None:  # another logger, a closed writer, or names that the logger puts its prefix before
+        logger.log_metrics(dict(numbers), step=step)
+        return
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+    writer.add_summary(Summary(value=values), step)
 
 
 def _writers(trainer: Trainer, call: str) -> list[Callable[..., Any]]:

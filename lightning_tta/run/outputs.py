@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
-from typing import IO
+from dataclasses import asdict
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,6 +17,7 @@ from lightning_tta.files import environment, write_json
 from lightning_tta.report.files import predictions_digest
 from lightning_tta.report.terminal import print_report
 from lightning_tta.run.directory import GROWING, REPORT
+from lightning_tta.run.growing import GrowingFile
 from lightning_tta.run.measures import peak_memory, source_accuracy
 from lightning_tta.run.processes import merge_predictions
 from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun
@@ -28,7 +30,7 @@ NAMES = ("file", "class")
 
 
 class PredictionWriter(RunCallback):
-    """Appends every batch to ``predictions.csv`` as it comes: one line per image, domains by name.
+    """Appends every batch to ``predictions.csv``, about once a second: one line per image, domains by name.
 
     ``file`` is the image's file below its folder, ``class`` the name of the predicted class, where they are known. An
     image that could not be predicted has the prediction -1.
@@ -36,19 +38,21 @@ class PredictionWriter(RunCallback):
     Several processes write ``predictions.rank0.csv`` and so on, of which ``predictions.csv`` is made at the end.
     """
 
+    may_lag = True
+
     def __init__(self) -> None:
-        self._file: IO[str] | None = None
+        self._file: GrowingFile | None = None
         self._class_names: list[str] = []
 
     def on_start(self, run: StreamRun) -> None:
         """Open the file, anew or where a continued run left it."""
         self._class_names = run.class_names
-        self._file = run.directory.open(PREDICTIONS)
-        if self._file.tell() == 0:
+        self._file = GrowingFile(run.directory.open(PREDICTIONS))
+        if self._file.is_empty:
             csv.writer(self._file).writerow((*COLUMNS, *NAMES))
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
-        """Write one batch and flush it to the system."""
+        """Write one batch."""
         assert self._file is not None
         if not len(output["index"]):  # another process has all of the batch, or it was no batch
             return
@@ -60,8 +64,14 @@ class PredictionWriter(RunCallback):
         columns["file"] = [printable(name) for name in files] or [""] * len(output["index"])
         names = self._class_names
         columns["class"] = [names[k] if 0 <= k < len(names) else "" for k in columns["prediction"]]
-        csv.writer(self._file).writerows(zip(*columns.values(), strict=True))
-        self._file.flush()
+        lines = io.StringIO(newline="")
+        csv.writer(lines).writerows(zip(*columns.values(), strict=True))
+        self._file.write(lines.getvalue())
+
+    def flush(self) -> None:
+        """Have it on the disk."""
+        if self._file is not None:
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file; what was written stays."""
@@ -79,21 +89,39 @@ def printable(name: str) -> str:
 class StreamLogger(RunCallback):
     """Writes the state of the adaptation after every batch to ``batches.jsonl``, one line per batch, for any method.
 
+    About once a second, as :class:`PredictionWriter`.
+
     Online accuracy, entropy, largest predicted-class share (of the batch, and recent), logit norm and whatever is in
     the method's ``stats``. Of several processes each has its own ``batches.rank0.jsonl`` and so on, of what it has seen
     itself.
     """
 
+    may_lag = True
+
+    def __init__(self) -> None:
+        self._file: GrowingFile | None = None
+
     def on_start(self, run: StreamRun) -> None:
         """Start a new ``batches.jsonl``, or take up the one of a continued run."""
-        run.directory.open(BATCHES).close()
+        self._file = GrowingFile(run.directory.open(BATCHES))
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Write one line."""
         if not len(output["index"]) and run.group.world > 1:  # of this batch, other processes had all
             return
-        with run.directory.file(BATCHES).open("a") as file:
-            file.write(json.dumps(run.summary.last) + "\n")
+        assert self._file is not None
+        self._file.write(json.dumps(run.summary.last) + "\n")
+
+    def flush(self) -> None:
+        """Have it on the disk."""
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; what was written stays."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class StreamReport(RunCallback):
@@ -131,6 +159,7 @@ class StreamReport(RunCallback):
         summary = _gather(run)
         if not run.trainer.is_global_zero:
             return
+        captured = [part for part, how in run.method.capture_report().items() if how == "recorded"]
         report = {
             "method": run.method.name,
             "options": run.method.options,
@@ -143,6 +172,8 @@ class StreamReport(RunCallback):
             "wall_seconds": run.wall_seconds,
             **peak_memory(run.device),
             "precision": run.method.execution.precision or str(run.trainer.precision),
+            "execution": {**asdict(run.method.execution), "captured": captured},
+            "repeatable": run.device.type == "cpu" or run.method.execution.deterministic,
             "environment": environment(run.device),
             "run_digest": run.directory.digest,
             "predictions_digest": predictions_digest((run.directory.path / PREDICTIONS).read_bytes()),

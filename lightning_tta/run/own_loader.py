@@ -23,18 +23,19 @@ KINDS = {
 """What a batch may say of its images, one value for each."""
 
 
-def index_of(batch: Mapping[str, Any], count: int, summary: StreamSummary) -> tuple[Tensor, list[str]]:
+def index_of(batch: Mapping[str, Any], count: int, seen: int) -> tuple[Tensor, list[str]]:
     """Numbers (B,) of a batch's images, counted along the stream where there are none, and names of their files.
+
+    ``seen``: so many images came before.
 
     Raises:
         DataError: If ``index`` is neither, or not of this length.
     """
-    seen = summary.images + summary.skipped_images
-    counted, value = torch.arange(count) + seen, batch.get("index")
-    if value is None:
-        return counted, []
-    numbers = _numbers("index", value, count)
-    return (counted, [str(name) for name in value]) if numbers is None else (numbers, [])
+    value = batch.get("index")
+    numbers = None if value is None else _numbers("index", value, count)
+    if numbers is not None:
+        return numbers, []
+    return torch.arange(seen, seen + count), [] if value is None else [str(name) for name in value]
 
 
 def domain_of(batch: Mapping[str, Any], count: int, summary: StreamSummary, loader: int | None = None) -> Tensor:
@@ -52,8 +53,11 @@ def domain_of(batch: Mapping[str, Any], count: int, summary: StreamSummary, load
     if isinstance(value, (str, int)) or (isinstance(value, Tensor) and not value.ndim):
         value = [value.item() if isinstance(value, Tensor) else value] * count
     numbers = _numbers("domain", value, count)
-    names = value if numbers is None else [f"domain {number}" for number in numbers.tolist()]
-    return torch.tensor([summary.domain_number(name) for name in names])
+    names = value if numbers is None else numbers.tolist()
+    table = {
+        name: summary.domain_number(name if numbers is None else f"domain {name}") for name in dict.fromkeys(names)
+    }
+    return torch.tensor([table[name] for name in names], dtype=torch.int64)
 
 
 def labels_of(batch: Mapping[str, Any], count: int) -> Tensor:

@@ -7,23 +7,27 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-from lightning_tta.progress import GridLine
+from lightning_tta.progress import GridLine, Pulse
 from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun
 
 
 class StreamProgress(RunCallback):
     """Shows a stream's accuracy so far in the Trainer's own bar, rich or tqdm, and its length below a benchmark's."""
 
+    may_lag = True
+
     def __init__(self) -> None:
-        self._line = GridLine()
+        self._line, self._pulse = GridLine(), Pulse()
 
     def on_start(self, run: StreamRun) -> None:
         """Note the time."""
-        self._line = GridLine()
+        self._line, self._pulse = GridLine(), Pulse()
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Show the accuracy, and what is left of the stream."""
         total = run.total_batches
+        if not self._pulse.beats() and run.summary.batches < total:
+            return
         self._line.show("predict", run.summary.batches, int(total) if total != float("inf") else None)
         bar, accuracy = run.trainer.progress_bar_callback, run.summary.accuracy
         if accuracy is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -12,7 +13,7 @@ from lightning_tta.errors import ConfigError, Interrupted, check_choice, check_r
 from lightning_tta.files import save_summed, write_whole
 from lightning_tta.run.directory import FINAL, FORMAT, GROWING, STATE, ResumePolicy, checksum
 from lightning_tta.run.interrupts import received, waiting
-from lightning_tta.run.stream_run import Outputs, RunCallback, StreamRun, run_of
+from lightning_tta.run.stream_run import RunCallback, StreamRun, run_of
 
 
 class StateKeeper(RunCallback):
@@ -74,24 +75,31 @@ class StateKeeper(RunCallback):
             self._save(run, STATE)
         self._waiting.enter_context(waiting())
 
-    def on_batch(self, run: StreamRun, output: Outputs) -> None:
+    may_lag = True  # it asks for what is due before it saves
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Save after every so many batches, but not after the last: there must be something left to continue.
 
         Raises:
             Interrupted: After any batch but the last, if the process has got a signal; the state is then saved.
         """
-        done = run.summary.batches
-        if done >= run.total_batches:
+        run = run_of(pl_module)
+        done = run.batches
+        if outputs is None or done >= run.total_batches:
             return
-        stop, reason = received(run.trainer), _why_not(run)
+        stop, reason = received(trainer), _why_not(run)
         if (stop and not reason) or (self.save_every is not None and done % self.save_every == 0):
             self._save(run, STATE)
         if stop:
+            run.write()
             raise Interrupted(stop, _what_is_kept(run, reason))
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end, before the report says that the run is finished."""
         run = run_of(pl_module)
+        run.settle()
         run.check_end()
         if run.sharing.mode != "synchronised" or trainer.is_global_zero:  # else all have the same
             self._save(run, FINAL)
@@ -114,7 +122,7 @@ class StateKeeper(RunCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the directory."""
-        self.close()
+        super().on_exception(trainer, pl_module, exception)
         self.teardown(trainer, pl_module, "predict")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -123,6 +131,7 @@ class StateKeeper(RunCallback):
             run_of(pl_module).release()
 
     def _save(self, run: StreamRun, name: str) -> None:
+        run.write()
         for path in map(run.directory.file, GROWING):
             with path.open("rb") as file:  # all of it must be on the disk before the state is
                 os.fsync(file.fileno())

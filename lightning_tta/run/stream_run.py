@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from torch import Tensor
 
 from lightning_tta.data.base import ShiftedDataModule
@@ -23,6 +24,7 @@ from lightning_tta.run.directory import ResumePolicy, RunDirectory
 from lightning_tta.run.own_loader import BatchTrail
 from lightning_tta.run.pace import Pace
 from lightning_tta.run.processes import ProcessGroup
+from lightning_tta.run.readback import UnreadBatch, is_asynchronous
 from lightning_tta.run.summary import BatchRecord, StreamSummary
 
 Outputs = dict[str, Tensor]
@@ -50,7 +52,8 @@ class StreamRun:
         pace: Says which batches a slow method misses; ``None`` where the stream waits.
         last_domain: Number of the domain of the last image; ``None`` before the first batch.
         since_reset: Batches since the last reset.
-        batch: The record of the last batch.
+        batch: The record of the last batch in the account.
+        defers: Whether a batch is accounted for while the device is at work on the next one, see :meth:`defer`.
         directory: Where the run writes.
         group: The processes of the run.
 
@@ -81,6 +84,8 @@ class StreamRun:
         self.last_domain: int | None = None
         self.since_reset = 0
         self.batch: BatchRecord | None = None
+        self.defers = False
+        self._unread: UnreadBatch | None = None
         self.device = self.trainer.strategy.root_device
         self.group = ProcessGroup(self.trainer.global_rank, self.trainer.world_size)
         hashes = self.group.gather(self.protocol.hash)
@@ -186,6 +191,63 @@ class StreamRun:
         """Batches of the whole stream, as far as the loader knows; else infinity."""
         return self.done_before + sum(self.trainer.num_predict_batches)
 
+    # What came of it
+
+    def account(self, record: BatchRecord) -> Outputs:
+        """Take a batch into the account; what its predict step returns."""
+        self.batch = record
+        self.summary.update(record)
+        return record.outputs()
+
+    def may_defer(self, pl_module: LightningModule) -> bool:
+        """Whether nobody sees when a batch is accounted for: then nobody needs to wait for the device.
+
+        Who wants the predictions back, times the method against the stream, or has a callback of his own for every
+        batch, gets what he asks for at once.
+        """
+        trainer = self.trainer
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        watched = any(_overrides(pl_module, LightningModule, name) for name in _BATCH_HOOKS)
+        return (
+            is_asynchronous(self.device)
+            and self.pace is None
+            and self.sharing.joined == 1
+            and not trainer.predict_loop.return_predictions
+            and not watched
+            and all(map(_may_lag, callbacks))
+        )
+
+    def defer(self, batch: UnreadBatch) -> None:
+        """Account for a batch when the next one is on its way, and before anything is saved: see :meth:`settle`."""
+        self._unread = batch
+
+    def settle(self) -> None:
+        """Account for the batch that was deferred, if there is one: the turn of the callbacks comes now."""
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return
+        outputs = self.account(unread.record())
+        for callback in self.callbacks:
+            callback.on_batch(self, outputs)
+        if self.batch is not None:
+            self.batch.images = None  # those of two more batches are on the device
+
+    @property
+    def batches(self) -> int:
+        """Batches so far, one that was deferred included."""
+        return self.summary.batches + (self._unread is not None)
+
+    @property
+    def seen(self) -> int:
+        """Images so far, one that was deferred included, and those that could not be used."""
+        return self.summary.images + self.summary.skipped_images + (0 if self._unread is None else len(self._unread))
+
+    def write(self) -> None:
+        """Have all that is known so far in the files."""
+        self.settle()
+        for callback in self.callbacks:
+            callback.flush()
+
     # State
 
     @property
@@ -265,7 +327,13 @@ class RunCallback(Callback):
 
     Python: ``Trainer(callbacks=[StateKeeper(save_every=50)])``; those that the Trainer has not,
     :class:`~lightning_tta.TestTimeAdaptation` adds with their defaults.
+
+    Attributes:
+        may_lag: Whether :meth:`on_batch` needs nothing but its arguments' account: then it may be called when the
+            method is at work on the next batch.
     """
+
+    may_lag: ClassVar[bool] = False
 
     def identity(self) -> dict[str, Any]:
         """Options that change what is predicted, by name: a run with others is another run."""
@@ -288,6 +356,9 @@ class RunCallback(Callback):
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """A batch was predicted, and counted in ``run.summary``; not called for those done before a kill."""
 
+    def flush(self) -> None:
+        """What was written shall be on the disk: a state that counts it is about to be saved."""
+
     def on_end(self, run: StreamRun) -> None:
         """The stream has ended."""
 
@@ -305,7 +376,7 @@ class RunCallback(Callback):
     def on_predict_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
-        if outputs is not None:
+        if outputs:  # not one that was done before, or was deferred
             self.on_batch(run_of(pl_module), outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -313,7 +384,27 @@ class RunCallback(Callback):
         self.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: D102
+        run = getattr(pl_module, "run", None)
+        if isinstance(run, StreamRun):
+            with suppress(Exception):  # the device may be what has failed; it is the first error that counts
+                run.settle()
         self.close()
+
+
+_BATCH_HOOKS = ("on_predict_batch_start", "on_predict_batch_end")
+
+
+def _overrides(instance: object, base: type, name: str) -> bool:
+    return getattr(type(instance), name) is not getattr(base, name)
+
+
+def _may_lag(callback: Callback) -> bool:
+    """Whether a callback of the Trainer does not see when a batch is accounted for."""
+    if isinstance(callback, RunCallback):
+        return callback.may_lag or not any(
+            _overrides(callback, RunCallback, name) for name in ("on_batch", *_BATCH_HOOKS)
+        )
+    return isinstance(callback, ProgressBar) or not any(_overrides(callback, Callback, name) for name in _BATCH_HOOKS)
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ WINDOW = 8
 """Batches over which the recent predicted-class share is taken."""
 TOTALS = ("forwards", "backwards", "skipped_steps", "nonfinite_images")
 """Entries of a method's ``stats`` that add up along a stream."""
+_MEANS = dict.fromkeys(("entropy", "largest_class_share", "logit_norm")).keys()  # in this order
 
 
 @dataclass
@@ -127,19 +129,24 @@ class StreamSummary:
             self.last["skipped"] = batch.note
             batch = batch.without_damaged()
             self.last["images"] = len(batch)
-        domain, label, prediction = batch.domain, batch.label, batch.measures.prediction
-        classes = batch.logits.shape[1]
+        # numpy: on so few numbers a call of torch costs several times as much
+        domain, label, prediction = (each.numpy() for each in (batch.domain, batch.label, batch.measures.prediction))
+        numbers, classes, entropy = sorted(set(domain.tolist())), batch.logits.shape[1], batch.measures.entropy
         labelled = label >= 0
         correct = labelled & (prediction == label)
-        counted = torch.tensor(self._counted)[domain]
-        self.calibration.update(batch.logits[counted], label[counted])
-        for number in sorted(set(domain.tolist())):
-            here = domain == number
-            self._images[number] += int(here.sum())
-            self._labelled[number] += int(labelled[here].sum())
-            self._correct[number] += int(correct[here].sum())
-            self._entropy[number] += float(batch.measures.entropy[here].sum())
-            counts, before = class_counts(prediction[here], classes), self._classes[number]
+        if all(self._counted[number] for number in numbers):
+            self.calibration.update(batch.logits, batch.label)
+        else:
+            counted = torch.tensor(self._counted)[batch.domain]
+            self.calibration.update(batch.logits[counted], batch.label[counted])
+        for number in numbers:
+            here, whole = domain == number, len(numbers) == 1
+            self._images[number] += int(np.count_nonzero(here))
+            self._labelled[number] += int(np.count_nonzero(labelled[here]))
+            self._correct[number] += int(np.count_nonzero(correct[here]))
+            self._entropy[number] += float((entropy if whole else entropy[torch.from_numpy(here)]).sum())
+            counts = batch.measures.counts if whole else class_counts(torch.from_numpy(prediction[here]), classes)
+            before = self._classes[number]
             self._classes[number] = counts if before is None else before + counts
         self.missed += not batch.adapted or bool(batch.stats.get("only_predicted"))
         self.images += len(batch)
@@ -147,7 +154,8 @@ class StreamSummary:
         for name in TOTALS:
             self._totals[name] = self._totals.get(name, 0) + batch.stats.get(name, 0)
         self._recent.append(batch.measures.counts)
-        self._recent_labels.append(torch.bincount(label[labelled], minlength=classes))
+        self._recent_labels.append(torch.from_numpy(np.bincount(label[labelled], minlength=classes)))
+        means = batch.stats if batch.stats.keys() >= _MEANS else batch.measures.means()
         self.last |= {
             "images_seen": self.images,
             "accuracy": int(correct.sum()) / int(labelled.sum()) if labelled.any() else None,
@@ -155,7 +163,7 @@ class StreamSummary:
             "recent_class_share": _largest_share(self._recent),
             "recent_label_share": _largest_share(self._recent_labels),
             "seconds": batch.seconds,
-            **{name: float(value) for name, value in batch.measures.means().items()},
+            **{name: float(means[name]) for name in _MEANS},
             **batch.stats,
         }
 
@@ -244,5 +252,6 @@ class StreamSummary:
 
 
 def _largest_share(counts: deque[Tensor]) -> float | None:
-    total = torch.stack(list(counts)).sum(0)
-    return float(total.max() / total.sum()) if int(total.sum()) else None
+    total = np.sum([each.numpy() for each in counts], axis=0)
+    number = total.sum()
+    return float(np.float32(total.max()) / np.float32(number)) if number else None  # in float32, as torch has it

@@ -2,22 +2,31 @@
 
     python tests/measure/overhead.py --against ../before
     python tests/measure/overhead.py --against ../before --bare
+    python tests/measure/overhead.py --against ../before --trainer
 
 A worker process per checkout has its package (PYTHONPATH) and one thread; only one of them works at a time. The table
 gives the medians in ms, the ratio of this checkout to the other, median over pairs of neighbouring batches, and the
 ratio's quartiles. ``--bare``: Tent against the hand-written loop (forward with batch statistics, gradients of the norm
-parameters, a step of SGD) on a net so small that what a method costs beside the maths shows.
+parameters, a step of SGD) on a net so small that what a method costs beside the maths shows. ``--trainer``: a predict
+run of Tent, without a logger and with TensorBoard, against the bare loop ``method(images)``, on a net whose forward
+takes about 3 ms; processor time of all threads, so that the writer of the curves counts and other processes do not.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +34,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[2]
 NETS = {"resnet18": (64, 32), "resnet50": (8, 224)}  # of torchvision, 10 classes; images, pixels
 METHODS = ["tent", "zerosiam", "eata", "sar", "cotta", "memo"]
+BATCHES = 100  # of a stream
 FEW = {"views": 2}  # so that it ends
 NO_FILTER = {"entropy_margin": None}  # random weights are sure of nothing, and a step without samples costs less
 OPTIONS = {"memo": FEW, "cotta": FEW, "sar": NO_FILTER, "eata": {**NO_FILTER, "diversity_margin": 0.9999}}
@@ -54,12 +64,86 @@ def hand_written() -> Callable[[Tensor], Tensor]:
     return step
 
 
-def build(task: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """What a task calls, and its images: ``bare/tent``, ``resnet18/eata``."""
+def stream_net() -> nn.Module:
+    """Of which a forward pass of 64 images of 32 pixels takes about 3 ms on one core."""
+    widths = (3, 32, 32, 32)
+    layers = [
+        layer
+        for a, b in itertools.pairwise(widths)
+        for layer in (nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10)).eval()
+
+
+def stream(kind: str) -> Callable[[Tensor], float]:
+    """Seconds a batch of a stream: ``forward`` alone, Tent ``bare``, in a ``run``, or in a run with a ``board``."""
+    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from lightning_tta import TestTimeAdaptation, adapt
+    from lightning_tta.methods import Tent
+    from lightning_tta.run.board import StreamBoard
+
+    images = [torch.rand(64, 3, 32, 32) for _ in range(8)]
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+    class Stream(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __init__(self) -> None:
+            labels = {"domain": torch.zeros(64, dtype=torch.int64), "label": torch.arange(64) % 10}
+            first = torch.arange(64)
+            self.batches = [{"image": images[n % 8], "index": first + 64 * n, **labels} for n in range(BATCHES)]
+
+        def __len__(self) -> int:
+            return BATCHES
+
+        def __getitem__(self, number: int) -> dict[str, Tensor]:
+            return self.batches[number]
+
+    class Clock(Callback):
+        begun = ended = 0.0
+
+        def on_predict_epoch_start(self, *args: object) -> None:
+            self.begun = time.process_time()
+
+        def on_predict_epoch_end(self, *args: object) -> None:
+            self.ended = time.process_time()
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+
+    def run(_: Tensor) -> float:
+        module, clock = TestTimeAdaptation(partial(Tent, lr=1e-3), backbone=stream_net()), Clock()
+        with tempfile.TemporaryDirectory() as place:
+            trainer = Trainer(
+                accelerator="cpu",
+                logger=TensorBoardLogger(place) if kind == "board" else False,
+                callbacks=[clock, StreamBoard(images=0)],
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                default_root_dir=place,
+            )
+            trainer.predict(module, loader, return_predictions=False)
+        return (clock.ended - clock.begun) / BATCHES
+
+    @torch.inference_mode()
+    def loop(_: Tensor) -> float:
+        call = stream_net() if kind == "forward" else adapt(stream_net(), "tent", lr=1e-3)
+        begun = time.process_time()
+        for batch in loader:
+            call(batch["image"])
+        return (time.process_time() - begun) / BATCHES
+
+    return loop if kind in ("forward", "bare") else run
+
+
+def build(task: str) -> tuple[Callable[[Tensor], Any], Tensor]:
+    """What a task calls, and its images: ``bare/tent``, ``resnet18/eata``, ``stream/board``."""
     from lightning_tta import adapt
 
     torch.manual_seed(0)
     net_name, method_name = task.split("/")
+    if net_name == "stream":
+        return stream(method_name), torch.empty(0)
     if net_name == "bare":
         images = torch.rand(16, 3, 8, 8)
         settings = {"optimizer": "sgd", "lr": 1e-3}
@@ -84,9 +168,9 @@ def work() -> None:
             answer = "ready"
         else:
             start = time.perf_counter()
-            for _ in range(int(value)):
-                call(images)
-            answer = str(1000 * (time.perf_counter() - start) / int(value))
+            times = [call(images) for _ in range(int(value))]
+            seconds = sum(times) if isinstance(times[0], float) else time.perf_counter() - start
+            answer = str(1000 * seconds / int(value))
         print(answer, flush=True)
 
 
@@ -140,6 +224,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         repeats=(20, "pairs of batches"),
         calls=(0, "calls timed together; 0: 1, with --bare 50"),
         bare=(False, "the overhead over a hand-written loop"),
+        trainer=(False, "the overhead of a predict run over the bare method"),
     )
     here, other = Worker(ROOT), Worker(Path(options.against).resolve())
     ratios = {}
@@ -156,6 +241,13 @@ def main(args: list[str] | None = None) -> dict[str, float]:
             header("tiny net, batch 16, 8 px", "Tent, ms", "by hand, ms", "ratio", "quartiles")
             for name, worker in (("this checkout", here), ("the other", other)):
                 show(name, [worker, helper := Worker(ROOT)], ["bare/tent", "bare/by_hand"], 50)
+                helper.close()
+        elif options.trainer:
+            header("Tent, batch 64, 32 px", "ms a batch", "bare, ms", "ratio", "quartiles")
+            for name, worker in (("this checkout", here), ("the other", other)):
+                helper = Worker(Path(options.against).resolve() if worker is other else ROOT)
+                for kind in ("forward", "run", "board"):
+                    show(f"{name}, {kind}", [worker, helper], [f"stream/{kind}", "stream/bare"], 1)
                 helper.close()
         else:
             header("", "this, ms", "other, ms", "ratio", "quartiles")

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
@@ -245,3 +246,17 @@ def test_the_pictures_show_the_source_of_a_net_that_has_changed():
         3,
     )
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("prefix", "events"), [("", 1), ("a", 2)])
+def test_numbers_of_a_batch_are_one_event_with_the_same_curves(tmp_path, prefix, events):
+    logger = TensorBoardLogger(tmp_path, name="", version="", prefix=prefix)
+    board.log_numbers(logger, {"adapt/loss": 0.5, "adapt/entropy": 0.25}, 7)
+    logger.experiment.close()
+    (file,) = tmp_path.glob("events*")
+    seen = [event for event in EventFileLoader(str(file)).Load() if event.summary.value]
+    assert len(seen) == events
+    curves = EventAccumulator(str(tmp_path)).Reload()
+    for name, value in (("adapt/loss", 0.5), ("adapt/entropy", 0.25)):
+        tag = f"{prefix}-{name}" if prefix else name
+        assert [(point.step, point.value) for point in curves.Scalars(tag)] == [(7, value)]

@@ -473,10 +473,15 @@ class TTAMethod(Described, Replayable, ABC):
         """
         with self._custody.lock:
             if self._stats is None:
-                measures = {} if self._logits is None else collapse_measures(self._logits)
-                numbers = _read({**self.scalars[0], **measures, **self.scalars[1]})
+                numbers = _read(self.unread_stats())
                 self._stats = {name: value for name, value in numbers.items() if value == value}  # NaN: there is none
             return self._stats
+
+    def unread_stats(self) -> dict[str, Tensor | float]:
+        """What :attr:`stats` is made of, where it is, NaN included: nobody waits for the device."""
+        with self._custody.lock:
+            measures = {} if self._logits is None else collapse_measures(self._logits)
+            return {**self.scalars[0], **measures, **self.scalars[1]}
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
