@@ -41,7 +41,7 @@ class OnTheDevice(TorchDispatchMode):
         if func is torch.ops.aten.scalar_tensor.default:  # a number beside a tensor, an argument of the kernel
             return result
         made = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
-        if any(t.device.type == "cpu" for t in made):
+        if any(t.device.type == "cpu" and t.numel() for t in made):  # one without values is a mark of a checkpoint's
             raise NotOnTheDevice(f"{func.name()} makes a tensor on the CPU")
         given = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if func.name().startswith(("aten::_to_copy", "aten::copy_")) and any(t.device.type == "cpu" for t in given):
@@ -90,6 +90,7 @@ def fake_gpu() -> Iterator[None]:
             patch.setattr(torch, DEVICE, torch.cpu, raising=False)  # where checkpoints look for its functions
             for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
                 patch.setattr(torch, name, partial(_autocast, getattr(torch, name)))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         patch.setattr(_foreach_utils, "_foreach_supported_types", [torch.Tensor, FakeTensor])
         patch.setattr(torch, "_fused_sgd_", lambda *args, **options: None)  # torch has no shape rule for it
         yield

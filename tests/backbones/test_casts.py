@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_tta.backbones.casts import FrozenCasts
+from lightning_tta.backbones.passes import safe_checkpoints
 
 CPU = torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -50,7 +51,8 @@ class Net(nn.Module):
 def outcome(net, x, dtype, casts=None, weights=None):
     """Logits and gradients under autocast without its cache."""
     learned = [p for p in net.parameters() if p.requires_grad]
-    with torch.autocast("cpu", dtype, cache_enabled=False), (casts or FrozenCasts(nn.Module())).active(CPU):
+    casting = (casts or FrozenCasts(nn.Module())).active
+    with torch.autocast("cpu", dtype, cache_enabled=False), safe_checkpoints(), casting(CPU):
         logits = net(x) if weights is None else functional_call(net, weights, (x,))
     return [logits.detach(), *torch.autograd.grad(logits.float().square().mean(), learned)]
 

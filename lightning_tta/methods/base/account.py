@@ -80,10 +80,10 @@ class StreamAccount:
         (seen, good), self.noted = self.noted, None
         good = good & ((_value(skipped) if isinstance(skipped, Tensor) else skipped) == 0)
         moments, number = method.value(MOMENTS), method.value(IMAGES)
-        before = _value(number.clamp(max=self.HORIZON))
+        before = number.clamp(max=self.HORIZON)
         if isinstance(good, bool):
             if good:
-                moments.copy_(merged_moments(moments, seen, images / (before + images)))
+                moments.copy_(merged_moments(moments, seen, images / (_value(before) + images)))
                 number.add_(images)
             return
         merged = merged_moments(moments, seen, images / (before.to(moments.dtype) + images))

@@ -259,7 +259,7 @@ def made_again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     With the same random numbers, but not in a CUDA graph, whose generator cannot be asked.
     """
-    preserve = x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    preserve = x.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
     output: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=preserve)
     return output
 
