@@ -145,6 +145,53 @@ def test_a_recording_knows_its_settings():
     assert replays(captured)
 
 
+def test_the_step_that_is_accounted_for_has_a_recording_of_its_own():
+    plain, captured = pair("cotta", {**VARIANTS["cotta"][0], "steps": 2}, "bn")
+    for images in make_stream(6):
+        agree(plain, captured, images)
+    assert captured.memory["stream.images"] == 24
+
+
+def test_autocast_around_some_calls():
+    plain, captured = pair("tent", {"lr": 0.1}, "bn")
+    for number, images in enumerate(make_stream(12)):
+        agree(plain, captured, images, autocast if number % 2 else nullcontext)
+    assert list(captured.capture_report().values()).count("recorded") == 1  # by part and shape
+    assert len(captured._capture.recordings) == 2
+
+
+def test_a_converted_net_is_recorded_anew():
+    plain, captured = pair("tent", {"lr": 0.1}, "bn")
+    stream = make_stream(10)
+    for images in stream[:5]:
+        agree(plain, captured, images)
+    plain.double(), captured.double()
+    for images in stream[5:]:  # of the same dtype as before
+        agree(plain, captured, images)
+
+
+def test_other_tensors_of_state_are_recorded_anew():
+    method = build("eta", VARIANTS["eta"][0], "gn")
+    for images in make_stream(4):
+        method(images)
+    assert replays(method)
+    method.sized("mean_probability", torch.zeros(7))
+    method.sized("mean_probability", torch.zeros(5))
+    method(make_stream(1)[0])
+    assert not replays(method)
+
+
+def test_unread_stats_stay_those_of_their_batch():
+    plain, captured = pair("tent", {"lr": 0.1}, "bn")
+    expected, unread = [], []
+    for images in make_stream(8):
+        plain(images), captured(images)
+        expected.append(plain.stats)
+        unread.append(captured.unread_stats())
+    for stats, scalars in zip(expected, unread, strict=True):
+        assert {name: float(value) for name, value in scalars.items()} == pytest.approx(stats, rel=1e-9)
+
+
 @pytest.mark.parametrize("name", ["tent", "memo"])
 def test_other_frozen_weights_reach_a_recording(name):
     """Under bf16 the net's frozen weights are kept as copies, which a recorded pass reads."""
