@@ -88,7 +88,9 @@ class TestTimeAdaptation(LightningModule):
             :class:`~lightning_tta.methods.base.execution.Execution`.
         compile: Whether the net is compiled for recorded steps.
         precision: ``exact``, ``tf32`` or ``bf16``; ``None``: as ``--trainer.precision`` says.
-        lean: Whether the backward pass keeps no more activations than what learns needs.
+        lean: Whether the backward pass keeps no more activations than what learns needs. These four, where they are
+            left at their defaults, are as ``method`` made the method; so is its determinism, which the Trainer's
+            ``deterministic=True`` turns on too.
         removed: Former options, refused with a sentence that names the new ones.
 
     Attributes:
@@ -147,8 +149,8 @@ class TestTimeAdaptation(LightningModule):
         self.method = method(source)
         if not isinstance(self.method, TTAMethod):
             raise ConfigError(f"method must make a TTAMethod; it made a {type(self.method).__name__}.")
-        self.execution = Execution(capture=capture, compile=compile, precision=precision, lean=lean)
-        self.method.execution = self.execution
+        chosen = Execution(capture=capture, compile=compile, precision=precision, lean=lean)
+        self.execution = self.method.execution = self.method.execution.changed_by(chosen)
         self.run: StreamRun | None = None
         self._loggers: list[Logger] = []
         self._input, self._keeper = StreamInput(), StateKeeper()
@@ -175,7 +177,7 @@ class TestTimeAdaptation(LightningModule):
         check_precisions(self.execution.precision, self.trainer.precision)
         exact = torch.are_deterministic_algorithms_enabled()  # Lightning's --trainer.deterministic true
         exact &= not torch.is_deterministic_algorithms_warn_only_enabled()
-        self.method.execution = replace(self.execution, deterministic=exact)
+        self.method.execution = replace(self.execution, deterministic=exact or self.execution.deterministic)
         run = self._make_run()
         run.begin(self._keeper.resume)
         self.run = run

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_tta import DigitsData, SourceClassifier, TestTimeAdaptation
+from lightning_tta import DigitsData, SourceClassifier, TestTimeAdaptation, adapt
 from lightning_tta.benchmark.config import NetConfig, StreamConfig
 from lightning_tta.benchmark.runner import Benchmark
 from lightning_tta.files import environment
@@ -120,6 +120,17 @@ def test_the_report_says_how_it_was_computed(tmp_path, choice, exact):
     }
     assert report["repeatable"] is True  # on a CPU with as many threads, whatever the kernels
     assert repeat_problem(report) == ""
+
+
+def test_how_a_method_was_made_to_compute_stands(tmp_path):
+    def make(net):
+        return adapt(net, "tent", lr=1e-2, precision="bf16", capture=False, deterministic=True, in_place=True)
+
+    module = TestTimeAdaptation(make, backbone=make_net("bn", num_classes=10), lean=True)
+    trainer(tmp_path).predict(module, datamodule=data(), return_predictions=False)
+    execution = report_of(tmp_path)["execution"]
+    assert (execution["precision"], execution["capture"], execution["lean"]) == ("bf16", False, True)
+    assert execution["deterministic"] is True
 
 
 def test_speed_is_no_part_of_what_a_run_is(tmp_path):

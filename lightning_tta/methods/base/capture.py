@@ -403,8 +403,7 @@ class Capture:
 
     def report(self) -> dict[str, str]:
         """By part and shape: ``recorded``, or why not."""
-        seen = {_label(key): reason for key, reason in self.plain.items()}
-        seen |= {_label(key): f"plain: {reason}" for key, reason in self.plain.items()}
+        seen = {_label(key): f"plain: {reason}" for key, reason in self.plain.items()}
         seen |= {_label(key): "recorded" for key in self.recordings}
         waiting = {_label(k): f"plain so far: {number} of {self.WARM_UPS} calls" for k, number in self._calls.items()}
         return {**waiting, **seen, **({"last batch": f"plain: {self.why_not}"} if self.why_not else {})}

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -65,6 +65,12 @@ class Execution:
 
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, by the first matrix product
+
+    def changed_by(self, other: Execution) -> Execution:
+        """What ``other`` says where it says something else than the defaults; this elsewhere."""
+        default = Execution()
+        names = [name for name in NAMES if getattr(other, name) != getattr(default, name)]
+        return replace(self, **{name: getattr(other, name) for name in names})
 
     def active(self, device: torch.device, dtype: torch.dtype = torch.float32) -> AbstractContextManager[None]:
         """While active, this process computes as it is said here; as before afterwards.

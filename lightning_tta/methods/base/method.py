@@ -363,10 +363,9 @@ class TTAMethod(Described, Replayable, ABC):
         self._warn_of_small_batch(number)
         whole = number == len(usable)
         with self._capture.deciding(self, x, whole):
-            return self._adapt_and_predict(x, usable)
+            return self._adapt_and_predict(x, usable, number)
 
-    def _adapt_and_predict(self, x: Tensor, usable: Tensor) -> Tensor:
-        number = int(usable.sum())
+    def _adapt_and_predict(self, x: Tensor, usable: Tensor, number: int) -> Tensor:
         whole = number == len(usable)
         key = self._capture.key(STEP, (x,)) if self._capture.active and not self.step_on_host else None
         recording = None if key is None else self._capture.recordings.get(key)
