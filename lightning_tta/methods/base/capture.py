@@ -496,7 +496,7 @@ def _settings(method: Replayable) -> Key:
 
 
 def _add_plain(holder: object, values: list[Any], held: list[object] | None) -> None:
-    """Add public attributes: values to ``values``, objects to ``held``; if that is ``None``, which callables they are."""
+    """Add public attributes: values to ``values``, objects to ``held``; if that is ``None``, callables themselves."""
     for name, value in getattr(holder, "__dict__", {}).items():
         if name[0] == "_" or name in ("training", "execution"):
             continue
