@@ -37,7 +37,8 @@ class FrozenCasts:
         self.model = model
         self._casts: list[_Cast] | None = None  # None: not looked for yet
         self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
-        self._state: tuple[Any, ...] = ()
+        self._states: dict[tuple[torch.device, torch.dtype], tuple[int, int]] = {}
+        self._current: tuple[torch.device, torch.dtype] | None = None
 
     def __reduce__(self) -> tuple[type[FrozenCasts], tuple[nn.Module]]:
         return FrozenCasts, (self.model,)  # a copy makes copies of its own
@@ -45,7 +46,7 @@ class FrozenCasts:
     @property
     def nbytes(self) -> int:
         """Bytes of all copies."""
-        return sum(cast.copy.nbytes for cast in self._casts or () if cast.copy is not None)
+        return sum(copy.nbytes for cast in self._casts or () for copy in cast.copies.values())
 
     def drop(self) -> None:
         """Forget all copies, as after a conversion of the net."""
@@ -60,18 +61,18 @@ class FrozenCasts:
 
     def keep_up(self) -> None:
         """Bring the copies that there are up to date, where no layer will look: a recorded pass reads them."""
-        if self._state:
-            self._refresh(*self._state[:2])
+        for kind in list(self._states):
+            self._refresh(*kind)
 
     def _refresh(self, device: torch.device, dtype: torch.dtype) -> None:
         if self._casts is None:
             self._casts, self._forwards = _find(self.model, device.type)
         sources = [cast.source for cast in self._casts]
-        state = (device, dtype, sum(map(_version, sources)), sum(map(_address, sources)))
-        if state != self._state:
+        state = sum(map(_version, sources)), sum(map(_address, sources))
+        if self._current != (device, dtype) or state != self._states.get((device, dtype)):
             for cast in self._casts:
                 cast.refresh(dtype)
-            self._state = state
+            self._states[device, dtype], self._current = state, (device, dtype)
 
 
 class _Cast:
@@ -85,24 +86,25 @@ class _Cast:
 
     def __init__(self, source: nn.Parameter) -> None:
         self.source = source
-        self.copy: Tensor | None = None
+        self.copies: dict[torch.dtype, Tensor] = {}  # each keeps its address: a recording may read it
+        self._of: dict[torch.dtype, tuple[int, int]] = {}  # which source they are of
+        self.copy: Tensor | None = None  # the one in use
         self.version = -1  # of the source, when it was copied
-        self.address = 0
 
     def refresh(self, dtype: torch.dtype) -> None:
-        source, copy = self.source, self.copy
+        source, copy = self.source, self.copies.get(dtype)
         if source.requires_grad or source.dtype != torch.float32:
             self.copy, self.version = None, -1
             return
-        if copy is not None and copy.dtype == dtype and (self.version, self.address) == _where(source):
-            return
-        with outside_inference_mode(), torch.no_grad():
-            fresh = source.detach().to(dtype)
-            if copy is None or (copy.dtype, copy.device, copy.stride()) != (dtype, fresh.device, fresh.stride()):
-                self.copy = fresh
-            else:
-                copy.copy_(fresh)
-        self.version, self.address = _where(source)
+        if copy is None or self._of[dtype] != _where(source):
+            with outside_inference_mode(), torch.no_grad():
+                fresh = source.detach().to(dtype)
+                if copy is None or (copy.device, copy.stride()) != (fresh.device, fresh.stride()):
+                    self.copies[dtype] = fresh
+                else:
+                    copy.copy_(fresh)
+            self._of[dtype] = _where(source)
+        self.copy, self.version = self.copies[dtype], source._version
 
 
 def _where(source: Tensor) -> tuple[int, int]:

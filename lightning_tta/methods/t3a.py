@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32, entropy
+from lightning_tta.methods.base.host import host_has
 from lightning_tta.methods.base.method import TTAMethod
 
 EMPTY = 1e4  # the entropy of an empty slot: above any real one, finite in half precision too
@@ -111,7 +112,7 @@ class T3A(TTAMethod):
 
         Elsewhere as many as can occur. One that stands there twice is written twice, the same.
         """
-        if self.skips_when_empty and classes.device.type == "cpu":
+        if self.skips_when_empty and host_has(classes):
             return torch.from_numpy(np.unique(classes.numpy()))
         number = len(self.sums)
         return classes if len(classes) < number else torch.arange(number, device=classes.device)

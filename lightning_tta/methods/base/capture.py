@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_tta import collective
 from lightning_tta.errors import ConfigError, UnsupportedModelError
+from lightning_tta.methods.base.custody import has_address
 from lightning_tta.methods.base.execution import Execution
 from lightning_tta.methods.base.host import recording
 from lightning_tta.methods.base.state import Moment, State, put_back, take
@@ -203,8 +205,8 @@ class Capture:
         self.recordings: dict[Key, Recording] = {}
         self.plain: dict[Key, str] = {}  # why a part is not replayed
         self._calls: dict[Key, int] = {}
-        self._hooks: list[Mapping[Any, Any]] | None = None
-        self._layout = -1
+        self._net: _Net | None = None
+        self._layout: Any = None
         self._settings: Key = ()
         self.active = self._inside = False
         self.why_not = ""
@@ -248,19 +250,20 @@ class Capture:
                     raise ConfigError(f"{option}=True is not possible: {self.why_not}. Use {option}=False.")
             return
         self.why_not = "" if usable else "the batch has images that are left out"
-        self.why_not = self.why_not or self._looked_at(method.model)
+        if self._net is None:
+            self._net = _Net(method)
+        self.why_not = self.why_not or self._looked_at(self._net)
         self.active = not self.why_not
-        if self.active and self._layout != method.layout:
+        layout = (method.layout, *self._net.baked()) if self.active else None
+        if self.active and self._layout != layout:
             self.clear()
-            self._layout, self.active = method.layout, True
+            self._net = _Net(method)
+            self._layout, self.active = (method.layout, *self._net.baked()), True
         self._settings = _settings(method) if self.active else ()
 
-    def _looked_at(self, model: nn.Module) -> str:
+    def _looked_at(self, net: _Net) -> str:
         """Who looks inside a pass of the net; empty if nobody does."""
-        if self._hooks is None:
-            names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-            self._hooks = [getattr(module, name) for module in model.modules() for name in names]
-        if any(self._hooks) or torch_modules._has_any_global_hook():  # type: ignore[no-untyped-call]
+        if net.has_hooks() or torch_modules._has_any_global_hook():  # type: ignore[no-untyped-call]
             return "the net has hooks"
         modes = _get_current_dispatch_mode_stack() or _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         if modes or torch.is_anomaly_enabled():
@@ -315,24 +318,38 @@ class Capture:
         found = self.recordings.get(key)
         if found is not None:
             return self.replay(method, found, tensors)
+        if key in self.plain and method.execution.capture is True:
+            raise self._refusal(method, key)
+        if key not in self._calls:
+            self._make_room()
         self._calls[key] = self._calls.get(key, 0) + 1
         if key in self.plain or self._calls[key] <= self.WARM_UPS or len(self.recordings) >= self.LIMIT:
             return _without_graph(function(*tensors))
         return self._record(method, key, function, tensors, batch)
+
+    def _make_room(self) -> None:
+        """Where there are many, forget what is of settings that are no longer those of the method."""
+        if len(self.recordings) >= self.LIMIT or len(self._calls) >= 16 * self.LIMIT:
+            kept: list[dict[Key, Any]] = [self.recordings, self._calls, self.plain]
+            for entries in kept:
+                for key in [key for key in entries if key[3] != self._settings]:
+                    del entries[key]
 
     def _record(
         self, method: Replayable, key: Key, function: Callable[..., Any], tensors: Sequence[Tensor], batch: int
     ) -> Any:
         """Run the part as it is and recorded, from the same state; keep the recording if it agrees."""
         notes, counts = map(dict, method.scalars)
-        before, drawn = take(method), _host_randomness()
+        before, drawn, undeclared = take(method), _host_randomness(), _undeclared(method)
         expected = _without_graph(function(*tensors))
-        if _host_randomness() != drawn:
-            self.plain[key] = "it draws random numbers on the host"
-            return self._refused(method, key, expected)
+        reason = "" if _host_randomness() == drawn else "it draws random numbers on the host"
+        reason = reason or _change(undeclared, _undeclared(method))
+        if reason:
+            self.plain[key] = reason
+            return self._refused(method, key, expected, before)
         after, scalars = take(method), method.scalars
         noted = method.noted_statistics() if batch >= 0 else ()
-        reason, found = "", None
+        found = None
         try:
             put_back(method, before)
             found = self._recorded(method, key[0], function, tensors, batch)
@@ -352,14 +369,25 @@ class Capture:
         if noted:
             method.note_statistics(noted)
         self.plain[key] = reason
-        return self._refused(method, key, expected)
+        return self._refused(method, key, expected, before)
 
-    def _refused(self, method: Replayable, key: Key, result: Any) -> Any:
-        text = f"A step of '{method.name}' cannot be captured, and runs as it is: {self.plain[key]}."
+    def _refused(self, method: Replayable, key: Key, result: Any, before: Moment) -> Any:
+        """The result of the plain step, which is taken back where it is refused."""
         if method.execution.capture is True:
-            raise UnsupportedModelError(f"{text} Use capture='auto' or False.")
-        warnings.warn(f"{text} With capture=False it is not tried.", stacklevel=2)
+            put_back(method, before)
+            raise self._refusal(method, key)
+        warnings.warn(
+            f"A step of '{method.name}' cannot be captured, and runs as it is: {self.plain[key]}. With capture=False "
+            "it is not tried.",
+            stacklevel=2,
+        )
         return result
+
+    def _refusal(self, method: Replayable, key: Key) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"A step of '{method.name}' cannot be captured: {self.plain[key]}. With capture=True it does not run "
+            "otherwise. Use capture='auto' or False."
+        )
 
     def _recorded(
         self, method: Replayable, name: str, function: Callable[..., Any], tensors: Sequence[Tensor], batch: int
@@ -405,7 +433,11 @@ class Capture:
         """By part and shape: ``recorded``, or why not."""
         seen = {_label(key): f"plain: {reason}" for key, reason in self.plain.items()}
         seen |= {_label(key): "recorded" for key in self.recordings}
-        waiting = {_label(k): f"plain so far: {number} of {self.WARM_UPS} calls" for k, number in self._calls.items()}
+        full = f"plain: there are {len(self.recordings)} recordings already"
+        waiting = {
+            _label(key): full if number > self.WARM_UPS else f"plain so far: {number} of {self.WARM_UPS} calls"
+            for key, number in self._calls.items()
+        }
         return {**waiting, **seen, **({"last batch": f"plain: {self.why_not}"} if self.why_not else {})}
 
 
@@ -432,24 +464,127 @@ def _modes(device: str) -> Key:
 _PLAIN = (bool, int, float, str, type(None))
 
 
+class _Is:
+    """An object as itself: equal to nothing else, and kept, so that no other one gets its address."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Is) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def _settings(method: Replayable) -> Key:
-    """Everything in plain values that a step may have been made of: options, learning rates, those of filters."""
+    """What a step may have been made of beside its state: options, learning rates, objectives and filters.
+
+    Plain values count, of the method and of the objects that it holds; of those objects it also counts which they are.
+    """
     values: list[Any] = [method.execution]
-    holders: list[object] = [method, *getattr(method, "filters", ())]
-    for holder in holders:
-        for name, value in vars(holder).items():
-            if name[0] == "_" or name == "training":
-                continue
-            if isinstance(value, _PLAIN):
-                values.append(value)
-            elif isinstance(value, (list, tuple)) and all(isinstance(item, _PLAIN) for item in value):
-                values.append(tuple(value))
-            elif callable(value):
-                values.append(id(value))
+    parts = (module for name, module in method._modules.items() if name != "model" and module is not None)
+    held: list[object] = [*getattr(method, "filters", ()), *parts]
+    _add_plain(method, values, held)
+    for each in held:
+        values.append(_Is(each))
+        _add_plain(each, values, None)
     for optimizer in method.optimizers.values():
         for group in optimizer.param_groups:
             values += [value for name, value in group.items() if name not in ("params", "lr")]  # set from initial_lr
     return tuple(values)
+
+
+def _add_plain(holder: object, values: list[Any], held: list[object] | None) -> None:
+    """Add public attributes: values to ``values``, objects to ``held``; if that is ``None``, callables themselves."""
+    for name, value in getattr(holder, "__dict__", {}).items():
+        if name[0] == "_" or name in ("training", "execution"):
+            continue
+        if isinstance(value, _PLAIN):
+            values.append(value)
+        elif isinstance(value, (list, tuple)):
+            if all(isinstance(item, _PLAIN) for item in value):
+                values.append(tuple(value))
+        elif isinstance(value, (dict, set, Tensor)):
+            continue
+        elif held is not None:
+            held.append(value)
+        elif callable(value):
+            values.append(_Is(value))
+
+
+class _Net:
+    """What of a method's modules is looked at before each replay: who looks inside, and what a recording holds fixed.
+
+    That are addresses of tensors, whether they learn, forwards that were put in place of a module's own, and the plain
+    attributes of modules other than torch's.
+    """
+
+    def __init__(self, method: nn.Module) -> None:
+        modules = [module for module in method.modules() if module is not method]
+        names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        self._hooks: list[Mapping[Any, Any]] = [getattr(module, name) for module in modules for name in names]
+        self._slots = [vars(module) for module in modules]
+        own = [vars(m) for m in modules if not type(m).__module__.startswith("torch.nn.")]
+        names_of = ((slots, [name for name, value in slots.items() if _is_setting(name, value)]) for slots in own)
+        self._plain = [(slots, name) for slots, names in names_of for name in names]
+        self._tensors = [tensor for tensor in (*method.parameters(), *method.buffers()) if has_address(tensor)]
+
+    def has_hooks(self) -> bool:
+        return any(self._hooks) or any(tensor._backward_hooks for tensor in self._tensors)
+
+    def baked(self) -> Key:
+        forwards = [_Is(slots["forward"]) for slots in self._slots if "forward" in slots]
+        flags = [tensor.requires_grad for tensor in self._tensors]
+        return (
+            [slots.get(name) for slots, name in self._plain],
+            list(map(Tensor.data_ptr, self._tensors)),
+            flags,
+            forwards,
+        )
+
+
+def _is_setting(name: str, value: object) -> bool:
+    return isinstance(value, _PLAIN) and name != "training" and not name.startswith("_is_")
+
+
+_BY_THE_WAY = frozenset({"scalars", "_unrecorded"})
+"""Attributes of a method that a step may replace, and that are accounted for."""
+
+
+def _undeclared(method: Replayable) -> dict[str, Any]:
+    """What a step could change that is no declared state, as it is now: attributes and tensors of all modules."""
+    declared = set(map(id, (*method.adaptable.values(), *method._rest.values())))
+    holders = dict(method.named_modules())
+    objects = {f"filters.{number}": each for number, each in enumerate(getattr(method, "filters", ()))}
+    now: dict[str, Any] = {}
+    for place, holder in {**holders, **objects}.items():
+        values = {
+            name: value for name, value in vars(holder).items() if name not in _BY_THE_WAY or holder is not method
+        }
+        values |= {**values.get("_parameters", {}), **values.get("_buffers", {})}
+        for name, value in values.items():
+            if id(value) not in declared:
+                now[f"{place}.{name}".lstrip(".")] = _as_it_is(value)
+    return now
+
+
+def _as_it_is(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Is(value), None if value.is_inference() else value._version
+    if isinstance(value, _PLAIN):
+        return value
+    return len(value) if isinstance(value, (list, dict, set, deque)) else None
+
+
+def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Why a step that has changed more than its state cannot be recorded; empty if it has not."""
+    missing = object()
+    for name in {**before, **after}:
+        old, new = before.get(name, missing), after.get(name, missing)
+        if old != new and not (old != old and new != new):  # NaN has not changed
+            return f"it changes '{name}', which is no declared state, so that a replay would not"
+    return ""
 
 
 def _host_randomness() -> Key:

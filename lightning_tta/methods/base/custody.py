@@ -85,7 +85,7 @@ class Custody:
         self._entries = [*chain.from_iterable(slots.values() for slots in self._filled), _END]
         self._forwards = [vars(module).get("forward") for module in self._members]
         statistics = [getattr(m, name, None) for m in self._members for name in ("running_mean", "running_var")]
-        self._tensors = {id(t): t for t in (*net.parameters(), *statistics) if _is_counted(t)}.values()
+        self._tensors = {id(t): t for t in (*net.parameters(), *statistics) if has_address(t)}.values()
         self.note()
 
     def check(self, values: bool = True) -> None:
@@ -236,7 +236,7 @@ def reading(function: Method) -> Method:
     return exclusive(function, changes=False)
 
 
-def _is_counted(tensor: object) -> bool:
+def has_address(tensor: object) -> bool:
     """Whether a tensor has an address and a counter of writes: any but inference tensors and special kinds."""
     if not isinstance(tensor, Tensor):
         return False
