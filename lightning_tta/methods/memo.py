@@ -53,8 +53,9 @@ class MEMO(ViewMethod, GradientMethod):
         loss_classes: Classes that the loss sees: their positions, or ``imagenet_a`` or ``imagenet_r`` (200 of 1000, as
             in MEMO); ``None``: all.
         predict_classes: Classes that may be predicted, named likewise.
-        chunk_views: At most this many views in one pass; bounds the memory. ``None``: as many as fit into 0.6 of
-            what is free on a GPU (on a CPU 128 views of 224 px), up to the batch at once with ``params="norm"``, the views of one image with ``"all"``.
+        chunk_views: At most this many views in one pass; bounds the memory. ``None``: as many as fit into 0.6 of what
+            is free on a GPU (on a CPU 128 views of 224 px), up to the batch at once with ``params="norm"``, the views
+            of one image with ``"all"``.
         together: Whether the images of a batch go through ``params="norm"`` together, each with scales and shifts of
             its own, or one after the other: the same numbers. ``None``: together on an accelerator; on a CPU one
             image's activations stay in its cache, which is faster.

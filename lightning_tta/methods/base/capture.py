@@ -554,7 +554,7 @@ _BY_THE_WAY = frozenset({"scalars", "_unrecorded"})
 
 def _undeclared(method: Replayable) -> dict[str, Any]:
     """What a step could change that is no declared state, as it is now: attributes and tensors of all modules."""
-    declared = set(map(id, (*method.adaptable.values(), *method._rest.values())))
+    declared = set(map(id, (*method.adaptable.values(), *method.rest.values())))
     holders = dict(method.named_modules())
     objects = {f"filters.{number}": each for number, each in enumerate(getattr(method, "filters", ()))}
     now: dict[str, Any] = {}

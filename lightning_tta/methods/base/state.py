@@ -109,6 +109,11 @@ class State(nn.Module):
         return dict(self._adaptable)
 
     @property
+    def rest(self) -> dict[str, Tensor]:
+        """All other states, by name."""
+        return dict(self._rest)
+
+    @property
     def memory(self) -> dict[str, Tensor | None]:
         """The method's own state beside parameters, buffers and optimizers; ``None`` for what has no value yet."""
         states = {name: tensor for name, tensor in self._rest.items() if not name.startswith("optimizers.")}
