@@ -60,7 +60,7 @@ ALLOWED = {  # (files, private names of another library), as patterns: why there
     ("lightning_tta/methods/base/custody.py", "_buffers"): "the same",
     ("lightning_tta/methods/base/custody.py", "_forward_*"): "what hooks a broken call has left; no handle is at hand",
     ("lightning_tta/methods/base/capture.py", "_version"): "the one sign that a tensor was written in place",
-    ("lightning_tta/methods/base/capture.py", "_backward_hooks"): "hooks on a parameter; torch has no public way to ask",
+    ("lightning_tta/methods/base/capture.py", "_backward_hooks"): "hooks on a parameter; nothing public tells",
     ("lightning_tta/methods/base/capture.py", "_has_any_global_hook"): "whether anybody looks inside a pass",
     ("lightning_tta/methods/base/capture.py", "_get_current_*_mode_stack"): "the same, of modes; nothing public tells",
     ("lightning_tta/methods/base/capture.py", "_python_dispatch"): "where torch keeps them",
