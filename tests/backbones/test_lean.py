@@ -374,6 +374,7 @@ def test_the_host_reads_nothing():
 LEARN = [(name, o) for name in sorted(VARIANTS) for o in VARIANTS[name] if name not in ("norm", "t3a", "lame", "zero")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), LEARN, ids=[f"{n}-{i}" for i, (n, _) in enumerate(LEARN)])
 def test_every_method_takes_the_same_steps(name, options):
     torch.manual_seed(0)

@@ -97,6 +97,7 @@ def no_process_is_left(group):
     return False
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_ends_a_benchmark_with_its_workers(tmp_path):
     """A real one, of processes side by side, all of which get the signal."""
     (tmp_path / "b.yaml").write_text(BENCHMARK)

@@ -15,6 +15,7 @@ from lightning_tta.methods import MetaTTT
 from nets import make_images, make_net
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),  # by torch's own check of parameters
 ]

@@ -70,6 +70,7 @@ def autocast():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize(("dtype", "context"), [(torch.float32, autocast), (torch.bfloat16, nullcontext)])
 @pytest.mark.parametrize(("name", "options", "kind"), FIRST, ids=[case_id(*case) for case in FIRST])

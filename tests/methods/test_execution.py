@@ -207,6 +207,7 @@ def test_what_is_not_deterministic_is_refused():
 # What methods compute
 
 
+@pytest.mark.slow
 @every_setting
 def test_exact_and_deterministic_change_nothing_on_a_cpu(case):
     plain = build(*case)
@@ -231,6 +232,7 @@ def test_bf16_is_autocast(case):
     assert same(plain.state_dict(), method.state_dict())
 
 
+@pytest.mark.slow
 @every_setting
 def test_copies_of_frozen_weights_change_no_bit_under_float16_autocast(case):
     methods = [build(*case), build(*case)]

@@ -10,6 +10,7 @@ from fake_gpu import DEVICE, KernelCount, NotOnTheDevice, OnTheDevice, fake_gpu,
 from nets import make_images
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
 ]

@@ -9,7 +9,7 @@ from lightning_tta import adapt
 from lightning_tta.backbones.layout import wanted_layout
 from nets import KINDS, make_images, make_net, make_stream
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 CPU, CUDA, LAST = torch.device("cpu"), torch.device("cuda"), torch.channels_last
 

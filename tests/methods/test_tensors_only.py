@@ -80,6 +80,7 @@ def test_the_mode_finds_what_asks(ask):
         ask(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "kind"), [*ON_NETS, ("cotta", VARIANTS["cotta"][1], "bn")])
 def test_masked_passes_give_what_skipped_ones_give(name, options, kind):
     """On a CPU passes that keep nothing are left out; elsewhere they run, masked. Odd batches are among them."""

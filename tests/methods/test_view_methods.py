@@ -15,7 +15,7 @@ from lightning_tta.methods.components import episodes, room
 from lightning_tta.views.augmix import ViewPlan
 from nets import KINDS, make_images, make_net, max_difference, same
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 CASES = [
     ("memo", {"optimizer": "adamw"}),

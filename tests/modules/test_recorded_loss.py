@@ -18,7 +18,7 @@ from lightning_tta.modules import recorded_loss
 from lightning_tta.modules.recorded_loss import RecordedLoss
 from nets import max_difference
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 class Tape(replay.Tape):
