@@ -30,7 +30,7 @@ from odd_nets import (
     pruned,
 )
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 METHODS = list(available_methods())
 LEARN = [name for name in METHODS if hasattr(available_methods()[name], "descend")]
