@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_tta.methods.base import capture
+from lightning_tta.methods.base import recorder as recorders
 
 ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
 
@@ -53,4 +53,4 @@ class Tape:
 
 def use_tape(monkeypatch):
     """Methods made from here on record on a CPU."""
-    monkeypatch.setattr(capture, "make_recorder", Tape)
+    monkeypatch.setattr(recorders, "make_recorder", Tape)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_tta.backbones.norms import replaced_forwards
 from lightning_tta.backbones.passes import outside_inference_mode
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -57,7 +58,8 @@ class FrozenCasts:
         if not torch.is_autocast_enabled(device.type):
             return nullcontext()
         self._refresh(device, torch.get_autocast_dtype(device.type))
-        return _replaced(self._forwards) if self._forwards else nullcontext()
+        mine = {layer: forward for layer, forward in self._forwards.items() if "forward" not in vars(layer)}
+        return replaced_forwards(mine) if mine else nullcontext()
 
     def keep_up(self) -> None:
         """Bring the copies that there are up to date, where no layer will look: a recorded pass reads them."""
@@ -161,16 +163,3 @@ def _forward(
 
     forward.cast = weight  # type: ignore[attr-defined]  # for what wraps it
     return forward
-
-
-@contextmanager
-def _replaced(forwards: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """While active, each layer runs with its forward here. Not by ``setattr``, which is slow in a module."""
-    mine = [(vars(layer), forward) for layer, forward in forwards.items() if "forward" not in vars(layer)]
-    try:
-        for slots, forward in mine:
-            slots["forward"] = forward
-        yield
-    finally:
-        for slots, _ in mine:
-            slots.pop("forward", None)  # a call that broke off may have tidied up

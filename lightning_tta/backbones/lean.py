@@ -281,7 +281,7 @@ def _calls_relu(module: nn.Module) -> bool:
     """Whether the forward of a module names a function ``relu``."""
     code = getattr(type(module).forward, "__code__", None)
     names = set() if code is None or type(module).__module__.startswith("torch.nn.") else set(code.co_names)
-    return not names.isdisjoint({"relu", "relu_"} - set(module._modules))
+    return not names.isdisjoint({"relu", "relu_"} - {name for name, _ in module.named_children()})
 
 
 @dataclass

@@ -160,7 +160,8 @@ def moments(x: Tensor, dims: Sequence[int], *, unbiased: bool = False) -> tuple[
     center = x.mean(list(dims), keepdim=True)
     mean, deviation = center.squeeze(list(dims)), x - center
     count = x.numel() // max(mean.numel(), 1)
-    return mean, (deviation * deviation).sum(list(dims)) / (count - int(unbiased))
+    squares = deviation * deviation if deviation.requires_grad else deviation.mul_(deviation)
+    return mean, squares.sum(list(dims)) / (count - int(unbiased))
 
 
 def batch_moments(x: Tensor, *, unbiased: bool = False) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lightning_tta.backbones.norms import affine
+from lightning_tta.backbones.norms import affine, moments
 from lightning_tta.losses import at_least_float32
 
 
@@ -105,7 +105,7 @@ class _Mixed(Function):
         inner: Inner | None,
     ) -> Tensor:
         wide = at_least_float32(_by_domain(x, domains))
-        mu, var = _moments(wide)
+        mu, var = moments(wide, [1, *range(3, wide.ndim)], unbiased=True)
         w_, mean_s, var_s = w.to(mu.dtype), source.mean.to(mu.dtype), source.var.to(mu.dtype)
         d = mean_s - mu
         wd = w_ * d
@@ -240,17 +240,6 @@ def _total(x: Tensor) -> Tensor:
 def _spread(value: Tensor, x: Tensor) -> Tensor:
     """(D, C) -> what broadcasts over x (D, B, C, ...)."""
     return value.view(value.shape[0], 1, -1, *(1,) * (x.ndim - 3))
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of x (D, B, C, ...), each (D, C)."""
-    dims = (1, *range(3, x.ndim))
-    if x.device.type != "cpu":
-        var, mean = torch.var_mean(x, dim=dims, correction=1)
-        return mean, var
-    mean = x.mean(dims)  # on a CPU torch's reduction in one pass is ten times slower
-    deviation = x - _spread(mean, x)
-    return mean, _total(deviation.mul_(deviation)).div_(x.numel() // mean.numel() - 1)
 
 
 def _sum_like(

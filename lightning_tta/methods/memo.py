@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.losses import consistency, marginal_entropy
-from lightning_tta.methods.base.gradient import GradientMethod, Gradients
+from lightning_tta.methods.base.gradient import GradientMethod, Gradients, total_norm
 from lightning_tta.methods.base.optimizers import OptimizerName, masked_step
 from lightning_tta.methods.components.episodes import ViewMethod, check_classes, made_again, per_image
 from lightning_tta.views.augmix import make_views
@@ -190,8 +190,6 @@ class MEMO(ViewMethod, GradientMethod):
         flat, rows = self._rows(count)
         source = [tensor[:1].clone() for tensor in flat]
         optimizer = self.new_optimizer(flat)
-        for group in optimizer.param_groups:
-            group["capturable"] = True  # all that it has is on the device
         good = torch.ones(count, dtype=torch.bool, device=images.device)
         for _ in range(self.episode_steps):
             with self._with_rows(rows):
@@ -228,7 +226,7 @@ class MEMO(ViewMethod, GradientMethod):
                     losses = self._loss(self._logits_of_views(views)[None])
                     gradients = self.differentiate(losses.sum())
                 losses = losses.detach()
-                norm = nn.utils.get_total_norm([g for g in gradients if g is not None], error_if_nonfinite=False)
+                norm = total_norm([g for g in gradients if g is not None])
                 finite = norm.isfinite() & losses.isfinite().all()
                 self.count("backwards")
                 self.count("skipped_steps", good & ~finite)

@@ -178,6 +178,7 @@ class TestTimeAdaptation(LightningModule):
         exact = torch.are_deterministic_algorithms_enabled()  # Lightning's --trainer.deterministic true
         exact &= not torch.is_deterministic_algorithms_warn_only_enabled()
         self.method.execution = replace(self.execution, deterministic=exact or self.execution.deterministic)
+        self.method.check_capture(self.trainer.strategy.root_device)
         run = self._make_run()
         run.begin(self._keeper.resume)
         self.run = run

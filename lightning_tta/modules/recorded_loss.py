@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as torch_modules
 
 from lightning_tta.errors import ConfigError, UnsupportedModelError
-from lightning_tta.methods.base.capture import CudaGraphs, Recorder
+from lightning_tta.methods.base import recorder
 from lightning_tta.methods.base.execution import Capture
+from lightning_tta.methods.base.recorder import hooks_of, modes, who_looks
 
 Losses = tuple[Tensor, ...]
 """The loss, and further scalars."""
-
-make_recorder: Callable[[], Recorder] = CudaGraphs
 
 
 @dataclass
@@ -94,7 +92,7 @@ class RecordedLoss:
 
     def clear(self) -> None:
         """Forget all recordings, and give their memory back."""
-        self.recorder = make_recorder()
+        self.recorder = recorder.make_recorder()
         self.recordings: dict[Hashable, _Recording] = {}
         self.failed: dict[Hashable, str] = {}
         """Why a shape is not replayed."""
@@ -136,7 +134,7 @@ class RecordedLoss:
             processes: How many processes train together; several take the plain way.
         """
         device = tensors[0].device
-        if self.capture is False or self._reason_against(device, processes) or _looked_at(net):
+        if self.capture is False or self._reason_against(device, processes) or who_looks(hooks_of(net.modules())):
             return function(*tensors)
         parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         key = (
@@ -144,7 +142,7 @@ class RecordedLoss:
             tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
             tuple(t.data_ptr() for t in itertools.chain(net.parameters(), net.buffers())),
             tuple(id(parameter) for parameter in parameters),
-            _modes(device.type),
+            modes(device.type),
         )
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         if key in self.failed or calls <= self.WARM_UPS:
@@ -248,17 +246,3 @@ def _difference(pairs: Iterable[tuple[Tensor | None, Tensor | None]], tolerance:
     close = distance <= tolerance * length + 0.1 * tolerance * largest
     same = bool((close | (length.isnan() & distance.isnan())).all())
     return "" if same else "its loss or its gradients differ from those of the plain way"
-
-
-def _looked_at(net: nn.Module) -> bool:
-    """Whether somebody looks inside a pass of the net: hooks, or modes of torch."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = any(getattr(module, name) for module in net.modules() for name in names)
-    return hooks or torch_modules._has_any_global_hook() or torch.is_anomaly_enabled()  # type: ignore[no-untyped-call]
-
-
-def _modes(device: str) -> Hashable:
-    """What of torch's global settings goes into a recording."""
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    exact = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
-    return autocast, exact, torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

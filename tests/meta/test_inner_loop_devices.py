@@ -7,6 +7,7 @@ from test_mixing import Kernels
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.nn.functional import cross_entropy
 
+from fake_gpu import DEVICE, move
 from lightning_tta.backbones import create_backbone
 from lightning_tta.meta.inner_loop import InnerParameters, adapt_inner
 from lightning_tta.meta.mixed_bn import convert_mixed_bn
@@ -22,36 +23,11 @@ pytestmark = [
 OPTIONS = [{}, {"temperature": "gem_t", "confident_loss": "entropy", "source_weight_lr": 0.1, "min_steps": 2}]
 
 
-def find_device():
-    """``cuda``; another name where torch was built for CUDA and finds no GPU: its backward pass refuses there."""
-    with FakeTensorMode():
-        weight = torch.ones(1, device="cuda", requires_grad=True)
-        try:
-            torch.autograd.grad(weight.sum(), weight)
-        except RuntimeError:
-            return "lazy"
-    return "cuda"
-
-
-DEVICE = find_device()
-
-
 @pytest.fixture
-def no_values(monkeypatch):
+def no_values():
     """Tensors made meanwhile are on a GPU and have no values: to ask for one, or to mix devices, is an error."""
-    monkeypatch.setattr(
-        torch.utils.weakref, "getweakrefs", lambda tensor: []
-    )  # of the tables of tensors without values
-    before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
     with FakeTensorMode(), torch.device(DEVICE):
         yield
-    torch.__future__.set_swap_module_params_on_conversion(before)
-
-
-def moved(module):
-    """A net or a method that was made on a CPU, on the GPU."""
-    return module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE))
 
 
 def with_values(make):
@@ -66,7 +42,7 @@ def test_an_outer_step(no_values, second_order, options):
     net = with_values(lambda: convert_mixed_bn(make_net("bn"), 0.6))
     inner = settings(**options)
     parameters = with_values(lambda: InnerParameters(net, inner))
-    net, rate = moved(net), torch.ones((), requires_grad=True)
+    net, rate = move(net), torch.ones((), requires_grad=True)
     with DomainShiftSynthesis(net, 0.5).active(*torch.rand(2, 2, 8)):
         result = adapt_inner(
             net,
@@ -86,7 +62,7 @@ def test_an_outer_step(no_values, second_order, options):
 @pytest.mark.parametrize("episodic", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_step_at_test_time(no_values, episodic, options):
-    method = moved(with_values(lambda: MetaTTT(make_net("bn"), episodic=episodic, **options)))
+    method = move(with_values(lambda: MetaTTT(make_net("bn"), episodic=episodic, **options)))
     with torch.enable_grad(), method.running():
         logits = method.step(torch.rand(8, 3, 8, 8))
     assert logits.device.type == DEVICE

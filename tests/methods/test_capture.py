@@ -16,6 +16,7 @@ from contract import FIRST, MECHANISMS, SUPPORTED, VARIANTS, build, case_id
 from lightning_tta import ConfigError, UnsupportedModelError, adapt
 from lightning_tta.guard.watch import Watch
 from lightning_tta.methods.base import capture
+from lightning_tta.methods.base import recorder as recorders
 from lightning_tta.methods.base.execution import Execution
 from lightning_tta.methods.base.host import recording
 from lightning_tta.methods.tent import Tent
@@ -354,7 +355,7 @@ class _Off(Tape):
 
 @pytest.mark.parametrize(("recorder", "reason"), [(_Stale, "the state '.*' differs"), (_Off, "its results differ")])
 def test_a_recording_that_does_not_agree_is_not_used(monkeypatch, recorder, reason):
-    monkeypatch.setattr(capture, "make_recorder", recorder)
+    monkeypatch.setattr(recorders, "make_recorder", recorder)
     plain, captured = pair("tent", {"lr": 0.1}, "bn")
     stream = make_stream(5)
     for images in stream[:2]:
@@ -405,7 +406,7 @@ def test_cuda_graphs_share_a_pool_and_leave_other_threads_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    recorder = capture.CudaGraphs()
+    recorder = recorders.CudaGraphs()
     for _ in range(2):
         result, replay = recorder.record(lambda: 7, torch.device("cuda:1"))
         assert result == 7
@@ -440,7 +441,7 @@ class _Again:
 def test_compiled_steps(monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **options: compile(*a, **options, backend="aot_eager"))
-    monkeypatch.setattr(capture, "make_recorder", _Again)
+    monkeypatch.setattr(recorders, "make_recorder", _Again)
     plain, captured = pair("zerosiam", VARIANTS["zerosiam"][0], "bn")
     captured.execution = Execution(compile=True)
     monkeypatch.setattr(_Again, "method", captured)

@@ -14,7 +14,7 @@ from torch import nn
 
 import replay
 from lightning_tta import ConfigError, UnsupportedModelError
-from lightning_tta.modules import recorded_loss
+from lightning_tta.methods.base import recorder
 from lightning_tta.modules.recorded_loss import RecordedLoss
 from nets import max_difference
 
@@ -38,7 +38,7 @@ class Tape(replay.Tape):
 
 @pytest.fixture(autouse=True)
 def tape(monkeypatch):
-    monkeypatch.setattr(recorded_loss, "make_recorder", Tape)
+    monkeypatch.setattr(recorder, "make_recorder", Tape)
     monkeypatch.setattr(Tape, "replays", 0)
 
 
@@ -81,7 +81,7 @@ def test_autocast():
 
 
 def test_where_nothing_can_be_recorded(monkeypatch):
-    monkeypatch.setattr(recorded_loss, "make_recorder", recorded_loss.CudaGraphs)
+    monkeypatch.setattr(recorder, "make_recorder", recorder.CudaGraphs)
     with pytest.raises(ConfigError, match=r"capture=True is not possible: CUDA graphs need a CUDA device.*'cpu'"):
         fit(module(capture=True), batches(1))
     with pytest.raises(ConfigError, match="capture must be True, False or 'auto'; got 'yes'"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_tta import DigitsData, SourceClassifier, TestTimeAdaptation, adapt
+from lightning_tta import ConfigError, DigitsData, SourceClassifier, TestTimeAdaptation, adapt
 from lightning_tta.benchmark.config import NetConfig, StreamConfig
 from lightning_tta.benchmark.runner import Benchmark
 from lightning_tta.files import environment
@@ -131,6 +131,14 @@ def test_how_a_method_was_made_to_compute_stands(tmp_path):
     execution = report_of(tmp_path)["execution"]
     assert (execution["precision"], execution["capture"], execution["lean"]) == ("bf16", False, True)
     assert execution["deterministic"] is True
+
+
+@pytest.mark.parametrize("option", ["capture", "compile"])
+def test_what_a_device_cannot_do_is_refused_before_anything_is_written(tmp_path, option):
+    module = TestTimeAdaptation(TENT, backbone=make_net("bn", num_classes=10), **{option: True})
+    with pytest.raises(ConfigError, match=rf"{option}=True is not possible: CUDA graphs need.*'cpu'"):
+        trainer(tmp_path).predict(module, datamodule=data(), return_predictions=False)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_speed_is_no_part_of_what_a_run_is(tmp_path):

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import random
-import sys
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
 from torch.optim import Optimizer
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lightning_tta import collective
 from lightning_tta.errors import ConfigError, UnsupportedModelError
-from lightning_tta.methods.base.custody import has_address
+from lightning_tta.methods.base import recorder
+from lightning_tta.methods.base.baked import Key, Modules, change, host_randomness, settings, undeclared
 from lightning_tta.methods.base.execution import Execution
 from lightning_tta.methods.base.host import recording
+from lightning_tta.methods.base.recorder import modes
 from lightning_tta.methods.base.state import Moment, State, put_back, take
 from lightning_tta.metrics import collapse_measures
 
 Outputs = tuple[Tensor, ...]
-Key = tuple[Any, ...]
 COUNTS = ("forwards", "backwards", "skipped_steps", "nonfinite_images")
 """Counters that every method has."""
 STEP = "step"
@@ -38,7 +34,7 @@ Scalars = tuple[dict[str, Tensor], dict[str, Any]]
 """Notes, and counters, which are integers or tensors, by name."""
 
 
-class Replayable(State):
+class Replayable(State, ABC):
     """What a captured method is beside its state.
 
     Attributes:
@@ -52,9 +48,9 @@ class Replayable(State):
     optimizers: dict[str, Optimizer]
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """The method's."""
-        raise NotImplementedError
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,66 +86,38 @@ class Replayable(State):
         """
         return self._capture.run(self, name, function, tensors)
 
+    def check_capture(self, device: torch.device) -> None:
+        """Refuse ``capture=True`` and ``compile=True`` where nothing can be recorded.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+        if self.execution.capture is not False:
+            self._capture.check(self.execution, device)
+
     def capture_report(self) -> dict[str, str]:
         """What was captured, by part and shape: ``recorded``, or the reason why not."""
         return self._capture.report()
 
+    @abstractmethod
     def batch_among(self, tensors: Sequence[Tensor]) -> int:
         """Which of them is the batch whose statistics are still to be noted; -1 for none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_batch(self, x: Tensor) -> None:
         """The same batch, in another tensor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def noted_statistics(self) -> Outputs:
         """Statistics of the batch that a part has noted, and that are taken in at the end of the step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def note_statistics(self, noted: Outputs) -> None:
         """Counterpart of :meth:`noted_statistics`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compiled(self) -> AbstractContextManager[None]:
         """While active, passes of the net are compiled."""
-        raise NotImplementedError
-
-
-class Recorder(Protocol):
-    """What records the work of a device, and repeats it on the same addresses."""
-
-    def reason_against(self, device: torch.device) -> str:
-        """Why it cannot record there; empty if it can."""
-
-    def record(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
-        """What ``run()`` returns, whose tensors are written anew by each call of the second value."""
-
-
-class CudaGraphs:
-    """Records CUDA graphs, all with one pool of memory: their results must be copied before another one is replayed."""
-
-    def __init__(self) -> None:
-        self.pool: Any = None
-        self.stream: torch.cuda.Stream | None = None
-
-    def reason_against(self, device: torch.device) -> str:
-        """Empty on CUDA, where nobody else is recording."""
-        if device.type != "cuda":
-            return f"CUDA graphs need a CUDA device, and the batch is on '{device}'"
-        return "the caller is recording a CUDA graph" if torch.cuda.is_current_stream_capturing() else ""
-
-    def record(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
-        """Record, without running. Other threads, such as those of a data loader, may go on."""
-        with torch.cuda.device(device):
-            if self.pool is None:
-                self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                result = run()
-        return result, graph.replay
-
-
-make_recorder: Callable[[], Recorder] = CudaGraphs
 
 
 @dataclass
@@ -201,11 +169,11 @@ class Capture:
 
     def clear(self) -> None:
         """Forget all recordings: the tensors are other ones now."""
-        self.recorder = make_recorder()
+        self.recorder = recorder.make_recorder()
         self.recordings: dict[Key, Recording] = {}
         self.plain: dict[Key, str] = {}  # why a part is not replayed
         self._calls: dict[Key, int] = {}
-        self._net: _Net | None = None
+        self._net: Modules | None = None
         self._layout: Any = None
         self._settings: Key = ()
         self.active = self._inside = False
@@ -241,39 +209,38 @@ class Capture:
         if method.execution.capture is False:
             self.why_not = "capture=False"
             return
-        self.why_not = self.recorder.reason_against(x.device)
-        if not self.why_not and collective.is_joined():
-            self.why_not = "several processes adapt as one"
+        self.why_not = self.check(method.execution, x.device)
         if self.why_not:
-            for option in ("capture", "compile"):
-                if getattr(method.execution, option) is True:
-                    raise ConfigError(f"{option}=True is not possible: {self.why_not}. Use {option}=False.")
             return
         self.why_not = "" if usable else "the batch has images that are left out"
         if self._net is None:
-            self._net = _Net(method)
-        self.why_not = self.why_not or self._looked_at(self._net)
+            self._net = Modules(method)
+        self.why_not = self.why_not or self._net.who_looks()
         self.active = not self.why_not
-        layout = (method.layout, *self._net.baked()) if self.active else None
+        layout = (method.layout, *self._net.held()) if self.active else None
         if self.active and self._layout != layout:
             self.clear()
-            self._net = _Net(method)
-            self._layout, self.active = (method.layout, *self._net.baked()), True
-        self._settings = _settings(method) if self.active else ()
+            self._net = Modules(method)
+            self._layout, self.active = (method.layout, *self._net.held()), True
+        self._settings = (method.execution, *settings(method, method.optimizers.values())) if self.active else ()
 
-    def _looked_at(self, net: _Net) -> str:
-        """Who looks inside a pass of the net; empty if nobody does."""
-        if net.has_hooks() or torch_modules._has_any_global_hook():  # type: ignore[no-untyped-call]
-            return "the net has hooks"
-        modes = _get_current_dispatch_mode_stack() or _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-        if modes or torch.is_anomaly_enabled():
-            return "a mode of torch looks at each operation"
-        return ""
+    def check(self, execution: Execution, device: torch.device) -> str:
+        """Why nothing can be recorded on a device; empty where something can.
+
+        Raises:
+            ConfigError: If that is so, and it was asked for.
+        """
+        reason = self.recorder.reason_against(device)
+        reason = reason or ("several processes adapt as one" if collective.is_joined() else "")
+        for option in ("capture", "compile"):
+            if reason and getattr(execution, option) is True:
+                raise ConfigError(f"{option}=True is not possible: {reason}. Use {option}=False.")
+        return reason
 
     def key(self, name: str, tensors: Sequence[Tensor], batch: int = -1) -> Key:
         """What must be the same for a recording to be used; ``batch``: which tensor is to be accounted for."""
         kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
-        return name, kinds, batch, self._settings, _modes(tensors[0].device.type)
+        return name, kinds, batch, self._settings, modes(tensors[0].device.type)
 
     def replay(self, method: Replayable, found: Recording, tensors: Sequence[Tensor]) -> Any:
         """The results of a part, copied, with its notes and counts in the method's."""
@@ -340,10 +307,10 @@ class Capture:
     ) -> Any:
         """Run the part as it is and recorded, from the same state; keep the recording if it agrees."""
         notes, counts = map(dict, method.scalars)
-        before, drawn, undeclared = take(method), _host_randomness(), _undeclared(method)
+        before, drawn, known = take(method), host_randomness(), undeclared(method)
         expected = _without_graph(function(*tensors))
-        reason = "" if _host_randomness() == drawn else "it draws random numbers on the host"
-        reason = reason or _change(undeclared, _undeclared(method))
+        reason = "" if host_randomness() == drawn else "it draws random numbers on the host"
+        reason = reason or change(known, undeclared(method))
         if reason:
             self.plain[key] = reason
             return self._refused(method, key, expected, before)
@@ -451,148 +418,6 @@ def _as_tuple(outputs: Any) -> Outputs:
 
 def _without_graph(outputs: Any) -> Any:
     return outputs.detach() if isinstance(outputs, Tensor) else tuple(output.detach() for output in outputs)
-
-
-def _modes(device: str) -> Key:
-    """What of torch's global settings goes into a recording."""
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    exact = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    return autocast, exact, torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision
-
-
-_PLAIN = (bool, int, float, str, type(None))
-
-
-class _Is:
-    """An object as itself: equal to nothing else, and kept, so that no other one gets its address."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Is) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _settings(method: Replayable) -> Key:
-    """What a step may have been made of beside its state: options, learning rates, objectives and filters.
-
-    Plain values count, of the method and of the objects that it holds; of those objects it also counts which they are.
-    """
-    values: list[Any] = [method.execution]
-    parts = (module for name, module in method._modules.items() if name != "model" and module is not None)
-    held: list[object] = [*getattr(method, "filters", ()), *parts]
-    _add_plain(method, values, held)
-    for each in held:
-        values.append(_Is(each))
-        _add_plain(each, values, None)
-    for optimizer in method.optimizers.values():
-        for group in optimizer.param_groups:
-            values += [value for name, value in group.items() if name not in ("params", "lr")]  # set from initial_lr
-    return tuple(values)
-
-
-def _add_plain(holder: object, values: list[Any], held: list[object] | None) -> None:
-    """Add public attributes: values to ``values``, objects to ``held``; if that is ``None``, callables themselves."""
-    for name, value in getattr(holder, "__dict__", {}).items():
-        if name[0] == "_" or name in ("training", "execution"):
-            continue
-        if isinstance(value, _PLAIN):
-            values.append(value)
-        elif isinstance(value, (list, tuple)):
-            if all(isinstance(item, _PLAIN) for item in value):
-                values.append(tuple(value))
-        elif isinstance(value, (dict, set, Tensor)):
-            continue
-        elif held is not None:
-            held.append(value)
-        elif callable(value):
-            values.append(_Is(value))
-
-
-class _Net:
-    """What of a method's modules is looked at before each replay: who looks inside, and what a recording holds fixed.
-
-    That are addresses of tensors, whether they learn, forwards that were put in place of a module's own, and the plain
-    attributes of modules other than torch's.
-    """
-
-    def __init__(self, method: nn.Module) -> None:
-        modules = [module for module in method.modules() if module is not method]
-        names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        self._hooks: list[Mapping[Any, Any]] = [getattr(module, name) for module in modules for name in names]
-        self._slots = [vars(module) for module in modules]
-        own = [vars(m) for m in modules if not type(m).__module__.startswith("torch.nn.")]
-        names_of = ((slots, [name for name, value in slots.items() if _is_setting(name, value)]) for slots in own)
-        self._plain = [(slots, name) for slots, names in names_of for name in names]
-        self._tensors = [tensor for tensor in (*method.parameters(), *method.buffers()) if has_address(tensor)]
-
-    def has_hooks(self) -> bool:
-        return any(self._hooks) or any(tensor._backward_hooks for tensor in self._tensors)
-
-    def baked(self) -> Key:
-        forwards = [_Is(slots["forward"]) for slots in self._slots if "forward" in slots]
-        flags = [tensor.requires_grad for tensor in self._tensors]
-        return (
-            [slots.get(name) for slots, name in self._plain],
-            list(map(Tensor.data_ptr, self._tensors)),
-            flags,
-            forwards,
-        )
-
-
-def _is_setting(name: str, value: object) -> bool:
-    return isinstance(value, _PLAIN) and name != "training" and not name.startswith("_is_")
-
-
-_BY_THE_WAY = frozenset({"scalars", "_unrecorded"})
-"""Attributes of a method that a step may replace, and that are accounted for."""
-
-
-def _undeclared(method: Replayable) -> dict[str, Any]:
-    """What a step could change that is no declared state, as it is now: attributes and tensors of all modules."""
-    declared = set(map(id, (*method.adaptable.values(), *method.rest.values())))
-    holders = dict(method.named_modules())
-    objects = {f"filters.{number}": each for number, each in enumerate(getattr(method, "filters", ()))}
-    now: dict[str, Any] = {}
-    for place, holder in {**holders, **objects}.items():
-        values = {
-            name: value for name, value in vars(holder).items() if name not in _BY_THE_WAY or holder is not method
-        }
-        values |= {**values.get("_parameters", {}), **values.get("_buffers", {})}
-        for name, value in values.items():
-            if id(value) not in declared:
-                now[f"{place}.{name}".lstrip(".")] = _as_it_is(value)
-    return now
-
-
-def _as_it_is(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return _Is(value), None if value.is_inference() else value._version
-    if isinstance(value, _PLAIN):
-        return value
-    return len(value) if isinstance(value, (list, dict, set, deque)) else None
-
-
-def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Why a step that has changed more than its state cannot be recorded; empty if it has not."""
-    missing = object()
-    for name in {**before, **after}:
-        old, new = before.get(name, missing), after.get(name, missing)
-        if old != new and not (old != old and new != new):  # NaN has not changed
-            return f"it changes '{name}', which is no declared state, so that a replay would not"
-    return ""
-
-
-def _host_randomness() -> Key:
-    """Where the host's generators stand: what they give would be the same in each replay."""
-    numpy = sys.modules.get("numpy")
-    legacy = () if numpy is None else numpy.random.get_state()  # a tuple with an array
-    others = [item.tobytes() if hasattr(item, "tobytes") else item for item in legacy]
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), tuple(others)
 
 
 @torch.no_grad()

@@ -48,11 +48,11 @@ class Execution:
     lean: Literal["auto"] | bool = "auto"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, word = getattr(self, field.name), "auto" in str(field.type) or field.name == "capture"
-            if field.name != "precision" and not isinstance(value, bool) and not (word and value == "auto"):
-                allowed = "True, False or 'auto'" if word else "True or False"
-                raise ConfigError(f"{field.name} must be {allowed}; got {value!r}.")
+        choices = {"capture": "True, False or 'auto'", "lean": "True, False or 'auto'"}
+        for name in ("capture", "compile", "deterministic", "lean"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name in choices and value == "auto"):
+                raise ConfigError(f"{name} must be {choices.get(name, 'True or False')}; got {value!r}.")
         if self.compile and self.capture is False:
             raise ConfigError("compile=True compiles captured steps. Use it with capture='auto' or True.")
         if self.compile and self.lean is True:
