@@ -32,7 +32,7 @@ class CudaGraphs:
     def reason_against(self, device: torch.device) -> str:
         """Empty on CUDA, where nobody else is recording."""
         if device.type != "cuda":
-            return f"CUDA graphs need a CUDA device, and the batch is on '{device}'"
+            return f"CUDA graphs need a CUDA device, and this one is '{device}'"
         return "the caller is recording a CUDA graph" if torch.cuda.is_current_stream_capturing() else ""
 
     def record(self, run: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
