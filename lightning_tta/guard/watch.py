@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_tta.errors import ConfigError, check_choice, check_range
-from lightning_tta.methods.base.method import Statistics, TTAMethod
+from lightning_tta.methods.base.method import PredictWith, TTAMethod
 from lightning_tta.methods.base.state import put_back, size, take
 from lightning_tta.metrics import Window, WindowMeasures
 
@@ -233,7 +233,7 @@ class Watch:
 
     forward = __call__
 
-    def predict(self, images: Tensor, *, statistics: Statistics = "stream") -> Tensor:
+    def predict(self, images: Tensor, *, statistics: PredictWith = "stream") -> Tensor:
         """Logits (B, K) without adapting, as ``method.predict`` gives them: the source's on probation."""
         with self.method.hold():
             if self._is_on_probation():
@@ -342,7 +342,7 @@ class Watch:
         return source
 
     @torch.no_grad()
-    def _predict_source(self, images: Tensor, statistics: Statistics = "batch") -> Tensor:
+    def _predict_source(self, images: Tensor, statistics: PredictWith = "batch") -> Tensor:
         with self.method.at_source():
             return self.method.predict(images, statistics=statistics)
 

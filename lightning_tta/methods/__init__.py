@@ -81,10 +81,13 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
 
     from lightning_tta.backbones.passes import outside_inference_mode
     from lightning_tta.methods.base.execution import split_options
+    from lightning_tta.methods.components.additions import ADDITIONS, add
 
     kind = find(name)
     execution, options = split_options(options)
-    allowed = [option for option in inspect.signature(kind).parameters if option != "model"]
+    own = inspect.signature(kind).parameters
+    added = {option: options.pop(option) for option in ADDITIONS if option in options and option not in own}
+    allowed = [option for option in (*own, *ADDITIONS) if option != "model"]
     unknown = [option for option in options if option not in allowed]
     if unknown:
         raise ConfigError(
@@ -95,6 +98,7 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
         raise ConfigError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     with outside_inference_mode():  # what is created under inference_mode could not be adapted
         made = kind(model, **options)
+        add(made, **added)
     made.execution = execution
     return made
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.backbones.norms import weighted_batch_statistics
 from lightning_tta.draws import random_orders
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
@@ -98,7 +97,7 @@ class DeYO(EntropyMethod):
     def _plpd(self, x: Tensor, logits: Tensor, sure: Tensor) -> Tensor:
         """How much of the probability of the predicted class is lost with the object's shape, (B,)."""
         orders = random_orders(self.value("shuffles"), len(x), self.patches**2)
-        with weighted_batch_statistics(self.model, sure):
+        with self.counting(sure):
             shuffled = self.logits(permute_patches(x, self.patches, orders))
         before, after = (at_least_float32(u).softmax(-1) for u in (logits, shuffled))
         highest, label = before.max(-1)

@@ -82,6 +82,7 @@ class MetaTTT(TTAMethod):
                 self.write(self._state_names[name], value, finite)
         return torch.where(finite, result.after[0], result.before[0])
 
+    own_statistics = "its layers mix the source's with the batch's, by weights that it learns"
     no_plain_net = (
         "it adapts to each batch in several passes, with layers that mix the source's BatchNorm statistics with the "
         "batch's. Deploy the method itself, or adapt with 'tent' or 'norm'"

@@ -59,6 +59,8 @@ class Norm(TTAMethod):
                 "source_weight=0 and momentum=None, the batch's own statistics."
             )
         self.source_weight, self.momentum = source_weight, momentum
+        if source_weight > 0 or momentum is not None:
+            self.own_statistics = "source_weight and momentum say which they are"
         self.small_batch = 8 if source_weight == 0 and momentum is None else 0
         self._ema_names: dict[str, str] = {}
         if momentum is not None:

@@ -24,6 +24,7 @@ class SingleImageBN(ViewMethod):
     Source: Schneider et al., arXiv 2006.16971, with N = 16 as a baseline in Zhang et al., arXiv 2110.09506.
     """
 
+    own_statistics = "each image's own, mixed with the source's, are all that it does"
     step_on_host = ""  # it makes no views
 
     def __init__(self, model: nn.Module, *, prior: int = 16) -> None:

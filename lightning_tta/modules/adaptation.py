@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_tta import collective
 from lightning_tta.backbones import Backbone, state_digest
+from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.split import keep_classes
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.protocol import CUSTOM_DATA, Protocol
@@ -23,6 +24,7 @@ from lightning_tta.errors import ConfigError, InputError, check_choice, check_ra
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.execution import Capture, Execution, Precision
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.components.additions import add
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of, count_logits
 from lightning_tta.modules.loading import load_source, source_recipe
 from lightning_tta.run import batches
@@ -84,6 +86,9 @@ class TestTimeAdaptation(LightningModule):
             process. ``synchronised``: each has a part of every batch, of W times the batch size, and gradients and
             statistics are those of all; equals one process with that batch size, up to summation order. Only replicas
             save, resume and skip batches.
+        statistics: With which the BatchNorm layers run, whatever the method: a word, such as ``ema``, or a dict of
+            ``kind`` and its options, ``{kind: ema, momentum: 0.02}``, see
+            :mod:`lightning_tta.methods.components.statistics`; ``None``: those of the method.
         capture: Whether steps are recorded once and replayed, on CUDA, see
             :class:`~lightning_tta.methods.base.execution.Execution`.
         compile: Whether the net is compiled for recorded steps.
@@ -119,6 +124,7 @@ class TestTimeAdaptation(LightningModule):
         reset_every: int | None = None,
         predict: PredictPolicy = "method",
         processes: ProcessMode = "replicas",
+        statistics: str | dict[str, Any] | None = None,
         capture: Capture = "auto",
         compile: bool = False,
         precision: Precision | None = None,
@@ -149,6 +155,8 @@ class TestTimeAdaptation(LightningModule):
         self.method = method(source)
         if not isinstance(self.method, TTAMethod):
             raise ConfigError(f"method must make a TTAMethod; it made a {type(self.method).__name__}.")
+        with outside_inference_mode():
+            add(self.method, statistics=statistics)
         chosen = Execution(capture=capture, compile=compile, precision=precision, lean=lean)
         self.execution = self.method.execution = self.method.execution.changed_by(chosen)
         self.run: StreamRun | None = None

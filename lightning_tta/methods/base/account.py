@@ -1,14 +1,16 @@
-"""A running account of the stream's BatchNorm statistics: what a net that is deployed after the stream runs with."""
+"""The statistics with which BatchNorm runs, and the account of them over the stream."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.backbones.norms import MomentsRecord, batch_norm_layers, merged_moments
+from lightning_tta.backbones.norms import MomentsRecord, batch_norm_layers, batch_statistics, merged_moments
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.host import host_has
@@ -17,10 +19,83 @@ from lightning_tta.methods.base.state import State
 MOMENTS, IMAGES = "stream.moments", "stream.images"
 
 
-class StreamAccount:
-    """Mean and variance of the input of each BatchNorm layer over the stream, two tensors in a method's state.
+Statistics = dict[str, tuple[Tensor, Tensor]]
+"""Mean and variance (C,) by layer."""
 
-    After a batch of B images with mean m and variance v, where n images were seen before::
+
+class Account(ABC):
+    """With which statistics the BatchNorm layers of a method's net run, and what is kept of them over the stream.
+
+    In every call of a method: :meth:`look`; passes inside :meth:`running`, of which one, the first over the batch as it
+    came, is between :meth:`begin` and :meth:`note`; then :meth:`take` or :meth:`drop`. What was noted waits until
+    :meth:`take`: only then is the state of the method written.
+
+    Attributes:
+        noted: What :meth:`note` kept, and whether it is good: its last tensor, 0-dimensional, bool.
+        float32: Names of states that stay in float32 at least.
+        synchronized: Whether several processes can adapt as one with it.
+        no_plain_net: Why no plain net runs with such statistics; empty where one can.
+        images_apart: Whether it is also for methods that treat each image on its own: those run with what was taken in
+            of the batch and of those before.
+        small_batch: Of fewer images than this the statistics are noise; 0: of any number they are good.
+        advice: What a batch of few images means for them, for the warning.
+    """
+
+    float32: tuple[str, ...] = ()
+    synchronized: bool = True
+    no_plain_net: str = ""
+    images_apart: bool = True
+    small_batch: int = 0
+    advice: str = ""
+    noted: tuple[Tensor | bool, ...] | None = None
+
+    @abstractmethod
+    def running(self, method: State) -> AbstractContextManager[None]:
+        """How the net runs in every pass."""
+
+    def look(self, method: State, x: Tensor) -> None:
+        """See the usable images of a batch (B, C, H, W), inside :meth:`running`, before the method does."""
+        return
+
+    @abstractmethod
+    def begin(self, method: State) -> None:
+        """The coming pass is the one to note."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """It is over, or was broken off."""
+
+    @abstractmethod
+    def note(self, method: State, logits: Tensor) -> None:
+        """Keep what was seen in the pass that gave these logits, until :meth:`take`."""
+
+    def drop(self, where: Tensor | None = None) -> None:
+        """Forget what was noted; only if ``where``, 0-dimensional and bool, is true."""
+        if self.noted is not None:
+            *seen, good = self.noted
+            self.noted = None if where is None else (*seen, good & (_value(where) == 0))
+
+    @abstractmethod
+    def take(self, method: State, images: int, skipped: Tensor | int) -> None:
+        """Take in what was noted of a batch of ``images``, all processes together, unless a step was ``skipped``."""
+
+    @abstractmethod
+    def statistics(self, method: State, model: nn.Module) -> Statistics | None:
+        """With which a plain net runs after the stream so far; empty: nothing was seen; ``None``: the source's.
+
+        Asks the device.
+        """
+
+    @abstractmethod
+    def renew(self, method: State, model: nn.Module) -> None:
+        """The net was moved or converted."""
+
+
+class StreamAccount(Account):
+    """The batch's own statistics; mean and variance over the stream are two tensors in a method's state.
+
+    Of the input of each BatchNorm layer. After a batch of B images with mean m and variance v, where n images were seen
+    before::
 
         w = B / (min(n, horizon) + B)    d = m - mean
         mean <- mean + w d               var <- (1 - w) var + w v + w (1 - w) d^2
@@ -34,12 +109,17 @@ class StreamAccount:
         model: The net.
 
     Attributes:
-        noted: What :meth:`note` kept.
         HORIZON: Images after which older ones fade. A mean over 1,000 images is known to 3 % of a standard deviation,
             and the account follows a stream that changes; the parameters change with it.
     """
 
     HORIZON: ClassVar[int] = 1000
+    float32 = (MOMENTS,)
+    images_apart = False
+    small_batch = 8
+    advice = (
+        "normalises BatchNorm layers with the statistics of each batch: of fewer than about 8 images they are noise"
+    )
 
     def __init__(self, method: State, model: nn.Module) -> None:
         self.record = MomentsRecord(model)
@@ -50,11 +130,23 @@ class StreamAccount:
         for name, layer in layers.items():
             if layer.running_mean is not None and layer.running_var is not None:
                 moments[:, self.record.places[name]] = torch.stack([layer.running_mean, layer.running_var]).to(moments)
-        self.noted: tuple[Tensor, Tensor | bool] | None = None
         method.state(MOMENTS, moments)
         method.state(IMAGES, torch.zeros((), dtype=torch.int64, device=moments.device), source=0)
 
-    def renew(self, model: nn.Module) -> None:
+    def running(self, method: State) -> AbstractContextManager[None]:
+        """With the batch's own statistics."""
+        model = method.get_submodule("model")
+        return batch_statistics(model, record=self.record)
+
+    def begin(self, method: State) -> None:
+        """Record the coming pass."""
+        self.record.begin()
+
+    def end(self) -> None:
+        """Record no more."""
+        self.record.end()
+
+    def renew(self, method: State, model: nn.Module) -> None:
         """The net was moved or converted."""
         with outside_inference_mode():
             self.record = MomentsRecord(model)
@@ -66,18 +158,13 @@ class StreamAccount:
         total = _value(seen.sum() + logits.sum())
         self.noted = (seen, total - total == 0)  # not so if one of them is not finite
 
-    def drop(self, where: Tensor | None = None) -> None:
-        """Forget what was noted; only if ``where``, 0-dimensional and bool, is true."""
-        if self.noted is not None:
-            seen, good = self.noted
-            self.noted = None if where is None else (seen, good & (_value(where) == 0))
-
     @torch.no_grad()
     def take(self, method: State, images: int, skipped: Tensor | int) -> None:
         """Take in what was noted of a batch of ``images``, all processes together, unless a step was ``skipped``."""
         if self.noted is None:
             return
         (seen, good), self.noted = self.noted, None
+        assert isinstance(seen, Tensor)
         good = good & ((_value(skipped) if isinstance(skipped, Tensor) else skipped) == 0)
         moments, number = method.value(MOMENTS), method.value(IMAGES)
         before = number.clamp(max=self.HORIZON)
@@ -90,7 +177,7 @@ class StreamAccount:
         moments.copy_(torch.where(good, merged, moments))
         number.add_(good, alpha=images)
 
-    def statistics(self, method: State, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    def statistics(self, method: State, model: nn.Module) -> Statistics:
         """Mean and variance by layer, as the layer stores them; empty if nothing was seen. Asks the device."""
         if not bool(method.value(IMAGES) > 0):
             return {}

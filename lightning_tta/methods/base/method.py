@@ -7,7 +7,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -22,16 +22,17 @@ from lightning_tta.backbones.lean import lean_backward
 from lightning_tta.backbones.norms import (
     MomentsRecord,
     batch_norm_layers,
-    batch_statistics,
     fixed_statistics,
     grouped_batch_statistics,
+    weighted_batch_statistics,
 )
 from lightning_tta.backbones.passes import call_with, outside_inference_mode, safe_checkpoints
-from lightning_tta.backbones.split import HeadSplit, features_at, module_at
+from lightning_tta.backbones.split import HeadSplit, features_at, module_at, recorded_calls
 from lightning_tta.errors import ConfigError, NotPreparedError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import at_least_float32
-from lightning_tta.methods.base.account import MOMENTS, StreamAccount
+from lightning_tta.methods.base.account import IMAGES, MOMENTS, Account, Statistics, StreamAccount
 from lightning_tta.methods.base.capture import COUNTS, STEP, Replayable
+from lightning_tta.methods.base.correction import Correction
 from lightning_tta.methods.base.custody import Custody, exclusive, reading
 from lightning_tta.methods.base.description import Described
 from lightning_tta.methods.base.first_pass import FirstPass
@@ -51,7 +52,7 @@ from lightning_tta.methods.base.task import (
 from lightning_tta.metrics import collapse_measures
 
 Stats = dict[str, float]
-Statistics = Literal["stream", "batch"]
+PredictWith = Literal["stream", "batch"]
 
 
 class TTAMethod(Described, Replayable, ABC):
@@ -85,6 +86,9 @@ class TTAMethod(Described, Replayable, ABC):
         replaces_statistics: Whether BatchNorm runs with other statistics than the source's.
         skips_when_empty: Whether passes that cannot change anything, as no sample is kept, are left out where the host
             knows that at no cost: on a CPU. On other devices they run, and their result is masked.
+        images_apart: Whether passes treat each image on its own, so that a batch has no statistics: chosen ones are
+            then taken from a pass over the images, one more forward pass, and stay the same for all that follow.
+        own_statistics: Why a method's BatchNorm statistics cannot be chosen; empty where they can.
         step_on_host: Why a step cannot be captured as a whole, but only the parts that it gives to :meth:`replayed`;
             empty: it is tensors only.
     """
@@ -93,6 +97,8 @@ class TTAMethod(Described, Replayable, ABC):
     needs_source: bool = False
     task: Task = Images()
     skips_when_empty: bool = True
+    images_apart: ClassVar[bool] = False
+    own_statistics: str = ""
     step_on_host: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module, *, steps: int = 1) -> None:
@@ -119,7 +125,10 @@ class TTAMethod(Described, Replayable, ABC):
         self._batch_size = 0
         self.image_shape: list[int] | None = None
         self._unrecorded: Tensor | None = None  # the batch, until its pass comes whose statistics are accounted for
-        self._account: StreamAccount | None = None
+        self._account: Account | None = None
+        self.account_chosen = False
+        self.corrections: list[Correction] = []
+        self._features_seen: Tensor | None = None  # of the batch, for the corrections that want them
         if self.uses_batch_statistics and batch_norm_layers(plain):
             with torch.no_grad():
                 self._account = StreamAccount(self, plain)
@@ -149,14 +158,78 @@ class TTAMethod(Described, Replayable, ABC):
 
     def running(self) -> AbstractContextManager[None]:
         """How the net runs in every pass: by default with batch statistics, if :attr:`uses_batch_statistics`."""
-        return batch_statistics(self.model, record=self.record) if self._account is not None else nullcontext()
+        return nullcontext() if self._account is None else self._account.running(self)
 
-    def stream_statistics(self) -> dict[str, tuple[Tensor, Tensor]] | None:
+    def stream_statistics(self) -> Statistics | None:
         """Mean and variance (C,) with which BatchNorm runs after the stream, by layer; ``None``: the source's.
 
         An empty dict: of a method that takes them from the stream, and has seen no batch yet. Asks the device.
         """
         return None if self._account is None else self._account.statistics(self, self.model)
+
+    def take_up(self, account: Account | None) -> None:
+        """Run BatchNorm with other statistics than the method's own, in all passes; before the first batch.
+
+        Args:
+            account: Says which, and what is kept of them; its constructor has declared its state on this method, after
+                :meth:`leave_statistics`. ``None``: the source's.
+        """
+        self._account = account
+        self.account_chosen = True
+        self.small_batch = 0 if account is None else account.small_batch
+        self.uses_batch_statistics = self.replaces_statistics = account is not None
+        if account is not None and not account.synchronized:
+            self.parallel = frozenset({"replicas"})  # type: ignore[misc]
+        if account is not None and account.no_plain_net:
+            self.no_plain_net = self.no_plain_net or account.no_plain_net
+
+    def leave_statistics(self) -> None:
+        """Forget the state of the statistics that the method has run with."""
+        if isinstance(self._account, StreamAccount):
+            self.withdraw(MOMENTS, IMAGES)
+        self._account = None
+
+    @contextmanager
+    def _statistics_of_passes(self) -> Iterator[None]:
+        """How the net runs: as the method says, or with the statistics chosen in its place."""
+        if not self.account_chosen:
+            with self.running():
+                yield
+        elif self._account is None or self.images_apart:
+            yield
+        else:
+            with self._account.running(self):
+                yield
+
+    @contextmanager
+    def _statistics_apart(self, x: Tensor) -> Iterator[None]:
+        """Of a method with ``images_apart``: take statistics of a batch, and hold them while active."""
+        if self._account is None or not self.images_apart:
+            yield
+            return
+        account = self._account
+        with torch.no_grad(), account.running(self):
+            account.look(self, x)
+            account.begin(self)
+            try:
+                logits = self.task.logits(self.model(x))
+            finally:
+                account.end()
+            account.note(self, logits)
+        account.take(self, self._batch_size, 0)
+        with fixed_statistics(self.model, account.statistics(self, self.model) or {}):
+            yield
+
+    @contextmanager
+    def counting(self, weights: Tensor) -> Iterator[None]:
+        """While active, BatchNorm that takes the batch's own statistics takes them of the samples that count.
+
+        Args:
+            weights: (B,), bool or >= 0. Other statistics than the batch's own are of all samples.
+        """
+        own = isinstance(self._account, StreamAccount)
+        with weighted_batch_statistics(self.model, weights) if own else nullcontext():
+            yield
 
     def stream_weights(self) -> dict[str, Tensor]:
         """Values of the net's parameters with which the method predicts, by name, where the net has others."""
@@ -323,13 +396,13 @@ class TTAMethod(Described, Replayable, ABC):
     def noted_statistics(self) -> tuple[Tensor, ...]:
         """What was accounted for and not yet taken in."""
         noted = None if self._account is None else self._account.noted
-        return () if noted is None else (noted[0], torch.as_tensor(noted[1]))
+        return () if noted is None else tuple(map(torch.as_tensor, noted))
 
     def note_statistics(self, noted: tuple[Tensor, ...]) -> None:
         """Counterpart of :meth:`noted_statistics`; the batch is accounted for."""
         self._unrecorded = None
         if self._account is not None:
-            self._account.noted = (noted[0], noted[1]) if noted else None
+            self._account.noted = noted or None
 
     # What users call -------------------------------------------------------------------------------------------------
 
@@ -378,7 +451,7 @@ class TTAMethod(Described, Replayable, ABC):
             explained(self.model, x, has_run=self.has_run),
             self.computing(x.device),
             with_gradients(x, float_dtype(self.model)) as x,
-            self.running(),
+            self._statistics_of_passes(),
             self.passes(),
         ):
             x = self._laid_out(x if whole else x[usable.to(x.device)])
@@ -397,24 +470,28 @@ class TTAMethod(Described, Replayable, ABC):
         if not self._batch_size:
             return self._no_logits(x)
         present = len(x) > 0  # else other processes have samples
-        with nullcontext() if present else collective.absent():
+        with nullcontext() if present else collective.absent(), ExitStack() as stack:
             x = x if present else self.task.stand_in(x)
             try:
+                stack.enter_context(self._statistics_apart(x))
                 for number in range(self.steps):
                     self.scalars[0].clear()
-                    self._unrecorded = x if self._account is not None and number + 1 == self.steps else None
+                    self._unrecorded = x if self._watches_batch and number + 1 == self.steps else None
+                    if self._account is not None and not self.images_apart:
+                        self._account.look(self, x)
                     logits = self.step(x).detach()
-                if self._account is not None:
+                if self._account is not None and not self.images_apart:
                     self._account.take(self, self._batch_size, self.scalars[1]["skipped_steps"])
+                logits = self._corrected(x, logits, learn=True)
             finally:
-                self._unrecorded = None
+                self._unrecorded = self._features_seen = None
                 if self._account is not None:
                     self._account.drop()
         return logits if present else logits[:0]
 
     @reading
     @torch.no_grad()
-    def predict(self, x: Tensor, *, statistics: Statistics = "stream") -> Tensor:
+    def predict(self, x: Tensor, *, statistics: PredictWith = "stream") -> Tensor:
         """Logits (B, K) of the net as adapted so far; changes nothing. Same input and errors as :meth:`forward`.
 
         Args:
@@ -436,7 +513,7 @@ class TTAMethod(Described, Replayable, ABC):
                 samples = x.to(float_dtype(self.model))
                 samples = samples if bool(usable.all()) else samples[usable.to(x.device)]
                 samples = self._laid_out(samples)
-                logits = infer(samples) if len(samples) else self._no_logits(samples)
+                logits = self._predicted(samples, infer) if len(samples) else self._no_logits(samples)
         finally:
             self.scalars = before
         return fill(at_least_float32(logits), usable)
@@ -580,7 +657,7 @@ class TTAMethod(Described, Replayable, ABC):
     @property
     def record(self) -> MomentsRecord | None:
         """What :meth:`running` hands on, so that the statistics of the batch's pass are accounted for."""
-        return None if self._account is None else self._account.record
+        return self._account.record if isinstance(self._account, StreamAccount) else None
 
     @contextmanager
     def at_source(self) -> Iterator[None]:
@@ -597,9 +674,9 @@ class TTAMethod(Described, Replayable, ABC):
             super()._apply(fn, recurse)
             self._capture.clear()
             if self._account is not None:
-                self._account.renew(self.model)
+                self._account.renew(self, self.model)
                 for tensors in (self._rest, self._sources):
-                    tensors[MOMENTS] = at_least_float32(tensors[MOMENTS])
+                    tensors |= {name: at_least_float32(tensors[name]) for name in self._account.float32}
             self._casts.drop()
             self._custody.take_stock(self.model)
         return self
@@ -621,16 +698,55 @@ class TTAMethod(Described, Replayable, ABC):
 
     def _accounted(self, x: Tensor, wanted: bool, run: Callable[[], tuple[Any, Tensor]]) -> tuple[Any, Tensor]:
         """Run a pass; the first over the batch as it came to the step is accounted for, if ``wanted``."""
-        if self._account is None or x is not self._unrecorded or not wanted:
+        if not self._watches_batch or x is not self._unrecorded or not wanted:
             return run()
         self._unrecorded = None
-        self._account.record.begin()
-        try:
-            features, logits = run()
-        finally:
-            self._account.record.end()
+        with self._features_watched():
+            if self._account is None:
+                return run()
+            self._account.begin(self)
+            try:
+                features, logits = run()
+            finally:
+                self._account.end()
         self._account.note(self, logits.detach())
         return features, logits
+
+    @property
+    def _watches_batch(self) -> bool:
+        """Whether something is to be seen of the first pass over the batch."""
+        return self._account is not None or any(each.wants_features for each in self.corrections)
+
+    @contextmanager
+    def _features_watched(self) -> Iterator[None]:
+        """While active, a pass shows the features of the batch to the corrections that want them."""
+        if not any(each.wants_features for each in self.corrections):
+            yield
+            return
+        with recorded_calls({self.split.name: self.split.head}) as calls:
+            yield
+        self._features_seen = calls[0][1][0].detach() if len(calls) == 1 else None
+
+    @torch.no_grad()
+    def _corrected(self, x: Tensor, logits: Tensor, *, learn: bool) -> Tensor:
+        """Logits of a batch, as the corrections have them."""
+        if not self.corrections:
+            return logits
+        features, self._features_seen = self._features_seen, None
+        if features is None and any(each.wants_features for each in self.corrections):
+            features = self._features(x, "head")[0].detach()
+        logits = at_least_float32(logits)
+        for each in self.corrections:
+            logits = each.correct(self, logits, features, learn=learn)
+        return logits
+
+    def _predicted(self, x: Tensor, infer: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits of a prediction."""
+        if not self.corrections:
+            return infer(x)
+        with self._features_watched():
+            logits = infer(x)
+        return self._corrected(x, logits, learn=False)
 
     def _lay_out(self, layout: torch.memory_format | None) -> None:
         """Let net, state and, from now on, images lie in memory so; the parameters stay the same objects."""
@@ -643,13 +759,13 @@ class TTAMethod(Described, Replayable, ABC):
         return x if self._layout is None else x.contiguous(memory_format=self._layout)
 
     @contextmanager
-    def _running(self, stream: dict[str, tuple[Tensor, Tensor]] | None) -> Iterator[Callable[[Tensor], Tensor]]:
+    def _running(self, stream: Statistics | None) -> Iterator[Callable[[Tensor], Tensor]]:
         """How the net runs in a prediction, and what predicts."""
         if stream:
             with fixed_statistics(self.model, stream):
                 yield self.infer_plain
         else:
-            with self.running():
+            with self._statistics_of_passes():
                 yield self.infer_plain if stream is None else self.infer
 
     @torch.no_grad()

@@ -70,6 +70,13 @@ class State(nn.Module):
         self._sources[name] = source
         return tensor
 
+    def withdraw(self, *names: str) -> None:
+        """Take back declarations of states that are no parameters or buffers; before the first batch."""
+        for name in names:
+            del self._rest[name], self._sources[name]
+            self._fixed_dtype.discard(name)
+        self.layout += 1
+
     def sized(self, name: str, like: Tensor) -> Tensor:
         """A state whose shape depends on the net's output, as it is now; allocated, not written, at its first use.
 

@@ -1,0 +1,39 @@
+"""Corrections of a method's predictions, which come after its step and leave the net alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from lightning_tta.methods.base.state import State
+
+
+class Correction(ABC):
+    """Takes the logits of a batch, and returns others. Its state is declared on the method, and so reset and saved.
+
+    What it computes is part of the method's step: tensors only.
+
+    Attributes:
+        wants_features: Whether it needs the features, the input of the net's last linear layer.
+        synchronized: Whether several processes can adapt as one with it.
+        no_plain_net: Why no plain net predicts with it; empty where ``export`` may leave it out, with a warning.
+    """
+
+    wants_features: bool = False
+    synchronized: bool = True
+    no_plain_net: str = ""
+
+    @abstractmethod
+    def correct(self, method: State, logits: Tensor, features: Tensor | None, *, learn: bool) -> Tensor:
+        """Other logits for a batch.
+
+        Args:
+            method: Has the state.
+            logits: Of the usable samples, (B, K), at least float32, detached; they may be not finite.
+            features: (B, D), detached, where :attr:`wants_features`; they may be not finite.
+            learn: Whether to write to the state; else it stays as it is.
+
+        Returns:
+            Logits (B, K).
+        """

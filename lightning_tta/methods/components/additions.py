@@ -1,0 +1,32 @@
+"""What every method can take beside its own options: ``statistics=``, and corrections of its predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.components import statistics
+
+Wanted = str | Mapping[str, Any]
+"""A word, or a dict of ``kind`` and its options."""
+
+ADDITIONS: dict[str, Callable[[TTAMethod, Wanted], None]] = {"statistics": statistics.choose}
+"""By the option's name, in the order in which they are put on a method."""
+
+
+def add(method: TTAMethod, **wanted: Wanted | None) -> None:
+    """Put what is wanted on a method, before its first batch; its ``options`` say it from then on.
+
+    Args:
+        method: The method.
+        **wanted: By the names of :data:`ADDITIONS`; ``None``: without.
+
+    Raises:
+        ConfigError: If a value is none of those allowed, or does not go with the method.
+    """
+    for name, put in ADDITIONS.items():
+        value = wanted.get(name)
+        if value is not None:
+            put(method, value)
+            method.options[name] = value if isinstance(value, str) else dict(value)
