@@ -168,7 +168,7 @@ def normalized(layer: _BatchNorm, plain: Callable[[Tensor], Tensor], x: Tensor, 
         shape = (*mean.shape, *[1] * (x.ndim - 2))
         x = ((x - mean.view(shape)) * (var.view(shape) + layer.eps).rsqrt()).to(x.dtype)
         mean, var = torch.zeros_like(mean[0]), torch.full_like(var[0], 1 - layer.eps)
-    slot = layer._buffers
+    slot = vars(layer)["_buffers"]  # setattr of a module is slow
     before = slot["running_mean"], slot["running_var"]
     slot["running_mean"], slot["running_var"] = mean, var
     try:
