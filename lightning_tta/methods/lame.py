@@ -131,6 +131,7 @@ class LAME(TTAMethod):
         self.affinity, self.neighbours = affinity, neighbours
         self.split = HeadSplit(self.model, head)
 
+    joins_images = True
     no_plain_net = (
         "it corrects the predictions of a batch together and leaves the net as it was. Deploy the method itself, or "
         "adapt with 't3a', 'tent' or 'norm'"

@@ -89,6 +89,9 @@ class TestTimeAdaptation(LightningModule):
         statistics: With which the BatchNorm layers run, whatever the method: a word, such as ``ema``, or a dict of
             ``kind`` and its options, ``{kind: ema, momentum: 0.02}``, see
             :mod:`lightning_tta.methods.components.statistics`; ``None``: those of the method.
+        window: Adapt once every so many images, on all of them, and predict each when it comes: for streams of one or a
+            few images at a time, see :meth:`~lightning_tta.methods.base.method.TTAMethod.slide`; ``None``: on each
+            batch as it comes.
         capture: Whether steps are recorded once and replayed, on CUDA, see
             :class:`~lightning_tta.methods.base.execution.Execution`.
         compile: Whether the net is compiled for recorded steps.
@@ -125,6 +128,7 @@ class TestTimeAdaptation(LightningModule):
         predict: PredictPolicy = "method",
         processes: ProcessMode = "replicas",
         statistics: str | dict[str, Any] | None = None,
+        window: int | None = None,
         capture: Capture = "auto",
         compile: bool = False,
         precision: Precision | None = None,
@@ -156,7 +160,7 @@ class TestTimeAdaptation(LightningModule):
         if not isinstance(self.method, TTAMethod):
             raise ConfigError(f"method must make a TTAMethod; it made a {type(self.method).__name__}.")
         with outside_inference_mode():
-            add(self.method, statistics=statistics)
+            add(self.method, statistics=statistics, window=window)
         chosen = Execution(capture=capture, compile=compile, precision=precision, lean=lean)
         self.execution = self.method.execution = self.method.execution.changed_by(chosen)
         self.run: StreamRun | None = None
@@ -217,6 +221,10 @@ class TestTimeAdaptation(LightningModule):
             problem = None if self._input.skips else data.known_problem()
             if problem is not None:
                 raise batches.or_skip(problem)
+            small = self.method.of_batches(data.batch_size * sharing.joined)
+            if small:  # before the stream, and not at its first batch
+                warnings.warn(small, stacklevel=2)
+                self.method.small_batch = 0
         source = trainer.predict_loop._data_source.instance
         protocol = Protocol.from_parts(
             {**CUSTOM_DATA, "data_digest": describe_loaders(source)} if data is None else data.describe(),

@@ -117,9 +117,7 @@ class StreamAccount(Account):
     float32 = (MOMENTS,)
     images_apart = False
     small_batch = 8
-    advice = (
-        "normalises BatchNorm layers with the statistics of each batch: of fewer than about 8 images they are noise"
-    )
+    advice = "normalises BatchNorm layers with the statistics of each batch, which are noise below about 8 images"
 
     def __init__(self, method: State, model: nn.Module) -> None:
         self.record = MomentsRecord(model)

@@ -49,6 +49,7 @@ from lightning_tta.methods.base.task import (
     plain_model,
     with_gradients,
 )
+from lightning_tta.methods.base.window import Window
 from lightning_tta.metrics import collapse_measures
 
 Stats = dict[str, float]
@@ -88,6 +89,7 @@ class TTAMethod(Described, Replayable, ABC):
             knows that at no cost: on a CPU. On other devices they run, and their result is masked.
         images_apart: Whether passes treat each image on its own, so that a batch has no statistics: chosen ones are
             then taken from a pass over the images, one more forward pass, and stay the same for all that follow.
+        joins_images: Whether the prediction of an image depends on others of the batch, beside BatchNorm's statistics.
         own_statistics: Why a method's BatchNorm statistics cannot be chosen; empty where they can.
         step_on_host: Why a step cannot be captured as a whole, but only the parts that it gives to :meth:`replayed`;
             empty: it is tensors only.
@@ -98,6 +100,7 @@ class TTAMethod(Described, Replayable, ABC):
     task: Task = Images()
     skips_when_empty: bool = True
     images_apart: ClassVar[bool] = False
+    joins_images: ClassVar[bool] = False
     own_statistics: str = ""
     step_on_host: ClassVar[str] = ""
 
@@ -127,6 +130,7 @@ class TTAMethod(Described, Replayable, ABC):
         self._unrecorded: Tensor | None = None  # the batch, until its pass comes whose statistics are accounted for
         self._account: Account | None = None
         self.account_chosen = False
+        self._window: Window | None = None
         self.corrections: list[Correction] = []
         self._features_seen: Tensor | None = None  # of the batch, for the corrections that want them
         if self.uses_batch_statistics and batch_norm_layers(plain):
@@ -188,6 +192,50 @@ class TTAMethod(Described, Replayable, ABC):
         if isinstance(self._account, StreamAccount):
             self.withdraw(MOMENTS, IMAGES)
         self._account = None
+
+    def of_batches(self, images: int) -> str:
+        """What batches of so many images mean for the method, and what to do; empty where they are enough."""
+        if not self.small_batch or images >= self.small_batch or not batch_norm_layers(self.model):
+            return ""
+        return (
+            f"'{self.name}' {self._advice}; batches of {images} image{'s' if images > 1 else ''} are too small for "
+            "that: accuracy may fall far below that of the source. Give larger batches; or statistics='auto', which "
+            "keeps statistics over the stream; or window=64, which adapts on the last 64 images; or use a method that "
+            "takes images one by one ('memo', 'single_image_bn', 'neo')."
+        )
+
+    @property
+    def _advice(self) -> str:
+        return StreamAccount.advice if self._account is None else self._account.advice
+
+    def extra_repr(self) -> str:
+        """What is to be known of the size of batches."""
+        if self._window is not None:
+            return f"adapts once every {self._window.size} images, on all of them; predicts each at once"
+        if self.small_batch and batch_norm_layers(self.model):
+            return f"{self._advice}; so give batches of {self.small_batch} or more"
+        return "batches of any size"
+
+    def slide(self, images: int) -> None:
+        """Adapt once every so many images, on all of them together, however few come at a time.
+
+        Each image is predicted when it comes: where the batch's own statistics are taken, in a pass over the last
+        ``images`` images, which is so many times as dear as one over the image; else alone. After each full window
+        the method is where batches of this size would have brought it.
+
+        Args:
+            images: At least 2.
+
+        Raises:
+            ConfigError: If it is out of range, or a correction of the predictions needs features.
+        """
+        if any(each.wants_features for each in self.corrections):
+            raise ConfigError(f"window={images} and a refinement of the predictions exclude each other. Leave one out.")
+        if self.images_apart:
+            raise ConfigError(f"window={images}: '{self.name}' treats each image on its own already. Leave window out.")
+        self._window = Window(self, images)
+        self.small_batch = 0
+        self.parallel = frozenset({"replicas"})  # type: ignore[misc]
 
     @contextmanager
     def _statistics_of_passes(self) -> Iterator[None]:
@@ -435,8 +483,50 @@ class TTAMethod(Described, Replayable, ABC):
         self._stats, self._logits = None, None
         self._warn_of_small_batch(number)
         whole = number == len(usable)
+        if self._window is not None and number:
+            return self._through_window(self._window, x, usable)
         with self._capture.deciding(self, x, whole):
             return self._adapt_and_predict(x, usable, number)
+
+    def _through_window(self, window: Window, x: Tensor, usable: Tensor) -> Tensor:
+        """Predict each image among the last ones, and step where a window is full."""
+        x, logits = x[usable.to(x.device)], []
+        try:
+            with outside_inference_mode():
+                for images, part, is_full in window.parts(self, x):
+                    self.count(
+                        "images_in_passes",
+                        part.stop - part.start if self._predicts_alone and not is_full else len(images),
+                    )
+                    if is_full:
+                        with self._capture.deciding(self, images, True):
+                            seen = torch.ones(len(images), dtype=torch.bool)
+                            logits.append(self._adapt_and_predict(images, seen, len(images))[part])
+                    else:
+                        logits.append(self._in_context(images, part))
+        except BaseException:
+            window.look_again()
+            raise
+        together = self._corrected(x, torch.cat(logits), learn=True)
+        self._logits = together.clone()
+        return fill(together, usable)
+
+    @property
+    def _predicts_alone(self) -> bool:
+        """Whether the prediction of an image does not depend on others that come with it."""
+        own = self.uses_batch_statistics and (self._account is None or not self._account.images_apart)
+        return not own and not self.joins_images
+
+    @torch.no_grad()
+    def _in_context(self, images: Tensor, part: slice) -> Tensor:
+        """Logits of a part of a window, as the method predicts now: among the others if it takes batch statistics."""
+        alone = self._predicts_alone
+        statistics = self.stream_statistics() if alone else {}
+        seen = explained(self.model, images, has_run=self.has_run)
+        with seen, self.computing(images.device), fresh_casts(), self._running(statistics) as infer, self.passes():
+            images = self._laid_out(images.to(float_dtype(self.model)))
+            logits = infer(images[part]) if alone else infer(images)[part]
+        return at_least_float32(logits)
 
     def _adapt_and_predict(self, x: Tensor, usable: Tensor, number: int) -> Tensor:
         whole = number == len(usable)
@@ -482,7 +572,8 @@ class TTAMethod(Described, Replayable, ABC):
                     logits = self.step(x).detach()
                 if self._account is not None and not self.images_apart:
                     self._account.take(self, self._batch_size, self.scalars[1]["skipped_steps"])
-                logits = self._corrected(x, logits, learn=True)
+                if self._window is None:
+                    logits = self._corrected(x, logits, learn=True)
             finally:
                 self._unrecorded = self._features_seen = None
                 if self._account is not None:
@@ -580,6 +671,8 @@ class TTAMethod(Described, Replayable, ABC):
     def reset_where(self, condition: Tensor | None) -> None:
         """As of the state; what was seen of the batch is of another net now."""
         super().reset_where(condition)
+        if self._window is not None and condition is None:
+            self._window.look_again()
         if self._account is not None:
             self._account.drop(condition)
 
@@ -642,6 +735,8 @@ class TTAMethod(Described, Replayable, ABC):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Counterpart of :meth:`get_extra_state`."""
         super().set_extra_state(state)
+        if self._window is not None:
+            self._window.look_again()
         self.prepared = state.get("prepared", self.prepared)
 
     def _check_fits(self, state: Mapping[str, Any]) -> None:
@@ -778,14 +873,11 @@ class TTAMethod(Described, Replayable, ABC):
 
     def _warn_of_small_batch(self, number: int) -> None:
         first, self.small_batch = self.small_batch, 0
-        if 0 < number < first and not collective.is_joined() and batch_norm_layers(self.model):
-            warnings.warn(
-                f"'{self.name}' normalises BatchNorm layers with the statistics of each batch, and the first one has "
-                f"{number} image{'s' if number > 1 else ''}: of fewer than about {first} they are noise, and accuracy "
-                "may fall far below that of the source. Give larger batches; or use a method that takes images one by "
-                "one ('memo', 'single_image_bn'), or 'norm' with source_weight=0.9.",
-                stacklevel=3,
-            )
+        if 0 < number < first and not collective.is_joined():
+            self.small_batch = first
+            text, self.small_batch = self.of_batches(number), 0
+            if text:
+                warnings.warn(text, stacklevel=3)
 
 
 def _read(scalars: Mapping[str, Tensor | float]) -> dict[str, float]:

@@ -18,6 +18,9 @@ from lightning_tta.errors import ConfigError
 NOT_YET = float("nan")
 """What a floating-point state holds that nothing has been written to yet."""
 
+INPUTS = "window."
+"""How names of states begin that hold what a method was given, and nothing that it made of it."""
+
 Lent = list[tuple[list[Tensor], list[Tensor]]]
 Moment = dict[str, dict[str, Tensor]]
 """The state at one moment: ``tensors``, those of :attr:`State.adaptable`, and ``rest``. Plain data, can be saved."""
@@ -160,6 +163,8 @@ class State(nn.Module):
     def reset_where(self, condition: Tensor | None) -> None:
         """Every state back to its source value if ``condition``, 0-dimensional and bool, is true, or ``None``."""
         states = {**self._adaptable, **self._rest}
+        if condition is not None:  # of its own accord, in the middle of a stream, whose images stay what they are
+            states = {name: tensor for name, tensor in states.items() if not name.startswith(INPUTS)}
         with outside_inference_mode(), torch.no_grad():
             if condition is None:
                 for name, tensor in states.items():

@@ -11,11 +11,14 @@ from lightning_tta.methods.components import statistics
 Wanted = str | Mapping[str, Any]
 """A word, or a dict of ``kind`` and its options."""
 
-ADDITIONS: dict[str, Callable[[TTAMethod, Wanted], None]] = {"statistics": statistics.choose}
+ADDITIONS: dict[str, Callable[[TTAMethod, Any], None]] = {
+    "statistics": statistics.choose,
+    "window": TTAMethod.slide,
+}
 """By the option's name, in the order in which they are put on a method."""
 
 
-def add(method: TTAMethod, **wanted: Wanted | None) -> None:
+def add(method: TTAMethod, **wanted: Wanted | int | None) -> None:
     """Put what is wanted on a method, before its first batch; its ``options`` say it from then on.
 
     Args:
@@ -29,4 +32,4 @@ def add(method: TTAMethod, **wanted: Wanted | None) -> None:
         value = wanted.get(name)
         if value is not None:
             put(method, value)
-            method.options[name] = value if isinstance(value, str) else dict(value)
+            method.options[name] = dict(value) if isinstance(value, Mapping) else value
