@@ -107,9 +107,9 @@ class ShiftMethod(TTAMethod):
                 raise DataError(f"Source batches must be dicts with 'image' (B, C, H, W) in [0, 1]; got {kind}.")
             images = batch["image"].to(device)
             usable = self.task.usable(images)
-            images = images[usable.to(device)].to(float_dtype(self.model))
+            images = images if bool(usable.all()) else images[usable.to(device)]
             if len(images):
-                yield images
+                yield images.to(float_dtype(self.model))
 
     @property
     def no_plain_net(self) -> str:  # type: ignore[override]
