@@ -238,7 +238,9 @@ def test_a_head_without_bias_adapts_and_says_why_it_has_no_plain_net():
     net.head.bias = None
     method = adapt(net, "neo")
     method(images)
-    with pytest.raises(UnsupportedModelError, match=r"'head.bias' is no\s+parameter.*Give the layer a bias"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'head' has none. Give it one before adapting: model.head.bias = "
+    ):
         method.export()
     with torch.no_grad():
         net.head.bias = nn.Parameter(torch.zeros(5))  # as it says

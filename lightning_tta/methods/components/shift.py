@@ -114,19 +114,18 @@ class ShiftMethod(TTAMethod):
     @property
     def no_plain_net(self) -> str:  # type: ignore[override]
         """Where the head has no bias of its own, which would take the shift."""
-        name = f"{self.split.name}.bias"
+        shift, name = (
+            "the shift of the features becomes a part of the last linear layer's bias",
+            f"{self.split.name}.bias",
+        )
+        if self.split.head.bias is None:
+            return (
+                f"{shift}, and '{self.split.name}' has none. Give it one before adapting: "
+                f"model.{name} = torch.nn.Parameter(torch.zeros({self.split.num_classes})); or deploy the method itself"
+            )
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        if name not in parameters:
-            return (
-                f"its shift of the features becomes a part of the bias of the last linear layer, and '{name}' is no "
-                "parameter of the net. Give the layer a bias before adapting, it may be zero: "
-                "layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features)); or deploy the method itself"
-            )
-        if sum(parameter is parameters[name] for parameter in parameters.values()) > 1:
-            return (
-                f"its shift of the features becomes a part of the bias '{name}', which other layers use too. Give the "
-                "last linear layer a bias of its own; or deploy the method itself"
-            )
+        if sum(parameter is parameters.get(name) for parameter in parameters.values()) != 1:
+            return f"{shift}, and '{name}' is shared, computed or quantised. Deploy the method itself"
         return ""
 
     @torch.no_grad()
