@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_tta.data.base import Split
+from lightning_tta.data.file_images import VIDEOS, natural_order, walk_images
 from lightning_tta.data.images import Batch, Images, JoinedImages, SelectedImages
 from lightning_tta.data.reading import endings
-from lightning_tta.data.sets.image_files import VIDEOS, FileData, natural_order, walk_images
+from lightning_tta.data.sets.image_files import FileData
 from lightning_tta.data.sets.video import VideoFrames
 from lightning_tta.data.streams import NEED_LABELS, StreamKind, needs_labels
 from lightning_tta.errors import ConfigError, DataError, check_choice, check_range
