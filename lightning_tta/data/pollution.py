@@ -31,7 +31,7 @@ def _levels(kind: str) -> npt.NDArray[np.uint8]:
         return (np.arange(65536) >> 8).astype(np.uint8)
     normal = NormalDist(0.5, SPREAD)
     values = np.array([normal.inv_cdf((number + 0.5) / 65536) for number in range(65536)])
-    return np.clip(np.rint(255 * values), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(255 * values), 0, 255), dtype=np.uint8)
 
 
 class NoiseImages(Images):
@@ -121,8 +121,8 @@ class Polluters:
         """What tells them from others: the kind of noise, or a hash of names and contents of the files."""
         if self.name in NOISE:
             return self.name
-        content = hashlib.sha256(b"".join(content_lines("polluters", self._files, self.folder, cache_dir)))
-        return f"folder:{content.hexdigest()[:12]}"
+        content = b"".join(content_lines("polluters", self._files, self.folder, cache_dir))
+        return f"folder:{hashlib.sha256(content).hexdigest()[:12]}"
 
     def images(self, counts: Sequence[int], shape: tuple[int, ...]) -> list[Images]:
         """A set of images of this ``shape`` (C, H, W) for each of the ``counts``; the same in each run.

@@ -464,12 +464,11 @@ def _warnings(group: Group) -> list[str]:
     if any(str(run.protocol.get("weights", "")).endswith("random") for run in group.runs):
         warnings.append("The net is randomly initialised: these numbers say nothing of a trained one.")
     if group.labelled and len(group.seeds) == 1:
-        tested = (
-            "of one visit are tested over its images" if group.recurs else "are tested over the images of this one run"
-        )
+        tested = "are tested over the images of this one run"
+        if group.recurs:
+            tested = "are tested over the images of one visit, and not over all visits, which show the same images"
         warnings.append(
-            "One seed: there is no spread over seeds, so accuracies have no interval. Differences to the source "
-            f"{tested}{'; over all visits they are not tested, as each image comes several times' * group.recurs}."
+            f"One seed: there is no spread over seeds, so accuracies have no interval. Differences to the source {tested}."
         )
     elif group.labelled and len(group.seeds) < MIN_SEEDS:
         warnings.append(

@@ -12,7 +12,7 @@ from lightning_tta.data.streams import build_stream, default_reset, options_of
 from lightning_tta.errors import ConfigError
 
 LABELS = [torch.tensor([0, 1, 2] * 5), torch.tensor([2, 0, 1, 1] * 3)]  # 15 and 12 samples
-PINNED = {"recurring": "d", "markov": "d", "polluted": "d"}
+PINNED = {"recurring": "7ff4a39ff278", "markov": "2aaa11b0dc2d", "polluted": "ef4f9646b674"}
 
 
 def flat(stream):
@@ -119,13 +119,9 @@ def walked(matrix, start, steps, *key):
     """The chain step by step: the first value whose cumulative probability is above the draw."""
     values, row = [], start
     for draw in draws(steps, *key):
-        total, value = 0.0, 0
-        for value, probability in enumerate(row):
-            total += probability
-            if draw < total:
-                break
-        values.append(value)
-        row = matrix[value]
+        totals = [sum(row[: value + 1]) for value in range(len(row) - 1)]
+        values.append(sum(draw >= total for total in totals))
+        row = matrix[values[-1]]
     return values
 
 
