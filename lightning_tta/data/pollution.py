@@ -89,7 +89,7 @@ class OtherImages(DecodedImages):
 
     def file(self, position: int) -> str:
         """Name of an image's file, below the folder."""
-        return self.files[self.chosen[position]].relative_to(self.root).as_posix()
+        return Path(self.files[self.chosen[position]]).relative_to(self.root).as_posix()
 
 
 class Polluters:

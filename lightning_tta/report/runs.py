@@ -468,7 +468,8 @@ def _warnings(group: Group) -> list[str]:
         if group.recurs:
             tested = "are tested over the images of one visit, and not over all visits, which show the same images"
         warnings.append(
-            f"One seed: there is no spread over seeds, so accuracies have no interval. Differences to the source {tested}."
+            "One seed: there is no spread over seeds, so accuracies have no interval. Differences to the source "
+            f"{tested}."
         )
     elif group.labelled and len(group.seeds) < MIN_SEEDS:
         warnings.append(
