@@ -4,6 +4,7 @@ import csv
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -93,9 +94,8 @@ def test_a_source_does_not_change_over_visits_and_the_policy_may_reset_at_each(t
     _, _, report, _ = run(tmp_path, Source, data=make_data(stream="recurring", visits=2))
     first, second = report["visits"].values()
     assert first["accuracy"] == second["accuracy"]
-    module, *_ = run(
-        tmp_path / "b", Spy, data=make_data(stream="recurring", visits=3, domains=["clean"]), reset="domain"
-    )
+    data = make_data(stream="recurring", visits=3, domains=["clean"])
+    module, *_ = run(tmp_path / "b", Spy, data=data, reset="domain")
     assert sum(event == "reset" for event in module.method.events if isinstance(event, str)) == 2
 
 
@@ -193,7 +193,7 @@ def test_noise_is_of_the_asked_kind_and_always_the_same(kind, spread):
     assert float(values.std()) == pytest.approx(spread, rel=0.01)
     again = make_data(stream="polluted", polluters=kind, order_seed=5, corruption_seed=3)
     assert torch.equal(again.stream_images[2][1].image(7), first.image(7))
-    words = torch.tensor([int(word) & 0xFFFF for word in __import__("numpy").random.PCG64([7, 1]).random_raw(2)])
+    words = torch.tensor([int(word) & 0xFFFF for word in np.random.PCG64([7, 1]).random_raw(2)])
     levels = words // 256
     if kind == "gaussian":
         levels = (255 * torch.special.ndtri((words + 0.5) / 65536) / 11 + 127.5).round()

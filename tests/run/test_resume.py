@@ -134,7 +134,7 @@ def test_blind_spots_are_those_of_the_source(tmp_path):
     [
         {"stream": "recurring", "visits": 3, "num_images": 20},
         {"stream": "recurring", "visits": 2, "num_images": 20, "dirichlet": 0.1},
-        {"stream": "markov", "num_images": 200},
+        {"stream": "markov", "num_images": 200, "class_correlation": 0.2},
         {"stream": "polluted", "polluters": "gaussian"},
     ],
     ids=lambda data: data["stream"],
