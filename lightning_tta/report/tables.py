@@ -86,7 +86,7 @@ def difference(group: Group, method: str, domain: str | None = None, base: str |
     Over seeds if there are several, else over images, but where an image comes several times.
     """
     pairs = [pair for pair in group.pairs(method, base) if None not in [run.accuracy(domain) for run in pair]]
-    if len(pairs) == 1 and not (group.recurs and domain not in pairs[0][0].report.get("visits", {})):
+    if len(pairs) == 1 and (not group.recurs or domain in (pairs[0][0].report.get("visits") or {})):
         hits, others = (run.hits_in(domain) for run in pairs[0])
         if hits and hits.keys() == others.keys() and all(np.array_equal(hits[n][0], others[n][0]) for n in hits):
             over = over_images(np.concatenate([hits[name][1] - others[name][1] for name in hits]))
