@@ -48,7 +48,7 @@ from lightning_tta.run.options import PARTS, where_moved
 from lightning_tta.run.outputs import PREDICTIONS
 from lightning_tta.shipped import how_to_copy
 
-MEASURES = ("accuracy", "domains", "forwards", "backwards", "ece", "seconds_per_batch")
+MEASURES = ("accuracy", "domains", "visits", "forwards", "backwards", "ece", "seconds_per_batch")
 """What a row of ``benchmark.json`` has of a cell's report; reports of earlier versions lack the calibration error."""
 
 Source = tuple[str, int]  # a net that is trained: label, seed

@@ -9,6 +9,7 @@ import torch
 
 from lightning_tta.data import ShiftedDataModule
 from lightning_tta.errors import ConfigError
+from lightning_tta.report.tables import said
 
 SHOWN = 20
 FILES = 3  # of a batch
@@ -23,7 +24,7 @@ def list_stream(data: ShiftedDataModule) -> list[dict[str, Any]]:
         the first names of files where there are some.
     """
     labels = torch.cat([images.labels for _, images in data.stream_images]).numpy()
-    rows = []
+    rows, names = [], data.stream_domains
     for number, batch in enumerate(data.stream.batches):
         positions = list(batch)
         known = labels[positions][labels[positions] >= 0]
@@ -33,7 +34,7 @@ def list_stream(data: ShiftedDataModule) -> list[dict[str, Any]]:
             {
                 "batch": number,
                 "images": len(positions),
-                "domains": {data.stream_domains[d]: int(size) for d, size in zip(domains, sizes, strict=True)},
+                "domains": {names[d]: int(size) for d, size in zip(domains, sizes, strict=True)},
                 "classes": len(classes) if len(known) else None,
                 "largest_class": float(counts.max() / len(known)) if len(known) else None,
                 "files": [name for name in map(data.file_of, positions[:FILES]) if name],
@@ -53,6 +54,7 @@ def print_stream(data: Any) -> None:
     rows, description = list_stream(data), data.describe()
     print(f"{data.name}: {description['stream']} stream, {description['images']:,} images, {len(rows):,} batches")
     settings = {key: value for key, value in description.items() if key != "domains" and value is not None}
+    settings["images_per_domain"] = said(settings["images_per_domain"])
     print(", ".join(f"{key} {value}" for key, value in settings.items()))
     named = any(row["files"] for row in rows)
     head = "  domains" + ("; first files" if named else "")

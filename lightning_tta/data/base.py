@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -23,7 +24,15 @@ from lightning_tta.data.corruptions.corrupt import (
     corruption_names,
     function_set_id,
 )
-from lightning_tta.data.domain_names import check_domain_names, expand_domains, gradual, split_severity
+from lightning_tta.data.domain_names import (
+    BLIND,
+    POLLUTION,
+    VISIT,
+    check_domain_names,
+    expand_domains,
+    gradual,
+    split_severity,
+)
 from lightning_tta.data.images import (
     Batch,
     CorruptedImages,
@@ -36,6 +45,7 @@ from lightning_tta.data.images import (
     StreamSampler,
     already_collated,
 )
+from lightning_tta.data.pollution import Polluters, shape_of
 from lightning_tta.data.sharing import Sharing
 from lightning_tta.data.splits import subset
 from lightning_tta.data.storage.cache import CACHE, default_folder
@@ -44,7 +54,6 @@ from lightning_tta.errors import ConfigError, DataError, check_choice, check_ran
 
 Split = Literal["train", "val", "test"]
 Charge = Literal["none", "passes", "seconds"]
-BLIND = ":blind_spots"
 
 
 class ShiftedDataModule(LightningDataModule, ABC):
@@ -66,13 +75,27 @@ class ShiftedDataModule(LightningDataModule, ABC):
     Args:
         batch_size: Samples in a batch of the stream, at least 1.
         train_batch_size: Samples in a batch of the train, val and test loaders, at least 1.
-        stream: ``iid``, ``continual``, ``gradual``, ``mixed``, ``label_shift``, ``correlated``, ``blind_spot`` or
-            ``ordered``: see :func:`~lightning_tta.data.streams.build_stream`. ``gradual`` takes each corruption through
-            severities 1 to 5 and back; ``blind_spot`` adapts on what the source gets wrong in a domain, then predicts
-            all of the domain without adapting.
+        stream: ``iid``, ``continual``, ``gradual``, ``mixed``, ``label_shift``, ``correlated``, ``blind_spot``,
+            ``ordered``, ``recurring``, ``markov`` or ``polluted``: see ``lightning-tta streams`` and
+            :func:`~lightning_tta.data.streams.build_stream`. ``gradual`` takes each corruption through severities 1 to
+            5 and back; ``blind_spot`` adapts on what the source gets wrong in a domain, then predicts all of the domain
+            without adapting.
         order_seed: Seed of the order of the stream.
-        dirichlet: Concentration of the labels over time, above 0, for ``label_shift`` (by default sorted by class) and
-            ``correlated`` (by default 0.1).
+        dirichlet: Concentration of the labels over time, above 0, for ``label_shift`` (by default sorted by class),
+            ``correlated`` (by default 0.1), ``recurring`` and ``polluted`` (by default shuffled).
+        visits: How often a ``recurring`` stream goes through all domains, at least 1 (default 20, as PeTTA, arXiv
+            2311.18193): each time the same images, in a new order. Visit 3 of fog is the domain ``fog:visit_3``.
+        class_correlation: Of a ``markov`` stream (UniTTA, arXiv 2407.20080): the chance that the next image is of the
+            same class, 0 to below 1 (default 0.95); of the most frequent class where they are imbalanced. Below
+            1/classes it counts as that: independent draws.
+        domain_correlation: The same of the domain, 0 to 1 (default 0.85). 1: one domain after the other.
+        class_imbalance: How many times as often the first class comes as the last in a ``markov`` stream, at least 1
+            (default 1; UniTTA 10); the others lie between, geometrically.
+        domain_imbalance: The same of the domains, in the order of ``domains`` (default 1; UniTTA 5).
+        pollution: Share of polluting images in a ``polluted`` stream, above 0, up to 0.95 (default 0.5, as many as real
+            ones, as SoTTA, NeurIPS 2023). The method sees them; they have no label and count in no measure.
+        polluters: What they are: ``uniform`` or ``gaussian`` noise, made anew for each domain, or a folder of images,
+            which are resized. By default ``uniform``.
         charge: Whether a slow method misses samples (arXiv 2304.04795): a batch comes every ``interval``, counted in
             ``passes`` (a forward pass is 1, a backward pass 2) or in ``seconds``; while the method is at work on one,
             the others are predicted by the net as it is. ``none``: the stream waits.
@@ -114,6 +137,13 @@ class ShiftedDataModule(LightningDataModule, ABC):
         stream: StreamKind = "iid",
         order_seed: int = 0,
         dirichlet: float | None = None,
+        visits: int | None = None,
+        class_correlation: float | None = None,
+        domain_correlation: float | None = None,
+        class_imbalance: float | None = None,
+        domain_imbalance: float | None = None,
+        pollution: float | None = None,
+        polluters: str | None = None,
         charge: Charge = "none",
         interval: float = 1.0,
         domains: list[str] | None = None,
@@ -143,7 +173,10 @@ class ShiftedDataModule(LightningDataModule, ABC):
         check_choice("function_set", function_set, tuple(SETS))
         self.batch_size, self.train_batch_size, self.num_workers = batch_size, train_batch_size, num_workers
         self.augment, self.stream_kind, self.order_seed = augment, stream, order_seed
-        self.dirichlet = streams.concentration_of(stream, dirichlet)
+        given = {"dirichlet": dirichlet, "visits": visits, "pollution": pollution, "polluters": polluters}
+        given |= {"class_correlation": class_correlation, "domain_correlation": domain_correlation}
+        given |= {"class_imbalance": class_imbalance, "domain_imbalance": domain_imbalance}
+        self.stream_options = streams.options_of(stream, given)
         self.charge, self.interval = None if charge == "none" else charge, float(interval)
         self.num_images, self.severity, self.corruption_seed = num_images, severity, corruption_seed
         self.function_set: str = function_set
@@ -159,6 +192,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
                 "come as they are. Name corruptions, such as --data.domains [reported] for all of the set."
             )
         self.domain_names = gradual(names) if stream == "gradual" else names
+        self.polluters = Polluters(self.stream_options["polluters"]) if stream == "polluted" else None
         self.val_domain_names = expand_domains(val_domains, [], function_set) if val_domains is not None else []
         shifted = [name for name in self.domain_names if name != CLEAN and name not in self.natural_names()]
         is_published = function_set == "published" and self.has_published
@@ -279,7 +313,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
     def forget(self) -> None:
         """Forget what was found out of the images, as something has changed."""
         self._stream = self._joined_images = None
-        for name in ("_digest", "domain_images", "_clean_test"):
+        for name in ("_digest", "domain_images", "_clean_test", "_polluting_images"):
             self.__dict__.pop(name, None)
 
     def share(self, sharing: Sharing) -> None:
@@ -301,6 +335,12 @@ class ShiftedDataModule(LightningDataModule, ABC):
     def stream_images(self) -> list[tuple[str, Images]]:
         """Name and images of each domain of the stream, in the order of its ``domain`` numbers."""
         domains = list(zip(self.domain_names, self.domain_images, strict=True))
+        if self.stream_kind == "recurring":
+            visits = range(1, self.stream_options["visits"] + 1)
+            return [(f"{name}{VISIT}{visit}", images) for visit in visits for name, images in domains]
+        if self.stream_kind == "polluted":
+            names = [f"{name}{POLLUTION}" for name in self.domain_names]
+            return [*domains, *zip(names, self._polluting_images, strict=True)]
         if self.stream_kind != "blind_spot":
             return domains
         if self._blind_spots is None:
@@ -313,6 +353,14 @@ class ShiftedDataModule(LightningDataModule, ABC):
             for (name, images), wrong in zip(domains, self._blind_spots, strict=True)
             for domain in ((f"{name}{BLIND}", SelectedImages(images, wrong)), (name, images))
         ]
+
+    @cached_property
+    def _polluting_images(self) -> list[Images]:
+        """The polluting images of each of ``domain_names``."""
+        assert self.polluters is not None
+        share = self.stream_options["pollution"]
+        counts = [streams.count_polluting(len(images), share) for images in self.domain_images]
+        return self.polluters.images(counts, shape_of(self.domain_images))
 
     @property
     def stream_domains(self) -> list[str]:
@@ -346,16 +394,26 @@ class ShiftedDataModule(LightningDataModule, ABC):
         return list(self.domain_names) if self.stream_kind == "blind_spot" else []
 
     @property
+    def counted_domains(self) -> list[str]:
+        """The domains that make up the accuracy: neither blind spots nor polluting images."""
+        return list(self.domain_names) if self.stream_kind in ("blind_spot", "polluted") else self.stream_domains
+
+    @property
+    def spans_domains(self) -> bool:
+        """Whether batches may have images of several domains, so that no domain begins or ends."""
+        return streams.spans_domains(self.stream_kind, self.stream_options)
+
+    @property
     def stream(self) -> Stream:
         """The batches of the whole stream, as sample positions; synchronised processes share each batch."""
         if self._stream is None:
-            labels = [images.labels for _, images in self.stream_images]
-            if self.stream_kind in streams.NEED_LABELS and any(bool((each < 0).any()) for each in labels):
-                raise ConfigError(streams.needs_labels(self.stream_kind))
-            size, kind = self.batch_size * self.sharing.joined, self.stream_kind
-            self._stream = streams.build_stream(
-                labels, kind=kind, batch_size=size, seed=self.order_seed, dirichlet=self.dirichlet
-            )
+            size, kind, options = self.batch_size * self.sharing.joined, self.stream_kind, self.stream_options
+            domains = [images for _, images in self.stream_images] if kind == "blind_spot" else self.domain_images
+            labels = [images.labels for images in domains]
+            by_labels = streams.orders_by_labels(kind, options["dirichlet"])
+            if by_labels and any(bool((each < 0).any()) for each in labels):
+                raise ConfigError(streams.needs_labels(kind))
+            self._stream = streams.build_stream(labels, kind=kind, batch_size=size, seed=self.order_seed, **options)
         return self._stream
 
     def shard(self) -> list[list[int]]:
@@ -444,6 +502,9 @@ class ShiftedDataModule(LightningDataModule, ABC):
     def describe(self) -> dict[str, Any]:
         """What the stream consists of, in primitives, for the protocol."""
         counts = [len(images) for _, images in self.stream_images]
+        if self.stream_kind == "markov":  # the only kind that leaves images out
+            present = self.stream.domain_of([position for batch in self.stream.batches for position in batch])
+            counts = np.bincount(present, minlength=len(counts)).tolist()
         corrupted = self.corrupted_names + self.published_names
         has_default_severity = any(split_severity(name)[1] is None for name in corrupted)
         return {
@@ -459,7 +520,8 @@ class ShiftedDataModule(LightningDataModule, ABC):
             "stream": self.stream_kind,
             "order_seed": self.order_seed,
             "batch_size": self.batch_size,
-            "dirichlet": self.dirichlet,
             "charge": self.charge,
             "interval": self.interval if self.charge else None,
+            **self.stream_options,
+            "polluters": None if self.polluters is None else self.polluters.identity(self.cache),
         }

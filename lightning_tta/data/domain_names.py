@@ -8,6 +8,8 @@ from lightning_tta.errors import ConfigError
 GROUPS = ("reported", "held_out", "none")
 _CORRUPTIONS = {name for functions in SETS.values() for name in functions.names}
 FALLING = "-falling"  # tells a gradual stream's way down from its way up
+BLIND, VISIT, POLLUTION = ":blind_spots", ":visit_", ":pollution"
+"""What follows a domain's name where a stream makes several domains of it; of a visit its number comes last."""
 
 
 def check_domain_names(names: Iterable[str]) -> None:

@@ -53,6 +53,13 @@ class Protocol:
         dirichlet: Concentration of the labels over time; ``None``: the kind says all.
         charge: By what a method's time counts, ``passes`` or ``seconds``; ``None``: batches wait for it.
         interval: Time between two batches, in that unit.
+        visits: How often the domains of a ``recurring`` stream come; ``domains`` names each visit.
+        class_correlation: Chance of a ``markov`` stream to stay in the most frequent class.
+        domain_correlation: The same for domains.
+        class_imbalance: How many times as often the first class comes as the last.
+        domain_imbalance: The same for domains.
+        pollution: Share of polluting images.
+        polluters: What they are: the kind of noise, or the hash of a folder.
     """
 
     data: str
@@ -77,6 +84,13 @@ class Protocol:
     dirichlet: float | None = None
     charge: str | None = None
     interval: float | None = None
+    visits: int | None = None
+    class_correlation: float | None = None
+    domain_correlation: float | None = None
+    class_imbalance: float | None = None
+    domain_imbalance: float | None = None
+    pollution: float | None = None
+    polluters: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("reset", self.reset, ("never", "domain", "batch"))
@@ -157,7 +171,10 @@ def _names() -> list[str]:
     return [field.name for field in fields(Protocol)]
 
 
-_LATER_FIELDS = {"dirichlet", "charge", "interval"}
+_LATER_FIELDS = {
+    *("dirichlet", "charge", "interval", "visits", "class_correlation", "domain_correlation"),
+    *("class_imbalance", "domain_imbalance", "pollution", "polluters"),
+}
 _RUN_FIELDS = {"reset", "predict", "weights", "weights_digest", "preprocessing", "world_size", "mode"}
 _DATA_FIELDS = set(_names()) - _RUN_FIELDS
 

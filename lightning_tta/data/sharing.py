@@ -51,12 +51,17 @@ def assign_domains(stream: Stream, frozen: set[int], world: int) -> list[int]:
     """The process of each domain: the largest first, each to the process that has least so far.
 
     A frozen domain is predicted with what was learned on the one before: it stays with it, and so does an empty one.
+    Polluting images stay with the domain that they pollute.
     """
-    if stream.kind == "mixed":
-        raise ConfigError("The batches of a mixed stream span domains: there are no whole domains to deal out.")
+    if stream.spans_domains:
+        raise ConfigError(
+            f"The batches of a {stream.kind} stream span domains: there are no whole domains to deal out."
+        )
     units: list[list[int]] = []
     for number, size in enumerate(stream.sizes):
-        if not units or (number not in frozen and size):
+        if (host := stream.hosts[number]) != number:
+            next(unit for unit in units if host in unit).append(number)
+        elif not units or (number not in frozen and size):
             units.append([number])
         else:
             units[-1].append(number)

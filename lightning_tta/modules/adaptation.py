@@ -76,7 +76,8 @@ class TestTimeAdaptation(LightningModule):
         classes: Cut the net to these of its logits, before anything adapts: ``imagenet_a`` or ``imagenet_r`` (their
             200 of 1000), or positions. Labels are still those of the whole net.
         reset: When the method returns to the source: ``never``, at each new ``domain``, before each ``batch``, or
-            ``auto``: as usual for the stream's kind (domain for iid and label_shift, never for continual and mixed).
+            ``auto``: as usual for the stream's kind (domain for iid, label_shift and polluted, never for continual,
+            mixed and recurring).
         reset_every: Also return to the source after this many batches (RDumb, arXiv 2306.05401). It needs to know
             nothing of the stream, so it counts as part of the method, not of the protocol.
         predict: ``method``: the logits that the method returns; ``after``: those of a further forward pass after
@@ -213,8 +214,10 @@ class TestTimeAdaptation(LightningModule):
         policy = self.reset
         if policy == "auto":
             policy = cast(ResetPolicy, default_reset(kind)) if kind in STREAM_KINDS else "never"
-        if policy == "domain" and kind == "mixed":
-            raise ConfigError("reset='domain' has no meaning on a mixed stream: its batches span domains. Use 'never'.")
+        if policy == "domain" and data is not None and data.spans_domains:
+            raise ConfigError(
+                f"reset='domain' has no meaning on a {kind} stream: its batches span domains. Use 'never'."
+            )
         incompatible = ["save_every"] if self._keeper.save_every else []
         incompatible += ["on_bad_batch='skip'"] if self._input.skips else []
         sharing = share_stream(trainer, data, self.method, self.processes, policy, incompatible)

@@ -112,7 +112,7 @@ def _group_sections(group: Group, looks: Looks) -> list[Section]:
         cost.galleries.append(Gallery(drawn, caption))
     return [
         head,
-        Section("By domain", tables.by_domain(group) if len(group.domains) > 1 else []),
+        Section("By domain", tables.by_domain(group) if len(group.parts) > 1 else []),
         stream,
         calibration,
         cost,

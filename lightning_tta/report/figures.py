@@ -296,7 +296,8 @@ def _curve(runs: Sequence[Run], name: str) -> NDArray[np.float64]:
 
 def rolling_accuracy(batches: Sequence[Mapping[str, Any]], window: int) -> list[float | None]:
     """Accuracy in percent over the last ``window`` batches of the same domain, each labelled batch by its images."""
-    counts = [(b["accuracy"] * b["images"], b["images"]) if b.get("accuracy") is not None else (0, 0) for b in batches]
+    known = [b.get("labelled_images", b["images"]) if b.get("accuracy") is not None else 0 for b in batches]
+    counts = [(b["accuracy"] * count if count else 0, count) for b, count in zip(batches, known, strict=True)]
     right, images = np.cumsum([(0, 0), *counts], axis=0).T
     accuracies: list[float | None] = []
     for _, first, last in domain_spans(batches):

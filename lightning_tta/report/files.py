@@ -29,7 +29,7 @@ _NUMBERS = (
     *("nll", "brier", "peak_memory_mb", "entropy"),
 )
 _SHARES = ("accuracy", "ece", "largest_class_share", "source_accuracy_after")
-_DICTS = ("protocol", "net", "options", "domains", "environment", "guard")
+_DICTS = ("protocol", "net", "options", "domains", "visits", "environment", "guard")
 
 
 def read_result(file: Path) -> dict[str, Any]:
@@ -121,7 +121,8 @@ def _wrong_value(content: Report) -> str:
     for name in _DICTS:
         if not isinstance(content.get(name) or {}, dict):
             return f"{name} is no mapping"
-    for where, part in (("", content), *(content.get("domains") or {}).items()):
+    parts = {**(content.get("domains") or {}), **(content.get("visits") or {})}
+    for where, part in (("", content), *parts.items()):
         if not isinstance(part, dict):
             return f"domain {where} is no mapping"
         for name in (*_NUMBERS, *_SHARES):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SEED_FIELDS = ("order_seed", "weights", "weights_digest", "hash")
 """Fields of a protocol in which the seeds of one experiment differ."""
+POLLUTION, VISIT = ":pollution", ":visit_"
+"""Endings of domains' names: images that count in nothing, and of a recurring stream a visit, with its number."""
 SHOWN = 6
 """So many differences between two parts of a report are named."""
 
@@ -71,8 +73,29 @@ class Run:
 
     @property
     def domains(self) -> dict[str, Report]:
-        """The numbers by domain."""
-        return self.report.get("domains") or {}
+        """The numbers by domain, but of polluting images."""
+        domains = self.report.get("domains") or {}
+        return {name: row for name, row in domains.items() if not name.endswith(POLLUTION)}
+
+    @cached_property
+    def parts(self) -> dict[str, Report]:
+        """The numbers by what a table has a row for: a domain; of a recurring stream a visit, or a domain's visits."""
+        visits: dict[str, Report] = self.report.get("visits") or {}
+        if not visits:
+            return self.domains
+        parts, by_domain = dict(visits), dict[str, list[Report]]()
+        for name, row in self.domains.items():
+            by_domain.setdefault(name.partition(VISIT)[0], []).append(row)
+        for name, rows in by_domain.items():
+            images = sum(row.get("images") or 0 for row in rows)
+            means = {
+                key: sum(row[key] * row["images"] for row in rows) / images
+                for key in ("accuracy", "entropy")
+                if images and all(row.get(key) is not None for row in rows)
+            }
+            share = max((row.get("largest_class_share") or 0 for row in rows), default=0)
+            parts[name] = {"accuracy": None, **means, "images": images, "largest_class_share": share}
+        return parts
 
     @property
     def window(self) -> int:
@@ -101,22 +124,25 @@ class Run:
     def hits_in(self, domain: str | None) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Index and whether it was right, 0 or 1, of each image with a label.
 
-        By domain: one, or all that make up the accuracy. An image without a prediction is wrong where the report counts
-        it among the images (its pixels were not finite), and left out where it does not (its batch was refused).
+        By domain: one, those of a part, or all that make up the accuracy. An image without a prediction is wrong where
+        the report counts it among the images (its pixels were not finite), and left out where it does not (its batch
+        was refused).
         """
         # reports of earlier versions do not say which domains count
         counted = {n for n, row in self.domains.items() if row.get("counted", not n.endswith(":blind_spots"))}
         hits = {}
         for name, images in self.predictions.items():
-            if name == domain if domain else name in counted:
+            base, mark, visit = name.partition(VISIT)
+            wanted = counted if domain is None else {domain}
+            if wanted & ({name, base, f"visit_{visit}"} if mark else {name}):
                 all_count = self.domains.get(name, {}).get("images") == len(images)
                 index, label, guess = images[(images[:, 1] >= 0) & (all_count | (images[:, 2] >= 0))].T
                 hits[name] = index, (label == guess).astype(np.int64)
         return hits
 
     def accuracy(self, domain: str | None = None) -> float | None:
-        """Accuracy in [0, 1], of a domain or of all."""
-        value: float | None = (self.report if domain is None else self.domains.get(domain, {})).get("accuracy")
+        """Accuracy in [0, 1], of a domain or another part, or of all."""
+        value: float | None = (self.report if domain is None else self.parts.get(domain, {})).get("accuracy")
         return value
 
 
@@ -150,6 +176,16 @@ class Group:
     def domains(self) -> list[str]:
         """All domains, in order."""
         return list(dict.fromkeys(name for run in self.runs for name in run.domains))
+
+    @property
+    def parts(self) -> list[str]:
+        """What a table by domain has a row for, in order: see :attr:`Run.parts`."""
+        return list(dict.fromkeys(name for run in self.runs for name in run.parts))
+
+    @property
+    def recurs(self) -> bool:
+        """Whether the domains come several times."""
+        return any(run.report.get("visits") for run in self.runs)
 
     @property
     def seeds(self) -> list[str]:
@@ -428,9 +464,12 @@ def _warnings(group: Group) -> list[str]:
     if any(str(run.protocol.get("weights", "")).endswith("random") for run in group.runs):
         warnings.append("The net is randomly initialised: these numbers say nothing of a trained one.")
     if group.labelled and len(group.seeds) == 1:
+        tested = "are tested over the images of this one run"
+        if group.recurs:
+            tested = "are tested over the images of one visit, and not over all visits, which show the same images"
         warnings.append(
-            "One seed: there is no spread over seeds, so accuracies have no interval. Differences to the source are "
-            "tested over the images of this one run."
+            "One seed: there is no spread over seeds, so accuracies have no interval. Differences to the source "
+            f"{tested}."
         )
     elif group.labelled and len(group.seeds) < MIN_SEEDS:
         warnings.append(

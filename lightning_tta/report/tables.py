@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lightning_tta.report.files import Report
-from lightning_tta.report.runs import Group, Results, Run
+from lightning_tta.report.runs import VISIT, Group, Results, Run
 from lightning_tta.report.statistics import MIN_SEEDS, Estimate, holm, interval, over_images, over_seeds
 
 COSTS = {"ms / image": "ms per image", "passes": "forward + 2 x backward per batch", "peak MB": "peak memory, MB"}
@@ -83,10 +83,10 @@ def accuracy_of(runs: Sequence[Run], domain: str | None = None) -> Estimate | No
 def difference(group: Group, method: str, domain: str | None = None, base: str | None = None) -> Estimate | None:
     """Accuracy minus that of ``base`` (by default the source) under the same protocol.
 
-    Over seeds if there are several, else over images.
+    Over seeds if there are several, else over images, but where an image comes several times.
     """
     pairs = [pair for pair in group.pairs(method, base) if None not in [run.accuracy(domain) for run in pair]]
-    if len(pairs) == 1:
+    if len(pairs) == 1 and (not group.recurs or domain in (pairs[0][0].report.get("visits") or {})):
         hits, others = (run.hits_in(domain) for run in pairs[0])
         if hits and hits.keys() == others.keys() and all(np.array_equal(hits[n][0], others[n][0]) for n in hits):
             over = over_images(np.concatenate([hits[name][1] - others[name][1] for name in hits]))
@@ -139,7 +139,7 @@ def agreement(group: Group, method: str) -> Estimate | None:
     shares = []
     for run, source in group.pairs(method):
         equal = images = 0
-        for name in run.predictions.keys() & source.predictions.keys():
+        for name in run.predictions.keys() & source.predictions.keys() & run.domains.keys():
             one, other = run.predictions[name], source.predictions[name]
             if np.array_equal(one[:, 0], other[:, 0]):
                 equal, images = equal + int((one[:, 2] == other[:, 2]).sum()), images + len(one)
@@ -161,7 +161,8 @@ def class_share(runs: Sequence[Run]) -> float | None:
 
 def mean_entropy(run: Run, domain: str | None = None) -> float | None:
     """Mean entropy of the predictions in nats, of a domain or over all images."""
-    parts = [part for name, part in run.domains.items() if domain in (None, name) and part.get("entropy") is not None]
+    shown = run.domains.values() if domain is None else [run.parts[domain]] if domain in run.parts else []
+    parts = [part for part in shown if part.get("entropy") is not None]
     images = sum(part.get("images") or 0 for part in parts)
     return sum(part["entropy"] * (part.get("images") or 0) for part in parts) / images if images else None
 
@@ -217,22 +218,23 @@ def all_groups(results: Results) -> Table | None:
 
 def by_domain(group: Group) -> list[Table]:
     """Accuracy, and the difference to the source where there is one; methods in columns unless they are many."""
-    domains: list[str | None] = [*group.domains, None]
+    domains: list[str | None] = [*group.parts, None]
+    by = "visit, and by domain over all visits" if group.recurs else "domain"
     if not group.labelled:
         rows = {
             m: [cell(interval(known(mean_entropy(run, d) for run in runs)), 1, 3) for d in domains]
             for m, runs in group.methods.items()
         }
-        return [_crossed("Entropy by domain, nats", domains, rows, spread_note(group))]
+        return [_crossed(f"Entropy by {by}, nats", domains, rows, spread_note(group))]
     columns = {m: [cell(accuracy_of(runs, d)) for d in domains] for m, runs in group.methods.items()}
-    tables = [_crossed("Accuracy % by domain", domains, columns, spread_note(group))]
+    tables = [_crossed(f"Accuracy % by {by}", domains, columns, spread_note(group))]
     gains = {m: [cell(difference(group, m, d), sign="+") for d in domains] for m in differences(group)}
     if gains:
         note = (
             "Paired as above; * the interval leaves out zero. Not corrected for the number of domains: about one star "
             "in twenty comes by chance."
         )
-        tables.append(_crossed("Difference to the source by domain, points", domains, gains, note))
+        tables.append(_crossed(f"Difference to the source by {by}, points", domains, gains, note))
     return tables
 
 
@@ -249,8 +251,8 @@ def one_run(report: Report) -> Table:
     run = Run(str(report.get("method", "")), "", report, Path())
     labelled = run.accuracy() is not None
     rows = []
-    for name in [*run.domains, None]:
-        part: Report = report if name is None else run.domains[name]
+    for name in [*run.parts, None]:
+        part: Report = report if name is None else run.parts[name]
         share, accuracy = None if name is None else part.get("largest_class_share"), run.accuracy(name)
         measure = number(accuracy and 100 * accuracy) if labelled else number(mean_entropy(run, name), ".3f")
         images = str(part.get("images", "-"))
@@ -378,7 +380,7 @@ def guard(group: Group) -> Table | None:
 
 def protocol(group: Group) -> Table:
     """What must be equal before results are compared, hashes, net and precision."""
-    protocols = [run.protocol for run in group.runs if run.protocol]
+    protocols = [_without_visits(run.protocol) for run in group.runs if run.protocol]
     values = {key.replace("_", " "): value for key, value in _merge(protocols).items()}
     for seed in group.seeds:
         values[f"hash, seed {seed}"] = ", ".join(dict.fromkeys(run.hash for run in group.runs if run.seed == seed))
@@ -389,6 +391,15 @@ def protocol(group: Group) -> Table:
     rows += [["precision", ", ".join(precisions)]] if precisions else []
     note = "What must be equal before two results may be compared; several values: what differs between the runs."
     return Table("Protocol", ["", ""], rows, note, left=2)
+
+
+def _without_visits(protocol: Report) -> Report:
+    """A protocol in which the domains that come several times are named once."""
+    visits = protocol.get("visits")
+    if not isinstance(visits, int) or visits < 1:
+        return protocol
+    domains = [str(name).partition(VISIT)[0] for name in protocol.get("domains", [])]
+    return {**protocol, "domains": list(dict.fromkeys(domains))}
 
 
 def environment(results: Results) -> Table | None:

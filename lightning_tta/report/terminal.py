@@ -47,7 +47,9 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
     print_table(console, tables.one_run(report))
     protocol = report.get("protocol") or {}
     settings = {
-        name: value for name, value in protocol.items() if name not in ("domains", "hash") and value is not None
+        name: tables.said(value) if isinstance(value, list) else value
+        for name, value in protocol.items()
+        if name not in ("domains", "hash") and value is not None
     }
     count = {name: report.get(name) or 0 for name in (*COUNTS, "seconds_per_batch")}  # older reports lack some
     lines = [
@@ -58,6 +60,9 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
     ]
     if 0 < (known := report.get("labelled_images", 0)) < report["images"]:
         lines.insert(0, f"accuracy: of the {known} images with a label, among {report['images']}")
+    if polluting := report.get("polluting_images"):
+        share = 100 * polluting / report["images"]
+        lines.insert(0, f"polluting images: {polluting} of {report['images']} ({share:.0f} %), in no measure")
     if count["skipped_batches"]:
         lines.append(f"skipped: {count['skipped_batches']} bad batches with {count['skipped_images']} images")
     elif count["skipped_images"]:
@@ -116,7 +121,7 @@ def print_results(results: Results, console: Console) -> None:
     for text in results.warnings:
         console.print(Text(text), style="bold red")
     for group in results.groups:
-        domains = tables.by_domain(group)[:1] if results.singles and len(group.domains) > 1 else []
+        domains = tables.by_domain(group)[:1] if results.singles and len(group.parts) > 1 else []
         ruling = verdict(group)
         console.print(Text(f"{ruling.text}\n"), style="bold")
         for table in (tables.overview(group, ruling.best), *domains, tables.cost(group)):

@@ -166,7 +166,7 @@ class StreamReport(RunCallback):
             "returns": run.method.returns,
             "net": run.net,
             "protocol": run.protocol.to_dict(),
-            **summary.result(),
+            **summary.result(run.protocol.visits),
             "window": WINDOW,
             "guard": None,
             "wall_seconds": run.wall_seconds,

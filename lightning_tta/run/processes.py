@@ -127,12 +127,13 @@ def _refusals(
             f"charge={data.charge!r} times one process against the stream; {world} processes are another machine. Use "
             "--data.charge none, or --trainer.devices 1."
         )
-    if not synchronized and (reset == "never" or data.stream_kind == "mixed"):
-        reason = "a mixed stream has no domains of its own" if data.stream_kind == "mixed" else "it is never reset"
+    if not synchronized and (reset == "never" or data.spans_domains):
+        kind = data.stream_kind
+        reason = f"a {kind} stream has no domains of its own" if data.spans_domains else "it is never reset"
+        other = f" on a stream other than {kind}" if data.spans_domains else ""
         yield (
-            f"Replicas take whole domains, which must not depend on each other; on this {data.stream_kind} stream "
-            f"{reason}. Use --model.reset domain or batch on a stream other than mixed, --model.processes "
-            "synchronised, or --trainer.devices 1."
+            f"Replicas take whole domains, which must not depend on each other; on this {kind} stream {reason}. Use "
+            f"--model.reset domain or batch{other}, --model.processes synchronised, or --trainer.devices 1."
         )
 
 

@@ -77,9 +77,11 @@ class StreamRun:
         self._stateful = [c for c in callbacks if not isinstance(c, Checkpoint)]  # of users too; those are of trainings
         for callback in self.callbacks:
             self.method = callback.wrap(self.method)
-        domains, frozen = list(self.protocol.domains), [] if self.data is None else self.data.frozen_domains
-        self.summary = StreamSummary(domains, frozen)
+        domains, data = list(self.protocol.domains), self.data
+        frozen = [] if data is None else data.frozen_domains
+        self.summary = StreamSummary(domains, None if data is None else data.counted_domains)
         self.frozen = {number for number, name in enumerate(domains) if name in frozen}
+        self._hosts = range(len(domains)) if data is None else data.stream.hosts
         self.pace = Pace(self.protocol.charge, self.protocol.interval or 1.0) if self.protocol.charge else None
         self.last_domain: int | None = None
         self.since_reset = 0
@@ -155,8 +157,12 @@ class StreamRun:
             return False
         if self.reset_every is not None and self.since_reset >= self.reset_every:
             return True
-        new = domain != self.last_domain and domain not in self.frozen
+        new = self._host(domain) != self._host(self.last_domain) and domain not in self.frozen
         return self.protocol.reset == "batch" or (self.protocol.reset == "domain" and new)
+
+    def _host(self, domain: int) -> int:
+        """The domain that a batch belongs to: for polluting images that which they pollute."""
+        return self._hosts[domain] if domain < len(self._hosts) else domain  # a loader may name new ones on the way
 
     @property
     def class_names(self) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_tta.data.domain_names import POLLUTION, VISIT
 from lightning_tta.metrics import Calibration, LogitMeasures, class_counts
 
 WINDOW = 8
@@ -110,7 +111,8 @@ class StreamSummary:
 
     def update(self, batch: BatchRecord) -> None:
         """Take in one batch; one that was refused counts as a batch, its images in no accuracy."""
-        names = {self.domain_names[number] for number in batch.domain.tolist()} or set(self.domain_names[:1])
+        names = {self.domain_names[number].removesuffix(POLLUTION) for number in batch.domain.tolist()}
+        names = names or set(self.domain_names[:1])
         self.last = {
             "batch": self.batches,
             "domain": names.pop() if len(names) == 1 else "mixed",
@@ -156,6 +158,8 @@ class StreamSummary:
         self._recent.append(batch.measures.counts)
         self._recent_labels.append(torch.from_numpy(np.bincount(label[labelled], minlength=classes)))
         means = batch.stats if batch.stats.keys() >= _MEANS else batch.measures.means()
+        if 0 < (known := int(np.count_nonzero(labelled))) < len(batch):
+            self.last["labelled_images"] = known
         self.last |= {
             "images_seen": self.images,
             "accuracy": int(correct.sum()) / int(labelled.sum()) if labelled.any() else None,
@@ -219,27 +223,38 @@ class StreamSummary:
         for name, value in rest.items():
             setattr(self, name, deque(value, WINDOW) if isinstance(getattr(self, name), deque) else value)
 
-    def result(self) -> dict[str, Any]:
-        """The numbers of ``report.json``."""
-        domains = {
-            name: {
-                "accuracy": self.domain_accuracy(name),
-                "images": images,
-                "entropy": entropy / images,
-                "largest_class_share": float(counts.max() / counts.sum().clamp_min(1)),
-                "counted": counted,
-            }
-            for name, images, entropy, counts, counted in zip(
-                self.domain_names, self._images, self._entropy, self._classes, self._counted, strict=True
-            )
-            if images and counts is not None
+    def _part(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """The numbers of some domains together, of which one has images."""
+        images, labelled = (sum(each[number] for number in numbers) for each in (self._images, self._labelled))
+        counts = torch.stack([count for number in numbers if (count := self._classes[number]) is not None]).sum(0)
+        return {
+            "accuracy": sum(self._correct[number] for number in numbers) / labelled if labelled else None,
+            "images": images,
+            "entropy": sum(self._entropy[number] for number in numbers) / images,
+            "largest_class_share": float(counts.max() / counts.sum().clamp_min(1)),
         }
+
+    def result(self, visits: int | None = None) -> dict[str, Any]:
+        """The numbers of ``report.json``; of a stream whose domains come so many times also those of each visit."""
+        present = [number for number, images in enumerate(self._images) if images]
+        names, counted = self.domain_names, self._counted
+        report: dict[str, Any] = {}
+        if visits:
+            each = len(names) // visits
+            report["visits"] = {
+                f"{VISIT.lstrip(':')}{visit + 1}": self._part(numbers)
+                for visit in range(visits)
+                if (numbers := [number for number in present if number // each == visit])
+            }
+        if polluting := [number for number in present if names[number].endswith(POLLUTION)]:
+            report["polluting_images"] = sum(self._images[number] for number in polluting)
         return {
             "accuracy": self.accuracy,
             "images": self.images,
             "labelled_images": sum(compress(self._labelled, self._counted)),
             "batches": self.batches,
-            "domains": domains,
+            "domains": {names[n]: {**self._part([n]), "counted": counted[n]} for n in present},
+            **report,
             **self.calibration.result(),
             **{name: int(self._totals.get(name, 0)) for name in TOTALS},
             "skipped_batches": self.skipped_batches,

@@ -11,6 +11,7 @@ from lightning_tta.data import DigitsData, ShiftedDataModule, corrupt, corruptio
 from lightning_tta.data.sets.digits import split_positions
 from lightning_tta.data.sharing import Sharing
 from lightning_tta.data.storage.cache import CACHE
+from lightning_tta.data.streams import OPTIONS
 from lightning_tta.errors import ConfigError
 
 
@@ -260,7 +261,7 @@ def test_describe():
         "stream": "mixed",
         "order_seed": 4,
         "batch_size": 5,
-        "dirichlet": None,
+        **dict.fromkeys(OPTIONS),
         "charge": None,
         "interval": None,
     }

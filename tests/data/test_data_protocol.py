@@ -4,6 +4,7 @@ import json
 import pytest
 
 from lightning_tta.data import DigitsData, Protocol
+from lightning_tta.data.streams import OPTIONS
 from lightning_tta.errors import ConfigError, DataError
 
 PARTS = {"reset": "domain", "predict": "method", "weights": "test_resnet", "weights_digest": "abc"}
@@ -39,6 +40,8 @@ def test_every_field_is_in_the_hash():
         **{"stream": "mixed", "order_seed": 1, "batch_size": 1, "reset": "never", "predict": "after"},
         **{"weights": "x", "weights_digest": None, "preprocessing": {}},
         **{"world_size": 2, "mode": "replicas", "dirichlet": 0.1, "charge": "passes", "interval": 1.0},
+        **{"visits": 2, "class_correlation": 0.5, "domain_correlation": 0.5, "class_imbalance": 2.0},
+        **{"domain_imbalance": 2.0, "pollution": 0.5, "polluters": "uniform"},
     }
     base = protocol()
     assert set(other) == {field.name for field in dataclasses.fields(Protocol)}
@@ -98,7 +101,7 @@ def test_wrong_values():
 
 def test_data_modules_describe_themselves_completely():
     data = DigitsData(domains=["clean"], num_images=4)
-    assert set(data.describe()) == {*DESCRIPTION, "dirichlet", "charge", "interval"}
+    assert set(data.describe()) == {*DESCRIPTION, "charge", "interval", *OPTIONS}
     one, other = (
         Protocol.from_parts(DigitsData(domains=["clean"], num_images=4, order_seed=s).describe(), **PARTS)
         for s in (0, 1)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from lightning_tta import DataError
+from lightning_tta.data.file_images import FileImages, natural_order, walk_images
 from lightning_tta.data.reading import read_image
-from lightning_tta.data.sets.image_files import FileImages, natural_order, walk_images
 from lightning_tta.data.storage import contents
 from lightning_tta.data.storage.contents import content_lines
 

@@ -27,6 +27,8 @@ REPLICAS = {
     "replicas_eata": (partial(EATA, **ETA_OPTIONS), {"reset": "domain"}, {"stream": "continual"}),
     "replicas_batch": (partial(MEMO, views=4), {"reset": "batch"}, {"num_images": 10}),
     "replicas_blind": (partial(Tent, lr=1e-2), {"reset_every": 2}, {"stream": "blind_spot"}),
+    "replicas_recurring": (partial(Tent, lr=1e-2), {"reset": "domain"}, {"stream": "recurring", "visits": 3}),
+    "replicas_polluted": (partial(Tent, lr=1e-2), {}, {"stream": "polluted", "pollution": 0.3}),
 }
 SYNCHRONISED = {
     "synchronised_tent": ("bn", partial(Tent, lr=1e-2), {}, {}),
@@ -40,6 +42,9 @@ SYNCHRONISED = {
     ),
     "synchronised_norm": ("bn", partial(Norm, momentum=0.3), {}, {"num_images": 33}),  # the last batch has one image
     "synchronised_blind": ("bn", partial(Tent, lr=1e-2), {}, {"stream": "blind_spot"}),
+    "synchronised_recurring": ("bn", partial(Tent, lr=1e-2), {}, {"stream": "recurring", "visits": 2}),
+    "synchronised_markov": ("bn", partial(Tent, lr=1e-2), {}, {"stream": "markov", "num_images": 200}),
+    "synchronised_polluted": ("bn", partial(Tent, lr=1e-2), {}, {"stream": "polluted"}),
 }
 REFUSED = {
     "never": (partial(Tent, lr=1e-2), {}, {"stream": "continual"}),

@@ -75,13 +75,24 @@ def test_synchronised_processes_are_one_with_the_joined_batch(two, tmp_path, cas
     for name in ("confidence", "entropy"):
         for row, wanted in zip(found, expected, strict=True):
             assert float(row[name]) == pytest.approx(float(wanted[name]), abs=2e-5)  # six digits are written
-    inexact = ("protocol", "run_digest", "predictions_digest", "domains", "ece", "nll", "brier", "reliability")
+    inexact = (
+        "protocol",
+        "run_digest",
+        "predictions_digest",
+        "domains",
+        "visits",
+        "ece",
+        "nll",
+        "brier",
+        "reliability",
+    )
     for name in ("ece", "nll", "brier"):
         assert report(both)[name] == pytest.approx(report(one)[name], abs=1e-5)
     assert sum(report(both)["reliability"][0]) == sum(report(one)["reliability"][0])
     assert without(report(both), *inexact) == without(report(one), *inexact)
-    for name, domain in report(one)["domains"].items():
-        assert report(both)["domains"][name] == pytest.approx(domain, abs=1e-5)
+    for part in ("domains", "visits"):
+        for name, numbers in report(one).get(part, {}).items():
+            assert report(both)[part][name] == pytest.approx(numbers, abs=1e-5)
     assert report(both)["protocol"]["mode"] == "synchronised"
     states = [torch.load(both / f"state.rank{rank}.pt") for rank in range(2)]
     wanted = torch.load(one / "state.rank0.pt")
@@ -173,6 +184,26 @@ def test_domains_are_dealt_by_size_and_stay_whole():
     assert assign_domains(stream, {2}, 2) == [1, 0, 0, 1, 1]  # a frozen domain stays with the one before
     with pytest.raises(ConfigError, match="6 processes cannot share 5 domains"):
         assign_domains(stream, set(), 6)
+
+
+def test_polluting_images_stay_with_their_domain():
+    stream = build_stream([torch.zeros(n) for n in (3, 9, 4)], kind="polluted", batch_size=2, pollution=0.5)
+    assert assign_domains(stream, set(), 2) == [1, 0, 1, 1, 0, 1]
+    parts = [Sharing("replicas", rank, 2).batches(stream, set()) for rank in range(2)]
+    assert [batch for batch in stream.batches if batch in parts[1]] == parts[1]
+    assert sorted(index for batch in parts[0] + parts[1] for index in batch) == list(range(32))
+
+
+def test_markov_streams_are_dealt_out_only_where_domains_follow_each_other():
+    labels = [torch.arange(4).repeat(20)] * 2
+    with pytest.raises(ConfigError, match="batches of a markov stream span domains"):
+        assign_domains(build_stream(labels, kind="markov"), set(), 2)
+    in_turn = build_stream(labels, kind="markov", domain_correlation=1)
+    parts = [Sharing("replicas", rank, 2).batches(in_turn, set()) for rank in range(2)]
+    assert parts[0] + parts[1] == in_turn.batches
+    data = DigitsData(domains=["clean", "contrast"], num_images=200, stream="markov")
+    with pytest.raises(ConfigError, match=r"a markov stream has no domains of its own.*on a stream other than markov"):
+        share_stream(fake(), data, adapt(make_net("bn"), "tent"), "replicas", "batch")
 
 
 def parts_of(tmp_path, *contents):

@@ -129,6 +129,26 @@ def test_blind_spots_are_those_of_the_source(tmp_path):
     assert results(tmp_path / "a") == results(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"stream": "recurring", "visits": 3, "num_images": 20},
+        {"stream": "recurring", "visits": 2, "num_images": 20, "dirichlet": 0.1},
+        {"stream": "markov", "num_images": 200, "class_correlation": 0.2},
+        {"stream": "polluted", "polluters": "gaussian"},
+    ],
+    ids=lambda data: data["stream"],
+)
+def test_streams_with_visits_chains_and_pollution_go_on_bit_by_bit(tmp_path, data):
+    whole = run(tmp_path / "whole", data=make_data(**data), save_every=None)
+    for crash in (3, 7):  # in the first visit, and in a later one
+        run(tmp_path / "a", data=make_data(**data), crash=crash, save_every=1)
+    resumed = run(tmp_path / "a", data=make_data(**data), save_every=1)
+    assert results(tmp_path / "a") == results(tmp_path / "whole")
+    for key, tensor in whole.method.adaptable.items():
+        assert torch.equal(tensor, resumed.method.adaptable[key])
+
+
 def test_images_that_are_done_are_not_read(tmp_path, monkeypatch):
     run(tmp_path, crash=5)
     read = []

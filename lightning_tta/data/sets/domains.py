@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_tta.data import augmentations, splits
 from lightning_tta.data.base import Split
+from lightning_tta.data.file_images import FileImages, Listing, list_folders, list_images
 from lightning_tta.data.images import Images
-from lightning_tta.data.sets.image_files import FileData, FileImages, Listing, list_folders, list_images
+from lightning_tta.data.sets.image_files import FileData
 from lightning_tta.data.storage.paths import check_file, check_folder
 from lightning_tta.errors import ConfigError, DataError, check_range
 

@@ -9,9 +9,7 @@ from typing import Any
 
 from lightning_tta.data import augmentations, splits
 from lightning_tta.data.base import Split
-from lightning_tta.data.images import Images
-from lightning_tta.data.sets.image_files import (
-    FileData,
+from lightning_tta.data.file_images import (
     FileImages,
     Listing,
     has_images,
@@ -19,6 +17,8 @@ from lightning_tta.data.sets.image_files import (
     list_folders,
     list_images,
 )
+from lightning_tta.data.images import Images
+from lightning_tta.data.sets.image_files import FileData
 from lightning_tta.data.storage.paths import check_folder
 from lightning_tta.errors import DataError, check_range
 

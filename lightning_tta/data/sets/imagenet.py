@@ -9,8 +9,9 @@ from lightning_tta.data import augmentations, splits
 from lightning_tta.data.base import Split
 from lightning_tta.data.corruptions.corrupt import CLEAN
 from lightning_tta.data.domain_names import split_severity
+from lightning_tta.data.file_images import FileImages, Listing, list_images
 from lightning_tta.data.images import Images
-from lightning_tta.data.sets.image_files import FileData, FileImages, Listing, list_images
+from lightning_tta.data.sets.image_files import FileData
 from lightning_tta.data.storage.download import IMAGENET_C, fetch_and_unpack, fetch_imagenet
 from lightning_tta.data.storage.paths import check_file, check_folder
 from lightning_tta.errors import ConfigError, DataError, check_range

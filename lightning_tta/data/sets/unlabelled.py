@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_tta.data.base import Split
+from lightning_tta.data.file_images import VIDEOS, natural_order, walk_images
 from lightning_tta.data.images import Batch, Images, JoinedImages, SelectedImages
 from lightning_tta.data.reading import endings
-from lightning_tta.data.sets.image_files import VIDEOS, FileData, natural_order, walk_images
+from lightning_tta.data.sets.image_files import FileData
 from lightning_tta.data.sets.video import VideoFrames
-from lightning_tta.data.streams import NEED_LABELS, StreamKind, needs_labels
+from lightning_tta.data.streams import StreamKind, needs_labels, orders_by_labels
 from lightning_tta.errors import ConfigError, DataError, check_choice, check_range
 
 DOMAIN = "images"
@@ -76,7 +77,7 @@ class ImageFolderData(FileData):
                 check_range(name, value, 1, integer=True)
         if resize is not None and (image_size is None or resize < image_size):
             raise ConfigError(f"resize={resize} goes with an image_size that is not larger; got {image_size}.")
-        if stream in NEED_LABELS and labels is None:
+        if labels is None and orders_by_labels(stream, kwargs.get("dirichlet")):
             raise ConfigError(needs_labels(stream))
         named = path if isinstance(path, Mapping) else {DOMAIN: path}
         if not named or not all(named.values()):

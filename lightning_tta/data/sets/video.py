@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tta.data.sets.image_files import DecodedImages, fit_size
+from lightning_tta.data.file_images import DecodedImages, fit_size
 from lightning_tta.errors import ConfigError, DataError
 
 
