@@ -1,4 +1,4 @@
-"""The blocks or stages of any net, by structure, and the vectors in what they return: tokens, or channels of a place."""
+"""The blocks or stages of any net, by structure, and the vectors in what they return: tokens, or channels."""
 
 from __future__ import annotations
 
@@ -121,9 +121,9 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None, tokens: To
             raise UnsupportedModelError(f"blocks: '{name}' of {type(model).__name__} {kind}. Leave it out.")
     if len(names) < 2:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has {len(names) or 'none'} of the blocks that are needed, two or more modules that "
-            "run one after the other and return (B, D), (B, N, D) or (B, C, H, W). Name them by blocks=[...]; or use "
-            "method 't3a' or 'lame'."
+            "Two blocks or more are needed: modules, or else normalisation layers, that run one after another and "
+            f"return (B, D), (B, N, D) or (B, C, H, W). {type(model).__name__} has {len(names) or 'none'}. Name them "
+            "by blocks=[...]; or use method 't3a' or 'lame'."
         )
     blocks = [fitting[name] for name in outputs if name in set(names)]
     lengths = {block.name: _tensor_in(outputs[block.name]).shape[1] for block in blocks if block.kind == "tokens"}

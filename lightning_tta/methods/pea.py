@@ -13,13 +13,13 @@ from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import DataError, check_range
 from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.base.state import NOT_YET
 from lightning_tta.methods.components.roots import inverse_root, root
 from lightning_tta.methods.components.source_images import source_images
 from lightning_tta.views.fixed import fixed_views
 
 RIDGE, LEAST_WEIGHT, FOLLOW = 1e-5, 1e-3, 0.2
 """Added to the variances; weight up to which a block is left alone; rate of the averages of drift and entropy."""
+NONE_YET = -1.0  # of these averages, which are never negative
 
 
 class PEA(TTAMethod):
@@ -27,7 +27,9 @@ class PEA(TTAMethod):
 
     With vectors X (M, D) of block l, their mean m and covariance S + 1e-5 I, and those of the source, marked s::
 
-        pass 1, as it is:    d_l = |m_s - m|_2 + |diag S_s - diag S|_2;   w_l = (d_l - min d) / (max d - min d), 0 if equal
+        pass 1, as it is:
+            d_l = |m_s - m|_2 + |diag S_s - diag S|_2
+            w_l = (d_l - min d) / (max d - min d), or 0 if all are equal
         pass 2, block by block, where w_l > 1e-3:
             m_t <- (1 - momentum) m_t + momentum m,  S_t likewise;   copied from the first batch
             X   <- X + w_l (Y - X),   Y = (X - m_t) S_t^(-1/2) S_s^(1/2) + m_s
@@ -40,10 +42,11 @@ class PEA(TTAMethod):
     features or logits that are not finite is predicted with the statistics there are, and changes none.
 
     Parameters touched: none; BatchNorm keeps its source statistics. Blocks are found by structure, see
-    :func:`~lightning_tta.backbones.blocks.find_blocks`, and seen by forward hooks. No backward pass; two forward passes
-    of ``views`` times as many images, which ``stats`` counts as 2 ``views``. It has the mean distance d, the number of
-    blocks whose statistics were replaced, and whether all were forgotten. :meth:`predict` is one such pass, with the
-    weights, statistics and maps of the stream so far, so that images do not depend on each other.
+    :func:`~lightning_tta.backbones.blocks.find_blocks`, and seen by forward hooks. No backward pass; two forward
+    passes of ``views`` times as many images each, so that a batch costs 2 ``views`` passes of it. ``stats`` has the
+    mean distance d, the number of blocks whose statistics were replaced, and whether all were forgotten.
+    :meth:`predict` is one such pass, with the weights, statistics and maps of the stream so far, so that images do
+    not depend on each other.
 
     State: of each block S_t and the map S_t^(-1/2) S_s^(1/2), besides S_s^(1/2): 3 D^2 floats, and vectors. With groups
     of G channels it is 3 D G: for ViT-B, 12 blocks of D = 768, 85 MB, or 21 MB with ``group_size=192``.
@@ -112,13 +115,13 @@ class PEA(TTAMethod):
             whole = eye.repeat(block.width // width, 1, 1)
             self.register_buffer(f"source_mean_{number}", like.new_zeros(block.width))
             self.register_buffer(f"source_root_{number}", whole.clone())
-            self.state(f"mean.{number}", like.new_zeros(block.width), source=0.0, fixed_dtype=True)
-            self.state(f"covariance.{number}", whole.clone(), source=eye, fixed_dtype=True)
-            self.state(f"map.{number}", whole, source=eye, fixed_dtype=True)
+            self.state(f"mean.{number}", like.new_zeros(block.width), source=0.0)
+            self.state(f"covariance.{number}", whole.clone(), source=eye)
+            self.state(f"map.{number}", whole, source=eye)
         count = len(self.blocks)
-        self.state("weights", like.new_zeros(count), source=0.0, fixed_dtype=True)
-        self.state("drift", like.new_full((count,), NOT_YET), source=NOT_YET, fixed_dtype=True)
-        self.state("entropy", like.new_full((), NOT_YET), source=NOT_YET, fixed_dtype=True)
+        self.state("weights", like.new_zeros(count), source=0.0)
+        self.state("drift", like.new_full((count,), NONE_YET), source=NONE_YET)
+        self.state("entropy", like.new_full((), NONE_YET), source=NONE_YET)
         self.state("started", torch.zeros(count, dtype=torch.bool, device=like.device), source=0.0)
 
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
@@ -130,7 +133,7 @@ class PEA(TTAMethod):
         Raises:
             DataError: If there are no two vectors of a block, or they are not finite.
         """
-        sums: list[tuple[Tensor, Tensor]] = [(torch.zeros(()), torch.zeros(()))] * len(self.blocks)
+        sums: list[tuple[Tensor, Tensor]] = [(torch.zeros(1), torch.zeros(1))] * len(self.blocks)
         counts = [0] * len(self.blocks)
 
         def add(number: int, vectors: Tensor) -> None:
@@ -142,21 +145,24 @@ class PEA(TTAMethod):
         for images in source_images(self, source_batches, self.source_images):
             with changed_blocks(self.model, self.blocks, add):
                 self.logits(images)
+        found = [self._moments_of(number, counts[number], *sums[number]) for number in range(len(self.blocks))]
         with outside_inference_mode(), torch.no_grad():
-            for number, (total, squares) in enumerate(sums):
-                count = counts[number]
-                mean = total / max(count, 1)
-                covariance = squares / max(count, 1) - mean[:, :, None] * mean[:, None, :] if count else squares
-                if count < 2 or not bool(covariance.isfinite().all()):
-                    raise DataError(
-                        f"PEA needs finite features of two source images or more; block '{self.blocks[number].name}' "
-                        f"gave {count} vectors{', not all finite' if count > 1 else ''}. Give batches {{'image': "
-                        "(B, C, H, W) in [0, 1]} of the training set, or use method 't3a', which needs none."
-                    )
-                diagonal = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+            for number, (mean, covariance) in enumerate(found):
                 self.get_buffer(f"source_mean_{number}").copy_(mean.flatten())
-                self.get_buffer(f"source_root_{number}").copy_(root(covariance + RIDGE * diagonal))
+                self.get_buffer(f"source_root_{number}").copy_(root(covariance))
         super().prepare(source_batches)
+
+    def _moments_of(self, number: int, count: int, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of a block's vectors, in groups, from their sums."""
+        mean = total / max(count, 1)
+        covariance = squares / max(count, 1) - mean[..., None] * mean[..., None, :]
+        if count < 2 or not bool(covariance.isfinite().all()):
+            raise DataError(
+                f"PEA needs finite features of two source images or more; block '{self.blocks[number].name}' gave "
+                f"{count} vectors{', not all finite' if count > 1 else ''}. Give batches {{'image': (B, C, H, W) in "
+                "[0, 1]} of the training set, or use method 't3a', which needs none."
+            )
+        return mean, covariance + RIDGE * torch.eye(covariance.shape[-1], dtype=mean.dtype, device=mean.device)
 
     @torch.no_grad()
     def step(self, x: Tensor) -> Tensor:
@@ -193,7 +199,6 @@ class PEA(TTAMethod):
         return self._mean_over_views(self._pass(samples, self._align))
 
     def _pass(self, samples: Tensor, change: Callable[[int, Tensor], Tensor | None]) -> Tensor:
-        self.count("forwards", self.views - 1)  # a pass of all views costs as much as so many more
         with changed_blocks(self.model, self.blocks, change):
             return self.logits(samples)
 
@@ -207,13 +212,13 @@ class PEA(TTAMethod):
             groups = self._grouped(number, centered)
             count = centered.new_full((1,), len(centered))
             covariance = collective.mean((groups.mT @ groups / len(centered))[None], count)
-            covariance = covariance + RIDGE * self.source_value(f"covariance.{number}")
-            old_mean, old_covariance = self.value(f"mean.{number}"), self.value(f"covariance.{number}")
-            started, averages = self.value("started"), self.value("drift")
+            covariance = covariance + RIDGE * self.source_value(f"covariance.{number}").to(covariance)
+            old_mean, old_covariance = self._now(f"mean.{number}"), self._now(f"covariance.{number}")
+            started, averages = self.value("started"), self._now("drift")
             drift, average, had = (mean - old_mean).abs().mean(), averages[number], started[number]
             jumped = torch.zeros_like(had)
             if self.drift_threshold is not None:
-                jumped = had & (drift > self.drift_threshold * average)  # false as long as there is no average
+                jumped = had & (average >= 0) & (drift > self.drift_threshold * average)
             follows = had & ~jumped
             taken = whole & (self.value("weights")[number] > LEAST_WEIGHT)
             taken = taken & mean.isfinite().all() & covariance.isfinite().all()
@@ -221,40 +226,41 @@ class PEA(TTAMethod):
             mixed = torch.where(follows, torch.lerp(old_covariance, covariance, self.momentum), covariance)
             self.write(f"covariance.{number}", mixed, taken)
             here = torch.arange(len(self.blocks), device=started.device) == number
-            drift = torch.where(average.isnan(), drift, torch.lerp(average, drift, FOLLOW))
+            drift = torch.where(average < 0, drift, torch.lerp(average, drift, FOLLOW))
             self.write("drift", torch.where(here & had & taken, drift, averages))
             self.write("started", started | (here & taken))
             replaced.append(jumped & taken)
             if not self.known(~taken):
-                new = inverse_root(self.value(f"covariance.{number}")) @ self._source_root(number)
+                new = inverse_root(self._now(f"covariance.{number}")) @ self._source_root(number)
                 self.write(f"map.{number}", new, taken)
         return self._align(number, vectors)
 
     def _align(self, number: int, vectors: Tensor) -> Tensor:
         """A block's vectors (M, D), moved towards the source by its weight, if it has statistics."""
         with torch.autocast(vectors.device.type, enabled=False):
-            x, mean = at_least_float32(vectors), self.value(f"mean.{number}")
-            shifted = self._grouped(number, x - mean) @ self.value(f"map.{number}")
+            mean = self._now(f"mean.{number}")
+            x = vectors.to(mean)
+            shifted = self._grouped(number, x - mean) @ self._now(f"map.{number}")
             aligned = shifted.transpose(0, 1).flatten(1) + self._source_mean(number)
-            weight = self.value("weights")[number]
+            weight = self._now("weights")[number]
             counts = (weight > LEAST_WEIGHT) & self.value("started")[number]
             return torch.where(counts, torch.lerp(x, aligned, weight), x)
 
     def _watch_entropy(self, logits: Tensor, whole: Tensor) -> Tensor:
         """Follow the mean entropy, and forget all statistics where it jumps."""
-        now, average = collective.mean(entropy(logits)), self.value("entropy")
+        now, average = collective.mean(entropy(logits)), self._now("entropy")
         whole = whole & now.isfinite()
         jumped = torch.zeros_like(whole)
         if self.entropy_threshold is not None:
-            jumped = whole & (now > average + self.entropy_threshold)  # false as long as there is no average
-        self.write("entropy", torch.where(average.isnan(), now, torch.lerp(average, now, FOLLOW)), whole)
+            jumped = whole & (average >= 0) & (now > average + self.entropy_threshold)
+        self.write("entropy", torch.where(average < 0, now, torch.lerp(average, now, FOLLOW)), whole)
         for name in ("entropy", "drift", "started"):  # what has not started counts for nothing
             self.write(name, self.source_value(name), jumped)
         return jumped
 
     def _centered(self, number: int, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The mean (D,) of all vectors, and the vectors (M, D) less it, in the precision of the state."""
-        vectors = vectors.to(self.value(f"mean.{number}").dtype)
+        vectors = vectors.to(self._now(f"mean.{number}"))
         mean = collective.mean(vectors)
         return mean, vectors - mean
 
@@ -263,11 +269,14 @@ class PEA(TTAMethod):
         size = self.value(f"map.{number}").shape[-1]
         return vectors.unflatten(1, (-1, size)).transpose(0, 1)
 
+    def _now(self, name: str) -> Tensor:
+        return at_least_float32(self.value(name))
+
     def _source_mean(self, number: int) -> Tensor:
-        return self.get_buffer(f"source_mean_{number}").to(self.value(f"mean.{number}").dtype)
+        return at_least_float32(self.get_buffer(f"source_mean_{number}"))
 
     def _source_root(self, number: int) -> Tensor:
-        return self.get_buffer(f"source_root_{number}").to(self.value(f"mean.{number}").dtype)
+        return at_least_float32(self.get_buffer(f"source_root_{number}"))
 
 
 def _everywhere(condition: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ def inverse_root(matrices: Tensor) -> Tensor:
     """The inverse square roots of symmetric positive definite matrices (..., D, D), all finite.
 
     Eigenvalues under a share of ``finfo.eps`` of the largest one are rounding noise, and are not blown up further.
-    Where the host has the values, by decomposition; elsewhere, where that would wait for the device, by :func:`iterated`.
+    Where the host has the values, by decomposition; elsewhere, where that would wait for the device, by
+    :func:`iterated`.
     """
     if not host_has(matrices):
         return iterated(matrices)
@@ -39,8 +40,9 @@ def iterated(matrices: Tensor) -> Tensor:
     bounds = matrices.abs().sum(-1).amax(-1), matrices.square().sum((-2, -1)).sqrt()  # both above all eigenvalues
     largest = torch.minimum(*bounds)[..., None, None]
     y, z = matrices / largest, eye.expand_as(matrices)
-    low = math.sqrt(torch.finfo(matrices.dtype).eps)  # the least root to be lifted to 1
-    while 1 - low > 1e-12:
+    precision = torch.finfo(matrices.dtype).eps
+    low = math.sqrt(precision)  # the least root to be lifted to 1
+    while 1 - low > precision:
         scale = math.sqrt(3 / (1 + low + low * low))
         step = 1.5 * scale * eye - 0.5 * scale**3 * (z @ y)
         y, z = y @ step, step @ z
