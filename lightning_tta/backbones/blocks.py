@@ -50,7 +50,7 @@ class Block:
         if self.first_only:
             new = torch.cat([vectors[:, None], tensor[:, 1:]], 1)
         elif self.kind == "channels_first":
-            new = vectors.view(len(tensor), *tensor.shape[2:], self.width).movedim(-1, 1)
+            new = vectors.view(tensor.shape[0], *tensor.shape[2:], self.width).movedim(-1, 1)
         else:
             new = vectors.view(tensor.shape)
         return new if isinstance(output, Tensor) else type(output)([new, *output[1:]])

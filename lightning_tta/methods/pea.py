@@ -210,8 +210,8 @@ class PEA(TTAMethod):
         with torch.autocast(vectors.device.type, enabled=False):
             mean, centered = self._centered(number, vectors)
             groups = self._grouped(number, centered)
-            count = centered.new_full((1,), len(centered))
-            covariance = collective.mean((groups.mT @ groups / len(centered))[None], count)
+            count = torch.ones_like(centered[:, 0]).sum().view(1)  # no number of the host, which a program would fix
+            covariance = collective.mean((groups.mT @ groups / count)[None], count)
             covariance = covariance + RIDGE * self.source_value(f"covariance.{number}").to(covariance)
             old_mean, old_covariance = self._now(f"mean.{number}"), self._now(f"covariance.{number}")
             started, averages = self.value("started"), self._now("drift")

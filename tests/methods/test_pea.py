@@ -39,7 +39,7 @@ class ViT(nn.Module):
 
     def embed(self, x):
         x = self.patches(x).flatten(2).transpose(1, 2)
-        return torch.cat([self.first.expand(len(x), -1, -1), x], 1)
+        return torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1)
 
     def classify(self, x):
         return self.head(self.norm(x).mean(1) if self.pool else self.norm(x)[:, 0])
@@ -376,3 +376,50 @@ def test_wrong_options(name, value):
 def test_there_is_no_plain_net():
     with pytest.raises(UnsupportedModelError, match="what the blocks return"):
         adapt(make_vit(), "pea").export()
+
+
+class Program(nn.Module):
+    """What a method predicts, as a module to export."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, x):
+        return self.method.infer(x)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_predictions_become_a_program_for_any_batch(views):
+    method = adapt(make_vit(), "pea", views=views)
+    method.prepare([{"image": make_images(40, seed=90, dtype=torch.float64)}])
+    for batch in make_stream(3, batch=8, dtype=torch.float64):
+        method(0.6 * batch)
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(Program(method), (make_images(2, dtype=torch.float64),), dynamic_shapes=shapes)
+    for number in (1, 5):
+        images = make_images(number, seed=number, dtype=torch.float64)
+        assert max_difference(program.module()(images), method.predict(images)) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, that this kind of quantisation moves to another package
+def test_quantised_net():
+    """Linear layers of int8, without parameters; what PEA does to the blocks is as it is on the float net."""
+    from torch.ao.quantization import quantize_dynamic
+
+    net = make_vit().float()
+    logits = {}
+    for kind, each in (("float", net), ("int8", quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8))):
+        method = adapt(each, "pea", views=1)
+        assert [block.first_only for block in method.blocks] == [True] * 3
+        method.prepare([{"image": make_images(40, seed=90)}])
+        for batch in make_stream(3, batch=16):
+            logits[kind] = method(0.6 * batch)
+        state = copy.deepcopy(method.state_dict())
+        expected = method(make_images(4))
+        method.load_state_dict(state)
+        assert same(method(make_images(4)), expected)
+    with torch.no_grad():
+        plain = net(0.6 * make_stream(3, batch=16)[2])
+    error = (logits["int8"] - logits["float"]).norm()
+    assert 0 < error < 0.3 * (logits["float"] - plain).norm()
