@@ -51,9 +51,9 @@ class PEA(TTAMethod):
     State: of each block S_t and the map S_t^(-1/2) S_s^(1/2), besides S_s^(1/2): 3 D^2 floats, and vectors. With groups
     of G channels it is 3 D G: for ViT-B, 12 blocks of D = 768, 85 MB, or 21 MB with ``group_size=192``.
 
-    The root of S_t is one of an eigendecomposition on a CPU. Elsewhere, where that would wait for the device, it is an
-    iteration of about 40 matrix products, which is no less exact: see
-    :func:`~lightning_tta.methods.components.roots.inverse_root`.
+    The root of S_t is one of an eigendecomposition in float64 on a CPU. Elsewhere, where that would wait for the
+    device, it is an iteration of about 40 matrix products in float32, no less exact than a decomposition in
+    float32: see :func:`~lightning_tta.methods.components.roots.inverse_root`.
 
     Args:
         model: Any classifier with two blocks or more: a ViT's blocks, the stages of Swin, ConvNeXt or a ResNet.
@@ -180,8 +180,8 @@ class PEA(TTAMethod):
         plain = self._pass(samples, measure)
         distance = torch.stack(distances)
         whole = distance.isfinite().all() & _everywhere(plain.isfinite().all())
-        spread = distance.amax() - distance.amin()
-        weights = torch.where(spread > 0, (distance - distance.amin()) / spread, 0)
+        spread = distance.amax(0) - distance.amin(0)
+        weights = torch.where(spread > 0, (distance - distance.amin(0)) / spread, 0)
         self.write("weights", weights, whole)
         self.count("skipped_steps", ~whole)
         replaced: list[Tensor] = []

@@ -13,21 +13,25 @@ from lightning_tta.methods.base.host import host_has
 def root(matrices: Tensor) -> Tensor:
     """The symmetric square roots of symmetric positive semi-definite matrices (..., D, D), by decomposition."""
     values, vectors = torch.linalg.eigh(matrices)
-    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+    result: Tensor = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+    return result
 
 
 def inverse_root(matrices: Tensor) -> Tensor:
-    """The inverse square roots of symmetric positive definite matrices (..., D, D), all finite.
+    """The inverse square roots of symmetric positive definite matrices (..., D, D), all finite, in their own dtype.
 
-    Eigenvalues under a share of ``finfo.eps`` of the largest one are rounding noise, and are not blown up further.
+    Eigenvalues under a share of ``finfo.eps`` of the largest one are rounding noise, and are not blown up much further.
     Where the host has the values, by decomposition; elsewhere, where that would wait for the device, by
-    :func:`iterated`.
+    :func:`iterated`. On a CPU in float64: of a covariance of fewer vectors than D, both are off by some percent in
+    float32. Other devices may have no fast float64.
     """
+    precise = matrices.double() if matrices.device.type == "cpu" else matrices
     if not host_has(matrices):
-        return iterated(matrices)
-    values, vectors = torch.linalg.eigh(matrices)
-    least = values[..., -1:] * torch.finfo(values.dtype).eps
-    return (vectors * torch.maximum(values, least).rsqrt().unsqueeze(-2)) @ vectors.mT
+        return iterated(precise).to(matrices.dtype)
+    values, vectors = torch.linalg.eigh(precise)
+    least = values[..., -1:] * torch.finfo(matrices.dtype).eps
+    result: Tensor = (vectors * torch.maximum(values, least).rsqrt().unsqueeze(-2)) @ vectors.mT
+    return result.to(matrices.dtype)
 
 
 def iterated(matrices: Tensor) -> Tensor:
