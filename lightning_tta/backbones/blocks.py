@@ -38,7 +38,7 @@ class Block:
 
     def read(self, output: Any) -> Tensor:
         """The vectors (M, D) in what the module returned."""
-        tensor = _tensor_in(output)
+        tensor: Tensor = _tensor_in(output)
         if self.first_only:
             return tensor[:, 0]
         tensor = tensor.movedim(1, -1) if self.kind == "channels_first" else tensor

@@ -267,7 +267,7 @@ class PEA(TTAMethod):
     def _grouped(self, number: int, vectors: Tensor) -> Tensor:
         """Vectors (M, D) in groups of channels (D / S, M, S)."""
         size = self.value(f"map.{number}").shape[-1]
-        return vectors.unflatten(1, (-1, size)).transpose(0, 1)
+        return vectors.view(vectors.shape[0], -1, size).transpose(0, 1)
 
     def _now(self, name: str) -> Tensor:
         return at_least_float32(self.value(name))
