@@ -122,7 +122,7 @@ class PEA(TTAMethod):
         self.state("weights", like.new_zeros(count), source=0.0)
         self.state("drift", like.new_full((count,), NONE_YET), source=NONE_YET)
         self.state("entropy", like.new_full((), NONE_YET), source=NONE_YET)
-        self.state("started", torch.zeros(count, dtype=torch.bool, device=like.device), source=0.0)
+        self.state("started", like.new_zeros(count), source=0.0)  # 1: the block has statistics
 
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Take mean and covariance of each block from source images, in float64.
@@ -214,7 +214,7 @@ class PEA(TTAMethod):
             covariance = collective.mean((groups.mT @ groups / count)[None], count)
             covariance = covariance + RIDGE * self.source_value(f"covariance.{number}").to(covariance)
             old_mean, old_covariance = self._now(f"mean.{number}"), self._now(f"covariance.{number}")
-            started, averages = self.value("started"), self._now("drift")
+            started, averages = self.value("started") > 0, self._now("drift")
             drift, average, had = (mean - old_mean).abs().mean(), averages[number], started[number]
             jumped = torch.zeros_like(had)
             if self.drift_threshold is not None:
@@ -243,7 +243,7 @@ class PEA(TTAMethod):
             shifted = self._grouped(number, x - mean) @ self._now(f"map.{number}")
             aligned = shifted.transpose(0, 1).flatten(1) + self._source_mean(number)
             weight = self._now("weights")[number]
-            counts = (weight > LEAST_WEIGHT) & self.value("started")[number]
+            counts = (weight > LEAST_WEIGHT) & (self.value("started")[number] > 0)
             return torch.where(counts, torch.lerp(x, aligned, weight), x)
 
     def _watch_entropy(self, logits: Tensor, whole: Tensor) -> Tensor:
