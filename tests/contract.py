@@ -55,6 +55,10 @@ VARIANTS = {
         {"lr": 1e-2, "ema_decay": 0.7, "anchor_threshold": 1.0, "views": 2, "chunk_views": 4, "restore": 0.0},
         {"lr": 0.1, "optimizer": "sgd", "ema_decay": 0.7, "anchor_threshold": 1.0, "views": 3, "restore": 0.2},
     ],
+    "pea": [
+        {"momentum": 0.3},
+        {"views": 1, "group_size": 4, "tokens": "all", "drift_threshold": 0.5, "entropy_threshold": 0.0},
+    ],
     "sar": [
         {"lr": 1e-2, "entropy_margin": 0.95, "reset_threshold": None},
         {"lr": 0.1, "optimizer": "sgd", "entropy_margin": None, "rho": 0.2, "frozen_fraction": 0.0, "steps": 2},

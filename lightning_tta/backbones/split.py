@@ -201,8 +201,20 @@ def features_at(model: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[dict
 def execution_order(model: nn.Module) -> list[str] | None:
     """Names of the modules in the order in which they first end in a pass; ``None`` where no pass could be tried.
 
-    The pass is one of an image of zeros, through a copy of the net's modules that shares its tensors: the net itself
-    does not run. Tried are the channels of the net's convolutions, and usual sizes.
+    The pass is that of :func:`try_pass`.
+    """
+    trial = try_pass(model)
+    return None if trial is None else list(dict.fromkeys(name for name, _, _ in trial[2]))
+
+
+def try_pass(model: nn.Module) -> tuple[nn.Module, Tensor, list[tuple[str, Any, Any]]] | None:
+    """A pass of one image of zeros, and what ran in it; ``None`` where none could be tried.
+
+    It goes through a copy of the net's modules that shares its tensors: the net itself does not run. Tried are the
+    channels of the net's convolutions, and usual sizes.
+
+    Returns:
+        The copy, the image (1, C, H, W), and the calls of all modules as :func:`recorded_calls` lists them.
     """
     try:
         twin = copy_net(model, (*model.parameters(), *model.buffers())).eval()
@@ -213,13 +225,14 @@ def execution_order(model: nn.Module) -> list[str] | None:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     for size in (32, 64, 224, 16, 28, 40, 48, 96, 128, 160, 192, 256, 384):
         for channel in channels:
+            image = torch.zeros(1, channel, size, size, dtype=like.dtype, device=like.device)
             try:
                 called = recorded_calls(dict(twin.named_modules()))
                 with torch.no_grad(), outside_inference_mode(), safe_checkpoints(), called as calls:
-                    twin(torch.zeros(1, channel, size, size, dtype=like.dtype, device=like.device))
+                    twin(image)
             except Exception:  # not this net's size: the next
                 continue
-            return list(dict.fromkeys(name for name, _, _ in calls))
+            return twin, image, calls
     return None
 
 

@@ -37,6 +37,7 @@ CASES = {
     "eta filter": ("eta", "ln", {**ETA_GN, "source_filter": True}),
     "eta gn": ("eta", "gn", ETA_GN),
     "eata": ("eata", "bn", {**ETA, "fisher_alpha": 50.0}),
+    "pea": ("pea", "bn", {"group_size": 1, "momentum": 0.3}),
     "eata gn": ("eata", "gn", {**ETA_GN, "fisher_alpha": 50.0}),
 }
 SIZES = [6, 6, 5, 1, 6, 7, 6, 2, 6, 3]
@@ -117,7 +118,7 @@ def test_the_cases_are_what_they_should_be():
     assert min(SIZES) == 1
     for name, (method, _, _) in CASES.items():
         result = run(name, torch.float64)
-        if method not in ("source", "norm", "neo", "output_shift") and name != "eta filter":
+        if method not in ("source", "norm", "neo", "output_shift", "pea") and name != "eta filter":
             assert sum(stats["backwards"] for stats in result["stats"]) >= 5
         if method in ("eta", "eata") and name != "eta filter":
             kept = [stats["kept"] for stats in result["stats"] if "kept" in stats]

@@ -39,6 +39,7 @@ PASSES = {
     "t3a": (1, 0),
     "neo": (1, 0),
     "output_shift": (1, 0),
+    "pea": (2, 0),
 }  # per step: forward, backward
 
 
