@@ -93,7 +93,7 @@ class TTAMethod(Described, Replayable, ABC):
     needs_source: bool = False
     task: Task = Images()
     skips_when_empty: bool = True
-    step_on_host: ClassVar[str] = ""
+    step_on_host: str = ""
 
     def __init__(self, model: nn.Module, *, steps: int = 1) -> None:
         super().__init__()

@@ -121,7 +121,7 @@ class ViewMethod(TTAMethod):
 
     predictable: Tensor
     fixed_options = frozenset({"steps"})
-    step_on_host: ClassVar[str] = "its views are drawn on the host"
+    step_on_host: str = "its views are drawn on the host"
     no_plain_net = (
         "it treats each image on its own, from the source anew, so that nothing learned remains in the net. Deploy the "
         "method itself, or adapt with 'tent', 'zerosiam' or 'norm'"
