@@ -88,7 +88,7 @@ class TokenViT(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = F.adaptive_avg_pool2d(self.patches(x), 2).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
         return self.norm(self.blocks(x)[:, 0])
 

@@ -1,4 +1,4 @@
-"""Nets whose blocks take tokens (B, N, D), by structure: the blocks, the class token, and further tokens beside theirs."""
+"""Nets whose blocks take tokens (B, N, D), by structure: the blocks, the class token, and further tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -118,10 +119,10 @@ def watched_tokens(model: nn.Module, net: TokenNet, prompts: Tensor | None = Non
 
 @torch.no_grad()
 def find_tokens(model: nn.Module, prompts: int = 1) -> TokenNet:
-    """Find the blocks of a net that take tokens, by a pass of two images through a copy that shares the net's tensors.
+    """Find the blocks of a net that take tokens, by a pass of two images through a copy that shares its tensors.
 
-    They are siblings, two or more; the output (B, N, D) of each is the input of the next; of several such groups the one
-    with the most parameters counts.
+    They are siblings, two or more; the output (B, N, D) of each is the input of the next. Of several such groups the
+    one with the most parameters counts.
 
     Args:
         model: Any classifier, in eval mode.
@@ -150,8 +151,8 @@ def find_tokens(model: nn.Module, prompts: int = 1) -> TokenNet:
     if reason:
         raise UnsupportedModelError(
             f"The blocks of {type(model).__name__} ('{net.blocks[0]}' to '{net.blocks[-1]}') take {tokens.shape[1]} "
-            f"tokens, and not {prompts} more (tables of relative positions, windows, layers that mix tokens?): {reason}. "
-            f"Use a ViT with absolute positions; or {_INSTEAD}."
+            f"tokens, and not {prompts} more (tables of relative positions, windows, layers over positions?): {reason}."
+            f" Use a ViT with absolute positions; or {_INSTEAD}."
         )
     return net
 
@@ -163,7 +164,7 @@ def _trial(twin: nn.Module, modules: dict[str, nn.Module]) -> tuple[Tensor, Call
     """A pass of two different images of a size that the net takes: the images, the calls in it, and its output."""
     widths = list(dict.fromkeys(m.in_channels for m in modules.values() if isinstance(m, nn.Conv2d)))
     like = next((p for p in twin.parameters() if p.is_floating_point()), torch.zeros(()))
-    error = None
+    error = ""
     for size in _SIZES:
         for channels in [width for width in widths if width in (1, 3)] or widths[:1] or [3]:
             images = torch.zeros(2, channels, size, size, dtype=like.dtype, device=like.device)
@@ -172,10 +173,12 @@ def _trial(twin: nn.Module, modules: dict[str, nn.Module]) -> tuple[Tensor, Call
                 try:
                     return images, calls, twin(images)
                 except Exception as wrong:  # not this net's size: the next
-                    error = wrong
+                    error = (str(wrong).strip().splitlines() or [type(wrong).__name__])[
+                        0
+                    ]  # not itself: it holds all frames
     raise UnsupportedModelError(
-        f"{type(twin).__name__} took none of the square images of {_SIZES} pixels that were tried to find its blocks "
-        f"({error}). Build it for one of these sizes; or {_INSTEAD}."
+        f"{type(twin).__name__} takes none of the images alone, squares of {', '.join(map(str, _SIZES))} pixels, that "
+        f"were tried to find its blocks: {error}. Wrap it in a module whose forward(images) takes them; or {_INSTEAD}."
     )
 
 
@@ -220,7 +223,7 @@ def _are_tokens(inputs: Any, output: Any) -> bool:
 
 def _is_chain(group: list[tuple[str, Tensor, Tensor]]) -> bool:
     names = [name for name, *_ in group]
-    linked = all(torch.equal(before[2], after[1]) for before, after in zip(group, group[1:], strict=False))
+    linked = all(torch.equal(before[2], after[1]) for before, after in pairwise(group))
     return len(group) > 1 and len(set(names)) == len(names) and linked
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,7 @@ class FOA(TTAMethod):
 
     returns = "after the step"
     needs_source = True
+    step_on_host = "the eigenvectors of a full covariance wait for the device; a diagonal one has none"
     no_plain_net = (
         "its prompts are tokens beside those of the image, for which a plain net has no place. Deploy the method "
         "itself (method.predict), or use 'output_shift' or 'neo'"
@@ -109,22 +110,23 @@ class FOA(TTAMethod):
         for name, value, low in (("population", population, 4), ("chunk", chunk, 1)):
             if value is not None:
                 check_range(name, value, low, integer=True)
-        check_range("seed", seed, 0, integer=True)
+        check_range("seed", seed, 0, 2**63 - 1, integer=True)
         self.discrepancy, self.shift, self.ema, self.chunk, self.seed = discrepancy, shift, ema, chunk, seed
         self.tokens = find_tokens(self.model, prompts)
         self.prompts, dimension = prompts, prompts * self.tokens.width
         diagonal = covariance == "diagonal" or (covariance == "auto" and dimension > FULL_UP_TO)
         self.search = CMAES(dimension, population or 4 + int(3 * math.log(dimension)), diagonal=diagonal)
-        self.step_on_host = "" if diagonal else "the eigenvectors of a full covariance wait for the device"
+        if diagonal:
+            self.step_on_host = ""
 
         like = at_least_float32(next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(1)))
         like = torch.zeros(1, dtype=like.dtype, device=like.device)
         for name, tensor in self.search.start(sigma, like).items():
-            self.state(f"search.{name}", tensor, fixed_dtype=True)
+            self.state(f"search.{name}", tensor)
         bound = math.sqrt(6 / (self.tokens.patch_values + self.tokens.width))
         words = random_words(torch.tensor([seed, -1]), dimension)  # generations count from 0
-        self.state("best", words.to(like).mul_(bound * 2**-31), fixed_dtype=True)
-        self.state("center", torch.full_like(like.expand(self.tokens.features), NOT_YET), fixed_dtype=True)
+        self.state("best", words.to(like).mul_(bound * 2**-31))
+        self.state("center", torch.full_like(like.expand(self.tokens.features), NOT_YET), source=NOT_YET)
         for name in ("source_mean", "source_std"):
             self.register_buffer(name, torch.zeros_like(like.expand(self.tokens.activations)))
 
@@ -137,13 +139,14 @@ class FOA(TTAMethod):
         Raises:
             DataError: If there are fewer than two images, or an activation is not finite.
         """
-        count, mean, squares = 0, torch.zeros_like(self.source_mean), torch.zeros_like(self.source_mean)
-        with torch.no_grad(), outside_inference_mode(), self.computing(mean.device), self.running(), self.passes():
+        count, device = 0, self.source_mean.device
+        with torch.no_grad(), outside_inference_mode(), self.computing(device), self.running(), self.passes():
+            mean, squares = torch.zeros_like(self.source_mean), torch.zeros_like(self.source_mean)
             for batch in source_batches:
                 if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
                     kind = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
                     raise DataError(f"Source batches must be dicts with 'image' (B, C, H, W) in [0, 1]; got {kind}.")
-                images = batch["image"].to(mean.device)
+                images = batch["image"].to(device)
                 usable = self.task.usable(images)
                 images = images if bool(usable.all()) else images[usable.to(images.device)]
                 if not len(images):
@@ -177,6 +180,13 @@ class FOA(TTAMethod):
         activations, _ = self._pass(x, self.value("best")[None])
         return self._shifted(activations[0])
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As of every method, but the search stays in at least float32: its steps are small."""
+        super()._apply(fn, recurse)
+        for tensors in (self._rest, self._sources):
+            tensors.update({name: at_least_float32(t) for name, t in tensors.items() if t.is_floating_point()})
+        return self
+
     def _roots(self) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.source_mean.device.type, enabled=False):
             return self.search.roots(self.value("search.covariance"))
@@ -203,7 +213,9 @@ class FOA(TTAMethod):
             self.write("best", points.index_select(0, number)[0], any_finite)
             here = torch.where(finite[:, None], features.to(self.value("center")).mean(1), 0).sum(0) / finite.sum()
             center = self.value("center")
-            self.write("center", torch.where(center.isnan(), here, self.ema * center + (1 - self.ema) * here), any_finite)
+            self.write(
+                "center", torch.where(center.isnan(), here, self.ema * center + (1 - self.ema) * here), any_finite
+            )
         self.note(fitness=ranked.amin(), step_size=self.value("search.sigma"))
         return logits
 
@@ -221,7 +233,7 @@ class FOA(TTAMethod):
         return fitness, activations[..., -self.tokens.features :]
 
     def _pass(self, x: Tensor, points: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Activations (c, B, A) and logits (c, B, K) of images with each of c prompts; ``None``: of them as they are."""
+        """Activations (c, B, A) and logits (c, B, K) of images with each of c prompts; ``None``: without."""
         number = 1 if points is None else len(points)
         tokens = None
         if points is not None:

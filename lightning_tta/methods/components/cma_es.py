@@ -67,8 +67,8 @@ class CMAES:
     def start(self, sigma: float, like: Tensor) -> dict[str, Tensor]:
         """The state at the start, of the dtype and on the device of ``like``.
 
-        ``mean`` (N,), 0; ``sigma`` (); ``covariance`` (N, N) or (N,), the identity; ``path_sigma`` and ``path`` (N,), 0;
-        ``generation``, (), int64, 0: how many updates there were.
+        ``mean`` (N,), 0; ``sigma`` (); ``covariance`` (N, N) or (N,), the identity; ``path_sigma`` and ``path``
+        (N,), 0; ``generation``, (), int64, 0: how many updates there were.
         """
         n = self.dimension
         zeros = torch.zeros(n, dtype=like.dtype, device=like.device)
@@ -117,7 +117,7 @@ class CMAES:
         weights = self._weights(more, steps)
         weights = torch.where(comes_from_elsewhere[order], weights.clamp_min(0), weights)
 
-        step = weights.clamp_min(0) @ steps
+        step = steps.T.mv(weights.clamp_min(0))
         push = math.sqrt(self.c_sigma * (2 - self.c_sigma) * self.mass)
         path_sigma = (1 - self.c_sigma) * state["path_sigma"] + push * self._times(step, inverse)
         generation = state["generation"] + 1
@@ -130,7 +130,7 @@ class CMAES:
         in_metric = torch.where(weights < 0, weights * n / lengths.square().clamp_min(1e-12), weights)
         covariance = (1 - of_path - self.c_mu * weights.sum()) * state["covariance"]
         if self.diagonal:
-            covariance = covariance + self.c_one * path.square() + self.c_mu * (in_metric @ steps.square())
+            covariance = covariance + self.c_one * path.square() + self.c_mu * steps.square().T.mv(in_metric)
         else:
             covariance = covariance + self.c_one * torch.outer(path, path)
             covariance = covariance + self.c_mu * (steps.T @ (in_metric[:, None] * steps))
@@ -152,7 +152,9 @@ class CMAES:
         return torch.cat([best / best.sum(), torch.zeros_like(raw[:more]), self.negative * rest / rest.sum().abs()])
 
     def _times(self, vectors: Tensor, root: Tensor) -> Tensor:
-        return vectors * root if self.diagonal else vectors @ root
+        if self.diagonal:
+            return vectors * root
+        return root.mv(vectors) if vectors.ndim == 1 else vectors @ root
 
 
 def _effective(weights: list[float]) -> float:
