@@ -187,6 +187,7 @@ def _read(kind: str, modules: dict[str, nn.Module], calls: Calls, logits: Tensor
         (name, inputs[0])
         for name, inputs, output in calls
         if output is logits and inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 2
+        if hasattr(modules[name], "weight")  # a quantised layer has one too; a softmax at the end has none
     ]
     groups: dict[str, list[tuple[str, Tensor, Tensor]]] = {}
     for name, inputs, output in calls:

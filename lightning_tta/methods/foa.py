@@ -199,7 +199,7 @@ class FOA(TTAMethod):
             normals = random_normals(key, self.search.population, self.search.dimension)
             points = torch.cat([self.search.points(state, root, normals), self.value("best")[None]])
         size = self.chunk or (1 if x.device.type == "cpu" else max(1, VALUES_IN_A_PASS // x.numel()))
-        parts = [self._valued(x, part) for part in points.split(size)]
+        parts = [self._valued(x, part) for part in torch.split(points, size)]
         fitness, features = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         finite = torch.isfinite(fitness)
         any_finite = finite.any()
@@ -241,7 +241,8 @@ class FOA(TTAMethod):
         with watched_tokens(self.model, self.tokens, tokens) as seen:
             logits = self.logits(x.repeat(number, 1, 1, 1))
         self.count("forwards", number - 1)
-        return seen.activations.unflatten(0, (number, len(x))), logits.unflatten(0, (number, len(x)))
+        activations = seen.activations
+        return activations.view(number, len(x), -1), logits.view(number, len(x), -1)
 
     def _shifted(self, activations: Tensor) -> Tensor:
         """Logits (B, K) of features, the last of the activations (B, A), shifted to where the source's are."""
