@@ -23,6 +23,8 @@ FULL_UP_TO = 512
 """Dimension up to which ``covariance="auto"`` is ``full``."""
 VALUES_IN_A_PASS = 2**25
 """Pixel values in a pass of several candidates, at most: 223 images of 3 x 224 x 224."""
+VALUES_ON_CPU = 2**16
+"""The same on a CPU, where only passes of few and small images gain by company: 21 images of 3 x 32 x 32."""
 BATCH = 64  # for which the authors chose the weight of the discrepancy
 
 
@@ -63,8 +65,8 @@ class FOA(TTAMethod):
         ema: Share of c that stays, in [0, 1]. Authors: 0.9.
         covariance: ``full``, (P D)^2 numbers and their eigenvectors in each batch; ``diagonal`` (sep-CMA-ES); ``auto``:
             full where P D is at most 512. Authors: full, which in 2304 dimensions hardly moves in a stream.
-        chunk: Candidates in one pass, >= 1; a limit of memory that changes nothing but rounding. ``None``: one on a
-            CPU, where more are no faster; elsewhere so many that their images have 2^25 values, at least one.
+        chunk: Candidates in one pass, >= 1; a limit of memory that changes nothing but rounding. ``None``: so many
+            that their images have 2^25 values, on a CPU 2^16, but one at least.
         seed: Of all draws, which are the same on every device.
 
     Raises:
@@ -198,7 +200,8 @@ class FOA(TTAMethod):
         with torch.autocast(x.device.type, enabled=False):
             normals = random_normals(key, self.search.population, self.search.dimension)
             points = torch.cat([self.search.points(state, root, normals), self.value("best")[None]])
-        size = self.chunk or (1 if x.device.type == "cpu" else max(1, VALUES_IN_A_PASS // x.numel()))
+        most = VALUES_ON_CPU if x.device.type == "cpu" else VALUES_IN_A_PASS
+        size = self.chunk or max(1, most // x.numel())
         parts = [self._valued(x, part) for part in torch.split(points, size)]
         fitness, features = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         finite = torch.isfinite(fitness)
