@@ -219,7 +219,7 @@ class FOA(TTAMethod):
             self.write(
                 "center", torch.where(center.isnan(), here, self.ema * center + (1 - self.ema) * here), any_finite
             )
-        self.note(fitness=ranked.amin(), step_size=self.value("search.sigma"))
+        self.note(fitness=ranked.amin(), step_size=self.value("search.sigma").clone())
         return logits
 
     def _names(self) -> list[str]:
