@@ -134,7 +134,7 @@ def test_each_update_is_the_plain_one(n, population, diagonal, elsewhere):
     [(sphere, False, 1.0, 250), (sphere, True, 1.0, 250), (rosenbrock, False, 0.5, 1000)],
 )
 def test_it_converges(function, diagonal, sigma, most):
-    """In about as many values as other implementations need: 145, 115 and 612 generations of ten."""
+    """One run each took 145, 115 and 612 generations; of the package cma, 4.5.0: 145, 107 and 494."""
     n, population = 10, 10
     search = CMAES(n, population, diagonal=diagonal)
     state = search.start(sigma, torch.zeros(1, dtype=torch.float64))
