@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_tta import UnsupportedModelError, adapt, available_methods
-from nets import KINDS, make_images, make_net
+from nets import kinds_of, make_images, make_net
 
 # Options that make a method's updates visible on the small nets, one entry a variant; a method not named: one, {}.
 VARIANTS = {
@@ -51,6 +51,7 @@ VARIANTS = {
     "t3a": [{"filter_k": 2}, {"filter_k": None}],
     "neo": [{}, {"momentum": 0.3}, {"center": "source"}, {"balanced": True}, {"center": "source", "balanced": True}],
     "output_shift": [{"momentum": 0.3}],
+    "foa": [{"population": 6}, {"prompts": 2, "covariance": "diagonal", "chunk": 4}],
     "cotta": [
         {"lr": 1e-2, "ema_decay": 0.7, "anchor_threshold": 1.0, "views": 2, "chunk_views": 4, "restore": 0.0},
         {"lr": 0.1, "optimizer": "sgd", "ema_decay": 0.7, "anchor_threshold": 1.0, "views": 3, "restore": 0.2},
@@ -104,7 +105,7 @@ def case_id(name, options, kind):
     return "-".join([name, *(f"{k}={v}" for k, v in options.items()), kind])
 
 
-CASES = [(name, options, kind) for name, options in SETTINGS for kind in KINDS]
+CASES = [(name, options, kind) for name, options in SETTINGS for kind in kinds_of(name)]
 REFUSED = {case_id(*case): message for case in CASES if (message := refusal(*case))}
 SUPPORTED = [case for case in CASES if case_id(*case) not in REFUSED]
 
@@ -119,6 +120,7 @@ MECHANISMS = {
     "norm parameters and a module of its own": ("zerosiam", 0),
     "memory of what it saw": ("eata", 0),
     "memory of features": ("t3a", 0),
+    "a search": ("foa", 0),
     "all parameters and a teacher": ("cotta", 1),
     "an episode for each image": ("memo", 0),
     "an episode for each batch": ("meta_ttt", 0),

@@ -6,6 +6,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 KINDS = ("bn", "gn", "ln", "user")
+TOKENS_ONLY = ("foa",)
+"""Methods that run on none of these, but on ``vit``."""
+
+
+def kinds_of(method: str) -> tuple[str, ...]:
+    """The kinds of nets on which a method is tried."""
+    return (*KINDS, "vit") if method in TOKENS_ONLY else KINDS
+
+
+def kind_for(method: str, kind: str) -> str:
+    """``kind``, or the kind that the method runs on instead."""
+    return "vit" if method in TOKENS_ONLY else kind
 
 
 class ConvNet(nn.Module):
@@ -44,6 +56,41 @@ class TinyViT(nn.Module):
         x = x + F.scaled_dot_product_attention(*self.qkv(self.norm1(x)).chunk(3, dim=-1))
         x = x + self.mlp(self.norm2(x))
         return self.norm(x).mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+class TokenBlock(nn.Module):
+    """Attention and a hidden layer over tokens (B, N, D), any number N of them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + F.scaled_dot_product_attention(*self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        return x + self.mlp(self.norm2(x))
+
+
+class TokenViT(nn.Module):
+    """A class token and four patches through blocks, as vision transformers have them."""
+
+    def __init__(self, num_classes: int, width: int = 8, depth: int = 3) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 8, stride=8)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, 5, width) / 2)
+        self.blocks = nn.Sequential(*(TokenBlock(width) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(self.patches(x), 2).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+        return self.norm(self.blocks(x)[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
@@ -97,7 +144,7 @@ def make_net(kind: str, num_classes: int = 5, seed: int = 0) -> nn.Module:
     """A net in eval mode with random weights, affine parameters and running statistics; global RNG untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        net = {"ln": TinyViT, "user": UserNet}.get(kind, lambda k: ConvNet(kind, k))(num_classes)
+        net = {"ln": TinyViT, "user": UserNet, "vit": TokenViT}.get(kind, lambda k: ConvNet(kind, k))(num_classes)
         for module in net.modules():
             if isinstance(module, (_BatchNorm, nn.GroupNorm, nn.LayerNorm)):
                 nn.init.uniform_(module.weight, 0.5, 1.5)

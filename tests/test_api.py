@@ -9,7 +9,7 @@ import lightning_tta
 from lightning_tta import ConfigError, LightningTTAError, TTAMethod, UnsupportedModelError, adapt, available_methods
 from lightning_tta.errors import check_choice, check_range, did_you_mean
 from lightning_tta.methods import create_method, docstring, find
-from nets import make_images, make_net, same
+from nets import kind_for, make_images, make_net, same
 
 
 def test_three_lines():
@@ -26,7 +26,7 @@ def test_default_method_is_zerosiam():
 
 @pytest.mark.parametrize("name", available_methods())
 def test_methods_by_name(name):
-    method = adapt(make_net("bn"), name)
+    method = adapt(make_net(kind_for(name, "bn")), name)
     assert isinstance(method, TTAMethod)
     assert type(method) is available_methods()[name]
     assert method.name == name

@@ -24,7 +24,7 @@ from nets import make_images, make_net, make_stream, max_difference
 from runs import directory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NO_PLAIN_NET = {"lame", "memo", "view_averaging", "zero", "single_image_bn", "meta_ttt"}
+NO_PLAIN_NET = {"lame", "memo", "view_averaging", "zero", "single_image_bn", "meta_ttt", "foa"}
 EXPORTED = [case for case in SUPPORTED if case[0] not in NO_PLAIN_NET]
 REFUSED = [case for case in SUPPORTED if case[0] in NO_PLAIN_NET]
 
@@ -50,7 +50,9 @@ def adapted(case, **options):
 @pytest.mark.parametrize("case", EXPORTED, ids=lambda case: case_id(*case))
 def test_plain_net_predicts_as_the_method(case):
     torch.manual_seed(0)
-    frozen = "conv1.weight" if case[2] in ("bn", "gn") else "patches.weight" if case[2] == "ln" else "decide.bias"
+    frozen = (
+        "conv1.weight" if case[2] in ("bn", "gn") else "patches.weight" if case[2] in ("ln", "vit") else "decide.bias"
+    )
     net = make_net(case[2])
     net.get_parameter(frozen).requires_grad_(False)
     method = adapted(case, net=net)
@@ -80,7 +82,7 @@ def test_cotta_says_that_its_views_are_lost():
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case_id(*case))
 def test_no_plain_net(tmp_path, case):
-    with pytest.raises(UnsupportedModelError, match=f"No plain net predicts as '{case[0]}' does: .*'norm'"):
+    with pytest.raises(UnsupportedModelError, match=f"No plain net predicts as '{case[0]}' does: .*'(norm|neo)'"):
         lightning_tta.save(adapted(case), tmp_path / "adapted.safetensors")
     assert not list(tmp_path.iterdir())
 

@@ -20,7 +20,7 @@ from lightning_tta.methods.base import recorder as recorders
 from lightning_tta.methods.base.execution import Execution
 from lightning_tta.methods.base.host import recording
 from lightning_tta.methods.tent import Tent
-from nets import make_images, make_net, make_stream, same
+from nets import kind_for, make_images, make_net, make_stream, same
 from replay import Tape, use_tape
 
 pytestmark = [
@@ -83,7 +83,7 @@ def test_precisions_and_sizes(name, options, kind, dtype, context, batch):
     assert replays(captured)
 
 
-ONE_OF_EACH = [(name, VARIANTS.get(name, [{}])[number], "bn") for name, number in MECHANISMS.values()]
+ONE_OF_EACH = [(name, VARIANTS.get(name, [{}])[number], kind_for(name, "bn")) for name, number in MECHANISMS.values()]
 EACH = pytest.mark.parametrize(("name", "options", "kind"), ONE_OF_EACH, ids=[case[0] for case in ONE_OF_EACH])
 
 

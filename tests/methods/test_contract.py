@@ -23,7 +23,7 @@ from contract import (
     tensors_of,
 )
 from lightning_tta import ConfigError, adapt, available_methods
-from nets import KINDS, make_images, make_net, make_stream, same
+from nets import kinds_of, make_images, make_net, make_stream, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +49,7 @@ def test_methods_are_found():
 
 @pytest.mark.parametrize(("name", "options"), SETTINGS, ids=[case_id(*s, "nets") for s in SETTINGS])
 def test_supports_a_net_and_refuses_with_advice(name, options):
-    messages = [REFUSED.get(case_id(name, options, kind)) for kind in KINDS]
+    messages = [REFUSED.get(case_id(name, options, kind)) for kind in kinds_of(name)]
     assert None in messages
     for message in filter(None, messages):
         assert "use " in message.lower()  # what to do instead

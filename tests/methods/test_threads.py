@@ -210,13 +210,14 @@ class Breaking(nn.Module):
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_an_interrupt_leaves_nothing(case, when):
     net = make_net(case[2])
-    net.conv2 = Breaking(net.conv2)
+    layer = "patches" if case[2] == "vit" else "conv2"
+    setattr(net, layer, Breaking(getattr(net, layer)))
     method = build(*case, net=net)
     start, (first, second) = state_of(method), make_stream(2)
-    net.conv2.when = when
+    getattr(net, layer).when = when
     with contextlib.suppress(KeyboardInterrupt):
         method(first)
-    net.conv2.when = None
+    getattr(net, layer).when = None
     assert not hooks_of(net)
     assert not any("forward" in vars(module) for module in net.modules())
     assert torch.is_grad_enabled()

@@ -16,7 +16,7 @@ from contract import VARIANTS
 from lightning_tta import DigitsData, TestTimeAdaptation, available_methods
 from lightning_tta.run.batches import StreamInput
 from lightning_tta.run.resume import StateKeeper
-from nets import make_net
+from nets import kind_for, make_net
 from runs import directory_of
 
 pytestmark = [
@@ -33,7 +33,7 @@ PACKAGE = os.path.dirname(lightning_tta.__file__) + os.sep
 def run(root, name, save_every=2):
     method = partial(available_methods()[name], **VARIANTS.get(name, [{}])[-1])
     data = DigitsData(domains=["gaussian_noise", "contrast"], num_images=40, batch_size=8)
-    module = TestTimeAdaptation(method, backbone=make_net("bn", num_classes=10))
+    module = TestTimeAdaptation(method, backbone=make_net(kind_for(name, "bn"), num_classes=10))
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": root}
     trainer = Trainer(**options, callbacks=[StateKeeper(save_every=save_every), StreamInput(source_images=64)])
     trainer.predict(module, datamodule=data, return_predictions=False)

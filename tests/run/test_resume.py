@@ -16,7 +16,7 @@ from lightning_tta.data.images import StreamBatches
 from lightning_tta.methods import Source, Tent
 from lightning_tta.methods.base.capture import Capture
 from lightning_tta.methods.base.host import recording
-from nets import make_net
+from nets import kind_for, make_net
 from replay import use_tape
 from runs import callbacks_of, directory_of
 
@@ -47,7 +47,8 @@ def make_data(**options):
 def run(root, method=TENT, *, crash=None, data=None, logger=False, callbacks=(), loader=None, **options):
     options = {"save_every": 2, "source_images": 64, **options}
     own = callbacks_of(options)
-    module = TestTimeAdaptation(method, backbone=make_net("bn", num_classes=10), **options)
+    net = make_net(kind_for(method.func.__module__.rpartition(".")[2], "bn"), num_classes=10)
+    module = TestTimeAdaptation(method, backbone=net, **options)
     callbacks = [*own, *callbacks, *([] if crash is None else [Crasher(crash)])]
     trainer = Trainer(
         accelerator="cpu", logger=logger, callbacks=callbacks, enable_progress_bar=False, default_root_dir=root

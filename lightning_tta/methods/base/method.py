@@ -104,7 +104,7 @@ class TTAMethod(Described, Replayable, ABC):
     images_apart: ClassVar[bool] = False
     joins_images: ClassVar[bool] = False
     own_statistics: str = ""
-    step_on_host: ClassVar[str] = ""
+    step_on_host: str = ""
 
     def __init__(self, model: nn.Module, *, steps: int = 1) -> None:
         super().__init__()

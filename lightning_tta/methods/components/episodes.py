@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class ViewMethod(TTAMethod):
     predictable: Tensor
     fixed_options = frozenset({"steps"})
     images_apart = True
-    step_on_host: ClassVar[str] = "its views are drawn on the host"
+    step_on_host: str = "its views are drawn on the host"
     no_plain_net = (
         "it treats each image on its own, from the source anew, so that nothing learned remains in the net. Deploy the "
         "method itself, or adapt with 'tent', 'zerosiam' or 'norm'"
