@@ -89,6 +89,10 @@ class TestTimeAdaptation(LightningModule):
         statistics: With which the BatchNorm layers run, whatever the method: a word, such as ``ema``, or a dict of
             ``kind`` and its options, ``{kind: ema, momentum: 0.02}``, see
             :mod:`lightning_tta.methods.components.statistics`; ``None``: those of the method.
+        prior: How predictions are corrected for the labels of the stream: ``em``, ``moving``, or a dict as for
+            ``statistics``, see :mod:`lightning_tta.methods.components.priors`; ``None``: they are not.
+        refine: How the predictions of a batch are refined then: ``lame``, ``cofa``, or a dict as for ``statistics``,
+            see :mod:`lightning_tta.methods.components.refinements`; ``None``: they are not.
         capture: Whether steps are recorded once and replayed, on CUDA, see
             :class:`~lightning_tta.methods.base.execution.Execution`.
         compile: Whether the net is compiled for recorded steps.
@@ -125,6 +129,8 @@ class TestTimeAdaptation(LightningModule):
         predict: PredictPolicy = "method",
         processes: ProcessMode = "replicas",
         statistics: str | dict[str, Any] | None = None,
+        prior: str | dict[str, Any] | None = None,
+        refine: str | dict[str, Any] | None = None,
         capture: Capture = "auto",
         compile: bool = False,
         precision: Precision | None = None,
@@ -156,7 +162,7 @@ class TestTimeAdaptation(LightningModule):
         if not isinstance(self.method, TTAMethod):
             raise ConfigError(f"method must make a TTAMethod; it made a {type(self.method).__name__}.")
         with outside_inference_mode():
-            add(self.method, statistics=statistics)
+            add(self.method, statistics=statistics, prior=prior, refine=refine)
         chosen = Execution(capture=capture, compile=compile, precision=precision, lean=lean)
         self.execution = self.method.execution = self.method.execution.changed_by(chosen)
         self.run: StreamRun | None = None

@@ -1,0 +1,230 @@
+"""Corrections of a method's predictions for the distribution of the labels in the stream, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_tta import collective
+from lightning_tta.errors import ConfigError, check_choice, check_range
+from lightning_tta.losses import at_least_float32
+from lightning_tta.methods.base.correction import Correction
+from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.state import NOT_YET, State
+from lightning_tta.methods.components.statistics import read
+
+WINDOW, IMAGES, SOURCE = "prior.window", "prior.images", "prior.source"
+FACTORS, AVERAGE = "prior.factors", "prior.average"
+
+
+class Prior(Correction):
+    """Base of the priors: a factor for each class, learned from the stream, that predictions are multiplied by.
+
+    Args:
+        method: Whose predictions they are.
+        source_prior: Distribution of the labels that the net was trained on, K numbers above 0 of sum 1; ``None``:
+            uniform.
+        on_logits: Whether the factors multiply logits, and not probabilities.
+    """
+
+    def __init__(
+        self, method: TTAMethod, source_prior: Sequence[float] | None = None, *, on_logits: bool = False
+    ) -> None:
+        self.on_logits = on_logits
+        like = at_least_float32(next(method.model.parameters(), torch.zeros(())).detach())
+        method.state(FACTORS, like.new_full((1,), NOT_YET), source=NOT_YET, fixed_dtype=True)
+        self.source_prior = None if source_prior is None else _checked(source_prior)
+        if self.source_prior is not None:
+            method.state(SOURCE, like.new_tensor(self.source_prior), fixed_dtype=True)
+
+    def source(self, method: State, logits: Tensor) -> Tensor:
+        """The source's distribution (K,)."""
+        classes = logits.shape[1]
+        if self.source_prior is None:
+            return logits.new_full((classes,), 1 / classes)
+        if len(self.source_prior) != classes:
+            raise ConfigError(
+                f"source_prior must have a number for each class; it has {len(self.source_prior)}, and the net has "
+                f"{classes} logits."
+            )
+        return method.value(SOURCE).to(logits)
+
+    def learn(self, method: State, logits: Tensor) -> Tensor:
+        """The factors (K,), above 0, with a batch of logits (B, K) in them; may be not finite."""
+        raise NotImplementedError
+
+    def correct(
+        self,
+        method: State,
+        logits: Tensor,
+        features: Tensor | None,
+        *,
+        learn: bool,
+        known: Callable[[Tensor], bool] = lambda condition: False,
+    ) -> Tensor:
+        """Logits with the factors in them; the batch's own as long as there is none."""
+        if learn:
+            factors = self.learn(method, logits)
+            method.sized(FACTORS, factors)
+            method.write(FACTORS, factors, torch.isfinite(factors).all())
+        factors = torch.nan_to_num(method.value(FACTORS), nan=1.0).to(logits)
+        return logits * factors if self.on_logits else logits + factors.log()
+
+    def fold(self, method: State, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors in the bias; of those on logits, in the weight too."""
+        factors = torch.nan_to_num(method.value(FACTORS), nan=1.0).to(bias)
+        return (weight * factors[:, None], bias * factors) if self.on_logits else (weight, bias + factors.log())
+
+
+class EM(Prior):
+    """Estimates the distribution of the stream's labels from the last images by expectation maximisation.
+
+    With p the method's probabilities of the last N images, the batch among them, s the source's distribution and c
+    pseudo-counts, from ``pi = s``, a fixed number of times::
+
+        r_nk = p_nk pi_k / s_k / sum_j p_nj pi_j / s_j        pi_k = (sum_n r_nk + c s_k) / (N + c)
+
+    and the logits of class k get ``+ log(pi_k / s_k)``: p for a source with the labels of the stream. That is right
+    where only the distribution of the labels has changed and p is calibrated. A net that is too sure, or prefers some
+    classes on shifted images, is taken at its word: what it predicts often becomes still more frequent. Hence c, the
+    number of images of the source's distribution that the estimate starts with. Of fewer images than classes, or far
+    fewer than c, it learns little.
+
+    State: probabilities (N, K), 4 MB for 1,000 images of 1,000 classes, and the factors (K,). ``predict`` and
+    ``export`` use the estimate as it is after the stream so far. A sample whose logits are not finite does not count.
+
+    Args:
+        method: Whose predictions they are.
+        window: N, images, >= 1.
+        pseudo_counts: c, images, >= 0; 0 is the authors' estimate.
+        iterations: >= 1.
+        source_prior: s, K numbers above 0 whose sum is 1; ``None``: uniform.
+
+    Source: Saerens, Latinne and Decaestecker, Neural Computation 14(1), 2002, without window and pseudo-counts.
+    """
+
+    def __init__(
+        self,
+        method: TTAMethod,
+        *,
+        window: int = 200,
+        pseudo_counts: float = 50,
+        iterations: int = 20,
+        source_prior: Sequence[float] | None = None,
+    ) -> None:
+        check_range("window", window, 1, integer=True)
+        check_range("pseudo_counts", pseudo_counts, 0)
+        check_range("iterations", iterations, 1, integer=True)
+        super().__init__(method, source_prior)
+        self.window, self.pseudo_counts, self.iterations = window, pseudo_counts, iterations
+        like = method.value(FACTORS)
+        method.state(WINDOW, like.new_full((window, 1), NOT_YET), source=NOT_YET, fixed_dtype=True)
+        method.state(IMAGES, torch.zeros((), dtype=torch.int64, device=like.device), source=0)
+
+    def learn(self, method: State, logits: Tensor) -> Tensor:
+        """Take the batch into the window, and estimate."""
+        window, number = self._take(method, collective.gather(logits))
+        filled = torch.arange(len(window), device=window.device) < number
+        p = torch.where(filled[:, None], window, 0)
+        source = self.source(method, logits).to(p)
+        prior, total = source, filled.sum() + self.pseudo_counts
+        for _ in range(self.iterations):
+            ratio = prior / source
+            inverse = torch.where(filled, (p @ ratio).clamp_min(_tiny(p)).reciprocal(), 0)
+            prior = (ratio * (inverse @ p) + self.pseudo_counts * source) / total
+        return prior.clamp_min(_tiny(p)) / source
+
+    def _take(self, method: State, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The window with the last finite samples in it, and how many images it has had."""
+        finite = torch.isfinite(logits).all(1)
+        order = finite.long().argsort(stable=True)[-self.window :]  # the finite ones last, as they came
+        new, finite = torch.softmax(logits[order], 1), finite[order]
+        window = method.sized(WINDOW, logits.new_empty(self.window, logits.shape[1]))
+        number = method.value(IMAGES)
+        places = (number - (~finite).sum() + torch.arange(len(order), device=order.device)) % self.window
+        values = torch.where(finite[:, None], new.to(window), window[places])
+        window.index_copy_(0, places, values)
+        method.write(IMAGES, number + finite.sum())
+        return window, method.value(IMAGES)
+
+
+class Moving(Prior):
+    """Multiplies the probabilities by a smoothed average of the stream's predictions.
+
+    With the mean prediction q of a batch of B, s = max(1/B, 1/K) / max(q): ``(q + s) / (1 + s K)`` are the factors.
+    ``momentum`` m below 1 makes q an average over the stream, ``q <- (1 - m) q + m mean_b p_b``, from the source's
+    distribution, with B / m images in it.
+
+    State: the average (K,) and the factors (K,). ``predict`` and ``export`` use the factors of the last batch. A sample
+    whose logits are not finite does not count.
+
+    Args:
+        method: Whose predictions they are.
+        momentum: m, in (0, 1]; authors 1, each batch for itself.
+        form: ``probabilities``, or ``logits``: the authors' code multiplies the logits, which takes from a class whose
+            logit is above 0 and is rare, and from a class whose logit is below 0 and is frequent.
+        source_prior: K numbers above 0 whose sum is 1; ``None``: uniform. The factors are divided by it.
+
+    Source: Marsden et al., ROID, WACV 2024, arXiv 2306.00650.
+    """
+
+    def __init__(
+        self,
+        method: TTAMethod,
+        *,
+        momentum: float = 1.0,
+        form: Literal["probabilities", "logits"] = "probabilities",
+        source_prior: Sequence[float] | None = None,
+    ) -> None:
+        check_range("momentum", momentum, 0, 1, low_open=True)
+        check_choice("form", form, ("probabilities", "logits"))
+        super().__init__(method, source_prior, on_logits=form == "logits")
+        self.momentum = momentum
+        like = method.value(FACTORS)
+        method.state(AVERAGE, like.new_full((1,), NOT_YET), source=NOT_YET, fixed_dtype=True)
+
+    def learn(self, method: State, logits: Tensor) -> Tensor:
+        """Take the batch into the average."""
+        finite, source = torch.isfinite(logits).all(1), self.source(method, logits)
+        mean, number = collective.weighted_sums(torch.softmax(logits, 1), finite)
+        average = method.sized(AVERAGE, mean)
+        old = torch.where(average.isnan(), source.to(average), average)
+        new = torch.lerp(old, mean, self.momentum)
+        method.write(AVERAGE, new, number > 0)
+        smoothing = (self.momentum / number).clamp_min(1 / len(source)) / new.max()
+        return (new + smoothing) / (1 + smoothing * len(source)) / source / len(source)
+
+
+def _checked(prior: Sequence[float]) -> list[float]:
+    numbers = [float(number) for number in prior]
+    if not numbers or min(numbers) <= 0 or abs(sum(numbers) - 1) > 1e-3:
+        raise ConfigError(
+            "source_prior must be a list of numbers above 0, one a class, whose sum is 1: the shares of the classes in "
+            f"the training set; got {prior!r}. Give a class that is never there a small share."
+        )
+    return [number / sum(numbers) for number in numbers]
+
+
+def _tiny(p: Tensor) -> float:
+    return torch.finfo(p.dtype).tiny
+
+
+KINDS: dict[str, Callable[..., Correction]] = {"em": EM, "moving": Moving}
+"""The kinds, by the word that ``prior=`` takes."""
+
+
+def choose(method: TTAMethod, wanted: str | Mapping[str, Any]) -> None:
+    """Correct a method's predictions for the labels of the stream.
+
+    Args:
+        method: Before its first batch.
+        wanted: One of :data:`KINDS`, or a dict of ``kind`` and the options of its class.
+
+    Raises:
+        ConfigError: If the kind or an option is unknown or out of range.
+    """
+    kind, options = read(wanted, "prior", KINDS)
+    method.put_on(KINDS[kind](method, **options))
