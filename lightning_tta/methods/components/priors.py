@@ -25,18 +25,21 @@ class Prior(Correction):
 
     Args:
         method: Whose predictions they are.
-        source_prior: Distribution of the labels that the net was trained on, K numbers above 0 of sum 1; ``None``:
-            uniform.
+        source_prior: Distribution of the training set's labels: ``uniform``, or K numbers above 0 of sum 1.
         on_logits: Whether the factors multiply logits, and not probabilities.
     """
 
     def __init__(
-        self, method: TTAMethod, source_prior: Sequence[float] | None = None, *, on_logits: bool = False
+        self,
+        method: TTAMethod,
+        source_prior: Literal["uniform"] | Sequence[float] = "uniform",
+        *,
+        on_logits: bool = False,
     ) -> None:
         self.on_logits = on_logits
         like = at_least_float32(next(method.model.parameters(), torch.zeros(())).detach())
         method.state(FACTORS, like.new_full((1,), NOT_YET), source=NOT_YET, fixed_dtype=True)
-        self.source_prior = None if source_prior is None else _checked(source_prior)
+        self.source_prior = None if source_prior == "uniform" else _checked(source_prior)
         if self.source_prior is not None:
             method.state(SOURCE, like.new_tensor(self.source_prior), fixed_dtype=True)
 
@@ -80,75 +83,98 @@ class Prior(Correction):
 
 
 class EM(Prior):
-    """Estimates the distribution of the stream's labels from the last images by expectation maximisation.
+    """Estimates the distribution of the labels of the last images, by expectation maximisation.
 
     With p the method's probabilities of the last N images, the batch among them, s the source's distribution and c
     pseudo-counts, from ``pi = s``, a fixed number of times::
 
         r_nk = p_nk pi_k / s_k / sum_j p_nj pi_j / s_j        pi_k = (sum_n r_nk + c s_k) / (N + c)
 
-    and the logits of class k get ``+ log(pi_k / s_k)``: p for a source with the labels of the stream. That is right
-    where only the distribution of the labels has changed and p is calibrated. A net that is too sure, or prefers some
-    classes on shifted images, is taken at its word: what it predicts often becomes still more frequent. Hence c, the
-    number of images of the source's distribution that the estimate starts with. Of fewer images than classes, or far
-    fewer than c, it learns little.
+    and the logits of class k get ``+ log(pi_k / s_k)``. Where only the labels have shifted and p is calibrated, that is
+    p for a source with the labels of the last images.
 
-    State: probabilities (N, K), 4 MB for 1,000 images of 1,000 classes, and the factors (K,). ``predict`` and
-    ``export`` use the estimate as it is after the stream so far. A sample whose logits are not finite does not count.
+    On shifted images p is not calibrated: the net prefers some classes. ``pi`` takes its preference for labels, and
+    makes what it predicts too often more frequent. So by default s is the mean of the net's own predictions over the
+    stream so far, in place of the training set's distribution: what is corrected is how the last images differ from
+    the stream as a whole. That gains on correlated streams and leaves shuffled ones alone; it does nothing where the
+    labels of the whole stream are skewed in the same way. For that, and a net that is calibrated there, give
+    ``uniform``, or the training set's shares.
+
+    State: probabilities (N, K), 0.4 MB for 100 images of 1,000 classes, the factors (K,), and with ``stream`` the mean
+    (K,), from c images of the uniform distribution; images before the last 20 N fade. ``predict`` and ``export`` use
+    the estimate as it is after the stream so far. A sample whose logits are not finite does not count.
 
     Args:
         method: Whose predictions they are.
-        window: N, images, >= 1.
-        pseudo_counts: c, images, >= 0; 0 is the authors' estimate.
+        window: N, images, >= 1. A longer one is surer, and slower to follow labels that change.
+        pseudo_counts: c, images, >= 0; ``None``: one for each class. 0 is the authors' estimate.
         iterations: >= 1.
-        source_prior: s, K numbers above 0 whose sum is 1; ``None``: uniform.
+        source_prior: s: ``stream``, ``uniform``, or K numbers above 0 of sum 1.
 
-    Source: Saerens, Latinne and Decaestecker, Neural Computation 14(1), 2002, without window and pseudo-counts.
+    Source: Saerens, Latinne and Decaestecker, Neural Computation 14(1), 2002, whose s is the training set's
+    distribution, without window and pseudo-counts.
     """
 
     def __init__(
         self,
         method: TTAMethod,
         *,
-        window: int = 200,
-        pseudo_counts: float = 50,
-        iterations: int = 20,
-        source_prior: Sequence[float] | None = None,
+        window: int = 100,
+        pseudo_counts: float | None = None,
+        iterations: int = 10,
+        source_prior: Literal["stream", "uniform"] | Sequence[float] = "stream",
     ) -> None:
         check_range("window", window, 1, integer=True)
-        check_range("pseudo_counts", pseudo_counts, 0)
+        if pseudo_counts is not None:
+            check_range("pseudo_counts", pseudo_counts, 0)
         check_range("iterations", iterations, 1, integer=True)
-        super().__init__(method, source_prior)
+        self.of_stream = source_prior == "stream"
+        super().__init__(method, "uniform" if self.of_stream else source_prior)
         self.window, self.pseudo_counts, self.iterations = window, pseudo_counts, iterations
         like = method.value(FACTORS)
         method.state(WINDOW, like.new_full((window, 1), NOT_YET), source=NOT_YET, fixed_dtype=True)
         method.state(IMAGES, torch.zeros((), dtype=torch.int64, device=like.device), source=0)
+        if self.of_stream:
+            method.state(AVERAGE, like.new_full((1,), NOT_YET), source=NOT_YET, fixed_dtype=True)
 
     def learn(self, method: State, logits: Tensor) -> Tensor:
         """Take the batch into the window, and estimate."""
-        window, number = self._take(method, collective.gather(logits))
+        logits = collective.gather(logits)
+        counts = logits.shape[1] if self.pseudo_counts is None else self.pseudo_counts
+        source = self._average(method, logits, counts) if self.of_stream else self.source(method, logits)
+        window, number = self._take(method, logits)
         filled = torch.arange(len(window), device=window.device) < number
         p = torch.where(filled[:, None], window, 0)
-        source = self.source(method, logits).to(p)
-        prior, total = source, filled.sum() + self.pseudo_counts
+        source = source.to(p).clamp_min(_tiny(p))
+        prior, total = source, filled.sum() + counts
         for _ in range(self.iterations):
             ratio = prior / source
             inverse = torch.where(filled, (p @ ratio).clamp_min(_tiny(p)).reciprocal(), 0)
-            prior = (ratio * (inverse @ p) + self.pseudo_counts * source) / total
+            prior = (ratio * (inverse @ p) + counts * source) / total
         return prior.clamp_min(_tiny(p)) / source
+
+    def _average(self, method: State, logits: Tensor, counts: float) -> Tensor:
+        """The mean prediction of the stream, with the batch in it."""
+        finite = torch.isfinite(logits).all(1)
+        p = torch.where(finite[:, None], torch.softmax(logits, 1), 0)
+        average = method.sized(AVERAGE, logits[0])
+        old = torch.where(average.isnan(), 1 / logits.shape[1], average)
+        new, before = finite.sum(), method.value(IMAGES).clamp(max=20 * self.window)
+        total = before + new + counts
+        method.write(AVERAGE, old + (p.sum(0) - new * old) / total, new > 0)
+        return method.value(AVERAGE)
 
     def _take(self, method: State, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The window with the last finite samples in it, and how many images it has had."""
         finite = torch.isfinite(logits).all(1)
-        order = finite.long().argsort(stable=True)[-self.window :]  # the finite ones last, as they came
-        new, finite = torch.softmax(logits[order], 1), finite[order]
-        window = method.sized(WINDOW, logits.new_empty(self.window, logits.shape[1]))
+        method.write(IMAGES, method.value(IMAGES) + finite.sum())
         number = method.value(IMAGES)
-        places = (number - (~finite).sum() + torch.arange(len(order), device=order.device)) % self.window
-        values = torch.where(finite[:, None], new.to(window), window[places])
-        window.index_copy_(0, places, values)
-        method.write(IMAGES, number + finite.sum())
-        return window, method.value(IMAGES)
+        order = finite.long().argsort(stable=True)[-self.window :]  # the finite ones last, as they came
+        places = (number - len(order) + torch.arange(len(order), device=order.device)) % self.window
+        window = method.sized(WINDOW, logits.new_empty(self.window, logits.shape[1]))
+        new = torch.softmax(logits[order], 1).to(window)
+        window.index_copy_(0, places, torch.where(finite[order][:, None], new, window[places]))
+        return window, number
 
 
 class Moving(Prior):
@@ -166,7 +192,7 @@ class Moving(Prior):
         momentum: m, in (0, 1]; authors 1, each batch for itself.
         form: ``probabilities``, or ``logits``: the authors' code multiplies the logits, which takes from a class whose
             logit is above 0 and is rare, and from a class whose logit is below 0 and is frequent.
-        source_prior: K numbers above 0 whose sum is 1; ``None``: uniform. The factors are divided by it.
+        source_prior: ``uniform``, or K numbers above 0 of sum 1. The factors are divided by it.
 
     Source: Marsden et al., ROID, WACV 2024, arXiv 2306.00650.
     """
@@ -177,7 +203,7 @@ class Moving(Prior):
         *,
         momentum: float = 1.0,
         form: Literal["probabilities", "logits"] = "probabilities",
-        source_prior: Sequence[float] | None = None,
+        source_prior: Literal["uniform"] | Sequence[float] = "uniform",
     ) -> None:
         check_range("momentum", momentum, 0, 1, low_open=True)
         check_choice("form", form, ("probabilities", "logits"))
@@ -198,12 +224,14 @@ class Moving(Prior):
         return (new + smoothing) / (1 + smoothing * len(source)) / source / len(source)
 
 
-def _checked(prior: Sequence[float]) -> list[float]:
-    numbers = [float(number) for number in prior]
-    if not numbers or min(numbers) <= 0 or abs(sum(numbers) - 1) > 1e-3:
+def _checked(prior: object) -> list[float]:
+    numbers = [] if isinstance(prior, str) or not isinstance(prior, Sequence) else list(prior)
+    real = all(isinstance(number, (int, float)) and 0 < number < 1 for number in numbers)
+    if not numbers or not real or abs(sum(numbers) - 1) > 1e-3:
         raise ConfigError(
-            "source_prior must be a list of numbers above 0, one a class, whose sum is 1: the shares of the classes in "
-            f"the training set; got {prior!r}. Give a class that is never there a small share."
+            "source_prior must be 'uniform' (of prior='em' also 'stream'), or a list of numbers above 0, one a class, "
+            f"whose sum is 1: the shares of the classes in the training set; got {prior!r}. Give a class that is never "
+            "there a small share."
         )
     return [number / sum(numbers) for number in numbers]
 
