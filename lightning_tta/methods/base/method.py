@@ -412,7 +412,7 @@ class TTAMethod(Described, Replayable, ABC):
         """What was accounted for and not yet taken in."""
         noted = None if self._account is None else self._account.noted
         statistics = () if noted is None else tuple(map(torch.as_tensor, noted))
-        if not self._wants_features:
+        if not self._wants_features or (self._features_seen is None and not statistics):
             return statistics
         return (torch.empty(0) if self._features_seen is None else self._features_seen, *statistics)
 

@@ -149,8 +149,8 @@ class EM(Prior):
         prior, total = source, filled.sum() + counts
         for _ in range(self.iterations):
             ratio = prior / source
-            inverse = torch.where(filled, (p @ ratio).clamp_min(_tiny(p)).reciprocal(), 0)
-            prior = (ratio * (inverse @ p) + counts * source) / total
+            inverse = torch.where(filled, p.mv(ratio).clamp_min(_tiny(p)).reciprocal(), 0)
+            prior = (ratio * p.T.mv(inverse) + counts * source) / total
         return prior.clamp_min(_tiny(p)) / source
 
     def _average(self, method: State, logits: Tensor, counts: float) -> Tensor:

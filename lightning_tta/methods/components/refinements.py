@@ -221,7 +221,7 @@ class COFA(Correction):
         means = (logits + rows[place[:-1]]) / 2  # row 0 is not finite as long as there is none before
         surer = entropy(means) < entropy(logits)
         if learn:
-            method.write(LAST, rows[place[-1]])
+            method.write(LAST, rows.index_select(0, place[-1:])[0])
         return torch.where(surer[:, None], means, logits)
 
 
