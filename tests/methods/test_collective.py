@@ -32,6 +32,8 @@ CASES = {
     "eta gn": ("eta", "gn", ETA_GN),
     "eata": ("eata", "bn", {**ETA, "fisher_alpha": 50.0}),
     "eata gn": ("eata", "gn", {**ETA_GN, "fisher_alpha": 50.0}),
+    "prior em": ("source", "gn", {"prior": {"kind": "em", "window": 8}}),
+    "prior moving": ("tent", "bn", {"lr": 0.01, "prior": {"kind": "moving", "momentum": 0.5}}),
 }
 SIZES = [6, 6, 5, 1, 6, 7, 6, 2, 6, 3]
 
