@@ -60,16 +60,20 @@ def plain_em(rows, source, counts, iterations):
 
 
 @pytest.mark.parametrize("source", ["stream", "uniform", SKEWED], ids=str)
-@pytest.mark.parametrize(("window", "counts", "iterations"), [(100, 0, 7), (7, 2.5, 20), (3, None, 1), (1, 1, 3)])
-def test_em(window, counts, iterations, source):
+@pytest.mark.parametrize(
+    ("window", "counts", "iterations", "temperature"),
+    [(100, 0, 7, 1), (7, 2.5, 20, 1.5), (3, None, 1, 2), (1, 1, 3, 0.5)],
+)
+def test_em(window, counts, iterations, temperature, source):
     net = double()
     options = {"window": window, "pseudo_counts": counts, "iterations": iterations, "source_prior": source}
+    options["temperature"] = temperature
     method = adapt(net, "source", prior={"kind": "em", **options})
     c = 5 if counts is None else counts
     s, rows, total, seen = [0.2] * 5 if isinstance(source, str) else source, [], [c / 5] * 5, c
     for images in stream([4, 1, 5, 3, 4]):
         logits = net(images).detach()
-        new = logits.softmax(1).tolist()
+        new = (logits / temperature).softmax(1).tolist()
         rows = [*rows, *new][-window:]
         if source == "stream":
             if seen - c > 20 * window:  # older ones fade
@@ -79,7 +83,9 @@ def test_em(window, counts, iterations, source):
             seen += len(new)
             s = [t / seen for t in total]
         prior = plain_em(rows, s, c, iterations)
-        ratio = torch.tensor([math.log(q / p) for q, p in zip(prior, s, strict=True)], dtype=torch.float64)
+        ratio = torch.tensor(
+            [temperature * math.log(q / p) for q, p in zip(prior, s, strict=True)], dtype=torch.float64
+        )
         assert max_difference(method(images), logits + ratio) < EXACT
         other = make_images(3, seed=99, dtype=torch.float64)
         assert max_difference(method.predict(other), net(other).detach() + ratio) < EXACT
@@ -88,7 +94,7 @@ def test_em(window, counts, iterations, source):
 
 def test_the_mean_of_the_stream_fades():
     net = double()
-    method = adapt(net, "source", prior={"kind": "em", "window": 1, "pseudo_counts": 0})
+    method = adapt(net, "source", prior={"kind": "em", "window": 1, "pseudo_counts": 0, "temperature": 1})
     mean, number = torch.zeros(5, dtype=torch.float64), 0
     for images in stream([15, 15, 15]):
         p = net(images).detach().softmax(1)
@@ -129,6 +135,7 @@ def test_a_calibrated_net_whose_labels_have_shifted(source):
     assert numbers.sum() == 100
     images = (kinds / 2).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).double()
     prior = {"kind": "em", "window": 100, "pseudo_counts": 0, "iterations": 2000, "source_prior": source}
+    prior["temperature"] = 1
     method = adapt(net, "source", prior=prior)
     logits = method(images)
     estimate = method.value("prior.factors") * s
@@ -416,6 +423,7 @@ def test_what_no_plain_net_does_is_refused():
         ({"prior": {"kind": "em", "windows": 3}}, "Did you mean window"),
         ({"prior": {"kind": "em", "window": 0}}, "window must be"),
         ({"prior": {"kind": "em", "pseudo_counts": -1}}, "pseudo_counts must be"),
+        ({"prior": {"kind": "em", "temperature": 0}}, "temperature must be"),
         ({"prior": {"kind": "em", "iterations": 0}}, "iterations must be"),
         ({"prior": {"kind": "em", "source_prior": [0.5, 0.6]}}, "whose sum is 1"),
         ({"prior": {"kind": "em", "source_prior": [1.0, 0.0]}}, "above 0"),

@@ -85,13 +85,14 @@ class Prior(Correction):
 class EM(Prior):
     """Estimates the distribution of the labels of the last images, by expectation maximisation.
 
-    With p the method's probabilities of the last N images, the batch among them, s the source's distribution and c
+    With ``p = softmax(u / T)`` of the last N images, the batch among them, s the source's distribution and c
     pseudo-counts, from ``pi = s``, a fixed number of times::
 
         r_nk = p_nk pi_k / s_k / sum_j p_nj pi_j / s_j        pi_k = (sum_n r_nk + c s_k) / (N + c)
 
-    and the logits of class k get ``+ log(pi_k / s_k)``. Where only the labels have shifted and p is calibrated, that is
-    p for a source with the labels of the last images.
+    and the logits of class k get ``+ T log(pi_k / s_k)``. Where only the labels have shifted and p is calibrated, that
+    is, up to T, the prediction of a source with the labels of the last images. Nets are too sure on shifted images, and
+    a prior in which they have a say of their true weight changes little: T above 1 makes up for that.
 
     On shifted images p is not calibrated: the net prefers some classes. ``pi`` takes its preference for labels, and
     makes what it predicts too often more frequent. So by default s is the mean of the net's own predictions over the
@@ -100,13 +101,14 @@ class EM(Prior):
     labels of the whole stream are skewed in the same way. For that, and a net that is calibrated there, give
     ``uniform``, or the training set's shares.
 
-    State: probabilities (N, K), 0.4 MB for 100 images of 1,000 classes, the factors (K,), and with ``stream`` the mean
+    State: probabilities (N, K), 0.6 MB for 150 images of 1,000 classes, the factors (K,), and with ``stream`` the mean
     (K,), from c images of the uniform distribution; images before the last 20 N fade. ``predict`` and ``export`` use
     the estimate as it is after the stream so far. A sample whose logits are not finite does not count.
 
     Args:
         method: Whose predictions they are.
         window: N, images, >= 1. A longer one is surer, and slower to follow labels that change.
+        temperature: T, above 0; authors 1. A larger one gains more on correlated streams, and costs more on others.
         pseudo_counts: c, images, >= 0; ``None``: one for each class. 0 is the authors' estimate.
         iterations: >= 1.
         source_prior: s: ``stream``, ``uniform``, or K numbers above 0 of sum 1.
@@ -119,7 +121,8 @@ class EM(Prior):
         self,
         method: TTAMethod,
         *,
-        window: int = 100,
+        window: int = 150,
+        temperature: float = 1.25,
         pseudo_counts: float | None = None,
         iterations: int = 10,
         source_prior: Literal["stream", "uniform"] | Sequence[float] = "stream",
@@ -127,10 +130,12 @@ class EM(Prior):
         check_range("window", window, 1, integer=True)
         if pseudo_counts is not None:
             check_range("pseudo_counts", pseudo_counts, 0)
+        check_range("temperature", temperature, 0, low_open=True)
         check_range("iterations", iterations, 1, integer=True)
         self.of_stream = source_prior == "stream"
         super().__init__(method, "uniform" if self.of_stream else source_prior)
         self.window, self.pseudo_counts, self.iterations = window, pseudo_counts, iterations
+        self.temperature = temperature
         like = method.value(FACTORS)
         method.state(WINDOW, like.new_full((window, 1), NOT_YET), source=NOT_YET, fixed_dtype=True)
         method.state(IMAGES, torch.zeros((), dtype=torch.int64, device=like.device), source=0)
@@ -139,7 +144,7 @@ class EM(Prior):
 
     def learn(self, method: State, logits: Tensor) -> Tensor:
         """Take the batch into the window, and estimate."""
-        logits = collective.gather(logits)
+        logits = collective.gather(logits) / self.temperature
         counts = logits.shape[1] if self.pseudo_counts is None else self.pseudo_counts
         source = self._average(method, logits, counts) if self.of_stream else self.source(method, logits)
         window, number = self._take(method, logits)
@@ -151,7 +156,7 @@ class EM(Prior):
             ratio = prior / source
             inverse = torch.where(filled, p.mv(ratio).clamp_min(_tiny(p)).reciprocal(), 0)
             prior = (ratio * p.T.mv(inverse) + counts * source) / total
-        return prior.clamp_min(_tiny(p)) / source
+        return (prior.clamp_min(_tiny(p)) / source) ** self.temperature
 
     def _average(self, method: State, logits: Tensor, counts: float) -> Tensor:
         """The mean prediction of the stream, with the batch in it."""
