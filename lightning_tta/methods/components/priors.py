@@ -102,7 +102,7 @@ class EM(Prior):
     ``uniform``, or the training set's shares.
 
     State: probabilities (N, K), 0.6 MB for 150 images of 1,000 classes, the factors (K,), and with ``stream`` the mean
-    (K,), from c images of the uniform distribution; images before the last 20 N fade. ``predict`` and ``export`` use
+    (K,), from c images of the uniform distribution; images before the last 10 N fade. ``predict`` and ``export`` use
     the estimate as it is after the stream so far. A sample whose logits are not finite does not count.
 
     Args:
@@ -133,7 +133,7 @@ class EM(Prior):
         check_range("temperature", temperature, 0, low_open=True)
         check_range("iterations", iterations, 1, integer=True)
         self.of_stream = source_prior == "stream"
-        super().__init__(method, "uniform" if self.of_stream else source_prior)
+        super().__init__(method, "uniform" if source_prior == "stream" else source_prior)
         self.window, self.pseudo_counts, self.iterations = window, pseudo_counts, iterations
         self.temperature = temperature
         like = method.value(FACTORS)
@@ -164,7 +164,7 @@ class EM(Prior):
         p = torch.where(finite[:, None], torch.softmax(logits, 1), 0)
         average = method.sized(AVERAGE, logits[0])
         old = torch.where(average.isnan(), 1 / logits.shape[1], average)
-        new, before = finite.sum(), method.value(IMAGES).clamp(max=20 * self.window)
+        new, before = finite.sum(), method.value(IMAGES).clamp(max=10 * self.window)
         total = before + new + counts
         method.write(AVERAGE, old + (p.sum(0) - new * old) / total, new > 0)
         return method.value(AVERAGE)
