@@ -100,6 +100,23 @@ class HeadSplit:
         """One forward pass: features (B, D) with their graph, and logits (B, K)."""
         with recorded_calls({self.name: self.head}) as calls:
             logits = as_logits(self.model(images))
+        return self.check(calls, logits), logits
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether a pass has shown that the net's output is that of the head."""
+        return self._checked
+
+    def check(self, calls: Sequence[tuple[str, Any, Any]], logits: Tensor) -> Tensor:
+        """The features (B, D) of a pass.
+
+        Args:
+            calls: Those of the head in the pass, as :func:`recorded_calls` lists them.
+            logits: What the net returned.
+
+        Raises:
+            UnsupportedModelError: If the net's output is not what the head gave.
+        """
         if len(calls) != 1:
             raise UnsupportedModelError(
                 f"The head '{self.name}' ran {len(calls)} times in one pass; it must run once, as a module. Pass "
@@ -117,7 +134,8 @@ class HeadSplit:
                     "the right layer; or use a method that needs no features ('norm', 'tent')."
                 )
             self._checked = finite
-        return features, logits
+        checked: Tensor = features
+        return checked
 
 
 @contextmanager

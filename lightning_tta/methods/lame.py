@@ -2,91 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from lightning_tta.backbones.split import HeadSplit
-from lightning_tta.errors import check_choice, check_range
-from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.method import TTAMethod
-
-Affinity = Literal["knn", "rbf", "linear"]
-
-MAX_ITERATIONS, TOLERANCE = 100, 1e-8
-
-
-def affinity_matrix(features: Tensor, kind: Affinity, neighbours: int, whole: Tensor | None = None) -> Tensor:
-    """How much each sample listens to each other one: W (B, B) of features (B, D), which are normalised first.
-
-    ``knn``: 1 for the ``neighbours`` nearest others, else 0 (not symmetric); ``rbf``: exp(-d^2 / 2 s^2) with s the mean
-    distance to the ``neighbours``-th nearest, the sample itself counting as the first; ``linear``: cosine similarity.
-    A batch smaller than that uses what it has. Samples that are not ``whole``, (B,) bool, have rows and columns of 0,
-    and the others have what they have without them.
-    """
-    if whole is None:
-        whole = torch.ones(len(features), dtype=torch.bool, device=features.device)
-    z = normalize(torch.where(whole[:, None], features, 0), dim=1)
-    if kind == "linear":
-        return z @ z.T
-    pairs = whole[:, None] & whole
-    distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").masked_fill_(~pairs, torch.inf)
-    if kind == "rbf":
-        nearest, number = distance.topk(min(neighbours, len(z)), largest=False).values, whole.sum()
-        place = (number.clamp(1, nearest.shape[1]) - 1).expand(len(z), 1)
-        width = torch.where(whole, nearest.gather(1, place).squeeze(1), 0).sum() / number
-        return torch.exp(-0.5 * (distance / width.clamp_min(torch.finfo(z.dtype).eps)) ** 2)
-    others = distance.fill_diagonal_(torch.inf)
-    nearest, places = others.topk(min(neighbours, len(z) - 1), largest=False)
-    return torch.zeros_like(distance).scatter_(1, places, nearest.isfinite().to(distance.dtype))
-
-
-def refine(
-    log_p: Tensor,
-    affinity: Tensor,
-    max_iterations: int = MAX_ITERATIONS,
-    *,
-    whole: Tensor | None = None,
-    known: Callable[[Tensor], bool] = lambda condition: False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Repeats Y <- softmax(log p + W Y) until the objective's bound changes by less than a share of 1e-8.
-
-    Args:
-        log_p: Log-probabilities (B, K), finite.
-        affinity: W (B, B).
-        max_iterations: Iterations at most.
-        whole: (B,), bool: samples that the bound is of; ``None``: all.
-        known: Whether a condition, 0-dimensional, is true and the host knows that at no cost. Iterations after the last
-            one are then left out; they change nothing otherwise.
-
-    Returns:
-        log Y (B, K); the number of iterations, float64; and the bound after the last one,
-        -sum_b log sum_k exp(log p + W Y)_bk, which is the minimum that the iteration finds of
-        sum_b KL(y_b || p_b) - sum_bc w_bc <y_b, y_c> with the second y held fixed. The last two are 0-dimensional.
-    """
-    log_y, bound = log_p, log_p.new_zeros(())
-    iterations = log_p.new_zeros((), dtype=torch.float64)
-    ended: Tensor | None = None  # as long as it is known not to be
-    for number in range(1, max_iterations + 1):
-        pulled = log_p + affinity @ log_y.exp()
-        normalizer = pulled.logsumexp(1, keepdim=True)
-        counted = normalizer if whole is None else torch.where(whole[:, None], normalizer, 0)
-        before, new_bound, new = bound, -counted.sum(), pulled - normalizer
-        if ended is None:
-            log_y, bound, iterations = new, new_bound, iterations + 1
-        else:
-            log_y, bound = torch.where(ended, log_y, new), torch.where(ended, bound, new_bound)
-            iterations = iterations + ~ended
-        if number > 2:
-            converged = (bound - before).abs() <= TOLERANCE * before.abs()
-            if known(converged):
-                break
-            if ended is not None or not known(~converged):
-                ended = converged if ended is None else ended | converged
-    return log_y, iterations, bound
+from lightning_tta.methods.components.refinements import Affinity, agree, check_affinity
 
 
 class LAME(TTAMethod):
@@ -126,8 +47,7 @@ class LAME(TTAMethod):
         self, model: nn.Module, *, affinity: Affinity = "knn", neighbours: int = 5, head: str | None = None
     ) -> None:
         super().__init__(model)
-        check_choice("affinity", affinity, ("knn", "rbf", "linear"))
-        check_range("neighbours", neighbours, 1, integer=True)
+        check_affinity(affinity, neighbours)
         self.affinity, self.neighbours = affinity, neighbours
         self.split = HeadSplit(self.model, head)
 
@@ -145,15 +65,6 @@ class LAME(TTAMethod):
     def infer(self, x: Tensor) -> Tensor:
         """The same: nothing is kept between batches."""
         features, logits = self.features(x)
-        plain = torch.log_softmax(at_least_float32(logits), dim=1)
-        whole = torch.isfinite(features).all(1) & torch.isfinite(logits).all(1)  # half precision may overflow
-        with torch.autocast(x.device.type, enabled=False):
-            affinity = affinity_matrix(features.double(), self.affinity, self.neighbours, whole)
-            log_p = torch.log_softmax(torch.where(whole[:, None], logits.double(), 0), dim=1)
-            log_y, iterations, bound = refine(log_p, affinity, whole=whole, known=self.known)
-        there_is_one = whole.any()
-        self.note(
-            iterations=torch.where(there_is_one, iterations, torch.nan),
-            objective=torch.where(there_is_one, bound, torch.nan),
-        )
-        return torch.where(whole[:, None], log_y.to(plain.dtype), plain)
+        log_y, iterations, bound = agree(features, logits, self.affinity, self.neighbours, self.known)
+        self.note(iterations=iterations, objective=bound)
+        return log_y

@@ -95,6 +95,10 @@ class TestTimeAdaptation(LightningModule):
             batch as it comes.
         reservoir: Keep up to so many states of the method, one for each domain that it tells apart by itself, see
             :class:`~lightning_tta.methods.components.reservoir.Reservoir`; or a dict of its options.
+        prior: How predictions are corrected for the labels of the stream: ``em``, ``moving``, or a dict as for
+            ``statistics``, see :mod:`lightning_tta.methods.components.priors`; ``None``: they are not.
+        refine: How the predictions of a batch are refined then: ``lame``, ``cofa``, or a dict as for ``statistics``,
+            see :mod:`lightning_tta.methods.components.refinements`; ``None``: they are not.
         capture: Whether steps are recorded once and replayed, on CUDA, see
             :class:`~lightning_tta.methods.base.execution.Execution`.
         compile: Whether the net is compiled for recorded steps.
@@ -133,6 +137,8 @@ class TestTimeAdaptation(LightningModule):
         statistics: str | dict[str, Any] | None = None,
         window: int | None = None,
         reservoir: int | dict[str, Any] | None = None,
+        prior: str | dict[str, Any] | None = None,
+        refine: str | dict[str, Any] | None = None,
         capture: Capture = "auto",
         compile: bool = False,
         precision: Precision | None = None,
@@ -164,7 +170,8 @@ class TestTimeAdaptation(LightningModule):
         if not isinstance(self.method, TTAMethod):
             raise ConfigError(f"method must make a TTAMethod; it made a {type(self.method).__name__}.")
         with outside_inference_mode():
-            add(self.method, statistics=statistics, window=window, reservoir=reservoir)
+            wanted = {"statistics": statistics, "prior": prior, "refine": refine, "window": window}
+            add(self.method, **wanted, reservoir=reservoir)
         chosen = Execution(capture=capture, compile=compile, precision=precision, lean=lean)
         self.execution = self.method.execution = self.method.execution.changed_by(chosen)
         self.run: StreamRun | None = None

@@ -39,6 +39,8 @@ CASES = {
     "eata": ("eata", "bn", {**ETA, "fisher_alpha": 50.0}),
     "pea": ("pea", "bn", {"group_size": 1, "momentum": 0.3}),
     "eata gn": ("eata", "gn", {**ETA_GN, "fisher_alpha": 50.0}),
+    "prior em": ("source", "gn", {"prior": {"kind": "em", "window": 8}}),
+    "prior moving": ("tent", "bn", {"lr": 0.01, "prior": {"kind": "moving", "momentum": 0.5}}),
 }
 SIZES = [6, 6, 5, 1, 6, 7, 6, 2, 6, 3]
 

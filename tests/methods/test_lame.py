@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_tta import ConfigError, adapt
-from lightning_tta.methods.lame import affinity_matrix, refine
+from lightning_tta.methods.components.refinements import affinity_matrix, refine
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -272,3 +272,13 @@ def test_weights_are_asked_for(tmp_path):
         TestTimeAdaptation(TENT, source_ckpt=str(tmp_path))
     with pytest.raises(ConfigError, match="reset"):
         TestTimeAdaptation(TENT, backbone=net(), reset="sometimes")
+
+
+def test_corrections_of_the_predictions_are_options_of_the_run(tmp_path):
+    prior = {"kind": "em", "window": 20}
+    module = TestTimeAdaptation(Tent, backbone=net(), prior=prior, refine="cofa")
+    _, outputs = run(tmp_path, module=module)
+    report = json.loads((directory_of(tmp_path) / "report.json").read_text())
+    assert (report["options"]["prior"], report["options"]["refine"]) == (prior, "cofa")
+    plain = TestTimeAdaptation(Tent, backbone=net())
+    assert not torch.equal(logits_of(run(tmp_path / "plain", module=plain)[1]), logits_of(outputs))

@@ -105,7 +105,7 @@ def _is_setting(name: str, value: object) -> bool:
     return isinstance(value, _PLAIN) and name != "training" and not name.startswith("_is_")
 
 
-_BY_THE_WAY = frozenset({"scalars", "_unrecorded"})
+_BY_THE_WAY = frozenset({"scalars", "_unrecorded", "_features_seen"})
 """Attributes of a method that a step may replace, and that are accounted for."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ class Correction(ABC):
     Attributes:
         wants_features: Whether it needs the features, the input of the net's last linear layer.
         synchronized: Whether several processes can adapt as one with it.
-        no_plain_net: Why no plain net predicts with it; empty where ``export`` may leave it out, with a warning.
+        no_plain_net: Why no plain net predicts with it, and what to do; empty where :meth:`fold` makes one.
     """
 
     wants_features: bool = False
@@ -25,7 +26,15 @@ class Correction(ABC):
     no_plain_net: str = ""
 
     @abstractmethod
-    def correct(self, method: State, logits: Tensor, features: Tensor | None, *, learn: bool) -> Tensor:
+    def correct(
+        self,
+        method: State,
+        logits: Tensor,
+        features: Tensor | None,
+        *,
+        learn: bool,
+        known: Callable[[Tensor], bool] = lambda condition: False,
+    ) -> Tensor:
         """Other logits for a batch.
 
         Args:
@@ -33,7 +42,15 @@ class Correction(ABC):
             logits: Of the usable samples, (B, K), at least float32, detached; they may be not finite.
             features: (B, D), detached, where :attr:`wants_features`; they may be not finite.
             learn: Whether to write to the state; else it stays as it is.
+            known: Whether a condition, 0-dimensional, is true and the host knows it at no cost.
 
         Returns:
             Logits (B, K).
         """
+
+    def fold(self, method: State, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (K, D) and bias (K,) of a last linear layer that gives what the correction makes of its output.
+
+        As it is after the stream so far, without learning. The same objects where nothing changes.
+        """
+        raise NotImplementedError

@@ -300,6 +300,21 @@ class TTAMethod(Described, Replayable, ABC):
         with weighted_batch_statistics(self.model, weights) if own else nullcontext():
             yield
 
+    def put_on(self, correction: Correction) -> None:
+        """Correct all predictions, after the corrections that are there; before the first batch.
+
+        Args:
+            correction: Its constructor has declared its state on this method.
+
+        Raises:
+            UnsupportedModelError: If it wants features, and the net has no linear layer that they could go into.
+        """
+        if correction.wants_features:
+            assert self.split
+        if not correction.synchronized:
+            self.parallel = frozenset({"replicas"})  # type: ignore[misc]
+        self.corrections.append(correction)
+
     def stream_weights(self) -> dict[str, Tensor]:
         """Values of the net's parameters with which the method predicts, by name, where the net has others."""
         return {}
@@ -467,11 +482,17 @@ class TTAMethod(Described, Replayable, ABC):
     def noted_statistics(self) -> tuple[Tensor, ...]:
         """What was accounted for and not yet taken in."""
         noted = None if self._account is None else self._account.noted
-        return () if noted is None else tuple(map(torch.as_tensor, noted))
+        statistics = () if noted is None else tuple(map(torch.as_tensor, noted))
+        if not self._wants_features or (self._features_seen is None and not statistics):
+            return statistics
+        return (torch.empty(0) if self._features_seen is None else self._features_seen, *statistics)
 
     def note_statistics(self, noted: tuple[Tensor, ...]) -> None:
         """Counterpart of :meth:`noted_statistics`; the batch is accounted for."""
         self._unrecorded = None
+        if self._wants_features:
+            features, *rest = noted
+            self._features_seen, noted = features if features.numel() else None, tuple(rest)
         if self._account is not None:
             self._account.noted = noted or None
 
@@ -669,9 +690,10 @@ class TTAMethod(Described, Replayable, ABC):
             UnsupportedModelError: If no plain net predicts as this method does, with the reason and what to use.
             ConfigError: If the method needs statistics of the stream and has seen no batch.
         """
-        reason = self.no_plain_net or self._no_plain_net_either
-        if reason:
-            raise UnsupportedModelError(f"No plain net predicts as '{self.name}' does: {reason}.")
+        added = (self._no_plain_net_either, *(each.no_plain_net for each in self.corrections))
+        for reason in (self.no_plain_net, *added):
+            if reason:
+                raise UnsupportedModelError(f"No plain net predicts as '{self.name}' does: {reason}.")
         statistics = self.stream_statistics()
         if statistics is not None and not statistics:
             raise ConfigError(
@@ -679,7 +701,10 @@ class TTAMethod(Described, Replayable, ABC):
                 "not finite (stats['skipped_steps']), so there are no statistics of the stream for the BatchNorm "
                 "layers. Stream some batches through it first: method(images)."
             )
-        return plain_net(self.model, self.stream_weights(), statistics or {}, self.required)
+        net = plain_net(self.model, self.stream_weights(), statistics or {}, self.required)
+        if self.corrections:
+            self._fold_corrections(net)
+        return net
 
     @property
     def stats(self) -> Stats:
@@ -811,11 +836,12 @@ class TTAMethod(Described, Replayable, ABC):
     def at_source(self) -> Iterator[None]:
         """As of the state; a pass meanwhile says nothing of the net as adapted."""
         batch, self._unrecorded = self._unrecorded, None
+        corrections, self.corrections = self.corrections, []  # which have learned from the net as adapted
         try:
             with super().at_source():
                 yield
         finally:
-            self._unrecorded = batch
+            self._unrecorded, self.corrections = batch, corrections
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         with self._custody.call():
@@ -849,31 +875,33 @@ class TTAMethod(Described, Replayable, ABC):
         if not self._watches_batch or x is not self._unrecorded or not wanted:
             return run()
         self._unrecorded = None
-        with self._features_watched():
+        with self._features_watched() as calls:
             if self._account is None:
-                return run()
-            self._account.begin(self)
-            try:
                 features, logits = run()
-            finally:
-                self._account.end()
-        self._account.note(self, logits.detach())
+            else:
+                self._account.begin(self)
+                try:
+                    features, logits = run()
+                finally:
+                    self._account.end()
+        if self._wants_features:
+            self._features_seen = self.split.check(calls, logits).detach()
+        if self._account is not None:
+            self._account.note(self, logits.detach())
         return features, logits
+
+    @property
+    def _wants_features(self) -> bool:
+        return any(each.wants_features for each in self.corrections)
 
     @property
     def _watches_batch(self) -> bool:
         """Whether something is to be seen of the first pass over the batch."""
-        return self._account is not None or any(each.wants_features for each in self.corrections)
+        return self._account is not None or self._wants_features
 
-    @contextmanager
-    def _features_watched(self) -> Iterator[None]:
-        """While active, a pass shows the features of the batch to the corrections that want them."""
-        if not any(each.wants_features for each in self.corrections):
-            yield
-            return
-        with recorded_calls({self.split.name: self.split.head}) as calls:
-            yield
-        self._features_seen = calls[0][1][0].detach() if len(calls) == 1 else None
+    def _features_watched(self) -> AbstractContextManager[Sequence[tuple[str, Any, Any]]]:
+        """While active, the calls of the head are listed, where a correction wants features."""
+        return recorded_calls({self.split.name: self.split.head} if self._wants_features else {})
 
     @torch.no_grad()
     def _corrected(self, x: Tensor, logits: Tensor, *, learn: bool) -> Tensor:
@@ -881,20 +909,56 @@ class TTAMethod(Described, Replayable, ABC):
         if not self.corrections:
             return logits
         features, self._features_seen = self._features_seen, None
-        if features is None and any(each.wants_features for each in self.corrections):
+        if features is None and self._wants_features:
             features = self._features(x, "head")[0].detach()
         logits = at_least_float32(logits)
-        for each in self.corrections:
-            logits = each.correct(self, logits, features, learn=learn)
+        with torch.autocast(x.device.type, enabled=False):
+            for each in self.corrections:
+                logits = each.correct(self, logits, features, learn=learn, known=self.known)
         return logits
 
     def _predicted(self, x: Tensor, infer: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits of a prediction."""
         if not self.corrections:
             return infer(x)
-        with self._features_watched():
+        with self._features_watched() as calls:
             logits = infer(x)
-        return self._corrected(x, logits, learn=False)
+        if len(calls) == 1 and self.split.is_checked:
+            self._features_seen = calls[0][1][0].detach()
+        try:
+            return self._corrected(x, logits, learn=False)
+        finally:
+            self._features_seen = None
+
+    @torch.no_grad()
+    def _fold_corrections(self, net: nn.Module) -> None:
+        """Write what the corrections do into the last linear layer of the plain net."""
+        split = HeadSplit(net, self.split.name)
+        head, parameters = split.head, dict(net.named_parameters(remove_duplicate=False))
+        names = [f"{split.name}.weight", f"{split.name}.bias"]
+        if type(head).forward is not nn.Linear.forward or any(name not in parameters for name in names):
+            raise UnsupportedModelError(
+                f"The correction of the predictions has no place in a plain net: its last linear layer '{split.name}' "
+                "has no bias, or computes its parameters. Export without prior=, or deploy the method itself."
+            )
+        if self.image_shape is None:
+            raise ConfigError(
+                f"'{self.name}' has seen no images, so it is not known whether the net ends in '{split.name}', which "
+                "is to take up the correction of the predictions. Stream some batches first: method(images)."
+            )
+        split(head.weight.new_zeros(1, *self.image_shape))  # it refuses a net that does not end there
+        tensors = [at_least_float32(parameters[name].detach()) for name in names]
+        for each in self.corrections:
+            tensors = list(each.fold(self, *tensors))
+        for name, tensor in zip(names, tensors, strict=True):
+            if any(parameters[name] is p for other, p in parameters.items() if other != name) and not torch.equal(
+                tensor.to(parameters[name]), parameters[name]
+            ):
+                raise UnsupportedModelError(
+                    f"The correction of the predictions has no place in a plain net: '{name}' is also that of another "
+                    "layer. Export without prior=, or deploy the method itself."
+                )
+            parameters[name].copy_(tensor)
 
     def _lay_out(self, layout: torch.memory_format | None) -> None:
         """Let net, state and, from now on, images lie in memory so; the parameters stay the same objects."""

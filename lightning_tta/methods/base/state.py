@@ -89,7 +89,8 @@ class State(nn.Module):
             like: Has the shape, dtype and device to have.
         """
         if self._rest[name].shape != like.shape:
-            self._rest[name] = torch.full_like(like, NOT_YET)
+            with outside_inference_mode():
+                self._rest[name] = torch.full_like(like, NOT_YET)
             self.layout += 1
         return self._rest[name]
 

@@ -1,4 +1,4 @@
-"""What every method can take beside its own options: ``statistics=``, and corrections of its predictions."""
+"""What every method can take beside its own options: ``statistics=``, ``prior=`` and ``refine=``."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.components import reservoir, statistics
+from lightning_tta.methods.components import priors, refinements, reservoir, statistics
 
 Wanted = str | Mapping[str, Any]
 """A word, or a dict of ``kind`` and its options."""
 
 ADDITIONS: dict[str, Callable[[TTAMethod, Any], None]] = {
     "statistics": statistics.choose,
+    "prior": priors.choose,
+    "refine": refinements.choose,
     "window": TTAMethod.slide,
     "reservoir": reservoir.choose,
 }
-"""By the option's name, in the order in which they are put on a method."""
+"""By the option's name, in the order in which they are put on a method: what refines sees predictions with the prior
+in them."""
 
 
 def add(method: TTAMethod, **wanted: Wanted | int | None) -> None:
