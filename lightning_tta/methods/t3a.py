@@ -95,7 +95,10 @@ class T3A(TTAMethod):
         names = [name for name, p in self.model.named_parameters(remove_duplicate=False) if p is head.weight]
         if type(head).forward is nn.Linear.forward and names == [f"{self.split.name}.weight"]:
             return ""
-        return "its prototypes cannot replace the last linear layer, whose weight is shared or computed"
+        return (
+            "its prototypes cannot replace the last linear layer, whose weight is shared, computed or quantised. "
+            "Deploy the method itself"
+        )
 
     def stream_weights(self) -> dict[str, Tensor]:
         """The prototypes as rows of the head, without bias."""
