@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "lightning_tta"
 
 FLOORS: tuple[dict[str, str], ...] = (  # a floor: room -> its modules; rooms of one floor do not know each other
-    {"ground": "_version errors files shipped progress losses metrics collective draws imagenet_classes"},
+    {"ground": "_version errors files shipped progress losses metrics collective draws imagenet_classes onnx_adapter"},
     {"backbones": "backbones"},
     {"meta": "meta", "views": "views"},
     {"data": "data", "methods.base": "methods.base"},
@@ -32,7 +32,7 @@ FLOORS: tuple[dict[str, str], ...] = (  # a floor: room -> its modules; rooms of
     {"run": "run"},  # ends with a report
     {"guard.callback": "guard guard.callback"},  # puts a Watch into a run
     {"modules": "modules"},  # make the run and hold it
-    {"exporting": "exporting"},  # reads what a run saved
+    {"exporting": "exporting exported_step"},  # reads what a run saved
     {"launch": "launch"},
     {"benchmark": "benchmark"},  # launches runs, and knows no command line
     {"cli": "cli"},
