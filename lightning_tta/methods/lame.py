@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.functional import normalize
 
 from lightning_tta.backbones.split import HeadSplit
@@ -68,6 +69,8 @@ def refine(
         -sum_b log sum_k exp(log p + W Y)_bk, which is the minimum that the iteration finds of
         sum_b KL(y_b || p_b) - sum_bc w_bc <y_b, y_c> with the second y held fixed. The last two are 0-dimensional.
     """
+    if torch.compiler.is_exporting():
+        return _refine_in_a_loop(log_p, affinity, max_iterations, whole)
     log_y, bound = log_p, log_p.new_zeros(())
     iterations = log_p.new_zeros((), dtype=torch.float64)
     ended: Tensor | None = None  # as long as it is known not to be
@@ -88,6 +91,27 @@ def refine(
             if ended is not None or not known(~converged):
                 ended = converged if ended is None else ended | converged
     return log_y, iterations, bound
+
+
+def _refine_in_a_loop(
+    log_p: Tensor, affinity: Tensor, max_iterations: int, whole: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as one loop of a program, which ends by itself."""
+    counts = torch.ones_like(log_p[:, 0], dtype=torch.bool) if whole is None else whole
+
+    def go_on(number: Tensor, log_y: Tensor, before: Tensor, bound: Tensor) -> Tensor:
+        moves = (bound - before).abs() > TOLERANCE * before.abs()
+        return (number < max_iterations) & ((number <= 2) | moves)
+
+    def iterate(number: Tensor, log_y: Tensor, before: Tensor, bound: Tensor) -> tuple[Tensor, ...]:
+        pulled = log_p + affinity @ log_y.exp()
+        normalizer = pulled.logsumexp(1, keepdim=True)
+        return number + 1, pulled - normalizer, bound.clone(), -torch.where(counts[:, None], normalizer, 0.0).sum()
+
+    zero = log_p.new_zeros(())
+    start = (log_p.new_zeros((), dtype=torch.int64), log_p.clone(), zero, zero.clone())
+    number, log_y, _, bound = while_loop(go_on, iterate, start)
+    return log_y, number.double(), bound
 
 
 class LAME(TTAMethod):
