@@ -112,7 +112,7 @@ def _foreach_mul(tensors: list[Tensor], factors: list[float]) -> list[Tensor]:
 def _cdist(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
     """Euclidean; in float64, so that the difference of squares is exact enough."""
     if p != 2:
-        return NotImplemented
+        return NotImplemented  # type: ignore[no-any-return]
     x, y = a.double(), b.double()
     squares = (x * x).sum(-1)[..., :, None] + (y * y).sum(-1)[..., None, :] - 2 * x @ y.transpose(-1, -2)
     return squares.clamp_min(0).sqrt().to(a.dtype)
@@ -127,7 +127,9 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Of operations that have no decomposition, by ONNX operators. Needs onnxscript."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18
 
     def sort(self: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
         number = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))

@@ -110,7 +110,7 @@ def _refine_in_a_loop(
 
     zero = log_p.new_zeros(())
     start = (log_p.new_zeros((), dtype=torch.int64), log_p.clone(), zero, zero.clone())
-    number, log_y, _, bound = while_loop(go_on, iterate, start)
+    number, log_y, _, bound = while_loop(go_on, iterate, start)  # type: ignore[no-untyped-call]
     return log_y, number.double(), bound
 
 
