@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.functional import normalize
 
 from lightning_tta.backbones.split import HeadSplit
@@ -97,6 +96,8 @@ def _refine_in_a_loop(
     log_p: Tensor, affinity: Tensor, max_iterations: int, whole: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as one loop of a program, which ends by itself."""
+    from torch._higher_order_ops.while_loop import while_loop  # only programs need it
+
     counts = torch.ones_like(log_p[:, 0], dtype=torch.bool) if whole is None else whole
 
     def go_on(number: Tensor, log_y: Tensor, before: Tensor, bound: Tensor) -> Tensor:

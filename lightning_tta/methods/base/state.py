@@ -144,18 +144,26 @@ class State(nn.Module):
 
     @contextmanager
     def standing_in(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """While active, other tensors hold states, by name, and get what is written; these may be without values."""
-        states, rest = dict(self._adaptable), dict(self._rest)
-        slots = [(name, *self._slot(name)) for name in values if name in states]
+        """While active, other tensors hold states, by name, and get what is written; these may be without values.
+
+        For buffers and states of this object alone, not for parameters.
+        """
+        states, rest = self.adaptable, self.rest
+        owned = [name for name in values if name in states]
         try:
-            for name, holder, leaf in slots:
-                self._adaptable[name] = holder[leaf] = values[name]
+            for name in owned:
+                self._adaptable[name] = self._put(name, values[name])
             self._rest.update({name: value for name, value in values.items() if name in rest})
             yield
         finally:
-            for name, holder, leaf in slots:
-                holder[leaf] = states[name]
+            for name in owned:
+                self._put(name, states[name])
             self._adaptable, self._rest = states, rest
+
+    def _put(self, name: str, tensor: Tensor) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(path), leaf, tensor)
+        return tensor
 
     def hold(self) -> AbstractContextManager[None]:
         """While active, writes to the state are meant."""
@@ -255,13 +263,6 @@ class State(nn.Module):
                 new: Tensor = moved[id(tensor)]
                 tensors[name] = new.to(tensor.dtype) if name in self._fixed_dtype else new
         return self
-
-    def _slot(self, name: str) -> tuple[dict[str, Any], str]:
-        """The dict of the module that holds this parameter or buffer, and its name there."""
-        path, _, leaf = name.rpartition(".")
-        module = self.get_submodule(path)
-        holder: dict[str, Any] = module._buffers if leaf in module._buffers else module._parameters
-        return holder, leaf
 
     def _lookup(self, name: str) -> Tensor | None:
         """The parameter or buffer of this name."""
