@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
     from lightning_tta.guard.watch import Watch
     from lightning_tta.methods import TTAMethod, adapt, available_methods
     from lightning_tta.modules import MetaTTT, SourceClassifier, TestTimeAdaptation
+    from lightning_tta.onnx_adapter import OnnxAdapter
     from lightning_tta.run.batches import StreamInput
     from lightning_tta.run.board import StreamBoard
     from lightning_tta.run.outputs import StreamReport
@@ -66,6 +67,7 @@ __all__ = [
     "LightningTTAError",
     "MetaTTT",
     "NotPreparedError",
+    "OnnxAdapter",
     "Protocol",
     "ShiftedDataModule",
     "SourceClassifier",
@@ -96,6 +98,7 @@ _HOMES = {
     "exporting": ("export", "save"),
     "guard.callback": ("Guard",),
     "guard.watch": ("Watch",),
+    "onnx_adapter": ("OnnxAdapter",),
     "run.board": ("StreamBoard",),
     "run.batches": ("StreamInput",),
     "run.outputs": ("StreamReport",),

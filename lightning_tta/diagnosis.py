@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones import Backbone
 from lightning_tta.backbones.norms import batch_norm_layers, norm_layers
+from lightning_tta.backbones.quantized import has_quantized, storages
 from lightning_tta.errors import ConfigError, InputError, LightningTTAError
 from lightning_tta.methods import adapt, docstring, find, names
 from lightning_tta.methods.base.state import size, take
@@ -194,7 +195,7 @@ def _kind(net: nn.Module, batch_size: int) -> str:
 def _describe_net(net: nn.Module) -> str:
     parameters = sum(parameter.numel() for parameter in net.parameters())
     name = f"{net.name} ({net.weights} weights)" if isinstance(net, Backbone) else type(net).__name__
-    return f"{name}, {parameters:,} parameters"
+    return f"{name}, {parameters:,} parameters{', quantised' if has_quantized(net) else ''}"
 
 
 def _preprocessing(net: nn.Module, images: Tensor, logits: Tensor, found: list[str]) -> str:
@@ -353,14 +354,14 @@ def _try(
 @contextmanager
 def _saved_bytes(method: nn.Module) -> Iterator[list[int]]:
     """Bytes that are kept for backward passes, without the parameters; each storage once."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in method.parameters()}
+    known = {storage.data_ptr() for parameter in method.parameters() for storage in storages(parameter)}
     total = [0]
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            total[0] += storage.nbytes()
+        for storage in storages(tensor):
+            if storage.data_ptr() not in known:
+                known.add(storage.data_ptr())
+                total[0] += storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from lightning_tta._version import __version__
 from lightning_tta.backbones import Backbone, state_digest
 from lightning_tta.backbones.split import as_logits, keep_classes
 from lightning_tta.errors import ConfigError, DataError, UnsupportedModelError, check_choice
+from lightning_tta.exported_step import DECOMPOSITIONS, ExportedStep, translations
 from lightning_tta.files import of_all, of_process, write_whole
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods import create_method, names
@@ -24,6 +26,7 @@ from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import put_back
 from lightning_tta.methods.base.task import float_dtype
 from lightning_tta.modules.loading import load_source
+from lightning_tta.onnx_adapter import AFTER, BEFORE, OnnxAdapter
 from lightning_tta.run.directory import FINAL, FORMAT, REPORT, STATE, State, read_state
 
 Format = Literal["safetensors", "pt", "pt2", "onnx"]
@@ -48,6 +51,7 @@ def save(
     images: Tensor | None = None,
     class_names: list[str] | None = None,
     stream: Mapping[str, Any] | None = None,
+    adapting: bool = False,
 ) -> Path:
     """Write the plain net that predicts as ``method.predict`` does now: ``method.export()`` as a file.
 
@@ -61,6 +65,13 @@ def save(
     A program has the normalisation of a Backbone inside. It is run on batches of 1 to 3 images after it was written,
     and compared with the method.
 
+    With ``adapting``, a program goes on adapting without torch: the step of a method without gradients, whose state
+    comes in and goes out. An ``onnx`` file has the inputs ``images`` and ``state.NAME``, the outputs ``logits`` and
+    ``next.NAME``; an input of state that is left out has the value that the method has now.
+    :class:`~lightning_tta.OnnxAdapter` hands the state on. A ``pt2`` program takes ``(images, {NAME: tensor})`` and
+    returns the same of logits and new state. Images are not looked at: those with pixels that are not finite must be
+    left out before.
+
     Args:
         method: A method that has seen its stream.
         path: The file.
@@ -68,6 +79,7 @@ def save(
         images: (B, C, H, W), pixels in [0, 1], an example for programs; ``None``: noise of the size of the last batch.
         class_names: Of the logits, in order, for the metadata.
         stream: What the method has seen, in primitives, for the metadata.
+        adapting: Whether the program goes on adapting.
 
     Returns:
         The path.
@@ -87,6 +99,8 @@ def save(
         raise ConfigError(
             f"save() writes the net of a method, lightning_tta.adapt(net, ...); got a {type(method).__name__}."
         )
+    if adapting:
+        return _save_adapting(method, path, kind, images, class_names, stream)
     net = method.export().cpu()
     metadata = _metadata(method, net, class_names, stream)
     if kind in ("safetensors", "pt"):
@@ -105,6 +119,81 @@ def save(
 
 
 export = save
+
+
+def _save_adapting(
+    method: TTAMethod,
+    path: Path,
+    kind: Format,
+    images: Tensor | None,
+    class_names: list[str] | None,
+    stream: Mapping[str, Any] | None,
+) -> Path:
+    if kind not in ("pt2", "onnx"):
+        raise ConfigError(
+            f"adapting=True writes a program, {path.stem}.onnx or {path.stem}.pt2; {kind!r} holds weights alone."
+        )
+    method = getattr(method, "method", method)
+    examples = _examples(method, method.model, images)
+    metadata = {**_metadata(method, method.model, class_names, stream), "adapting": "true"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _explained(method.model, kind), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's exporter, which speak of its own code
+        step = ExportedStep(method, examples[0])
+        program = step.export(examples[0])
+        if kind == "pt2":
+            run = program.module()
+            _check_stream(lambda images, state: run(images, state), step, method, examples, path)
+            files = {"metadata.json": json.dumps(metadata)}
+            write_whole(path, lambda file: torch.export.save(program, file, extra_files=files))
+            return path
+        names = list(step.state)
+        program = program.run_decompositions({**DECOMPOSITIONS})  # its own copy
+        content = _onnx_content(
+            program,
+            (),
+            metadata,
+            inputs=["images", *(f"{BEFORE}{name}" for name in names)],
+            outputs=["logits", *(f"{AFTER}{name}" for name in names)],
+            values={f"{BEFORE}{name}": tensor for name, tensor in step.state.items()},
+        )
+        adapter = OnnxAdapter(content)
+
+        def adapt(images: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            logits = torch.from_numpy(adapter(images.numpy()))
+            return logits, {name: torch.from_numpy(adapter.state[f"{BEFORE}{name}"]) for name in state}
+
+        _check_stream(adapt, step, method, examples, path)
+        write_whole(path, lambda file: file.write(content))
+    return path
+
+
+def _check_stream(
+    run: Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]],
+    step: ExportedStep,
+    method: TTAMethod,
+    examples: list[Tensor],
+    path: Path,
+) -> None:
+    """Refuse a program that, over several batches, does not adapt as the method does."""
+    twin = copy.deepcopy(method).cpu()
+    state = {name: tensor.clone() for name, tensor in step.state.items()}
+    tolerance = TOLERANCE if step.dtype.itemsize >= 4 else HALF_TOLERANCE
+    for images in examples:
+        logits, state = run(images, state)
+        expected = {"": twin(images), **{name: value for name, value in {**twin.adaptable, **twin.rest}.items()}}
+        for name, value in {"": logits, **state}.items():
+            wanted = expected[name].detach()
+            same = value.shape == wanted.shape
+            scale = wanted.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+            distance = (value.double() - wanted.double()).abs().max() / scale if same else torch.tensor(torch.inf)
+            if not bool(distance <= tolerance):
+                what = f"state {name!r}" if name else "logits"
+                raise UnsupportedModelError(
+                    f"The program for {path.name} does not adapt as the method does: {what} "
+                    f"after {len(images)} images differ by {float(distance):.2g} of the largest one, allowed is "
+                    f"{tolerance:.0e}. Nothing was written. Save the plain net, without adapting."
+                )
 
 
 def _metadata(
@@ -208,30 +297,49 @@ def _write_program(
 def _write_onnx(
     path: Path, net: nn.Module, examples: list[Tensor], metadata: Mapping[str, str], method: TTAMethod
 ) -> None:
+    net.requires_grad_(False)
+    content = _onnx_content(net, (examples[0],), metadata, inputs=["images"], outputs=["logits"])
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    found = [torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]) for images in examples]
+    _check(found, examples, method, path)
+    write_whole(path, lambda file: file.write(content))
+
+
+def _onnx_content(
+    net: nn.Module | torch.export.ExportedProgram,
+    example: tuple[Tensor, ...],
+    metadata: Mapping[str, str],
+    *,
+    inputs: list[str],
+    outputs: list[str],
+    values: Mapping[str, Tensor] | None = None,
+) -> bytes:
+    """An ONNX file; inputs that have ``values`` may be left out."""
     try:
         import onnx
-        import onnxruntime
+        import onnxruntime  # noqa: F401  # that runs it, to compare
         import onnxscript  # noqa: F401  # torch's exporter needs it
     except ImportError as error:
         raise ConfigError(f"ONNX files need the package {error.name!r}: pip install 'lightning-tta[onnx]'.") from error
-    net.requires_grad_(False)
     program = torch.onnx.export(
         net,
-        (examples[0],),
+        example,
         dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-        input_names=["images"],
-        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) if example else None,
+        custom_translation_table=translations(),
+        input_names=inputs,
+        output_names=outputs,
         verbose=False,
     )
     assert program is not None
     model = program.model_proto
     onnx.helper.set_model_props(model, dict(metadata))
-    content = model.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    found = [torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0]) for images in examples]
-    _check(found, examples, method, path)
-    write_whole(path, lambda file: file.write(content))
+    for name, value in (values or {}).items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value.numpy(), name))
+    content: bytes = model.SerializeToString()
+    return content
 
 
 # Runs
@@ -242,6 +350,7 @@ def export_run(
     output: str | Path = "adapted.safetensors",
     process: int | None = None,
     build: Callable[[Path], TTAMethod] | None = None,
+    adapting: bool = False,
 ) -> Path:
     """Write the net of a predict run, at its end or, if it is unfinished, as last saved.
 
@@ -253,6 +362,8 @@ def export_run(
         build: Makes the run's method around its net, from the run's ``config.yaml``; asked where the run cannot say in
             words which net it was. A run in Python of a net of your own: ``build=lambda _: Tent(my_net)``, with the
             weights that it had.
+        adapting: Write a program that goes on adapting (``.onnx`` or ``.pt2``; methods without gradients), and not the
+            plain net.
 
     Raises:
         DataError: If the run has no state, or the weights that it adapted are no longer there.
@@ -281,7 +392,7 @@ def export_run(
     method = _method_of(run, state, build)
     identity = state["identity"]
     stream = {name.removeprefix("protocol."): v for name, v in identity.items() if name.startswith("protocol.")}
-    return save(method, output, class_names=state["class_names"], stream=stream)
+    return save(method, output, class_names=state["class_names"], stream=stream, adapting=adapting)
 
 
 def _method_of(run: Path, state: State, build: Callable[[Path], TTAMethod] | None) -> TTAMethod:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from lightning_tta.backbones.norms import replaced_forwards
 from lightning_tta.backbones.passes import outside_inference_mode
+from lightning_tta.backbones.quantized import is_quantized
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _version = attrgetter("_version")
@@ -121,6 +122,8 @@ def _find(model: nn.Module, kind: str) -> tuple[list[_Cast], dict[nn.Module, Cal
         run = _run(layer)
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
         if run is None or weight is None or weight.is_inference() or (bias is not None and bias.is_inference()):
+            continue
+        if is_quantized(weight):
             continue
         own = [casts.setdefault(id(p), _Cast(p)) for p in (weight, bias) if p is not None]
         forwards[layer] = _forward(layer, run, own[0], own[1] if bias is not None else None, kind)

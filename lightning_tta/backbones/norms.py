@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from lightning_tta import collective
 from lightning_tta.backbones.copying import copy_net
+from lightning_tta.backbones.quantized import FORWARD_ONLY
 from lightning_tta.backbones.split import execution_order, is_inside, parts_by_depth
 from lightning_tta.errors import UnsupportedModelError, check_range
 from lightning_tta.losses import at_least_float32
@@ -102,8 +103,9 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no normalisation layer with affine parameters, which this method adapts. "
             "Allowed: nets with BatchNorm, GroupNorm, LayerNorm, InstanceNorm (affine) or RMSNorm layers; a quantised "
-            "or fused net has none: adapt the one it was made from. "
-            "Use method 'source' (no adaptation) for this net, or put normalisation layers into it."
+            "or fused net has none: adapt the one it was made from, or use a method without gradients "
+            f"({FORWARD_ONLY}). "
+            "Or use method 'source' (no adaptation) for this net, or put normalisation layers into it."
         )
     return {name: parameter for parameter, name in names.items()}
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.copying import copy_net
+from lightning_tta.backbones.graphs import GraphHead
 from lightning_tta.backbones.passes import outside_inference_mode, safe_checkpoints
+from lightning_tta.backbones.quantized import dequantized, is_packed, is_quantized
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_range
 
 
@@ -50,7 +52,9 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
     """The classifier's last linear layer and its name.
 
     Looked for in this order: the argument; what a ``get_classifier()`` (timm's convention) of the net or of a net
-    inside it returns; the last :class:`torch.nn.Linear` in the net's own order.
+    inside it returns; the last :class:`torch.nn.Linear` in the net's own order. A quantised linear layer of
+    ``torch.ao`` counts too, and, of a net without any, the last linear operation of an exported graph; they are no
+    ``nn.Linear``, and :func:`plain_head` makes them one.
 
     Args:
         model: Any classifier.
@@ -59,7 +63,8 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
     Raises:
         UnsupportedModelError: If there is no such layer, or it is not linear.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = model.named_modules()
+    linear: dict[str, Any] = {name: m for name, m in modules if isinstance(m, nn.Linear) or is_packed(m)}
     if head is not None:
         if head not in linear:
             raise UnsupportedModelError(
@@ -67,6 +72,9 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
                 f"{', '.join(linear) or 'none'}."
             )
         return head, linear[head]
+    graph = None if linear else GraphHead.find(model)
+    if graph is not None:
+        return graph  # type: ignore[return-value]
     if not linear:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no linear layer to split features from logits at. Allowed: classifiers that "
@@ -78,8 +86,29 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
     return next((item for item in linear.items() if item[1] is classifier), next(reversed(linear.items())))
 
 
+def plain_head(head: Any) -> nn.Linear:
+    """A linear layer with a plain weight (K, D): ``head`` itself, or, if it is quantised, one with its values.
+
+    The weight is what the quantised one stands for. Input and output of the plain layer are not quantised: their ranges
+    were made for the features of the calibration, and would cut others.
+    """
+    if isinstance(head, nn.Linear) and not is_quantized(head.weight):
+        return head
+    weight, bias = (value() if callable(value) else value for value in (head.weight, head.bias))
+    assert isinstance(weight, Tensor)
+    weight = dequantized(weight).detach().clone()
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(weight, copy=True), requires_grad=False)
+    return plain
+
+
 class HeadSplit:
     """Features z (B, D) and logits u = g(z) (B, K) of a classifier in one pass, where g is its last linear layer.
+
+    Of a quantised head, features and logits are dequantised, and :attr:`head` is a plain layer (:func:`plain_head`), so
+    that ``head(z)`` and the logits of the pass differ by the quantisation of the head's output.
 
     Args:
         model: Any classifier that ends in its head; nothing may come after it.
@@ -92,13 +121,31 @@ class HeadSplit:
 
     def __init__(self, model: nn.Module, head: str | None = None) -> None:
         self.model = model
-        self.name, self.head = find_head(model, head)
-        self.num_features, self.num_classes = self.head.in_features, self.head.out_features
+        layer: Any  # nn.Linear, a quantised layer, or an operation of a graph
+        self.name, layer = find_head(model, head)
+        self._layer = layer
+        self._plain: nn.Linear | None = None  # of a quantised head
+        self.num_features, self.num_classes = self._layer.in_features, self._layer.out_features
         self._checked = False
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last linear layer g, callable on any features (..., D), with a plain weight (K, D)."""
+        if isinstance(self._layer, nn.Linear) and not is_quantized(self._layer.weight):
+            return self._layer
+        device = getattr(self._layer.weight, "device", None)  # packed weights stay where they are
+        if self._plain is None or device not in (None, self._plain.weight.device):
+            with outside_inference_mode():
+                self._plain = plain_head(self._layer)
+        return self._plain
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_plain": None}
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """One forward pass: features (B, D) with their graph, and logits (B, K)."""
-        with recorded_calls({self.name: self.head}) as calls:
+        graph = isinstance(self._layer, GraphHead)
+        with self._layer.recorded() if graph else recorded_calls({self.name: self._layer}) as calls:
             logits = as_logits(self.model(images))
         return self.check(calls, logits), logits
 
@@ -123,6 +170,7 @@ class HeadSplit:
                 "head='...' to name the last linear layer; or use a method that needs no features ('norm', 'tent')."
             )
         _, (features, *_), head_output = calls[0]
+        features, head_output = dequantized(features), dequantized(head_output)
         if not self._checked:  # a net that overflowed cannot be compared: look again at the next pass
             same = head_output is logits
             finite = same or bool(torch.isfinite(logits).all())
@@ -262,6 +310,11 @@ def keep_classes(model: nn.Module, classes: Sequence[int]) -> None:
         ConfigError: If it has no such class.
     """
     name, head = find_head(model)
+    if plain_head(head) is not head:
+        raise UnsupportedModelError(
+            f"The last linear layer '{name}' of {type(model).__name__} is quantised, and cannot be cut to some of its "
+            "classes. Cut the net before it is quantised, or wrap it so that it returns these logits alone."
+        )
     if max(classes) >= head.out_features:
         raise ConfigError(f"classes go up to {max(classes)}, but the net has {head.out_features} logits, from 0.")
     rows = torch.tensor(list(classes), device=head.weight.device)

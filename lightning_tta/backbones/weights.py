@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_tta.backbones.quantized import contents
 from lightning_tta.errors import WeightsError
 
 # Where checkpoints keep their state dict, in order of preference: plain weights before their moving averages.
@@ -40,13 +41,14 @@ def state_digest(module: nn.Module) -> str:
 def digest_of(state: Mapping[str, Any]) -> str:
     """:func:`state_digest` of a state dict."""
     digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
+    parts = ((f"{name}{part}", value) for name, entry in sorted(state.items()) for part, value in contents(entry))
+    for name, value in parts:
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
         else:  # a module's get_extra_state
-            digest.update(f"{name} {value!r};".encode())
+            digest.update(f"{name} {value};".encode())
     return digest.hexdigest()[:16]
 
 

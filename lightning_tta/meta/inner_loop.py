@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lightning_tta.backbones.norms import shortcut_norms
 from lightning_tta.backbones.passes import safe_checkpoints
+from lightning_tta.backbones.quantized import FORWARD_ONLY
 from lightning_tta.backbones.split import execution_order, is_idle
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import confident_loss, unconfident_entropy
@@ -341,7 +342,7 @@ def _gradients(
         raise UnsupportedModelError(
             f"No gradient reaches the BatchNorm layers of {type(net).__name__} that are to be adapted (torch.no_grad, "
             "detach or a quantised layer behind them, or layers that do not run?). Take that out, or use a method "
-            "without gradients ('norm', 't3a', 'lame')."
+            f"without gradients ({FORWARD_ONLY})."
         )
     return [torch.zeros_like(t) if value is None else value for t, value in zip(tensors, values, strict=True)]
 

@@ -50,7 +50,8 @@ class Norm(TTAMethod):
         if not layers:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no BatchNorm layer, so there are no batch statistics to adapt. For "
-                "GroupNorm or LayerNorm nets use 'tent' or 'zerosiam', or 'source' for no adaptation."
+                "GroupNorm or LayerNorm nets use 'tent' or 'zerosiam', for quantised nets 't3a' or 'lame', or 'source' "
+                "for no adaptation."
             )
         untracked = [name for name, layer in layers.items() if layer.running_mean is None]
         if untracked and (source_weight > 0 or momentum is not None):

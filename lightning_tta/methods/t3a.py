@@ -95,7 +95,10 @@ class T3A(TTAMethod):
         names = [name for name, p in self.model.named_parameters(remove_duplicate=False) if p is head.weight]
         if type(head).forward is nn.Linear.forward and names == [f"{self.split.name}.weight"]:
             return ""
-        return "its prototypes cannot replace the last linear layer, whose weight is shared or computed"
+        return (
+            "its prototypes cannot replace the last linear layer, whose weight is shared, computed or quantised. "
+            "Deploy the method itself"
+        )
 
     def stream_weights(self) -> dict[str, Tensor]:
         """The prototypes as rows of the head, without bias."""
@@ -115,7 +118,8 @@ class T3A(TTAMethod):
         if self.skips_when_empty and host_has(classes):
             return torch.from_numpy(np.unique(classes.numpy()))
         number = len(self.sums)
-        return classes if len(classes) < number else torch.arange(number, device=classes.device)
+        few = not torch.compiler.is_exporting() and len(classes) < number  # an exported step takes any number
+        return classes if few else torch.arange(number, device=classes.device)
 
     def _add(self, new: Tensor, classes: Tensor, entropies: Tensor, where: Tensor) -> None:
         """Supports (B, D) with their classes and entropies (B,), if ``where``, 0-dimensional and bool, is true."""

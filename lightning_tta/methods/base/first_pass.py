@@ -95,7 +95,11 @@ class FirstPass:
                 inside = False
 
         def one_pass(*inputs: Any, **options: Any) -> Any:
+            nonlocal own
             count()
+            if before is None:  # that of a graph may have become one that shows its features
+                with self.aside(model):
+                    own = model.forward
             run = own if self._through is None else functools.partial(self._through, own)
             if not self.has_run or (self.ran is None and torch.is_grad_enabled()):
                 return self._look(model, run, statistics, inputs, options)

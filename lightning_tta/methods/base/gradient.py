@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_tta import collective
 from lightning_tta.backbones.norms import batch_norm_layers, owner
+from lightning_tta.backbones.quantized import FORWARD_ONLY, has_quantized
 from lightning_tta.errors import UnsupportedModelError, check_range
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.optimizers import OptimizerName, check_precision, make_optimizer, masked_step
@@ -207,7 +208,10 @@ class GradientMethod(TTAMethod):
                 "its forward call torch.nn.functional.batch_norm?), so that its statistics cannot be those of the "
                 "batch. Call the layer itself."
             )
-        missing = [name for name, flag in names.items() if not flag and owner(name) in ran]
+        modules_run = any(owner(name) in ran for name in names)  # else it cannot tell: a graph of operations
+        missing = [name for name, flag in names.items() if not flag and (owner(name) in ran or not modules_run)]
+        if missing and has_quantized(self.model):
+            raise self._no_gradient(None, f", but for {len(values) - len(missing)} of {len(values)} tensors")
         if missing:
             warnings.warn(
                 f"No gradient reaches {len(missing)} of the {len(values)} tensors that {type(self).__name__} is to "
@@ -251,7 +255,7 @@ class GradientMethod(TTAMethod):
             self.optimizers[kind].state[self.value(parameter)][key] = self.value(name)
         return self
 
-    def _no_gradient(self, loss: Tensor | None = None) -> UnsupportedModelError:
+    def _no_gradient(self, loss: Tensor | None = None, but: str = "") -> UnsupportedModelError:
         if not all(tensor.requires_grad for tensor in self.learned):
             return UnsupportedModelError(
                 f"What {type(self).__name__} is to learn does not require gradients any more: the parameters were "
@@ -266,6 +270,6 @@ class GradientMethod(TTAMethod):
             else "the logits have none (torch.no_grad, detach in its forward?)"
         )
         return UnsupportedModelError(
-            f"No gradient reaches what {type(self).__name__} is to learn in {type(self.model).__name__}: {reason}. "
-            "Take that out, or use a method without gradients ('norm', 't3a', 'lame')."
+            f"No gradient reaches what {type(self).__name__} is to learn in {type(self.model).__name__}{but}: "
+            f"{reason}. Take that out, or use a method without gradients ({FORWARD_ONLY})."
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lightning_tta.backbones.norms import early_norm_parameters, norm_parameters
+from lightning_tta.backbones.quantized import FORWARD_ONLY, has_quantized, is_quantized
 from lightning_tta.errors import UnsupportedModelError
 
 
@@ -51,7 +52,7 @@ def select_parameters(
         chosen = early_norm_parameters(model, frozen_fraction)
     else:
         pattern = re.compile(r"(?s).*" if what == "all" else what)
-        named = model.named_parameters()
+        named = ((name, p) for name, p in model.named_parameters() if not is_quantized(p))
         chosen = {name: p for name, p in named if p.is_floating_point() and pattern.fullmatch(name)}
         if what == "all":  # the mean and std that normalise pixels are parameters in some nets, and no weights
             chosen = {name: p for name, p in chosen.items() if name.rpartition(".")[2] not in ("mean", "std")}
@@ -61,6 +62,9 @@ def select_parameters(
             f"all {len(chosen)} parameters that it would learn are frozen (requires_grad=False), while others of the "
             "net are not. Call requires_grad_() on those that may adapt, before the method is made"
             if chosen
+            else f"the net has no parameter whose name matches {what!r}, or only quantised ones. A quantised net runs "
+            f"with a method without gradients ({FORWARD_ONLY})"
+            if has_quantized(model)
             else f"the net has no parameter whose name matches {what!r}"
         )
         raise UnsupportedModelError(f"{type(model).__name__} has nothing to adapt here: {reason}.")

@@ -158,6 +158,29 @@ class State(nn.Module):
             self._copy(tensors, [self._sources[name].expand_as(tensor) for name, tensor in self._adaptable.items()])
             yield
 
+    @contextmanager
+    def standing_in(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """While active, other tensors hold states, by name, and get what is written; these may be without values.
+
+        For buffers and states of this object alone, not for parameters.
+        """
+        states, rest = self.adaptable, self.rest
+        owned = [name for name in values if name in states]
+        try:
+            for name in owned:
+                self._adaptable[name] = self._put(name, values[name])
+            self._rest.update({name: value for name, value in values.items() if name in rest})
+            yield
+        finally:
+            for name in owned:
+                self._put(name, states[name])
+            self._adaptable, self._rest = states, rest
+
+    def _put(self, name: str, tensor: Tensor) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(path), leaf, tensor)
+        return tensor
+
     def hold(self) -> AbstractContextManager[None]:
         """While active, writes to the state are meant."""
         return nullcontext()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_tta.backbones.copying import PARALLEL, check_initialized
 from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.backbones.passes import outside_inference_mode
+from lightning_tta.backbones.quantized import is_quantized
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import InputError, LightningTTAError, UnsupportedModelError, WeightsError
 
@@ -164,6 +165,7 @@ def _check_numbers(model: nn.Module) -> None:
     for name, layer in batch_norm_layers(model).items():
         named |= dict(layer.named_buffers(name, recurse=False))
     usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    named = {name: t for name, t in named.items() if not is_quantized(t)}
     dense = {name: t for name, t in named.items() if t.dtype in usual and t.layout == torch.strided}
     wrong = {name: tensor.isnan().any() for name, tensor in dense.items()}
     devices = {flag.device for flag in wrong.values()}

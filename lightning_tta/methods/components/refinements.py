@@ -37,12 +37,13 @@ def affinity_matrix(features: Tensor, kind: Affinity, neighbours: int, whole: Te
     pairs = whole[:, None] & whole
     distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").masked_fill_(~pairs, torch.inf)
     if kind == "rbf":
-        nearest, number = distance.topk(min(neighbours, len(z)), largest=False).values, whole.sum()
-        place = (number.clamp(1, nearest.shape[1]) - 1).expand(len(z), 1)
+        nearest, number = distance.topk(torch.sym_min(neighbours, z.shape[0]), largest=False).values, whole.sum()
+        place = (number.clamp(1, nearest.shape[1]) - 1).expand(z.shape[0], 1)
         width = torch.where(whole, nearest.gather(1, place).squeeze(1), 0).sum() / number
         return torch.exp(-0.5 * (distance / width.clamp_min(torch.finfo(z.dtype).eps)) ** 2)
-    others = distance.fill_diagonal_(torch.inf)
-    nearest, places = others.topk(min(neighbours, len(z) - 1), largest=False)
+    number = torch.arange(z.shape[0], device=z.device)
+    others = distance.masked_fill_(number[:, None] == number, torch.inf)
+    nearest, places = others.topk(torch.sym_min(neighbours, z.shape[0] - 1), largest=False)
     return torch.zeros_like(distance).scatter_(1, places, nearest.isfinite().to(distance.dtype))
 
 
@@ -69,6 +70,8 @@ def refine(
         -sum_b log sum_k exp(log p + W Y)_bk, which is the minimum that the iteration finds of
         sum_b KL(y_b || p_b) - sum_bc w_bc <y_b, y_c> with the second y held fixed. The last two are 0-dimensional.
     """
+    if torch.compiler.is_exporting():
+        return _refine_in_a_loop(log_p, affinity, max_iterations, whole)
     log_y, bound = log_p, log_p.new_zeros(())
     iterations = log_p.new_zeros((), dtype=torch.float64)
     ended: Tensor | None = None  # as long as it is known not to be
@@ -89,6 +92,29 @@ def refine(
             if ended is not None or not known(~converged):
                 ended = converged if ended is None else ended | converged
     return log_y, iterations, bound
+
+
+def _refine_in_a_loop(
+    log_p: Tensor, affinity: Tensor, max_iterations: int, whole: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as one loop of a program, which ends by itself."""
+    from torch._higher_order_ops.while_loop import while_loop  # only programs need it
+
+    counts = torch.ones_like(log_p[:, 0], dtype=torch.bool) if whole is None else whole
+
+    def go_on(number: Tensor, log_y: Tensor, before: Tensor, bound: Tensor) -> Tensor:
+        moves = (bound - before).abs() > TOLERANCE * before.abs()
+        return (number < max_iterations) & ((number <= 2) | moves)
+
+    def iterate(number: Tensor, log_y: Tensor, before: Tensor, bound: Tensor) -> tuple[Tensor, ...]:
+        pulled = log_p + affinity @ log_y.exp()
+        normalizer = pulled.logsumexp(1, keepdim=True)
+        return number + 1, pulled - normalizer, bound.clone(), -torch.where(counts[:, None], normalizer, 0.0).sum()
+
+    zero = log_p.new_zeros(())
+    start = (log_p.new_zeros((), dtype=torch.int64), log_p.clone(), zero, zero.clone())
+    number, log_y, _, bound = while_loop(go_on, iterate, start)  # type: ignore[no-untyped-call]
+    return log_y, number.double(), bound
 
 
 def check_affinity(affinity: str, neighbours: int) -> None:
