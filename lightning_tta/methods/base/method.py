@@ -184,8 +184,11 @@ class TTAMethod(Described, Replayable, ABC):
         self.uses_batch_statistics = self.replaces_statistics = account is not None
         if account is not None and not account.synchronized:
             self.parallel = frozenset({"replicas"})  # type: ignore[misc]
-        if account is not None and account.no_plain_net:
-            self.no_plain_net = self.no_plain_net or account.no_plain_net
+
+    @property
+    def account(self) -> Account | None:
+        """The BatchNorm statistics that come from the stream, and what is kept of them; ``None``: the source's."""
+        return self._account
 
     def leave_statistics(self) -> None:
         """Forget the state of the statistics that the method has run with."""
@@ -604,7 +607,7 @@ class TTAMethod(Described, Replayable, ABC):
                 samples = x.to(float_dtype(self.model))
                 samples = samples if bool(usable.all()) else samples[usable.to(x.device)]
                 samples = self._laid_out(samples)
-                logits = self._predicted(samples, infer) if len(samples) else self._no_logits(samples)
+                logits = self._predicted(samples, infer) if len(samples) else self._no_logits(samples, infer)
         finally:
             self.scalars = before
         return fill(at_least_float32(logits), usable)
@@ -620,8 +623,9 @@ class TTAMethod(Described, Replayable, ABC):
             UnsupportedModelError: If no plain net predicts as this method does, with the reason and what to use.
             ConfigError: If the method needs statistics of the stream and has seen no batch.
         """
-        if self.no_plain_net:
-            raise UnsupportedModelError(f"No plain net predicts as '{self.name}' does: {self.no_plain_net}.")
+        reason = self.no_plain_net or ("" if self._account is None else self._account.no_plain_net)
+        if reason:
+            raise UnsupportedModelError(f"No plain net predicts as '{self.name}' does: {reason}.")
         statistics = self.stream_statistics()
         if statistics is not None and not statistics:
             raise ConfigError(
@@ -861,13 +865,28 @@ class TTAMethod(Described, Replayable, ABC):
                 yield self.infer_plain
         else:
             with self._statistics_of_passes():
-                yield self.infer_plain if stream is None else self.infer
+                yield self._looking(self.infer_plain if stream is None else self.infer, apart=stream is None)
+
+    def _looking(self, infer: Callable[[Tensor], Tensor], *, apart: bool) -> Callable[[Tensor], Tensor]:
+        """``infer``, before which chosen statistics see the images: as before a step, or each apart from the others."""
+        account = self._account
+        if account is None or not self.account_chosen or self.images_apart:
+            return infer
+
+        def run(x: Tensor) -> Tensor:
+            try:
+                (account.look_apart if apart else account.look)(self, x)
+                return infer(x)
+            finally:
+                account.drop()
+
+        return run
 
     @torch.no_grad()
-    def _no_logits(self, x: Tensor) -> Tensor:
+    def _no_logits(self, x: Tensor, infer: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits (0, K): what is left when every sample is left out."""
         with collective.absent():
-            logits = self.infer(self.task.stand_in(x))[:0]
+            logits = (infer or self.infer)(self.task.stand_in(x))[:0]
         self.scalars[0].clear()  # of a sample that stands in for none
         return logits
 
