@@ -33,7 +33,7 @@ def spread(value, x):
 class Layer(nn.Module):
     """A BatchNorm layer written out; subclasses say with which mean and variance, and what is kept."""
 
-    def __init__(self, layer, **options):
+    def __init__(self, layer, options):
         super().__init__()
         self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
         self.M, self.V = layer.running_mean.clone(), layer.running_var.clone()
@@ -145,7 +145,7 @@ class InstanceLayer(EMALayer):
 def class_step(mean, var, x, labels, eta, gamma):
     """TRIBE's update of mean and var (K, C) by images x with labels."""
     K = len(mean)
-    delta, s, n, m = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros(K), torch.zeros(K)
+    delta, s, (n, m) = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros(2, K, dtype=torch.float64)
     for k in range(K):
         images = [image.reshape(len(image), -1) for image, label in zip(x, labels, strict=True) if label == k]
         n[k] = len(images)
@@ -154,7 +154,7 @@ def class_step(mean, var, x, labels, eta, gamma):
         m[k] = 1 / n[k] if n[k] > 1 / eta else eta
         delta[k] = m[k] * sum(image.mean(1) - mean[k] for image in images)
         s[k] = sum((image - mean[k][:, None]).square().mean(1) for image in images)
-    m, n = m.double()[:, None], n.double()[:, None]
+    m, n = m[:, None], n[:, None]
     new_mean = mean + (1 - gamma) * delta + gamma * delta.mean(0)
     own = m * (s - n * var) - delta**2
     common = (m * s - delta**2).mean(0) - (m * n).mean() * var
@@ -175,7 +175,7 @@ class BalancedLayer(Layer):
     def normalise(self, x):
         if self.labels is None:
             return self.by(x, *total(*self.rows))
-        rows = class_step(*self.rows, x.detach(), self.labels, self.options["eta"], self.options["gamma"])
+        rows = class_step(*self.rows, x.detach(), self.labels, self.options["eta"], self.options.get("gamma", 0.0))
         if self.keeps:
             self.rows = rows
         return self.by(x, *total(*rows))
@@ -221,12 +221,12 @@ def distance(moments, mean, var):
 class Reference:
     """Tent by plain gradient descent, or the source, with layers written out."""
 
-    def __init__(self, net, layer, lr, **options):
+    def __init__(self, net, layers, lr, **options):
         self.net, self.lr = copy.deepcopy(net), lr
         self.layers = {}
         for name, module in list(self.net.named_modules()):
             if isinstance(module, _BatchNorm):
-                self.layers[name] = layer(module, **options)
+                self.layers[name] = layers(module, options)
                 path, _, leaf = name.rpartition(".")
                 setattr(self.net.get_submodule(path), leaf, self.layers[name])
         self.opened, self.used, self.at = {0: 1}, {0: 0}, options.get("layer")
@@ -292,27 +292,29 @@ CASES = {
     "renormalized bounds": (RenormalizedLayer, {"momentum": 0.2, "rmax": 1.2, "dmax": 0.1}),
     "balanced": (BalancedLayer, {"eta": 0.3, "gamma": 0.0}),
     "balanced gamma": (BalancedLayer, {"eta": 0.4, "gamma": 0.3}),
-    "domains": (DomainLayer, {"eta": 0.3, "domains": 3, "layer": "stem.3"}),
+    "domains": (DomainLayer, {"eta": 0.3, "domains": 3, "layer": "stem.0"}),
     "median": (MedianLayer, {}),
     "instance": (InstanceLayer, {"k": 0.7, "momentum": 0.0}),
     "instance moving": (InstanceLayer, {"k": 0.7, "momentum": 0.2}),
 }
 
 
-def stream(kind="", sizes=(7, 5, 8, 6)):
-    """Batches; for domains of different contrast, some with two."""
-    batches = [make_images(size, seed=number, dtype=torch.float64) for number, size in enumerate(sizes)]
-    if kind == "domains":
-        shifts = [(0.1, 0.0), (0.9, 0.1), (0.1, 0.8), (0.05, 0.5), (1.0, 0.0), (0.3, 0.1)]
-        batches = [make_images(7, seed=number, dtype=torch.float64) for number in range(6)]
-        batches = [a * x + b for x, (a, b) in zip(batches, shifts, strict=True)]
-        batches[3][:3] = 0.2 + 0.4 * batches[3][:3].flip(-1)
+def stream(case="", sizes=(7, 5, 8, 6)):
+    """Batches; for domains of different brightness, one of them with images of two."""
+    if case != "domains":
+        return [make_images(size, seed=number, dtype=torch.float64) for number, size in enumerate(sizes)]
+    noise = [torch.rand(7, 3, 16, 16, dtype=torch.float64) for _ in range(7)]
+    batches = [0.6 * (x - 0.5) + at for x, at in zip(noise, (0.3, 0.6, 0.45, 0.52, 0.3, 0.495, 0.68), strict=True)]
+    batches[4][:3] += 0.3
     return batches
 
 
 def pair(case, lr):
     layer, options = CASES[case]
     kind, net = case.split()[0], make_net("user", K).double()
+    if kind == "domains":  # the source is in the middle of them
+        net.stem[0].running_mean.fill_(0.5)
+        net.stem[0].running_var.fill_(0.03)
     extra = {"K": K} if kind in ("balanced", "domains") else {}
     reference = Reference(net, layer, lr, **options, **extra)
     settings = {"lr": lr, "optimizer": "sgd", "momentum": 0.0} if lr else {}
