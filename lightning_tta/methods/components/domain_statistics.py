@@ -254,6 +254,6 @@ class Domains(Balanced):
 
 
 def _first(where: Tensor) -> Tensor:
-    """The first place along the last dimension where a condition holds."""
+    """The first place along the last dimension where a condition holds; the last, where it does nowhere (NaN)."""
     places = torch.arange(where.shape[-1], device=where.device)
-    return torch.where(where, places, where.shape[-1]).amin(-1)
+    return torch.where(where, places, where.shape[-1] - 1).amin(-1)
