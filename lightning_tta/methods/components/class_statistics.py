@@ -188,8 +188,8 @@ class Balanced(StreamStatistics):
     def keep(self, name: str, members: Members) -> Members:
         """The same in tensors that stay where they are, as recorded parts of a step read them."""
         kept = []
-        for field, value in zip(members._fields, members, strict=True):
-            key = (name, field, value.shape, value.dtype, value.device)
+        for number, value in enumerate(members):
+            key = (name, number, value.shape, value.dtype, value.device)
             if key not in self._places:
                 with outside_inference_mode():
                     self._places[key] = torch.empty_like(value)
