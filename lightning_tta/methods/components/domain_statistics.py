@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.backbones.passes import outside_inference_mode
+from lightning_tta.backbones.split import execution_order
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_range, did_you_mean
 from lightning_tta.methods.base.account import Statistics
 from lightning_tta.methods.base.method import TTAMethod
@@ -19,7 +20,7 @@ from lightning_tta.methods.components.stream_statistics import MOMENTS, instance
 DOMAINS, DOMAIN_CLASSES = "statistics.domains", "statistics.domain_classes"
 OPENED, USED = "statistics.opened", "statistics.used"
 DEPTH = 0.45
-"""Of the layer that tells domains apart, as a share of the net's BatchNorm layers: the third stage of a ResNet-50."""
+"""Of the layer that tells domains apart, among the BatchNorm layers as they run: the third stage of a ResNet-50."""
 
 
 class Domains(Balanced):
@@ -41,7 +42,7 @@ class Domains(Balanced):
         eta: As of ``Balanced``.
         domains: Room for so many, at least 2; authors 32.
         layer: Name of the BatchNorm layer that tells domains apart; ``None``: the one at 45 % of the net's BatchNorm
-            layers, the first of the third stage in a ResNet-50, as the authors have it.
+            layers, as they run, about the first of the third stage in a ResNet-50, as the authors have it.
         groups: As of ``Balanced``.
         max_bytes: As of ``Balanced``.
         classes: As of ``Balanced``.
@@ -79,7 +80,8 @@ class Domains(Balanced):
         if layer is not None and layer not in names:
             raise ConfigError(f"The net has no BatchNorm layer {layer!r}.{did_you_mean(layer, names)}")
         super().__init__(method, eta=eta, gamma=0.0, groups=groups, max_bytes=max_bytes, classes=classes)
-        self.layer = names[min(round(DEPTH * len(names)), len(names) - 1)] if layer is None else layer
+        ran = [name for name in execution_order(method.model) or names if name in names] or names
+        self.layer = ran[min(round(DEPTH * len(ran)), len(ran) - 1)] if layer is None else layer
         moments = method.value(MOMENTS)
         source = torch.cat([moments, torch.zeros_like(moments[:1])])
         method.state(DOMAINS, source.repeat(domains, 1, 1), source=source)
@@ -106,7 +108,7 @@ class Domains(Balanced):
         try:
             with torch.no_grad():
                 method.task.logits(method.model(x))
-                self._keep("shared", self.seen(method))
+                self._choice["shared"] = self.seen(method)
         finally:
             self._looking, self._is_on, self._seen = False, before, {}
         if self._instances is None:
