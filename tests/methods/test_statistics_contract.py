@@ -65,6 +65,11 @@ def build(kind, name="tent", net=None, **options):
     return adapt(make_net("user") if net is None else net, name, statistics=KINDS[kind], **{**METHODS[name], **options})
 
 
+def normalizing(method):
+    """While active, the net runs as in a step."""
+    return nullcontext() if method.account is None else method.account.running(method)
+
+
 def run(method, stream):
     return [method(x) for x in stream]
 
@@ -173,7 +178,7 @@ def test_views_have_the_labels_and_statistics_of_their_group(kind):
         return
     run(method, make_stream(2, seed=1, dtype=torch.float64))
     account = method.account
-    with method.hold(), torch.no_grad(), method._statistics_of_passes():
+    with method.hold(), torch.no_grad(), normalizing(method):
         account.look(method, views[0])
         together = method.logits(torch.cat(views), groups=3, accounted=False)
         apart = torch.cat([method.logits(view, accounted=False) for view in views])
@@ -243,7 +248,7 @@ def test_a_step_asks_the_host_nothing(kind, name):
     method.skips_when_empty = False
     with recording():
         for x in make_stream(3):
-            with method.hold(), torch.enable_grad(), method._statistics_of_passes(), NoSynchronisation():
+            with method.hold(), torch.enable_grad(), normalizing(method), NoSynchronisation():
                 logits = method._adapted(x)
             assert logits.isfinite().all()
 

@@ -103,6 +103,7 @@ class TTAMethod(Described, Replayable, ABC):
     joins_images: ClassVar[bool] = False
     own_statistics: str = ""
     step_on_host: ClassVar[str] = ""
+    _no_plain_net_either: str = ""  # because of what was added
 
     def __init__(self, model: nn.Module, *, steps: int = 1) -> None:
         super().__init__()
@@ -184,11 +185,8 @@ class TTAMethod(Described, Replayable, ABC):
         self.uses_batch_statistics = self.replaces_statistics = account is not None
         if account is not None and not account.synchronized:
             self.parallel = frozenset({"replicas"})  # type: ignore[misc]
-
-    @property
-    def account(self) -> Account | None:
-        """The BatchNorm statistics that come from the stream, and what is kept of them; ``None``: the source's."""
-        return self._account
+        if account is not None:
+            self._no_plain_net_either = account.no_plain_net
 
     def leave_statistics(self) -> None:
         """Forget the state of the statistics that the method has run with."""
@@ -623,7 +621,7 @@ class TTAMethod(Described, Replayable, ABC):
             UnsupportedModelError: If no plain net predicts as this method does, with the reason and what to use.
             ConfigError: If the method needs statistics of the stream and has seen no batch.
         """
-        reason = self.no_plain_net or ("" if self._account is None else self._account.no_plain_net)
+        reason = self.no_plain_net or self._no_plain_net_either
         if reason:
             raise UnsupportedModelError(f"No plain net predicts as '{self.name}' does: {reason}.")
         statistics = self.stream_statistics()
@@ -754,6 +752,11 @@ class TTAMethod(Described, Replayable, ABC):
         super()._check_fits(state)
 
     @property
+    def account(self) -> Account | None:
+        """The BatchNorm statistics that come from the stream, and what is kept of them; ``None``: the source's."""
+        return self._account
+
+    @property
     def record(self) -> MomentsRecord | None:
         """What :meth:`running` hands on, so that the statistics of the batch's pass are accounted for."""
         return self._account.record if isinstance(self._account, StreamAccount) else None
@@ -867,6 +870,14 @@ class TTAMethod(Described, Replayable, ABC):
             with self._statistics_of_passes():
                 yield self._looking(self.infer_plain if stream is None else self.infer, apart=stream is None)
 
+    @torch.no_grad()
+    def _no_logits(self, x: Tensor, infer: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Logits (0, K): what is left when every sample is left out."""
+        with collective.absent():
+            logits = (infer or self.infer)(self.task.stand_in(x))[:0]
+        self.scalars[0].clear()  # of a sample that stands in for none
+        return logits
+
     def _looking(self, infer: Callable[[Tensor], Tensor], *, apart: bool) -> Callable[[Tensor], Tensor]:
         """``infer``, before which chosen statistics see the images: as before a step, or each apart from the others."""
         account = self._account
@@ -881,14 +892,6 @@ class TTAMethod(Described, Replayable, ABC):
                 account.drop()
 
         return run
-
-    @torch.no_grad()
-    def _no_logits(self, x: Tensor, infer: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Logits (0, K): what is left when every sample is left out."""
-        with collective.absent():
-            logits = (infer or self.infer)(self.task.stand_in(x))[:0]
-        self.scalars[0].clear()  # of a sample that stands in for none
-        return logits
 
     def _warn_of_small_batch(self, number: int) -> None:
         first, self.small_batch = self.small_batch, 0
