@@ -91,8 +91,9 @@ class Balanced(StreamStatistics):
     State: K x C x 2 floats, C the channels of all layers together: 0.4 MB for a ResNet-18 and 10 classes, 212 MB for a
     ResNet-50 and 1,000; :attr:`memory_bytes` says it. Beyond ``max_bytes``, or with ``groups``, classes share rows.
     Groups are of classes whose rows in the net's last linear layer point the same way, for such classes have features,
-    and so statistics, that are alike: what a group takes from the mixture of its classes is small then, which for
-    groups by number would be as large as the mixture itself. Without such a layer they are by number, k mod G.
+    and so statistics, that are alike, so that the mixture of classes within a group matters less than in groups by
+    number (a ResNet-20 on CIFAR-10, 5 groups, sorted by class: 44.4 % error, 45.4 % by number, 39.1 % without groups).
+    Without such a layer they are by number, k mod G.
 
     Passes per batch and step: one more forward pass. All passes of the batch, of views of it too, have its labels.
 
