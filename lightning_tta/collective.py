@@ -87,6 +87,23 @@ def count(values: Tensor) -> int:
     return int(total)
 
 
+def gather(values: Tensor) -> Tensor:
+    """Values (N, ...) of all processes, one process after the other; alone, those given. Without gradient."""
+    group = _GROUP.get()
+    if group is None:
+        return values
+    counts = torch.zeros(group.size, dtype=torch.int64, device=values.device)
+    counts[dist.get_rank()] = len(values) if group.present else 0
+    dist.all_reduce(counts)
+    sizes = counts.tolist()
+    start = sum(sizes[: dist.get_rank()])
+    everyone = values.new_zeros(sum(sizes), *values.shape[1:])
+    if group.present:
+        everyone[start : start + len(values)] = values
+    dist.all_reduce(everyone)
+    return everyone
+
+
 def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean over the first dimension of all values (N, ...); with gradient.
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import save_file
 
+import bn_statistics
 import by_hand
 import cost
 import export
@@ -251,3 +252,13 @@ def test_the_branches_for_a_gpu(monkeypatch, tmp_path):
     assert {"floor, ms", "captured, ms", "captured / floor"} <= account.rows["tent"]["tiny BN exact b4"].keys()
     assert account.rows["correct"]["tent"]["recorded"] == 6
     assert account.rows["correct"]["tent"]["captured - plain, fp32"] < 1e-6
+
+
+def test_bn_statistics(capsys):
+    few = ["--nets", "resnet18", "--methods", "tent", "--kinds", "ema", "balanced", "--batch=4", "--rounds=2"]
+    ratios = bn_statistics.main(few)
+    assert ratios["resnet18", "tent", "batch"] == 1
+    assert set(ratios) == {("resnet18", "tent", kind) for kind in ("batch", "ema", "balanced")}
+    assert ratios["resnet18", "tent", "balanced"] > 1.1  # one more pass
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "resnet18" in line]
+    assert [row[6] for row in rows] == ["1", "1", "2"]

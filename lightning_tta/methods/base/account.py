@@ -57,6 +57,10 @@ class Account(ABC):
         """See the usable images of a batch (B, C, H, W), inside :meth:`running`, before the method does."""
         return
 
+    def look_apart(self, method: State, x: Tensor) -> None:
+        """See images (B, C, H, W) that are to be predicted each apart from the others; inside :meth:`running`."""
+        return
+
     @abstractmethod
     def begin(self, method: State) -> None:
         """The coming pass is the one to note."""

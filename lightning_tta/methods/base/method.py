@@ -105,6 +105,7 @@ class TTAMethod(Described, Replayable, ABC):
     joins_images: ClassVar[bool] = False
     own_statistics: str = ""
     step_on_host: str = ""
+    _no_plain_net_either: str = ""  # because of what was added
 
     def __init__(self, model: nn.Module, *, steps: int = 1) -> None:
         super().__init__()
@@ -132,7 +133,6 @@ class TTAMethod(Described, Replayable, ABC):
         self._unrecorded: Tensor | None = None  # the batch, until its pass comes whose statistics are accounted for
         self._account: Account | None = None
         self.account_chosen = self.told_of_batches = False
-        self._no_plain_net_either = ""  # because of what was added
         self._window: Window | None = None
         self._memory: DomainMemory | None = None
         self.corrections: list[Correction] = []
@@ -674,7 +674,7 @@ class TTAMethod(Described, Replayable, ABC):
                 samples = x.to(float_dtype(self.model))
                 samples = samples if bool(usable.all()) else samples[usable.to(x.device)]
                 samples = self._laid_out(samples)
-                logits = self._predicted(samples, infer) if len(samples) else self._no_logits(samples)
+                logits = self._predicted(samples, infer) if len(samples) else self._no_logits(samples, infer)
         finally:
             self.scalars = before
         return fill(at_least_float32(logits), usable)
@@ -828,6 +828,11 @@ class TTAMethod(Described, Replayable, ABC):
         super()._check_fits(state)
 
     @property
+    def account(self) -> Account | None:
+        """The BatchNorm statistics that come from the stream, and what is kept of them; ``None``: the source's."""
+        return self._account
+
+    @property
     def record(self) -> MomentsRecord | None:
         """What :meth:`running` hands on, so that the statistics of the batch's pass are accounted for."""
         return self._account.record if isinstance(self._account, StreamAccount) else None
@@ -978,15 +983,30 @@ class TTAMethod(Described, Replayable, ABC):
                 yield self.infer_plain
         else:
             with self.normalizing():
-                yield self.infer_plain if stream is None else self.infer
+                yield self._looking(self.infer_plain if stream is None else self.infer, apart=stream is None)
 
     @torch.no_grad()
-    def _no_logits(self, x: Tensor) -> Tensor:
+    def _no_logits(self, x: Tensor, infer: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits (0, K): what is left when every sample is left out."""
         with collective.absent():
-            logits = self.infer(self.task.stand_in(x))[:0]
+            logits = (infer or self.infer)(self.task.stand_in(x))[:0]
         self.scalars[0].clear()  # of a sample that stands in for none
         return logits
+
+    def _looking(self, infer: Callable[[Tensor], Tensor], *, apart: bool) -> Callable[[Tensor], Tensor]:
+        """``infer``, before which chosen statistics see the images: as before a step, or each apart from the others."""
+        account = self._account
+        if account is None or not self.account_chosen or self.images_apart:
+            return infer
+
+        def run(x: Tensor) -> Tensor:
+            try:
+                (account.look_apart if apart else account.look)(self, x)
+                return infer(x)
+            finally:
+                account.drop()
+
+        return run
 
     def _warn_of_small_batch(self, number: int) -> None:
         told, self.told_of_batches = self.told_of_batches, True

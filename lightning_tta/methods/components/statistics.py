@@ -6,175 +6,49 @@ Each kind is a class here. All of them start at the source's statistics, and lea
 from __future__ import annotations
 
 import inspect
-import itertools
+import math
+import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_tta import collective
-from lightning_tta.backbones.norms import batch_moments, batch_norm_layers, merged_moments, replaced_forwards
-from lightning_tta.errors import ConfigError, UnsupportedModelError, check_range, did_you_mean
+from lightning_tta.backbones.norms import batch_moments, batch_norm_layers, merged_moments
+from lightning_tta.errors import ConfigError, check_range, did_you_mean
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.account import Account, Statistics, StreamAccount
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import State
+from lightning_tta.methods.components.class_statistics import Balanced
+from lightning_tta.methods.components.domain_statistics import Domains
+from lightning_tta.methods.components.stream_statistics import (
+    IMAGES,
+    MOMENTS,
+    StreamAverage,
+    StreamStatistics,
+    instance_moments,
+    normalized,
+    through_moments,
+)
 
-MOMENTS, IMAGES = "statistics.moments", "statistics.images"
-
-
-class StreamStatistics(Account):
-    """Base of the kinds that give each BatchNorm layer a mean and a variance by a rule.
-
-    To write one: implement :meth:`rule`. State for all layers together is :data:`MOMENTS`, means and variances in rows
-    (2, C), the layers one after the other, which is what :meth:`rule` noted in the pass over the batch.
-
-    Without gradient through the statistics. A layer that sees one value per channel, which has no variance, keeps what
-    it has.
-
-    Args:
-        method: Whose net it is; its state gets more tensors.
-
-    Raises:
-        UnsupportedModelError: If a BatchNorm layer keeps no running statistics, where all kinds start.
-
-    Attributes:
-        places: Where each layer has its channels in the rows.
-    """
-
-    float32 = (MOMENTS,)
-
-    def __init__(self, method: TTAMethod) -> None:
-        layers = batch_norm_layers(method.model)
-        untracked = [name for name, layer in layers.items() if layer.running_mean is None or layer.running_var is None]
-        if untracked:
-            raise UnsupportedModelError(
-                f"BatchNorm layer '{untracked[0]}' keeps no running statistics (track_running_stats=False), so there "
-                "are no source statistics to start from. Use statistics='batch'."
-            )
-        sizes = [layer.num_features for layer in layers.values()]
-        ends = list(itertools.accumulate(sizes))
-        self.places = {n: slice(end - size, end) for n, end, size in zip(layers, ends, sizes, strict=True)}
-        rows = [[layer.running_mean, layer.running_var] for layer in layers.values()]
-        moments = [torch.cat([pair[row] for pair in rows]) for row in (0, 1)]  # type: ignore[misc]  # none is None
-        method.state(MOMENTS, at_least_float32(torch.stack(moments).detach()))
-        self.noted = None
-        self._forwards: dict[nn.Module, Callable[[Tensor], Tensor]] | None = None
-        self._is_on = False
-        self._seen: dict[str, Tensor] = {}
-
-    def rule(self, method: State, name: str, x: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-        """What a layer does with an input.
-
-        Args:
-            method: Has the state.
-            name: The layer's.
-            x: Its input (B, C, ...), detached.
-            old: Its rows (2, C) in :data:`MOMENTS`; in the pass over the batch, of a layer that runs again, what it
-                noted before.
-
-        Returns:
-            Mean and variance in rows, (2, C), or (2, B, C) of each sample, to normalise with; and rows (2, C) to note.
-        """
-        raise NotImplementedError
-
-    def running(self, method: State) -> AbstractContextManager[None]:
-        """While active, layers normalise with what :meth:`rule` returns."""
-        if self._forwards is None:
-            layers = batch_norm_layers(method.get_submodule("model"))
-            self._forwards = {layer: self._forward(method, name, layer) for name, layer in layers.items()}
-        return replaced_forwards(self._forwards)
-
-    def begin(self, method: State) -> None:
-        """Note the coming pass."""
-        self._is_on, self._seen = True, {}
-
-    def end(self) -> None:
-        """Note no more."""
-        self._is_on = False
-
-    @torch.no_grad()
-    def note(self, method: State, logits: Tensor) -> None:
-        """Keep what the layers noted in a pass that gave these logits; of one that did not run, what it has."""
-        stored = method.value(MOMENTS)
-        rows = [self._seen.get(name, stored[:, place]) for name, place in self.places.items()]
-        seen, self._seen = torch.cat(rows, 1), {}
-        self.noted = (seen, torch.isfinite(seen.sum() + logits.sum()))
-
-    @torch.no_grad()
-    def take(self, method: State, images: int, skipped: Tensor | int) -> None:
-        """Write what was noted, if it is finite and no step was skipped."""
-        if self.noted is None:
-            return
-        (*seen, good), self.noted = self.noted, None
-        self.write(method, [torch.as_tensor(each) for each in seen], torch.as_tensor(good) & (skipped == 0), images)
-
-    def write(self, method: State, seen: list[Tensor], good: Tensor, images: int) -> None:
-        """Write what was noted of a batch of ``images``, where it is ``good``, 0-dimensional, bool."""
-        method.write(MOMENTS, seen[0], good)
-
-    def statistics(self, method: State, model: nn.Module) -> Statistics | None:
-        """What is stored."""
-        return self.split(method.value(MOMENTS), model)
-
-    def split(self, rows: Tensor, model: nn.Module) -> Statistics:
-        """Means and variances of rows (2, C), by layer, as the layer has them."""
-        layers = batch_norm_layers(model)
-        parts = {name: rows[:, place].to(layers[name].running_mean) for name, place in self.places.items()}
-        return {name: (mean, var) for name, (mean, var) in parts.items()}
-
-    def renew(self, method: State, model: nn.Module) -> None:
-        """The layers' forwards are other ones now."""
-        self._forwards = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_forwards": None, "_seen": {}}  # which hold these layers, not those of a copy
-
-    def _forward(self, method: State, name: str, layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
-        plain, place = layer.forward, self.places[name]
-
-        def forward(x: Tensor) -> Tensor:
-            stored = method.value(MOMENTS)
-            old = self._seen.get(name, stored[:, place]) if self._is_on else stored[:, place]
-            if x.ndim < 2 or x.shape[1] != layer.num_features:
-                return plain(x)  # which refuses it
-            with torch.no_grad():
-                if x.shape[1:].numel() == x.shape[1] and collective.count(x) == 1:
-                    rows = old
-                else:
-                    rows, new = self.rule(method, name, x.detach(), old)
-                    if self._is_on:
-                        self._seen[name] = new
-            return normalized(layer, plain, x, rows)
-
-        return forward
-
-
-def normalized(layer: _BatchNorm, plain: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor) -> Tensor:
-    """The output of a BatchNorm layer for an input (B, C, ...) that is normalised with given statistics.
-
-    Args:
-        layer: In eval mode.
-        plain: Its forward.
-        x: The input.
-        rows: Mean and variance (2, C); or of each sample, (2, B, C).
-    """
-    like = x if layer.running_mean is None else layer.running_mean
-    mean, var = rows.to(like)
-    if mean.ndim == 2:
-        shape = (*mean.shape, *[1] * (x.ndim - 2))
-        x = ((x - mean.view(shape)) * (var.view(shape) + layer.eps).rsqrt()).to(x.dtype)
-        mean, var = torch.zeros_like(mean[0]), torch.full_like(var[0], 1 - layer.eps)
-    slot = vars(layer)["_buffers"]  # setattr of a module is slow
-    before = slot["running_mean"], slot["running_var"]
-    slot["running_mean"], slot["running_var"] = mean, var
-    try:
-        return plain(x)
-    finally:
-        slot["running_mean"], slot["running_var"] = before
+__all__ = [
+    "EMA",
+    "IMAGES",
+    "KINDS",
+    "MOMENTS",
+    "Balanced",
+    "Domains",
+    "Instance",
+    "Median",
+    "Mixed",
+    "Renormalized",
+    "StreamAverage",
+    "StreamStatistics",
+    "choose",
+    "normalized",
+    "read",
+]
 
 
 class EMA(StreamStatistics):
@@ -203,7 +77,60 @@ class EMA(StreamStatistics):
         return new, new
 
 
-class Mixed(StreamStatistics):
+class Renormalized(EMA):
+    """As ``ema``, with the gradient of batch statistics: DELTA's test-time batch renormalization.
+
+    The input, normalised by the batch's moments, is normalised again with r and d, which carry no gradient::
+
+        y = (x - m_b) / s_b * r + d    r = s_b / s_ema    d = (m_b - m_ema) / s_ema    s^2 = variance + eps
+
+    So y is what ``ema`` gives, to the bit, and a step is that of a net whose layers undo what the batch has in common.
+
+    Args:
+        method: Whose net it is.
+        momentum: As of :class:`EMA`, in (0, 1]; authors 0.05.
+        rmax: r is kept in [1 / rmax, rmax], >= 1; ``None``: as it is. Authors: 3, without effect in their code.
+        dmax: d is kept in [-dmax, dmax], >= 0; ``None``: as it is. Authors: 5, without effect.
+
+    Source: Zhao et al., DELTA, ICLR 2023, arXiv 2301.13018. Differs from the authors' code: the average starts at the
+    source, not at the first batch, is of the variance, not of its root, and has the batch in it before it is predicted.
+    """
+
+    def __init__(
+        self, method: TTAMethod, *, momentum: float = 0.05, rmax: float | None = None, dmax: float | None = None
+    ) -> None:
+        if rmax is not None:
+            check_range("rmax", rmax, 1)
+        if dmax is not None:
+            check_range("dmax", dmax, 0)
+        super().__init__(method, momentum=momentum)
+        self.rmax, self.dmax = rmax, dmax
+        self._batch: tuple[Tensor, Tensor] | None = None  # of the layer that runs now
+
+    def rule(self, method: State, name: str, x: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        """The average with this input in it; with bounds, what gives the same as r and d within them."""
+        batch, eps = torch.stack(batch_moments(x)).to(old), self.eps[name]
+        self._batch = batch[0], batch[1]
+        new = torch.lerp(old, batch, self.momentum)
+        if self.rmax is None and self.dmax is None:
+            return new, new
+        deviation, average = (batch[1] + eps).sqrt(), (new[1] + eps).sqrt()
+        ratio, shift = deviation / average, (batch[0] - new[0]) / average
+        if self.rmax is not None:
+            ratio = ratio.clamp(1 / self.rmax, self.rmax)
+        if self.dmax is not None:
+            shift = shift.clamp(-self.dmax, self.dmax)
+        scale = deviation / ratio
+        return torch.stack([batch[0] - shift * scale, scale * scale - eps]), new
+
+    def enter(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
+        """With gradient through the batch's moments."""
+        assert self._batch is not None
+        batch, self._batch = self._batch, None
+        return through_moments(x, *batch, self.eps[name])
+
+
+class Mixed(StreamAverage):
     """A mixture of the source's statistics with those of the batch.
 
     ``mean = w * source + (1 - w) * batch``, variance likewise. Over the stream, for ``predict`` and ``export``, the
@@ -218,16 +145,13 @@ class Mixed(StreamStatistics):
     Source: Schneider et al., arXiv 2006.16971, without the cross term, with w = N / (N + n) for batches of n images.
     """
 
-    float32 = (MOMENTS,)
     small_batch = 4
-    images_apart = False
 
     def __init__(self, method: TTAMethod, *, source_weight: float = 0.7, cross_term: bool = False) -> None:
         check_range("source_weight", source_weight, 0, 1)
         super().__init__(method)
         self.source_weight, self.cross_term = source_weight, cross_term
         self.advice = f"mixes the statistics of each batch, {1 - source_weight:.0%}, into those of the source"
-        method.state(IMAGES, torch.zeros((), dtype=torch.int64, device=method.value(MOMENTS).device), source=0)
 
     def _mixture(self, method: State, place: slice, rows: Tensor) -> Tensor:
         source = method.source_value(MOMENTS)[:, place]
@@ -239,13 +163,6 @@ class Mixed(StreamStatistics):
         batch = torch.stack(batch_moments(x)).to(old)
         return self._mixture(method, self.places[name], batch), batch
 
-    def write(self, method: State, seen: list[Tensor], good: Tensor, images: int) -> None:
-        """Take the batch's statistics into the average over the stream."""
-        moments, number = method.value(MOMENTS), method.value(IMAGES)
-        before = number.clamp(max=StreamAccount.HORIZON).to(moments.dtype)
-        method.write(MOMENTS, merged_moments(moments, seen[0], images / (before + images)), good)
-        method.write(IMAGES, number + images, good)
-
     def statistics(self, method: State, model: nn.Module) -> Statistics | None:
         """The mixture with the average over the stream; empty if nothing was seen."""
         if not bool(method.value(IMAGES) > 0):
@@ -253,11 +170,109 @@ class Mixed(StreamStatistics):
         return self.split(self._mixture(method, slice(None), method.value(MOMENTS)), model)
 
 
+class Median(StreamAverage):
+    """The batch's median in the place of its mean, and the mean squared distance from it for the variance: MedBN.
+
+    A few images made to shift the mean of a batch, which would spoil the others, hardly shift its median. Of an even
+    number of values the lower one in the middle. Gradients go through the variance, not through the median. Over the
+    stream, for ``predict`` and ``export``, both are an average as of
+    :class:`~lightning_tta.methods.base.account.StreamAccount`. A median costs a sort of each channel, and cannot be
+    summed over processes.
+
+    Args:
+        method: Whose net it is.
+
+    Source: Park et al., MedBN, CVPR 2024, arXiv 2403.19326. Differs from it: no gradient through the median.
+    """
+
+    synchronized = False
+    small_batch = 8
+    advice = "normalises BatchNorm layers with medians of each batch: of fewer than about 8 images they are noise"
+
+    def rule(self, method: State, name: str, x: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        """The median, and the mean squared distance from it."""
+        values = at_least_float32(x).transpose(0, 1).flatten(1)
+        if x.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
+            median = values.sort(1).values[:, (values.shape[1] - 1) // 2]  # that of CUDA may differ in which it takes
+        else:
+            median = values.median(1).values
+        rows = torch.stack([median, (values - median[:, None]).square().mean(1)]).to(old)
+        return rows, rows
+
+    def enter(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
+        """With gradient through the variance."""
+        return through_moments(x, rows[0], rows[1], self.eps[name], through_mean=False)
+
+
+class Instance(StreamStatistics):
+    """The source's statistics, moved towards those of an image where these are farther off than chance: NOTE's IABN.
+
+    With M, V of the source, m_i, v_i (unbiased) those of image i over its n pixels, and
+    ``shrink(x, l) = sign(x) max(|x| - l, 0)``::
+
+        mean = M + shrink(m_i - M, k sqrt((V + eps) / n))
+        var  = max(V + shrink(v_i - V, k (V + eps) sqrt(2 / (n - 1))), 0)
+
+    **The source net must have been trained with such layers.** In a net trained with plain BatchNorm they take away
+    what tells images apart, and cost accuracy on clean images already: look at it first. Images do not depend on each
+    other. A layer with one value per channel and image keeps M and V. Without gradient through the statistics.
+
+    Args:
+        method: Whose net it is.
+        k: >= 0; authors 4. The larger, the nearer to plain BatchNorm.
+        momentum: Of an average over the stream, as of :class:`EMA`, in the place of M and V, in [0, 1]; it counts from
+            the next batch. 0: the source's. Authors 0.01, over a memory that is balanced by class.
+
+    Source: Gong et al., NOTE, NeurIPS 2022, arXiv 2208.05117. Differs from the authors' code: no gradient through an
+    image's statistics.
+    """
+
+    images_apart = False
+    no_plain_net = "its BatchNorm layers take the statistics of each image (statistics='instance'). Use another kind"
+
+    def __init__(self, method: TTAMethod, *, k: float = 4.0, momentum: float = 0.0) -> None:
+        check_range("k", k, 0)
+        check_range("momentum", momentum, 0, 1)
+        super().__init__(method)
+        self.k, self.momentum = k, momentum
+        warnings.warn(
+            "statistics='instance' is for nets whose BatchNorm layers were instance-aware (IABN) in training already; "
+            "any other net loses accuracy by it, on clean images too. Use 'ema' or 'balanced' for such a net.",
+            stacklevel=2,
+        )
+
+    def rule(self, method: State, name: str, x: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        """Statistics of each image; to note, the average over the stream."""
+        new = torch.lerp(old, torch.stack(batch_moments(x)).to(old), self.momentum) if self.momentum else old
+        pixels = x.shape[2:].numel()
+        if pixels == 1:
+            return old, new
+        mean, var = instance_moments(x, unbiased=True)
+        of_mean = self.k * ((old[1] + self.eps[name]) / pixels).sqrt()
+        of_var = self.k * math.sqrt(2 / (pixels - 1)) * (old[1] + self.eps[name])
+        mean = old[0] + _shrink(mean.to(old) - old[0], of_mean)
+        var = (old[1] + _shrink(var.to(old) - old[1], of_var)).clamp(min=0)
+        return torch.stack([mean, var]), new
+
+    def statistics(self, method: State, model: nn.Module) -> Statistics | None:
+        """None are the same for all images."""
+        return None
+
+
+def _shrink(x: Tensor, bound: Tensor) -> Tensor:
+    return x - torch.maximum(torch.minimum(x, bound), -bound)
+
+
 KINDS: dict[str, Callable[..., Account | None]] = {
     "batch": lambda method: StreamAccount(method, method.model),
     "source": lambda method: None,
     "mixed": Mixed,
     "ema": EMA,
+    "renormalized": Renormalized,
+    "balanced": Balanced,
+    "domains": Domains,
+    "median": Median,
+    "instance": Instance,
 }
 """The kinds, by the word that ``statistics=`` takes."""
 
@@ -275,6 +290,12 @@ def choose(method: TTAMethod, wanted: str | Mapping[str, Any]) -> None:
     """
     kind, options = read(wanted, "statistics", KINDS)
     if not batch_norm_layers(method.model):
+        if kind != "auto":
+            warnings.warn(
+                f"statistics={kind!r} has no effect: {type(method.model).__name__} has no BatchNorm layer. Leave it "
+                "out.",
+                stacklevel=2,
+            )
         return
     if method.own_statistics:
         raise ConfigError(
@@ -285,8 +306,8 @@ def choose(method: TTAMethod, wanted: str | Mapping[str, Any]) -> None:
     account = KINDS[kind](method, **options)
     if account is not None and method.images_apart and not account.images_apart:
         raise ConfigError(
-            f"statistics={kind!r} are of the images of a batch together, which '{method.name}' treats each on its own. "
-            "Use statistics='ema' or 'auto'."
+            f"statistics={kind!r} and method '{method.name}' exclude each other: the method treats each image of a "
+            "batch on its own, and holds the statistics fixed meanwhile. Use statistics='ema', 'balanced' or 'source'."
         )
     method.take_up(account)
 
