@@ -49,6 +49,8 @@ VARIANTS = {
     ],
     "lame": [{}, {"affinity": "rbf", "neighbours": 3}, {"affinity": "linear"}],
     "t3a": [{"filter_k": 2}, {"filter_k": None}],
+    "neo": [{}, {"momentum": 0.3}, {"center": "source"}, {"balanced": True}, {"center": "source", "balanced": True}],
+    "output_shift": [{"momentum": 0.3}],
     "cotta": [
         {"lr": 1e-2, "ema_decay": 0.7, "anchor_threshold": 1.0, "views": 2, "chunk_views": 4, "restore": 0.0},
         {"lr": 0.1, "optimizer": "sgd", "ema_decay": 0.7, "anchor_threshold": 1.0, "views": 3, "restore": 0.2},

@@ -92,6 +92,8 @@ class TestTimeAdaptation(LightningModule):
         window: Adapt once every so many images, on all of them, and predict each when it comes: for streams of one or a
             few images at a time, see :meth:`~lightning_tta.methods.base.method.TTAMethod.slide`; ``None``: on each
             batch as it comes.
+        reservoir: Keep up to so many states of the method, one for each domain that it tells apart by itself, see
+            :class:`~lightning_tta.methods.components.reservoir.Reservoir`; or a dict of its options.
         capture: Whether steps are recorded once and replayed, on CUDA, see
             :class:`~lightning_tta.methods.base.execution.Execution`.
         compile: Whether the net is compiled for recorded steps.
@@ -129,6 +131,7 @@ class TestTimeAdaptation(LightningModule):
         processes: ProcessMode = "replicas",
         statistics: str | dict[str, Any] | None = None,
         window: int | None = None,
+        reservoir: int | dict[str, Any] | None = None,
         capture: Capture = "auto",
         compile: bool = False,
         precision: Precision | None = None,
@@ -160,7 +163,7 @@ class TestTimeAdaptation(LightningModule):
         if not isinstance(self.method, TTAMethod):
             raise ConfigError(f"method must make a TTAMethod; it made a {type(self.method).__name__}.")
         with outside_inference_mode():
-            add(self.method, statistics=statistics, window=window)
+            add(self.method, statistics=statistics, window=window, reservoir=reservoir)
         chosen = Execution(capture=capture, compile=compile, precision=precision, lean=lean)
         self.execution = self.method.execution = self.method.execution.changed_by(chosen)
         self.run: StreamRun | None = None
@@ -224,7 +227,7 @@ class TestTimeAdaptation(LightningModule):
             small = self.method.of_batches(data.batch_size * sharing.joined)
             if small:  # before the stream, and not at its first batch
                 warnings.warn(small, stacklevel=2)
-                self.method.small_batch = 0
+                self.method.told_of_batches = True
         source = trainer.predict_loop._data_source.instance
         protocol = Protocol.from_parts(
             {**CUSTOM_DATA, "data_digest": describe_loaders(source)} if data is None else data.describe(),

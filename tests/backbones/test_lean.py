@@ -371,7 +371,12 @@ def test_the_host_reads_nothing():
     assert [g.shape for g in gradients] == [p.shape for p in learned]
 
 
-LEARN = [(name, o) for name in sorted(VARIANTS) for o in VARIANTS[name] if name not in ("norm", "t3a", "lame", "zero")]
+LEARN = [
+    (name, o)
+    for name in sorted(VARIANTS)
+    for o in VARIANTS[name]
+    if name not in ("norm", "t3a", "lame", "neo", "output_shift", "zero")
+]
 
 
 @pytest.mark.slow

@@ -20,6 +20,12 @@ CASES = {
     "norm": ("norm", "bn", {}),
     "norm mixed": ("norm", "user", {"source_weight": 0.7}),
     "norm average": ("norm", "bn", {"momentum": 0.2}),
+    "neo": ("neo", "bn", {}),
+    "neo continual": ("neo", "ln", {"momentum": 0.3}),
+    "neo source": ("neo", "user", {"center": "source"}),
+    "neo balanced": ("neo", "gn", {"balanced": True}),
+    "neo source balanced": ("neo", "gn", {"center": "source", "balanced": True}),
+    "output shift": ("output_shift", "bn", {"momentum": 0.3}),
     "tent": ("tent", "bn", {"lr": 0.01}),
     "tent user": ("tent", "user", {"lr": 0.05, "optimizer": "sgd", "steps": 2}),
     "tent filter": ("tent", "bn", {"lr": 0.01, "source_filter": True, "lr_batch_size": 4}),
@@ -58,7 +64,7 @@ def run(name, dtype, rank=0, world=1):
             found = method(part if len(part) else batch[:1])
             predicted = method.predict(part if len(part) else batch[:1], statistics="batch")
         logits.append(torch.cat([found, predicted], 1)[: len(part)])
-        names = ("loss", "kept", "online_entropy", "skipped_steps", "backwards")
+        names = ("loss", "kept", "spread", "online_entropy", "skipped_steps", "backwards")
         stats.append({key: method.stats[key] for key in names if key in method.stats})
     tensors = {key: tensor.detach() for key, tensor in method.adaptable.items()}
     return {"logits": logits, "stats": stats, "tensors": tensors, "memory": method.memory}
@@ -111,7 +117,7 @@ def test_the_cases_are_what_they_should_be():
     assert min(SIZES) == 1
     for name, (method, _, _) in CASES.items():
         result = run(name, torch.float64)
-        if method not in ("source", "norm") and name != "eta filter":
+        if method not in ("source", "norm", "neo", "output_shift") and name != "eta filter":
             assert sum(stats["backwards"] for stats in result["stats"]) >= 5
         if method in ("eta", "eata") and name != "eta filter":
             kept = [stats["kept"] for stats in result["stats"] if "kept" in stats]

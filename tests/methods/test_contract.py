@@ -37,6 +37,8 @@ PASSES = {
     "meta_ttt": (3, 2),
     "lame": (1, 0),
     "t3a": (1, 0),
+    "neo": (1, 0),
+    "output_shift": (1, 0),
 }  # per step: forward, backward
 
 

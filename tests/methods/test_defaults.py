@@ -26,6 +26,8 @@ PUBLISHED = {
     "deyo": {**ADAM, **DEYO},
     "lame": {"neighbours": 5},
     "t3a": {"filter_k": 100},
+    "neo": {"center": "raw", "momentum": None, "balanced": False},
+    "output_shift": {"gamma": 1.0, "momentum": 0.1},
     "cotta": {**ADAM, **COTTA, "anchor_threshold": 0.92, "restore": 0.01, "symmetric": False},
     "zerosiam": {"alpha": 1.0, "momentum": 0.9, "lr_batch_size": 64, "predictor": "learned"},
     "memo": {"optimizer": "sgd", "lr": 5e-3, "weight_decay": 0.0, "kl_weight": 0.0, "views": 32, "bn_prior": None},

@@ -67,7 +67,9 @@ def test_a_step_stays_on_the_device(case, has_run):
             assert tensor.device.type == DEVICE
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[0] in ("eata", "cotta") and case[2] == "bn"], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case[0] in ("eata", "cotta", "neo", "output_shift") and case[2] == "bn"], ids=str
+)
 def test_source_data_on_the_device(case, monkeypatch):
     """prepare() may ask the host: it is no step."""
     method = build(*case, prepare=False)
@@ -148,6 +150,8 @@ PASSES = {  # forward passes alone, and passes with a backward pass, of each met
     ("norm", 2): (1, 0, 3),  # moments, average, and their mixture with the source in each layer
     ("t3a", 0): (1, 0, 0),
     ("lame", 0): (1, 0, 0),
+    ("neo", 3): (1, 0, 0),
+    ("output_shift", 0): (1, 0, 0),
     ("come", 0): (0, 1, 0),
     ("ostta", 0): (1, 1, 0),
     ("eta", 0): (0, 1, 0),

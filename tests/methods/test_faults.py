@@ -22,7 +22,17 @@ EXPECTED = {
     "model without values (meta)": "refused",
     "a class never predicted": "finite",
 }
-WITHOUT_NORM = {"source", "lame", "t3a", "memo", "cotta", "zero", "view_averaging"}  # need no norm layers
+WITHOUT_NORM = {
+    "source",
+    "lame",
+    "t3a",
+    "neo",
+    "output_shift",
+    "memo",
+    "cotta",
+    "zero",
+    "view_averaging",
+}  # need no norm layers
 BN_ONLY = {"norm", "single_image_bn", "meta_ttt"}
 
 

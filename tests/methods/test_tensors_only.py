@@ -12,7 +12,8 @@ from nets import KINDS, make_images, make_net, make_stream, max_difference, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ASKS_NOTHING = ("source", "norm", "t3a", "lame", "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam")
+FORWARD_ONLY = ("source", "norm", "t3a", "lame", "neo", "output_shift")
+ASKS_NOTHING = (*FORWARD_ONLY, "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam")
 CASES = [(name, options) for name in ASKS_NOTHING for options in VARIANTS.get(name, [{}])]
 IDS = [f"{name}-{number}" for name in ASKS_NOTHING for number in range(len(VARIANTS.get(name, [{}])))]
 ON_NETS = [  # those that a net of the kind has no use for are left out

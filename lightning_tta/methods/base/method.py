@@ -37,6 +37,7 @@ from lightning_tta.methods.base.custody import Custody, exclusive, reading
 from lightning_tta.methods.base.description import Described
 from lightning_tta.methods.base.first_pass import FirstPass
 from lightning_tta.methods.base.host import host_has
+from lightning_tta.methods.base.memory import DomainMemory
 from lightning_tta.methods.base.plain import plain_net
 from lightning_tta.methods.base.selection import read_flags, select_parameters
 from lightning_tta.methods.base.task import (
@@ -81,6 +82,7 @@ class TTAMethod(Described, Replayable, ABC):
         image_shape: That of an image of the last batch, (C, H, W).
         required: Names of the net's parameters that required gradients when the method was made.
         optimizers: By name; empty for methods without gradients. Their moments are state, and exist from the start.
+        told_of_batches: Whether somebody was told what batches of the stream's size mean.
         task: What the input is: :class:`~lightning_tta.methods.base.task.Images`.
         small_batch: A first batch of fewer images than this, of a net with BatchNorm, is warned of: 8 where the batch's
             own statistics are taken, else 0.
@@ -129,8 +131,10 @@ class TTAMethod(Described, Replayable, ABC):
         self.image_shape: list[int] | None = None
         self._unrecorded: Tensor | None = None  # the batch, until its pass comes whose statistics are accounted for
         self._account: Account | None = None
-        self.account_chosen = False
+        self.account_chosen = self.told_of_batches = False
+        self._no_plain_net_either = ""  # because of what was added
         self._window: Window | None = None
+        self._memory: DomainMemory | None = None
         self.corrections: list[Correction] = []
         self._features_seen: Tensor | None = None  # of the batch, for the corrections that want them
         if self.uses_batch_statistics and batch_norm_layers(plain):
@@ -184,6 +188,8 @@ class TTAMethod(Described, Replayable, ABC):
         self.uses_batch_statistics = self.replaces_statistics = account is not None
         if account is not None and not account.synchronized:
             self.parallel = frozenset({"replicas"})  # type: ignore[misc]
+        if account is not None:
+            self._no_plain_net_either = account.no_plain_net
 
     @property
     def account(self) -> Account | None:
@@ -219,6 +225,21 @@ class TTAMethod(Described, Replayable, ABC):
             return f"{self._advice}; so give batches of {self.small_batch} or more"
         return "batches of any size"
 
+    def remember(self, memory: DomainMemory) -> None:
+        """Keep a state of its own for each domain that a memory tells apart.
+
+        Raises:
+            ConfigError: If there is a window, or a correction of the predictions that needs features.
+        """
+        if self._window is not None or any(each.wants_features for each in self.corrections):
+            raise ConfigError("A memory of domains goes with neither window= nor refine=. Leave one of them out.")
+        self._memory = memory
+        self.needs_source, self.prepared = True, False
+        self.parallel = frozenset({"replicas"})  # type: ignore[misc]
+        self._no_plain_net_either = (
+            "it has a state for each domain that it has met. Deploy the method itself, or adapt without a memory"
+        )
+
     def slide(self, images: int) -> None:
         """Adapt once every so many images, on all of them together, however few come at a time.
 
@@ -236,13 +257,15 @@ class TTAMethod(Described, Replayable, ABC):
             raise ConfigError(f"window={images} and a refinement of the predictions exclude each other. Leave one out.")
         if self.images_apart:
             raise ConfigError(f"window={images}: '{self.name}' treats each image on its own already. Leave window out.")
+        if self._memory is not None:
+            raise ConfigError(f"window={images} and a memory of domains exclude each other. Leave one of them out.")
         self._window = Window(self, images)
         self.small_batch = 0
         self.parallel = frozenset({"replicas"})  # type: ignore[misc]
 
     @contextmanager
-    def _statistics_of_passes(self) -> Iterator[None]:
-        """How the net runs: as the method says, or with the statistics chosen in its place."""
+    def normalizing(self) -> Iterator[None]:
+        """While active, BatchNorm runs as the method says (:meth:`running`), or with statistics chosen instead."""
         if not self.account_chosen:
             with self.running():
                 yield
@@ -289,6 +312,8 @@ class TTAMethod(Described, Replayable, ABC):
     @exclusive
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Collect what the method needs from source data, once, before the stream. Most need nothing."""
+        if self._memory is not None:
+            self._memory.prepare(self, source_batches)
         self.prepared = True
 
     # What a method uses ----------------------------------------------------------------------------------------------
@@ -488,8 +513,34 @@ class TTAMethod(Described, Replayable, ABC):
         whole = number == len(usable)
         if self._window is not None and number:
             return self._through_window(self._window, x, usable)
+        if self._memory is not None and number:
+            return self._remembering(self._memory, x, usable)
         with self._capture.deciding(self, x, whole):
             return self._adapt_and_predict(x, usable, number)
+
+    def _remembering(self, memory: DomainMemory, x: Tensor, usable: Tensor) -> Tensor:
+        """Predict with the memory's answer for the batch, and step from the state that it has for such batches."""
+        x = x if bool(usable.all()) else x[usable.to(x.device)]
+        device = x.device
+
+        @contextmanager
+        def running() -> Iterator[Tensor]:
+            seen = explained(self.model, x, has_run=self.has_run)
+            with seen, outside_inference_mode(), self.computing(device), fresh_casts(), self.passes(), torch.no_grad():
+                yield self._laid_out(x.to(float_dtype(self.model)))
+
+        with running() as images:
+            style = memory.style(self, images)
+        with running() as images, self.normalizing():
+            memory.assign(self, style, lambda: self.infer(images))
+        with running() as images, memory.blended(self), self.normalizing():
+            logits = at_least_float32(self.infer(images))
+        with self._capture.deciding(self, x, True):
+            self._adapt_and_predict(x, torch.ones(len(x), dtype=torch.bool), len(x))
+        memory.store(self)
+        logits = self._corrected(x, logits, learn=True)
+        self._logits = logits.clone()
+        return fill(logits, usable)
 
     def _through_window(self, window: Window, x: Tensor, usable: Tensor) -> Tensor:
         """Predict each image among the last ones, and step where a window is full."""
@@ -544,7 +595,7 @@ class TTAMethod(Described, Replayable, ABC):
             explained(self.model, x, has_run=self.has_run),
             self.computing(x.device),
             with_gradients(x, float_dtype(self.model)) as x,
-            self._statistics_of_passes(),
+            self.normalizing(),
             self.passes(),
         ):
             x = self._laid_out(x if whole else x[usable.to(x.device)])
@@ -575,7 +626,7 @@ class TTAMethod(Described, Replayable, ABC):
                     logits = self.step(x).detach()
                 if self._account is not None and not self.images_apart:
                     self._account.take(self, self._batch_size, self.scalars[1]["skipped_steps"])
-                if self._window is None:
+                if self._window is None and self._memory is None:
                     logits = self._corrected(x, logits, learn=True)
             finally:
                 self._unrecorded = self._features_seen = None
@@ -623,7 +674,7 @@ class TTAMethod(Described, Replayable, ABC):
             UnsupportedModelError: If no plain net predicts as this method does, with the reason and what to use.
             ConfigError: If the method needs statistics of the stream and has seen no batch.
         """
-        reason = self.no_plain_net or ("" if self._account is None else self._account.no_plain_net)
+        reason = self.no_plain_net or self._no_plain_net_either
         if reason:
             raise UnsupportedModelError(f"No plain net predicts as '{self.name}' does: {reason}.")
         statistics = self.stream_statistics()
@@ -675,8 +726,10 @@ class TTAMethod(Described, Replayable, ABC):
     def reset_where(self, condition: Tensor | None) -> None:
         """As of the state; what was seen of the batch is of another net now."""
         super().reset_where(condition)
-        if self._window is not None and condition is None:
-            self._window.look_again()
+        if condition is None:
+            for part in (self._window, self._memory):
+                if part is not None:
+                    part.look_again()
         if self._account is not None:
             self._account.drop(condition)
 
@@ -739,8 +792,9 @@ class TTAMethod(Described, Replayable, ABC):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Counterpart of :meth:`get_extra_state`."""
         super().set_extra_state(state)
-        if self._window is not None:
-            self._window.look_again()
+        for part in (self._window, self._memory):
+            if part is not None:
+                part.look_again()
         self.prepared = state.get("prepared", self.prepared)
 
     def _check_fits(self, state: Mapping[str, Any]) -> None:
@@ -864,7 +918,7 @@ class TTAMethod(Described, Replayable, ABC):
             with fixed_statistics(self.model, stream):
                 yield self.infer_plain
         else:
-            with self._statistics_of_passes():
+            with self.normalizing():
                 yield self._looking(self.infer_plain if stream is None else self.infer, apart=stream is None)
 
     def _looking(self, infer: Callable[[Tensor], Tensor], *, apart: bool) -> Callable[[Tensor], Tensor]:
@@ -891,12 +945,10 @@ class TTAMethod(Described, Replayable, ABC):
         return logits
 
     def _warn_of_small_batch(self, number: int) -> None:
-        first, self.small_batch = self.small_batch, 0
-        if 0 < number < first and not collective.is_joined():
-            self.small_batch = first
-            text, self.small_batch = self.of_batches(number), 0
-            if text:
-                warnings.warn(text, stacklevel=3)
+        told, self.told_of_batches = self.told_of_batches, True
+        text = "" if told or not number or collective.is_joined() else self.of_batches(number)
+        if text:
+            warnings.warn(text, stacklevel=3)
 
 
 def _read(scalars: Mapping[str, Tensor | float]) -> dict[str, float]:

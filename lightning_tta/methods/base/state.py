@@ -18,8 +18,9 @@ from lightning_tta.errors import ConfigError
 NOT_YET = float("nan")
 """What a floating-point state holds that nothing has been written to yet."""
 
-INPUTS = "window."
-"""How names of states begin that hold what a method was given, and nothing that it made of it."""
+INPUTS, OTHERS = "window.", "memory."
+"""How names of states begin that hold what a method was given, and nothing that it made of it; and states of a method
+that are not those that it has now."""
 
 Lent = list[tuple[list[Tensor], list[Tensor]]]
 Moment = dict[str, dict[str, Tensor]]
@@ -113,6 +114,10 @@ class State(nn.Module):
         """What a state is at the source; may be of fewer dimensions, and broadcasts. Not to be written to."""
         return self._sources[name]
 
+    def renew_source(self, name: str) -> None:
+        """What the state is now is its source from here on; for what is prepared before a stream."""
+        self._sources[name].copy_(self.value(name).detach())
+
     @property
     def adaptable(self) -> dict[str, Tensor]:
         """The parameters and buffers that the method may change, by their name in ``state_dict()``."""
@@ -164,7 +169,7 @@ class State(nn.Module):
         """Every state back to its source value if ``condition``, 0-dimensional and bool, is true, or ``None``."""
         states = {**self._adaptable, **self._rest}
         if condition is not None:  # of its own accord, in the middle of a stream, whose images stay what they are
-            states = {name: tensor for name, tensor in states.items() if not name.startswith(INPUTS)}
+            states = {name: tensor for name, tensor in states.items() if not name.startswith((INPUTS, OTHERS))}
         with outside_inference_mode(), torch.no_grad():
             if condition is None:
                 for name, tensor in states.items():

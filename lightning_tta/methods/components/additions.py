@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.components import statistics
+from lightning_tta.methods.components import reservoir, statistics
 
 Wanted = str | Mapping[str, Any]
 """A word, or a dict of ``kind`` and its options."""
@@ -14,6 +14,7 @@ Wanted = str | Mapping[str, Any]
 ADDITIONS: dict[str, Callable[[TTAMethod, Any], None]] = {
     "statistics": statistics.choose,
     "window": TTAMethod.slide,
+    "reservoir": reservoir.choose,
 }
 """By the option's name, in the order in which they are put on a method."""
 

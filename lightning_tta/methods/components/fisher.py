@@ -30,7 +30,7 @@ def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Te
     """
     sums = [torch.zeros_like(tensor, requires_grad=False) for tensor in method.learned]
     count = 0
-    with method.computing(sums[0].device), method.at_source(), method.running(), method.passes():
+    with method.computing(sums[0].device), method.at_source(), method.normalizing(), method.passes():
         for batch in batches:
             if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
                 kind = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__

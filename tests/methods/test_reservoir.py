@@ -1,0 +1,157 @@
+"""``reservoir=M``: a state for each domain."""
+
+import pytest
+import torch
+
+from lightning_tta import ConfigError, DataError, UnsupportedModelError, adapt
+from nets import make_images, make_net
+
+OPTIONS = {
+    "tent": {"lr": 1e-2},
+    "zerosiam": {"lr": 0.5, "predictor_lr": 0.5},
+    "eta": {"lr": 1e-2, "entropy_margin": 0.9, "diversity_margin": 0.95},
+    "norm": {"momentum": 0.3},
+    "t3a": {"filter_k": 2},
+}
+SOURCE = [{"image": make_images(16, seed=70 + number)} for number in range(3)]
+
+
+def domain(number, seed):
+    """Images whose pixels lie in another range for each domain."""
+    return make_images(8, seed=seed) * (1.0, 0.15, 0.4)[number] + (0.0, 0.8, 0.0)[number]
+
+
+def make(name="tent", kind="bn", prepare=True, reservoir=4, **more):
+    method = adapt(make_net(kind, seed=0), name, reservoir=reservoir, **{**OPTIONS[name], **more})
+    if prepare:
+        method.prepare(SOURCE)
+    return method
+
+
+def value(method, name):
+    return method.value(f"memory.{name}")
+
+
+def log_variances(net, x, count=3):
+    """Of the inputs of the first norm layers, in eval mode."""
+    seen = []
+    layers = [m for m in net.modules() if isinstance(m, (torch.nn.BatchNorm2d, torch.nn.GroupNorm))][:count]
+    handles = [m.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].double())) for m in layers]
+    with torch.no_grad():
+        net.eval()(x)
+    for handle in handles:
+        handle.remove()
+    return torch.cat([s.var((0, 2, 3), unbiased=False).add(1e-8).log() for s in seen])
+
+
+@pytest.mark.parametrize("kind", ["bn", "gn"])
+def test_style_distances_and_threshold_against_a_plain_computation(kind):
+    method, net = make(kind=kind), make_net(kind, seed=0)
+    source = torch.cat([batch["image"] for batch in SOURCE])
+    styles = [log_variances(net, source)]
+    assert torch.allclose(value(method, "styles")[0].double(), styles[0], atol=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    groups = [log_variances(net, source[torch.randperm(48, generator=generator)[:8]]) for _ in range(32)]
+    pairs = torch.stack([(a - b).norm() for n, a in enumerate(groups) for b in groups[:n]])
+    limit = pairs.quantile(0.999)
+    batch = domain(1, 5)
+    method(batch)
+    style = log_variances(net, batch)
+    assert (styles[0] - style).norm() > limit  # so it is new
+    assert value(method, "number") == 2
+    assert value(method, "current") == 1
+    assert torch.allclose(value(method, "styles")[1].double(), style, atol=1e-4)
+    expected = torch.softmax(-torch.stack([(styles[0] - style).norm(), style.new_zeros(())]) / limit, 0)
+    assert torch.allclose(value(method, "weights")[:2].double(), expected, atol=1e-4)
+
+
+def test_domains_that_come_again_find_their_state():
+    method, plain = make(reservoir={"members": 4, "threshold": 2.0}), {}
+    for seed, number in enumerate([0, 1, 2, 0, 1, 2, 1]):
+        images = domain(number, seed)
+        if number not in plain:
+            plain[number] = adapt(make_net("bn", seed=0), "tent", **OPTIONS["tent"])
+            if number:  # a new state is a copy of the one whose predictions tell most
+                mutual = []
+                for one in plain.values():
+                    p = one.predict(images, statistics="batch").softmax(1)
+                    mutual.append(float(-(p.mean(0) * p.mean(0).log()).sum() + (p * p.log()).sum(1).mean()))
+                best = list(plain.values())[max(range(len(plain) - 1), key=mutual.__getitem__)]
+                plain[number].load_state_dict(best.state_dict())
+        plain[number](images)
+        method(images)
+        assert value(method, "current") == list(plain).index(number)
+        for name, tensor in plain[number].adaptable.items():
+            assert torch.equal(method.adaptable[name], tensor)
+    assert value(method, "number") == 3
+
+
+def test_logits_are_those_of_the_average():
+    method = make(kind="gn")
+    for seed, number in enumerate([0, 1, 0]):
+        method(domain(number, seed))
+    banks = {n: method.value(f"memory.bank.{n}").clone() for n in method.adaptable}
+    images = domain(1, 9)
+    logits = method(images)
+    weights = value(method, "weights")
+    assert weights[1] > weights[0] > 0
+    net = make_net("gn", seed=0).eval()
+    parameters = dict(net.named_parameters())
+    with torch.no_grad():
+        for name, bank in banks.items():
+            parameters[name.removeprefix("model.")].copy_((weights.view(-1, *[1] * (bank.ndim - 1)) * bank).sum(0))
+        assert torch.allclose(logits, net(images), atol=1e-5)
+    assert method.stats["forwards"] == 3  # style, average, and the step's own
+
+
+def test_no_more_states_than_there_is_room_for():
+    method = make(reservoir={"members": 2})
+    for seed, number in enumerate([1, 2, 0]):
+        method(domain(number, seed))
+    assert value(method, "number") == 2
+
+
+@pytest.mark.parametrize("name", [*OPTIONS])
+def test_reset_save_and_load(name):
+    method, other = make(name), make(name, prepare=False)
+    first = [method(domain(number, seed)) for seed, number in enumerate([0, 1, 0, 2])]
+    other.load_state_dict(method.state_dict())
+    for seed, number in enumerate([1, 0], 20):
+        assert torch.equal(method(domain(number, seed)), other(domain(number, seed)))
+    method.reset()
+    again = [method(domain(number, seed)) for seed, number in enumerate([0, 1, 0, 2])]
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+
+
+def test_statistics_belong_to_a_state():
+    method = make("tent", statistics={"kind": "ema", "momentum": 0.5})
+    method(domain(1, 0))
+    before = method.value("statistics.moments").clone()
+    method(domain(0, 1))
+    assert not torch.equal(method.value("statistics.moments"), before)
+    assert torch.equal(value(method, "bank.statistics.moments")[1], before)
+
+
+def test_images_that_are_not_finite_open_nothing():
+    method = make()
+    method(domain(0, 0))
+    images = domain(0, 1)
+    images[3] = torch.nan
+    logits = method(images)
+    assert value(method, "number") == 1
+    assert torch.equal(logits[3], torch.zeros(5))
+
+
+def test_what_it_is_not_for():
+    with pytest.raises(UnsupportedModelError, match="norm parameters"):
+        adapt(make_net("bn", seed=0), "cotta", reservoir=4)
+    with pytest.raises(UnsupportedModelError, match="each image anew"):
+        adapt(make_net("bn", seed=0), "memo", reservoir=4)
+    with pytest.raises(ConfigError, match="has none"):
+        adapt(make_net("bn", seed=0), "source", reservoir=4)
+    with pytest.raises(ConfigError, match="no option 'member'"):
+        adapt(make_net("bn", seed=0), "tent", reservoir={"member": 4})
+    with pytest.raises(ConfigError, match="window"):
+        adapt(make_net("bn", seed=0), "tent", reservoir=4, window=8)
+    with pytest.raises(DataError, match="at least 4 source images"):
+        make(prepare=False).prepare([{"image": make_images(2, seed=0)}])
