@@ -99,7 +99,7 @@ def gather(values: Tensor) -> Tensor:
     start = sum(sizes[: dist.get_rank()])
     everyone = values.new_zeros(sum(sizes), *values.shape[1:])
     if group.present:
-        everyone[start : start + len(values)] = values
+        everyone[start : start + len(values)] = values.detach()
     dist.all_reduce(everyone)
     return everyone
 
@@ -171,19 +171,3 @@ def average(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     dist.all_reduce(message)
     shares = iter(torch.split(message / group.size, [gradient.numel() for gradient in present]))
     return tuple(None if g is None else next(shares).view_as(g).to(g.dtype) for g in gradients)
-
-
-def gather(values: Tensor) -> Tensor:
-    """All values (N, ...) of all processes, those of the first process first; alone, ``values``. Without gradient."""
-    group = _GROUP.get()
-    if group is None:
-        return values
-    rank, number = dist.get_rank(), len(values) if group.present else 0
-    sizes = torch.zeros(group.size, dtype=torch.int64, device=values.device)
-    sizes[rank] = number
-    dist.all_reduce(sizes)
-    ends = sizes.cumsum(0).tolist()
-    message = values.new_zeros(ends[-1], *values.shape[1:])
-    message[ends[rank] - number : ends[rank]] = values[:number].detach()
-    dist.all_reduce(message)
-    return message

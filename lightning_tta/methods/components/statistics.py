@@ -20,6 +20,7 @@ from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.account import Account, Statistics, StreamAccount
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import State
+from lightning_tta.methods.components.auto_statistics import Auto
 from lightning_tta.methods.components.class_statistics import Balanced
 from lightning_tta.methods.components.domain_statistics import Domains
 from lightning_tta.methods.components.stream_statistics import (
@@ -273,6 +274,7 @@ KINDS: dict[str, Callable[..., Account | None]] = {
     "domains": Domains,
     "median": Median,
     "instance": Instance,
+    "auto": Auto,
 }
 """The kinds, by the word that ``statistics=`` takes."""
 

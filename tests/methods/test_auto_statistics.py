@@ -1,0 +1,131 @@
+"""``statistics="auto"`` against its equations in plain loops, in float64."""
+
+# ruff: noqa: B023  # each function is called in its own turn of the loop
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_tta import adapt
+from nets import make_images, make_net
+
+
+def plain_auto(net, batches, *, groups=None, r=5.0, s=8.0, limit=0.8, horizon=1000):
+    """Logits of each batch, by equations written out for each layer, class and image."""
+    net = net.eval()
+    layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    sources = [(m.running_mean.clone(), m.running_var.clone()) for m in layers]
+    classes = 5 if groups is None else max(groups) + 1
+    numbers = [0.0] * classes
+    sums = [[(torch.zeros_like(mean), torch.zeros_like(mean)) for _ in range(classes)] for mean, _ in sources]
+    stored, results = list(sources), []
+    for x in batches:
+        rows = list(stored)
+
+        def normalised(number, value):
+            mean, var = rows[number]
+            layer = layers[number]
+            y = (value - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + layer.eps).sqrt()
+            return y * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+
+        for number, layer in enumerate(layers):
+            layer.forward = lambda value, number=number: normalised(number, value)
+        labels = net(x).argmax(1).tolist()
+        labels = [label if groups is None else groups[label] for label in labels]
+        new = [n + labels.count(k) for k, n in enumerate(numbers)]
+        total, size = sum(new), len(labels)
+        same = (sum(n * n for n in new) / total - 1) / max(total - 1, 1)
+        same = min(max(same, 0.0), 1.0)
+        own = sum((labels.count(k) / size) ** 2 for k in range(classes))
+        trust = min((same + (1 - same) / size) / own, 1.0) ** 2
+        after = [None] * len(layers)
+
+        def taking_in(number, value):
+            source_mean, source_var = sources[number]
+            for k in range(classes):
+                first, second = sums[number][k]
+                for label, image in zip(labels, value, strict=True):
+                    if label == k:
+                        first = first + image.mean((1, 2))
+                        second = second + (image**2).mean((1, 2))
+                sums[number][k] = (first, second)
+            seen = sum(n / (n + r) for n in new)
+            alpha = limit * seen**2 / (seen**2 + s**2)
+            mean = sum(first / (n + r) for n, (first, _) in zip(new, sums[number], strict=True)) / seen
+            square = sum(second / (n + r) for n, (_, second) in zip(new, sums[number], strict=True)) / seen
+            var = square - mean**2
+            distance = (mean - source_mean) ** 2
+            after[number] = (
+                (1 - alpha) * source_mean + alpha * mean,
+                (1 - alpha) * source_var + alpha * var + alpha * (1 - alpha) * distance,
+            )
+            rows[number] = tuple(
+                (1 - trust) * b + trust * a for b, a in zip(stored[number], after[number], strict=True)
+            )
+            return normalised(number, value)
+
+        for number, layer in enumerate(layers):
+            layer.forward = lambda value, number=number: taking_in(number, value)
+        results.append(net(x).detach())
+        stored = after
+        room = max(horizon / classes, r)
+        for k, n in enumerate(new):
+            kept = min(room / max(n, 1), 1.0)
+            numbers[k] = n * kept
+            for layer_sums in sums:
+                layer_sums[k] = tuple(each * kept for each in layer_sums[k])
+    return results, stored
+
+
+BATCHES = [make_images(size, seed=number).double() for number, size in enumerate([8, 1, 5, 8, 3])]
+
+
+@pytest.mark.parametrize("options", [{}, {"horizon": 10, "images": 1.0, "classes_needed": 1.0}], ids=str)
+def test_against_plain_loops(options):
+    net = make_net("bn", seed=0).double()
+    method = adapt(net, "norm", statistics={"kind": "auto", **options})
+    names = {"horizon": "horizon", "images": "r", "classes_needed": "s"}
+    expected, stored = plain_auto(net, BATCHES, **{names[name]: value for name, value in options.items()})
+    for x, logits in zip(BATCHES, expected, strict=True):
+        assert torch.allclose(method(x), logits, rtol=1e-10, atol=1e-10)
+    plain = method.export()
+    layers = [m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)]
+    for layer, (mean, var) in zip(layers, stored, strict=True):
+        assert torch.allclose(layer.running_mean, mean, rtol=1e-10, atol=1e-10)
+        assert torch.allclose(layer.running_var, var, rtol=1e-10, atol=1e-10)
+
+
+def test_classes_that_share_rows():
+    net = make_net("bn", seed=0).double()
+    method = adapt(net, "norm", statistics={"kind": "auto", "groups": 2})
+    groups = method.value("statistics.groups").tolist()
+    assert sorted(set(groups)) == [0, 1]
+    expected, _ = plain_auto(net, BATCHES, groups=groups)
+    for x, logits in zip(BATCHES, expected, strict=True):
+        assert torch.allclose(method(x), logits, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("seen", "share"), [(1, 0.8 / 65), (4, 0.8 * 16 / 80), (10, 0.8 * 100 / 164)])
+def test_the_share_of_the_stream_follows_the_number_of_classes_seen(seen, share):
+    method = adapt(make_net("bn", seed=0), "norm", statistics={"kind": "auto", "classes": 10, "groups": 10})
+    counts = torch.zeros(10)
+    counts[:seen] = 1e6
+    source, stream = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0 + 9.0]])  # mean 3, variance 4
+    mean, var = method.account.shrunk(stream[:, None] * counts[None, :, None], counts, source)
+    assert torch.allclose(mean, torch.tensor(1 + share * 2), atol=1e-4)
+    assert torch.allclose(var, torch.tensor(2 + share * 2 + share * (1 - share) * 4), atol=1e-4)
+
+
+def test_what_a_batch_is_trusted_with():
+    """All of a batch that is as diverse as the stream; little of one of a single class in a stream of many."""
+    method = adapt(make_net("bn", seed=0), "norm", statistics="auto")
+    with torch.no_grad():
+        method.value("statistics.counts").fill_(40.0)
+    account = method.account
+    account.look(method, torch.cat([make_images(8, seed=n) for n in range(4)]))
+    labels = account._members.cells
+    counts = torch.bincount(labels, minlength=5) + 40.0
+    n = counts.sum()
+    same = (counts.square().sum() / n - 1) / (n - 1)
+    expected = (same + (1 - same) / 32) / (torch.bincount(labels) / 32.0).square().sum()
+    assert torch.allclose(account.trust(method), expected.clamp(max=1) ** 2)
