@@ -14,7 +14,7 @@ from lightning_tta import Backbone, ConfigError, OnnxAdapter, UnsupportedModelEr
 from lightning_tta.cli.main import main
 from lightning_tta.exported_step import ExportedStep, _cdist
 from lightning_tta.methods import T3A
-from lightning_tta.methods.lame import affinity_matrix, refine
+from lightning_tta.methods.components.refinements import affinity_matrix, refine
 from nets import make_images, make_net, make_stream, max_difference
 from test_export import Branch, predict, weights_file
 

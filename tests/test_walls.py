@@ -52,7 +52,10 @@ ALLOWED = {  # (files, private names of another library), as patterns: why there
     ("lightning_tta/modules/adaptation.py", "_data_source"): "the loaders of a user, before Lightning asks them",
     ("lightning_tta/meta/prefix.py", "_version"): "the one sign that a tensor was written in place",
     ("lightning_tta/methods/base/custody.py", "_version"): "the same",
-    ("lightning_tta/methods/lame.py", "_higher_order_ops"): "a loop in a program; torch has no public name for it",
+    (
+        "lightning_tta/methods/components/refinements.py",
+        "_higher_order_ops",
+    ): "a loop in a program; torch has no public name for it",
     ("lightning_tta/exported_step.py", "_foreach_*"): "what the exporter has no translation of",
     ("lightning_tta/backbones/casts.py", "_version"): "the same",
     ("lightning_tta/backbones/casts.py", "_parameters"): "what a layer has itself, not what a parametrisation computes",
