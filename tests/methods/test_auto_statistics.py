@@ -2,6 +2,8 @@
 
 # ruff: noqa: B023  # each function is called in its own turn of the loop
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from lightning_tta import adapt
 from nets import make_images, make_net
 
 
-def plain_auto(net, batches, *, groups=None, r=5.0, s=8.0, limit=0.8, horizon=1000):
+def plain_auto(net, batches, *, groups=None, r=5.0, s=8.0, limit=0.8, least=0.18, horizon=1000):
     """Logits of each batch, by equations written out for each layer, class and image."""
     net = net.eval()
     layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -55,6 +57,10 @@ def plain_auto(net, batches, *, groups=None, r=5.0, s=8.0, limit=0.8, horizon=10
             square = sum(second / (n + r) for n, (_, second) in zip(new, sums[number], strict=True)) / seen
             var = square - mean**2
             distance = (mean - source_mean) ** 2
+            eps = layers[number].eps
+            ratios = [abs(math.log((v.item() + eps) / (o.item() + eps))) for v, o in zip(var, source_var, strict=True)]
+            shift = sum(min(ratio, 2.0) for ratio in ratios) / len(ratios)
+            alpha *= shift**8 / (shift**8 + least**8)
             after[number] = (
                 (1 - alpha) * source_mean + alpha * mean,
                 (1 - alpha) * source_var + alpha * var + alpha * (1 - alpha) * distance,
@@ -110,10 +116,20 @@ def test_the_share_of_the_stream_follows_the_number_of_classes_seen(seen, share)
     method = adapt(make_net("bn", seed=0), "norm", statistics={"kind": "auto", "classes": 10, "groups": 10})
     counts = torch.zeros(10)
     counts[:seen] = 1e6
-    source, stream = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0 + 9.0]])  # mean 3, variance 4
-    mean, var = method.account.shrunk(stream[:, None] * counts[None, :, None], counts, source)
+    source, stream = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [40.0 + 9.0]])  # mean 3, variance 40
+    mean, var = method.account.shrunk(stream[:, None] * counts[None, :, None], counts, source, 0.0)
     assert torch.allclose(mean, torch.tensor(1 + share * 2), atol=1e-4)
-    assert torch.allclose(var, torch.tensor(2 + share * 2 + share * (1 - share) * 4), atol=1e-4)
+    assert torch.allclose(var, torch.tensor(2 + share * 38 + share * (1 - share) * 4), atol=1e-4)
+
+
+@pytest.mark.parametrize(("shift", "kept"), [(0.09, 256 / 257), (0.18, 0.5), (0.36, 1 / 257)])
+def test_a_layer_whose_variances_are_those_of_the_source_stays_there(shift, kept):
+    method = adapt(make_net("bn", seed=0), "norm", statistics={"kind": "auto", "classes": 10, "groups": 10})
+    counts = torch.full((10,), 1e6)
+    source = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    stream = torch.tensor([[1.0, 1.0], [1 + math.exp(shift), 1 + math.exp(-shift)]])  # mean 1
+    mean, _ = method.account.shrunk(stream[:, None] * counts[None, :, None], counts, source, 0.0)
+    assert torch.allclose(mean, torch.tensor((1 - kept) * 0.8 * 100 / 164), atol=1e-4)
 
 
 def test_what_a_batch_is_trusted_with():

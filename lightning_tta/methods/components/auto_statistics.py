@@ -36,6 +36,7 @@ class Auto(Balanced):
         images: float = 5.0,
         classes_needed: float = 8.0,
         limit: float = 0.8,
+        least_shift: float = 0.18,
         horizon: int = 1000,
         groups: int | None = None,
         max_bytes: int = 2**26,
@@ -44,10 +45,12 @@ class Auto(Balanced):
         check_range("images", images, 0, low_open=True)
         check_range("classes_needed", classes_needed, 0, low_open=True)
         check_range("limit", limit, 0, 1)
+        check_range("least_shift", least_shift, 0, low_open=True)
         check_range("horizon", horizon, 1, integer=True)
         super().__init__(method, eta=1.0, gamma=0.0, groups=groups, max_bytes=max_bytes, classes=classes)
         method.withdraw(CLASSES, BETWEEN)
         self.images, self.classes_needed, self.limit, self.horizon = images, classes_needed, limit, horizon
+        self.least_shift = least_shift
         moments = method.value(MOMENTS)
         method.state(SUMS, moments.new_zeros(2, self.groups, moments.shape[1]), source=0.0)
         method.state(COUNTS, moments.new_zeros(self.groups), source=0.0)
@@ -89,7 +92,7 @@ class Auto(Balanced):
             self._runs[name] = run + 1
         sums = (start + added).view(2, groups, width)
         source = method.source_value(MOMENTS)[:, self.places[name]]
-        rows = self.shrunk(sums, self.counts(method), source)
+        rows = self.shrunk(sums, self.counts(method), source, self.eps[name])
         before = method.value(MOMENTS)[:, self.places[name]]
         return torch.lerp(before, rows, self.trust(method)), torch.cat([sums.flatten(0, 1), rows])
 
@@ -105,14 +108,16 @@ class Auto(Balanced):
         expected = stream + (1 - stream) / batch
         return (expected / (own / batch).square().sum()).clamp(max=1) ** 2
 
-    def shrunk(self, sums: Tensor, counts: Tensor, source: Tensor) -> Tensor:
+    def shrunk(self, sums: Tensor, counts: Tensor, source: Tensor, eps: float) -> Tensor:
         """Mean and variance (2, C) of sums (2, G, C) over numbers of images (G,), and of the source's (2, C)."""
         weights = 1 / (counts + self.images)
         seen = (counts * weights).sum()
         alpha = self.limit * seen**2 / (seen**2 + self.classes_needed**2)
         mean, square = torch.einsum("g,pgc->pc", weights, sums) / seen.clamp_min(1e-12)
-        var, distance = square - mean * mean, mean - source[0]
-        rows = torch.lerp(source, torch.stack([mean, var.clamp_min(0)]), alpha)
+        var, distance = (square - mean * mean).clamp_min(0), mean - source[0]
+        shift = ((var + eps) / (source[1] + eps)).log().abs().clamp(max=2).mean() / self.least_shift
+        alpha = alpha * shift**8 / (shift**8 + 1)
+        rows = torch.lerp(source, torch.stack([mean, var]), alpha)
         rows[1].addcmul_(distance, distance * (alpha - alpha * alpha))
         return rows
 
