@@ -267,7 +267,8 @@ class Markov(Correction):
         switch: The values of s, in (0, 1]; one alone is a fixed s.
 
     Source: none that we know; the forward-backward algorithm (Baum et al., Ann. Math. Statist. 41(1), 1970), with a net
-    as emission as in hybrid speech recognition (Bourlard and Morgan, 1994).
+    as emission as in hybrid speech recognition (Bourlard and Morgan, 1994). Values of s are weighed, and not one s
+    learned by expectation maximisation, since that hardly leaves a start at s near 1 where the net is unsure.
     """
 
     synchronized = False  # the order of samples over processes is not known
@@ -360,9 +361,9 @@ def _filter(emission: Tensor, start: Tensor, base: Tensor, switch: Tensor) -> tu
     beliefs = emission.new_empty(len(emission) + 1, *start.shape)
     sums = emission.new_empty(len(emission), *start.shape[:2], 1)
     beliefs[0].copy_(start)
-    rows = beliefs.unbind()
-    for old, new, total, *parts in zip(rows, rows[1:], sums.unbind(), drawn.unbind(), stayed.unbind(), strict=False):
-        torch.addcmul(*parts, old, out=new)
+    each = zip(beliefs[:-1].unbind(), beliefs[1:].unbind(), sums.unbind(), drawn.unbind(), stayed.unbind(), strict=True)
+    for old, new, total, of_draw, of_stay in each:
+        torch.addcmul(of_draw, of_stay, old, out=new)
         torch.sum(new, 2, keepdim=True, out=total)
         new.div_(total)
     return beliefs, sums[:, 0, :, 0]
