@@ -232,7 +232,7 @@ def test_logits_that_are_very_sure():
 
     class Sure(torch.nn.Module):
         def forward(self, x):
-            return logits[: len(x)]
+            return logits[: len(x)] + 3
 
     method = adapt(Sure(), "source", prior="markov")
     for _ in range(30):
