@@ -95,8 +95,8 @@ class TestTimeAdaptation(LightningModule):
             batch as it comes.
         reservoir: Keep up to so many states of the method, one for each domain that it tells apart by itself, see
             :class:`~lightning_tta.methods.components.reservoir.Reservoir`; or a dict of its options.
-        prior: How predictions are corrected for the labels of the stream: ``em``, ``moving``, or a dict as for
-            ``statistics``, see :mod:`lightning_tta.methods.components.priors`; ``None``: they are not.
+        prior: How predictions are corrected for the labels of the stream: ``em``, ``moving``, ``markov``, or a dict
+            as for ``statistics``, see :mod:`lightning_tta.methods.components.priors`; ``None``: they are not.
         refine: How the predictions of a batch are refined then: ``lame``, ``cofa``, or a dict as for ``statistics``,
             see :mod:`lightning_tta.methods.components.refinements`; ``None``: they are not.
         capture: Whether steps are recorded once and replayed, on CUDA, see

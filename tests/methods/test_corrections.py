@@ -24,6 +24,7 @@ SKEWED = [0.1, 0.3, 0.2, 0.15, 0.25]
 KINDS = [
     {"prior": {"kind": "em", "window": 6}},
     {"prior": {"kind": "moving", "momentum": 0.5}},
+    {"prior": "markov"},
     {"refine": "lame"},
     {"refine": "cofa"},
     {"prior": "em", "refine": "lame"},

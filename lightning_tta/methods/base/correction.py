@@ -18,11 +18,13 @@ class Correction(ABC):
     Attributes:
         wants_features: Whether it needs the features, the input of the net's last linear layer.
         synchronized: Whether several processes can adapt as one with it.
+        acts_apart: Whether it changes the prediction of an image on its own, as ``predict`` and a plain net give it.
         no_plain_net: Why no plain net predicts with it, and what to do; empty where :meth:`fold` makes one.
     """
 
     wants_features: bool = False
     synchronized: bool = True
+    acts_apart: bool = True
     no_plain_net: str = ""
 
     @abstractmethod

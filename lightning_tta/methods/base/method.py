@@ -702,7 +702,7 @@ class TTAMethod(Described, Replayable, ABC):
                 "layers. Stream some batches through it first: method(images)."
             )
         net = plain_net(self.model, self.stream_weights(), statistics or {}, self.required)
-        if self.corrections:
+        if any(each.acts_apart for each in self.corrections):
             self._fold_corrections(net)
         return net
 

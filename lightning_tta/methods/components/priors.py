@@ -18,6 +18,9 @@ from lightning_tta.methods.components.statistics import read
 
 WINDOW, IMAGES, SOURCE = "prior.window", "prior.images", "prior.source"
 FACTORS, AVERAGE = "prior.factors", "prior.average"
+BELIEFS, SWITCH, WEIGHTS = "prior.beliefs", "prior.switch", "prior.weights"
+
+LEAST = -10.0  # log of the least share of a weight in the largest
 
 
 class Prior(Correction):
@@ -229,6 +232,143 @@ class Moving(Prior):
         return (new + smoothing) / (1 + smoothing * len(source)) / source / len(source)
 
 
+class Markov(Correction):
+    """Takes the labels of the stream for a Markov chain that mostly stays, and predicts by forward and backward passes.
+
+    From one image to the next the label stays with probability 1 - s, and is else drawn from a distribution pi, which
+    may draw the same label again. With the net's probabilities P_t (K,), the emission of image t is E_t = P_t / pi, and
+    the prediction is the posterior given the images of the batch and, by the first pass, all those before::
+
+        forward    a_t ~ E_t ((1 - s) a_(t-1) + s pi), of sum 1; starts at the last image of the batch before
+        backward   r_t ~ E_t ((1 - s) r_(t+1) + s pi), of sum 1; starts at pi, behind the last image of the batch
+        posterior  P_t ((1 - s) a_(t-1) + s pi) ((1 - s) r_(t+1) + s pi) / pi^2, up to its sum
+
+    ``s = 1`` gives P back. What is predicted is the mean of the posteriors of several s, weighed by the likelihood of
+    the stream so far, which is the product of the sums of ``a_t`` before they are normalised. That is what leaves a
+    shuffled stream alone. No weight falls below e^-10 of the largest, so that a stream which changes is followed: about
+    as many images are needed as tell so far apart.
+
+    ``base: stream``: pi is the mean prediction of the stream, with c pseudo-images of the uniform distribution in it.
+    So a net's preference for some classes, usual on shifted images, is not taken for labels that stay. ``uniform``
+    gains more on correlated streams, and may cost on shuffled ones.
+
+    What it predicts depends on the order of the images, in a batch too, by design. ``predict`` treats images apart: of
+    one image at an unknown place of the chain the posterior is P, so ``predict`` and ``export`` leave the logits alone.
+
+    State: for each of the G values of s the logarithm of its weight and ``a_t`` of the last image (K,); with ``stream``
+    the mean prediction (K,) and the number of images. A sample whose logits are not finite stays as it is, and is no
+    step of the chain. A batch of B takes 3 B small operations, one after the other, each on (2, G, K) numbers, and a
+    recorded step holds them all.
+
+    Args:
+        method: Whose predictions they are.
+        base: ``stream`` or ``uniform``.
+        pseudo_counts: c, images, above 0.
+        switch: The values of s, in (0, 1]; one alone is a fixed s.
+
+    Source: none that we know; the forward-backward algorithm (Baum et al., Ann. Math. Statist. 41(1), 1970), with a net
+    as emission as in hybrid speech recognition (Bourlard and Morgan, 1994). Values of s are weighed, and not one s
+    learned by expectation maximisation, since that hardly leaves a start at s near 1 where the net is unsure.
+    """
+
+    synchronized = False  # the order of samples over processes is not known
+    acts_apart = False
+
+    def __init__(
+        self,
+        method: TTAMethod,
+        *,
+        base: Literal["stream", "uniform"] = "stream",
+        pseudo_counts: float = 50.0,
+        switch: Sequence[float] = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125),
+    ) -> None:
+        check_choice("base", base, ("stream", "uniform"))
+        check_range("pseudo_counts", pseudo_counts, 0, low_open=True)
+        if isinstance(switch, str) or not isinstance(switch, Sequence) or not switch:
+            raise ConfigError(f"switch must be a list of probabilities in (0, 1]; got {switch!r}.")
+        for number in switch:
+            check_range("each number of switch", number, 0, 1, low_open=True)
+        self.of_stream, self.pseudo_counts, self.switch = base == "stream", pseudo_counts, tuple(switch)
+        like = at_least_float32(next(method.model.parameters(), torch.zeros(())).detach())
+        method.state(BELIEFS, like.new_full((1,), NOT_YET), source=NOT_YET, fixed_dtype=True)
+        method.state(SWITCH, like.new_tensor(self.switch)[:, None], fixed_dtype=True)
+        method.state(WEIGHTS, like.new_zeros(len(switch)), source=0, fixed_dtype=True)
+        if self.of_stream:
+            method.state(AVERAGE, like.new_full((1,), NOT_YET), source=NOT_YET, fixed_dtype=True)
+            method.state(IMAGES, torch.zeros((), dtype=torch.int64, device=like.device), source=0)
+
+    def correct(
+        self,
+        method: State,
+        logits: Tensor,
+        features: Tensor | None,
+        *,
+        learn: bool,
+        known: Callable[[Tensor], bool] = lambda condition: False,
+    ) -> Tensor:
+        """Log of the posterior (B, K); of ``learn=False``, the logits as they are."""
+        if not learn:
+            return logits
+        finite = torch.isfinite(logits).all(1)
+        order = finite.long().argsort(stable=True, descending=True)  # the finite ones first, as they came
+        counts, number = finite[order], finite.sum()
+        log_p = torch.log_softmax(torch.where(counts[:, None], logits[order], 0), 1)
+        p = log_p.exp()
+        base, switch = self._base(method, torch.where(counts[:, None], p, 0), number), method.value(SWITCH).to(p)
+        afresh = base.expand(len(switch), -1)
+        old = method.sized(BELIEFS, afresh)
+        start = torch.stack([torch.where(old.isnan(), afresh, old), afresh])  # forward, backward
+        emission = torch.where(counts[:, None], p / base, 1)
+        beliefs, sums = _filter(torch.stack([emission, emission.flip(0)], 1), start, base, switch)
+
+        weights = method.value(WEIGHTS).to(p) + torch.where(counts[:, None], sums.log(), 0).sum(0)
+        weights = (weights - weights.max()).clamp_min(LEAST)
+        method.write(WEIGHTS, weights)
+        method.write(BELIEFS, beliefs.index_select(0, number[None])[0, 0], number > 0)
+        forward, backward = beliefs[:-1].lerp_(base, switch).div_(base).unbind(1)  # before the image itself is seen
+        factors = backward.flip(0).mul_(forward)  # (B, G, K), that P is multiplied by
+        shares = torch.softmax(weights, 0) / (factors @ p[:, :, None])[:, :, 0]
+        posterior = log_p + (shares[:, None] @ factors)[:, 0].log()
+        return torch.where(finite[:, None], torch.empty_like(logits).index_copy_(0, order, posterior), logits)
+
+    def _base(self, method: State, p: Tensor, number: Tensor) -> Tensor:
+        """The distribution pi (K,), with probabilities (B, K) of a number of images in it; those of others are 0."""
+        uniform = p.new_full(p.shape[1:], 1 / p.shape[1])
+        if not self.of_stream:
+            return uniform
+        average, images = method.sized(AVERAGE, uniform), method.value(IMAGES) + number
+        old = torch.where(average.isnan(), uniform, average)
+        new = old + (p.sum(0) - number * old) / (images + self.pseudo_counts)
+        method.write(AVERAGE, new, number > 0)
+        method.write(IMAGES, images)
+        return new
+
+
+def _filter(emission: Tensor, start: Tensor, base: Tensor, switch: Tensor) -> tuple[Tensor, Tensor]:
+    """Passes over N sequences at once, for each of G probabilities of a draw.
+
+    Args:
+        emission: E (B, N, K).
+        start: Beliefs (N, G, K) before the first image.
+        base: pi (K,).
+        switch: s (G, 1).
+
+    Returns:
+        The beliefs (B + 1, N, G, K), with those before the first image; and of the first sequence the likelihood (B, G)
+        of each image given those before.
+    """
+    drawn, stayed = emission[:, :, None] * (switch * base), emission[:, :, None] * (1 - switch)
+    beliefs = emission.new_empty(len(emission) + 1, *start.shape)
+    sums = emission.new_empty(len(emission), *start.shape[:2], 1)
+    beliefs[0].copy_(start)
+    each = zip(beliefs[:-1].unbind(), beliefs[1:].unbind(), sums.unbind(), drawn.unbind(), stayed.unbind(), strict=True)
+    for old, new, total, of_draw, of_stay in each:
+        torch.addcmul(of_draw, of_stay, old, out=new)
+        torch.sum(new, 2, keepdim=True, out=total)
+        new.div_(total)
+    return beliefs, sums[:, 0, :, 0]
+
+
 def _checked(prior: object) -> list[float]:
     numbers = [] if isinstance(prior, str) or not isinstance(prior, Sequence) else list(prior)
     real = all(isinstance(number, (int, float)) and 0 < number < 1 for number in numbers)
@@ -245,7 +385,7 @@ def _tiny(p: Tensor) -> float:
     return torch.finfo(p.dtype).tiny
 
 
-KINDS: dict[str, Callable[..., Correction]] = {"em": EM, "moving": Moving}
+KINDS: dict[str, Callable[..., Correction]] = {"em": EM, "moving": Moving, "markov": Markov}
 """The kinds, by the word that ``prior=`` takes."""
 
 
