@@ -21,14 +21,17 @@ class Auto(Balanced):
     its n_k images: of an image's mean over its pixels, and of its mean square. With the batch in the sums, and W the
     number of classes that have been seen well::
 
-        w_k = n_k / (n_k + r)    W = sum_k w_k    alpha = alpha_max W^2 / (W^2 + s^2)
+        w_k = n_k / (n_k + r)    W = sum_k w_k
         M = sum_k w_k mean_k / W    V = sum_k w_k square_k / W - M^2
+        d = mean over channels of min(|ln (V + eps) / (var_source + eps)|, 2)
+        alpha = alpha_max W^2 / (W^2 + s^2) d^8 / (d^8 + t^8)
         mean = (1 - alpha) mean_source + alpha M
         var = (1 - alpha) var_source + alpha V + alpha (1 - alpha) (M - mean_source)^2
 
-    So a class counts once, however often it comes, and one class alone hardly moves anything. The batch itself is
-    normalised with these statistics only as far as it is as diverse as the stream: with q_k the shares of the classes
-    in the batch of B images, and c the chance that two images of the stream have the same class::
+    So a class counts once, however often it comes; one class alone hardly moves anything; and a layer whose variances
+    are those of the source stays at the source, as on clean images, of which M and V would be noise. The batch itself
+    is normalised with these statistics only as far as it is as diverse as the stream: with q_k the shares of the
+    classes in the batch of B images, and c the chance that two images of the stream have the same class::
 
         e = c + (1 - c) / B    trust = min(1, e / sum_k q_k^2)^2
         used = before + trust (after - before)
@@ -46,6 +49,7 @@ class Auto(Balanced):
         classes_needed: s, well-seen classes at which alpha is half of its limit, > 0. With K classes alpha stays below
             ``limit K^2 / (K^2 + s^2)``: 0.49 for 10 classes, 0.05 for 2, where 0.8 K keeps the 0.49.
         limit: alpha_max, the most that the stream counts, in [0, 1]; 0: the source's statistics.
+        least_shift: t, the mean change of a layer's log variances at which alpha is halved, > 0.
         horizon: Images of all classes together that are remembered, >= 1; but ``images`` of each at least.
         groups: G, at most K; ``None``: as many as ``max_bytes`` allows.
         max_bytes: Bound of the sums, in bytes, >= 1.
@@ -62,8 +66,9 @@ class Auto(Balanced):
     were chosen on such streams, of these and three other corruptions; other numbers of classes had no part in it.
 
     Not the best: where the pseudo-labels are mostly wrong, for then classes are counted that are not there; with few
-    classes, see ``classes_needed``; in the first batches after a reset, where it is still near the source; where a
-    second pass cannot be paid (``ema``); where several domains are in one batch, which no one set of statistics fits.
+    classes, see ``classes_needed``; where a shift moves means and no variances, of which d sees nothing; in the first
+    batches after a reset, where it is still near the source; where a second pass cannot be paid (``ema``); where
+    several domains are in one batch, which no one set of statistics fits.
 
     Own work, without a paper. It builds on TRIBE (Su et al., AAAI 2024, arXiv 2309.14949), from which the statistics
     by class are, and on Schneider et al. (NeurIPS 2020, arXiv 2006.16971), who mix the source's with those of a batch.
