@@ -71,7 +71,7 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
     Args:
         name: One of :func:`available_methods`.
         model: Pixels in [0, 1] -> logits.
-        **options: Arguments of the method's class, and of :class:`~lightning_tta.methods.base.execution.Execution`.
+        **options: As of :func:`adapt`.
 
     Raises:
         ConfigError: If the name or an option is unknown, or a value is out of range.
@@ -115,9 +115,10 @@ def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False,
         method: Name of a method, see :func:`lightning_tta.available_methods`.
         in_place: Adapt ``model`` itself, which saves the memory of a copy. It is in the method's hands then: one method
             at a time, and no weights may be loaded into it any more.
-        **options: Arguments of the method's class, such as ``lr``; and how it computes, see
-            :class:`~lightning_tta.methods.base.execution.Execution`: ``capture``, ``compile``, ``deterministic``,
-            ``precision``, ``lean``.
+        **options: Arguments of the method's class, such as ``lr``; what every method takes beside them, ``statistics``,
+            ``prior``, ``refine``, ``window``, ``reservoir``: :mod:`~lightning_tta.methods.components.additions`; and
+            how it computes, see :class:`~lightning_tta.methods.base.execution.Execution`: ``capture``, ``compile``,
+            ``deterministic``, ``precision``, ``lean``.
 
     Returns:
         A module with ``method(images) -> logits``, ``reset()``, complete ``state_dict()``, ``stats``.

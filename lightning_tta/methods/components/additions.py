@@ -1,4 +1,4 @@
-"""What every method can take beside its own options: ``statistics=``, ``prior=`` and ``refine=``."""
+"""What every method takes beside its own options: ``statistics``, ``prior``, ``refine``, ``window``, ``reservoir``."""
 
 from __future__ import annotations
 
