@@ -272,6 +272,19 @@ def test_reset_save_load_and_copy(name, options):
     fresh = build(name, **options)
     fresh.reset()
     assert same(fresh.state_dict(), source)
+    method.load_state_dict(source)  # from before the first batch, when the number of classes was not known
+    assert same([method(images) for images in make_stream(2)], first)
+    assert same(method.state_dict(), saved)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_double_precision_in_the_middle_of_a_stream(options):
+    method, other = build("tent", **options), build("tent", **options)
+    for images in make_stream(2):
+        method(images), other(images)
+    method.double()
+    for images in make_stream(2, seed=3):
+        assert max_difference(method(images.double()), other(images).double()) < 1e-3
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)

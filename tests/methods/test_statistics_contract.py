@@ -406,3 +406,15 @@ def test_the_net_is_left_alone():
         with nullcontext() if stored is None else fixed_statistics(net, stored):
             assert net(make_images(2)).isfinite().all()
         assert same(net.state_dict(), before)
+
+
+@pytest.mark.parametrize("kind", ["batch", "ema", "balanced", "domains"])
+def test_half_precision_in_the_middle_of_a_stream_rounds_no_statistics(kind):
+    """They stay in float32, with the values that they have; one above 65,504 does not become infinite."""
+    method = build(kind, optimizer="sgd")
+    run(method, make_stream(2))
+    names = [n for n in method.memory if n.startswith(("statistics.", "stream."))]
+    method.value(next(n for n in names if n.endswith("moments")))[1, 0] = 7e4
+    before = {name: method.value(name).clone() for name in names}
+    method.bfloat16().half()
+    assert all(same(method.value(name), before[name]) for name in names)
