@@ -123,7 +123,7 @@ def test_what_a_batch_is_trusted_with():
         method.value("statistics.counts").fill_(40.0)
     account = method.account
     account.look(method, torch.cat([make_images(8, seed=n) for n in range(4)]))
-    labels = account._members.cells
+    labels = account.cells
     counts = torch.bincount(labels, minlength=5) + 40.0
     n = counts.sum()
     same = (counts.square().sum() / n - 1) / (n - 1)

@@ -37,6 +37,8 @@ KINDS = {
     "domains": {"kind": "domains", "eta": 0.3, "domains": 3},
     "median": "median",
     "instance": {"kind": "instance", "k": 0.5, "momentum": 0.1},
+    "auto": {"kind": "auto", "images": 1.0, "classes_needed": 1.0},
+    "auto in groups": {"kind": "auto", "images": 1.0, "classes_needed": 1.0, "groups": 2},
 }
 METHODS = {
     "tent": {"lr": 1e-2},
@@ -48,14 +50,15 @@ METHODS = {
     "memo": {"lr": 0.05, "views": 2, "augment": "none"},
     "t3a": {"filter_k": 2},
 }
-APART = ("source", "ema", "renormalized", "balanced", "shared")  # kinds for methods that treat each image apart
+APART = ("source", "ema", "renormalized", "balanced", "shared", "auto")  # kinds for methods that treat each image apart
 DEPENDS = ("batch", "mixed", "median")  # predictions of a batch depend on each other until something was seen
 NO_NET = ("domains", "instance")
 CASES = [  # kinds of the same mechanism are alike in the other methods
     pytest.param(kind, name, marks=[pytest.mark.slow] * (name not in ("tent", "cotta")))
     for kind in KINDS
     for name in METHODS
-    if name == "tent" or (kind in ("mixed", "renormalized", "shared", "domains") and (name != "memo" or kind in APART))
+    if name == "tent"
+    or (kind in ("mixed", "renormalized", "shared", "domains", "auto") and (name != "memo" or kind in APART))
 ]
 each = pytest.mark.parametrize(("kind", "name"), CASES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +120,7 @@ def test_the_statistics_are_those_of_the_pass_over_the_batch(kind, name):
 
 @every_kind
 def test_passes_are_counted(kind):
-    extra = {"balanced": 1, "shared": 1, "domains": 2}.get(kind, 0)
+    extra = {"balanced": 1, "shared": 1, "domains": 2, "auto": 1, "auto in groups": 1}.get(kind, 0)
     method = build(kind, steps=2)
     method(make_images(4))
     assert method.stats["forwards"] == 2 * (1 + extra)
@@ -276,7 +279,8 @@ def test_captured_steps(kind, name, monkeypatch):
 def test_nets_without_batch_norm(kind):
     stream = make_stream(2)
     plain = adapt(make_net("gn"), "tent", lr=1e-2)
-    with pytest.warns(UserWarning, match="has no effect: ConvNet has no BatchNorm"):
+    said = pytest.warns(UserWarning, match="has no effect: ConvNet has no BatchNorm")
+    with nullcontext() if kind.startswith("auto") else said:  # auto is for any net
         method = build(kind, net=make_net("gn"))
     assert same(run(method, stream), run(plain, stream))
     assert same(method.memory, plain.memory)
@@ -338,7 +342,18 @@ def test_a_layer_that_does_not_run_cannot_tell_domains_apart():
     assert adapt(net, "source", statistics="balanced")(make_images(4)).isfinite().all()
 
 
-SYNCHRONISED = ("batch", "source", "mixed", "ema", "renormalized", "balanced", "shared", "instance")
+SYNCHRONISED = (
+    "batch",
+    "source",
+    "mixed",
+    "ema",
+    "renormalized",
+    "balanced",
+    "shared",
+    "instance",
+    "auto",
+    "auto in groups",
+)
 SIZES = (6, 5, 1, 7, 4)
 
 

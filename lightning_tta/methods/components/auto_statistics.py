@@ -8,23 +8,55 @@ from torch import Tensor
 from lightning_tta.errors import check_range
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import State
-from lightning_tta.methods.components.class_statistics import BETWEEN, CLASSES, Balanced
+from lightning_tta.methods.components.class_statistics import ClassStatistics
 from lightning_tta.methods.components.stream_statistics import MOMENTS
 
 SUMS, COUNTS = "statistics.sums", "statistics.counts"
 
 
-class Auto(Balanced):
+class Auto(ClassStatistics):
     """The source's statistics, moved towards those of the stream by as much as the stream has shown of its classes.
 
     A first pass with what is stored gives the pseudo-labels of the batch. Of each class k, each layer keeps the number
-    n_k of its images, and the sums over them of an image's means and mean squares. Then, with W the number of classes
-    that have been seen well::
+    n_k of its images, and the sums over them of an image's means and mean squares. With these, W of the G classes have
+    been seen well, and the statistics are::
 
-        w_k = n_k / (n_k + r)      W = sum_k w_k      alpha = alpha_max W / (W + s)
+        w_k = n_k / (n_k + r)      W = sum_k w_k      alpha = limit W^2 / (W^2 + s^2)
         M = sum_k w_k mean_k / W   V = sum_k w_k square_k / W - M^2
         mean = (1 - alpha) mean_source + alpha M
         var = (1 - alpha) var_source + alpha V + alpha (1 - alpha) (M - mean_source)^2
+
+    So many images of few classes move them little, and a class that fills the stream weighs no more than others. They
+    are what is stored with the batch in them. The batch itself is normalised with ``t`` times these and ``1 - t`` times
+    what was stored before it, since a batch of fewer classes than the stream has spoils its own statistics. With c_k
+    the number of its B images that are of class k, and N = sum_k n_k::
+
+        q = (sum_k n_k^2 / N - 1) / (N - 1)                        that two images of the stream are of one class
+        t = min(1, (q + (1 - q) / B) / sum_k (c_k / B)^2)^2        1: the batch is as mixed as the stream
+
+    Then n_k and the sums of a class fade so that n_k stays at most horizon / G, or r where that is larger.
+
+    State: 2 G C floats of sums, C the channels of all layers together, bounded as of
+    :class:`~lightning_tta.methods.components.class_statistics.Balanced`; G numbers; 2 C of the statistics. Passes per
+    batch and step: one more forward pass. Without gradient through the statistics. A batch that is not finite leaves
+    them alone. Several processes can adapt as one.
+
+    Args:
+        method: Whose net it is.
+        images: r, > 0: images of a class after which it is half known.
+        classes_needed: s, > 0: classes after which the stream has half of its largest weight.
+        limit: Largest alpha, in [0, 1]. 0: the source's statistics.
+        horizon: Images, >= 1, after which older ones fade.
+        groups: G, rows, at most the number of classes; ``None``: as many as ``max_bytes`` allows.
+        max_bytes: Bound of the sums.
+        classes: Number of classes, where the net does not end in a linear layer.
+
+    Raises:
+        ConfigError: If ``groups`` exceeds the number of classes.
+        UnsupportedModelError: If the number of classes is not known.
+
+    Source: ours; statistics of each class are of TRIBE (arXiv 2309.14949), the mixture with the source's is as of
+    Schneider et al. (arXiv 2006.16971).
     """
 
     float32 = (MOMENTS, SUMS, COUNTS)
@@ -45,8 +77,7 @@ class Auto(Balanced):
         check_range("classes_needed", classes_needed, 0, low_open=True)
         check_range("limit", limit, 0, 1)
         check_range("horizon", horizon, 1, integer=True)
-        super().__init__(method, eta=1.0, gamma=0.0, groups=groups, max_bytes=max_bytes, classes=classes)
-        method.withdraw(CLASSES, BETWEEN)
+        super().__init__(method, groups=groups, max_bytes=max_bytes, classes=classes)
         self.images, self.classes_needed, self.limit, self.horizon = images, classes_needed, limit, horizon
         moments = method.value(MOMENTS)
         method.state(SUMS, moments.new_zeros(2, self.groups, moments.shape[1]), source=0.0)
@@ -60,46 +91,42 @@ class Auto(Balanced):
 
     def stored(self, method: State, name: str) -> Tensor:
         """Rows (2 G + 2, C): the sums of each class, and the statistics that come of them."""
-        place = self.places[name]
-        if self._members is None:
-            return method.value(MOMENTS)[:, place]
-        return torch.cat([method.value(SUMS)[:, :, place].flatten(0, 1), method.value(MOMENTS)[:, place]])
-
-    def counts(self, method: State) -> Tensor:
-        """How many images of each class there are with this batch, (G,)."""
-        assert self._members is not None
-        counts = method.value(COUNTS)
-        return counts.index_add(0, self._members.cells, torch.ones_like(counts[:1]).expand(len(self._members.cells)))
+        moments = super().stored(method, name)
+        if self.cells is None:
+            return moments
+        return torch.cat([method.value(SUMS)[:, :, self.places[name]].flatten(0, 1), moments])
 
     def rule(self, method: State, name: str, x: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         """The statistics with this input in the sums; of a layer that runs again, the mean of what its runs add."""
-        (mean, var), members = self.moments(x, self._members)
-        if members is None:
-            return method.value(MOMENTS)[:, self.places[name]], old
-        assert self._members is not None
-        share = len(self._members.cells) / len(members.cells)  # of views of the batch one after the other
-        groups, width = self.groups, mean.shape[1]
-        added = mean.new_zeros(2, groups, width)
-        added = added.index_add(1, members.cells, torch.stack([mean, torch.addcmul(var, mean, mean)]), alpha=share)
-        added = added.flatten(0, 1)
-        run = self._runs.get(name, 0) if self._is_on else 0
-        start = self.stored(method, name)[:-2]
-        added = added if run == 0 else (run * (old[:-2] - start) + added) / (run + 1)
+        place = self.places[name]
+        before, source = method.value(MOMENTS)[:, place], method.source_value(MOMENTS)[:, place]
+        mean, var, times = self.moments(x, before)
+        if self.cells is None or not times:
+            return before, old
+        added = mean.new_zeros(2, self.groups, mean.shape[1])
+        both = torch.stack([mean, torch.addcmul(var, mean, mean)])
+        added = added.index_add(1, self.cells.repeat(times), both, alpha=1 / times).flatten(0, 1)
+        start, run = self.stored(method, name)[:-2], self._runs.get(name, 0)
         if self._is_on:
             self._runs[name] = run + 1
-        sums = (start + added).view(2, groups, width)
-        source = method.source_value(MOMENTS)[:, self.places[name]]
-        rows = self.shrunk(sums, self.counts(method), source)
-        before = method.value(MOMENTS)[:, self.places[name]]
-        return torch.lerp(before, rows, self.trust(method)), torch.cat([sums.flatten(0, 1), rows])
+            added = added if run == 0 else (run * (old[:-2] - start) + added) / (run + 1)
+        sums = start + added
+        rows = self.shrunk(sums.view(2, self.groups, -1), self.counts(method), source)
+        return torch.lerp(before, rows, self.trust(method)), torch.cat([sums, rows])
+
+    def own(self, method: State) -> Tensor:
+        """How many images of each class the batch has, (G,)."""
+        assert self.cells is not None
+        counts = torch.zeros_like(method.value(COUNTS))
+        return counts.index_add(0, self.cells, torch.ones_like(counts[:1]).expand(len(self.cells)))
+
+    def counts(self, method: State) -> Tensor:
+        """How many there are with this batch, (G,)."""
+        return method.value(COUNTS) + self.own(method)
 
     def trust(self, method: State) -> Tensor:
-        """How far a batch's own share in the statistics is used for the batch itself, 0-dimensional, in [0, 1]."""
-        assert self._members is not None
-        with_it = self.counts(method)
-        own = torch.zeros_like(with_it).index_add(
-            0, self._members.cells, torch.ones_like(with_it[:1]).expand(len(self._members.cells))
-        )
+        """t: how far a batch's own share in the statistics is used for the batch itself, 0-dimensional, in [0, 1]."""
+        own, with_it = self.own(method), self.counts(method)
         batch, total = own.sum(), with_it.sum()
         stream = ((with_it.square().sum() / total - 1) / (total - 1).clamp_min(1)).clamp(0, 1)
         expected = stream + (1 - stream) / batch
@@ -118,7 +145,7 @@ class Auto(Balanced):
 
     def write(self, method: State, seen: list[Tensor], good: Tensor, images: int) -> None:
         """Write sums and numbers; what exceeds the horizon of a class fades."""
-        if self._members is None:
+        if self.cells is None:
             return
         sums, rows = seen[0][:-2].view(2, self.groups, -1), seen[0][-2:]
         counts = self.counts(method)
