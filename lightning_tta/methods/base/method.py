@@ -947,7 +947,7 @@ class TTAMethod(Described, Replayable, ABC):
             return infer(x)
         with self._features_watched() as calls:
             logits = infer(x)
-        if len(calls) == 1 and self.split.is_checked:
+        if len(calls) == 1 and self.split.is_checked and len(calls[0][1][0]) == len(x):  # else of views of the images
             self._features_seen = calls[0][1][0].detach()
         try:
             return self._corrected(x, logits, learn=False)
