@@ -14,6 +14,7 @@ from lightning_tta import ConfigError, UnsupportedModelError, adapt, collective
 from lightning_tta.backbones.norms import fixed_statistics
 from lightning_tta.methods.base.execution import Execution
 from lightning_tta.methods.base.host import recording
+from lightning_tta.methods.components import class_statistics
 from nets import make_images, make_net, make_stream, max_difference, same
 from processes import NEEDS_FORK, Processes
 from replay import use_tape
@@ -303,6 +304,7 @@ def test_instance_warns_once():
 BAD = {
     "rmax": ({"kind": "renormalized", "rmax": 0.5}, "rmax"),
     "gamma": ({"kind": "balanced", "gamma": 2}, "gamma"),
+    "no flag": ({"kind": "mixed", "cross_term": "no"}, "cross_term must be one of True, False; got 'no'"),
     "eta": ({"kind": "balanced", "eta": 0}, "eta"),
     "groups": ({"kind": "balanced", "groups": 6}, "groups=6 is more than the 5 classes"),
     "layer": ({"kind": "domains", "layer": "stem.4"}, "no BatchNorm layer 'stem.4'"),
@@ -433,3 +435,16 @@ def test_half_precision_in_the_middle_of_a_stream_rounds_no_statistics(kind):
     before = {name: method.value(name).clone() for name in names}
     method.bfloat16().half()
     assert all(same(method.value(name), before[name]) for name in names)
+
+
+@pytest.mark.parametrize("kind", ["balanced", "domains", "auto"])
+def test_batches_of_ever_other_sizes_keep_no_more_memory(kind, monkeypatch):
+    """What is kept in place for each size is bounded; the statistics are the same."""
+    method, plain = build(kind), build(kind)
+    sizes = [make_images(1 + number % 7, seed=number) for number in range(20)]
+    expected = run(plain, sizes)
+    monkeypatch.setattr(class_statistics, "PLACES", 20)
+    layout = method.layout
+    assert same(run(method, sizes), expected)
+    assert method.layout > layout or kind == "auto"  # what was recorded with the old places is not used any more
+    assert len(method.account._places) <= 20

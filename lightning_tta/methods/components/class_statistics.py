@@ -16,6 +16,8 @@ from lightning_tta.methods.base.state import State
 from lightning_tta.methods.components.stream_statistics import MOMENTS, StreamStatistics, instance_moments
 
 CLASSES, BETWEEN, GROUPS = "statistics.classes", "statistics.between", "statistics.groups"
+PLACES = 256
+"""Tensors that are kept for the batch, at most: seven, of ``domains`` sixteen, for each size of batch."""
 
 
 class Members(NamedTuple):
@@ -132,16 +134,20 @@ class ClassStatistics(StreamStatistics):
             logits = method.task.logits(method.model(x))
             if logits.shape[-1] != self.classes:
                 raise UnsupportedModelError(
-                    f"The net gives {logits.shape[-1]} logits, and its last linear layer {self.classes}, of each of "
-                    f"which there are statistics. Give statistics={{'kind': ..., 'classes': {logits.shape[-1]}}}."
+                    f"The net gives {logits.shape[-1]} logits, and there are statistics of {self.classes} classes, as "
+                    "given, or by its last linear layer. Give "
+                    f"statistics={{'kind': ..., 'classes': {logits.shape[-1]}}}."
                 )
             labels = collective.gather(logits.argmax(-1))
-            self.cells = self.keep("cells", method.value(GROUPS)[labels] if self._shares else labels)
+            self.cells = self.keep(method, "cells", method.value(GROUPS)[labels] if self._shares else labels)
 
-    def keep(self, name: str, value: Tensor) -> Tensor:
-        """The same in a tensor that stays where it is, as recorded parts of a step read it."""
+    def keep(self, method: State, name: str, value: Tensor) -> Tensor:
+        """The same in a tensor that stays where it is, as recorded parts of a step read it; one for each shape."""
         key = (name, value.shape, value.dtype, value.device)
         if key not in self._places:
+            if len(self._places) >= PLACES:  # batches of ever other sizes; what was recorded does not hold any more
+                self._places.clear()
+                method.layout += 1
             with outside_inference_mode():
                 self._places[key] = torch.empty_like(value)
         return self._places[key].copy_(value)
@@ -254,12 +260,12 @@ class Balanced(ClassStatistics):
         super().look(method, x)
         assert self.cells is not None
         with torch.no_grad():
-            self._members = self.keep_members("members", self.cells, method)
+            self._members = self.keep_members(method, "members", self.cells)
 
-    def keep_members(self, name: str, cells: Tensor, method: State) -> Members:
+    def keep_members(self, method: State, name: str, cells: Tensor) -> Members:
         """Which samples share a row, in tensors that stay where they are."""
         members = make_members(cells, self.groups, self.eta, method.value(MOMENTS))
-        return Members(*(self.keep(f"{name}.{part}", value) for part, value in members._asdict().items()))
+        return Members(*(self.keep(method, f"{name}.{part}", value) for part, value in members._asdict().items()))
 
     def drop(self, where: Tensor | None = None) -> None:
         """Forget what was noted; at the end of a batch, its labels too."""

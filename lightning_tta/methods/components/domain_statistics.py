@@ -118,8 +118,8 @@ class Domains(Balanced):
         with torch.no_grad():
             slot, new, opens = self._find(method, *self._instances)
             found = {"slot": slot, "new": new, "opens": opens}
-            self._choice |= {name: self.keep(name, value) for name, value in found.items()}
-            self._domains = self.keep_members("domains", slot * self.groups + self._members.cells, method)
+            self._choice |= {name: self.keep(method, name, value) for name, value in found.items()}
+            self._domains = self.keep_members(method, "domains", slot * self.groups + self._members.cells)
         self._instances = None
 
     def look_apart(self, method: State, x: Tensor) -> None:

@@ -126,15 +126,16 @@ class Reservoir(DomainMemory):
 
     def limit(self, method: State, images: int) -> Tensor:
         """T for batches of so many images, 0-dimensional."""
-        if images not in self._limits:
+        size = min(images, self.SOURCE_IMAGES // 2)  # so that there are no more limits than that
+        if size not in self._limits:
             moments = method.get_buffer("memory_source")
             moments = moments[moments.isfinite().all((1, 2))]
-            size = max(1, min(images, len(moments) // 2))
+            together = max(1, min(size, len(moments) // 2))
             generator = torch.Generator().manual_seed(self.seed)
-            groups = [torch.randperm(len(moments), generator=generator)[:size] for _ in range(self.GROUPS)]
+            groups = [torch.randperm(len(moments), generator=generator)[:together] for _ in range(self.GROUPS)]
             styles = torch.stack([_style(moments[group.to(moments.device)].mean(0)) for group in groups])
-            self._limits[images] = torch.pdist(styles).quantile(0.999) * self.threshold
-        limit: Tensor = self._limits[images]
+            self._limits[size] = torch.pdist(styles).quantile(0.999) * self.threshold
+        limit: Tensor = self._limits[size]
         return limit
 
     # Along the stream ------------------------------------------------------------------------------------------------
