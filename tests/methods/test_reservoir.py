@@ -241,3 +241,14 @@ def test_limits_are_of_the_source_images_that_were_loaded():
     other.load_state_dict(method.state_dict())
     for seed, number in enumerate([1, 2, 0], 30):
         assert torch.equal(method(domain(number, seed)), other(domain(number, seed)))
+
+
+@pytest.mark.parametrize("statistics", ["batch", "source", "ema", "balanced", "domains", "auto"])
+def test_of_one_domain_it_predicts_as_without(statistics):
+    """One state is the average of one; each kind has the batch in its statistics before it is predicted."""
+    options = {"statistics": statistics, "reservoir": {"members": 2, "threshold": 1e6}}
+    method, plain = make(**options), adapt(make_net("bn", seed=0), "tent", **OPTIONS["tent"], statistics=statistics)
+    for seed in range(4):
+        images = domain(0, seed)
+        assert torch.allclose(method(images), plain(images), atol=1e-5)
+    assert value(method, "number") == 1

@@ -571,7 +571,7 @@ class TTAMethod(Described, Replayable, ABC):
         with running() as images, self.normalizing():
             memory.assign(self, style, lambda: self.infer(images))
         with running() as images, memory.blended(self), self.normalizing():
-            logits = at_least_float32(self.infer(images))
+            logits = at_least_float32(self._looking(self.infer, apart=False)(images))
         with self._capture.deciding(self, x, True):
             self._adapt_and_predict(x, torch.ones(len(x), dtype=torch.bool), len(x))
         memory.store(self)

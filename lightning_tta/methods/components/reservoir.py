@@ -38,9 +38,10 @@ class Reservoir(DomainMemory):
     T is the 0.999 quantile of the distances among 32 random groups of source images, as many in a group as in the
     batch, times ``threshold``.
 
-    A state is all that the method declares: norm parameters, optimizer, statistics of BatchNorm, filters. Memory: M of
-    them, and 512 source images' moments. Per batch: two forward passes more than the method's, and one for each state
-    where a new one opens.
+    A state is all that the method declares: norm parameters, optimizer, statistics of BatchNorm, filters. What a prior
+    or a refinement of the predictions learns is of the whole stream. Memory: M of them, and 512 source images' moments.
+    Per batch: two forward passes more than the method's, one of them with the further ones of chosen statistics, and
+    one for each state where a new one opens. ``predict`` takes the state of the last batch.
 
     Args:
         method: One that learns norm parameters, or keeps statistics.
