@@ -56,7 +56,7 @@ class EATA(ETA):
         Raises:
             DataError: If there is no image, or a gradient is not finite.
         """
-        if self.needs_source:
+        if self.fisher_alpha > 0:
             self._weighted = None
             fisher = fisher_information(self, source_batches)
             with outside_inference_mode(), torch.no_grad():
@@ -70,7 +70,7 @@ class EATA(ETA):
 
         So the gradients of all parameters together take a few kernels, not some for each.
         """
-        if not self.needs_source:
+        if not self.fisher_alpha:
             return 0.0
         now, names = [tensor.detach() for tensor in self.learned], list(self.adaptable)
         moved = torch._foreach_sub(now, [self.source_value(name) for name in names])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from lightning_tta.errors import DataError, check_choice, check_range
 from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET
-from lightning_tta.methods.base.task import explained, float_dtype
 from lightning_tta.methods.components.cma_es import CMAES
+from lightning_tta.methods.components.source_images import see_source_images
 
 FULL_UP_TO = 512
 """Dimension up to which ``covariance="auto"`` is ``full``."""
@@ -129,6 +129,7 @@ class FOA(TTAMethod):
         words = random_words(torch.tensor([seed, -1]), dimension)  # generations count from 0
         self.state("best", words.to(like).mul_(bound * 2**-31))
         self.state("center", torch.full_like(like.expand(self.tokens.features), NOT_YET), source=NOT_YET)
+        self.keep_wide(*(name for name, tensor in self.rest.items() if tensor.is_floating_point()))  # small steps
         for name in ("source_mean", "source_std"):
             self.register_buffer(name, torch.zeros_like(like.expand(self.tokens.activations)))
 
@@ -141,30 +142,26 @@ class FOA(TTAMethod):
         Raises:
             DataError: If there are fewer than two images, or an activation is not finite.
         """
-        count, device = 0, self.source_mean.device
-        with torch.no_grad(), outside_inference_mode(), self.computing(device), self.running(), self.passes():
+        count = 0
+        with outside_inference_mode():
             mean, squares = torch.zeros_like(self.source_mean), torch.zeros_like(self.source_mean)
-            for batch in source_batches:
-                if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
-                    kind = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-                    raise DataError(f"Source batches must be dicts with 'image' (B, C, H, W) in [0, 1]; got {kind}.")
-                images = batch["image"].to(device)
-                usable = self.task.usable(images)
-                images = images if bool(usable.all()) else images[usable.to(images.device)]
-                if not len(images):
-                    continue
-                with explained(self.model, images, has_run=self.has_run):
-                    here = self._pass(images.to(float_dtype(self.model)))[0][0].to(mean)
-                apart, total = here.mean(0) - mean, count + len(here)  # means of parts, put together (Chan et al.)
-                squares += (here - here.mean(0)).square().sum(0) + apart.square() * (count * len(here) / total)
-                mean += apart * (len(here) / total)
-                count = total
-            if count < 2 or not bool((mean.isfinite() & squares.isfinite()).all()):
-                problem = f"activations that are not finite, in {count} images" if count > 1 else f"{count} images"
-                raise DataError(
-                    f"FOA needs mean and standard deviation of the activations of source images; found {problem}. Give "
-                    "batches {'image': (B, C, H, W) in [0, 1]} of the training set, 32 images or more."
-                )
+
+        def see(images: Tensor) -> None:
+            nonlocal count
+            here = self._pass(images)[0][0].to(mean)
+            apart, total = here.mean(0) - mean, count + len(here)  # means of parts, put together (Chan et al.)
+            squares.add_((here - here.mean(0)).square().sum(0) + apart.square() * (count * len(here) / total))
+            mean.add_(apart * (len(here) / total))
+            count = total
+
+        see_source_images(self, source_batches, see)
+        if count < 2 or not bool((mean.isfinite() & squares.isfinite()).all()):
+            problem = f"activations that are not finite, in {count} images" if count > 1 else f"{count} images"
+            raise DataError(
+                f"FOA needs mean and standard deviation of the activations of source images; found {problem}. Give "
+                "batches {'image': (B, C, H, W) in [0, 1]} of the training set, 32 images or more."
+            )
+        with outside_inference_mode(), torch.no_grad():
             self.source_mean.copy_(mean)
             self.source_std.copy_((squares / (count - 1)).sqrt())
         super().prepare(source_batches)
@@ -181,13 +178,6 @@ class FOA(TTAMethod):
         """With the best prompt and the center as they are."""
         activations, _ = self._pass(x, self.value("best")[None])
         return self._shifted(activations[0])
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """As of every method, but the search stays in at least float32: its steps are small."""
-        super()._apply(fn, recurse)
-        for tensors in (self._rest, self._sources):
-            tensors.update({name: at_least_float32(t) for name, t in tensors.items() if t.is_floating_point()})
-        return self
 
     def _roots(self) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.source_mean.device.type, enabled=False):

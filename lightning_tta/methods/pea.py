@@ -14,7 +14,7 @@ from lightning_tta.errors import DataError, check_range
 from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.components.roots import inverse_root, root
-from lightning_tta.methods.components.source_images import source_images
+from lightning_tta.methods.components.source_images import see_source_images
 from lightning_tta.views.fixed import fixed_views
 
 RIDGE, LEAST_WEIGHT, FOLLOW = 1e-5, 1e-3, 0.2
@@ -142,9 +142,11 @@ class PEA(TTAMethod):
             total, squares = sums[number]
             sums[number] = total.to(groups) + groups.sum(1), squares.to(groups) + groups.mT @ groups
 
-        for images in source_images(self, source_batches, self.source_images):
+        def see(images: Tensor) -> None:
             with changed_blocks(self.model, self.blocks, add):
                 self.logits(images)
+
+        see_source_images(self, source_batches, see, most=self.source_images)
         found = [self._moments_of(number, counts[number], *sums[number]) for number in range(len(self.blocks))]
         with outside_inference_mode(), torch.no_grad():
             for number, (mean, covariance) in enumerate(found):

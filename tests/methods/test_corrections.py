@@ -12,6 +12,7 @@ from lightning_tta import ConfigError, UnsupportedModelError, adapt
 from lightning_tta.guard.watch import Watch
 from lightning_tta.methods.base.execution import Execution
 from lightning_tta.methods.base.host import recording
+from lightning_tta.methods.components import refinements
 from nets import make_images, make_net, make_stream, max_difference, same
 from replay import use_tape
 
@@ -273,6 +274,19 @@ def test_reset_save_load_and_copy(name, options):
     fresh = build(name, **options)
     fresh.reset()
     assert same(fresh.state_dict(), source)
+    method.load_state_dict(source)  # from before the first batch, when the number of classes was not known
+    assert same([method(images) for images in make_stream(2)], first)
+    assert same(method.state_dict(), saved)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_double_precision_in_the_middle_of_a_stream(options):
+    method, other = build("tent", **options), build("tent", **options)
+    for images in make_stream(2):
+        method(images), other(images)
+    method.double()
+    for images in make_stream(2, seed=3):
+        assert max_difference(method(images.double()), other(images).double()) < 1e-3
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
@@ -458,3 +472,20 @@ def test_what_does_not_fit():
     method = adapt(make_net("gn"), "source", prior={"kind": "em", "source_prior": [0.5, 0.5]})
     with pytest.raises(ConfigError, match="it has 2, and the net has 5 logits"):
         method(make_images(4))
+
+
+@pytest.mark.parametrize(("name", "options"), [("pea", {}), ("view_averaging", {"views": 4}), ("zero", {"views": 8})])
+def test_methods_whose_passes_are_of_views(name, options):
+    """The neighbours are the images, and not their views."""
+    plain, method = (adapt(make_net("bn"), name, **options, **more) for more in ({}, {"refine": "lame"}))
+    for each in (plain, method):
+        if each.needs_source:
+            each.prepare([{"image": make_images(16, seed=9)}])
+    images = make_images(6, seed=3)
+    for _ in range(2):  # before and after a batch
+        logits, refined = plain.predict(images), method.predict(images)
+        with torch.no_grad():
+            features = method.model.features(images)
+        expected = refinements.agree(features, logits, "knn", 5, lambda condition: False)[0]
+        torch.testing.assert_close(refined, expected, atol=1e-5, rtol=1e-5)
+        plain(images), method(images)

@@ -155,3 +155,100 @@ def test_what_it_is_not_for():
         adapt(make_net("bn", seed=0), "tent", reservoir=4, window=8)
     with pytest.raises(DataError, match="at least 4 source images"):
         make(prepare=False).prepare([{"image": make_images(2, seed=0)}])
+
+
+@pytest.mark.parametrize("kind", ["user", "vectors"])
+def test_the_style_of_vectors(kind):
+    """A layer of vectors (B, C) has one position."""
+    if kind == "vectors":
+        nn = torch.nn
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(768, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)).eval()
+    else:
+        net = make_net("user")
+    method = adapt(net, "tent", lr=1e-2, reservoir=3)
+    method.prepare(SOURCE)
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
+    seen = []
+    handles = [m.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].double())) for m in layers.values()]
+    with torch.no_grad():
+        net(torch.cat([batch["image"] for batch in SOURCE]))
+    for handle in handles:
+        handle.remove()
+    variances = [s.var([d for d in range(s.ndim) if d != 1], unbiased=False) for s in seen[:3]]
+    assert torch.allclose(value(method, "styles")[0].double(), torch.cat(variances).add(1e-8).log(), atol=1e-4)
+    assert method(domain(1, 3)).isfinite().all()
+
+
+def shares_after(logits, momentum=0.5):
+    """The factors of prior='moving' on a uniform source, by its formula, batch by batch."""
+    q, out = torch.full((5,), 0.2, dtype=torch.float64), []
+    for batch in logits:
+        q = (1 - momentum) * q + momentum * batch.double().softmax(1).mean(0)
+        s = max(momentum / len(batch), 0.2) / q.max()
+        out.append((q + s) / (1 + s * 5))
+    return out
+
+
+@pytest.mark.parametrize("name", ["tent", "norm", "t3a"])
+def test_a_prior_is_of_the_whole_stream(name):
+    """Learned from the logits of all domains; no state of a domain takes it back."""
+    plain, method = make(name), make(name, prior={"kind": "moving", "momentum": 0.5})
+    stream = [domain(number, seed) for seed, number in enumerate([0, 1, 0, 2, 1])]
+    logits = [plain(x) for x in stream]
+    for x, before, factors in zip(stream, logits, shares_after(logits), strict=True):
+        assert torch.allclose(method(x).double(), before.double() + factors.log(), atol=1e-4)
+    method.reset()
+    assert torch.allclose(method(stream[0]).double(), logits[0].double() + shares_after(logits[:1])[0].log(), atol=1e-4)
+
+
+def test_states_that_are_allocated_at_their_first_use():
+    """A net without a linear layer at its end does not say how many classes the filters' mean has."""
+    nn = torch.nn
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1))
+    method = adapt(nn.Sequential(net, nn.Flatten()), "eta", reservoir=3, **OPTIONS["eta"])
+    method.prepare(SOURCE)
+    stream = [domain(number, seed) for seed, number in enumerate([0, 1, 0, 1])]
+    first = [method(x) for x in stream]
+    assert value(method, "bank.mean_probability").shape == (3, 5)
+    assert not value(method, "bank.mean_probability")[:2].isnan().any()
+    method.reset()
+    assert all(torch.equal(method(x), logits) for x, logits in zip(stream, first, strict=True))
+
+
+@pytest.mark.parametrize(("name", "options"), [("neo", {}), ("eata", {"fisher_alpha": 0.0})])
+def test_methods_that_need_no_source_themselves(name, options):
+    method = adapt(make_net("bn"), name, reservoir=3, **options)
+    method.prepare(SOURCE)
+    assert method(domain(1, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "options"), [("eata", {}), ("neo", {"center": "source"})])
+def test_batches_that_two_look_at(name, options):
+    method = adapt(make_net("bn"), name, reservoir=3, **options)
+    with pytest.raises(DataError, match="Give a list"):
+        method.prepare(iter(SOURCE))
+    method.prepare(SOURCE)
+    assert method.prepared
+
+
+def test_limits_are_of_the_source_images_that_were_loaded():
+    method, other = make(), make(prepare=False)
+    other.prepare([{"image": domain(1, seed)} for seed in range(3)])
+    for each in (method, other):
+        each(domain(0, 0))
+    other.load_state_dict(method.state_dict())
+    for seed, number in enumerate([1, 2, 0], 30):
+        assert torch.equal(method(domain(number, seed)), other(domain(number, seed)))
+
+
+@pytest.mark.parametrize("statistics", ["batch", "source", "ema", "balanced", "domains", "auto"])
+def test_of_one_domain_it_predicts_as_without(statistics):
+    """One state is the average of one; each kind has the batch in its statistics before it is predicted."""
+    options = {"statistics": statistics, "reservoir": {"members": 2, "threshold": 1e6}}
+    method, plain = make(**options), adapt(make_net("bn", seed=0), "tent", **OPTIONS["tent"], statistics=statistics)
+    for seed in range(4):
+        images = domain(0, seed)
+        assert torch.allclose(method(images), plain(images), atol=1e-5)
+    assert value(method, "number") == 1

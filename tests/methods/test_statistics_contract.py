@@ -14,6 +14,7 @@ from lightning_tta import ConfigError, UnsupportedModelError, adapt, collective
 from lightning_tta.backbones.norms import fixed_statistics
 from lightning_tta.methods.base.execution import Execution
 from lightning_tta.methods.base.host import recording
+from lightning_tta.methods.components import class_statistics
 from nets import make_images, make_net, make_stream, max_difference, same
 from processes import NEEDS_FORK, Processes
 from replay import use_tape
@@ -37,6 +38,8 @@ KINDS = {
     "domains": {"kind": "domains", "eta": 0.3, "domains": 3},
     "median": "median",
     "instance": {"kind": "instance", "k": 0.5, "momentum": 0.1},
+    "auto": {"kind": "auto", "images": 1.0, "classes_needed": 1.0},
+    "auto in groups": {"kind": "auto", "images": 1.0, "classes_needed": 1.0, "groups": 2},
 }
 METHODS = {
     "tent": {"lr": 1e-2},
@@ -48,14 +51,15 @@ METHODS = {
     "memo": {"lr": 0.05, "views": 2, "augment": "none"},
     "t3a": {"filter_k": 2},
 }
-APART = ("source", "ema", "renormalized", "balanced", "shared")  # kinds for methods that treat each image apart
+APART = ("source", "ema", "renormalized", "balanced", "shared", "auto")  # kinds for methods that treat each image apart
 DEPENDS = ("batch", "mixed", "median")  # predictions of a batch depend on each other until something was seen
 NO_NET = ("domains", "instance")
 CASES = [  # kinds of the same mechanism are alike in the other methods
     pytest.param(kind, name, marks=[pytest.mark.slow] * (name not in ("tent", "cotta")))
     for kind in KINDS
     for name in METHODS
-    if name == "tent" or (kind in ("mixed", "renormalized", "shared", "domains") and (name != "memo" or kind in APART))
+    if name == "tent"
+    or (kind in ("mixed", "renormalized", "shared", "domains", "auto") and (name != "memo" or kind in APART))
 ]
 each = pytest.mark.parametrize(("kind", "name"), CASES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +121,7 @@ def test_the_statistics_are_those_of_the_pass_over_the_batch(kind, name):
 
 @every_kind
 def test_passes_are_counted(kind):
-    extra = {"balanced": 1, "shared": 1, "domains": 2}.get(kind, 0)
+    extra = {"balanced": 1, "shared": 1, "domains": 2, "auto": 1, "auto in groups": 1}.get(kind, 0)
     method = build(kind, steps=2)
     method(make_images(4))
     assert method.stats["forwards"] == 2 * (1 + extra)
@@ -276,7 +280,8 @@ def test_captured_steps(kind, name, monkeypatch):
 def test_nets_without_batch_norm(kind):
     stream = make_stream(2)
     plain = adapt(make_net("gn"), "tent", lr=1e-2)
-    with pytest.warns(UserWarning, match="has no effect: ConvNet has no BatchNorm"):
+    said = pytest.warns(UserWarning, match="has no effect: ConvNet has no BatchNorm")
+    with nullcontext() if kind.startswith("auto") else said:  # auto is for any net
         method = build(kind, net=make_net("gn"))
     assert same(run(method, stream), run(plain, stream))
     assert same(method.memory, plain.memory)
@@ -299,6 +304,7 @@ def test_instance_warns_once():
 BAD = {
     "rmax": ({"kind": "renormalized", "rmax": 0.5}, "rmax"),
     "gamma": ({"kind": "balanced", "gamma": 2}, "gamma"),
+    "no flag": ({"kind": "mixed", "cross_term": "no"}, "cross_term must be one of True, False; got 'no'"),
     "eta": ({"kind": "balanced", "eta": 0}, "eta"),
     "groups": ({"kind": "balanced", "groups": 6}, "groups=6 is more than the 5 classes"),
     "layer": ({"kind": "domains", "layer": "stem.4"}, "no BatchNorm layer 'stem.4'"),
@@ -338,7 +344,18 @@ def test_a_layer_that_does_not_run_cannot_tell_domains_apart():
     assert adapt(net, "source", statistics="balanced")(make_images(4)).isfinite().all()
 
 
-SYNCHRONISED = ("batch", "source", "mixed", "ema", "renormalized", "balanced", "shared", "instance")
+SYNCHRONISED = (
+    "batch",
+    "source",
+    "mixed",
+    "ema",
+    "renormalized",
+    "balanced",
+    "shared",
+    "instance",
+    "auto",
+    "auto in groups",
+)
 SIZES = (6, 5, 1, 7, 4)
 
 
@@ -406,3 +423,28 @@ def test_the_net_is_left_alone():
         with nullcontext() if stored is None else fixed_statistics(net, stored):
             assert net(make_images(2)).isfinite().all()
         assert same(net.state_dict(), before)
+
+
+@pytest.mark.parametrize("kind", ["batch", "ema", "balanced", "domains"])
+def test_half_precision_in_the_middle_of_a_stream_rounds_no_statistics(kind):
+    """They stay in float32, with the values that they have; one above 65,504 does not become infinite."""
+    method = build(kind, optimizer="sgd")
+    run(method, make_stream(2))
+    names = [n for n in method.memory if n.startswith(("statistics.", "stream."))]
+    method.value(next(n for n in names if n.endswith("moments")))[1, 0] = 7e4
+    before = {name: method.value(name).clone() for name in names}
+    method.bfloat16().half()
+    assert all(same(method.value(name), before[name]) for name in names)
+
+
+@pytest.mark.parametrize("kind", ["balanced", "domains", "auto"])
+def test_batches_of_ever_other_sizes_keep_no_more_memory(kind, monkeypatch):
+    """What is kept in place for each size is bounded; the statistics are the same."""
+    method, plain = build(kind), build(kind)
+    sizes = [make_images(1 + number % 7, seed=number) for number in range(20)]
+    expected = run(plain, sizes)
+    monkeypatch.setattr(class_statistics, "PLACES", 20)
+    layout = method.layout
+    assert same(run(method, sizes), expected)
+    assert method.layout > layout or kind == "auto"  # what was recorded with the old places is not used any more
+    assert len(method.account._places) <= 20

@@ -127,3 +127,12 @@ def test_what_has_no_window():
     with pytest.raises(InputError, match="among others of"):
         method(torch.rand(1, 3, 40, 40))
     assert torch.isfinite(method(make_images(1, seed=1))).all()
+
+
+@pytest.mark.parametrize("name", ["tent", "norm"])
+def test_a_state_from_before_the_first_image(name):
+    method, images = make(name), make_images(2 * N, seed=3)
+    start = method.state_dict()
+    first = [method(part) for part in torch.split(images, 4)]
+    method.load_state_dict(start)
+    assert all(torch.equal(method(part), logits) for part, logits in zip(torch.split(images, 4), first, strict=True))

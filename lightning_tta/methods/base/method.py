@@ -28,7 +28,14 @@ from lightning_tta.backbones.norms import (
 )
 from lightning_tta.backbones.passes import call_with, outside_inference_mode, safe_checkpoints
 from lightning_tta.backbones.split import HeadSplit, features_at, module_at, recorded_calls
-from lightning_tta.errors import ConfigError, NotPreparedError, UnsupportedModelError, check_choice, check_range
+from lightning_tta.errors import (
+    ConfigError,
+    DataError,
+    NotPreparedError,
+    UnsupportedModelError,
+    check_choice,
+    check_range,
+)
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.account import IMAGES, MOMENTS, Account, Statistics, StreamAccount
 from lightning_tta.methods.base.capture import COUNTS, STEP, Replayable
@@ -55,6 +62,10 @@ from lightning_tta.metrics import collapse_measures
 
 Stats = dict[str, float]
 PredictWith = Literal["stream", "batch"]
+_MEMORY_ALONE = (
+    "A memory of domains (reservoir=) goes with neither window= nor a refinement that needs features (refine='lame'). "
+    "Leave one of them out."
+)
 
 
 class TTAMethod(Described, Replayable, ABC):
@@ -140,6 +151,7 @@ class TTAMethod(Described, Replayable, ABC):
         if self.uses_batch_statistics and batch_norm_layers(plain):
             with torch.no_grad():
                 self._account = StreamAccount(self, plain)
+            self.keep_wide(*self._account.float32)
         self.scalars = {}, dict.fromkeys(COUNTS, 0)
         self._logits: Tensor | None = None  # of the last batch
         self._stats: Stats | None = {}  # None: not computed yet
@@ -189,6 +201,7 @@ class TTAMethod(Described, Replayable, ABC):
         if account is not None and not account.synchronized:
             self.parallel = frozenset({"replicas"})  # type: ignore[misc]
         if account is not None:
+            self.keep_wide(*account.float32)
             self._no_plain_net_either = account.no_plain_net
 
     def leave_statistics(self) -> None:
@@ -226,8 +239,8 @@ class TTAMethod(Described, Replayable, ABC):
         Raises:
             ConfigError: If there is a window, or a correction of the predictions that needs features.
         """
-        if self._window is not None or any(each.wants_features for each in self.corrections):
-            raise ConfigError("A memory of domains goes with neither window= nor refine=. Leave one of them out.")
+        if self._window is not None or self._wants_features:
+            raise ConfigError(_MEMORY_ALONE)
         self._memory = memory
         self.needs_source, self.prepared = True, False
         self.parallel = frozenset({"replicas"})  # type: ignore[misc]
@@ -248,12 +261,12 @@ class TTAMethod(Described, Replayable, ABC):
         Raises:
             ConfigError: If it is out of range, or a correction of the predictions needs features.
         """
-        if any(each.wants_features for each in self.corrections):
+        if self._wants_features:
             raise ConfigError(f"window={images} and a refinement of the predictions exclude each other. Leave one out.")
         if self.images_apart:
             raise ConfigError(f"window={images}: '{self.name}' treats each image on its own already. Leave window out.")
         if self._memory is not None:
-            raise ConfigError(f"window={images} and a memory of domains exclude each other. Leave one of them out.")
+            raise ConfigError(_MEMORY_ALONE)
         self._window = Window(self, images)
         self.small_batch = 0
         self.parallel = frozenset({"replicas"})  # type: ignore[misc]
@@ -307,9 +320,12 @@ class TTAMethod(Described, Replayable, ABC):
             correction: Its constructor has declared its state on this method.
 
         Raises:
+            ConfigError: If it wants features, and there is a memory of domains.
             UnsupportedModelError: If it wants features, and the net has no linear layer that they could go into.
         """
         if correction.wants_features:
+            if self._memory is not None:
+                raise ConfigError(_MEMORY_ALONE)
             assert self.split
         if not correction.synchronized:
             self.parallel = frozenset({"replicas"})  # type: ignore[misc]
@@ -323,6 +339,11 @@ class TTAMethod(Described, Replayable, ABC):
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Collect what the method needs from source data, once, before the stream. Most need nothing."""
         if self._memory is not None:
+            if iter(source_batches) is source_batches and type(self).prepare is not TTAMethod.prepare:
+                raise DataError(
+                    f"reservoir= and '{self.name}' both look at the source batches, and an iterator gives them once: "
+                    f"got a {type(source_batches).__name__}. Give a list of batches, or a DataLoader."
+                )
             self._memory.prepare(self, source_batches)
         self.prepared = True
 
@@ -550,7 +571,7 @@ class TTAMethod(Described, Replayable, ABC):
         with running() as images, self.normalizing():
             memory.assign(self, style, lambda: self.infer(images))
         with running() as images, memory.blended(self), self.normalizing():
-            logits = at_least_float32(self.infer(images))
+            logits = at_least_float32(self._looking(self.infer, apart=False)(images))
         with self._capture.deciding(self, x, True):
             self._adapt_and_predict(x, torch.ones(len(x), dtype=torch.bool), len(x))
         memory.store(self)
@@ -854,8 +875,6 @@ class TTAMethod(Described, Replayable, ABC):
             self._capture.clear()
             if self._account is not None:
                 self._account.renew(self, self.model)
-                for tensors in (self._rest, self._sources):
-                    tensors |= {name: at_least_float32(tensors[name]) for name in self._account.float32}
             self._casts.drop()
             self._custody.take_stock(self.model)
         return self
@@ -928,7 +947,7 @@ class TTAMethod(Described, Replayable, ABC):
             return infer(x)
         with self._features_watched() as calls:
             logits = infer(x)
-        if len(calls) == 1 and self.split.is_checked:
+        if len(calls) == 1 and self.split.is_checked and len(calls[0][1][0]) == len(x):  # else of views of the images
             self._features_seen = calls[0][1][0].detach()
         try:
             return self._corrected(x, logits, learn=False)

@@ -41,6 +41,7 @@ class State(nn.Module):
         self._rest: dict[str, Tensor] = {}  # all other tensors
         self._sources: dict[str, Tensor] = {}  # by name, of both; broadcast to the tensor's shape
         self._fixed_dtype: set[str] = set()
+        self._wide: set[str] = set()
         self.layout = 0  # of which tensors hold the state; another number, other tensors
         self._lent: Lent = []  # tensors with the values that they get back
 
@@ -74,11 +75,16 @@ class State(nn.Module):
         self._sources[name] = source
         return tensor
 
+    def keep_wide(self, *names: str) -> None:
+        """Let states stay in float32 at least, with their values, where the method goes to half precision."""
+        self._wide.update(names)
+
     def withdraw(self, *names: str) -> None:
         """Take back declarations of states that are no parameters or buffers; before the first batch."""
         for name in names:
             del self._rest[name], self._sources[name]
             self._fixed_dtype.discard(name)
+            self._wide.discard(name)
         self.layout += 1
 
     def sized(self, name: str, like: Tensor) -> Tensor:
@@ -223,7 +229,12 @@ class State(nn.Module):
         """Counterpart of :meth:`get_extra_state`."""
         with outside_inference_mode(), torch.no_grad():  # else the optimizers could not step afterwards
             for name, value in state["memory"].items():
-                (self.sized(name, value) if self._resizes(name, value) else self._rest[name]).copy_(value)
+                if not self._resizes(name, value):
+                    self._rest[name].copy_(value)
+                elif is_empty(value):  # as it was before its first use; it keeps its place
+                    self._rest[name].fill_(NOT_YET)
+                else:
+                    self.sized(name, value).copy_(value)
             for name, value in state["source"].items():
                 self._sources[name].copy_(value)
 
@@ -265,8 +276,10 @@ class State(nn.Module):
                 )
 
     def _resizes(self, name: str, value: Tensor) -> bool:
-        """Whether a saved value differs in shape from a state that is allocated at its first use."""
-        return name in self._rest and value.shape != self._rest[name].shape and is_empty(self._rest[name])
+        """Whether a saved value and a state that is allocated at its first use differ in shape, as one has none yet."""
+        if name not in self._rest or value.shape == self._rest[name].shape:
+            return False
+        return is_empty(self._rest[name]) or (is_empty(value) and is_empty(self._sources[name]))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # parameters in place; buffers are replaced
@@ -279,7 +292,10 @@ class State(nn.Module):
         for tensors in (self._rest, self._sources):
             for name, tensor in tensors.items():
                 new: Tensor = moved[id(tensor)]
-                tensors[name] = new.to(tensor.dtype) if name in self._fixed_dtype else new
+                if name in self._fixed_dtype or name in self._wide:
+                    dtype = tensor.dtype if name in self._fixed_dtype else _wide(new.dtype)
+                    new = new if new.dtype == dtype else tensor.to(new.device, dtype)  # not by way of half precision
+                tensors[name] = new
         return self
 
     def _lookup(self, name: str) -> Tensor | None:
@@ -290,6 +306,10 @@ class State(nn.Module):
         except AttributeError:
             return None
         return tensor if isinstance(tensor, Tensor) else None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
 def is_empty(tensor: Tensor) -> bool:

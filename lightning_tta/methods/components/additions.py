@@ -13,13 +13,14 @@ Wanted = str | Mapping[str, Any]
 
 ADDITIONS: dict[str, Callable[[TTAMethod, Any], None]] = {
     "statistics": statistics.choose,
+    "reservoir": reservoir.choose,
     "prior": priors.choose,
     "refine": refinements.choose,
     "window": TTAMethod.slide,
-    "reservoir": reservoir.choose,
 }
-"""By the option's name, in the order in which they are put on a method: what refines sees predictions with the prior
-in them."""
+"""By the option's name, in the order in which they are put on a method: a reservoir remembers what is declared before
+it, so not what a prior has learned, which is of the whole stream; what refines sees predictions with the prior in them.
+"""
 
 
 def add(method: TTAMethod, **wanted: Wanted | int | None) -> None:

@@ -8,13 +8,13 @@ from torch import Tensor
 from lightning_tta.errors import check_range
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import State
-from lightning_tta.methods.components.class_statistics import BETWEEN, CLASSES, Balanced
+from lightning_tta.methods.components.class_statistics import ClassStatistics
 from lightning_tta.methods.components.stream_statistics import MOMENTS
 
 SUMS, COUNTS = "statistics.sums", "statistics.counts"
 
 
-class Auto(Balanced):
+class Auto(ClassStatistics):
     """The source's statistics, moved towards those of the stream by as much as the stream has shown of its classes.
 
     A first pass with what is stored gives the pseudo-labels of the batch. Of each class k, each layer keeps sums over
@@ -46,8 +46,8 @@ class Auto(Balanced):
     Args:
         method: Whose net it is.
         images: r, images after which a class has half of its weight, > 0.
-        classes_needed: s, well-seen classes at which alpha is half of its limit, > 0. With K classes alpha stays below
-            ``limit K^2 / (K^2 + s^2)``: 0.49 for 10 classes, 0.05 for 2, where 0.8 K keeps the 0.49.
+        classes_needed: s, well-seen classes at which alpha is half of its limit, > 0; ``None``: 8, or 0.8 G where that
+            is less, so that alpha can reach 0.49 also with few classes.
         limit: alpha_max, the most that the stream counts, in [0, 1]; 0: the source's statistics.
         least_shift: t, the mean change of a layer's log variances at which alpha is halved, > 0.
         horizon: Images of all classes together that are remembered, >= 1; but ``images`` of each at least.
@@ -63,12 +63,12 @@ class Auto(Balanced):
     contrast and jpeg_compression, 2,000 images each, reset by domain, one order; correlated (Dirichlet 0.01), shuffled.
     Batches of 200: source 53.0, 53.0; batch statistics 75.9, 36.3; ``ema`` 39.9, 36.7; ``balanced`` 39.1, 36.5;
     ``auto`` 35.9, 33.5. Of 16: batch statistics 83.9, 39.1; ``balanced`` 37.9, 37.1; ``auto`` 37.3, 33.8. The constants
-    were chosen on such streams, of these and three other corruptions; other numbers of classes had no part in it.
+    were chosen on such streams, of these and three other corruptions; ``least_shift`` on clean images of 1,000 classes.
 
-    Not the best: where the pseudo-labels are mostly wrong, for then classes are counted that are not there; with few
-    classes, see ``classes_needed``; where a shift moves means and no variances, of which d sees nothing; in the first
-    batches after a reset, where it is still near the source; where a second pass cannot be paid (``ema``); where
-    several domains are in one batch, which no one set of statistics fits.
+    Not the best: where the pseudo-labels are mostly wrong, for then classes are counted that are not there; where a
+    shift moves means and no variances, of which d sees nothing; in the first batches after a reset, where it is still
+    near the source; where a second pass cannot be paid (``ema``); where several domains are in one batch, which no one
+    set of statistics fits.
 
     Own work, without a paper. It builds on TRIBE (Su et al., AAAI 2024, arXiv 2309.14949), from which the statistics
     by class are, and on Schneider et al. (NeurIPS 2020, arXiv 2006.16971), who mix the source's with those of a batch.
@@ -81,7 +81,7 @@ class Auto(Balanced):
         method: TTAMethod,
         *,
         images: float = 5.0,
-        classes_needed: float = 8.0,
+        classes_needed: float | None = None,
         limit: float = 0.8,
         least_shift: float = 0.18,
         horizon: int = 1000,
@@ -90,14 +90,13 @@ class Auto(Balanced):
         classes: int | None = None,
     ) -> None:
         check_range("images", images, 0, low_open=True)
-        check_range("classes_needed", classes_needed, 0, low_open=True)
         check_range("limit", limit, 0, 1)
         check_range("least_shift", least_shift, 0, low_open=True)
         check_range("horizon", horizon, 1, integer=True)
-        super().__init__(method, eta=1.0, gamma=0.0, groups=groups, max_bytes=max_bytes, classes=classes)
-        method.withdraw(CLASSES, BETWEEN)
-        self.images, self.classes_needed, self.limit, self.horizon = images, classes_needed, limit, horizon
-        self.least_shift = least_shift
+        super().__init__(method, groups=groups, max_bytes=max_bytes, classes=classes)
+        self.classes_needed = min(8.0, 0.8 * self.groups) if classes_needed is None else classes_needed
+        check_range("classes_needed", self.classes_needed, 0, low_open=True)
+        self.images, self.limit, self.least_shift, self.horizon = images, limit, least_shift, horizon
         moments = method.value(MOMENTS)
         method.state(SUMS, moments.new_zeros(2, self.groups, moments.shape[1]), source=0.0)
         method.state(COUNTS, moments.new_zeros(self.groups), source=0.0)
@@ -109,73 +108,78 @@ class Auto(Balanced):
         self._runs = {}
 
     def stored(self, method: State, name: str) -> Tensor:
-        """Rows (2 G + 2, C): the sums of each class, and the statistics that come of them."""
-        place = self.places[name]
-        if self._members is None:
-            return method.value(MOMENTS)[:, place]
-        return torch.cat([method.value(SUMS)[:, :, place].flatten(0, 1), method.value(MOMENTS)[:, place]])
-
-    def counts(self, method: State) -> Tensor:
-        """How many images of each class there are with this batch, (G,)."""
-        assert self._members is not None
-        counts = method.value(COUNTS)
-        return counts.index_add(0, self._members.cells, torch.ones_like(counts[:1]).expand(len(self._members.cells)))
+        """Rows (2 N + 2, C): what each image of the batch adds to the sums of its class, and the statistics."""
+        moments = super().stored(method, name)
+        if self.cells is None:
+            return moments
+        return torch.cat([moments.new_zeros(2 * len(self.cells), moments.shape[1]), moments])
 
     def rule(self, method: State, name: str, x: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         """The statistics with this input in the sums; of a layer that runs again, the mean of what its runs add."""
-        (mean, var), members = self.moments(x, self._members)
-        if members is None:
-            return method.value(MOMENTS)[:, self.places[name]], old
-        assert self._members is not None
-        share = len(self._members.cells) / len(members.cells)  # of views of the batch one after the other
-        groups, width = self.groups, mean.shape[1]
-        added = mean.new_zeros(2, groups, width)
-        added = added.index_add(1, members.cells, torch.stack([mean, torch.addcmul(var, mean, mean)]), alpha=share)
-        added = added.flatten(0, 1)
-        run = self._runs.get(name, 0) if self._is_on else 0
-        start = self.stored(method, name)[:-2]
-        added = added if run == 0 else (run * (old[:-2] - start) + added) / (run + 1)
+        place = self.places[name]
+        before, source = method.value(MOMENTS)[:, place], method.source_value(MOMENTS)[:, place]
+        mean, var, times = self.moments(x, before)
+        if self.cells is None or not times:
+            return before, old
+        added = torch.stack([mean, torch.addcmul(var, mean, mean)])
+        if times > 1:  # views of the batch one after the other
+            added = added.view(2, times, len(self.cells), -1).mean(1)
+        added, run = added.flatten(0, 1), self._runs.get(name, 0)
         if self._is_on:
             self._runs[name] = run + 1
-        sums = (start + added).view(2, groups, width)
-        source = method.source_value(MOMENTS)[:, self.places[name]]
+            added = added if run == 0 else (run * old[:-2] + added) / (run + 1)
+        weights = 1 / (self.counts(method) + self.images)
+        sums = torch.einsum("g,pgc->pc", weights, method.value(SUMS)[:, :, place])
+        sums = sums + torch.einsum("n,pnc->pc", weights[self.cells], added.view(2, len(self.cells), -1))
         rows = self.shrunk(sums, self.counts(method), source, self.eps[name])
-        before = method.value(MOMENTS)[:, self.places[name]]
-        return torch.lerp(before, rows, self.trust(method)), torch.cat([sums.flatten(0, 1), rows])
+        return torch.lerp(before, rows, self.trust(method)), torch.cat([added, rows])
+
+    def own(self, method: State) -> Tensor:
+        """How many images of each class the batch has, (G,)."""
+        assert self.cells is not None
+        counts = torch.zeros_like(method.value(COUNTS))
+        return counts.index_add(0, self.cells, torch.ones_like(counts[:1]).expand(len(self.cells)))
+
+    def counts(self, method: State) -> Tensor:
+        """How many there are with this batch, (G,)."""
+        return method.value(COUNTS) + self.own(method)
 
     def trust(self, method: State) -> Tensor:
-        """How far a batch's own share in the statistics is used for the batch itself, 0-dimensional, in [0, 1]."""
-        assert self._members is not None
-        with_it = self.counts(method)
-        own = torch.zeros_like(with_it).index_add(
-            0, self._members.cells, torch.ones_like(with_it[:1]).expand(len(self._members.cells))
-        )
+        """How far a batch is normalised with its own share in the statistics, 0-dimensional, in [0, 1]."""
+        own, with_it = self.own(method), self.counts(method)
         batch, total = own.sum(), with_it.sum()
-        stream = ((with_it.square().sum() / total - 1) / (total - 1).clamp_min(1)).clamp(0, 1)
-        expected = stream + (1 - stream) / batch
+        same = ((with_it.square().sum() / total - 1) / (total - 1).clamp_min(1)).clamp(0, 1)
+        expected = same + (1 - same) / batch
         return (expected / (own / batch).square().sum()).clamp(max=1) ** 2
 
     def shrunk(self, sums: Tensor, counts: Tensor, source: Tensor, eps: float) -> Tensor:
-        """Mean and variance (2, C) of sums (2, G, C) over numbers of images (G,), and of the source's (2, C)."""
-        weights = 1 / (counts + self.images)
-        seen = (counts * weights).sum()
-        alpha = self.limit * seen**2 / (seen**2 + self.classes_needed**2)
-        mean, square = torch.einsum("g,pgc->pc", weights, sums) / seen.clamp_min(1e-12)
+        """The statistics, (2, C).
+
+        Args:
+            sums: Of means and mean squares, each image divided by the images of its class and r, (2, C).
+            counts: Images of each class, (G,).
+            source: The source's statistics (2, C).
+            eps: What the layer adds to a variance.
+        """
+        seen = (counts / (counts + self.images)).sum()
+        mean, square = sums / seen.clamp_min(1e-12)
         var, distance = (square - mean * mean).clamp_min(0), mean - source[0]
         shift = ((var + eps) / (source[1] + eps)).log().abs().clamp(max=2).mean() / self.least_shift
-        alpha = alpha * shift**8 / (shift**8 + 1)
+        alpha = self.limit * seen**2 / (seen**2 + self.classes_needed**2) * (shift**8 / (shift**8 + 1))
         rows = torch.lerp(source, torch.stack([mean, var]), alpha)
         rows[1].addcmul_(distance, distance * (alpha - alpha * alpha))
         return rows
 
     def write(self, method: State, seen: list[Tensor], good: Tensor, images: int) -> None:
-        """Write sums and numbers; what exceeds the horizon of a class fades."""
-        if self._members is None:
+        """Write sums and numbers; what exceeds the horizon of a class fades. Classes without an image stay."""
+        if self.cells is None:
             return
-        sums, rows = seen[0][:-2].view(2, self.groups, -1), seen[0][-2:]
-        counts = self.counts(method)
-        room = self.horizon / self.groups
-        kept = torch.clamp(max(room, self.images) / counts.clamp_min(1), max=1)
-        method.write(SUMS, sums * kept[:, None], good)
+        added, rows = seen[0][:-2].view(2, len(self.cells), -1), seen[0][-2:]
+        counts, table = self.counts(method), method.value(SUMS)
+        room = max(self.horizon / self.groups, self.images)
+        kept = torch.clamp(room / counts.clamp_min(1), max=1)
+        table.index_add_(1, self.cells, torch.where(good, added, 0))
+        faded = table[:, self.cells] * torch.where(good, kept[self.cells], 1)[:, None]
+        table.index_copy_(1, self.cells, faded)  # the same for all images of a class
         method.write(COUNTS, counts * kept, good)
         method.write(MOMENTS, rows, good)

@@ -16,6 +16,8 @@ from lightning_tta.methods.base.state import State
 from lightning_tta.methods.components.stream_statistics import MOMENTS, StreamStatistics, instance_moments
 
 CLASSES, BETWEEN, GROUPS = "statistics.classes", "statistics.between", "statistics.groups"
+PLACES = 256
+"""Tensors that are kept for the batch, at most: seven, of ``domains`` sixteen, for each size of batch."""
 
 
 class Members(NamedTuple):
@@ -72,7 +74,114 @@ def change(mean: Tensor, var: Tensor, row_mean: Tensor, row_var: Tensor, members
     return Change(delta, spread - members.rate * members.number * row_var, spread)
 
 
-class Balanced(StreamStatistics):
+class ClassStatistics(StreamStatistics):
+    """Base of the kinds that keep statistics of each class, in rows; beyond ``max_bytes`` classes share rows.
+
+    A pass with what is stored gives the pseudo-labels of the batch, and so the row of each image.
+
+    Args:
+        method: Whose net it is.
+        groups: G, rows, at most K; ``None``: as many as ``max_bytes`` allows.
+        max_bytes: Bound of the state.
+        classes: K, where the net does not end in a linear layer.
+        tables: How many means and variances a row has in the state.
+
+    Raises:
+        ConfigError: If ``groups`` exceeds the number of classes.
+        UnsupportedModelError: If the number of classes is not known.
+
+    Attributes:
+        classes: K.
+        groups: G.
+        memory_bytes: Of the state.
+        cells: The row of each image of the batch, of all processes, (N,); ``None``: not known yet.
+    """
+
+    def __init__(
+        self, method: TTAMethod, *, groups: int | None, max_bytes: int, classes: int | None, tables: int = 1
+    ) -> None:
+        check_range("max_bytes", max_bytes, 1, integer=True)
+        for name, value in (("groups", groups), ("classes", classes)):
+            if value is not None:
+                check_range(name, value, 1, integer=True)
+        super().__init__(method)
+        head = _head(method)
+        self.classes = classes or (0 if head is None else len(head))
+        if not self.classes:
+            raise UnsupportedModelError(
+                f"{type(method.model).__name__} does not end in a linear layer, so its number of classes is not known, "
+                "of each of which these statistics keep a row. Give it: statistics={'kind': ..., 'classes': K}."
+            )
+        if groups is not None and groups > self.classes:
+            raise ConfigError(f"groups={groups} is more than the {self.classes} classes. Give at most as many.")
+        moments = method.value(MOMENTS)
+        row = tables * moments.numel() * moments.element_size()
+        self.groups = min(groups or max(1, max_bytes // row), self.classes)
+        self.memory_bytes = self.groups * row
+        self._shares = self.groups < self.classes
+        if self._shares:
+            numbers = torch.arange(self.classes)
+            of = numbers % self.groups if head is None or len(head) != self.classes else alike(head, self.groups)
+            method.state(GROUPS, of.to(moments.device))
+        self.cells: Tensor | None = None
+        self._places: dict[tuple[Any, ...], Tensor] = {}
+
+    def look(self, method: State, x: Tensor) -> None:
+        """Label the batch by a pass with what is stored."""
+        assert isinstance(method, TTAMethod)
+        self.cells = None
+        with torch.no_grad():
+            logits = method.task.logits(method.model(x))
+            if logits.shape[-1] != self.classes:
+                raise UnsupportedModelError(
+                    f"The net gives {logits.shape[-1]} logits, and there are statistics of {self.classes} classes, as "
+                    "given, or by its last linear layer. Give "
+                    f"statistics={{'kind': ..., 'classes': {logits.shape[-1]}}}."
+                )
+            labels = collective.gather(logits.argmax(-1))
+            self.cells = self.keep(method, "cells", method.value(GROUPS)[labels] if self._shares else labels)
+
+    def keep(self, method: State, name: str, value: Tensor) -> Tensor:
+        """The same in a tensor that stays where it is, as recorded parts of a step read it; one for each shape."""
+        key = (name, value.shape, value.dtype, value.device)
+        if key not in self._places:
+            if len(self._places) >= PLACES:  # batches of ever other sizes; what was recorded does not hold any more
+                self._places.clear()
+                method.layout += 1
+            with outside_inference_mode():
+                self._places[key] = torch.empty_like(value)
+        return self._places[key].copy_(value)
+
+    def moments(self, x: Tensor, like: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Moments (N, C) of the samples of all processes, and how many times the labelled images are among them.
+
+        Several times where views of the batch come one after the other; 0 where the labels do not fit, or are not
+        known.
+        """
+        mean, var = (each.to(like) for each in instance_moments(x))
+        if self.cells is None:
+            return mean, var, 0
+        if collective.is_joined():
+            mean, var = collective.gather(torch.stack([mean, var], 1)).unbind(1)
+        times, rest = divmod(len(mean), len(self.cells))
+        return mean, var, 0 if rest else times
+
+    def drop(self, where: Tensor | None = None) -> None:
+        """Forget what was noted; at the end of a batch, its labels too."""
+        super().drop(where)
+        if where is None:
+            self.cells = None
+
+    def renew(self, method: State, model: Any) -> None:
+        """The tensors are other ones now."""
+        super().renew(method, model)
+        self.cells, self._places = None, {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "cells": None, "_places": {}}
+
+
+class Balanced(ClassStatistics):
     """The statistics of a population with equally frequent classes, by those of each class: TRIBE's BBN.
 
     Each class k has a mean mu_k and a variance v_k in each layer, which start at the source's. A first pass with what
@@ -131,71 +240,32 @@ class Balanced(StreamStatistics):
         max_bytes: int = 2**26,
         classes: int | None = None,
     ) -> None:
-        check_range("max_bytes", max_bytes, 1, integer=True)
-        for name, value in (("groups", groups), ("classes", classes)):
-            if value is not None:
-                check_range(name, value, 1, integer=True)
-        super().__init__(method)
-        head = _head(method)
-        self.classes = classes or (0 if head is None else len(head))
-        if not self.classes:
-            raise UnsupportedModelError(
-                f"{type(method.model).__name__} does not end in a linear layer, so its number of classes is not known, "
-                "of each of which these statistics keep a row. Give it: statistics={'kind': ..., 'classes': K}."
-            )
-        if groups is not None and groups > self.classes:
-            raise ConfigError(f"groups={groups} is more than the {self.classes} classes. Give at most as many.")
-        moments = method.value(MOMENTS)
-        row = (1 + self.slots) * moments.numel() * moments.element_size()
-        self.groups = min(groups or max(1, max_bytes // row), self.classes)
-        self.memory_bytes = self.groups * row
+        super().__init__(method, groups=groups, max_bytes=max_bytes, classes=classes, tables=1 + self.slots)
         few, some = self.groups <= 20, self.groups <= 200
         self.eta = (0.003 if few else 0.05 if some else 0.5) if eta is None else eta
         self.gamma = (0.0 if few else 0.1 if some else 0.5) if gamma is None else gamma
         check_range("eta", self.eta, 0, 1, low_open=True)
         check_range("gamma", self.gamma, 0, 1)
+        moments = method.value(MOMENTS)
         method.state(CLASSES, moments[:, None].repeat(1, self.groups, 1), source=moments[:, None].clone())
         method.state(BETWEEN, torch.zeros_like(moments[0]), source=0.0)
-        self._shares = self.groups < self.classes
-        if self._shares:
-            numbers = torch.arange(self.classes)
-            of = numbers % self.groups if head is None or len(head) != self.classes else alike(head, self.groups)
-            method.state(GROUPS, of.to(moments.device))
         self._members: Members | None = None
-        self._places: dict[tuple[Any, ...], Tensor] = {}
 
     slots = 0
     """Rows of a class beside the first."""
 
     def look(self, method: State, x: Tensor) -> None:
-        """Label the batch by a pass with what is stored."""
-        assert isinstance(method, TTAMethod)
+        """Label the batch, and find which images share a row."""
         self._members = None
+        super().look(method, x)
+        assert self.cells is not None
         with torch.no_grad():
-            logits = method.task.logits(method.model(x))
-            if logits.shape[-1] != self.classes:
-                raise UnsupportedModelError(
-                    f"The net gives {logits.shape[-1]} logits, and its last linear layer {self.classes}, of each of "
-                    f"which there are statistics. Give statistics={{'kind': ..., 'classes': {logits.shape[-1]}}}."
-                )
-            labels = collective.gather(logits.argmax(-1))
-            cells = method.value(GROUPS)[labels] if self._shares else labels
-            self._members = self.keep("members", self.members_of(method, cells))
+            self._members = self.keep_members(method, "members", self.cells)
 
-    def members_of(self, method: State, cells: Tensor) -> Members:
-        """Which samples share a row."""
-        return make_members(cells, self.groups, self.eta, method.value(MOMENTS))
-
-    def keep(self, name: str, members: Members) -> Members:
-        """The same in tensors that stay where they are, as recorded parts of a step read them."""
-        kept = []
-        for number, value in enumerate(members):
-            key = (name, number, value.shape, value.dtype, value.device)
-            if key not in self._places:
-                with outside_inference_mode():
-                    self._places[key] = torch.empty_like(value)
-            kept.append(self._places[key].copy_(value))
-        return Members(*kept)
+    def keep_members(self, method: State, name: str, cells: Tensor) -> Members:
+        """Which samples share a row, in tensors that stay where they are."""
+        members = make_members(cells, self.groups, self.eta, method.value(MOMENTS))
+        return Members(*(self.keep(method, f"{name}.{part}", value) for part, value in members._asdict().items()))
 
     def drop(self, where: Tensor | None = None) -> None:
         """Forget what was noted; at the end of a batch, its labels too."""
@@ -219,7 +289,7 @@ class Balanced(StreamStatistics):
 
     def rule(self, method: State, name: str, x: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         """Statistics of the balanced population with this input in it."""
-        moments, members = self.moments(x, self._members)
+        moments, members = self.labelled(x, self._members, method.value(MOMENTS))
         if members is None:
             return method.value(MOMENTS)[:, self.places[name]], old
         if members is not self._members:  # more samples than labels: views of the batch one after the other
@@ -244,20 +314,16 @@ class Balanced(StreamStatistics):
         summary = torch.stack([mean, var, between, shift, scale, offset])
         return torch.stack([mean, var + between]), torch.cat([row_mean, row_var, summary])
 
-    def moments(self, x: Tensor, members: Members | None) -> tuple[tuple[Tensor, Tensor], Members | None]:
+    def labelled(
+        self, x: Tensor, members: Members | None, like: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Members | None]:
         """Moments (N, C) of the samples of all processes, and which rows they have; ``None``: that is not known."""
-        mean, var = instance_moments(x)
-        if members is None:
+        mean, var, times = self.moments(x, like)
+        if members is None or not times:
             return (mean, var), None
-        mean, var = mean.to(members.same), var.to(members.same)
-        if collective.is_joined():
-            mean, var = collective.gather(torch.stack([mean, var], 1)).unbind(1)
-        known = len(members.cells)
-        if len(mean) == known:
-            return (mean, var), members
-        if len(mean) % known:
-            return (mean, var), None
-        return (mean, var), make_members(members.cells.repeat(len(mean) // known), self.groups, self.eta, mean)
+        if times > 1:
+            members = make_members(members.cells.repeat(times), self.groups, self.eta, mean)
+        return (mean, var), members
 
     def write(self, method: State, seen: list[Tensor], good: Tensor, images: int) -> None:
         """Write the rows of the classes in the batch, what all others take, and the population's statistics."""
@@ -281,10 +347,10 @@ class Balanced(StreamStatistics):
     def renew(self, method: State, model: Any) -> None:
         """The tensors are other ones now."""
         super().renew(method, model)
-        self._members, self._places = None, {}
+        self._members = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_members": None, "_places": {}}
+        return {**super().__getstate__(), "_members": None}
 
 
 def _head(method: TTAMethod) -> Tensor | None:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import batch_norm_layers
-from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.split import execution_order
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_range, did_you_mean
 from lightning_tta.methods.base.account import Statistics
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import State
-from lightning_tta.methods.components.class_statistics import Balanced, Members, change, make_members
+from lightning_tta.methods.components.class_statistics import Balanced, Members, change
 from lightning_tta.methods.components.stream_statistics import MOMENTS, instance_moments
 
 DOMAINS, DOMAIN_CLASSES = "statistics.domains", "statistics.domain_classes"
@@ -118,10 +117,9 @@ class Domains(Balanced):
             )
         with torch.no_grad():
             slot, new, opens = self._find(method, *self._instances)
-            self._keep("slot", slot), self._keep("new", new), self._keep("opens", opens)
-            cells = slot * self.groups + self._members.cells
-            domains = make_members(cells, self.groups, self.eta, method.value(MOMENTS))
-            self._domains = self.keep("domains", domains)
+            found = {"slot": slot, "new": new, "opens": opens}
+            self._choice |= {name: self.keep(method, name, value) for name, value in found.items()}
+            self._domains = self.keep_members(method, "domains", slot * self.groups + self._members.cells)
         self._instances = None
 
     def look_apart(self, method: State, x: Tensor) -> None:
@@ -138,13 +136,6 @@ class Domains(Balanced):
             nearest = _first(known == known.amin(1, keepdim=True))
             self._apart = torch.where(source < known.amin(1), self.slots, nearest)
         self._instances = None
-
-    def _keep(self, name: str, value: Tensor) -> None:
-        key = (name, value.shape, value.dtype, value.device)
-        if key not in self._places:
-            with outside_inference_mode():
-                self._places[key] = torch.empty_like(value)
-        self._choice[name] = self._places[key].copy_(value)
 
     def _distances(self, method: State, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """From moments (B, C) in the layer: to each domain, (B, D), infinite if it is not open; to the source, (B,)."""
@@ -197,7 +188,7 @@ class Domains(Balanced):
             return torch.stack([found[:, 0], found[:, 1] + found[:, 2]]), old
         if self._looking or self._domains is None:
             return super().rule(method, name, x, old)
-        moments, members = self.moments(x, self._domains)
+        moments, members = self.labelled(x, self._domains, method.value(MOMENTS))
         if members is None:
             return method.value(MOMENTS)[:, self.places[name]], old
         slot, number = self._choice["slot"], 3 * self.slots

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import DataError
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.gradient import GradientMethod
-from lightning_tta.methods.base.task import explained, float_dtype, with_gradients
+from lightning_tta.methods.base.task import with_gradients
+from lightning_tta.methods.components.source_images import see_source_images
 
 
 def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
@@ -28,28 +30,23 @@ def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Te
         InputError: If images are none, or the net refuses them.
         UnsupportedModelError: If no gradient reaches what is to learn.
     """
-    sums = [torch.zeros_like(tensor, requires_grad=False) for tensor in method.learned]
+    with outside_inference_mode():
+        sums = [torch.zeros_like(tensor, requires_grad=False) for tensor in method.learned]
     count = 0
-    with method.computing(sums[0].device), method.at_source(), method.normalizing(), method.passes():
-        for batch in batches:
-            if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
-                kind = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-                raise DataError(f"Source batches must be dicts with 'image' (B, C, H, W) in [0, 1]; got {kind}.")
-            images = batch["image"].to(sums[0].device)
-            usable = method.task.usable(images)
-            images = images if bool(usable.all()) else images[usable.to(images.device)]
-            if len(images):
-                with (
-                    explained(method.model, images, has_run=method.has_run),
-                    with_gradients(images, float_dtype(method.model)) as images,
-                ):
-                    logits = at_least_float32(method.infer(images))
-                    loss = cross_entropy(logits, logits.argmax(-1))
-                    gradients = method.differentiate(loss)
-                pairs = [(t, g) for t, g in zip(sums, gradients, strict=True) if g is not None]
-                totals, present = [t for t, _ in pairs], [g for _, g in pairs]
-                torch._foreach_add_(totals, torch._foreach_mul(present, present))
-                count += 1
+
+    def see(images: Tensor) -> None:
+        nonlocal count
+        with with_gradients(images, images.dtype) as images:
+            logits = at_least_float32(method.infer(images))
+            loss = cross_entropy(logits, logits.argmax(-1))
+            gradients = method.differentiate(loss)
+        pairs = [(t, g) for t, g in zip(sums, gradients, strict=True) if g is not None]
+        totals, present = [t for t, _ in pairs], [g for _, g in pairs]
+        torch._foreach_add_(totals, torch._foreach_mul(present, present))
+        count += 1
+
+    with method.at_source():
+        see_source_images(method, batches, see, running=method.normalizing)
     if not count or not bool(torch.cat([total.flatten() for total in sums]).isfinite().all()):
         problem = f"gradients that are not finite, in {count} batches" if count else "no image"
         raise DataError(

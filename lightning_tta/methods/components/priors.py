@@ -226,7 +226,7 @@ class Moving(Prior):
         mean, number = collective.weighted_sums(torch.softmax(logits, 1), finite)
         average = method.sized(AVERAGE, mean)
         old = torch.where(average.isnan(), source.to(average), average)
-        new = torch.lerp(old, mean, self.momentum)
+        new = torch.lerp(old, mean.to(old), self.momentum)
         method.write(AVERAGE, new, number > 0)
         smoothing = (self.momentum / number).clamp_min(1 / len(source)) / new.max()
         return (new + smoothing) / (1 + smoothing * len(source)) / source / len(source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,9 @@ from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.memory import DomainMemory
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET, OTHERS, State
+from lightning_tta.methods.components.source_images import see_source_images
 
-STYLES, NUMBER, CURRENT, WEIGHTS, SOURCE = (
-    f"{OTHERS}{name}" for name in ("styles", "number", "current", "weights", "source")
-)
+STYLES, NUMBER, CURRENT, WEIGHTS = (f"{OTHERS}{name}" for name in ("styles", "number", "current", "weights"))
 BANK = f"{OTHERS}bank."
 
 
@@ -39,9 +38,10 @@ class Reservoir(DomainMemory):
     T is the 0.999 quantile of the distances among 32 random groups of source images, as many in a group as in the
     batch, times ``threshold``.
 
-    A state is all that the method declares: norm parameters, optimizer, statistics of BatchNorm, filters. Memory: M of
-    them, and 512 source images' moments. Per batch: two forward passes more than the method's, and one for each state
-    where a new one opens.
+    A state is all that the method declares: norm parameters, optimizer, statistics of BatchNorm, filters. What a prior
+    or a refinement of the predictions learns is of the whole stream. Memory: M of them, and 512 source images' moments.
+    Per batch: two forward passes more than the method's, one of them with the further ones of chosen statistics, and
+    one for each state where a new one opens. ``predict`` takes the state of the last batch.
 
     Args:
         method: One that learns norm parameters, or keeps statistics.
@@ -103,16 +103,15 @@ class Reservoir(DomainMemory):
         assert isinstance(method, TTAMethod)
         rows: list[Tensor] = []
         buffer = method.get_buffer("memory_source")
-        device = buffer.device
-        with outside_inference_mode(), method.computing(device), method.passes():
-            for batch in source_batches:
-                images = batch["image"].to(device)
-                usable = method.task.usable(images).to(device)
-                images = images[usable].to(next(method.model.parameters()).dtype)
-                rows += [self._moments(method, images)] if len(images) else []
-                if sum(map(len, rows)) >= self.SOURCE_IMAGES:
-                    break
-            found = torch.cat(rows)[: self.SOURCE_IMAGES] if rows else buffer[:0]
+        see_source_images(
+            method,
+            source_batches,
+            lambda images: rows.append(self._moments(method, images)),
+            most=self.SOURCE_IMAGES,
+            running=nullcontext,  # as it runs where styles are taken
+        )
+        with outside_inference_mode():
+            found = torch.cat(rows) if rows else buffer[:0]
             found = found[found.isfinite().all((1, 2))]
             if len(found) < 4:
                 raise DataError(
@@ -128,15 +127,16 @@ class Reservoir(DomainMemory):
 
     def limit(self, method: State, images: int) -> Tensor:
         """T for batches of so many images, 0-dimensional."""
-        if images not in self._limits:
+        size = min(images, self.SOURCE_IMAGES // 2)  # so that there are no more limits than that
+        if size not in self._limits:
             moments = method.get_buffer("memory_source")
             moments = moments[moments.isfinite().all((1, 2))]
-            size = max(1, min(images, len(moments) // 2))
+            together = max(1, min(size, len(moments) // 2))
             generator = torch.Generator().manual_seed(self.seed)
-            groups = [torch.randperm(len(moments), generator=generator)[:size] for _ in range(self.GROUPS)]
+            groups = [torch.randperm(len(moments), generator=generator)[:together] for _ in range(self.GROUPS)]
             styles = torch.stack([_style(moments[group.to(moments.device)].mean(0)) for group in groups])
-            self._limits[images] = torch.pdist(styles).quantile(0.999) * self.threshold
-        limit: Tensor = self._limits[images]
+            self._limits[size] = torch.pdist(styles).quantile(0.999) * self.threshold
+        limit: Tensor = self._limits[size]
         return limit
 
     # Along the stream ------------------------------------------------------------------------------------------------
@@ -200,8 +200,9 @@ class Reservoir(DomainMemory):
             styles[member].lerp_(self._style.to(styles), float(1 / batches[member]))
 
     def look_again(self) -> None:
-        """Read number and present state from the method's state."""
+        """Read number, present state and source images from the method's state."""
         self._place = None
+        self._limits.clear()
 
     def _at(self, method: State) -> tuple[int, int]:
         if self._place is None:
@@ -222,7 +223,11 @@ class Reservoir(DomainMemory):
     def _copy_to(self, method: State, member: int) -> None:
         with torch.no_grad():
             for name in self._states:
-                method.value(f"{BANK}{name}")[member].copy_(method.value(name).detach())
+                value = method.value(name).detach()
+                bank = method.value(f"{BANK}{name}")
+                if bank.shape[1:] != value.shape:  # of a state that was allocated since
+                    bank = method.sized(f"{BANK}{name}", value.new_empty(self.members, *value.shape))
+                bank[member].copy_(value)
 
     @torch.no_grad()
     def _moments(self, method: TTAMethod, x: Tensor) -> Tensor:
@@ -235,7 +240,12 @@ class Reservoir(DomainMemory):
         rows = []
         for name, layer in self.layers.items():
             values = first[name].double()
-            values = values.flatten(1, -2) if _is_channel_last(layer) else values.flatten(2).transpose(1, 2)
+            if values.ndim == 2:  # vectors: one position
+                values = values[:, None]
+            elif _is_channel_last(layer):
+                values = values.flatten(1, -2)
+            else:
+                values = values.flatten(2).transpose(1, 2)
             rows.append(torch.stack([values.mean(1), values.square().mean(1)], 1))
         return torch.cat(rows, 2)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import DataError
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.base.task import explained, float_dtype
+from lightning_tta.methods.components.source_images import see_source_images
 
 
 class ShiftMethod(TTAMethod):
@@ -79,17 +79,19 @@ class ShiftMethod(TTAMethod):
         Raises:
             DataError: If there is no image with finite features, or a batch is no such dict.
         """
-        if self.needs_source:
+        if "source_mean" in self._buffers:
             rows, device = len(self.source_mean), self.source_mean.device
-            sums, counts = torch.zeros_like(self.source_mean), torch.zeros(rows, 1, device=device)
-            with torch.no_grad(), self.computing(device), self.running(), self.passes():
-                for images in self._source_images(source_batches, device):
-                    with explained(self.model, images, has_run=self.has_run):
-                        features, logits, finite = self.seen(images)
-                    members = one_hot(logits.argmax(1), rows) if rows > 1 else torch.ones_like(logits[:, :1])
-                    members = torch.where(finite[:, None], members, 0).to(features)
-                    sums += members.T @ torch.where(finite[:, None], features, 0)
-                    counts += members.sum(0)[:, None]
+            with outside_inference_mode():
+                sums, counts = torch.zeros_like(self.source_mean), torch.zeros(rows, 1, device=device)
+
+            def see(images: Tensor) -> None:
+                features, logits, finite = self.seen(images)
+                members = one_hot(logits.argmax(1), rows) if rows > 1 else torch.ones_like(logits[:, :1])
+                members = torch.where(finite[:, None], members, 0).to(features)
+                sums.add_(members.T @ torch.where(finite[:, None], features, 0))
+                counts.add_(members.sum(0)[:, None])
+
+            see_source_images(self, source_batches, see)
             if not bool(counts.sum() > 0):
                 raise DataError(
                     f"{type(self).__name__} needs the mean of source features; found no image with finite features. "
@@ -99,17 +101,6 @@ class ShiftMethod(TTAMethod):
             with outside_inference_mode(), torch.no_grad():
                 self.source_mean.copy_(means)
         super().prepare(source_batches)
-
-    def _source_images(self, batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[Tensor]:
-        for batch in batches:
-            if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
-                kind = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-                raise DataError(f"Source batches must be dicts with 'image' (B, C, H, W) in [0, 1]; got {kind}.")
-            images = batch["image"].to(device)
-            usable = self.task.usable(images)
-            images = images if bool(usable.all()) else images[usable.to(device)]
-            if len(images):
-                yield images.to(float_dtype(self.model))
 
     @property
     def no_plain_net(self) -> str:  # type: ignore[override]

@@ -1,0 +1,65 @@
+"""What methods see of the source before the stream: the same checks, whatever method it is."""
+
+import pytest
+import torch
+
+from contract import build
+from lightning_tta import DataError, InputError
+from nets import kind_for, make_images
+
+NEEDING = {
+    "eata": {},
+    "neo": {"center": "source"},
+    "output_shift": {},
+    "pea": {},
+    "foa": {"population": 4},
+    "tent": {"reservoir": 3},
+}
+every_method = pytest.mark.parametrize("name", NEEDING)
+
+
+def make(name):
+    return build(name, NEEDING[name], kind_for(name, "bn"), prepare=False)
+
+
+def tensors(method):
+    return {name: t.clone() for name, t in {**dict(method.named_buffers()), **method.rest}.items()}
+
+
+@every_method
+def test_images_that_are_not_finite_are_left_out(name):
+    one, other = make(name), make(name)
+    clean = [make_images(8, seed=seed) for seed in (1, 2)]
+    bad = torch.cat([clean[0][:3], torch.full_like(clean[0][:1], torch.nan), clean[0][3:]])
+    one.prepare([{"image": bad}, {"image": torch.full_like(bad, torch.inf)}, {"image": clean[1]}])
+    other.prepare({"image": images} for images in clean)
+    for key, value in tensors(other).items():
+        assert torch.equal(tensors(one)[key].nan_to_num(9), value.nan_to_num(9)), key
+
+
+@every_method
+def test_batches_that_are_none(name):
+    for batch, message in (({"pixels": 1}, "keys"), (make_images(2), "Tensor")):
+        with pytest.raises(DataError, match=f"must be dicts with 'image'.*{message}"):
+            make(name).prepare([batch])
+
+
+@every_method
+def test_images_that_the_net_refuses(name):
+    """The error says so, and the method goes on with others."""
+    method, other = make(name), make(name)
+    good = [{"image": make_images(8, seed=seed)} for seed in (1, 2)]
+    with pytest.raises(InputError, match="cannot take"):
+        method.prepare([*good, {"image": make_images(4)[:, :1]}])
+    method.prepare(good), other.prepare(good)
+    assert torch.equal(method(make_images(4)), other(make_images(4)))
+
+
+@every_method
+def test_in_inference_mode(name):
+    method, other = make(name), make(name)
+    good = [{"image": make_images(8, seed=seed)} for seed in (1, 2)]
+    with torch.inference_mode():
+        method.prepare(good)
+    other.prepare(good)
+    assert torch.equal(method(make_images(4)), other(make_images(4)))
