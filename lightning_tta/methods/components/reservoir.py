@@ -36,7 +36,12 @@ class Reservoir(DomainMemory):
     T is the 0.999 quantile of the distances among 32 random groups of source images, as many in a group as in the
     batch, times ``threshold``.
 
-    Evidence (CIFAR-10 ResNet-20; 5 and 10 corruptions, 6 visits, batches of 64): EVIDENCE
+    Evidence (CIFAR-10 ResNet-20, recurring corruptions, never reset): in batches of 64 of 5 corruptions, 99 % of a
+    state's batches are of one (purity), and 62 % of 10, of which some look alike; with the variance over all images of
+    the batch, 98 % and 49 %. Batches of 200: 100 % and 80 %; of 16: 80 % and 50 %. Labels correlated (Dirichlet 0.1)
+    open two states more in batches of 64, at 98 %; ``threshold=1.25`` opens none of these, but 10 corruptions come to
+    50 to 58 %. `norm` with ``statistics="auto"`` at visit 5: 37.0 % error where the nearest state predicts, 38.6 %
+    with the authors' average, weights softmax(-d / T).
 
     A state is all that the method declares: norm parameters, optimizer, statistics of BatchNorm, filters. Memory: M of
     them, and 512 source images' variances. Per batch: one forward pass more than the method's, and one for each state
