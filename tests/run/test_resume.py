@@ -150,6 +150,21 @@ def test_streams_with_visits_chains_and_pollution_go_on_bit_by_bit(tmp_path, dat
         assert torch.equal(tensor, resumed.method.adaptable[key])
 
 
+@pytest.mark.parametrize("more", [{}, {"statistics": "auto"}], ids=["batch", "auto"])
+def test_a_reservoir_goes_on_bit_by_bit(tmp_path, more):
+    data = {"stream": "recurring", "visits": 2, "num_images": 32}  # two batches of a domain
+    more = {"reservoir": 4, **more}
+    whole = run(tmp_path / "whole", data=make_data(**data), save_every=None, **more)
+    for crash in (3, 6):  # a state is open, and is in use again
+        run(tmp_path / "a", data=make_data(**data), crash=crash, save_every=1, **more)
+    resumed = run(tmp_path / "a", data=make_data(**data), save_every=1, **more)
+    assert results(tmp_path / "a") == results(tmp_path / "whole")
+    assert whole.method.value("memory.number") > 1
+    state = resumed.method.state_dict()
+    for key, tensor in whole.method.state_dict().items():
+        assert not isinstance(tensor, torch.Tensor) or torch.equal(tensor.nan_to_num(), state[key].nan_to_num()), key
+
+
 def test_images_that_are_done_are_not_read(tmp_path, monkeypatch):
     run(tmp_path, crash=5)
     read = []

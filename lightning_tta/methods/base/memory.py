@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 
 from torch import Tensor
 
@@ -14,8 +13,8 @@ from lightning_tta.methods.base.state import State
 class DomainMemory(ABC):
     """Tells domains apart, and keeps a state of a method for each.
 
-    With every batch :meth:`style`, :meth:`assign`, a prediction inside :meth:`blended`, the method's own step, and
-    :meth:`store`. What it keeps is state of the method.
+    With every batch :meth:`style`, :meth:`assign`, the method's own step, and :meth:`store`. What it keeps is state of
+    the method.
     """
 
     @abstractmethod
@@ -29,10 +28,6 @@ class DomainMemory(ABC):
     @abstractmethod
     def assign(self, method: State, style: Tensor, predict: Callable[[], Tensor]) -> None:
         """Bring the method to the state for this style; ``predict`` gives logits of the batch. Asks the device."""
-
-    @abstractmethod
-    def blended(self, method: State) -> AbstractContextManager[None]:
-        """While active, the method has the state to predict such batches with."""
 
     @abstractmethod
     def store(self, method: State) -> None:

@@ -556,7 +556,7 @@ class TTAMethod(Described, Replayable, ABC):
             return self._adapt_and_predict(x, usable, number)
 
     def _remembering(self, memory: DomainMemory, x: Tensor, usable: Tensor) -> Tensor:
-        """Predict with the memory's answer for the batch, and step from the state that it has for such batches."""
+        """Step from the state that the memory has for such batches."""
         x = x if bool(usable.all()) else x[usable.to(x.device)]
         device = x.device
 
@@ -570,10 +570,8 @@ class TTAMethod(Described, Replayable, ABC):
             style = memory.style(self, images)
         with running() as images, self.normalizing():
             memory.assign(self, style, lambda: self.infer(images))
-        with running() as images, memory.blended(self), self.normalizing():
-            logits = at_least_float32(self._looking(self.infer, apart=False)(images))
         with self._capture.deciding(self, x, True):
-            self._adapt_and_predict(x, torch.ones(len(x), dtype=torch.bool), len(x))
+            logits = self._adapt_and_predict(x, torch.ones(len(x), dtype=torch.bool), len(x))
         memory.store(self)
         logits = self._corrected(x, logits, learn=True)
         self._logits = logits.clone()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -18,30 +18,38 @@ from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET, OTHERS, State
 from lightning_tta.methods.components.source_images import see_source_images
 
-STYLES, NUMBER, CURRENT, WEIGHTS = (f"{OTHERS}{name}" for name in ("styles", "number", "current", "weights"))
+STYLES, NUMBER, CURRENT = (f"{OTHERS}{name}" for name in ("styles", "number", "current"))
 BANK = f"{OTHERS}bank."
 
 
 class Reservoir(DomainMemory):
     """Up to M states of a method, each with the style of its domain; a batch goes to the nearest.
 
-    The style of a batch is the log variance of each channel, over images and positions, of what the first norm layers
-    of the source net get: early layers see how an image was taken, not what is on it. State 0 is the source's. With d_m
-    the distance of a batch's style from that of state m, and T the largest usual distance between batches of source
-    images of the same size::
+    The style of a batch is the mean over its images of the log variance over positions of each channel of what the
+    first norm layers of the source net get: early layers see how an image was taken, not what is on it. State 0 is the
+    source's. With d_m the distance of a batch's style from that of state m, and T the largest usual distance between
+    batches of source images of the same size::
 
         if min d > T and fewer than M states: a new state, with this style, copied from that of the states with which
             the mutual information of the batch's predictions, H(mean p) - mean H(p), is largest
-        the logits: with the average of all states, weights softmax(-d / T)
-        the nearest state takes the method's step; its style moves towards the batch's, as a mean over its batches
+        the nearest state takes the method's step, and predicts; its style moves towards the batch's, as a mean over
+            its batches
 
     T is the 0.999 quantile of the distances among 32 random groups of source images, as many in a group as in the
     batch, times ``threshold``.
 
+    Evidence (CIFAR-10 ResNet-20, recurring corruptions, never reset): in batches of 64 of 5 corruptions, 99 % of a
+    state's batches are of one (purity), and 62 % of 10, of which some look alike; with the variance over all images of
+    the batch, 98 % and 49 %. Batches of 200: 100 % and 80 %; of 16: 80 % and 50 %. Labels correlated (Dirichlet 0.1)
+    open two states more in batches of 64, at 98 %; ``threshold=1.25`` opens none of these, but 10 corruptions come to
+    50 to 58 %.
+    The nearest state or the authors' average, weights softmax(-d / T), for one pass more (`norm` with
+    ``statistics="auto"``, 500 images a visit, error % at visits 1, 2, 5): 43.8, 40.0, 37.0 and 43.8, 39.4, 38.6.
+
     A state is all that the method declares: norm parameters, optimizer, statistics of BatchNorm, filters. What a prior
-    or a refinement of the predictions learns is of the whole stream. Memory: M of them, and 512 source images' moments.
-    Per batch: two forward passes more than the method's, one of them with the further ones of chosen statistics, and
-    one for each state where a new one opens. ``predict`` takes the state of the last batch.
+    or a refinement of the predictions learns is of the whole stream. Memory: M of them, and 512 source images'
+    variances. Per batch: one forward pass more than the method's, and one for each state where a new one opens.
+    ``predict`` takes the state of the last batch.
 
     Args:
         method: One that learns norm parameters, or keeps statistics.
@@ -55,8 +63,9 @@ class Reservoir(DomainMemory):
         UnsupportedModelError: If the method has no state to remember, or learns more than norm parameters.
 
     Source: ReservoirTTA, arXiv 2505.14511. Differs from the authors' code: the style is of the net's own early layers
-    and not of a VGG net, which need not be downloaded; a style is the mean over its batches, where they train all of
-    them with AdamW at 1e-4; distances are in units of T; statistics belong to a state too.
+    and not of a VGG net, which need not be downloaded, and of each image, not of the batch as a whole; a style is the
+    mean over its batches, where they train all of them with AdamW at 1e-4; statistics belong to a state too; the
+    nearest state predicts, and not an average of all.
     """
 
     GROUPS, SOURCE_IMAGES = 32, 512
@@ -83,11 +92,10 @@ class Reservoir(DomainMemory):
         like = next(iter(method.model.parameters())).detach()
         room = at_least_float32(like.new_zeros(0))
         method.state(STYLES, room.new_full((members, width), NOT_YET))
-        method.state(WEIGHTS, room.new_zeros(members), source=0.0)
         for name, value in ((NUMBER, 1), (CURRENT, 0)):
             method.state(name, torch.full((), value, dtype=torch.int64, device=like.device), source=value)
         method.state(f"{OTHERS}batches", torch.zeros(members, dtype=torch.int64, device=like.device), source=0)
-        method.register_buffer("memory_source", room.new_full((self.SOURCE_IMAGES, 2, width), NOT_YET).double())
+        method.register_buffer("memory_source", room.new_full((self.SOURCE_IMAGES, width), NOT_YET).double())
         self._place: tuple[int, int] | None = None
         self._limits: dict[int, Tensor] = {}
 
@@ -95,10 +103,11 @@ class Reservoir(DomainMemory):
 
     @torch.no_grad()
     def prepare(self, method: State, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Take moments of up to 512 source images.
+        """Take the variances of up to 512 source images.
 
         Raises:
             DataError: If there are fewer than 4 finite ones.
+            UnsupportedModelError: If the layers see one value per channel.
         """
         assert isinstance(method, TTAMethod)
         rows: list[Tensor] = []
@@ -106,13 +115,13 @@ class Reservoir(DomainMemory):
         see_source_images(
             method,
             source_batches,
-            lambda images: rows.append(self._moments(method, images)),
+            lambda images: rows.append(self._variances(method, images)),
             most=self.SOURCE_IMAGES,
             running=nullcontext,  # as it runs where styles are taken
         )
         with outside_inference_mode():
             found = torch.cat(rows) if rows else buffer[:0]
-            found = found[found.isfinite().all((1, 2))]
+            found = found[found.isfinite().all(1)]
             if len(found) < 4:
                 raise DataError(
                     f"reservoir= needs at least 4 source images, to know how styles differ within a domain; found "
@@ -120,7 +129,7 @@ class Reservoir(DomainMemory):
                     "the training set."
                 )
             buffer.fill_(NOT_YET)[: len(found)].copy_(found)
-            style = _style(found.mean(0))
+            style = _styles(found, found).mean(0)
             method.write(STYLES, torch.cat([style[None], method.value(STYLES)[1:]]))
             method.renew_source(STYLES)
         self._limits.clear()
@@ -129,12 +138,11 @@ class Reservoir(DomainMemory):
         """T for batches of so many images, 0-dimensional."""
         size = min(images, self.SOURCE_IMAGES // 2)  # so that there are no more limits than that
         if size not in self._limits:
-            moments = method.get_buffer("memory_source")
-            moments = moments[moments.isfinite().all((1, 2))]
-            together = max(1, min(size, len(moments) // 2))
+            source = _source(method)
+            styles, together = _styles(source, source), max(1, min(size, len(source) // 2))
             generator = torch.Generator().manual_seed(self.seed)
-            groups = [torch.randperm(len(moments), generator=generator)[:together] for _ in range(self.GROUPS)]
-            styles = torch.stack([_style(moments[group.to(moments.device)].mean(0)) for group in groups])
+            groups = [torch.randperm(len(source), generator=generator)[:together] for _ in range(self.GROUPS)]
+            styles = torch.stack([styles[group.to(styles.device)].mean(0) for group in groups])
             self._limits[size] = torch.pdist(styles).quantile(0.999) * self.threshold
         limit: Tensor = self._limits[size]
         return limit
@@ -145,7 +153,7 @@ class Reservoir(DomainMemory):
         """Log variance of the channels, (D,), float64."""
         assert isinstance(method, TTAMethod)
         self._images = len(x)
-        return _style(self._moments(method, x).mean(0))
+        return _styles(self._variances(method, x), _source(method)).mean(0)
 
     def assign(self, method: State, style: Tensor, predict: Callable[[], Tensor]) -> None:
         """Bring the method to the nearest state, or to a new one."""
@@ -156,7 +164,6 @@ class Reservoir(DomainMemory):
         nearest, is_new = int(distances.argmin()), bool(distances.min() > limit) and number < self.members
         if not bool(distances.isfinite().all()):
             nearest, is_new = current, False
-            distances = torch.zeros_like(distances)
         self._style = style if bool(style.isfinite().all()) else None
         if is_new:
             best, information = 0, -float("inf")
@@ -169,24 +176,9 @@ class Reservoir(DomainMemory):
             nearest, number = number, number + 1
             self._copy_to(method, nearest)
             styles[nearest].copy_(style)
-            distances = torch.cat([distances, distances.new_zeros(1)])
         else:
             self._load(method, nearest)
-        weights = torch.softmax(-distances / limit.clamp_min(1e-12), 0)
-        method.value(WEIGHTS).zero_()[:number].copy_(weights)
         self._write(method, number, nearest)
-
-    @contextmanager
-    def blended(self, method: State) -> Iterator[None]:
-        """With the average of all states."""
-        names = [n for n in self._states if method.value(n).is_floating_point() and not n.startswith("optimizers.")]
-        tensors, number = [method.value(name).detach() for name in names], self._at(method)[0]
-        weights = method.value(WEIGHTS)[:number]
-        with method.lend(tensors):
-            for name, tensor in zip(names, tensors, strict=True):
-                bank = method.value(f"{BANK}{name}")[:number]
-                tensor.copy_(torch.tensordot(weights.to(bank.dtype), bank, 1))
-            yield
 
     def store(self, method: State) -> None:
         """Keep the method's state; its style has one batch more."""
@@ -230,30 +222,37 @@ class Reservoir(DomainMemory):
                 bank[member].copy_(value)
 
     @torch.no_grad()
-    def _moments(self, method: TTAMethod, x: Tensor) -> Tensor:
-        """Mean and mean square of each channel over the positions of each image: (B, 2, D), float64."""
+    def _variances(self, method: TTAMethod, x: Tensor) -> Tensor:
+        """Of each channel over the positions of each image, (B, D), float64."""
         with method.at_source(), recorded_calls(self.layers) as calls:
             method.task.logits(method.model(x))
         first: dict[str, Tensor] = {}
         for name, inputs, _ in calls:
             first.setdefault(name, inputs[0])
         rows = []
+        if all(values.ndim < 3 for values in first.values()):
+            raise UnsupportedModelError(
+                "reservoir= takes the style of an image from its positions in the first norm layers; those of this net "
+                f"get one value per channel: {', '.join(first)}. Leave reservoir out."
+            )
         for name, layer in self.layers.items():
             values = first[name].double()
-            if values.ndim == 2:  # vectors: one position
-                values = values[:, None]
-            elif _is_channel_last(layer):
-                values = values.flatten(1, -2)
-            else:
-                values = values.flatten(2).transpose(1, 2)
-            rows.append(torch.stack([values.mean(1), values.square().mean(1)], 1))
-        return torch.cat(rows, 2)
+            if values.ndim < 3:  # one value per channel: no style
+                rows.append(torch.ones_like(values))
+                continue
+            values = values.flatten(1, -2) if _is_channel_last(layer) else values.flatten(2).transpose(1, 2)
+            rows.append(values.var(1, unbiased=False))
+        return torch.cat(rows, 1)
 
 
-def _style(moments: Tensor) -> Tensor:
-    """Log variance (D,) of moments (2, D)."""
-    variance: Tensor = moments[1] - moments[0].square()
-    return variance.clamp_min(0).add(1e-8).log()
+def _source(method: State) -> Tensor:
+    variances = method.get_buffer("memory_source")
+    return variances[variances.isfinite().all(1)]
+
+
+def _styles(variances: Tensor, source: Tensor) -> Tensor:
+    """Of each image (B, D); a thousandth of the source's variance, so that a flat image is not far from all others."""
+    return (variances + (1e-3 * source.mean(0)).clamp_min(1e-8)).log()
 
 
 def _mutual_information(logits: Tensor) -> Tensor:
