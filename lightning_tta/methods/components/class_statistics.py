@@ -265,7 +265,7 @@ class Balanced(ClassStatistics):
     def keep_members(self, method: State, name: str, cells: Tensor) -> Members:
         """Which samples share a row, in tensors that stay where they are."""
         members = make_members(cells, self.groups, self.eta, method.value(MOMENTS))
-        return Members(*(self.keep(method, f"{name}.{part}", value) for part, value in members._asdict().items()))
+        return Members(*(self.keep(method, f"{name}.{part}", value) for part, value in enumerate(members)))
 
     def drop(self, where: Tensor | None = None) -> None:
         """Forget what was noted; at the end of a batch, its labels too."""

@@ -18,7 +18,9 @@ from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET, OTHERS, State
 from lightning_tta.methods.components.source_images import see_source_images
 
-STYLES, NUMBER, CURRENT, WEIGHTS = (f"{OTHERS}{name}" for name in ("styles", "number", "current", "weights"))
+STYLES, NUMBER, CURRENT, WEIGHTS, SOURCE = (
+    f"{OTHERS}{name}" for name in ("styles", "number", "current", "weights", "source")
+)
 BANK = f"{OTHERS}bank."
 
 
@@ -87,7 +89,8 @@ class Reservoir(DomainMemory):
         for name, value in ((NUMBER, 1), (CURRENT, 0)):
             method.state(name, torch.full((), value, dtype=torch.int64, device=like.device), source=value)
         method.state(f"{OTHERS}batches", torch.zeros(members, dtype=torch.int64, device=like.device), source=0)
-        method.register_buffer("memory_source", room.new_full((self.SOURCE_IMAGES, 2, width), NOT_YET).double())
+        empty = torch.full((self.SOURCE_IMAGES, 2, width), NOT_YET, dtype=torch.float64, device=like.device)
+        method.state(SOURCE, empty, fixed_dtype=True)  # a variance is a small difference of moments
         self._place: tuple[int, int] | None = None
         self._limits: dict[int, Tensor] = {}
 
@@ -102,7 +105,7 @@ class Reservoir(DomainMemory):
         """
         assert isinstance(method, TTAMethod)
         rows: list[Tensor] = []
-        buffer = method.get_buffer("memory_source")
+        buffer = method.value(SOURCE)
         see_source_images(
             method,
             source_batches,
@@ -122,14 +125,14 @@ class Reservoir(DomainMemory):
             buffer.fill_(NOT_YET)[: len(found)].copy_(found)
             style = _style(found.mean(0))
             method.write(STYLES, torch.cat([style[None], method.value(STYLES)[1:]]))
-            method.renew_source(STYLES)
+            method.renew_source(STYLES), method.renew_source(SOURCE)
         self._limits.clear()
 
     def limit(self, method: State, images: int) -> Tensor:
         """T for batches of so many images, 0-dimensional."""
         size = min(images, self.SOURCE_IMAGES // 2)  # so that there are no more limits than that
         if size not in self._limits:
-            moments = method.get_buffer("memory_source")
+            moments = method.value(SOURCE)
             moments = moments[moments.isfinite().all((1, 2))]
             together = max(1, min(size, len(moments) // 2))
             generator = torch.Generator().manual_seed(self.seed)
