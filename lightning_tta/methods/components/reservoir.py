@@ -125,7 +125,8 @@ class Reservoir(DomainMemory):
             buffer.fill_(NOT_YET)[: len(found)].copy_(found)
             style = _style(found.mean(0))
             method.write(STYLES, torch.cat([style[None], method.value(STYLES)[1:]]))
-            method.renew_source(STYLES), method.renew_source(SOURCE)
+            method.renew_source(STYLES)
+            method.renew_source(SOURCE)
         self._limits.clear()
 
     def limit(self, method: State, images: int) -> Tensor:
