@@ -224,3 +224,16 @@ def test_of_one_domain_it_predicts_as_without(statistics):
         images = domain(0, seed)
         assert torch.allclose(method(images), plain(images), atol=1e-5)
     assert value(method, "number") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_leaves_the_source_images_as_they_are(dtype):
+    """A variance is a small difference of moments, which half precision would round away."""
+    method = make(optimizer="sgd")
+    before = method.value("memory.source").clone()
+    method(domain(0, 1))
+    method.to(dtype)
+    assert torch.equal(method.value("memory.source")[:48], before[:48])
+    method(domain(0, 2)), method.reset()
+    assert torch.equal(method.value("memory.source")[:48], before[:48])
+    assert value(method, "number") == 1

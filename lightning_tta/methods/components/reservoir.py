@@ -18,7 +18,7 @@ from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET, OTHERS, State
 from lightning_tta.methods.components.source_images import see_source_images
 
-STYLES, NUMBER, CURRENT = (f"{OTHERS}{name}" for name in ("styles", "number", "current"))
+STYLES, NUMBER, CURRENT, SOURCE = (f"{OTHERS}{name}" for name in ("styles", "number", "current", "source"))
 BANK = f"{OTHERS}bank."
 
 
@@ -95,7 +95,8 @@ class Reservoir(DomainMemory):
         for name, value in ((NUMBER, 1), (CURRENT, 0)):
             method.state(name, torch.full((), value, dtype=torch.int64, device=like.device), source=value)
         method.state(f"{OTHERS}batches", torch.zeros(members, dtype=torch.int64, device=like.device), source=0)
-        method.register_buffer("memory_source", room.new_full((self.SOURCE_IMAGES, width), NOT_YET).double())
+        empty = torch.full((self.SOURCE_IMAGES, width), NOT_YET, dtype=torch.float64, device=like.device)
+        method.state(SOURCE, empty, fixed_dtype=True)
         self._place: tuple[int, int] | None = None
         self._limits: dict[int, Tensor] = {}
 
@@ -111,7 +112,7 @@ class Reservoir(DomainMemory):
         """
         assert isinstance(method, TTAMethod)
         rows: list[Tensor] = []
-        buffer = method.get_buffer("memory_source")
+        buffer = method.value(SOURCE)
         see_source_images(
             method,
             source_batches,
@@ -132,6 +133,7 @@ class Reservoir(DomainMemory):
             style = _styles(found, found).mean(0)
             method.write(STYLES, torch.cat([style[None], method.value(STYLES)[1:]]))
             method.renew_source(STYLES)
+            method.renew_source(SOURCE)
         self._limits.clear()
 
     def limit(self, method: State, images: int) -> Tensor:
@@ -246,7 +248,7 @@ class Reservoir(DomainMemory):
 
 
 def _source(method: State) -> Tensor:
-    variances = method.get_buffer("memory_source")
+    variances = method.value(SOURCE)
     return variances[variances.isfinite().all(1)]
 
 
