@@ -227,7 +227,7 @@ class TTAMethod(Described, Replayable, ABC):
             ConfigError: If there is a window, or a correction of the predictions that needs features.
         """
         if self._window is not None or any(each.wants_features for each in self.corrections):
-            raise ConfigError("A memory of domains goes with neither window= nor refine=. Leave one of them out.")
+            raise ConfigError("reservoir= goes with neither window= nor refine=. Leave one of them out.")
         self._memory = memory
         self.needs_source, self.prepared = True, False
         self.parallel = frozenset({"replicas"})  # type: ignore[misc]
@@ -249,11 +249,11 @@ class TTAMethod(Described, Replayable, ABC):
             ConfigError: If it is out of range, or a correction of the predictions needs features.
         """
         if any(each.wants_features for each in self.corrections):
-            raise ConfigError(f"window={images} and a refinement of the predictions exclude each other. Leave one out.")
+            raise ConfigError(f"window={images} and refine= exclude each other. Leave one of them out.")
         if self.images_apart:
             raise ConfigError(f"window={images}: '{self.name}' treats each image on its own already. Leave window out.")
         if self._memory is not None:
-            raise ConfigError(f"window={images} and a memory of domains exclude each other. Leave one of them out.")
+            raise ConfigError(f"window={images} and reservoir= exclude each other. Leave one of them out.")
         self._window = Window(self, images)
         self.small_batch = 0
         self.parallel = frozenset({"replicas"})  # type: ignore[misc]

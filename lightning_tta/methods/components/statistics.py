@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import batch_moments, batch_norm_layers, merged_moments
-from lightning_tta.errors import ConfigError, check_range, did_you_mean
+from lightning_tta.errors import ConfigError, check_choice, check_range, did_you_mean
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.account import Account, Statistics, StreamAccount
 from lightning_tta.methods.base.method import TTAMethod
@@ -330,11 +330,15 @@ def read(
     if kind not in kinds:
         raise ConfigError(f"Unknown {option} {kind!r}.{did_you_mean(kind, kinds)} Available: {', '.join(kinds)}.")
     options = {} if isinstance(wanted, str) else {name: value for name, value in wanted.items() if name != "kind"}
-    allowed = [name for name in inspect.signature(kinds[kind]).parameters if name != "method"]
+    parameters = inspect.signature(kinds[kind]).parameters
+    allowed = [name for name in parameters if name != "method"]
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise ConfigError(
             f"{option} {kind!r} has no option {', '.join(map(repr, unknown))}.{did_you_mean(unknown[0], allowed)} Its "
             f"options: {', '.join(allowed) or 'none'}."
         )
+    for name, value in options.items():
+        if isinstance(parameters[name].default, bool):  # any other value would count as one of the two
+            check_choice(name, value, (True, False))
     return kind, options
