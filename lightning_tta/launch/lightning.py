@@ -325,7 +325,8 @@ def _maker(method: Any) -> Callable[[nn.Module], TTAMethod]:
     path = method.get("class_path", "") if isinstance(method, Namespace) else ""
     if not path.startswith("lightning_tta.methods."):
         return Tent
-    return partial(find(path.rpartition(".")[2]), **(method.get("init_args") or Namespace()).as_dict())
+    options = method.get("init_args")
+    return partial(find(path.rpartition(".")[2]), **(options.as_dict() if options else {}))
 
 
 def _is_data(arguments: dict[str, Any]) -> bool:
