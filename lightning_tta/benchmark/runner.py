@@ -144,11 +144,15 @@ class Benchmark:
             for sentence in filter(None, map(where_moved, options)):
                 raise ConfigError(f"{label}{sentence} Here: under {label}run.")
         usual = Cell(next(iter(self.methods)), next(iter(self.nets)), next(iter(self.streams)), self.seeds[0])
-        cells = [replace(usual, method=label) for label in self.methods]  # not every pair: each parse takes a while
-        cells += [replace(usual, stream=label) for label in self.streams]
+        # not every pair: each parse takes a while
+        cells = {f"Method '{label}'": replace(usual, method=label) for label in self.methods}
+        cells |= {f"Stream '{label}'": replace(usual, stream=label) for label in self.streams}
         with _quiet():
-            for cell in dict.fromkeys(cells):
-                run_lightning(self._config(cell, "none"), parse_only=True)
+            for who, cell in cells.items():
+                try:
+                    run_lightning(self._config(cell, "none"), parse_only=True)
+                except ConfigError as error:
+                    raise ConfigError(f"{who}: {error}") from error
 
     def _check_net(self, label: str, net: NetConfig) -> None:
         if (net.fit is None) == (net.source_ckpt is None and not net.pretrained):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 STREAM = ("stream", "domains", "severity", "num_images", "batch_size", "order_seed")
 SOURCE = ("train_batch_size", "augment", "val_domains", "num_workers")
 TRAINER = ("accelerator", "devices", "precision", "default_root_dir")
-RARE = ("model.compile", "model.lean", "model.classes", "model.backbone_options", "model.window", "model.reservoir")
+RARE = ("model.compile", "model.lean", "model.classes", "model.backbone_options", "model.reservoir", "model.capture")
 LEFT = 28
 
 

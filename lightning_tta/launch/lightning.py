@@ -6,8 +6,9 @@ import argparse
 import json
 import pydoc
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch import nn
 
 from lightning_tta.backbones.weights import read_checkpoint
 from lightning_tta.errors import ConfigError, LightningTTAError
@@ -32,6 +34,8 @@ from lightning_tta.launch.noise import without_noise
 from lightning_tta.launch.trust import MODE, check_classes, close_parsers
 from lightning_tta.methods import available_methods, find
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.components.additions import ADDITIONS, check
+from lightning_tta.methods.tent import Tent
 from lightning_tta.modules.training import find_checkpoint
 from lightning_tta.run.bar import RunBar
 from lightning_tta.run.board import FitBoard
@@ -90,6 +94,10 @@ class TTACLI(LightningCLI):
         check_classes(self.config[name])
         options = (self.config[name].get("model") or {}).get("init_args") or {}
         check_precisions(options.get("precision"), self.config[name].get("trainer.precision"))
+        try:
+            _check_additions(options)
+        except ConfigError as error:
+            raise name_option(error, self.config[name]) from None
 
     def before_instantiate_classes(self) -> None:
         """A net of the user's that is written as a class with its arguments is built as one that is named by its path.
@@ -303,6 +311,22 @@ def _name_classes(args: list[str]) -> list[str]:
             arg = _class_path(arg)
         named.append(arg)
     return named
+
+
+def _check_additions(options: Mapping[str, Any]) -> None:
+    """Refuse wrong values of what every method can take beside its own options, before weights are loaded."""
+    wanted = {name: options[name] for name in ADDITIONS if options.get(name) is not None}
+    if wanted and "method" in options:  # and not a module of the user's, which has options of its own
+        check([_maker(options.get("method")), Tent], **wanted)
+
+
+def _maker(method: Any) -> Callable[[nn.Module], TTAMethod]:
+    """What makes the method of a configuration; Tent in place of a class of the user's, which may do anything."""
+    path = method.get("class_path", "") if isinstance(method, Namespace) else ""
+    if not path.startswith("lightning_tta.methods."):
+        return Tent
+    options = method.get("init_args")
+    return partial(find(path.rpartition(".")[2]), **(options.as_dict() if options else {}))
 
 
 def _is_data(arguments: dict[str, Any]) -> bool:

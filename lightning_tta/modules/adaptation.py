@@ -87,8 +87,8 @@ class TestTimeAdaptation(LightningModule):
             process. ``synchronised``: each has a part of every batch, of W times the batch size, and gradients and
             statistics are those of all; equals one process with that batch size, up to summation order. Only replicas
             save, resume and skip batches.
-        statistics: With which the BatchNorm layers run, whatever the method: a word, such as ``ema``, or a dict of
-            ``kind`` and its options, ``{kind: ema, momentum: 0.02}``, see
+        statistics: Those of the BatchNorm layers, such as ``ema`` or ``auto``, whatever the method: a word, or
+            a dict of ``kind`` and its options, ``{kind: ema, momentum: 0.02}``, see
             :mod:`lightning_tta.methods.components.statistics`; ``None``: those of the method.
         window: Adapt once every so many images, on all of them, and predict each when it comes: for streams of one or a
             few images at a time, see :meth:`~lightning_tta.methods.base.method.TTAMethod.slide`; ``None``: on each

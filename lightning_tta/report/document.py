@@ -54,6 +54,7 @@ def sections(results: Results, looks: Looks) -> list[Section]:
         Section("All groups", [tables.all_groups(results)], _all_verdicts(results), level=2),
         *(section for group in results.groups for section in _group_sections(group, looks)),
         Section("Missing cells", [tables.missing(results)], level=2),
+        Section("Options", [tables.options(results)], level=2),
         Section("Versions and hardware", [tables.environment(results)], level=2),
     ]
     for section in everything:

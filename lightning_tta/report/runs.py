@@ -366,10 +366,10 @@ def _label(runs: Sequence[Run]) -> None:
     """Tell runs of one method apart by the settings in which they differ, and equal ones by their directories."""
     for method in {run.base for run in runs}:
         same = [run for run in runs if run.base == method]
-        settings = [_settings(run) for run in same]
-        names = dict.fromkeys(name for each in settings for name in each)
-        unlike = [name for name in names if len({short(each.get(name)) for each in settings}) > 1]
-        for run, each in zip(same, settings, strict=True):
+        every = [settings(run) for run in same]
+        names = dict.fromkeys(name for each in every for name in each)
+        unlike = [name for name in names if len({short(each.get(name)) for each in every}) > 1]
+        for run, each in zip(same, every, strict=True):
             words = [f"{name}={short(each[name])}" for name in unlike if each.get(name) is not None]
             run.method = f"{method} ({', '.join(words)})" if words else method
     alike: dict[tuple[str, str, str], list[Run]] = {}
@@ -380,12 +380,13 @@ def _label(runs: Sequence[Run]) -> None:
             run.method += f" ({place})" if len(several) > 1 else ""
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def settings(run: Run) -> dict[str, Any]:
     """What changes a method's predictions beside the protocol, by name."""
     guard = run.report.get("guard") or {}
     action = (guard.get("settings") or {}).get("action")
     mode, world = run.protocol.get("mode"), run.protocol.get("world_size")
-    more = {"precision": run.report.get("precision"), "guard": action, "processes": f"{world} {mode}"}
+    more = {name: run.report.get(name) for name in ("reset_every", "precision")}
+    more |= {"guard": action, "processes": f"{world} {mode}"}
     return {**(run.report.get("options") or {}), **more, **({"processes": None} if mode in (None, "single") else {})}
 
 
@@ -423,8 +424,12 @@ def differing(first: Report, other: Report) -> list[str]:
 
 
 def short(value: Any) -> str:
-    """A value of a protocol or an option in at most 60 characters."""
-    text = value if isinstance(value, str) else json.dumps(value)
+    """A value of a protocol or an option in at most 60 characters; of a kind with options: ``ema(momentum=0.02)``."""
+    if isinstance(value, dict):
+        options = ", ".join(f"{name}={short(each)}" for name, each in value.items() if name != "kind")
+        text = f"{value.get('kind', '')}({options})" if options else str(value.get("kind", "{}"))
+    else:
+        text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

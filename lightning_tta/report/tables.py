@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lightning_tta.report.files import Report
-from lightning_tta.report.runs import VISIT, Group, Results, Run
+from lightning_tta.report.runs import VISIT, Group, Results, Run, settings, short
 from lightning_tta.report.statistics import MIN_SEEDS, Estimate, holm, interval, over_images, over_seeds
 
 COSTS = {"ms / image": "ms per image", "passes": "forward + 2 x backward per batch", "peak MB": "peak memory, MB"}
@@ -417,6 +417,20 @@ def _merge(dicts: Sequence[Report]) -> dict[str, str]:
     """For each key but a hash, all values in words; several where the dicts differ."""
     keys = dict.fromkeys(key for each in dicts for key in each if key != "hash")
     return {key: "; ".join(dict.fromkeys(said(each.get(key)) for each in dicts)) for key in keys}
+
+
+def options(results: Results) -> Table | None:
+    """What each method was run with; ``None`` where no run says it."""
+    runs = [run for group in results.groups for run in group.runs if "options" in run.report]
+    rows = list(dict.fromkeys((run.method, run.base, options_of(run)) for run in runs))
+    note = "All that changes predictions beside the protocol."
+    return Table("Options", ["label", "method", "options"], rows, note, left=3, methods=True) if rows else None
+
+
+def options_of(run: Run) -> str:
+    """What a run's method was run with, in words; ``-`` for nothing."""
+    words = [f"{name}={short(value)}" for name, value in settings(run).items() if value is not None]
+    return ", ".join(words) or "-"
 
 
 def missing(results: Results) -> Table | None:

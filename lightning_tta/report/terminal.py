@@ -15,7 +15,7 @@ from rich.text import Text
 from lightning_tta.files import write_json
 from lightning_tta.report import figures, tables, write_report
 from lightning_tta.report.document import markdown, sections
-from lightning_tta.report.runs import Results, protocol_problem, read, repeat_problem
+from lightning_tta.report.runs import Results, Run, protocol_problem, read, repeat_problem
 from lightning_tta.report.tables import Table
 from lightning_tta.report.verdict import verdict
 
@@ -56,6 +56,7 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
         f"{count['forwards']} forward and {count['backwards']} backward passes, "
         f"{1000 * count['seconds_per_batch']:.1f} ms per batch, {count['resets']} resets, "
         f"{count['skipped_steps']} steps skipped, {count['nonfinite_images']} non-finite images",
+        f"options: {tables.options_of(Run(str(report.get('method', '')), '', report, path.parent))}",
         "protocol: " + ", ".join(f"{name} {value}" for name, value in settings.items()),
     ]
     if 0 < (known := report.get("labelled_images", 0)) < report["images"]:

@@ -163,6 +163,7 @@ class StreamReport(RunCallback):
         report = {
             "method": run.method.name,
             "options": run.method.options,
+            "reset_every": run.reset_every,
             "returns": run.method.returns,
             "net": run.net,
             "protocol": run.protocol.to_dict(),

@@ -18,6 +18,7 @@ from lightning_tta.data.sharing import Sharing
 from lightning_tta.errors import ConfigError, DataError, LightningTTAError
 from lightning_tta.files import write_whole
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.components.additions import ADDITIONS
 
 ProcessMode = Literal["replicas", "synchronised"]
 T = TypeVar("T")
@@ -106,7 +107,7 @@ def _refusals(
         other = "--model.processes replicas (whole domains)" if synchronized else f"--model.processes {mode}"
         advice = f"{other}, or --trainer.devices 1" if "replicas" in method.parallel else "--trainer.devices 1"
         yield (
-            f"Method '{method.name}' cannot run {mode} on {world} processes; it can run "
+            f"Method '{method.name}'{_with_additions(method)} cannot run {mode} on {world} processes; it can run "
             f"{' or '.join(sorted(method.parallel)) or 'on one only'}. Use {advice}."
         )
     plain = type(method).infer is TTAMethod.infer and not method.uses_batch_statistics
@@ -181,3 +182,9 @@ def _not_once(files: Sequence[Path], index: int, how: str) -> DataError:
         f"Image {index} of the stream is {how} in {names}: each must be predicted once. Run again, in an empty "
         "directory; if it happens again, the data are not the same on all processes."
     )
+
+
+def _with_additions(method: TTAMethod) -> str:
+    """What was put on the method, which may be why it cannot: `` with window=16``."""
+    words = [f"{name}={method.options[name]!r}" for name in ADDITIONS if name in method.options]
+    return f" with {', '.join(words)}" if words else ""

@@ -174,6 +174,12 @@ def test_a_killed_benchmark_goes_on_within_a_cell(tmp_path, monkeypatch):
         ({"tent": {"class_path": "Tent", "init_args": {"rate": 1}}}, {}, "rate"),
         ({"tent": {"class_path": "Tent", "nets": ["vit"]}}, {}, "vit"),
         ({"tent": {"lr": 1}}, {}, "class_path"),
+        (
+            {"auto": {"class_path": "Tent", "model": {"statistics": "atuo"}}},
+            {},
+            "Method 'auto': Unknown --model.statistics 'atuo'. Did you mean auto",
+        ),
+        ({"lame": {"class_path": "Tent", "model": {"window": 8, "refine": "lame"}}}, {}, "Method 'lame': .*exclude"),
         (None, {"seeds": []}, "seeds"),
         (None, {"save_every": 0}, "save_every"),
         (None, {"only": ["tent"]}, "tent"),

@@ -113,6 +113,39 @@ def test_a_few_lines_say_what_to_do(capsys, monkeypatch, scratch, args, words):
     assert not list(scratch.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--model.statistics=emma"], "^Unknown --model.statistics 'emma'. Did you mean ema.*Available: batch, "),
+        (["--model.prior={kind: movin}"], "^Unknown --model.prior 'movin'. Did you mean moving"),
+        (["--model.refine=lam"], "^Unknown --model.refine 'lam'. Did you mean lame"),
+        (["--model.statistics={kind: ema, momentun: 1}"], "^--model.statistics 'ema' .* Did you mean momentum"),
+        (["--model.reservoir={member: 8}"], "^--model.reservoir has no option 'member'. Did you mean members"),
+        (["--model.statistics={kind: ema, momentum: 2}"], r"^--model.statistics: momentum must be .*\(0, 1\]; got 2"),
+        (["--model.prior={kind: em, window: 0}"], "^--model.prior: window must be a whole number .* got 0"),
+        (["--model.statistics={kind: mixed, cross_term: yes please}"], "cross_term must be one of True, False; got"),
+        (["--model.window=1"], "^--model.window must be a whole number .* got 1"),
+        (["--model.window=8", "--model.refine=lame"], "^--model.window=8 and refine= exclude each other"),
+        (["--model.window=8", "--model.reservoir=8"], "^--model.reservoir goes with neither window= nor refine="),
+        (["--model.method=memo", "--model.window=8"], "^--model.window=8: 'memo' treats each image on its own"),
+        (
+            ["--model.method=source", "--model.reservoir=8"],
+            "^--model.reservoir remembers states, and 'source' has none",
+        ),
+        (["--model.method=foa", "--model.statistics=emma"], "^Unknown --model.statistics 'emma'"),  # needs a ViT
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_every_method_takes_is_refused_before_a_net_is_made(capsys, monkeypatch, args, words):
+    monkeypatch.setattr("lightning_tta.modules.adaptation.load_source", lambda *_: pytest.fail("weights were loaded"))
+    assert re.search(words, message_of(capsys, [*RUN, *args]), re.DOTALL)
+
+
+def test_what_only_the_net_can_tell_is_left_to_it():
+    for value in ("{kind: domains, layer: layer1.0.bn1}", "{kind: balanced, groups: 8}"):  # of a net with ten classes
+        run_lightning([*RUN, f"--model.statistics={value}"], parse_only=True)
+
+
 def test_a_key_of_a_configuration_is_misspelt(capsys, scratch):
     text = CONFIG.read_text()
     for right, wrong, words in (

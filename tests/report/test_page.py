@@ -257,6 +257,30 @@ def test_options_tell_runs_of_one_method_apart(tmp_path):
     assert labels(runs[:2]) == [{"tent (lr=0.01)": 1, "tent (lr=0.1)": 1}]
 
 
+def test_kinds_and_resets_tell_runs_of_one_method_apart(tmp_path):
+    kinds = [{"statistics": "auto"}, {"statistics": {"kind": "ema", "momentum": 0.02}}, {"reservoir": {"members": 4}}]
+    runs = [write_run(tmp_path / f"{n}", "tent", hits(n, 0.6), options=o) for n, o in enumerate([{}, *kinds])]
+    assert labels(runs) == [
+        dict.fromkeys(
+            ["tent", "tent (statistics=auto)", "tent (statistics=ema(momentum=0.02))", "tent (reservoir=(members=4))"],
+            1,
+        )
+    ]
+    every = write_run(tmp_path / "every", "tent", hits(1, 0.6), options={})
+    path = every / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "reset_every": 5}))
+    assert labels([runs[0], every]) == [{"tent": 1, "tent (reset_every=5)": 1}]
+
+
+def test_a_page_says_what_labels_stand_for(tmp_path, capsys):
+    runs = [write_run(tmp_path / f"{n}", "tent", hits(n, 0.6), options=o) for n, o in enumerate([{}, {"prior": "em"}])]
+    text = write_report(runs, tmp_path / "out")[1].read_text()
+    assert "| tent | tent | - |" in text.partition("## Options")[2]
+    assert "| tent (prior=em) | tent | prior=em" in text.partition("## Options")[2]
+    report(runs[1:])
+    assert "options: prior=em" in capsys.readouterr().out
+
+
 def test_other_weights_are_no_seeds_of_one_order(tmp_path):
     def run(name, seed, digest):
         changes = {"weights_digest": digest}

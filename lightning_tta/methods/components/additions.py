@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from torch import nn
+
+from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.components import priors, refinements, reservoir, statistics
 
@@ -36,5 +42,41 @@ def add(method: TTAMethod, **wanted: Wanted | int | None) -> None:
     for name, put in ADDITIONS.items():
         value = wanted.get(name)
         if value is not None:
-            put(method, value)
+            try:
+                put(method, value)
+            except ConfigError as error:
+                if re.match(rf"(Unknown )?{name}\b", str(error)):
+                    raise
+                raise type(error)(f"{name}: {error}") from error  # what it is an option of
             method.options[name] = dict(value) if isinstance(value, Mapping) else value
+
+
+OF_THE_NET = ("layer", "groups")
+"""Options whose values only the net can tell to be right."""
+
+
+def check(makers: Sequence[Callable[[nn.Module], TTAMethod]], **wanted: Wanted | int | None) -> None:
+    """Refuse what no net would make right, by putting it on a method of a tiny net: before weights are loaded.
+
+    Args:
+        makers: Make the method around a net; the first that can is taken. None has to be able to.
+        **wanted: As of :func:`add`.
+
+    Raises:
+        ConfigError: The same.
+    """
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    method = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come with the net itself
+        for make in makers:
+            with suppress(LightningTTAError):
+                method = make(net)
+                break
+        if method is not None:
+            with suppress(UnsupportedModelError):
+                add(method, **{name: _without(value, OF_THE_NET) for name, value in wanted.items()})
+
+
+def _without(value: Wanted | int | None, names: Sequence[str]) -> Wanted | int | None:
+    return {k: v for k, v in value.items() if k not in names} if isinstance(value, Mapping) else value

@@ -20,6 +20,8 @@ DOMAINS, DOMAIN_CLASSES = "statistics.domains", "statistics.domain_classes"
 OPENED, USED = "statistics.opened", "statistics.used"
 DEPTH = 0.45
 """Of the layer that tells domains apart, among the BatchNorm layers as they run: the third stage of a ResNet-50."""
+LISTED = 8
+"""So many layers are named where another one is asked for."""
 
 
 class Domains(Balanced):
@@ -77,7 +79,8 @@ class Domains(Balanced):
         self.slots = domains
         names = list(batch_norm_layers(method.model))
         if layer is not None and layer not in names:
-            raise ConfigError(f"The net has no BatchNorm layer {layer!r}.{did_you_mean(layer, names)}")
+            listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+            raise ConfigError(f"The net has no BatchNorm layer {layer!r}.{did_you_mean(layer, names)} It has {listed}.")
         super().__init__(method, eta=eta, gamma=0.0, groups=groups, max_bytes=max_bytes, classes=classes)
         ran = [name for name in execution_order(method.model) or names if name in names] or names
         self.layer = ran[min(round(DEPTH * len(ran)), len(ran) - 1)] if layer is None else layer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_tta.backbones.norms import norm_layers, norm_parameters
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.split import execution_order, recorded_calls
-from lightning_tta.errors import ConfigError, DataError, UnsupportedModelError, check_range
+from lightning_tta.errors import ConfigError, DataError, UnsupportedModelError, check_range, did_you_mean
 from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.memory import DomainMemory
 from lightning_tta.methods.base.method import TTAMethod
@@ -312,5 +312,8 @@ def choose(method: TTAMethod, wanted: int | Mapping[str, int | float]) -> None:
     allowed = ("members", "threshold", "layers", "seed")
     unknown = [name for name in options if name not in allowed]
     if unknown:
-        raise ConfigError(f"reservoir has no option {unknown[0]!r}. Its options: {', '.join(allowed)}.")
+        raise ConfigError(
+            f"reservoir has no option {unknown[0]!r}.{did_you_mean(unknown[0], allowed)} Its options: "
+            f"{', '.join(allowed)}."
+        )
     method.remember(Reservoir(method, **options))
