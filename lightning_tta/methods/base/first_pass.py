@@ -97,7 +97,8 @@ class FirstPass:
         def one_pass(*inputs: Any, **options: Any) -> Any:
             nonlocal own
             count()
-            if before is None:  # that of a graph may have become one that shows its features
+            if before is None and getattr(own, "__func__", None) is not type(model).forward:
+                # that of a graph has become one that shows its features
                 with self.aside(model):
                     own = model.forward
             run = own if self._through is None else functools.partial(self._through, own)
