@@ -100,6 +100,8 @@ def _read(text: str) -> _Problem:
 def _describe(problem: _Problem, parser: argparse.ArgumentParser) -> str:
     """One sentence or two."""
     text, option = " ".join(" ".join(problem.lines).split()), problem.option
+    if cut := re.match(r"unrecognized arguments: ([^-].*[}\]])$", text):  # the shell has split '{kind: ema}'
+        return f"{cut[1]!r} belongs to no option. Put quotes around a mapping or a list: --OPTION '{{name: value}}'."
     if match := re.match(rf"{_NEITHER} (.+?) either", text):
         classes = {"model.method": methods.names(), "data": data.data_modules(), "model": modules.__all__}
         known: Iterable[str] = classes.get(option, ())

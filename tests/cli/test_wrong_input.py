@@ -57,6 +57,8 @@ def message_of(capsys, args):
         ([*RUN, "--data.batch_size=0"], r"batch_size must be a whole number in \[1, inf\); got 0"),
         ([*RUN, "--data.severity=6"], r"severity must be a whole number in \[1, 5\]; got 6"),
         ([*RUN, "--model.method.lr=-1"], r"^--model.method.lr must be a number in \[0, inf\); got -1.0"),
+        ([*RUN, "--model.prior", "{kind:", "em}"], "'em}' belongs to no option. Put quotes around a mapping or a list"),
+        ([*RUN, "--model.refine", "{kind:", "cofa}"], "'cofa}' belongs to no option. Put quotes around"),
         ([*RUN, "--model.reset_every=0"], "^--model.reset_every must be a whole number"),
         ([*RUN, "--model.sav_every=3"], "has no option 'sav_every'. Did you mean --state.save_every?"),
         ([*RUN, "--data.reset=never"], "DigitsData has no option 'reset'. Did you mean --model.reset?"),

@@ -162,6 +162,13 @@ def test_source_on_a_net_without_running_statistics_cannot_be_synchronised():
         share_stream(fake(), DigitsData(domains=["clean"]), source, "synchronised", "domain")
 
 
+@pytest.mark.parametrize(("options", "words"), [({"window": 16}, "window=16"), ({"refine": "lame"}, "refine='lame'")])
+def test_what_was_put_on_a_method_is_named_where_it_cannot_be_synchronised(options, words):
+    tent = adapt(make_net("bn"), "tent", **options)
+    with pytest.raises(ConfigError, match=f"'tent' with {words} cannot run synchronised"):
+        share_stream(fake(), DigitsData(domains=["clean"]), tent, "synchronised", "domain")
+
+
 def test_only_replicas_save_continue_and_skip():
     tent, options = adapt(make_net("bn"), "tent"), ["save_every", "on_bad_batch='skip'"]
     with pytest.raises(ConfigError, match=r"save_every and on_bad_batch='skip' cannot .* --model\.processes replicas"):
