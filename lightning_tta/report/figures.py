@@ -31,6 +31,7 @@ SHADES = (0.0, -0.4, 0.45)
 LINES, MARKERS = ("--", "-.", ":", "-"), ("s", "^", "D", "v", "P", "X", "<", ">", "o", "p", "h")
 STYLES = len(LINES) * len(MARKERS)
 """So many pairs of line and marker: the numbers of both have no common divisor."""
+_SOURCE = next(n for n in range(STYLES) if (LINES[n % len(LINES)], MARKERS[n % len(MARKERS)]) == ("-", "o"))
 MUTED, GRID = "#6d737c", "#d9dce1"
 WIDTH = 7.2
 """Inches of a wide figure: on a narrow page it shrinks, and must stay readable."""
@@ -77,6 +78,7 @@ def _alike(look: Look, others: Collection[Look]) -> bool:
 
 
 def _look(place: int) -> Look:
+    place += place >= _SOURCE  # so that no method of the package must give way to the source
     rounds, number = divmod(place, len(COLORS))
     shade = SHADES[rounds] if rounds < len(SHADES) else -0.65 + 0.9 * ((rounds * 0.618) % 1)
     return Look(_mixed(COLORS[number], shade), LINES[place % len(LINES)], MARKERS[place % len(MARKERS)])

@@ -216,9 +216,10 @@ class TTAMethod(Described, Replayable, ABC):
             return ""
         return (
             f"'{self.name}' {self._advice}; batches of {images} image{'s' if images > 1 else ''} are too small for "
-            "that: accuracy may fall far below that of the source. Give larger batches; or statistics='auto', which "
-            "keeps statistics over the stream; or window=64, which adapts on the last 64 images; or use a method that "
-            "takes images one by one ('memo', 'single_image_bn', 'neo')."
+            "that: accuracy may fall far below that of the source. Give larger batches; or window=64, which adapts on "
+            "the last 64 images together; or statistics='auto', which keeps statistics over the stream (a step on each "
+            "image still is one on little); or use a method that takes images one by one ('memo', 'single_image_bn', "
+            "'neo')."
         )
 
     @property
