@@ -87,9 +87,11 @@ class NEO(ShiftMethod):
         if center == "source":
             self.expect_source(classes if balanced else 1)
         else:
-            self.state("mean_predictions", like.new_zeros(2 * classes), source=0, fixed_dtype=True)
+            self.state("mean_predictions", like.new_zeros(2 * classes), source=0)
+            self.keep_wide("mean_predictions")
         if balanced:
-            self.state("class_sums", like.new_zeros(classes, len(like) + 1), source=0, fixed_dtype=True)
+            self.state("class_sums", like.new_zeros(classes, len(like) + 1), source=0)
+            self.keep_wide("class_sums")
         self._judged = center == "source"
 
     @property

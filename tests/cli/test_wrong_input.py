@@ -128,7 +128,7 @@ def test_a_few_lines_say_what_to_do(capsys, monkeypatch, scratch, args, words):
         (["--model.statistics={kind: mixed, cross_term: yes please}"], "cross_term must be one of True, False; got"),
         (["--model.window=1"], "^--model.window must be a whole number .* got 1"),
         (["--model.window=8", "--model.refine=lame"], "^--model.window=8 and refine= exclude each other"),
-        (["--model.window=8", "--model.reservoir=8"], "^--model.reservoir goes with neither window= nor refine="),
+        (["--model.window=8", "--model.reservoir=8"], "goes with neither window= nor a refinement"),
         (["--model.method=memo", "--model.window=8"], "^--model.window=8: 'memo' treats each image on its own"),
         (
             ["--model.method=source", "--model.reservoir=8"],

@@ -12,7 +12,7 @@ from lightning_tta import adapt
 from nets import make_images, make_net
 
 
-def plain_auto(net, batches, *, groups=None, r=5.0, s=None, limit=0.8, least=0.18, horizon=1000):
+def plain_auto(net, batches, *, groups=None, r=5.0, s=None, limit=0.8, least=0.18, horizon=1000, change=0.4):
     """Logits of each batch, by equations written out for each layer, class and image."""
     net = net.eval()
     layers = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -24,6 +24,7 @@ def plain_auto(net, batches, *, groups=None, r=5.0, s=None, limit=0.8, least=0.1
     stored, results = list(sources), []
     for x in batches:
         rows = list(stored)
+        inputs = {}
 
         def normalised(number, value):
             mean, var = rows[number]
@@ -33,7 +34,25 @@ def plain_auto(net, batches, *, groups=None, r=5.0, s=None, limit=0.8, least=0.1
 
         for number, layer in enumerate(layers):
             layer.forward = lambda value, number=number: normalised(number, value)
+        for number, layer in enumerate(layers):
+            layer.forward = lambda value, number=number: (inputs.update({number: value}), normalised(number, value))[1]
         labels = net(x).argmax(1).tolist()
+        changes = []
+        for number in range(max(1, len(layers) // 4)):
+            if sum(numbers) > 0:
+                first, second = (sum(each[i] for each in sums[number]) / sum(numbers) for i in (0, 1))
+                value = inputs[number]
+                mean, square = value.mean((2, 3)).mean(0), (value**2).mean((2, 3)).mean(0)
+                pairs = zip((square - mean**2).tolist(), (second - first**2).tolist(), strict=True)
+                eps = layers[0].eps
+                ratios = [min(abs(math.log((a + eps) / (b + eps))), 2.0) for a, b in pairs]
+                changes.append(sum(ratios) / len(ratios))
+        bound = change * (1 + 2 / math.sqrt(len(labels)))
+        kept_before = 1 / (1 + (sum(changes) / len(changes) / bound) ** 8) if changes else 1.0
+        numbers = [n * kept_before for n in numbers]
+        for layer_sums in sums:
+            for k, pair in enumerate(layer_sums):
+                layer_sums[k] = tuple(each * kept_before for each in pair)
         labels = [label if groups is None else groups[label] for label in labels]
         new = [n + labels.count(k) for k, n in enumerate(numbers)]
         total, size = sum(new), len(labels)
@@ -87,11 +106,13 @@ def plain_auto(net, batches, *, groups=None, r=5.0, s=None, limit=0.8, least=0.1
 BATCHES = [make_images(size, seed=number).double() for number, size in enumerate([8, 1, 5, 8, 3])]
 
 
-@pytest.mark.parametrize("options", [{}, {"horizon": 10, "images": 1.0, "classes_needed": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"horizon": 10, "images": 1.0, "classes_needed": 1.0}, {"least_change": 0.05}], ids=str
+)
 def test_against_plain_loops(options):
     net = make_net("bn", seed=0).double()
     method = adapt(net, "norm", statistics={"kind": "auto", **options})
-    names = {"horizon": "horizon", "images": "r", "classes_needed": "s"}
+    names = {"horizon": "horizon", "images": "r", "classes_needed": "s", "least_change": "change"}
     expected, stored = plain_auto(net, BATCHES, **{names[name]: value for name, value in options.items()})
     for x, logits in zip(BATCHES, expected, strict=True):
         assert torch.allclose(method(x), logits, rtol=1e-10, atol=1e-10)

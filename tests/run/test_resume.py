@@ -47,7 +47,7 @@ def make_data(**options):
 def run(root, method=TENT, *, crash=None, data=None, logger=False, callbacks=(), loader=None, **options):
     options = {"save_every": 2, "source_images": 64, **options}
     own = callbacks_of(options)
-    net = make_net(kind_for(method.func.__module__.rpartition(".")[2], "bn"), num_classes=10)
+    net = make_net(kind_for(getattr(method, "func", method).__module__.rpartition(".")[2], "bn"), num_classes=10)
     module = TestTimeAdaptation(method, backbone=net, **options)
     callbacks = [*own, *callbacks, *([] if crash is None else [Crasher(crash)])]
     trainer = Trainer(

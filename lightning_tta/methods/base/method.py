@@ -63,8 +63,8 @@ from lightning_tta.metrics import collapse_measures
 Stats = dict[str, float]
 PredictWith = Literal["stream", "batch"]
 _MEMORY_ALONE = (
-    "A memory of domains (reservoir=) goes with neither window= nor a refinement that needs features (refine='lame'). "
-    "Leave one of them out."
+    "reservoir= goes with neither window= nor a refinement that needs features, as refine='lame'. Leave one of "
+    "them out."
 )
 
 
@@ -263,7 +263,7 @@ class TTAMethod(Described, Replayable, ABC):
             ConfigError: If it is out of range, or a correction of the predictions needs features.
         """
         if self._wants_features:
-            raise ConfigError(f"window={images} and a refinement of the predictions exclude each other. Leave one out.")
+            raise ConfigError(f"window={images} and refine= exclude each other. Leave one of them out.")
         if self.images_apart:
             raise ConfigError(f"window={images}: '{self.name}' treats each image on its own already. Leave window out.")
         if self._memory is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from lightning_tta import collective
 from lightning_tta.errors import check_range
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import State
@@ -84,6 +87,7 @@ class Auto(ClassStatistics):
         classes_needed: float | None = None,
         limit: float = 0.8,
         least_shift: float = 0.18,
+        least_change: float | None = 0.4,
         horizon: int = 1000,
         groups: int | None = None,
         max_bytes: int = 2**26,
@@ -93,6 +97,8 @@ class Auto(ClassStatistics):
         check_range("limit", limit, 0, 1)
         check_range("least_shift", least_shift, 0, low_open=True)
         check_range("horizon", horizon, 1, integer=True)
+        if least_change is not None:
+            check_range("least_change", least_change, 0, low_open=True)
         super().__init__(method, groups=groups, max_bytes=max_bytes, classes=classes)
         self.classes_needed = min(8.0, 0.8 * self.groups) if classes_needed is None else classes_needed
         check_range("classes_needed", self.classes_needed, 0, low_open=True)
@@ -100,7 +106,39 @@ class Auto(ClassStatistics):
         moments = method.value(MOMENTS)
         method.state(SUMS, moments.new_zeros(2, self.groups, moments.shape[1]), source=0.0)
         method.state(COUNTS, moments.new_zeros(self.groups), source=0.0)
+        self.least_change = least_change
+        early = list(self.places.values())[: max(1, len(self.places) // 4)]
+        self._early, self._eps = early[-1].stop, next(iter(self.eps.values()))
+        self._changes: list[Tensor] | None = None  # in the first pass: of each early layer
+        self.same = torch.ones_like(moments[0, 0])
         self._runs: dict[str, int] = {}
+
+    def look(self, method: State, x: Tensor) -> None:
+        """Label the batch, and see whether it is of the domain that is remembered."""
+        self._changes = None if self.least_change is None else []
+        try:
+            super().look(method, x)
+            changes = self._changes
+        finally:
+            self._changes = None
+        if changes and self.least_change is not None and self.cells is not None:
+            bound = self.least_change * (1 + 2 / math.sqrt(len(self.cells)))
+            same = 1 / (1 + (torch.stack(changes).mean() / bound) ** 8)
+            known = same.isfinite() & (method.value(COUNTS).sum() > 0)
+            self.same = self.keep(method, "same", torch.where(known, same, 1))
+
+    def change(self, method: State, place: slice, means: Tensor, squares: Tensor) -> Tensor:
+        """How the variances of a layer's input differ from those remembered, 0-dimensional; of samples (N, C)."""
+        sums = method.value(SUMS)[:, :, place].sum(1) / method.value(COUNTS).sum().clamp_min(1e-12)
+        pairs = (collective.mean(means), collective.mean(squares)), sums
+        batch, before = ((square - mean * mean).clamp_min(0) + self._eps for mean, square in pairs)
+        return (batch / before).log().abs().clamp(max=2).mean()
+
+    def drop(self, where: Tensor | None = None) -> None:
+        """Forget what was noted; at the end of a batch, its labels too, and whether it was of the same domain."""
+        super().drop(where)
+        if where is None:
+            self.same = torch.ones_like(self.same)
 
     def begin(self, method: State) -> None:
         """Note the coming pass."""
@@ -119,6 +157,8 @@ class Auto(ClassStatistics):
         place = self.places[name]
         before, source = method.value(MOMENTS)[:, place], method.source_value(MOMENTS)[:, place]
         mean, var, times = self.moments(x, before)
+        if self.cells is None and self._changes is not None and place.stop <= self._early:
+            self._changes.append(self.change(method, place, mean, torch.addcmul(var, mean, mean)))
         if self.cells is None or not times:
             return before, old
         added = torch.stack([mean, torch.addcmul(var, mean, mean)])
@@ -129,7 +169,7 @@ class Auto(ClassStatistics):
             self._runs[name] = run + 1
             added = added if run == 0 else (run * old[:-2] + added) / (run + 1)
         weights = 1 / (self.counts(method) + self.images)
-        sums = torch.einsum("g,pgc->pc", weights, method.value(SUMS)[:, :, place])
+        sums = torch.einsum("g,pgc->pc", weights, method.value(SUMS)[:, :, place]) * self.same
         sums = sums + torch.einsum("n,pnc->pc", weights[self.cells], added.view(2, len(self.cells), -1))
         rows = self.shrunk(sums, self.counts(method), source, self.eps[name])
         return torch.lerp(before, rows, self.trust(method)), torch.cat([added, rows])
@@ -142,7 +182,7 @@ class Auto(ClassStatistics):
 
     def counts(self, method: State) -> Tensor:
         """How many there are with this batch, (G,)."""
-        return method.value(COUNTS) + self.own(method)
+        return method.value(COUNTS) * self.same + self.own(method)
 
     def trust(self, method: State) -> Tensor:
         """How far a batch is normalised with its own share in the statistics, 0-dimensional, in [0, 1]."""
@@ -176,6 +216,7 @@ class Auto(ClassStatistics):
             return
         added, rows = seen[0][:-2].view(2, len(self.cells), -1), seen[0][-2:]
         counts, table = self.counts(method), method.value(SUMS)
+        table.mul_(torch.where(good, self.same, 1))
         room = max(self.horizon / self.groups, self.images)
         kept = torch.clamp(room / counts.clamp_min(1), max=1)
         table.index_add_(1, self.cells, torch.where(good, added, 0))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, one_hot
 
+from lightning_tta import collective
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import DataError
@@ -34,7 +35,8 @@ class ShiftMethod(TTAMethod):
         super().__init__(model)
         self.split = HeadSplit(self.model, head)
         shift = torch.zeros_like(at_least_float32(self.split.head.weight.detach()[0]))
-        self.state("shift", shift, source=0, fixed_dtype=True)
+        self.state("shift", shift, source=0)
+        self.keep_wide("shift")
         self.state("images", torch.zeros((), dtype=torch.int64, device=shift.device), source=0)
 
     def expect_source(self, rows: int) -> None:
@@ -48,11 +50,14 @@ class ShiftMethod(TTAMethod):
         return self.value("shift")
 
     def seen(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A pass: features (B, D) in the state's precision, the net's logits, and which images are finite, (B,)."""
+        """A pass: features (B, D) in the state's precision, the net's logits, and which images to learn from, (B,).
+
+        All, or none where one of them is not finite: the net overflowed.
+        """
         features, logits = self.features(x)
         features, logits = features.to(self.value("shift").dtype), at_least_float32(logits)
         finite = torch.isfinite(features).all(1) & torch.isfinite(logits).all(1)
-        return features, logits, finite
+        return features, logits, finite & (collective.mean((~finite).to(features.dtype)) == 0)
 
     def scores(self, features: Tensor, offset: Tensor) -> Tensor:
         """Logits (B, K) of features (B, D) without ``offset``; the head's weights are rounded no further."""
