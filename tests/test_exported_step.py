@@ -18,7 +18,7 @@ from lightning_tta.methods.components.refinements import affinity_matrix, refine
 from nets import make_images, make_net, make_stream, max_difference
 from test_export import Branch, predict, weights_file
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 SIZES = (4, 1, 9, 2)  # 9: more than there are classes
 
 

@@ -19,7 +19,11 @@ from lightning_tta.backbones.split import HeadSplit, keep_classes
 from lightning_tta.diagnosis import doctor
 from nets import make_images, make_net, max_difference
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 
 def static(net):

@@ -20,6 +20,7 @@ from processes import NEEDS_FORK, Processes
 from replay import use_tape
 
 pytestmark = [
+    pytest.mark.slow,  # many alike
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:statistics='instance' is for nets"),
     pytest.mark.filterwarnings("ignore:.*are too small for that"),
