@@ -19,6 +19,7 @@ from lightning_tta.methods.base.host import recording
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import put_back, take
 from lightning_tta.methods.base.task import float_dtype
+from lightning_tta.methods.components.additions import ADDITIONS
 
 EXAMPLE = 7  # images: no other size of a usual net
 
@@ -49,6 +50,12 @@ class ExportedStep(nn.Module):
                 f"'{method.name}' learns by gradients, which a program cannot compute, so it cannot be saved with its "
                 "adaptation. Save the plain net that it has adapted (without adapting), or use a method without "
                 "gradients: 'neo', 'output_shift', 't3a', 'lame', 'norm'."
+            )
+        added = [name for name in ADDITIONS if name in method.options]
+        if added:
+            raise UnsupportedModelError(
+                f"A step of '{method.name}' alone can be saved with its adaptation, without {', '.join(added)}=. Leave "
+                "that out; or save the plain net that it has adapted (without adapting)."
             )
         if method.step_on_host:
             raise UnsupportedModelError(

@@ -134,6 +134,11 @@ def test_refusals(tmp_path):
     method.step = lambda x: method.logits(x) if x.shape[0] < 9 else 2 * method.logits(x)
     with pytest.raises(UnsupportedModelError, match="branches on the number of images"):
         ExportedStep(method, make_images(2)).export(make_images(2))
+    for added in ({"statistics": "ema"}, {"prior": "em"}):
+        method = adapt(make_net("bn"), "source", **added)
+        method(make_images(4))
+        with pytest.raises(UnsupportedModelError, match=f"without {next(iter(added))}=.* Leave that out"):
+            lightning_tta.save(method, tmp_path / "a.onnx", adapting=True)
     assert not list(tmp_path.iterdir())
 
 

@@ -103,13 +103,7 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None, tokens: To
         UnsupportedModelError: If there are fewer than two, a named one does not fit, or there is no class token.
     """
     check_choice("tokens", tokens, ("auto", "cls", "all"))
-    trial = try_pass(model)
-    if trial is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} took no image of a usual size in a trial, so its blocks cannot be found. Let it "
-            "take squares of 32 or 224 pixels; or use method 't3a' or 'lame'."
-        )
-    twin, image, calls = trial
+    twin, image, calls = try_pass(model, instead="use method 't3a' or 'lame'")
     outputs: dict[str, Any] = {}
     for name, _, output in calls:
         outputs.setdefault(name, output)

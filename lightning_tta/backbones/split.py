@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -269,37 +270,65 @@ def execution_order(model: nn.Module) -> list[str] | None:
 
     The pass is that of :func:`try_pass`.
     """
-    trial = try_pass(model)
-    return None if trial is None else list(dict.fromkeys(name for name, _, _ in trial[2]))
+    try:
+        return list(dict.fromkeys(name for name, _, _ in try_pass(model).calls))
+    except UnsupportedModelError:
+        return None
 
 
-def try_pass(model: nn.Module) -> tuple[nn.Module, Tensor, list[tuple[str, Any, Any]]] | None:
-    """A pass of one image of zeros, and what ran in it; ``None`` where none could be tried.
+class Trial(NamedTuple):
+    """A pass that :func:`try_pass` made.
+
+    Attributes:
+        twin: The copy of the net that ran.
+        images: What it took, (B, C, H, W).
+        calls: Those of all modules as :func:`recorded_calls` lists them; the last is that of the net, named "".
+    """
+
+    twin: nn.Module
+    images: Tensor
+    calls: list[tuple[str, Any, Any]]
+
+
+TRIED = (32, 64, 224, 16, 28, 40, 48, 96, 128, 160, 192, 240, 256, 288, 336, 384, 448, 512, 518)
+"""Pixels along a side."""
+
+
+def try_pass(model: nn.Module, number: int = 1, instead: str = "use another net") -> Trial:
+    """A pass of black images, the second of two with a gradient from black to white.
 
     It goes through a copy of the net's modules that shares its tensors: the net itself does not run. Tried are the
-    channels of the net's convolutions, and usual sizes.
+    channels of the net's convolutions, and the sizes :data:`TRIED`.
 
-    Returns:
-        The copy, the image (1, C, H, W), and the calls of all modules as :func:`recorded_calls` lists them.
+    Args:
+        model: Any net.
+        number: Images, 1 or 2.
+        instead: What else to do, for the message.
+
+    Raises:
+        UnsupportedModelError: If the net cannot be copied, or takes none of the images.
     """
-    try:
-        twin = copy_net(model, (*model.parameters(), *model.buffers())).eval()
-    except UnsupportedModelError:  # a net that cannot be copied: its own order must do
-        return None
+    twin = copy_net(model, (*model.parameters(), *model.buffers())).eval()
     widths = list(dict.fromkeys(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)))
     channels = [width for width in widths if width in (1, 3)] or widths[:3] or [3]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    for size in (32, 64, 224, 16, 28, 40, 48, 96, 128, 160, 192, 256, 384):
-        for channel in channels:
-            image = torch.zeros(1, channel, size, size, dtype=like.dtype, device=like.device)
-            try:
-                called = recorded_calls(dict(twin.named_modules()))
-                with torch.no_grad(), outside_inference_mode(), safe_checkpoints(), called as calls:
-                    twin(image)
-            except Exception:  # not this net's size: the next
-                continue
-            return twin, image, calls
-    return None
+    reason = ""
+    for size, channel in itertools.product(TRIED, channels):
+        images = torch.zeros(number, channel, size, size, dtype=like.dtype, device=like.device)
+        images[1:] += torch.linspace(0, 1, size, dtype=like.dtype, device=like.device)
+        try:
+            called = recorded_calls(dict(twin.named_modules()))
+            with torch.no_grad(), outside_inference_mode(), safe_checkpoints(), called as calls:
+                twin(images)
+        except Exception as error:  # not this net's size: the next. A text, as an error holds all frames
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            continue
+        return Trial(twin, images, calls)
+    raise UnsupportedModelError(
+        f"{type(model).__name__} takes none of the images alone, squares of {', '.join(map(str, TRIED))} pixels, that "
+        f"were tried to see what runs in it: {reason}. Wrap it in a module whose forward(images) takes them; or "
+        f"{instead}."
+    )
 
 
 def keep_classes(model: nn.Module, classes: Sequence[int]) -> None:

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.backbones.copying import copy_net
 from lightning_tta.backbones.norms import is_norm_layer
 from lightning_tta.backbones.passes import outside_inference_mode, safe_checkpoints
-from lightning_tta.backbones.split import as_logits, recorded_calls
+from lightning_tta.backbones.split import as_logits, recorded_calls, try_pass
 from lightning_tta.errors import UnsupportedModelError
 
-_SIZES = (32, 64, 224, 16, 28, 40, 48, 96, 128, 160, 192, 240, 256, 288, 336, 384, 448, 512, 518)
 _INSTEAD = "use a method that does not need tokens: 'output_shift', 'neo' or 't3a', which need no gradients either"
 
 
@@ -132,11 +130,10 @@ def find_tokens(model: nn.Module, prompts: int = 1) -> TokenNet:
         UnsupportedModelError: If there are no such blocks, if they do not take further tokens, or if no image size was
             found that the net takes.
     """
-    twin = copy_net(model, (*model.parameters(), *model.buffers())).eval()
+    twin, images, calls = try_pass(model, 2, _INSTEAD)
     modules = dict(twin.named_modules())
     with outside_inference_mode(), safe_checkpoints():
-        images, calls, output = _trial(twin, modules)
-        net = _read(type(model).__name__, modules, calls, as_logits(output))
+        net = _read(type(model).__name__, modules, calls, as_logits(calls[-1][2]))
         tokens = next(inputs[0] for name, inputs, _ in calls if name == net.blocks[0])
         try:
             with (
@@ -158,28 +155,6 @@ def find_tokens(model: nn.Module, prompts: int = 1) -> TokenNet:
 
 
 Calls = list[tuple[str, Any, Any]]
-
-
-def _trial(twin: nn.Module, modules: dict[str, nn.Module]) -> tuple[Tensor, Calls, Any]:
-    """A pass of two different images of a size that the net takes: the images, the calls in it, and its output."""
-    widths = list(dict.fromkeys(m.in_channels for m in modules.values() if isinstance(m, nn.Conv2d)))
-    like = next((p for p in twin.parameters() if p.is_floating_point()), torch.zeros(()))
-    error = ""
-    for size in _SIZES:
-        for channels in [width for width in widths if width in (1, 3)] or widths[:1] or [3]:
-            images = torch.zeros(2, channels, size, size, dtype=like.dtype, device=like.device)
-            images[1] += torch.linspace(0, 1, size, dtype=like.dtype, device=like.device)
-            with recorded_calls(modules) as calls:
-                try:
-                    return images, calls, twin(images)
-                except Exception as wrong:  # not this net's size: the next
-                    error = (str(wrong).strip().splitlines() or [type(wrong).__name__])[
-                        0
-                    ]  # not itself: it holds all frames
-    raise UnsupportedModelError(
-        f"{type(twin).__name__} takes none of the images alone, squares of {', '.join(map(str, _SIZES))} pixels, that "
-        f"were tried to find its blocks: {error}. Wrap it in a module whose forward(images) takes them; or {_INSTEAD}."
-    )
 
 
 def _read(kind: str, modules: dict[str, nn.Module], calls: Calls, logits: Tensor) -> TokenNet:

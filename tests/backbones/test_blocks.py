@@ -154,7 +154,7 @@ def test_named_blocks():
     ("net", "words"),
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)), "none"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(7, 5)), "took no image"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(7, 5)), "takes none of the images alone"),
     ],
     ids=["no blocks", "no usual size"],
 )

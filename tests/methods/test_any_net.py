@@ -92,7 +92,7 @@ def test_checkpoints_under_other_statistics_and_values(kind, number):
 def test_refused_with_reason_and_remedy(kind, name):
     net, words = REFUSED[kind]
     if name == "pea":  # which looks for blocks when it is made
-        words += "|usual size in a trial.* Let it take|Two blocks or more .* Name them"
+        words += "|Two blocks or more .* Name them"
     with pytest.raises(
         (UnsupportedModelError, WeightsError), match=f"(?s){words}|must return logits|not the output of"
     ):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 from torch import Tensor
 
+from lightning_tta.errors import UnsupportedModelError
 from lightning_tta.methods.base.state import State
 
 
@@ -28,15 +28,7 @@ class Correction(ABC):
     no_plain_net: str = ""
 
     @abstractmethod
-    def correct(
-        self,
-        method: State,
-        logits: Tensor,
-        features: Tensor | None,
-        *,
-        learn: bool,
-        known: Callable[[Tensor], bool] = lambda condition: False,
-    ) -> Tensor:
+    def correct(self, method: State, logits: Tensor, features: Tensor | None, *, learn: bool) -> Tensor:
         """Other logits for a batch.
 
         Args:
@@ -44,7 +36,6 @@ class Correction(ABC):
             logits: Of the usable samples, (B, K), at least float32, detached; they may be not finite.
             features: (B, D), detached, where :attr:`wants_features`; they may be not finite.
             learn: Whether to write to the state; else it stays as it is.
-            known: Whether a condition, 0-dimensional, is true and the host knows it at no cost.
 
         Returns:
             Logits (B, K).
@@ -55,4 +46,4 @@ class Correction(ABC):
 
         As it is after the stream so far, without learning. The same objects where nothing changes.
         """
-        raise NotImplementedError
+        raise UnsupportedModelError(f"No plain net predicts as {type(self).__name__} does. Deploy the method itself.")

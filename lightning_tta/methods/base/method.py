@@ -937,7 +937,7 @@ class TTAMethod(Described, Replayable, ABC):
         logits = at_least_float32(logits)
         with torch.autocast(x.device.type, enabled=False):
             for each in self.corrections:
-                logits = each.correct(self, logits, features, learn=learn, known=self.known)
+                logits = each.correct(self, logits, features, learn=learn)
         return logits
 
     def _predicted(self, x: Tensor, infer: Callable[[Tensor], Tensor]) -> Tensor:

@@ -53,13 +53,11 @@ class Window:
                     f"{tuple(held.shape[1:])}. Images of a window go through the net together: resize them to one size."
                 )
             images = method.sized(IMAGES, part.new_empty(self.size, *part.shape[1:]))
-            with torch.no_grad():
-                images[new : new + len(part)].copy_(part)
             end = new + len(part)
-            known = max(known, end)
             full = end == self.size
-            yield images[:known].clone(), slice(new, end), full
-            self._write(method, 0 if full else end, known)
+            yield torch.cat([images[:new], part.to(images), images[end:known]]), slice(new, end), full
+            images[new:end].copy_(part)  # only now: the net may have refused it
+            self._write(method, 0 if full else end, max(known, end))
 
     def _cut(self, method: State, x: Tensor) -> Iterator[Tensor]:
         start = 0

@@ -13,9 +13,7 @@ from torch import nn
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.components import priors, refinements, reservoir, statistics
-
-Wanted = str | Mapping[str, Any]
-"""A word, or a dict of ``kind`` and its options."""
+from lightning_tta.methods.components.wanted import Wanted
 
 ADDITIONS: dict[str, Callable[[TTAMethod, Any], None]] = {
     "statistics": statistics.choose,

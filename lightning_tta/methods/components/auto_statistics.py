@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,22 @@ from lightning_tta.methods.components.class_statistics import ClassStatistics
 from lightning_tta.methods.components.stream_statistics import MOMENTS
 
 SUMS, COUNTS = "statistics.sums", "statistics.counts"
+
+
+class Batch(NamedTuple):
+    """What is the same in all layers of a batch.
+
+    Attributes:
+        counts: n_k with the batch, (G,).
+        same: What remains of what was seen before, 0-dimensional, in [0, 1].
+        trust: See :meth:`Auto.trust`.
+        seen: W.
+    """
+
+    counts: Tensor
+    same: Tensor
+    trust: Tensor
+    seen: Tensor
 
 
 class Auto(ClassStatistics):
@@ -117,7 +134,7 @@ class Auto(ClassStatistics):
         early = list(self.places.values())[: max(1, len(self.places) // 4)]
         self._early, self._eps = early[-1].stop, next(iter(self.eps.values()))
         self._changes: list[Tensor] | None = None  # in the first pass: of each early layer
-        self.same = torch.ones_like(moments[0, 0])
+        self.batch: Batch | None = None  # while it is in the method's hands
         self._runs: dict[str, int] = {}
 
     def look(self, method: State, x: Tensor) -> None:
@@ -128,11 +145,18 @@ class Auto(ClassStatistics):
             changes = self._changes
         finally:
             self._changes = None
-        if changes and self.least_change is not None and self.cells is not None:
-            bound = self.least_change * (1 + 2 / math.sqrt(len(self.cells)))
-            same = 1 / (1 + (torch.stack(changes).mean() / bound) ** 8)
-            known = same.isfinite() & (method.value(COUNTS).sum() > 0)
-            self.same = self.keep(method, "same", torch.where(known, same, 1))
+        assert self.cells is not None
+        with torch.no_grad():
+            before = method.value(COUNTS)
+            own = torch.zeros_like(before).index_add(0, self.cells, torch.ones_like(self.cells, dtype=before.dtype))
+            same = torch.ones_like(before[0])
+            if changes and self.least_change is not None:
+                bound = self.least_change * (1 + 2 / math.sqrt(len(self.cells)))
+                faded = 1 / (1 + (torch.stack(changes).mean() / bound) ** 8)
+                same = torch.where(faded.isfinite() & (before.sum() > 0), faded, same)
+            counts = before * same + own
+            batch = Batch(counts, same, self.trust(own, counts), (counts / (counts + self.images)).sum())
+            self.batch = Batch(*(self.keep(method, f"batch.{n}", value) for n, value in enumerate(batch)))
 
     def change(self, method: State, place: slice, means: Tensor, squares: Tensor) -> Tensor:
         """How the variances of a layer's input differ from those remembered, 0-dimensional; of samples (N, C)."""
@@ -142,10 +166,13 @@ class Auto(ClassStatistics):
         return (batch / before).log().abs().clamp(max=2).mean()
 
     def drop(self, where: Tensor | None = None) -> None:
-        """Forget what was noted; at the end of a batch, its labels too, and whether it was of the same domain."""
+        """Forget what was noted; at the end of a batch, also what was seen of it."""
         super().drop(where)
         if where is None:
-            self.same = torch.ones_like(self.same)
+            self.batch = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "batch": None}
 
     def begin(self, method: State) -> None:
         """Note the coming pass."""
@@ -166,7 +193,7 @@ class Auto(ClassStatistics):
         mean, var, times = self.moments(x, before)
         if self.cells is None and self._changes is not None and place.stop <= self._early:
             self._changes.append(self.change(method, place, mean, torch.addcmul(var, mean, mean)))
-        if self.cells is None or not times:
+        if self.cells is None or self.batch is None or not times:
             return before, old
         added = torch.stack([mean, torch.addcmul(var, mean, mean)])
         if times > 1:  # views of the batch one after the other
@@ -175,40 +202,34 @@ class Auto(ClassStatistics):
         if self._is_on:
             self._runs[name] = run + 1
             added = added if run == 0 else (run * old[:-2] + added) / (run + 1)
-        weights = 1 / (self.counts(method) + self.images)
-        sums = torch.einsum("g,pgc->pc", weights, method.value(SUMS)[:, :, place]) * self.same
+        weights = 1 / (self.batch.counts + self.images)
+        sums = torch.einsum("g,pgc->pc", weights, method.value(SUMS)[:, :, place]) * self.batch.same
         sums = sums + torch.einsum("n,pnc->pc", weights[self.cells], added.view(2, len(self.cells), -1))
-        rows = self.shrunk(sums, self.counts(method), source, self.eps[name])
-        return torch.lerp(before, rows, self.trust(method)), torch.cat([added, rows])
+        rows = self.shrunk(sums, self.batch.seen, source, self.eps[name])
+        return torch.lerp(before, rows, self.batch.trust), torch.cat([added, rows])
 
-    def own(self, method: State) -> Tensor:
-        """How many images of each class the batch has, (G,)."""
-        assert self.cells is not None
-        counts = torch.zeros_like(method.value(COUNTS))
-        return counts.index_add(0, self.cells, torch.ones_like(counts[:1]).expand(len(self.cells)))
+    @staticmethod
+    def trust(own: Tensor, counts: Tensor) -> Tensor:
+        """How far a batch is normalised with its own share in the statistics, 0-dimensional, in [0, 1].
 
-    def counts(self, method: State) -> Tensor:
-        """How many there are with this batch, (G,)."""
-        return method.value(COUNTS) * self.same + self.own(method)
-
-    def trust(self, method: State) -> Tensor:
-        """How far a batch is normalised with its own share in the statistics, 0-dimensional, in [0, 1]."""
-        own, with_it = self.own(method), self.counts(method)
-        batch, total = own.sum(), with_it.sum()
-        same = ((with_it.square().sum() / total - 1) / (total - 1).clamp_min(1)).clamp(0, 1)
+        Args:
+            own: Images of each class in the batch, (G,).
+            counts: And in all, with it.
+        """
+        batch, total = own.sum(), counts.sum()
+        same = ((counts.square().sum() / total - 1) / (total - 1).clamp_min(1)).clamp(0, 1)
         expected = same + (1 - same) / batch
         return (expected / (own / batch).square().sum()).clamp(max=1) ** 2
 
-    def shrunk(self, sums: Tensor, counts: Tensor, source: Tensor, eps: float) -> Tensor:
+    def shrunk(self, sums: Tensor, seen: Tensor, source: Tensor, eps: float) -> Tensor:
         """The statistics, (2, C).
 
         Args:
             sums: Of means and mean squares, each image divided by the images of its class and r, (2, C).
-            counts: Images of each class, (G,).
+            seen: W, 0-dimensional.
             source: The source's statistics (2, C).
             eps: What the layer adds to a variance.
         """
-        seen = (counts / (counts + self.images)).sum()
         mean, square = sums / seen.clamp_min(1e-12)
         var, distance = (square - mean * mean).clamp_min(0), mean - source[0]
         shift = ((var + eps) / (source[1] + eps)).log().abs().clamp(max=2).mean() / self.least_shift
@@ -219,11 +240,11 @@ class Auto(ClassStatistics):
 
     def write(self, method: State, seen: list[Tensor], good: Tensor, images: int) -> None:
         """Write sums and numbers; what exceeds the horizon of a class fades. Classes without an image stay."""
-        if self.cells is None:
+        if self.cells is None or self.batch is None:
             return
         added, rows = seen[0][:-2].view(2, len(self.cells), -1), seen[0][-2:]
-        counts, table = self.counts(method), method.value(SUMS)
-        table.mul_(torch.where(good, self.same, 1))
+        counts, table = self.batch.counts, method.value(SUMS)
+        table.mul_(torch.where(good, self.batch.same, 1))
         room = max(self.horizon / self.groups, self.images)
         kept = torch.clamp(room / counts.clamp_min(1), max=1)
         table.index_add_(1, self.cells, torch.where(good, added, 0))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.correction import Correction
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET, State
-from lightning_tta.methods.components.statistics import read
+from lightning_tta.methods.components.wanted import Wanted, read
 
 WINDOW, IMAGES, SOURCE = "prior.window", "prior.images", "prior.source"
 FACTORS, AVERAGE = "prior.factors", "prior.average"
@@ -58,19 +59,11 @@ class Prior(Correction):
             )
         return method.value(SOURCE).to(logits)
 
+    @abstractmethod
     def learn(self, method: State, logits: Tensor) -> Tensor:
         """The factors (K,), above 0, with a batch of logits (B, K) in them; may be not finite."""
-        raise NotImplementedError
 
-    def correct(
-        self,
-        method: State,
-        logits: Tensor,
-        features: Tensor | None,
-        *,
-        learn: bool,
-        known: Callable[[Tensor], bool] = lambda condition: False,
-    ) -> Tensor:
+    def correct(self, method: State, logits: Tensor, features: Tensor | None, *, learn: bool) -> Tensor:
         """Logits with the factors in them; the batch's own as long as there is none."""
         if learn:
             factors = self.learn(method, logits)
@@ -297,15 +290,7 @@ class Markov(Correction):
             method.state(AVERAGE, like.new_full((1,), NOT_YET), source=NOT_YET, fixed_dtype=True)
             method.state(IMAGES, torch.zeros((), dtype=torch.int64, device=like.device), source=0)
 
-    def correct(
-        self,
-        method: State,
-        logits: Tensor,
-        features: Tensor | None,
-        *,
-        learn: bool,
-        known: Callable[[Tensor], bool] = lambda condition: False,
-    ) -> Tensor:
+    def correct(self, method: State, logits: Tensor, features: Tensor | None, *, learn: bool) -> Tensor:
         """Log of the posterior (B, K); of ``learn=False``, the logits as they are."""
         if not learn:
             return logits
@@ -389,7 +374,7 @@ KINDS: dict[str, Callable[..., Correction]] = {"em": EM, "moving": Moving, "mark
 """The kinds, by the word that ``prior=`` takes."""
 
 
-def choose(method: TTAMethod, wanted: str | Mapping[str, Any]) -> None:
+def choose(method: TTAMethod, wanted: Wanted) -> None:
     """Correct a method's predictions for the labels of the stream.
 
     Args:

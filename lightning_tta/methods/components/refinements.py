@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.correction import Correction
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET, State
-from lightning_tta.methods.components.statistics import read
+from lightning_tta.methods.components.wanted import Wanted, read
 
 Affinity = Literal["knn", "rbf", "linear"]
 
@@ -182,18 +182,11 @@ class LAME(Correction):
         check_affinity(affinity, neighbours)
         self.affinity, self.neighbours = affinity, neighbours
 
-    def correct(
-        self,
-        method: State,
-        logits: Tensor,
-        features: Tensor | None,
-        *,
-        learn: bool,
-        known: Callable[[Tensor], bool] = lambda condition: False,
-    ) -> Tensor:
+    def correct(self, method: State, logits: Tensor, features: Tensor | None, *, learn: bool) -> Tensor:
         """Log Y (B, K)."""
         assert features is not None
-        return agree(features, logits, self.affinity, self.neighbours, known)[0]
+        assert isinstance(method, TTAMethod)
+        return agree(features, logits, self.affinity, self.neighbours, method.known)[0]
 
 
 LAST = "refine.last"
@@ -231,15 +224,7 @@ class COFA(Correction):
         like = next(method.model.parameters(), torch.zeros(()))
         method.state(LAST, at_least_float32(like.new_full((1,), NOT_YET)), source=NOT_YET, fixed_dtype=True)
 
-    def correct(
-        self,
-        method: State,
-        logits: Tensor,
-        features: Tensor | None,
-        *,
-        learn: bool,
-        known: Callable[[Tensor], bool] = lambda condition: False,
-    ) -> Tensor:
+    def correct(self, method: State, logits: Tensor, features: Tensor | None, *, learn: bool) -> Tensor:
         """The surer of the sample's own logits and the mean with those before."""
         last = method.sized(LAST, logits[0]) if learn else method.value(LAST).expand(logits.shape[1])
         rows = torch.cat([last.to(logits)[None], logits])
@@ -256,7 +241,7 @@ KINDS: dict[str, Callable[..., Correction]] = {"lame": LAME, "cofa": COFA}
 """The kinds, by the word that ``refine=`` takes."""
 
 
-def choose(method: TTAMethod, wanted: str | Mapping[str, Any]) -> None:
+def choose(method: TTAMethod, wanted: Wanted) -> None:
     """Refine a method's predictions.
 
     Args:

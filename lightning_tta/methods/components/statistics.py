@@ -5,17 +5,15 @@ Each kind is a class here. All of them start at the source's statistics, and lea
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import batch_moments, batch_norm_layers, merged_moments
-from lightning_tta.errors import ConfigError, check_choice, check_range, did_you_mean
+from lightning_tta.errors import ConfigError, check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.account import Account, Statistics, StreamAccount
 from lightning_tta.methods.base.method import TTAMethod
@@ -29,27 +27,9 @@ from lightning_tta.methods.components.stream_statistics import (
     StreamAverage,
     StreamStatistics,
     instance_moments,
-    normalized,
     through_moments,
 )
-
-__all__ = [
-    "EMA",
-    "IMAGES",
-    "KINDS",
-    "MOMENTS",
-    "Balanced",
-    "Domains",
-    "Instance",
-    "Median",
-    "Mixed",
-    "Renormalized",
-    "StreamAverage",
-    "StreamStatistics",
-    "choose",
-    "normalized",
-    "read",
-]
+from lightning_tta.methods.components.wanted import Wanted, read
 
 
 class EMA(StreamStatistics):
@@ -279,7 +259,7 @@ KINDS: dict[str, Callable[..., Account | None]] = {
 """The kinds, by the word that ``statistics=`` takes."""
 
 
-def choose(method: TTAMethod, wanted: str | Mapping[str, Any]) -> None:
+def choose(method: TTAMethod, wanted: Wanted) -> None:
     """Run a method's BatchNorm layers with other statistics than its own.
 
     Args:
@@ -312,33 +292,3 @@ def choose(method: TTAMethod, wanted: str | Mapping[str, Any]) -> None:
             "batch on its own, and holds the statistics fixed meanwhile. Use statistics='ema', 'balanced' or 'source'."
         )
     method.take_up(account)
-
-
-def read(
-    wanted: str | Mapping[str, Any], option: str, kinds: Mapping[str, Callable[..., Any]]
-) -> tuple[str, dict[str, Any]]:
-    """The kind and its options in a word or a dict.
-
-    Raises:
-        ConfigError: With what is allowed.
-    """
-    if not isinstance(wanted, (str, Mapping)) or not isinstance(
-        wanted if isinstance(wanted, str) else wanted.get("kind"), str
-    ):
-        raise ConfigError(f"{option} must be a word, or a dict with 'kind' and its options; got {wanted!r}.")
-    kind = wanted if isinstance(wanted, str) else str(wanted["kind"])
-    if kind not in kinds:
-        raise ConfigError(f"Unknown {option} {kind!r}.{did_you_mean(kind, kinds)} Available: {', '.join(kinds)}.")
-    options = {} if isinstance(wanted, str) else {name: value for name, value in wanted.items() if name != "kind"}
-    parameters = inspect.signature(kinds[kind]).parameters
-    allowed = [name for name in parameters if name != "method"]
-    unknown = [name for name in options if name not in allowed]
-    if unknown:
-        raise ConfigError(
-            f"{option} {kind!r} has no option {', '.join(map(repr, unknown))}.{did_you_mean(unknown[0], allowed)} Its "
-            f"options: {', '.join(allowed) or 'none'}."
-        )
-    for name, value in options.items():
-        if parameters[name].annotation in (bool, "bool"):  # a text such as "false" would count as true
-            check_choice(name, value, (True, False))
-    return kind, options

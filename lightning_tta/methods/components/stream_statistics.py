@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -69,6 +70,7 @@ class StreamStatistics(Account):
         self._is_on = False
         self._seen: dict[str, Tensor] = {}
 
+    @abstractmethod
     def rule(self, method: State, name: str, x: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         """What a layer does with an input.
 
@@ -82,7 +84,6 @@ class StreamStatistics(Account):
         Returns:
             Mean and variance in rows, (2, C), or (2, B, C) of each sample, to normalise with; and rows to note.
         """
-        raise NotImplementedError
 
     def stored(self, method: State, name: str) -> Tensor:
         """What of the state a layer starts from, (N, C); what :meth:`rule` notes has this shape."""
