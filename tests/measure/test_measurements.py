@@ -1,6 +1,7 @@
 """The scripts behind the README's figures run, on small nets and few images."""
 
 import re
+import shutil
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
 import bn_statistics
 import by_hand
@@ -16,6 +18,7 @@ import export
 import gpu
 import gpu_checks
 import guard
+import int8
 import loading
 import memo_cifar
 import memo_leak
@@ -94,6 +97,54 @@ def test_memo_cifar(monkeypatch, capsys, tmp_path, places):
     text = run(monkeypatch, capsys, memo_cifar, *small, *place, f"--output={tmp_path / 'out.json'}")
     assert text.count("|") == 5 * len(memo_cifar.METHODS)
     assert (tmp_path / "out.json").exists()
+
+
+def test_int8(monkeypatch, capsys, places):
+    """The kinds that need no torchao; images of the test and training folders differ, so a mixed up folder is seen."""
+    train = places[0] / "train"
+    shutil.copytree(places[0] / "test", train)
+    for path in train.rglob("*.png"):
+        Image.effect_noise((32, 32), 80).convert("RGB").save(path)
+    seen = []
+    monkeypatch.setattr(int8, "find_spec", lambda name: None)
+    monkeypatch.setitem(
+        int8.KINDS, "static, FX", lambda net, images: seen.append(images) or int8.static_fx(net, images)
+    )
+    sizes = ["--images=20", "--batch=10", "--calibration=4", "--source-images=5"]
+    sizes += ["--methods", "source", "norm", "output_shift"]
+    place = [f"--root={places[0]}", f"--weights={places[1]}"]
+    found = int8.main([*place, *sizes, "--domains=clean", "--function-set=builtin"])
+
+    read = lambda path: to_dtype(pil_to_tensor(Image.open(path)), scale=True)  # noqa: E731
+    in_train = [read(path) for path in train.rglob("*.png")]
+    assert all(any(torch.allclose(image, other, atol=1e-6) for other in in_train) for image in seen[0])
+    assert len(seen[0]) == 4
+    net, wrong = create_backbone("cifar/resnet20", weights=places[1]).eval(), 0
+    for label, folder in enumerate(sorted((places[0] / "test").iterdir())):
+        with torch.no_grad():
+            wrong += sum(int(net(read(path)[None]).argmax()) != label for path in folder.iterdir())
+    assert found["clean", "float32", "source"] == 100 * wrong / 20
+
+    refused = {(kind, name) for (_, kind, name), error in found.items() if error is None}
+    assert refused == {("static, FX", "norm")}
+    assert {kind for _, kind, _ in found} == set(int8.KINDS) - set(int8.OF_TORCHAO)
+    text = capsys.readouterr().out
+    assert "torchao is not installed" in text
+    assert text.count("|\n") == 2 + 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Please use quant_min:UserWarning")
+@pytest.mark.parametrize("kind", [kind for kind in int8.KINDS if kind != "float32"])
+def test_int8_nets_are_near_the_net_and_quantised(kind):
+    if kind in int8.OF_TORCHAO:
+        pytest.importorskip("torchao", reason="an extra of its own: pip install -e '.[int8]'")
+    torch.manual_seed(0)
+    net, images = create_backbone("cifar/resnet20").eval(), torch.rand(16, 3, 32, 32)
+    with torch.no_grad():
+        exact = net(images)
+    small = int8.KINDS[kind](net, images)
+    with torch.no_grad():
+        assert 1e-6 < (small(images) - exact).abs().max() / exact.std() < 0.2
 
 
 def test_reasons(capsys, places):
