@@ -26,6 +26,7 @@ def write_pages() -> None:
     pages = {f"methods/{name}": method_page(name) for name in methods.names()}
     rows = [(f":doc:`{name}`", without_markup(methods.docstring(name).split("\n")[0])) for name in methods.names()]
     pages["methods/index"] = index("Methods", "One page a method. :doc:`/guides/choosing` helps to choose.", rows)
+    pages["guides/all-methods"] = all_methods()
     pages["data/options"] = options_page()
     kinds = data_modules()
     pages |= {f"data/{name}": data_page(kind) for name, kind in kinds.items()}
@@ -37,10 +38,65 @@ def write_pages() -> None:
             if f"{folder}/{old.stem}" not in pages:
                 old.unlink()
     for name, text in pages.items():
-        path = DOCS / f"{name}.rst"
+        path = DOCS / (f"{name}.md" if name.startswith("guides/") else f"{name}.rst")
         path.parent.mkdir(exist_ok=True)
         if not path.exists() or path.read_text() != text:  # sphinx builds anew what is newer
             path.write_text(text)
+
+
+COLUMNS = {
+    "does": "minimizes, or does",
+    "learns": "learns",
+    "passes": "passes (forward / backward)",
+    "needs": "needs",
+    "holds": "holds beside the net",
+    "suits": "streams it is made for",
+    "formula": "formula from",
+    "paper": "paper",
+}
+"""The columns of the table of all methods, by the names of what a method says of itself."""
+
+
+ALL_METHODS = """\
+# All methods
+
+<!-- Written by docs/pages.py from what each method's class says of itself: `about`. Do not edit it here. -->
+
+Names are those of the option `--model.method` and of `lightning_tta.adapt`. What is not in a column is in the
+method's docstring, which is its page on the site; `lightning-tta methods tent` describes one with its options.
+[Which one when](choosing.md)
+
+{table}
+
+- **Norm layers** are BatchNorm, GroupNorm, LayerNorm, InstanceNorm and RMSNorm with weight and bias, found by type.
+  With BatchNorm a method that learns them normalizes with the batch's statistics, unless it says otherwise or
+  [`statistics=`](statistics.md) does.
+- **Linear head**: one linear layer at the end, found by what runs last.
+- **Source images** are shown to `method.prepare(source_batches)` once, before the stream.
+- **Formula from**: the authors' code, their paper, or both where they agree. *Reconstruction*: neither code nor a
+  whole formula was published, so what is built here is a reading of it, and no published number may be expected.
+- **Tested against**: a plain float64 reference in `tests/methods/`, written out from the formula: loss, parameters
+  and state over several steps. Shared tests say of each: only what is declared moves, reset and save/load are
+  bit-exact, labels cannot reach it, one image, two classes and a thousand work, broken batches leave no trace.
+- **Step on CUDA**: whether the whole step becomes one graph. Of some it is parts, because:
+{reasons}
+"""
+
+
+def all_methods() -> str:
+    """The page with the table of all methods, in Markdown, which is kept in the repository."""
+    kinds = methods.available_methods()
+    rows = [["name", *COLUMNS.values(), "step on CUDA"], ["---"] * (len(COLUMNS) + 2)]
+    reasons: dict[str, list[str]] = {}
+    for name, kind in kinds.items():
+        about, reason = methods.about(name), kind.step_on_host
+        rows.append([f"`{name}`", *(about[column] for column in COLUMNS), "parts" if reason else "captured"])
+        if reason:
+            reasons.setdefault(reason, []).append(f"`{name}`")
+    return ALL_METHODS.format(
+        table="\n".join(f"| {' | '.join(row)} |" for row in rows),
+        reasons="\n".join(f"  - {', '.join(named)}: {reason}." for reason, named in reasons.items()),
+    )
 
 
 def method_page(name: str) -> str:
@@ -156,3 +212,7 @@ def index(name: str, about: str, rows: Iterable[tuple[str, str]]) -> str:
 def title(text: str, line: str = "=") -> str:
     """A heading."""
     return f"{text}\n{line * len(text)}"
+
+
+if __name__ == "__main__":
+    write_pages()

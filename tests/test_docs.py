@@ -10,11 +10,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from lightning_tta import methods
 from lightning_tta.data import data_modules
+from lightning_tta.methods.base.description import About
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -154,29 +156,16 @@ def test_each_method_has_a_page_with_its_options_and_files(name):
     assert paper is None or f"https://arxiv.org/abs/{paper[0]}" in page
 
 
-def parts_of(kind):
-    """Names of what a method hands to ``replayed``, in its own file and those of its bases."""
-    trees = (
-        ast.parse(Path(inspect.getfile(base)).read_text()) for base in kind.__mro__ if "methods" in base.__module__
-    )
-    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return {call.args[0].value for call in calls if getattr(call.func, "attr", "") == "replayed"}
-
-
-def test_the_gpu_page_says_what_of_each_method_is_captured():
-    text = (DOCS / "guides/gpu.md").read_text().split("| method | captured |")[1].split("\n\n")[0]
-    found = []
-    for line in text.splitlines()[2:]:
-        names, captured, why = (cell.strip() for cell in line.strip("|").split("|"))
-        for name in re.findall(r"`(\w+)`", names):
-            kind = methods.find(name)
-            assert why == kind.step_on_host, name
-            parts = set(re.findall(r"`([^`]+)`", captured))
-            assert (captured == "the whole step") == (not why), name
-            assert parts == (parts & parts_of(kind)), name
-            assert not why or parts, name
-            found.append(name)
-    assert sorted(found) == sorted(methods.names())
+def test_the_table_of_all_methods_is_what_the_methods_say():
+    pages = load("pages")
+    assert (DOCS / "guides/all-methods.md").read_text() == pages.all_methods(), "python docs/pages.py writes it"
+    for name, kind in methods.available_methods().items():
+        said = methods.about(name)
+        assert "about" in vars(kind), name  # its own, none of a base class
+        assert said == vars(kind.about), name
+        assert all(said.values()), name
+        assert said["formula"] in get_args(get_type_hints(About)["formula"]), name
+        assert re.fullmatch(r".* / \d+", said["passes"]) or said["passes"] == "by its steps", name
 
 
 @pytest.mark.parametrize("kind", data_modules().values())

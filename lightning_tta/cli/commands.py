@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_tta import methods
 from lightning_tta.errors import ConfigError
-from lightning_tta.launch.help import columns, describe_method, without_markup
+from lightning_tta.launch.help import columns, describe_method
 from lightning_tta.shipped import copy_configurations
 
 if TYPE_CHECKING:
@@ -152,9 +151,8 @@ def _list_methods(args: list[str]) -> None:
         return
     rows = []
     for name in methods.names():
-        text = methods.docstring(name)
-        paper = re.search(r"arXiv[: ]\d{4}\.\d{5}", text) or re.search(r"(?:NeurIPS|CVPR|ICCV) \d{4}", text)
-        rows.append((name, without_markup(text.split("\n")[0]) + (f" ({paper[0]})" if paper else "")))
+        about = methods.about(name)
+        rows.append((name, f"{about['does']} ({about['paper']})"))
     print(f"{columns(rows)}\n\nOptions of one: lightning-tta methods tent")
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lightning_tta.methods.base.method import TTAMethod
 
-__all__ = ["TTAMethod", "adapt", "available_methods", "create_method", "docstring", "find", "names"]
+__all__ = ["TTAMethod", "about", "adapt", "available_methods", "create_method", "docstring", "find", "names"]
 
 
 @functools.cache
@@ -58,11 +58,30 @@ def available_methods() -> dict[str, type[TTAMethod]]:
     return {name: find(name) for name in names()}
 
 
-def docstring(name: str) -> str:
-    """The docstring of a method's class, read from its file, which is not imported."""
+@functools.cache
+def _class_of(name: str) -> ast.ClassDef:
+    """A method's class as it is written in its file, which is not imported."""
     tree = ast.parse(Path(__path__[0], f"{name}.py").read_text(encoding="utf-8"))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    return next(ast.get_docstring(node) or "" for node in classes if node.name.lower() == name.replace("_", ""))
+    return next(node for node in classes if node.name.lower() == name.replace("_", ""))
+
+
+def docstring(name: str) -> str:
+    """The docstring of a method's class, read from its file, which is not imported."""
+    return ast.get_docstring(_class_of(name)) or ""
+
+
+def about(name: str) -> dict[str, str]:
+    """What a method's class says of itself, ``about``, read from its file, which is not imported.
+
+    Returns:
+        By the names of :class:`~lightning_tta.methods.base.description.About`.
+    """
+    for node in _class_of(name).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            if [target.id for target in node.targets if isinstance(target, ast.Name)] == ["about"]:
+                return {word.arg or "": ast.literal_eval(word.value) for word in node.value.keywords}
+    return {}
 
 
 def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.tent import Tent
 
 
@@ -29,6 +30,17 @@ class COME(Tent):
     Source: Zhang et al., COME, ICLR 2025, arXiv 2410.10894. Differs from the authors' code: K is the number of logits
     (there 1000 for any net), and large logits do not overflow.
     """
+
+    about = About(
+        does="entropy of the classes and an uncertainty beside them; an option (entropy: come) of others",
+        learns="norm layers",
+        passes="1 / 1",
+        needs="norm layers",
+        holds="-",
+        suits="shuffled, reset at each domain",
+        formula="code and paper",
+        paper="ICLR 2025, arXiv 2410.10894",
+    )
 
     fixed_options = frozenset({"entropy"})
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32, soft_cross_entropy
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.teacher import TeacherMethod, restore_some
 from lightning_tta.views.jitter import jitter
 
@@ -55,6 +56,17 @@ class CoTTA(TeacherMethod):
     from it: weights of every name are restored, class tokens too; a teacher's pass that is not used is not made; the
     net stays in eval mode (no dropout) with batch statistics, and source statistics survive; SGD without Nesterov.
     """
+
+    about = About(
+        does="cross-entropy to an averaged teacher, with views where the source is unsure; random restore",
+        learns="all",
+        passes="3, and views / 1",
+        needs="-",
+        holds="a teacher",
+        suits="long, domains that change",
+        formula="code",
+        paper="CVPR 2022, arXiv 2203.13591",
+    )
 
     step_on_host = "it asks whether the anchor is sure, which decides the number of passes"
 

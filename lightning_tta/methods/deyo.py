@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_tta.draws import random_orders
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.entropy import EntropyMethod
 from lightning_tta.methods.components.filters import LowLoss
 from lightning_tta.views.augmix import permute_patches
@@ -51,6 +52,17 @@ class DeYO(EntropyMethod):
     Source: Lee et al., DeYO, ICLR 2024, arXiv 2403.07366. Differs from the authors' code: the shuffles are seeded and
     resumed, and the same on every device; the last blocks are found by depth, not by name; the net stays in eval mode.
     """
+
+    about = About(
+        does="weighted entropy of samples that need the object's shape (patches shuffled)",
+        learns="norm layers of the first blocks",
+        passes="2 / 1",
+        needs="norm layers",
+        holds="-",
+        suits="mixed, shifted in more than style",
+        formula="code and paper",
+        paper="ICLR 2024, arXiv 2403.07366",
+    )
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import check_range
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.fisher import fisher_information
 from lightning_tta.methods.eta import ETA
 
@@ -35,6 +36,17 @@ class EATA(ETA):
 
     Source: Niu et al., EATA, ICML 2022, arXiv 2204.02610. Differs from the authors' code as ETA does.
     """
+
+    about = About(
+        does="as ETA, held near the source by a Fisher penalty",
+        learns="norm layers",
+        passes="1 / 1",
+        needs="norm layers; 2,000 source images",
+        holds="a mean probability, Fisher information",
+        suits="shuffled, long",
+        formula="code and paper",
+        paper="ICML 2022, arXiv 2204.02610",
+    )
 
     def __init__(self, model: nn.Module, *, fisher_alpha: float = 1.0, **options: Any) -> None:
         super().__init__(model, **options)

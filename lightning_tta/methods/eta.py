@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.optimizers import OptimizerName
 from lightning_tta.methods.components.entropy import EntropyMethod
 from lightning_tta.methods.components.filters import Diverse, LowLoss
@@ -41,6 +42,17 @@ class ETA(EntropyMethod):
     :meth:`reset` forgets pbar, which would carry one stream's classes into the next; pbar moves only with a step; the
     net stays in eval mode.
     """
+
+    about = About(
+        does="weighted entropy of reliable and new samples; with reset_every 1000 it is RDumb (2306.05401)",
+        learns="norm layers",
+        passes="1 / 1",
+        needs="norm layers",
+        holds="a mean probability",
+        suits="shuffled, long",
+        formula="code and paper",
+        paper="ICML 2022, arXiv 2204.02610",
+    )
 
     synchronized = True
 

@@ -14,6 +14,7 @@ from lightning_tta.backbones.tokens import find_tokens, watched_tokens
 from lightning_tta.draws import random_normals, random_words
 from lightning_tta.errors import DataError, check_choice, check_range
 from lightning_tta.losses import at_least_float32, entropy
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET
 from lightning_tta.methods.components.cma_es import CMAES
@@ -77,6 +78,17 @@ class FOA(TTAMethod):
     Differs from it: draws and CMA-ES are our own, with the further candidate as in the library that they use; from 512
     dimensions on C is diagonal; the std of the source images is that of all of them; what is not finite is left out.
     """
+
+    about = About(
+        does="searches prompt tokens by CMA-ES for entropy and the source's activations; shifts the output back",
+        learns="prompt tokens",
+        passes="28 (by width) / 0",
+        needs="a ViT; 32 source images",
+        holds="the search",
+        suits="shuffled, int8 nets",
+        formula="code",
+        paper="ICML 2024, arXiv 2404.01650",
+    )
 
     returns = "after the step"
     needs_source = True

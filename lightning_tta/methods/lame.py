@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.split import HeadSplit
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.components.refinements import Affinity, agree, check_affinity
 
@@ -42,6 +43,17 @@ class LAME(TTAMethod):
     not from log(p + 1e-10), so that logits stay finite and exact; a sample is never its own neighbour in ``knn``, also
     where images repeat; one sample has a finite width in ``rbf``; computed in float64, else 1e-8 has no meaning.
     """
+
+    about = About(
+        does="corrects predictions so that neighbors in a batch agree",
+        learns="none",
+        passes="1 / 0",
+        needs="linear head; batches",
+        holds="-",
+        suits="sorted by class, correlated",
+        formula="code and paper",
+        paper="CVPR 2022, arXiv 2201.05718",
+    )
 
     def __init__(
         self, model: nn.Module, *, affinity: Affinity = "knn", neighbours: int = 5, head: str | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.losses import consistency, marginal_entropy
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.gradient import GradientMethod, Gradients, total_norm
 from lightning_tta.methods.base.optimizers import OptimizerName, masked_step
 from lightning_tta.methods.components.episodes import ViewMethod, check_classes, made_again, per_image
@@ -68,6 +69,17 @@ class MEMO(ViewMethod, GradientMethod):
     Source: Zhang et al., arXiv 2110.09506 (MEMO), and the public code of CR-MEMO. Differs from them: Adam's state does
     not leak; AugMix's operations are PIL's on 8-bit pixels, but positions are rounded to 1/256 of a pixel.
     """
+
+    about = About(
+        does="entropy of the mean prediction over an image's views (MEMO), and their consistency (CR-MEMO)",
+        learns="all, or norm layers",
+        passes="of all views / 1",
+        needs="-",
+        holds="-",
+        suits="each image for itself",
+        formula="code and paper",
+        paper="NeurIPS 2022, arXiv 2110.09506",
+    )
 
     returns = "after the step"
     seen: Tensor

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_tta.errors import ConfigError
 from lightning_tta.meta.inner_loop import InnerParameters, adapt_inner, inner_loop_of, with_inner_options
 from lightning_tta.meta.mixed_bn import MixedLayers, make_mixed_layers, mixed_batch_norm_layers, mixed_layers
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.method import TTAMethod
 
 
@@ -44,6 +45,17 @@ class MetaTTT(TTAMethod):
     Source: Meta-TTT, arXiv 2410.01709, and the authors' code. Differs from it: an evaluation path there throws the
     max step away; masks may be empty; the max layers are chosen by depth.
     """
+
+    about = About(
+        does="entropy of unsure samples up, then down, with mixed BatchNorm; for meta-trained nets, runs on any",
+        learns="norm layers",
+        passes="by its steps",
+        needs="BatchNorm; better a meta-trained net",
+        holds="-",
+        suits="each batch for itself",
+        formula="code",
+        paper="arXiv 2410.01709",
+    )
 
     returns = "after the step"
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_tta import collective
 from lightning_tta.errors import ConfigError, check_choice, check_range
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.shift import ShiftMethod
 
 JUDGED_IMAGES = 256
@@ -63,6 +64,17 @@ class NEO(ShiftMethod):
     alone is predicted by the source; ``center="source"``, ``balanced`` and the warning are ours. The authors' code was
     not seen.
     """
+
+    about = About(
+        does="subtracts the stream's mean feature",
+        learns="none",
+        passes="1 / 0",
+        needs="linear head; with center: source source images",
+        holds="a mean, D",
+        suits="shuffled, any batch size",
+        formula="paper",
+        paper="ICLR 2026, openreview mVlIKLiizr",
+    )
 
     returns = "after the step"
     synchronized = True

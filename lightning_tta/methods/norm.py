@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_tta.backbones.norms import batch_moments, batch_norm_layers, batch_statistics, bn_statistics
 from lightning_tta.errors import UnsupportedModelError, check_range
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.method import TTAMethod
 
 
@@ -36,6 +37,17 @@ class Norm(TTAMethod):
     Source: Nado et al., arXiv 2006.10963; Schneider et al., arXiv 2006.16971 (mixing). Differs from them: the mixture
     uses the biased batch variance, so that ``source_weight = 0`` is its exact limit.
     """
+
+    about = About(
+        does="BatchNorm statistics of the stream: of the batch, mixed with the source's, or a moving average",
+        learns="none",
+        passes="1 / 0",
+        needs="BatchNorm",
+        holds="moving averages",
+        suits="shuffled, batches of many classes",
+        formula="code and paper",
+        paper="arXiv 2006.10963, 2006.16971",
+    )
 
     synchronized = True
     uses_batch_statistics = True

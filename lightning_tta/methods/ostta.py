@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_tta.errors import check_range
 from lightning_tta.losses import marginal_entropy
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.entropy import EntropyMethod
 
 
@@ -40,6 +41,17 @@ class OSTTA(EntropyMethod):
     that of the public code of UniEnt (arXiv 2404.06065). Differs from that code: no second net, no gradient through
     the source, no step (there NaN) when nothing is kept.
     """
+
+    about = About(
+        does="entropy of samples that agree with the source; an option (source_filter) of others",
+        learns="norm layers",
+        passes="2 / 1",
+        needs="norm layers",
+        holds="-",
+        suits="long, with unknown classes",
+        formula="code",
+        paper="ICCV 2023, arXiv 2308.06879",
+    )
 
     synchronized = False  # the mean prediction is that of this process's samples
     fixed_options = frozenset({"source_filter"})

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_tta import collective
 from lightning_tta.errors import check_range
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.shift import ShiftMethod
 
 
@@ -35,6 +36,17 @@ class OutputShift(ShiftMethod):
     Source: Niu et al., FOA, ICML 2024, arXiv 2404.01650: its activation shifting, without the prompts and their search.
     Differs from the authors' code: any net that ends in a linear layer, not ViTs alone.
     """
+
+    about = About(
+        does="moves features to the source's mean",
+        learns="none",
+        passes="1 / 0",
+        needs="linear head; source images",
+        holds="a mean, D",
+        suits="shuffled, any batch size",
+        formula="code",
+        paper="ICML 2024, arXiv 2404.01650",
+    )
 
     synchronized = True
 

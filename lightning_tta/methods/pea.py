@@ -12,6 +12,7 @@ from lightning_tta.backbones.blocks import Tokens, changed_blocks, find_blocks
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import DataError, check_range
 from lightning_tta.losses import at_least_float32, entropy
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.components.roots import inverse_root, root
 from lightning_tta.methods.components.source_images import see_source_images
@@ -75,6 +76,17 @@ class PEA(TTAMethod):
     leave it open: the statistics of pass 2 are of the vectors as they arrive there; variances are divided by M; what is
     forgotten includes both averages; the entropy is that of the returned logits.
     """
+
+    about = About(
+        does="gives each block's output the source's mean and covariance; for transformers first",
+        learns="none",
+        passes="2 of all views / 0",
+        needs="two blocks; 10,000 source images (fewer will do)",
+        holds="3 D x D a block",
+        suits="shuffled, long",
+        formula="code",
+        paper="ICLR 2026, openreview 7kLNGaAHaw",
+    )
 
     needs_source = True
     synchronized = True

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.state import NOT_YET
 from lightning_tta.methods.components.entropy import EntropyMethod
 from lightning_tta.methods.components.filters import LowLoss, move_average
@@ -50,6 +51,17 @@ class SAR(EntropyMethod):
     momentum and average (there the old average comes back); the threshold is an argument; no step on an empty
     selection; the last blocks are found by depth, not by name.
     """
+
+    about = About(
+        does="entropy of reliable samples at the sharpest point nearby, with recovery",
+        learns="norm layers of the first blocks",
+        passes="2 / 2",
+        needs="norm layers",
+        holds="a mean loss",
+        suits="long, mixed, batches of one",
+        formula="code and paper",
+        paper="ICLR 2023, arXiv 2302.12400",
+    )
 
     def __init__(
         self,

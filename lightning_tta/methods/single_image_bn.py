@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.errors import UnsupportedModelError
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.episodes import ViewMethod
 
 
@@ -23,6 +24,17 @@ class SingleImageBN(ViewMethod):
 
     Source: Schneider et al., arXiv 2006.16971, with N = 16 as a baseline in Zhang et al., arXiv 2110.09506.
     """
+
+    about = About(
+        does="normalizes each image with its own BatchNorm statistics, mixed with the source's",
+        learns="none",
+        passes="1 / 0",
+        needs="BatchNorm",
+        holds="-",
+        suits="each image for itself",
+        formula="code and paper",
+        paper="NeurIPS 2020, arXiv 2006.16971",
+    )
 
     own_statistics = "each image's own, mixed with the source's, are all that it does"
     step_on_host = ""  # it makes no views

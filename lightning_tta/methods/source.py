@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.method import TTAMethod
 
 
@@ -16,6 +17,17 @@ class Source(TTAMethod):
     Args:
         model: Any classifier.
     """
+
+    about = About(
+        does="nothing: the baseline",
+        learns="none",
+        passes="1 / 0",
+        needs="-",
+        holds="-",
+        suits="any, to compare with",
+        formula="code",
+        paper="a baseline",
+    )
 
     synchronized = True
 

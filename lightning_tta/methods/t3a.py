@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32, entropy
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.host import host_has
 from lightning_tta.methods.base.method import TTAMethod
 
@@ -46,6 +47,17 @@ class T3A(TTAMethod):
     a class without prototype; -1 keeps all (theirs drops the highest entropy of each class); of equal entropies the
     older support stays; a batch that overflows is not added.
     """
+
+    about = About(
+        does="scores features with prototypes of the sure ones",
+        learns="none",
+        passes="1 / 0",
+        needs="linear head",
+        holds="prototypes, filter_k x K x D",
+        suits="shuffled",
+        formula="code and paper",
+        paper="NeurIPS 2021",
+    )
 
     sums: Tensor
     supports: Tensor

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.entropy import EntropyMethod
 
 
@@ -30,6 +31,17 @@ class Tent(EntropyMethod):
     Source: Wang et al., Tent, ICLR 2021, arXiv 2006.10726. Differs from the authors' code: GroupNorm and LayerNorm
     nets are allowed, the net stays in eval mode with batch statistics, source statistics survive.
     """
+
+    about = About(
+        does="mean entropy",
+        learns="norm layers",
+        passes="1 / 1",
+        needs="norm layers",
+        holds="-",
+        suits="shuffled, reset at each domain",
+        formula="code and paper",
+        paper="ICLR 2021, arXiv 2006.10726",
+    )
 
     synchronized = True
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_tta.losses import log_mean_probability
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.episodes import ViewMethod
 
 
@@ -25,6 +26,17 @@ class ViewAveraging(ViewMethod):
 
     Source: a baseline in Zhang et al., arXiv 2110.09506.
     """
+
+    about = About(
+        does="the mean prediction over an image's views",
+        learns="none",
+        passes="views / 0",
+        needs="-",
+        holds="-",
+        suits="each image for itself",
+        formula="paper",
+        paper="a baseline of NeurIPS 2022, arXiv 2110.09506",
+    )
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32, entropy
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.episodes import ViewMethod
 
 
@@ -29,6 +30,17 @@ class Zero(ViewMethod):
 
     Source: Farina et al., arXiv 2405.18330, for vision-language models; here any classifier.
     """
+
+    about = About(
+        does="a vote of the views that the net is sure of",
+        learns="none",
+        passes="views / 0",
+        needs="-",
+        holds="-",
+        suits="each image for itself",
+        formula="code and paper",
+        paper="NeurIPS 2024, arXiv 2405.18330",
+    )
 
     fixed_options = frozenset({"bn_prior"})
 

@@ -12,6 +12,7 @@ from lightning_tta.backbones.norms import batch_norm_layers, norm_layers
 from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import check_choice, check_range
 from lightning_tta.losses import symmetric_kl
+from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.entropy import EntropyMethod
 from lightning_tta.methods.components.objectives import EntropyName
 
@@ -79,6 +80,17 @@ class ZeroSiam(EntropyMethod):
     Source: ZeroSiam, ICLR 2026, arXiv 2509.23183. Differs from the authors' first code: :meth:`reset` restores norm
     parameters, h and both optimizers, not h alone.
     """
+
+    about = About(
+        does="entropy behind a predictor, and the divergence of its branch from the plain one, which resists collapse",
+        learns="norm layers, predictor",
+        passes="1 / 1",
+        needs="norm layers, linear head",
+        holds="a D x D predictor",
+        suits="sorted by class, batches of one, mixed",
+        formula="code and paper",
+        paper="ICLR 2026, arXiv 2509.23183",
+    )
 
     synchronized = True
 
