@@ -7,9 +7,9 @@ One table: accuracy, passes, time, memory. The file has ``x_train``, ``y_train``
 uint8 of 28 x 28. The net is trained first, on one core, from the seed (a few minutes). Each shift is a stream of its
 own: shuffled test images, methods with their default options, fresh and prepared with the same source images. Methods
 take each batch in turn. Times are this process's processor time, one thread; the ratio to ``source`` is the median over
-all batches but the first of each stream, with its quartiles. ``state`` is what a method may change and what it keeps,
-in KiB; ``peak`` the most that a batch has in memory at a time beside weights and state, by the tensors that operations
-return, in MiB.
+all batches but the first of each stream, with its quartiles. ``state`` is what a method may change and what it keeps
+of the stream and the source, in KiB; ``peak`` the most that a batch has in memory at a time beside weights and state,
+by the tensors that operations return, in MiB.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def run(net: nn.Module, streams: dict[str, Tensor], labels: Tensor, source: Tens
     for name, method in methods.items():
         accuracy = {shift: 100 * number / len(labels) for shift, number in right[name].items()}
         forward, backward = (statistics.fmean(counts) for counts in zip(*passes[name], strict=True))
-        state = size(method.rest) + size(method.adaptable)
+        states = [*method.rest.values(), *method.adaptable.values(), *method.buffers(recurse=False)]
+        state = size({id(tensor): tensor for tensor in states})  # each once
         results[name] = Result(accuracy, forward, backward, ratios[name], state, peak(method, stream[:batch]))
     return results
 

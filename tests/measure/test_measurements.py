@@ -277,7 +277,10 @@ def test_forward_only(capsys):
     assert results["foa"].forward > 10
     assert set(results["source"].ratios) == {1}
     assert max(results["foa"].ratios) > max(results["tent"].ratios) > 1
-    assert results["source"].state < results["neo"].state < results["tent"].state
+    assert results["source"].state == 0
+    assert results["neo, center: source"].state == results["output_shift"].state == 4 * 2 * 16 + 8  # means, a count
+    assert results["tent"].state == 4 * 3 * 2 * 5 * 16 + 4 * 10  # five LayerNorms' parameters, their moments, steps
+    assert results["pea, views: 1"].state > 4 * 2 * 3 * 16**2  # three matrices of each block
     assert results["source"].peak < results["tent"].peak  # which keeps what the backward pass needs
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == list(results)
