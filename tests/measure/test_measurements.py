@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ import bn_statistics
 import by_hand
 import cost
 import export
+import forward_only
 import gpu
 import gpu_checks
 import guard
@@ -313,3 +315,52 @@ def test_bn_statistics(capsys):
     assert ratios["resnet18", "tent", "balanced"] > 1.1  # one more pass
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "resnet18" in line]
     assert [row[6] for row in rows] == ["1", "1", "2"]
+
+
+def test_forward_only(capsys):
+    results = forward_only.main(["--smoke", "--epochs=1", "--images=128", "--source-images=64", "--shifts", "noise"])
+    assert list(results) == list(forward_only.METHODS)
+    assert {name: (result.forward, result.backward) for name, result in results.items() if name != "foa"} == {
+        **dict.fromkeys(results.keys() - {"foa"}, (1, 0)),
+        "tent": (1, 1),
+        "pea, views: 1": (2, 0),
+    }
+    assert results["foa"].forward > 10
+    assert set(results["source"].ratios) == {1}
+    assert max(results["foa"].ratios) > max(results["tent"].ratios) > 1
+    assert results["source"].state == 0
+    assert results["neo, center: source"].state == results["output_shift"].state == 4 * 2 * 16 + 8  # means, a count
+    assert results["tent"].state == 4 * 3 * 2 * 5 * 16 + 4 * 10  # five LayerNorms' parameters, their moments, steps
+    assert results["pea, views: 1"].state > 4 * 2 * 3 * 16**2  # three matrices of each block
+    assert results["source"].peak < results["tent"].peak  # which keeps what the backward pass needs
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == list(results)
+    for cells, result in zip(rows, results.values(), strict=True):
+        clean, noise = result.accuracy.values()
+        assert cells[1:4] == [f"{clean:.1f}", f"{noise:.1f}", f"{noise:.1f}"]  # the mean of one shift
+    with pytest.raises(SystemExit, match="--mnist FILE"):
+        forward_only.main([])
+
+
+def test_the_shifts_of_forward_only():
+    images = torch.rand(6, 1, 28, 28)
+    shifted = forward_only.shifts(images, seed=0)
+    assert shifted["clean"] is images
+    torch.testing.assert_close(shifted["contrast"].std(), 0.3 * images.std())
+    torch.testing.assert_close(shifted["brightness"].mean(), 0.4 + 0.6 * images.mean())
+    assert shifted["blur"].std() < 0.3 * images.std()
+    assert 0.1 < (shifted["noise"] - images).std() < 0.4  # clipped
+    assert all(0 <= value.min() and value.max() <= 1 for value in shifted.values())
+
+
+def test_what_forward_only_counts_is_what_is_right(monkeypatch):
+    """A net that reads the class off one pixel: all of it is right, and half where half of the labels are wrong."""
+    monkeypatch.setattr(forward_only, "METHODS", {"source": ("source", {})})
+    labels = torch.arange(10).repeat(2)
+    images = F.one_hot(labels, 10).float()[:, None, None]
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(10, 10))
+    net[1].weight.data, net[1].bias.data = 9 * torch.eye(10), torch.zeros(10)
+    wrong = torch.where(torch.arange(20) < 10, labels, (labels + 1) % 10)
+    for truth, percent in ((labels, 100), (wrong, 50)):
+        results = forward_only.run(net, {"clean": images}, truth, images, batch=5)
+        assert results["source"].accuracy == {"clean": percent}
