@@ -34,7 +34,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[2]
 NETS = {"resnet18": (64, 32), "resnet50": (8, 224)}  # of torchvision, 10 classes; images, pixels
 METHODS = ["tent", "zerosiam", "eata", "sar", "cotta", "memo"]
-BATCHES = 100  # of a stream
+BATCHES = int(os.environ.get("BATCHES", "100"))  # of a stream; workers inherit it
 FEW = {"views": 2}  # so that it ends
 NO_FILTER = {"entropy_margin": None}  # random weights are sure of nothing, and a step without samples costs less
 OPTIONS = {"memo": FEW, "cotta": FEW, "sar": NO_FILTER, "eata": {**NO_FILTER, "diversity_margin": 0.9999}}
