@@ -226,7 +226,10 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         bare=(False, "the overhead over a hand-written loop"),
         trainer=(False, "the overhead of a predict run over the bare method"),
     )
-    here, other = Worker(ROOT), Worker(Path(options.against).resolve())
+    against = Path(options.against).resolve()
+    alone = (options.bare or options.trainer) and against == ROOT  # each checkout has its own table there
+    checkouts = [("this checkout", ROOT), ("the other", against)][: 1 if alone else 2]
+    open_workers = [Worker(root) for _, root in checkouts]
     ratios = {}
 
     def show(name: str, workers: list[Worker], tasks: list[str], calls: int) -> None:
@@ -239,23 +242,22 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     try:
         if options.bare:
             header("tiny net, batch 16, 8 px", "Tent, ms", "by hand, ms", "ratio", "quartiles")
-            for name, worker in (("this checkout", here), ("the other", other)):
-                show(name, [worker, helper := Worker(ROOT)], ["bare/tent", "bare/by_hand"], 50)
-                helper.close()
+            open_workers.append(helper := Worker(ROOT))
+            for (name, _), worker in zip(checkouts, open_workers, strict=False):
+                show(name, [worker, helper], ["bare/tent", "bare/by_hand"], 50)
         elif options.trainer:
             header("Tent, batch 64, 32 px", "ms a batch", "bare, ms", "ratio", "quartiles")
-            for name, worker in (("this checkout", here), ("the other", other)):
-                helper = Worker(Path(options.against).resolve() if worker is other else ROOT)
+            for (name, root), worker in zip(checkouts, list(open_workers), strict=True):
+                open_workers.append(helper := Worker(root))
                 for kind in ("forward", "run", "board"):
                     show(f"{name}, {kind}", [worker, helper], [f"stream/{kind}", "stream/bare"], 1)
-                helper.close()
         else:
             header("", "this, ms", "other, ms", "ratio", "quartiles")
             for task in (f"{net}/{method}" for net in options.nets for method in options.methods):
-                show(task.replace("/", ", "), [here, other], [task, task], 1)
+                show(task.replace("/", ", "), open_workers, [task, task], 1)
     finally:
-        here.close()
-        other.close()
+        for worker in open_workers:
+            worker.close()
     return ratios
 
 

@@ -241,7 +241,7 @@ def test_cost(capsys):
 
 
 def test_a_checkout_is_as_fast_as_itself(capsys, monkeypatch):
-    monkeypatch.setenv("BATCHES", "20")
+    monkeypatch.setenv("BATCHES", "40")
     this = f"--against={overhead.ROOT}"
     ratios = overhead.main([this, "--nets", "resnet18", "--methods", "tent", "--repeats=2"])
     ratios |= overhead.main([this, "--bare", "--repeats=2", "--calls=20"])
