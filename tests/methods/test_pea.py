@@ -243,13 +243,13 @@ def test_aligned_vectors_have_the_moments_of_the_source():
     """Of the block that differs most, whose weight is 1, in the batch that its statistics are of."""
     method = adapt(make_vit(pool=True), "pea", views=1)
     method.prepare([{"image": make_images(40, seed=90, dtype=torch.float64)}])
-    seen, align = {}, method._align
+    seen, align = {}, method.align
 
     def watched(number, vectors):
         seen[number] = align(number, vectors)
         return seen[number]
 
-    method._align = watched
+    method.align = watched
     method(0.5 * make_images(20, dtype=torch.float64))
     number = int(method.value("weights").argmax())
     assert method.value("weights")[number] == 1
