@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from torch import nn
 
 from lightning_tta.errors import check_choice
+
+
+@dataclass(frozen=True)
+class About:
+    """What is said of a method in the tables of the documentation.
+
+    Attributes:
+        does: One line: what it minimises or does.
+        learns: Parameters touched: ``norm layers``, ``all``, ``none``, ...
+        passes: Forward / backward passes a batch, such as ``2 / 1``.
+        needs: ``-``, or what net and data.
+        holds: Memory beside net and optimizer: ``-``, ``64 images``, ``a teacher``, ...
+        suits: Streams.
+        formula: ``code``, ``paper``, ``code and paper`` or ``reconstruction``.
+        paper: Venue and arXiv number.
+    """
+
+    does: str
+    learns: str
+    passes: str
+    needs: str
+    holds: str
+    suits: str
+    formula: str
+    paper: str
 
 
 class Described:

@@ -104,6 +104,7 @@ class TTAMethod(Described, Replayable, ABC):
             then taken from a pass over the images, one more forward pass, and stay the same for all that follow.
         joins_images: Whether the prediction of an image depends on others of the batch, beside BatchNorm's statistics.
         own_statistics: Why a method's BatchNorm statistics cannot be chosen; empty where they can.
+        own_prior: Why no prior can be put on the predictions, and what to do; empty where one can.
         step_on_host: Why a step cannot be captured as a whole, but only the parts that it gives to :meth:`replayed`;
             empty: it is tensors only.
     """
@@ -115,6 +116,7 @@ class TTAMethod(Described, Replayable, ABC):
     images_apart: ClassVar[bool] = False
     joins_images: ClassVar[bool] = False
     own_statistics: str = ""
+    own_prior: str = ""
     step_on_host: str = ""
     _no_plain_net_either: str = ""  # because of what was added
 
