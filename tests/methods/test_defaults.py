@@ -43,6 +43,7 @@ PUBLISHED = {
     "memo": {"optimizer": "sgd", "lr": 5e-3, "weight_decay": 0.0, "kl_weight": 0.0, "views": 32, "bn_prior": None},
     "single_image_bn": {"prior": 16},
     "roid": {**ADAM, **ROID},
+    "cmf": {**ADAM, **ROID, "hidden_keep": 0.99, "process_noise": 0.005},
 }
 PUBLISHED_IMAGENET = {
     "tent": {**SGD, "lr": 2.5e-4},
@@ -55,6 +56,7 @@ PUBLISHED_IMAGENET = {
     "t3a": {"filter_k": 20},
     "cotta": {**SGD, **COTTA, "lr": 1e-2, "anchor_threshold": 0.1, "restore": 0.001, "symmetric": True},
     "roid": {**SGD, **ROID, "lr": 2.5e-4},
+    "cmf": {**SGD, **ROID, "lr": 2.5e-4, "hidden_keep": 0.99, "process_noise": 0.005},
 }
 
 
