@@ -62,6 +62,8 @@ from lightning_tta.metrics import collapse_measures
 
 Stats = dict[str, float]
 PredictWith = Literal["stream", "batch"]
+CHOSEN = "statistics."
+"""How names of states begin that belong to chosen statistics."""
 _MEMORY_ALONE = (
     "reservoir= goes with neither window= nor a refinement that needs features, as refine='lame'. Leave one of "
     "them out."
@@ -210,6 +212,7 @@ class TTAMethod(Described, Replayable, ABC):
         """Forget the state of the statistics that the method has run with."""
         if isinstance(self._account, StreamAccount):
             self.withdraw(MOMENTS, IMAGES)
+        self.withdraw(*(name for name in self.rest if name.startswith(CHOSEN)))  # which a method has for its own
         self._account = None
 
     def of_batches(self, images: int) -> str:
