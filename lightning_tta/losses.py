@@ -44,6 +44,31 @@ def come_entropy(logits: Tensor) -> Tensor:
     return entropy(torch.cat([fixed, uncertainty], dim=-1))
 
 
+def soft_likelihood_ratio(logits: Tensor, clip: float = 0.99) -> Tensor:
+    """Negative soft likelihood ratio, -sum_k p_k log(p_k / (1 - p_k)) with p_k <= ``clip``, per sample.
+
+    Its gradient does not vanish where the prediction is sure, as that of the entropy does; a probability above ``clip``
+    has none. Shape: logits (..., K) -> (...). Minimised by ROID (Marsden et al., arXiv 2306.00650).
+    """
+    log_p = _log_probabilities(logits).clamp(max=math.log(clip))
+    p = log_p.exp()
+    return -(p * (log_p - torch.log1p(-p))).sum(-1)
+
+
+def conjugate_poly(logits: Tensor, epsilon: float) -> Tensor:
+    """PolyLoss, -log p_y + epsilon (1 - p_y), with the label that is conjugate to the prediction, per sample.
+
+    ``y_k = p_k / (1 + epsilon p_k)``, scaled to sum 1: the solution of ``(I + epsilon diag(p) - epsilon p p') y = p``.
+    The gradient goes through y too; with epsilon 0 it is the entropy. Shape: logits (..., K) -> (...). Source: Goyal et
+    al., arXiv 2207.09640.
+    """
+    log_p = _log_probabilities(logits)
+    p = log_p.exp()
+    label = p / (1 + epsilon * p)
+    label = label / label.sum(-1, keepdim=True)
+    return (label * (epsilon * (1 - p) - log_p)).sum(-1)
+
+
 def symmetric_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p || q) + KL(q || p) = sum_k (p_k - q_k)(log p_k - log q_k), per sample.
 

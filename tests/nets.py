@@ -199,7 +199,16 @@ def max_difference(a: Tensor, b: Tensor) -> float:
 
 def without_account(state: dict) -> dict:
     """A method's state but for its account of the stream's BatchNorm statistics, which every batch enters."""
-    memory = {n: value for n, value in state["_extra_state"]["memory"].items() if not n.startswith("stream.")}
+    return _without(state, "stream.")
+
+
+def without_prior(state: dict) -> dict:
+    """A method's state but for its prior, learned from predictions alone, whether or not there was a step."""
+    return _without(state, "prior.")
+
+
+def _without(state: dict, prefix: str) -> dict:
+    memory = {n: value for n, value in state["_extra_state"]["memory"].items() if not n.startswith(prefix)}
     return {**state, "_extra_state": {**state["_extra_state"], "memory": memory}}
 
 

@@ -343,12 +343,13 @@ class _Swap:
             return None  # one value a channel has no variance: this layer keeps its source statistics
         statistics = self.rule(self.name, layer, x)
         self.source = (layer.running_mean, layer.running_var)
-        if statistics is None and collective.is_joined():
+        has_graph = statistics is not None and any(moment.requires_grad for moment in statistics)
+        if has_graph or (statistics is None and collective.is_joined()):
             like = x if layer.weight is None else layer.weight
             _set_statistics(layer, like.new_zeros(x.shape[1]), like.new_full((x.shape[1],), 1 - layer.eps))
             shape = (1, -1, *[1] * (x.ndim - 2))
-            moments = batch_moments(x)
-            if self.record is not None:
+            moments = statistics or batch_moments(x)
+            if statistics is None and self.record is not None:
                 self.record.take(self.name, *(moment.detach() for moment in moments))
             mean, var = (moment.reshape(shape) for moment in moments)
             return (((x - mean) * (var + layer.eps).rsqrt()).to(x.dtype), *inputs[1:])
@@ -377,8 +378,8 @@ def bn_statistics(
     The running statistics are never written and are back in place after each call, also after an error. The layer's
     forward runs, so any subclass of torch's BatchNorm works. A layer that sees one value per channel, which has no
     variance, keeps its source statistics. Gradients flow through the batch's statistics (where ``rule``, see
-    :data:`StatisticsRule`, returns None), not into those that ``rule`` returns. ``record`` gets the moments of layers
-    with the batch's own statistics; layers in ``but`` are left alone.
+    :data:`StatisticsRule`, returns None), and into those that ``rule`` returns with a graph. ``record`` gets the
+    moments of layers with the batch's own statistics; layers in ``but`` are left alone.
     """
     with ExitStack() as stack:
         for name, layer in batch_norm_layers(model).items():
@@ -459,13 +460,13 @@ def batch_statistics(
 def weighted_batch_statistics(model: nn.Module, weights: Tensor) -> AbstractContextManager[None]:
     """BatchNorm with the statistics of the samples of a batch that count, as if the others were not in it.
 
-    ``weights`` (B,), bool or >= 0, say how much each sample counts. Without gradient through the statistics. A layer
-    that sees one value per channel, of one sample that counts, keeps its source statistics.
+    ``weights`` (B,), bool or >= 0, say how much each sample counts. With gradient through the statistics. A layer that
+    sees one value per channel, of one sample that counts, keeps its source statistics.
     """
     source = {name: (layer.running_mean, layer.running_var) for name, layer in batch_norm_layers(model).items()}
 
     def rule(name: str, layer: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-        dtype, x = x.dtype if layer.weight is None else layer.weight.dtype, at_least_float32(x.detach())
+        dtype, x = x.dtype if layer.weight is None else layer.weight.dtype, at_least_float32(x)
         dims, column = [0, *range(2, x.ndim)], weights.to(x).view(-1, *(1,) * (x.ndim - 1))
         number = column.sum() * (x[0].numel() // x.shape[1])
         mean = torch.where(column > 0, column * x, 0).sum(dims) / number

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -14,25 +16,29 @@ BLUR, FLIP, NOISE = (0.001, 0.5), 0.5, 0.005
 """The ranges of CoTTA's authors. SHIFT is a share of the image: theirs is 1/16 of an image padded to twice its size."""
 
 
+Padding = Literal["edge", "reflect"]
 _DRAWN = 16  # numbers of a view before those of its noise
 
 
-def jitter(images: Tensor, key: Tensor) -> Tensor:
+def jitter(images: Tensor, key: Tensor, *, padding: Padding = "edge", blur: bool = True, noise: bool = True) -> Tensor:
     """One random view of each image of a batch; all share the same draw, except of the noise.
 
     Brightness, contrast, saturation, hue and gamma in random order (images of 1 or 3 channels, others keep theirs);
     rotation, shift by whole pixels and scaling of the image with its border repeated; Gaussian blur (5 x 5); horizontal
-    flip; Gaussian noise; clipped to [0, 1] before and after.
+    flip; Gaussian noise; clipped to [0, 1] before and after. What is left out leaves the other draws as they are.
 
     Args:
         images: (B, C, H, W), floats in [0, 1].
         key: Of the draw, (2,), int64, on the CPU: a seed and a counter. The draw is the same on every device.
+        padding: What is around the image: its border repeated (``edge``), or the image mirrored (``reflect``).
+        blur: Whether with the blur.
+        noise: Whether with the noise.
     """
     with torch.autocast(images.device.type, enabled=False):  # affine of half precision grids rounds pixels to 0 or 1
-        return _view(at_least_float32(images).clamp(0, 1), key).to(images.dtype)
+        return _view(at_least_float32(images).clamp(0, 1), key, padding, blur, noise).to(images.dtype)
 
 
-def _view(x: Tensor, key: Tensor) -> Tensor:
+def _view(x: Tensor, key: Tensor, padding: Padding, blur: bool, noise: bool) -> Tensor:
     from torchvision.transforms.v2 import functional as F  # takes seconds: imported when needed
 
     numbers = iter((random_words(key, _DRAWN).double() * 2**-32 + 0.5).tolist())  # in [0, 1)
@@ -50,12 +56,14 @@ def _view(x: Tensor, key: Tensor) -> Tensor:
             x = adjust[index](x, factors[index]).clamp(0, 1)  # a hue may end below 0 by a rounding error
     angle, scale = draw(DEGREES), draw(SCALE)
     shift = [round(width * draw(SHIFT)), round(height * draw(SHIFT))]
-    x = F.pad(x, [width // 2, height // 2], padding_mode="edge")
+    x = F.pad(x, [width // 2, height // 2], padding_mode=padding)
     x = F.affine(x, angle, shift, scale, [0.0, 0.0], interpolation=F.InterpolationMode.BILINEAR)
     margins = [min(2, height // 2), min(2, width // 2)]  # what the blur sees around the image, and no more
     x = F.center_crop(x, [height + 2 * margins[0], width + 2 * margins[1]])
-    x = F.center_crop(F.gaussian_blur(x, [5, 5], [draw(BLUR)]), [height, width])
+    sigma = draw(BLUR)
+    x = F.center_crop(F.gaussian_blur(x, [5, 5], [sigma]) if blur else x, [height, width])
     if draw((0, 1)) < FLIP:
         x = x.flip(-1)
-    noise = random_normals(key, *x.shape, start=_DRAWN, device=x.device)
-    return (x + NOISE * noise).clamp(0, 1)
+    if noise:
+        x = x + NOISE * random_normals(key, *x.shape, start=_DRAWN, device=x.device)
+    return x.clamp(0, 1)

@@ -37,6 +37,8 @@ CASES = {
     "eta filter": ("eta", "ln", {**ETA_GN, "source_filter": True}),
     "eta gn": ("eta", "gn", ETA_GN),
     "eata": ("eata", "bn", {**ETA, "fisher_alpha": 50.0}),
+    "conjugate pl": ("conjugate_pl", "bn", {"lr": 0.1, "source_loss": "poly"}),
+    "delta": ("delta", "bn", {"lr": 0.01, "entropy_margin": 0.9}),
     "pea": ("pea", "bn", {"group_size": 1, "momentum": 0.3}),
     "eata gn": ("eata", "gn", {**ETA_GN, "fisher_alpha": 50.0}),
     "prior em": ("source", "gn", {"prior": {"kind": "em", "window": 8}}),

@@ -15,6 +15,18 @@ EATA = {"entropy_margin": 0.4, "entropy": "softmax", "source_filter": False}
 SAR = {**EATA, "rho": 0.05, "reset_threshold": 0.2}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "plpd_threshold": 0.2, "patches": 4}
 COTTA = {"ema_decay": 0.999, "views": 32}
+CONJUGATE = {"lr": 1e-3, "optimizer": "sgd", "source_loss": "cross_entropy", "temperature": 1.0, "predict_after": True}
+DELTA = {"entropy_margin": 0.5, "frequency_decay": 0.95, "statistics_momentum": 0.05}
+ROID = {
+    "keep": 0.99,
+    "temperature": 1 / 3,
+    "diversity_momentum": 0.9,
+    "clip": 0.99,
+    "consistency": True,
+    "weighting": True,
+    "detach_target": False,
+    "prior_correction": "probabilities",
+}
 PUBLISHED = {
     "norm": {"source_weight": 0.0, "momentum": None},
     "tent": ADAM,
@@ -32,6 +44,10 @@ PUBLISHED = {
     "zerosiam": {"alpha": 1.0, "momentum": 0.9, "lr_batch_size": 64, "predictor": "learned"},
     "memo": {"optimizer": "sgd", "lr": 5e-3, "weight_decay": 0.0, "kl_weight": 0.0, "views": 32, "bn_prior": None},
     "single_image_bn": {"prior": 16},
+    "conjugate_pl": {**CONJUGATE, "poly_epsilon": 6.0},
+    "delta": {**ADAM, **DELTA},
+    "roid": {**ADAM, **ROID},
+    "cmf": {**ADAM, **ROID, "hidden_keep": 0.99, "process_noise": 0.005},
 }
 PUBLISHED_IMAGENET = {
     "tent": {**SGD, "lr": 2.5e-4},
@@ -43,6 +59,10 @@ PUBLISHED_IMAGENET = {
     "deyo": {**SGD, **DEYO, "lr": 2.5e-4},
     "t3a": {"filter_k": 20},
     "cotta": {**SGD, **COTTA, "lr": 1e-2, "anchor_threshold": 0.1, "restore": 0.001, "symmetric": True},
+    "conjugate_pl": {**SGD, **CONJUGATE, "poly_epsilon": 8.0},
+    "delta": {**SGD, **DELTA, "lr": 2.5e-4},
+    "roid": {**SGD, **ROID, "lr": 2.5e-4},
+    "cmf": {**SGD, **ROID, "lr": 2.5e-4, "hidden_keep": 0.99, "process_noise": 0.005},
 }
 
 

@@ -118,6 +118,14 @@ def test_noise(only):
     assert noise[0].sub(noise[1]).abs().max() > 1e-3  # each image its own
 
 
+def test_without_blur_and_noise_and_mirrored(only):
+    only(SHIFT=(1 / 8, 1 / 8), BLUR=_jitter.BLUR, NOISE=0.1)
+    images = make_images(2, dtype=torch.float64)
+    view = _jitter.jitter(images, torch.tensor([5, 3]), padding="reflect", blur=False, noise=False)
+    rows = (torch.arange(16) - 2).abs()  # the row at the border is not repeated
+    assert max_difference(view, images[:, :, rows][:, :, :, rows]) < 1e-5
+
+
 def test_draws_fill_their_ranges(only):
     only(BRIGHTNESS=_jitter.BRIGHTNESS)
     image = torch.full((1, 3, 8, 8), 0.5)

@@ -62,6 +62,8 @@ from lightning_tta.metrics import collapse_measures
 
 Stats = dict[str, float]
 PredictWith = Literal["stream", "batch"]
+CHOSEN = "statistics."
+"""How names of states begin that belong to chosen statistics."""
 _MEMORY_ALONE = (
     "reservoir= goes with neither window= nor a refinement that needs features, as refine='lame'. Leave one of "
     "them out."
@@ -104,6 +106,7 @@ class TTAMethod(Described, Replayable, ABC):
             then taken from a pass over the images, one more forward pass, and stay the same for all that follow.
         joins_images: Whether the prediction of an image depends on others of the batch, beside BatchNorm's statistics.
         own_statistics: Why a method's BatchNorm statistics cannot be chosen; empty where they can.
+        own_prior: Why no prior can be put on the predictions, and what to do; empty where one can.
         step_on_host: Why a step cannot be captured as a whole, but only the parts that it gives to :meth:`replayed`;
             empty: it is tensors only.
     """
@@ -115,6 +118,7 @@ class TTAMethod(Described, Replayable, ABC):
     images_apart: ClassVar[bool] = False
     joins_images: ClassVar[bool] = False
     own_statistics: str = ""
+    own_prior: str = ""
     step_on_host: str = ""
     _no_plain_net_either: str = ""  # because of what was added
 
@@ -208,6 +212,7 @@ class TTAMethod(Described, Replayable, ABC):
         """Forget the state of the statistics that the method has run with."""
         if isinstance(self._account, StreamAccount):
             self.withdraw(MOMENTS, IMAGES)
+        self.withdraw(*(name for name in self.rest if name.startswith(CHOSEN)))  # which a method has for its own
         self._account = None
 
     def of_batches(self, images: int) -> str:

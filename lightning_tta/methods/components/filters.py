@@ -75,11 +75,8 @@ class Diverse(Filter):
         self.margin = margin
 
     def attach(self, method: TTAMethod) -> None:
-        """Declare pbar, of as many classes as the last linear layer has; put right at the first batch."""
-        linear = [module for module in method.model.modules() if isinstance(module, torch.nn.Linear)]
-        like = next((p for p in method.model.parameters() if p.is_floating_point()), torch.empty(0))
-        empty = like.new_full((linear[-1].out_features if linear else 0,), NOT_YET)
-        method.state("mean_probability", at_least_float32(empty.detach()), source=NOT_YET)
+        """Declare pbar."""
+        method.state("mean_probability", empty_by_class(method.model), source=NOT_YET)
 
     def keep(self, method: TTAMethod, logits: Tensor, losses: Tensor) -> Tensor:
         """What is unlike pbar."""
@@ -118,6 +115,17 @@ class SureAsSource(Filter):
         del self.confidence, self.answer
         method.note(kept_by_source_filter=collective.mean(kept.float()))
         return kept
+
+
+def empty_by_class(model: torch.nn.Module) -> Tensor:
+    """A number for each class (K,) that has no value yet, in at least float32: a state to declare.
+
+    K is that of the last linear layer; :meth:`~lightning_tta.methods.base.state.State.sized` puts it right at the first
+    batch.
+    """
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return at_least_float32(like.detach()).new_full((linear[-1].out_features if linear else 0,), NOT_YET)
 
 
 def move_average(method: TTAMethod, name: str, new: Tensor, momentum: float, where: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.correction import Correction
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET, State
+from lightning_tta.methods.components.filters import empty_by_class
 from lightning_tta.methods.components.wanted import Wanted, read
 
 WINDOW, IMAGES, SOURCE = "prior.window", "prior.images", "prior.source"
@@ -41,8 +42,8 @@ class Prior(Correction):
         on_logits: bool = False,
     ) -> None:
         self.on_logits = on_logits
-        like = at_least_float32(next(method.model.parameters(), torch.zeros(())).detach())
-        method.state(FACTORS, like.new_full((1,), NOT_YET), source=NOT_YET, fixed_dtype=True)
+        like = method.state(FACTORS, empty_by_class(method.model), source=NOT_YET)
+        method.keep_wide(FACTORS)
         self.source_prior = None if source_prior == "uniform" else _checked(source_prior)
         if self.source_prior is not None:
             method.state(SOURCE, like.new_tensor(self.source_prior), fixed_dtype=True)
@@ -210,8 +211,8 @@ class Moving(Prior):
         check_choice("form", form, ("probabilities", "logits"))
         super().__init__(method, source_prior, on_logits=form == "logits")
         self.momentum = momentum
-        like = method.value(FACTORS)
-        method.state(AVERAGE, like.new_full((1,), NOT_YET), source=NOT_YET, fixed_dtype=True)
+        method.state(AVERAGE, empty_by_class(method.model), source=NOT_YET)
+        method.keep_wide(AVERAGE)
 
     def learn(self, method: State, logits: Tensor) -> Tensor:
         """Take the batch into the average."""
@@ -385,4 +386,6 @@ def choose(method: TTAMethod, wanted: Wanted) -> None:
         ConfigError: If the kind or an option is unknown or out of range.
     """
     kind, options = read(wanted, "prior", KINDS)
+    if method.own_prior:
+        raise ConfigError(f"prior={kind!r} and method '{method.name}' exclude each other: {method.own_prior}.")
     method.put_on(KINDS[kind](method, **options))

@@ -1,0 +1,146 @@
+"""What ROID and CMF share: the weighted soft likelihood ratio, consistency with a view, and the prior of the batch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from lightning_tta.errors import check_choice, check_range
+from lightning_tta.losses import at_least_float32, entropy, soft_cross_entropy, soft_likelihood_ratio
+from lightning_tta.methods.base.gradient import GradientMethod
+from lightning_tta.methods.base.state import NOT_YET
+from lightning_tta.methods.components.filters import empty_by_class
+from lightning_tta.methods.components.priors import Moving
+from lightning_tta.views.jitter import jitter
+
+PriorCorrection = Literal["probabilities", "logits", "none"]
+
+
+class LikelihoodMethod(GradientMethod):
+    """Minimises the soft likelihood ratio and the consistency with a view, of sure and diverse samples.
+
+    To write one: call ``super().__init__`` and implement :meth:`merge`, what happens to the weights after a step.
+
+    Args:
+        model: A classifier with normalisation layers.
+        weighting: Whether samples have weights; without, all count alike.
+        temperature: tau of the weights, above 0.
+        diversity_momentum: Share of the mean prediction that stays with each batch, in [0, 1].
+        clip: Largest probability in the soft likelihood ratio, in (0, 0.9999].
+        consistency: Whether with the term of the view.
+        detach_target: Whether no gradient goes from that term into the prediction of the image itself.
+        prior_correction: What the smoothed mean prediction of the batch multiplies: ``probabilities``, ``logits`` or
+            ``none``.
+        seed: Of the views.
+        **options: See :class:`~lightning_tta.methods.base.gradient.GradientMethod`.
+    """
+
+    uses_batch_statistics = True
+    step_on_host = "it draws a view of the images, which is made on the host's word"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weighting: bool = True,
+        temperature: float = 1 / 3,
+        diversity_momentum: float = 0.9,
+        clip: float = 0.99,
+        consistency: bool = True,
+        detach_target: bool = False,
+        prior_correction: PriorCorrection = "probabilities",
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        check_range("temperature", temperature, 0, low_open=True)
+        check_range("diversity_momentum", diversity_momentum, 0, 1)
+        check_range("clip", clip, 0, 0.9999, low_open=True)
+        check_choice("prior_correction", prior_correction, ("probabilities", "logits", "none"))
+        check_range("seed", seed, 0, 2**63 - 1, integer=True)
+        self.weighting, self.temperature, self.diversity_momentum = weighting, temperature, diversity_momentum
+        self.clip, self.consistency, self.detach_target, self.seed = clip, consistency, detach_target, seed
+        if not consistency:
+            self.step_on_host = ""
+        (first, *_) = self.learn(self.select("norm"))
+        self.state("mean_probability", empty_by_class(self.model), source=NOT_YET)
+        self.state("steps_taken", torch.zeros((), dtype=torch.int64, device=first.device), source=0)
+        if prior_correction != "none":
+            self.put_on(Moving(self, form=prior_correction))
+            self.own_prior = "the method corrects its predictions itself. Set prior_correction='none', or leave it out"
+
+    @abstractmethod
+    def merge(self, taken: Tensor) -> None:
+        """Merge the weights with others, if the step was ``taken``, 0-dimensional bool."""
+
+    def step(self, x: Tensor) -> Tensor:
+        """One step on the images and a view of them."""
+        if not self.consistency:
+            return self._step(x)
+        key = torch.tensor([self.seed, int(self.value("steps_taken"))])  # on the host, which draws the view
+        view = jitter(x, key, padding="reflect", blur=False, noise=False)
+        return cast(Tensor, self.replayed("step with a view", self._step, x, view))
+
+    def _step(self, x: Tensor, view: Tensor | None = None) -> Tensor:
+        logits = self.logits(x)
+        p = at_least_float32(logits.detach()).softmax(-1)
+        old = self.sized("mean_probability", p[0]).to(p.dtype)
+        old = torch.where(old.isnan(), 1 / p.shape[-1], old)
+        weights = self._weights(logits.detach(), p, old) if self.weighting else torch.ones_like(p[:, 0])
+        losses = soft_likelihood_ratio(logits, self.clip)
+        if view is not None:
+            target = logits.detach() if self.detach_target else logits
+            with self.counting(weights > 0):
+                losses = losses + soft_cross_entropy(target, self.logits(view, accounted=False), 0.5)
+        self.note(kept=(weights > 0).float().mean())
+        taken = self.descend(losses * weights.mean(), weights)  # the sum over the batch divided by its size
+        if not self.known(~taken):
+            self.write("mean_probability", torch.lerp(p.mean(0), old, self.diversity_momentum), taken)
+            self.write("steps_taken", self.value("steps_taken") + 1, taken)
+            self.merge(taken)
+        return logits
+
+    def _weights(self, logits: Tensor, p: Tensor, mean_probability: Tensor) -> Tensor:
+        """``exp(diversity * certainty / tau)``, both scaled to [0, 1]; 0 where the diversity is below its mean."""
+        diversity = _spread(1 - cosine_similarity(mean_probability[None], p, dim=-1))
+        certainty = _spread(-entropy(logits))
+        weights = (diversity * certainty / self.temperature).exp()
+        return torch.where(diversity < diversity.mean(), 0, weights)
+
+    def source(self) -> Mapping[str, Tensor]:
+        """The source's values of what learns, by name."""
+        return {name: self.source_value(name) for name in self.adaptable if name.startswith("model.")}
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """What learns, by name."""
+        return {name: tensor.detach() for name, tensor in self.adaptable.items() if name.startswith("model.")}
+
+
+def _spread(values: Tensor) -> Tensor:
+    """Values (B,) moved and scaled to [0, 1]; 0 where all are equal."""
+    low, high = values.aminmax()
+    return torch.where(high > low, (values - low) / (high - low), torch.zeros_like(values) * values)
+
+
+@torch.no_grad()
+def approach(
+    tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], share: float | Tensor, where: Tensor
+) -> None:
+    """``tensor += share * (target - tensor)`` for each, in place, if ``where``, 0-dimensional bool.
+
+    Args:
+        tensors: By name.
+        targets: By the same names.
+        share: In [0, 1].
+        where: Whether to do it.
+    """
+    now = list(tensors.values())
+    goals = [targets[name].detach().to(tensor.dtype) for name, tensor in tensors.items()]
+    steps = torch._foreach_sub(goals, now)
+    torch._foreach_mul_(steps, where.to(now[0].dtype) * share)
+    torch._foreach_add_(now, steps)
