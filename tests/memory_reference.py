@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_tta.draws import random_rows
+
 TOLERANCE = 1e-6  # float64; Adam scales rounding noise of small gradients up
 
 
@@ -64,3 +66,36 @@ def moments_of(net):
 
 def log_softmax(logits):
     return logits - logits.exp().sum(1, keepdim=True).log()
+
+
+class SlotMemory:
+    """A memory in which a random image makes room; slots in a list, of (image, label, score) or None."""
+
+    def __init__(self, size, classes, seed=0, threshold=None, reservoir=False):
+        self.slots, self.size, self.seed = [None] * size, size, seed
+        self.threshold, self.reservoir = threshold, reservoir
+        self.seen, self.counts = 0, [0] * classes
+
+    def add(self, image, label, score):
+        extra = int(self.reservoir)
+        draws = random_rows(self.seed, torch.tensor([self.seen]), self.size + extra)[0].tolist()
+        draws = [draw / 2**64 + 0.5 for draw in draws]
+        self.seen += 1
+        self.counts[label] += 1
+        if self.threshold is not None and score < self.threshold:
+            return
+        labels = [slot and slot[1] for slot in self.slots]
+        if None in labels:
+            rivals = [n for n, slot in enumerate(self.slots) if slot is None]
+        else:
+            number = {k: labels.count(k) for k in set(labels)}
+            most = max(number.values())
+            rivals = [n for n, k in enumerate(labels) if number[k] == most]
+            if number.get(label) == most:
+                if self.reservoir and draws[0] > most / self.counts[label]:
+                    return
+                rivals = [n for n in rivals if labels[n] == label]
+        self.slots[max(rivals, key=lambda n: draws[n + extra])] = (image, label, score)
+
+    def items(self):
+        return [slot for slot in self.slots if slot is not None]

@@ -20,7 +20,9 @@ PIXELS, LABELS, AGES, SCORES, SEEN = (f"images.{name}" for name in ("pixels", "l
 COUNTS = "images.counts"
 
 Learn = Callable[..., Tensor]
-"""Takes images (M, C, H, W), which of them are there (M,), their ages (M,) and further tensors; says if it could."""
+"""Takes images (M, C, H, W), which of them are there (M,), their ages (M,) and a view, if there is one.
+
+Says whether what came of it is to stay, with the images that led to it: 0-dimensional, bool."""
 
 
 class Held(NamedTuple):
@@ -136,7 +138,12 @@ class ImageMemory(ABC):
             method.write(COUNTS, held.counts, where)
 
     def step(
-        self, method: TTAMethod, x: Tensor, every: int, learn: Learn, view: Callable[[Tensor, int], Tensor] | None
+        self,
+        method: TTAMethod,
+        x: Tensor,
+        every: int,
+        learn: Learn,
+        view: Callable[[Tensor, int], Tensor] | None = None,
     ) -> Tensor:
         """Predict a batch, take it in, and step on the memory after each so many images of the stream.
 

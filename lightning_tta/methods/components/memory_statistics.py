@@ -130,12 +130,19 @@ class MemoryStatistics(StreamStatistics):
             yield
 
     @contextmanager
-    def moving(self, weights: Tensor) -> Iterator[None]:
-        """While active, a pass over images (M, ...) of which those with weights (M,) count moves the statistics."""
+    def moving(self, weights: Tensor, *, again: bool = False) -> Iterator[None]:
+        """While active, a pass over images (M, ...) moves the statistics.
+
+        Args:
+            weights: (M,), bool: which images count.
+            again: It goes on from where the last such pass was, of which nothing is kept yet.
+        """
         if self.is_empty:
             yield
             return
+        before = self._seen if again else {}
         self.begin(self.method)
+        self._seen = before
         try:
             with self._active(weights):
                 yield
