@@ -33,12 +33,13 @@ class SoTTA(GradientMethod):
 
         mean <- (1 - m) mean + m mean_i(x_i)       variance likewise
 
-    A batch is predicted with what is kept, so images of a batch do not depend on each other, and one image at a time is
-    as good as many.
+    Images are predicted with what is kept, those behind a step within a batch after it. So images of a batch do not
+    depend on each other, one at a time is as good as many, and batches of any size give the same.
 
     Parameters touched: weight and bias of the normalisation layers but for the last blocks'. State: these, the
     statistics, the optimizer, the memory with labels and confidences. Returns the logits before the step. Passes: one
-    forward a batch, and every ``update_every`` images two forward and two backward over M images. Memory: M images.
+    forward a batch, in parts, and every ``update_every`` images two forward and two backward over M images. Memory: M
+    images.
 
     Args:
         model: A classifier with normalisation layers.
@@ -100,7 +101,7 @@ class SoTTA(GradientMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """Predict, remember, and step on the memory where it is time."""
-        return self.images.step(self, x, self.update_every, self.learn_from)
+        return self.images.step(self, x, self.update_every, self.learn_from, in_parts=True)
 
     def running(self) -> AbstractContextManager[None]:
         """With the statistics that are kept."""

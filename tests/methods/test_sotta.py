@@ -33,14 +33,16 @@ class PlainSoTTA:
         self.adam = torch.optim.Adam(self.weights, lr=lr)
 
     def __call__(self, images):
+        return torch.stack([self.one(image) for image in images])
+
+    def one(self, image):
         set_mode(self.net, False)
         with torch.no_grad():
-            logits = self.net(images)
-        p = logits.exp() / logits.exp().sum(1, keepdim=True)
-        for image, row in zip(images, p, strict=True):
-            self.memory.add(image, int(row.argmax()), float(row.max()))
-            if self.memory.seen % self.every == 0 and self.memory.items():
-                self.update()
+            (logits,) = self.net(image[None])
+        p = logits.exp() / logits.exp().sum()
+        self.memory.add(image, int(p.argmax()), float(p.max()))
+        if self.memory.seen % self.every == 0 and self.memory.items():
+            self.update()
         return logits
 
     def gradient(self):
@@ -77,10 +79,10 @@ def test_three_steps_and_more(kind, classes, size, threshold, sizes):
     reference = PlainSoTTA(net, classes, momentum=0.3, size=size, every=6, **options)
     for number, batch in enumerate(sizes):
         images = make_images(batch, seed=number, dtype=torch.float64)
-        predicted = method.predict(images)
+        predicted = method.predict(images[:1])
         logits, expected = method(images), reference(images)
         assert max_difference(logits, expected) < TOLERANCE
-        assert max_difference(predicted, logits) < TOLERANCE
+        assert max_difference(predicted, logits[:1]) < TOLERANCE
         for name, p in learned(reference.net).items():
             assert max_difference(method.model.get_parameter(name).detach(), p.detach()) < TOLERANCE
         if kind in ("bn", "user"):

@@ -144,11 +144,13 @@ class ImageMemory(ABC):
         every: int,
         learn: Learn,
         view: Callable[[Tensor, int], Tensor] | None = None,
+        *,
+        in_parts: bool = False,
     ) -> Tensor:
         """Predict a batch, take it in, and step on the memory after each so many images of the stream.
 
-        Of a method with ``step_on_host``: it asks the device once, how many images have come and whether the prediction
-        is finite. A batch that is not is left out; so is, from there on, one with a step that gives no finite numbers.
+        Of a method with ``step_on_host``: it asks the device once, how many images have come. If a prediction or a step
+        gives values that are not finite, the rest of the batch, and the images that led to the step, leave no trace.
 
         Args:
             method: What it predicts with is its ``infer``.
@@ -157,18 +159,17 @@ class ImageMemory(ABC):
             learn: A step on the memory.
             view: Makes a view of the images in the memory, for ``learn``, of these and of the number of images seen;
                 ``None``: it gets none.
+            in_parts: Whether images after a step within the batch are predicted after it; else all before.
 
         Returns:
-            Logits (B, K), before all steps.
+            Logits (B, K).
         """
-        logits, facts = method.replayed("prediction", lambda images: self._look(method, images), x)
-        seen, good = (int(fact) for fact in facts.tolist())
-        if not good:
-            method.count("skipped_steps", 1)
-            return torch.as_tensor(logits)
-        self._make_room(method, x, logits.shape[1], seen)
-        method.count("skipped_steps", 0)
-        going = torch.ones((), dtype=torch.bool, device=x.device)
+        seen = int(method.value(SEEN))
+        ends = [*range(every - seen % every, len(x), every), len(x)]
+        going, logits, start = torch.ones((), dtype=torch.bool, device=x.device), [], 0
+
+        def predict(images: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
+            return self._predict(method, images, going)
 
         def take_in(images: Tensor, predicted: Tensor) -> tuple[Tensor, ...]:
             return tuple(self.with_images(method, images, predicted))
@@ -182,27 +183,33 @@ class ImageMemory(ABC):
             going = going & learn(held.pixels, held.occupied & going, held.ages, *views)
             return keep(going, *held)
 
-        start = 0
-        while start < len(x):
-            stop = min(len(x), start + every - (seen + start) % every)
-            held = method.replayed("take in", take_in, x[start:stop], logits[start:stop])
-            if (seen + stop) % every:
-                going = method.replayed("keep", keep, going, *held)
-            else:
-                views = () if view is None else (view(held[0], seen + stop),)
-                going = method.replayed("learn", learn_and_keep, going, *held, *views)
-            start = stop
-        return torch.as_tensor(logits)
+        for end in ends:
+            images = x[start:end]
+            if in_parts or not start:
+                found, going = method.replayed("prediction", predict, images if in_parts else x, going)
+                self._make_room(method, x, found.shape[1], seen)
+                logits.append(found)
+            if not method.known(~going):
+                held = method.replayed("take in", take_in, images, found if in_parts else found[start:end])
+                if (seen + end) % every:
+                    going = method.replayed("keep", keep, going, *held)
+                else:
+                    views = () if view is None else (view(held[0], seen + end),)
+                    going = method.replayed("learn", learn_and_keep, going, *held, *views)
+            start = end
+        return torch.cat(logits)
 
     @torch.no_grad()
-    def _look(self, method: TTAMethod, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, method: TTAMethod, x: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
         logits = method.infer(x)
         if logits.ndim != 2:
             raise UnsupportedModelError(
                 f"'{method.name}' keeps images by their predicted class, and this net gives logits "
                 f"{tuple(logits.shape)}, several predictions an image. Use 'tent' or 'norm' for such a net."
             )
-        return logits, torch.stack([method.value(SEEN), torch.isfinite(logits).all().long()])
+        finite = torch.isfinite(logits).all()
+        method.count("skipped_steps", going & ~finite)
+        return logits, going & finite
 
     def _make_room(self, method: TTAMethod, x: Tensor, classes: int, seen: int) -> None:
         before = method.value(PIXELS)
@@ -319,7 +326,7 @@ class ReservoirMemory(ImageMemory):
     def place(self, held: Held, label: Tensor, score: Tensor, draws: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """At random, and the later the less likely."""
         rank, number, among_most = _at_random(held, label, draws[1:])
-        return rank, ~among_most | (draws[0] <= number / held.counts[label])
+        return rank, ~among_most | (draws[0] <= number / held.counts.gather(0, label[None])[0])
 
 
 def _at_random(held: Held, label: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
