@@ -25,6 +25,18 @@ def random_orders(key: Tensor, number: int, length: int) -> Tensor:
     return random_integers(key, number, length).argsort(1)
 
 
+def random_rows(seed: int, counters: Tensor, length: int) -> Tensor:
+    """Uniform 64-bit integers, int64, (N, length): for each of the counters (N,) what its own key would give.
+
+    Args:
+        seed: Of all keys.
+        counters: int64; each row depends on its own alone, whatever others it comes with.
+        length: Of a row.
+    """
+    base = _mix(_mix(torch.full_like(counters, seed)) + counters)
+    return _mix(base[:, None] + torch.arange(length, device=counters.device))
+
+
 def random_words(key: Tensor, number: int, *, start: int = 0, device: torch.device | None = None) -> Tensor:
     """Uniform 32-bit integers, int32, (number,): the halves of :func:`random_integers`, so at half the price.
 

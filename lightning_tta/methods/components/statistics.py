@@ -225,19 +225,27 @@ class Instance(StreamStatistics):
     def rule(self, method: State, name: str, x: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         """Statistics of each image; to note, the average over the stream."""
         new = torch.lerp(old, torch.stack(batch_moments(x)).to(old), self.momentum) if self.momentum else old
-        pixels = x.shape[2:].numel()
-        if pixels == 1:
-            return old, new
-        mean, var = instance_moments(x, unbiased=True)
-        of_mean = self.k * ((old[1] + self.eps[name]) / pixels).sqrt()
-        of_var = self.k * math.sqrt(2 / (pixels - 1)) * (old[1] + self.eps[name])
-        mean = old[0] + _shrink(mean.to(old) - old[0], of_mean)
-        var = (old[1] + _shrink(var.to(old) - old[1], of_var)).clamp(min=0)
-        return torch.stack([mean, var]), new
+        return instance_aware(x, old, self.eps[name], self.k), new
 
     def statistics(self, method: State, model: nn.Module) -> Statistics | None:
         """None are the same for all images."""
         return None
+
+
+def instance_aware(x: Tensor, rows: Tensor, eps: float, k: float) -> Tensor:
+    """Mean and variance (2, B, C) of each image of x (B, C, ...), as :class:`Instance` has them around ``rows`` (2, C).
+
+    With gradient by both. Of one value per channel and image, ``rows``.
+    """
+    pixels = x.shape[2:].numel()
+    if pixels == 1:
+        return rows
+    mean, var = instance_moments(x, unbiased=True)
+    of_mean = k * ((rows[1] + eps) / pixels).sqrt()
+    of_var = k * math.sqrt(2 / (pixels - 1)) * (rows[1] + eps)
+    mean = rows[0] + _shrink(mean.to(rows) - rows[0], of_mean)
+    var = (rows[1] + _shrink(var.to(rows) - rows[1], of_var)).clamp(min=0)
+    return torch.stack([mean, var])
 
 
 def _shrink(x: Tensor, bound: Tensor) -> Tensor:

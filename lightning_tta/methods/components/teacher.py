@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ def _portions(tensors: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tenso
 
 
 class TeacherMethod(GradientMethod):
-    """What the methods share whose student, all of the net, follows a :class:`Teacher` that follows the student.
+    """What the methods share whose student follows a :class:`Teacher` that follows the student.
 
     Declares both. The source values for :meth:`reset` are the anchor, which such methods also ask: one copy serves
     student, teacher and anchor. All random draws come from ``seed`` and the number of steps taken, which is state.
@@ -131,8 +131,12 @@ class TeacherMethod(GradientMethod):
         ema_decay: Share of the teacher that stays, in [0, 1].
         seed: Of all draws.
         **options: See :class:`~lightning_tta.methods.base.gradient.GradientMethod`.
+
+    Attributes:
+        selected: Which parameters of the net learn, and have a teacher: as ``select`` takes it.
     """
 
+    selected: ClassVar[str] = "all"
     uses_batch_statistics = True
 
     def __init__(self, model: nn.Module, *, ema_decay: float, seed: int = 0, **options: Any) -> None:
@@ -140,7 +144,7 @@ class TeacherMethod(GradientMethod):
         check_range("ema_decay", ema_decay, 0, 1)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
         self.ema_decay, self.seed = ema_decay, seed
-        learned = self.learn(self.select("all"))
+        learned = self.learn(self.select(self.selected))
         self.teacher = Teacher(self.student())
         for name, slot in self.teacher.slots.items():
             source = self.source_value(f"model.{name}")
