@@ -56,6 +56,19 @@ VARIANTS = {
         {"lr": 1e-2, "ema_decay": 0.7, "anchor_threshold": 1.0, "views": 2, "chunk_views": 4, "restore": 0.0},
         {"lr": 0.1, "optimizer": "sgd", "ema_decay": 0.7, "anchor_threshold": 1.0, "views": 3, "restore": 0.2},
     ],
+    "petal": [
+        {
+            "lr": 0.1,
+            "optimizer": "sgd",
+            "ema_decay": 0.7,
+            "anchor_threshold": 1.0,
+            "views": 2,
+            "restore": 0.2,
+            "prior_weight": 1e-4,
+            "start": "source",
+            "swag_epochs": 2,
+        },
+    ],
     "rmt": [{"lr": 1e-2, "ema_decay": 0.7, "projector": 6, "replay_images": 12}],
     "pea": [
         {"momentum": 0.3},

@@ -146,8 +146,12 @@ class CoTTA(TeacherMethod):
 
     def _step_towards(self, target: Tensor, x: Tensor) -> Tensor:
         losses = soft_cross_entropy(target, self.logits(x), 0.5 if self.symmetric else 0.0)
-        self.follow(self.descend(losses))
+        self.follow(self.descend(losses, extra=self.prior()))
         return target
+
+    def prior(self) -> Tensor | float:
+        """A term of the loss that does not depend on the batch."""
+        return 0.0
 
     def finish(self, where: Tensor | None) -> None:
         """Some weights of the student go back to the source."""
