@@ -59,6 +59,20 @@ VARIANTS = {
     "rotta": [{"lr": 1e-2, "ema_decay": 0.5, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
     "sotta": [{"lr": 1e-2, "threshold": 0.3, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
     "note": [{"lr": 1e-2, "k": 1.0, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
+    "petal": [
+        {
+            "lr": 0.1,
+            "optimizer": "sgd",
+            "ema_decay": 0.7,
+            "anchor_threshold": 1.0,
+            "views": 2,
+            "restore": 0.2,
+            "prior_weight": 1e-4,
+            "start": "source",
+            "swag_epochs": 2,
+        },
+    ],
+    "rmt": [{"lr": 1e-2, "ema_decay": 0.7, "projector": 6, "replay_images": 12}],
     "pea": [
         {"momentum": 0.3},
         {"views": 1, "group_size": 4, "tokens": "all", "drift_threshold": 0.5, "entropy_threshold": 0.0},
@@ -93,7 +107,8 @@ def build(name, options, kind, *, seed=0, prepare=True, net=None, in_place=True,
     net = make_net(kind, seed=seed) if net is None else net
     method = adapt(net, name, in_place=in_place, **{**options, **more})
     if prepare and method.needs_source:
-        label = torch.arange(8) % 5
+        classes = [5, *(module.out_features for module in net.modules() if isinstance(module, torch.nn.Linear))][-1]
+        label = torch.arange(8) % min(5, classes)
         method.prepare([{"image": make_images(8, seed=50 + i), "label": label} for i in range(2)])
     return method
 

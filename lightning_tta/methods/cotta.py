@@ -109,10 +109,9 @@ class CoTTA(TeacherMethod):
                 return self._mean_over_views(x, steps_taken)
         return self.infer_plain(x)
 
-    @torch.no_grad()
     def infer_plain(self, x: Tensor) -> Tensor:
         """The teacher's prediction."""
-        return self.logits(x, self.teacher.weights(), accounted=True)
+        return self.teach(x, accounted=True)
 
     def export(self) -> nn.Module:
         """As of every method: the teacher. Warns that it has no views."""
@@ -147,13 +146,16 @@ class CoTTA(TeacherMethod):
 
     def _step_towards(self, target: Tensor, x: Tensor) -> Tensor:
         losses = soft_cross_entropy(target, self.logits(x), 0.5 if self.symmetric else 0.0)
-        taken = self.descend(losses)
-        if not self.known(~taken):
-            where = None if self.known(taken) else taken
-            self.update_teacher(where)
-            restore_some(self.student(), self.source(), self.restore, self.draw_key(), where)
-            self.write("steps_taken", self.value("steps_taken") + 1, where)
+        self.follow(self.descend(losses, extra=self.prior()))
         return target
+
+    def prior(self) -> Tensor | float:
+        """A term of the loss that does not depend on the batch."""
+        return 0.0
+
+    def finish(self, where: Tensor | None) -> None:
+        """Some weights of the student go back to the source."""
+        restore_some(self.student(), self.source(), self.restore, self.draw_key(), where)
 
     @torch.no_grad()
     def _mean_over_views(self, x: Tensor, steps_taken: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import check_range
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.fisher import fisher_information
+from lightning_tta.methods.components.pull import PullMethod
 from lightning_tta.methods.eta import ETA
 
 
-class EATA(ETA):
+class EATA(PullMethod, ETA):
     """Minimises the weighted entropy of reliable, non-redundant samples plus a Fisher penalty.
 
     :class:`~lightning_tta.methods.eta.ETA`, whose filters, weights, state and passes these are, with ::
@@ -54,7 +55,6 @@ class EATA(ETA):
         self.fisher_alpha = fisher_alpha
         self.needs_source = fisher_alpha > 0
         self.prepared = not self.needs_source
-        self._weighted: Sequence[Tensor] | None = None  # F (theta - theta0), from the loss to its gradient
         if self.needs_source:
             for number, parameter in enumerate(self.learned):
                 self.register_buffer(f"fisher_{number}", torch.zeros_like(parameter, requires_grad=False))
@@ -69,36 +69,17 @@ class EATA(ETA):
             DataError: If there is no image, or a gradient is not finite.
         """
         if self.fisher_alpha > 0:
-            self._weighted = None
+            self.let_go()
             fisher = fisher_information(self, source_batches)
             with outside_inference_mode(), torch.no_grad():
                 for number, value in enumerate(fisher):
                     self.get_buffer(f"fisher_{number}").copy_(value)
         super().prepare(source_batches)
 
-    @torch.no_grad()
     def penalty(self) -> Tensor | float:
-        """How far the net has moved from the source, weighted by F; without graph, :meth:`differentiate` adds its own.
-
-        So the gradients of all parameters together take a few kernels, not some for each.
-        """
+        """How far the net has moved from the source, weighted by F; its gradient comes by itself."""
         if not self.fisher_alpha:
             return 0.0
-        now, names = [tensor.detach() for tensor in self.learned], list(self.adaptable)
-        moved = torch._foreach_sub(now, [self.source_value(name) for name in names])
+        names = list(self.adaptable)
         fisher = [self.get_buffer(f"fisher_{number}") for number in range(len(names))]
-        self._weighted = torch._foreach_mul(fisher, moved)
-        squares = torch._foreach_mul(self._weighted, moved)
-        return self.fisher_alpha * torch.cat([square.flatten() for square in squares]).sum()
-
-    def differentiate(self, loss: Tensor, tensors: Sequence[Tensor] | None = None) -> tuple[Tensor | None, ...]:
-        """With the gradient of the penalty: 2 ``fisher_alpha`` F (theta - theta0)."""
-        values = super().differentiate(loss, tensors)
-        weighted, self._weighted = self._weighted, None
-        if weighted is None:  # the Fisher information itself
-            return values
-        reached = [number for number, value in enumerate(values) if value is not None]
-        gradients = [value for value in values if value is not None]
-        pulls = torch._foreach_mul([weighted[number] for number in reached], 2 * self.fisher_alpha)
-        sums = iter(torch._foreach_add(gradients, pulls))
-        return tuple(None if value is None else next(sums) for value in values)
+        return self.pull([self.source_value(name) for name in names], fisher, self.fisher_alpha)

@@ -22,6 +22,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "view_averaging": {"views": 2, "augment": "crop_flip"},
     "zero": {"views": 4},
     "cotta": {"views": 2, "anchor_threshold": 1.0, "ema_decay": 0.9},
+    "petal": {"views": 2, "anchor_threshold": 1.0, "swag_epochs": 2},
+    "rmt": {"lr": 1e-2, "projector": 8},
     "meta_ttt": {"threshold": 0.4, "episodic": False},
     "t3a": {"filter_k": 3},
 }

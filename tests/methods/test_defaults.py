@@ -27,6 +27,7 @@ ROID = {
     "detach_target": False,
     "prior_correction": "probabilities",
 }
+RMT = {"target_weight": 1.0, "contrast_weight": 1.0, "temperature": 0.1, "projector": 128}
 PUBLISHED = {
     "norm": {"source_weight": 0.0, "momentum": None},
     "tent": ADAM,
@@ -41,6 +42,8 @@ PUBLISHED = {
     "neo": {"center": "raw", "momentum": None, "balanced": False},
     "output_shift": {"gamma": 1.0, "momentum": 0.1},
     "cotta": {**ADAM, **COTTA, "anchor_threshold": 0.92, "restore": 0.01, "symmetric": False},
+    "petal": {**ADAM, **COTTA, "anchor_threshold": 0.92, "restore": 0.03, "prior_weight": 1e-9, "symmetric": False},
+    "rmt": {**ADAM, **RMT, "ema_decay": 0.999, "replay_weight": 1.0},
     "zerosiam": {"alpha": 1.0, "momentum": 0.9, "lr_batch_size": 64, "predictor": "learned"},
     "memo": {"optimizer": "sgd", "lr": 5e-3, "weight_decay": 0.0, "kl_weight": 0.0, "views": 32, "bn_prior": None},
     "single_image_bn": {"prior": 16},
@@ -58,6 +61,8 @@ PUBLISHED_IMAGENET = {
     "sar": {**SGD, **SAR, "lr": 2.5e-4},
     "deyo": {**SGD, **DEYO, "lr": 2.5e-4},
     "t3a": {"filter_k": 20},
+    "petal": {**SGD, **COTTA, "lr": 1e-2, "anchor_threshold": 0.1, "restore": 0.003, "prior_weight": 1e-11},
+    "rmt": {**SGD, **RMT, "lr": 1e-2, "ema_decay": 0.999, "replay_weight": 1.0},
     "cotta": {**SGD, **COTTA, "lr": 1e-2, "anchor_threshold": 0.1, "restore": 0.001, "symmetric": True},
     "conjugate_pl": {**SGD, **CONJUGATE, "poly_epsilon": 8.0},
     "delta": {**SGD, **DELTA, "lr": 2.5e-4},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,3 +55,18 @@ def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Te
             "Give batches {'image': (B, C, H, W) in [0, 1]} of the training set, or use method 'eta', which needs none."
         )
     return list(torch._foreach_div(sums, count))
+
+
+def quantile_bound(values: Sequence[Tensor], share: float) -> Tensor:
+    """The entry, of all tensors together, that this share of them lies below; 0-dimensional, by a selection, no sort.
+
+    With N entries, sorted from 0, it is the one at ``share * (N - 1)``, rounded up: those below it are those below the
+    interpolated quantile, those above it those above.
+
+    Args:
+        values: Of one dtype, N >= 1 entries in all.
+        share: In [0, 1].
+    """
+    entries = torch.cat([value.flatten() for value in values])
+    place = math.ceil(share * (entries.numel() - 1))
+    return entries.kthvalue(place + 1).values

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_tta.backbones.split import recorded_calls
 from lightning_tta.draws import random_words
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.gradient import GradientMethod
+from lightning_tta.views.jitter import jitter
 
 DRAWS = 1_000_003
 """Draws that a step may make, each with a key of its own."""
@@ -45,13 +47,20 @@ class Teacher(nn.Module):
         return {name: getattr(self, slot) for name, slot in self._slots.items()}
 
     @torch.no_grad()
-    def update(self, parameters: Mapping[str, Tensor], decay: float, where: Tensor | None = None) -> None:
+    def update(
+        self,
+        parameters: Mapping[str, Tensor],
+        decay: float,
+        where: Tensor | None = None,
+        moving: Sequence[Tensor] | None = None,
+    ) -> None:
         """``teacher = decay * teacher + (1 - decay) * student``; exactly nothing where both are equal.
 
         Args:
             parameters: The student's, by name.
             decay: In [0, 1].
             where: 0-dimensional, bool: whether to move at all; ``None``: yes.
+            moving: Which entries of each weight move, in the order of the names; ``None``: all.
         """
         weights = self.weights()
         averages, students = list(weights.values()), [parameters[name].detach() for name in weights]
@@ -59,11 +68,13 @@ class Teacher(nn.Module):
             wide = [torch.empty_like(average) for average in averages]
             torch._foreach_copy_(wide, students)
             students = wide
-        if where is None:
+        if where is None and moving is None:
             torch._foreach_lerp_(averages, students, 1 - decay)
             return
         steps = torch._foreach_sub(students, averages)  # there is no lerp by a tensor for all of them at once
-        torch._foreach_mul_(steps, (1 - decay) * where.to(averages[0].dtype))
+        torch._foreach_mul_(steps, 1 - decay if where is None else (1 - decay) * where.to(averages[0].dtype))
+        if moving is not None:
+            torch._foreach_mul_(steps, [mask.to(step.dtype) for mask, step in zip(moving, steps, strict=True)])
         torch._foreach_add_(averages, steps)
 
 
@@ -163,9 +174,40 @@ class TeacherMethod(GradientMethod):
         """The teacher's, which predicts."""
         return self.teacher.weights()
 
+    @torch.no_grad()
+    def teach(self, x: Tensor, accounted: bool | None = None) -> Tensor:
+        """The teacher's logits; arguments as of :meth:`logits`."""
+        return self.logits(x, self.teacher.weights(), accounted=accounted)
+
+    @torch.no_grad()
+    def teach_features(self, x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+        """The teacher's features (B, D), the input of the last linear layer, and its logits; ``groups`` of batches.
+
+        Raises:
+            UnsupportedModelError: If the net does not end in a linear layer.
+        """
+        with recorded_calls({self.split.name: self.split.head}) as calls:
+            logits = self.logits(x, self.teacher.weights(), groups)
+        return self.split.check(calls, logits), logits
+
+    def view(self, x: Tensor, number: int = 1) -> Tensor:
+        """A random view of the images for the coming step, of number ``number``, at least 1; asks the device."""
+        return jitter(x, self.host_key(int(self.value("steps_taken")), number))
+
     def update_teacher(self, where: Tensor | None = None) -> None:
         """Move the teacher towards the student, if ``where``, 0-dimensional and bool, is true, or ``None``."""
         self.teacher.update(self.student(), self.ema_decay, where)
+
+    def follow(self, taken: Tensor) -> None:
+        """After a step, or none: the teacher moves, and the step is counted."""
+        if not self.known(~taken):
+            where = None if self.known(taken) else taken
+            self.update_teacher(where)
+            self.finish(where)
+            self.write("steps_taken", self.value("steps_taken") + 1, where)
+
+    def finish(self, where: Tensor | None) -> None:
+        """What a method does once student and teacher have moved, if ``where``, as of :meth:`update_teacher`."""
 
     def draw_key(self) -> Tensor:
         """The key of draw 0 of the coming step, (2,), on the device of the state."""
