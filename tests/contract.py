@@ -49,6 +49,7 @@ VARIANTS = {
     ],
     "lame": [{}, {"affinity": "rbf", "neighbours": 3}, {"affinity": "linear"}],
     "t3a": [{"filter_k": 2}, {"filter_k": None}],
+    "adanpc": [{"k": 5, "temperature": 0.02, "threshold": 0.4, "stream_per_class": 2}],
     "neo": [{}, {"momentum": 0.3}, {"center": "source"}, {"balanced": True}, {"center": "source", "balanced": True}],
     "output_shift": [{"momentum": 0.3}],
     "foa": [{"population": 6}, {"prompts": 2, "covariance": "diagonal", "chunk": 4}],
@@ -86,7 +87,8 @@ def build(name, options, kind, *, seed=0, prepare=True, net=None, in_place=True,
     net = make_net(kind, seed=seed) if net is None else net
     method = adapt(net, name, in_place=in_place, **{**options, **more})
     if prepare and method.needs_source:
-        label = torch.arange(8) % 5
+        classes = [module.out_features for module in net.modules() if isinstance(module, torch.nn.Linear)][-1]
+        label = torch.arange(8) % min(5, classes)
         method.prepare([{"image": make_images(8, seed=50 + i), "label": label} for i in range(2)])
     return method
 

@@ -37,6 +37,7 @@ PASSES = {
     "meta_ttt": (3, 2),
     "lame": (1, 0),
     "t3a": (1, 0),
+    "adanpc": (1, 0),
     "neo": (1, 0),
     "output_shift": (1, 0),
     "pea": (2, 0),

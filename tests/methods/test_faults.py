@@ -26,6 +26,7 @@ WITHOUT_NORM = {
     "source",
     "lame",
     "t3a",
+    "adanpc",
     "neo",
     "output_shift",
     "memo",

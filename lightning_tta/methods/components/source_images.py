@@ -19,9 +19,10 @@ from lightning_tta.methods.base.task import explained, float_dtype
 def see_source_images(
     method: TTAMethod,
     batches: Iterable[Mapping[str, Tensor]],
-    see: Callable[[Tensor], Any],
+    see: Callable[..., Any],
     *,
     most: int | None = None,
+    classes: int | None = None,
     running: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> None:
     """Show the usable images of source batches to a function, one batch after another; without gradients.
@@ -30,13 +31,14 @@ def see_source_images(
 
     Args:
         method: Of it the net, its device and its dtype are taken.
-        batches: Dicts with ``image`` (B, C, H, W) in [0, 1]; labels are not used.
-        see: Gets images (B, C, H, W), finite, where the net is and of its dtype.
+        batches: Dicts with ``image`` (B, C, H, W) in [0, 1], and ``label`` (B,) where ``classes`` is given.
+        see: Gets images (B, C, H, W), finite, where the net is and of its dtype; and their labels (B,), int64, there.
         most: After so many images no batch more is asked for; ``None``: all.
+        classes: Labels are needed, and must be integers below this; ``None``: labels are not used.
         running: How the net runs meanwhile; ``None``: as the method runs it.
 
     Raises:
-        DataError: If a batch is no such dict.
+        DataError: If a batch is no such dict, or has no such labels.
         InputError: If images are none, or the net refuses them.
     """
     device = next((p.device for p in method.model.parameters()), torch.device("cpu"))
@@ -48,11 +50,31 @@ def see_source_images(
                 raise DataError(f"Source batches must be dicts with 'image' (B, C, H, W) in [0, 1]; got {kind}.")
             images = batch["image"].to(device)
             usable = method.task.usable(images)
-            images = images if bool(usable.all()) else images[usable.to(device)]
-            images = images if most is None else images[: most - number]
+            rows = () if classes is None else (_labels(method, batch, len(images), classes).to(device),)
+            columns = [images, *rows] if bool(usable.all()) else [each[usable.to(device)] for each in (images, *rows)]
+            images, *labels = columns if most is None else [each[: most - number] for each in columns]
             number += len(images)
             if len(images):
                 with explained(method.model, images, has_run=method.has_run):
-                    see(images.to(float_dtype(method.model)))
+                    see(images.to(float_dtype(method.model)), *labels)
             if number == most:
                 return
+
+
+def _labels(method: TTAMethod, batch: Mapping[str, Any], number: int, classes: int) -> Tensor:
+    """The labels (B,) of a batch, int64; refuses what is none."""
+    labels = batch.get("label")
+    wanted = (
+        f"'{method.name}' needs labelled source images: batches of dicts with 'image' (B, C, H, W) and 'label' (B,), "
+        f"integers from 0 to {classes - 1}, the net's classes"
+    )
+    if not isinstance(labels, Tensor):
+        raise DataError(
+            f"{wanted}; got keys {sorted(map(str, batch))}. Give the labels, or use a method that needs none ('t3a')."
+        )
+    if labels.shape != (number,) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise DataError(f"{wanted}; got labels of shape {tuple(labels.shape)} and {labels.dtype} for {number} images.")
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= classes:
+        raise DataError(f"{wanted}; got labels from {low} to {high}. Give images of the classes that the net knows.")
+    return labels.long()
