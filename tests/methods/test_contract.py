@@ -33,6 +33,8 @@ PASSES = {
     "norm": (1, 0),
     "tent": (1, 1),
     "come": (1, 1),
+    "rpl": (1, 1),
+    "shot": (1, 1),
     "zerosiam": (1, 1),
     "meta_ttt": (3, 2),
     "lame": (1, 0),

@@ -31,6 +31,7 @@ WITHOUT_NORM = {
     "output_shift",
     "memo",
     "cotta",
+    "shot",
     "zero",
     "view_averaging",
 }  # need no norm layers
