@@ -74,6 +74,7 @@ VARIANTS = {
     "ostta": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "alpha": 0.0, "steps": 2, "entropy": "come"}],
     "rpl": [{"lr": 1e-2}],
     "shot": [{"lr": 0.05}],
+    "cafa": [{"lr": 1e-2}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},
@@ -89,7 +90,7 @@ def build(name, options, kind, *, seed=0, prepare=True, net=None, in_place=True,
     net = make_net(kind, seed=seed) if net is None else net
     method = adapt(net, name, in_place=in_place, **{**options, **more})
     if prepare and method.needs_source:
-        classes = [module.out_features for module in net.modules() if isinstance(module, torch.nn.Linear)][-1]
+        classes = [5, *(module.out_features for module in net.modules() if isinstance(module, torch.nn.Linear))][-1]
         label = torch.arange(8) % min(5, classes)
         method.prepare([{"image": make_images(8, seed=50 + i), "label": label} for i in range(2)])
     return method

@@ -121,6 +121,7 @@ class AdaNPC(TTAMethod):
         with outside_inference_mode():
             bank, counts = torch.zeros_like(self.source_features), torch.zeros_like(self.source_counts)
 
+        @torch.no_grad()
         def see(images: Tensor, labels: Tensor) -> None:
             features, labels = labelled_features(self, images, labels)
             for feature, label in zip(normalize(features, dim=1), labels.tolist(), strict=True):

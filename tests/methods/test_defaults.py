@@ -21,6 +21,7 @@ PUBLISHED = {
     "come": ADAM,
     "ostta": {**ADAM, "alpha": 0.5},
     "shot": {**SGD, "lr": 1e-3, "label_weight": 0.3, "diversity_weight": 1.0},
+    "cafa": {**ADAM, "covariance": "tied"},
     "rpl": {**ADAM, "q": 0.8, "params": "norm"},
     "eata": {**SGD, **EATA, "lr": 5e-3, "diversity_margin": 0.4, "fisher_alpha": 1.0},
     "eta": {**SGD, **EATA, "lr": 5e-3, "diversity_margin": 0.4},

@@ -9,6 +9,7 @@ from nets import kind_for, make_images
 
 NEEDING = {
     "adanpc": {},
+    "cafa": {},
     "eata": {},
     "neo": {"center": "source"},
     "output_shift": {},

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import DataError
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.method import TTAMethod
@@ -53,11 +54,13 @@ def class_moments(
         DataError: If there is no such image, or a batch has no labels.
     """
     classes, width = method.split.num_classes, method.split.num_features
-    counts = torch.zeros(classes, dtype=torch.float64)
-    sums = torch.zeros(classes, width, dtype=torch.float64)
     groups = {"none": 0, "tied": 1, "class": classes}[covariance]
-    squares = torch.zeros(groups, width, width, dtype=torch.float64)
+    with outside_inference_mode():
+        counts = torch.zeros(classes, dtype=torch.float64)
+        sums = torch.zeros(classes, width, dtype=torch.float64)
+        squares = torch.zeros(groups, width, width, dtype=torch.float64)
 
+    @torch.no_grad()
     def see(images: Tensor, labels: Tensor) -> None:
         features, labels = labelled_features(method, images, labels)
         features, labels = features.cpu().double(), labels.cpu()
