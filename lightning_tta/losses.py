@@ -27,6 +27,17 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
+def generalized_cross_entropy(logits: Tensor, labels: Tensor, q: float) -> Tensor:
+    """(1 - p_y^q) / q of the probability p_y of a label, per sample: the cross-entropy as q -> 0, 1 - p_y at q = 1.
+
+    Its gradient is that of the cross-entropy times p_y^q, so that labels which the net thinks unlikely, as wrong ones
+    are, count less. Shape: logits (..., K), labels (...), int64 -> (...). Source: Zhang and Sabuncu, NeurIPS 2018,
+    arXiv 1805.07836.
+    """
+    log_p = _log_probabilities(logits).gather(-1, labels[..., None])[..., 0]
+    return -torch.expm1(q * log_p) / q
+
+
 def come_entropy(logits: Tensor) -> Tensor:
     """Entropy of COME's opinion: K beliefs and one uncertainty, per sample.
 

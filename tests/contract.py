@@ -49,6 +49,7 @@ VARIANTS = {
     ],
     "lame": [{}, {"affinity": "rbf", "neighbours": 3}, {"affinity": "linear"}],
     "t3a": [{"filter_k": 2}, {"filter_k": None}],
+    "adanpc": [{"k": 5, "temperature": 0.02, "threshold": 0.4, "stream_per_class": 2}],
     "neo": [{}, {"momentum": 0.3}, {"center": "source"}, {"balanced": True}, {"center": "source", "balanced": True}],
     "output_shift": [{"momentum": 0.3}],
     "foa": [{"population": 6}, {"prompts": 2, "covariance": "diagonal", "chunk": 4}],
@@ -92,6 +93,9 @@ VARIANTS = {
     "delta": [{"lr": 1e-2, "entropy_margin": 0.95}],
     "roid": [{"lr": 1e-2}],
     "cmf": [{"lr": 1e-2, "process_noise": 20.0, "keep": 0.8}],
+    "rpl": [{"lr": 1e-2}],
+    "shot": [{"lr": 0.05}],
+    "cafa": [{"lr": 1e-2}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

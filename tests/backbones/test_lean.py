@@ -375,7 +375,7 @@ LEARN = [
     (name, o)
     for name in sorted(VARIANTS)
     for o in VARIANTS[name]
-    if name not in ("norm", "t3a", "lame", "neo", "output_shift", "pea", "foa", "zero")
+    if name not in ("norm", "t3a", "adanpc", "lame", "neo", "output_shift", "pea", "foa", "zero")
 ]
 
 

@@ -31,6 +31,10 @@ CASES = {
     "tent filter": ("tent", "bn", {"lr": 0.01, "source_filter": True, "lr_batch_size": 4}),
     "tent gn": ("tent", "gn", {"lr": 0.01, "weight_decay": 0.1}),
     "come": ("come", "bn", {"lr": 0.01}),
+    "shot": ("shot", "bn", {"lr": 0.05, "label_weight": 2.0}),
+    "shot confident": ("shot", "gn", {"lr": 0.05, "labels": "confident", "threshold": 0.5}),
+    "cafa": ("cafa", "bn", {"lr": 0.01}),
+    "rpl": ("rpl", "bn", {"lr": 0.01}),
     "zerosiam": ("zerosiam", "bn", {"lr": 0.02, "predictor_lr": 0.2}),
     "zerosiam ln": ("zerosiam", "ln", {"lr": 0.02, "predictor_lr": 0.2, "source_filter": True}),
     "eta": ("eta", "bn", ETA),
@@ -61,7 +65,8 @@ def run(name, dtype, rank=0, world=1):
     method, kind, options = CASES[name]
     method = adapt(make_net(kind).to(dtype), method, **options)
     if method.needs_source:
-        method.prepare([{"image": make_images(8, seed=900 + number, dtype=dtype)} for number in range(3)])
+        images = [make_images(8, seed=900 + number, dtype=dtype) for number in range(3)]
+        method.prepare([{"image": each, "label": torch.arange(8) % 5} for each in images])
     logits, stats = [], []
     for batch in stream(dtype):
         part = batch.tensor_split(world)[rank]

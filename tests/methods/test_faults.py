@@ -26,10 +26,12 @@ WITHOUT_NORM = {
     "source",
     "lame",
     "t3a",
+    "adanpc",
     "neo",
     "output_shift",
     "memo",
     "cotta",
+    "shot",
     "zero",
     "view_averaging",
 }  # need no norm layers

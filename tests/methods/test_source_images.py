@@ -8,6 +8,8 @@ from lightning_tta import DataError, InputError
 from nets import kind_for, make_images
 
 NEEDING = {
+    "adanpc": {},
+    "cafa": {},
     "eata": {},
     "neo": {"center": "source"},
     "output_shift": {},
@@ -22,6 +24,11 @@ def make(name):
     return build(name, NEEDING[name], kind_for(name, "bn"), prepare=False)
 
 
+def labelled(images):
+    """A batch in which an image has the same label wherever it stands."""
+    return {"image": images, "label": (images.flatten(1).nan_to_num(0).sum(1) * 1e4).long().abs() % 5}
+
+
 def tensors(method):
     return {name: t.clone() for name, t in {**dict(method.named_buffers()), **method.rest}.items()}
 
@@ -31,8 +38,8 @@ def test_images_that_are_not_finite_are_left_out(name):
     one, other = make(name), make(name)
     clean = [make_images(8, seed=seed) for seed in (1, 2)]
     bad = torch.cat([clean[0][:3], torch.full_like(clean[0][:1], torch.nan), clean[0][3:]])
-    one.prepare([{"image": bad}, {"image": torch.full_like(bad, torch.inf)}, {"image": clean[1]}])
-    other.prepare({"image": images} for images in clean)
+    one.prepare([labelled(bad), labelled(torch.full_like(bad, torch.inf)), labelled(clean[1])])
+    other.prepare(labelled(images) for images in clean)
     for key, value in tensors(other).items():
         assert torch.equal(tensors(one)[key].nan_to_num(9), value.nan_to_num(9)), key
 
@@ -48,9 +55,9 @@ def test_batches_that_are_none(name):
 def test_images_that_the_net_refuses(name):
     """The error says so, and the method goes on with others."""
     method, other = make(name), make(name)
-    good = [{"image": make_images(8, seed=seed)} for seed in (1, 2)]
+    good = [labelled(make_images(8, seed=seed)) for seed in (1, 2)]
     with pytest.raises(InputError, match="cannot take"):
-        method.prepare([*good, {"image": make_images(4)[:, :1]}])
+        method.prepare([*good, labelled(make_images(4)[:, :1])])
     method.prepare(good), other.prepare(good)
     assert torch.equal(method(make_images(4)), other(make_images(4)))
 
@@ -58,7 +65,7 @@ def test_images_that_the_net_refuses(name):
 @every_method
 def test_in_inference_mode(name):
     method, other = make(name), make(name)
-    good = [{"image": make_images(8, seed=seed)} for seed in (1, 2)]
+    good = [labelled(make_images(8, seed=seed)) for seed in (1, 2)]
     with torch.inference_mode():
         method.prepare(good)
     other.prepare(good)
