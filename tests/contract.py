@@ -71,6 +71,7 @@ VARIANTS = {
     ],
     "come": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "steps": 2, "source_filter": True}],
     "ostta": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "alpha": 0.0, "steps": 2, "entropy": "come"}],
+    "spa": [{"lr": 0.1, "predictor_lr": 0.1, "noise_ratio": 0.4, "cells": 3, "auxiliary": "eta"}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

@@ -30,6 +30,7 @@ PUBLISHED = {
     "output_shift": {"gamma": 1.0, "momentum": 0.1},
     "cotta": {**ADAM, **COTTA, "anchor_threshold": 0.92, "restore": 0.01, "symmetric": False},
     "zerosiam": {"alpha": 1.0, "momentum": 0.9, "lr_batch_size": 64, "predictor": "learned"},
+    "spa": {**SGD, "lr": 2.5e-3, "predictor_lr": 2.5e-2, "frequency_ratio": 0.1, "noise_ratio": 0.1, "window": 0.2},
     "memo": {"optimizer": "sgd", "lr": 5e-3, "weight_decay": 0.0, "kl_weight": 0.0, "views": 32, "bn_prior": None},
     "single_image_bn": {"prior": 16},
 }
@@ -42,6 +43,7 @@ PUBLISHED_IMAGENET = {
     "sar": {**SGD, **SAR, "lr": 2.5e-4},
     "deyo": {**SGD, **DEYO, "lr": 2.5e-4},
     "t3a": {"filter_k": 20},
+    "spa": {**SGD, "lr": 1e-2, "predictor_lr": 5e-2, "frequency_ratio": 0.2, "noise_ratio": 0.4, "cells": 14},
     "cotta": {**SGD, **COTTA, "lr": 1e-2, "anchor_threshold": 0.1, "restore": 0.001, "symmetric": True},
 }
 
