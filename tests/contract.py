@@ -96,6 +96,7 @@ VARIANTS = {
     "rpl": [{"lr": 1e-2}],
     "shot": [{"lr": 0.05}],
     "cafa": [{"lr": 1e-2}],
+    "spa": [{"lr": 0.1, "predictor_lr": 0.1, "noise_ratio": 0.4, "cells": 3, "auxiliary": "eta"}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

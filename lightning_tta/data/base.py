@@ -245,6 +245,11 @@ class ShiftedDataModule(LightningDataModule, ABC):
         """First 12 hexadecimal digits of the SHA-256 of :meth:`digest_content`, for the protocol."""
         return self._digest
 
+    @property
+    def resized_to(self) -> int | None:
+        """Shorter side in pixels that images have before the middle is cut out; ``None`` where that cannot be set."""
+        return None
+
     def natural_names(self) -> list[str]:
         """Names of the domains that are not made by a corruption."""
         return []

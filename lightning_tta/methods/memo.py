@@ -40,7 +40,7 @@ class MEMO(ViewMethod, GradientMethod):
         momentum: SGD's, or Adam's first beta; ``None``: 0 and 0.9. In one step from nothing it does not matter.
         weight_decay: Weight decay, >= 0.
         steps: Steps for each image, at least 1.
-        kl_weight: Weight of the consistency term, >= 0. CR-MEMO: 0.1 or 0.5.
+        kl_weight: Weight of the consistency term, >= 0. CR-MEMO: 0.5 in the notebook of its runs.
         kl_direction: ``view_to_mean``, KL(p_k || pbar), or ``mean_to_view``.
         kl_detach: Whether pbar counts as a constant in that term.
         views: Views of each image, at least 1. The authors: 32 (CIFAR, CR-MEMO), 64 (ImageNet).
@@ -67,7 +67,9 @@ class MEMO(ViewMethod, GradientMethod):
         UnsupportedModelError: If ``params="norm"`` and the net has no affine norm layer.
 
     Source: Zhang et al., arXiv 2110.09506 (MEMO), and the public code of CR-MEMO. Differs from them: Adam's state does
-    not leak; AugMix's operations are PIL's on 8-bit pixels, but positions are rounded to 1/256 of a pixel.
+    not leak; AugMix's operations are PIL's on 8-bit pixels, but positions are rounded to 1/256 of a pixel; what its
+    rotations, shears and shifts bring in from outside is black (in the authors' code the color (128, 0, 0)); crops are
+    of the image as it is given, which has been resized and cut (in CR-MEMO of the original one, before that).
     """
 
     about = About(

@@ -48,8 +48,8 @@ class SAR(EntropyMethod):
         UnsupportedModelError: If the net has no affine normalisation layer.
 
     Source: Niu et al., SAR, ICLR 2023, arXiv 2302.12400. Differs from the authors' code: a reset, its own too, clears
-    momentum and average (there the old average comes back); the threshold is an argument; no step on an empty
-    selection; the last blocks are found by depth, not by name.
+    momentum and average (there SGD's momentum is kept through a recovery, and the old average comes back); the
+    threshold is an argument; no step on an empty selection; the last blocks are found by depth, not by name.
     """
 
     about = About(

@@ -15,6 +15,7 @@ from lightning_tta.losses import symmetric_kl
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.entropy import EntropyMethod
 from lightning_tta.methods.components.objectives import EntropyName
+from lightning_tta.methods.components.predictor import make_predictor
 
 Predictor = Literal["learned", "identity", "random"]
 
@@ -124,21 +125,14 @@ class ZeroSiam(EntropyMethod):
         self.alpha = alpha
         self.split = HeadSplit(self.model, head)
         default_lr, default_predictor_lr = default_learning_rates(self.model)
-        self.predictor = self._build_predictor(predictor, predictor_seed)
+        matrix = torch.eye(self.split.num_features)
+        if predictor == "random":
+            matrix = nn.init.orthogonal_(matrix, generator=torch.Generator().manual_seed(predictor_seed))
+        self.predictor = make_predictor(self.split, matrix)
         self.learn(self.select("norm"), lr=default_lr if lr is None else lr)
         if predictor == "learned":
             predictor_lr = default_predictor_lr if predictor_lr is None else predictor_lr
             self.learn({"weight": self.predictor.weight}, "predictor.", optimizer="predictor", lr=predictor_lr)
-
-    def _build_predictor(self, kind: Predictor, seed: int) -> nn.Linear:
-        width, like = self.split.num_features, self.split.head.weight
-        predictor = nn.Linear(width, width, bias=False, device="meta").to_empty(device=like.device).to(like.dtype)
-        matrix = torch.eye(width)
-        if kind == "random":
-            matrix = nn.init.orthogonal_(matrix, generator=torch.Generator().manual_seed(seed))
-        with torch.no_grad():
-            predictor.weight.copy_(matrix)
-        return predictor.requires_grad_(False)
 
     def step(self, x: Tensor) -> Tensor:
         """One step of the asymmetric objective on the samples that the filters keep."""

@@ -328,7 +328,8 @@ class TestTimeAdaptation(LightningModule):
             images = images[~damaged.to(images.device)]
         first = int(domain[0])
         if run.last_domain is None:
-            batches.warn_of_size(images, self.preprocessing, self.net_info)
+            resized = None if run.data is None else run.data.resized_to
+            batches.warn_of_size(images, self.preprocessing, self.net_info, resized)
             if self.classes is None and self._logits:
                 check_labels(labels.label, self._logits)
             run.summary.started = True

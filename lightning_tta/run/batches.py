@@ -161,18 +161,36 @@ def labels_among(labels: Tensor, classes: Sequence[int] | None) -> Tensor:
     return positions
 
 
-def warn_of_size(images: Tensor, preprocessing: Mapping[str, Any], net: Mapping[str, Any]) -> None:
-    """Warn where images (B, C, H, W) are not of the size that published weights were trained on.
+def warn_of_size(
+    images: Tensor, preprocessing: Mapping[str, Any], net: Mapping[str, Any], resized: int | None = None
+) -> None:
+    """Warn where images (B, C, H, W) are not of the size that published weights were trained on, or cut from another.
 
     A net of another family that was trained here may have been trained on any size: then there is no warning.
+
+    Args:
+        images: A batch.
+        preprocessing: Of the net.
+        net: What is known of it.
+        resized: Shorter side of what the images are the middle of; ``None``: not known.
     """
     expected, size = preprocessing.get("input_size"), list(images.shape[1:])
     published = net.get("pretrained") or str(net["name"]).startswith("cifar/")
-    if expected is not None and list(expected) != size and published:
+    if expected is None or not published:
+        return
+    if list(expected) != size:
         warnings.warn(
             f"Images are {size} (C, H, W), the weights' own preprocessing has {list(expected)} (crop "
             f"{preprocessing.get('crop_pct')}, {preprocessing.get('interpolation')}): accuracy may suffer. Set the "
             "data's image_size unless this is meant.",
+            stacklevel=3,
+        )
+        return
+    wanted = round(min(size[1:]) / (preprocessing.get("crop_pct") or 1.0))
+    if resized is not None and abs(resized - wanted) > 1:  # some round down
+        warnings.warn(
+            f"Images are resized to {resized} pixels before the middle {size[1:]} is cut out, in the weights' own "
+            f"preprocessing to {wanted}: accuracy may suffer. Set the data's resize to {wanted} unless this is meant.",
             stacklevel=3,
         )
 

@@ -53,6 +53,14 @@ def test_labels_come_from_names(layout, request):
     assert len(label) == 2 * len(set(label.tolist())) == (10 if layout == "numbered" else 6)
 
 
+def test_what_images_are_resized_to(numbered, tmp_path):
+    assert ImageNetData({"v2": str(numbered)}, resize=40, image_size=32).resized_to == 40
+    save(tmp_path / "c" / "fog" / "5" / imagenet_synsets()[0], 0)
+    settings = {"corrupted": str(tmp_path / "c"), "function_set": "published", "severity": 5}
+    assert ImageNetData(domains=["fog"], **settings).resized_to is None  # these files are cut already
+    assert ImageNetData({"v2": str(numbered)}, domains=["fog", "v2"], **settings).resized_to == 256
+
+
 def test_label_spaces():
     synsets = imagenet_synsets()
     assert len(set(synsets)) == 1000

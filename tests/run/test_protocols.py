@@ -14,6 +14,7 @@ from lightning_tta import ConfigError, DataError, DigitsData, NotPreparedError, 
 from lightning_tta.cli.main import main
 from lightning_tta.cli.stream import list_stream
 from lightning_tta.methods import Source, Tent
+from lightning_tta.run.batches import warn_of_size
 from lightning_tta.run.pace import Pace
 from nets import make_net
 from runs import callbacks_of, directory_of
@@ -253,6 +254,20 @@ def test_a_size_that_the_weights_do_not_expect(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Images are")
         run(tmp_path / "own", Source, data=data, net=own)
+
+
+@pytest.mark.parametrize(("resized", "warns"), [(232, False), (233, False), (256, True), (224, True), (None, False)])
+def test_a_crop_that_the_weights_do_not_expect(resized, warns):
+    images, net = torch.zeros(1, 3, 224, 224), {"name": "torchvision/resnet50", "pretrained": True}
+    preprocessing = {"input_size": [3, 224, 224], "interpolation": "bilinear", "crop_pct": round(224 / 232, 4)}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warn_of_size(images, preprocessing, net, resized)
+        warn_of_size(images, preprocessing, {"name": "timm/resnet50"}, resized)  # weights of somebody's own
+    assert [str(each.message) for each in told] == warns * [
+        f"Images are resized to {resized} pixels before the middle [224, 224] is cut out, in the weights' own "
+        "preprocessing to 232: accuracy may suffer. Set the data's resize to 232 unless this is meant."
+    ]
 
 
 # Before it is run --------------------------------------------------------------------------------------------------

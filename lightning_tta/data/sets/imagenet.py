@@ -91,6 +91,11 @@ class ImageNetData(FileData):
             used[CLEAN] = self.source / "val"
         return used
 
+    @property
+    def resized_to(self) -> int | None:
+        """Shorter side of images before the middle is cut out; none where all are ImageNet-C's own."""
+        return self.resize if set(self.domain_names) - set(self.published_names) else None
+
     def prepare_data(self) -> None:
         """Download what is missing, if asked to, and check that all is there; once per machine."""
         for name, folder in self._folders_in_use().items():

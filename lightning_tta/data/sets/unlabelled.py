@@ -152,6 +152,11 @@ class ImageFolderData(FileData):
         interpolation = self.interpolation or (str(self._net["interpolation"]) if known else "bilinear")
         return sides[0], round(sides[0] / (self._net.get("crop_pct") or 1.0)), interpolation
 
+    @property
+    def resized_to(self) -> int | None:
+        """Shorter side of images before the middle is cut out."""
+        return self._preprocessing[1]
+
     def natural_domain(self, name: str) -> Images:
         """The images of a domain."""
         size, resize, interpolation = self._preprocessing
