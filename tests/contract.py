@@ -71,6 +71,12 @@ VARIANTS = {
     ],
     "come": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "steps": 2, "source_filter": True}],
     "ostta": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "alpha": 0.0, "steps": 2, "entropy": "come"}],
+    "vida": [
+        {
+            **{"lr": 0.1, "pair_lr": 0.2, "optimizer": "sgd", "symmetric": True, "restore": 0.2},
+            **{"ranks": [1, 3], "views": 2, "ema_decay": 0.7, "pair_decay": 0.5},
+        }
+    ],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

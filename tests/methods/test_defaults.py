@@ -15,6 +15,7 @@ EATA = {"entropy_margin": 0.4, "entropy": "softmax", "source_filter": False}
 SAR = {**EATA, "rho": 0.05, "reset_threshold": 0.2}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "plpd_threshold": 0.2, "patches": 4}
 COTTA = {"ema_decay": 0.999, "views": 32}
+VIDA = {"scaled": "both", "views": 10, "ema_decay": 0.999}
 PUBLISHED = {
     "norm": {"source_weight": 0.0, "momentum": None},
     "tent": ADAM,
@@ -29,6 +30,7 @@ PUBLISHED = {
     "neo": {"center": "raw", "momentum": None, "balanced": False},
     "output_shift": {"gamma": 1.0, "momentum": 0.1},
     "cotta": {**ADAM, **COTTA, "anchor_threshold": 0.92, "restore": 0.01, "symmetric": False},
+    "vida": {"optimizer": "adam", **VIDA, "lr": 1e-4, "pair_lr": 1e-5, "threshold": 0.05, "pair_decay": 0.999},
     "zerosiam": {"alpha": 1.0, "momentum": 0.9, "lr_batch_size": 64, "predictor": "learned"},
     "memo": {"optimizer": "sgd", "lr": 5e-3, "weight_decay": 0.0, "kl_weight": 0.0, "views": 32, "bn_prior": None},
     "single_image_bn": {"prior": 16},
@@ -42,6 +44,7 @@ PUBLISHED_IMAGENET = {
     "sar": {**SGD, **SAR, "lr": 2.5e-4},
     "deyo": {**SGD, **DEYO, "lr": 2.5e-4},
     "t3a": {"filter_k": 20},
+    "vida": {"optimizer": "sgd", **VIDA, "lr": 5e-7, "pair_lr": 2e-7, "threshold": 0.2, "pair_decay": 0.8},
     "cotta": {**SGD, **COTTA, "lr": 1e-2, "anchor_threshold": 0.1, "restore": 0.001, "symmetric": True},
 }
 

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
 
 from lightning_tta.errors import check_choice
 
 
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """A method in a few words; the tables of the documentation and the list of methods are made from these.
+
+    Written as plain text in the class's body, for it is also read from the file alone.
+
+    Attributes:
+        does: What it minimises or does, in one line.
+        learns: Which parameters: ``norm layers``, ``all``, ``none``.
+        passes: Forward / backward passes a batch with the default options.
+        needs: Of the net and of source data; ``-``: nothing.
+        holds: What it keeps beside the net and its optimizer; ``-``: nothing.
+        suits: Streams that it is made for.
+        formula: Where its formula is from. ``reconstruction``: neither code nor a whole formula was published.
+        paper: Venue, year and number.
+    """
+
+    does: str
+    learns: str
+    passes: str
+    needs: str
+    holds: str
+    suits: str
+    formula: Literal["code", "paper", "code and paper", "reconstruction"]
+    paper: str
+
+
 class Described:
     """Base of the methods' base.
 
     Attributes:
+        about: The method in a few words. A method of this package has its own.
         options: What the method was built with, defaults included, in primitives.
         parallel: Ways to run on several processes: ``replicas``, and ``synchronised`` where ``synchronized``.
         synchronized: Whether several processes can adapt as one: all that is taken over a batch goes through
@@ -23,6 +52,7 @@ class Described:
         no_plain_net: Why no plain net predicts as the method does, and what to do; empty where one can, see ``export``.
     """
 
+    about: ClassVar[About | None] = None
     parallel: ClassVar[frozenset[str]] = frozenset({"replicas"})
     synchronized: ClassVar[bool] = False
     fixed_options: ClassVar[frozenset[str]] = frozenset()

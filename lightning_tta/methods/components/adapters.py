@@ -24,7 +24,7 @@ from lightning_tta.backbones.norms import batch_norm_layers, norm_layers
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.quantized import FORWARD_ONLY, has_quantized
 from lightning_tta.backbones.split import Trial, execution_order, find_head, is_inside, try_pass
-from lightning_tta.errors import ConfigError, InputError, UnsupportedModelError, check_choice, check_range
+from lightning_tta.errors import ConfigError, InputError, UnsupportedModelError, check_choice, check_range, did_you_mean
 from lightning_tta.methods.base.selection import Choice, choice_of, set_choice
 from lightning_tta.methods.components.wanted import Wanted, read
 
@@ -103,7 +103,7 @@ def _add_low_rank(net: nn.Module, targets: str | None, kind: str, seed: int, **o
             f"{type(net).__name__} has no layer for the adapters '{kind}' with targets={targets!r}: a linear layer, a "
             f"convolution or torch's attention with a plain weight, and not the last linear layer. {_SOURCE}"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed)
     names = []
     for name, (module, leaf) in weights.items():
         added = LowRank(getattr(module, leaf).detach(), generator=generator, **options)
@@ -111,6 +111,11 @@ def _add_low_rank(net: nn.Module, targets: str | None, kind: str, seed: int, **o
         prefix = f"{name}.parametrizations.{leaf}.0".lstrip(".")
         names += [f"{prefix}.{each}" for each, _ in added.named_parameters()]
     return names
+
+
+def _generator(seed: int) -> torch.Generator:
+    check_range("seed", seed, 0, 2**63 - 1, integer=True)
+    return torch.Generator().manual_seed(seed)
 
 
 def add_lora(
@@ -242,7 +247,7 @@ def add_adaptformer(
     """
     check_range("bottleneck", bottleneck, 1, integer=True)
     check_range("scale", scale, 0, low_open=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed)
     names = []
     blocks = {name: width for name, width in mlp_blocks(net).items() if targets is None or re.fullmatch(targets, name)}
     if not blocks:
@@ -382,7 +387,7 @@ def add_buffer(
             f"{type(net).__name__} runs no two-dimensional convolution with targets={targets!r} that a buffer layer "
             f"could stand before. {_SOURCE}"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed)
     names = []
     for name in chosen:
         layer = modules[name]
@@ -521,8 +526,8 @@ def _check_pattern(net: nn.Module, word: str) -> None:
         fits = False
     if not fits:
         raise ConfigError(
-            f"Unknown select {word!r}: no parameter of {type(net).__name__} has a name that it matches as a whole. "
-            f"Available: {', '.join((*WORDS, *KINDS))}; or a pattern of names."
+            f"Unknown select {word!r}: no parameter of {type(net).__name__} has a name that it matches as a whole."
+            f"{did_you_mean(word, (*WORDS, *KINDS))} Available: {', '.join((*WORDS, *KINDS))}; or a pattern of names."
         )
 
 

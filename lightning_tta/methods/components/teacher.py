@@ -49,11 +49,11 @@ class Teacher(nn.Module):
         """``teacher = decay * teacher + (1 - decay) * student``; exactly nothing where both are equal.
 
         Args:
-            parameters: The student's, by name.
+            parameters: The student's, by name; of others the averages stay.
             decay: In [0, 1].
             where: 0-dimensional, bool: whether to move at all; ``None``: yes.
         """
-        weights = self.weights()
+        weights = {name: weight for name, weight in self.weights().items() if name in parameters}
         averages, students = list(weights.values()), [parameters[name].detach() for name in weights]
         if any(student.dtype != average.dtype for student, average in zip(students, averages, strict=True)):
             wide = [torch.empty_like(average) for average in averages]
@@ -140,12 +140,16 @@ class TeacherMethod(GradientMethod):
         check_range("ema_decay", ema_decay, 0, 1)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
         self.ema_decay, self.seed = ema_decay, seed
-        learned = self.learn(self.select("all"))
+        learned = self.learn_student()
         self.teacher = Teacher(self.student())
         for name, slot in self.teacher.slots.items():
             source = self.source_value(f"model.{name}")
             self.state(f"teacher.{slot}", self.teacher.get_buffer(slot), source=source)
         self.state("steps_taken", torch.zeros((), dtype=torch.int64, device=learned[0].device), source=0)
+
+    def learn_student(self) -> list[Tensor]:
+        """Declare what the student learns, and with which optimizers. For the constructor."""
+        return self.learn(self.select("all"))
 
     def student(self) -> dict[str, Tensor]:
         """The net's own weights, which learn."""
