@@ -97,6 +97,12 @@ VARIANTS = {
     "shot": [{"lr": 0.05}],
     "cafa": [{"lr": 1e-2}],
     "spa": [{"lr": 0.1, "predictor_lr": 0.1, "noise_ratio": 0.4, "cells": 3, "auxiliary": "eta"}],
+    "vida": [
+        {
+            **{"lr": 0.1, "pair_lr": 0.2, "optimizer": "sgd", "symmetric": True, "restore": 0.2},
+            **{"ranks": [1, 3], "views": 2, "ema_decay": 0.7, "pair_decay": 0.5},
+        }
+    ],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

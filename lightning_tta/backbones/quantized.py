@@ -25,7 +25,13 @@ def dequantized(tensor: Tensor) -> Tensor:
 
 def is_packed(module: nn.Module) -> bool:
     """Whether a module is a linear layer of ``torch.ao``, whose weight is packed: a function returns it."""
-    return hasattr(module, "in_features") and callable(getattr(module, "weight", None))
+    return hasattr(module, "in_features") and _returns_weight(module)
+
+
+def _returns_weight(module: nn.Module) -> bool:
+    """Whether ``weight`` is a function; no module either, as what torch keeps a parametrisation in has."""
+    weight = getattr(module, "weight", None)
+    return callable(weight) and not isinstance(weight, nn.Module)
 
 
 def has_quantized(model: nn.Module) -> bool:
@@ -33,7 +39,7 @@ def has_quantized(model: nn.Module) -> bool:
     for module in model.modules():
         if any(is_quantized(parameter) for parameter in module.parameters(recurse=False)):
             return True
-        if callable(getattr(module, "weight", None)) or _graph_is_quantized(module):
+        if _returns_weight(module) or _graph_is_quantized(module):
             return True
     return False
 

@@ -19,7 +19,7 @@ from lightning_tta import data, methods, modules
 from lightning_tta.errors import ConfigError, did_you_mean
 from lightning_tta.launch.help import class_options
 from lightning_tta.launch.trust import find_loaded
-from lightning_tta.methods.components.additions import ADDITIONS
+from lightning_tta.methods.components.additions import OPTIONS
 from lightning_tta.run.options import MOVED, PARTS, where_moved
 from lightning_tta.shipped import how_to_copy
 
@@ -166,7 +166,7 @@ def _elsewhere(owner: str, parser: argparse.ArgumentParser) -> dict[str, str]:
 
 def name_option(error: ConfigError, config: Namespace) -> ConfigError:
     """The error of a constructor, with the full name of the option in place of its argument's, where that is known."""
-    if re.match(whose := rf"(Unknown )?({'|'.join(ADDITIONS)})\b(?! must be )(=(?= ))?", str(error)):
+    if re.match(whose := rf"(Unknown )?({'|'.join(OPTIONS)})\b(?! must be )(=(?= ))?", str(error)):
         return type(error)(re.sub(whose, r"\1--model.\2", str(error), count=1))
     if not (argument := re.match(r"(\w+) must be ", str(error))):
         return error

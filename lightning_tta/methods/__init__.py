@@ -100,13 +100,14 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
 
     from lightning_tta.backbones.passes import outside_inference_mode
     from lightning_tta.methods.base.execution import split_options
-    from lightning_tta.methods.components.additions import ADDITIONS, add
+    from lightning_tta.methods.components.additions import ADDITIONS, OPTIONS, add, make_selecting
 
     kind = find(name)
     execution, options = split_options(options)
     own = inspect.signature(kind).parameters
     added = {option: options.pop(option) for option in ADDITIONS if option in options and option not in own}
-    allowed = [option for option in (*own, *ADDITIONS) if option != "model"]
+    select = options.pop("select", None)
+    allowed = [option for option in (*own, *OPTIONS) if option != "model"]
     unknown = [option for option in options if option not in allowed]
     if unknown:
         raise ConfigError(
@@ -116,7 +117,7 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     with outside_inference_mode():  # what is created under inference_mode could not be adapted
-        made = kind(model, **options)
+        made = make_selecting(functools.partial(kind, **options), model, select)
         add(made, **added)
     made.execution = execution
     return made
@@ -135,7 +136,8 @@ def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False,
         in_place: Adapt ``model`` itself, which saves the memory of a copy. It is in the method's hands then: one method
             at a time, and no weights may be loaded into it any more.
         **options: Arguments of the method's class, such as ``lr``; what every method takes beside them, ``statistics``,
-            ``prior``, ``refine``, ``window``, ``reservoir``: :mod:`~lightning_tta.methods.components.additions`; and
+            ``prior``, ``refine``, ``window``, ``reservoir``: :mod:`~lightning_tta.methods.components.additions`;
+            ``select``, what learns: :mod:`~lightning_tta.methods.components.adapters`; and
             how it computes, see :class:`~lightning_tta.methods.base.execution.Execution`: ``capture``, ``compile``,
             ``deterministic``, ``precision``, ``lean``.
 

@@ -24,7 +24,7 @@ from lightning_tta.errors import ConfigError, InputError, check_choice, check_ra
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.execution import Capture, Execution, Precision
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.components.additions import add
+from lightning_tta.methods.components.additions import add, make_selecting
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of, count_logits
 from lightning_tta.modules.loading import load_source, source_recipe
 from lightning_tta.run import batches
@@ -87,6 +87,9 @@ class TestTimeAdaptation(LightningModule):
             process. ``synchronised``: each has a part of every batch, of W times the batch size, and gradients and
             statistics are those of all; equals one process with that batch size, up to summation order. Only replicas
             save, resume and skip batches.
+        select: What learns, of a method that learns by gradients: ``norm``, ``all``, adapters (``lora``, or a dict of
+            ``kind`` and its options, ``{kind: lora, rank: 4}``), or a list of these, see
+            :mod:`lightning_tta.methods.components.adapters`; ``None``: what the method learns by itself.
         statistics: Those of the BatchNorm layers, such as ``ema`` or ``auto``, whatever the method: a word, or
             a dict of ``kind`` and its options, ``{kind: ema, momentum: 0.02}``, see
             :mod:`lightning_tta.methods.components.statistics`; ``None``: those of the method.
@@ -134,6 +137,7 @@ class TestTimeAdaptation(LightningModule):
         reset_every: int | None = None,
         predict: PredictPolicy = "method",
         processes: ProcessMode = "replicas",
+        select: str | dict[str, Any] | list[Any] | None = None,
         statistics: str | dict[str, Any] | None = None,
         window: int | None = None,
         reservoir: int | dict[str, Any] | None = None,
@@ -166,7 +170,7 @@ class TestTimeAdaptation(LightningModule):
         self._logits = len(self.classes) if self.classes is not None else count_logits(source)
         self.net_info = _describe(source)
         self.preprocessing = source.preprocessing if isinstance(source, Backbone) else {}
-        self.method = method(source)
+        self.method = make_selecting(method, source, select)
         if not isinstance(self.method, TTAMethod):
             raise ConfigError(f"method must make a TTAMethod; it made a {type(self.method).__name__}.")
         with outside_inference_mode():

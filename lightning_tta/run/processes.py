@@ -18,7 +18,7 @@ from lightning_tta.data.sharing import Sharing
 from lightning_tta.errors import ConfigError, DataError, LightningTTAError
 from lightning_tta.files import write_whole
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.components.additions import ADDITIONS
+from lightning_tta.methods.components.additions import OPTIONS
 
 ProcessMode = Literal["replicas", "synchronised"]
 T = TypeVar("T")
@@ -186,5 +186,5 @@ def _not_once(files: Sequence[Path], index: int, how: str) -> DataError:
 
 def _with_additions(method: TTAMethod) -> str:
     """What was put on the method, which may be why it cannot: `` with window=16``."""
-    words = [f"{name}={method.options[name]!r}" for name in ADDITIONS if name in method.options]
+    words = [f"{name}={method.options[name]!r}" for name in OPTIONS if name in method.options]
     return f" with {', '.join(words)}" if words else ""

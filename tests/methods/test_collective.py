@@ -30,6 +30,7 @@ CASES = {
     "tent user": ("tent", "user", {"lr": 0.05, "optimizer": "sgd", "steps": 2}),
     "tent filter": ("tent", "bn", {"lr": 0.01, "source_filter": True, "lr_batch_size": 4}),
     "tent gn": ("tent", "gn", {"lr": 0.01, "weight_decay": 0.1}),
+    "tent adapters": ("tent", "bn", {"lr": 0.01, "select": ["norm", {"kind": "lora", "rank": 2}]}),
     "come": ("come", "bn", {"lr": 0.01}),
     "shot": ("shot", "bn", {"lr": 0.05, "label_weight": 2.0}),
     "shot confident": ("shot", "gn", {"lr": 0.05, "labels": "confident", "threshold": 0.5}),

@@ -28,6 +28,7 @@ ROID = {
     "prior_correction": "probabilities",
 }
 RMT = {"target_weight": 1.0, "contrast_weight": 1.0, "temperature": 0.1, "projector": 128}
+VIDA = {"scaled": "both", "views": 10, "ema_decay": 0.999}
 PUBLISHED = {
     "norm": {"source_weight": 0.0, "momentum": None},
     "tent": ADAM,
@@ -48,6 +49,7 @@ PUBLISHED = {
     "cotta": {**ADAM, **COTTA, "anchor_threshold": 0.92, "restore": 0.01, "symmetric": False},
     "petal": {**ADAM, **COTTA, "anchor_threshold": 0.92, "restore": 0.03, "prior_weight": 1e-9, "symmetric": False},
     "rmt": {**ADAM, **RMT, "ema_decay": 0.999, "replay_weight": 1.0},
+    "vida": {"optimizer": "adam", **VIDA, "lr": 1e-4, "pair_lr": 1e-5, "threshold": 0.05, "pair_decay": 0.999},
     "zerosiam": {"alpha": 1.0, "momentum": 0.9, "lr_batch_size": 64, "predictor": "learned"},
     "spa": {**SGD, "lr": 2.5e-3, "predictor_lr": 2.5e-2, "frequency_ratio": 0.1, "noise_ratio": 0.1, "window": 0.2},
     "memo": {"optimizer": "sgd", "lr": 5e-3, "weight_decay": 0.0, "kl_weight": 0.0, "views": 32, "bn_prior": None},
@@ -70,6 +72,7 @@ PUBLISHED_IMAGENET = {
     "rmt": {**SGD, **RMT, "lr": 1e-2, "ema_decay": 0.999, "replay_weight": 1.0},
     "rpl": {**SGD, "lr": 5e-4, "q": 0.8, "params": "norm"},
     "spa": {**SGD, "lr": 1e-2, "predictor_lr": 5e-2, "frequency_ratio": 0.2, "noise_ratio": 0.4, "cells": 14},
+    "vida": {"optimizer": "sgd", **VIDA, "lr": 5e-7, "pair_lr": 2e-7, "threshold": 0.2, "pair_decay": 0.8},
     "cotta": {**SGD, **COTTA, "lr": 1e-2, "anchor_threshold": 0.1, "restore": 0.001, "symmetric": True},
     "conjugate_pl": {**SGD, **CONJUGATE, "poly_epsilon": 8.0},
     "delta": {**SGD, **DELTA, "lr": 2.5e-4},

@@ -205,3 +205,9 @@ def test_packed_values_are_in_the_digest():
         warnings.simplefilter("ignore")
         one, other = (state_digest(dynamic(net)) for net in nets)
     assert one != other
+
+
+def test_a_parametrised_layer_is_not_quantised():
+    net = make_net("gn")
+    torch.nn.utils.parametrizations.weight_norm(net.conv1)
+    assert not has_quantized(net)

@@ -46,7 +46,7 @@ from lightning_tta.methods.base.first_pass import FirstPass
 from lightning_tta.methods.base.host import host_has
 from lightning_tta.methods.base.memory import DomainMemory
 from lightning_tta.methods.base.plain import plain_net
-from lightning_tta.methods.base.selection import read_flags, select_parameters
+from lightning_tta.methods.base.selection import choice_of, read_flags, select_chosen, select_parameters
 from lightning_tta.methods.base.task import (
     Images,
     Task,
@@ -470,6 +470,8 @@ class TTAMethod(Described, Replayable, ABC):
     ) -> dict[str, nn.Parameter]:
         """Parameters of the net, by name: those that a method may :meth:`state` or learn.
 
+        If the user has chosen others, by the option ``select``, it is these.
+
         Args:
             what: ``norm``: weight and bias of the normalisation layers; ``early_norm``: without those of the net's last
                 stages or blocks, in the order of execution; ``all``; or a pattern that names must match as a whole.
@@ -481,6 +483,9 @@ class TTAMethod(Described, Replayable, ABC):
             UnsupportedModelError: If there is none.
         """
         frozen = frozenset() if include_frozen else self._flags.frozen
+        choice = choice_of(self.model)
+        if choice is not None:
+            return select_chosen(self.model, choice, frozen_fraction, frozen)
         return select_parameters(self.model, what, frozen_fraction, frozen)
 
     def state(self, name: str, tensor: Tensor, **settings: Any) -> Tensor:

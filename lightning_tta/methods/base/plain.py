@@ -11,6 +11,7 @@ from lightning_tta.backbones.copying import copy_net
 from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import UnsupportedModelError
+from lightning_tta.methods.base.selection import choice_of
 
 
 def plain_net(
@@ -40,6 +41,8 @@ def plain_net(
     with outside_inference_mode():
         net = copy_net(model).eval()
     vars(net).pop("_tta_flags", None)
+    choice = choice_of(net)
+    vars(net).pop("_tta_choice", None)
     parameters = dict(net.named_parameters(remove_duplicate=False))
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in required)
@@ -56,4 +59,6 @@ def plain_net(
             for buffer, value in ((layers[name].running_mean, mean), (layers[name].running_var, var)):
                 assert buffer is not None
                 buffer.copy_(value)
+        if choice is not None:
+            choice.finish(net)
     return net

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -23,6 +24,46 @@ class Flags:
 
     frozen: frozenset[str]
     learned: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Choice:
+    """What a method is to learn in the place of what it selects by itself; kept with the net, and copied with it.
+
+    Attributes:
+        words: As of :func:`select_parameters`.
+        names: Of parameters besides.
+        finish: Makes a net that was adapted so as plain as it can be, in place; a function of a module.
+        used: Whether a method has taken it up.
+    """
+
+    words: tuple[str, ...]
+    names: tuple[str, ...]
+    finish: Callable[[nn.Module], None]
+    used: bool = False
+
+
+def choice_of(model: nn.Module) -> Choice | None:
+    """The choice that was made for a net, if one was."""
+    choice = model.__dict__.get("_tta_choice")
+    return choice if isinstance(choice, Choice) else None
+
+
+def set_choice(model: nn.Module, choice: Choice) -> Choice:
+    """Keep a choice with the net."""
+    model.__dict__["_tta_choice"] = choice
+    return choice
+
+
+def select_chosen(
+    model: nn.Module, choice: Choice, frozen_fraction: float, frozen: frozenset[str]
+) -> dict[str, nn.Parameter]:
+    """The parameters that were chosen, by name."""
+    choice.used = True
+    chosen: dict[str, nn.Parameter] = {}
+    for word in choice.words:
+        chosen |= select_parameters(model, word, frozen_fraction, frozen)
+    return chosen | {name: model.get_parameter(name) for name in choice.names}
 
 
 def read_flags(model: nn.Module) -> Flags:

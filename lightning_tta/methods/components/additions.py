@@ -1,4 +1,7 @@
-"""What every method takes beside its own options: ``statistics``, ``prior``, ``refine``, ``window``, ``reservoir``."""
+"""What every method takes beside its own options: ``statistics``, ``prior``, ``refine``, ``window``, ``reservoir``.
+
+And ``select``, of every method that learns by gradients: what learns.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import nn
 
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError
 from lightning_tta.methods.base.method import TTAMethod
-from lightning_tta.methods.components import priors, refinements, reservoir, statistics
+from lightning_tta.methods.components import adapters, priors, refinements, reservoir, statistics
 from lightning_tta.methods.components.wanted import Wanted
 
 ADDITIONS: dict[str, Callable[[TTAMethod, Any], None]] = {
@@ -25,6 +28,39 @@ ADDITIONS: dict[str, Callable[[TTAMethod, Any], None]] = {
 """By the option's name, in the order in which they are put on a method: a reservoir remembers what is declared before
 it, so not what a prior has learned, which is of the whole stream; what refines sees predictions with the prior in them.
 """
+
+
+OPTIONS = ("select", *ADDITIONS)
+"""All of them by name; ``select`` changes the net before the method is made."""
+
+
+def make_selecting(make: Callable[[nn.Module], TTAMethod], net: nn.Module, select: adapters.Select | None) -> TTAMethod:
+    """A method around a net, which learns what ``select`` says.
+
+    Args:
+        make: Makes the method around the net.
+        net: Is changed in place.
+        select: See :mod:`~lightning_tta.methods.components.adapters`; ``None``: what the method learns by itself.
+
+    Raises:
+        ConfigError: If the method learns nothing by gradients, or what it learns cannot be another thing.
+        UnsupportedModelError: If an adapter has no place in the net.
+    """
+    if select is None:
+        return make(net)
+    choice = adapters.choose(net, select)
+    method = make(net)
+    if not isinstance(method, TTAMethod):
+        return method  # whoever asked for it says so
+    if not choice.used:
+        raise ConfigError(
+            f"select={select!r}: '{method.name}' learns no parameters of the net, or none but its own. Leave select "
+            "out, or use a method that learns by gradients, such as 'tent', 'eta', 'sar', 'deyo', 'cotta', 'memo'."
+        )
+    items = [select] if isinstance(select, (str, Mapping)) else list(select)
+    plain = [dict(item) if isinstance(item, Mapping) else item for item in items]
+    method.options["select"] = plain if len(plain) > 1 else plain[0]
+    return method
 
 
 def add(method: TTAMethod, **wanted: Wanted | int | None) -> None:

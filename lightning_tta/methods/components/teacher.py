@@ -57,12 +57,12 @@ class Teacher(nn.Module):
         """``teacher = decay * teacher + (1 - decay) * student``; exactly nothing where both are equal.
 
         Args:
-            parameters: The student's, by name.
+            parameters: The student's, by name; of others the averages stay.
             decay: In [0, 1].
             where: 0-dimensional, bool: whether to move at all; ``None``: yes.
             moving: Which entries of each weight move, in the order of the names; ``None``: all.
         """
-        weights = self.weights()
+        weights = {name: weight for name, weight in self.weights().items() if name in parameters}
         averages, students = list(weights.values()), [parameters[name].detach() for name in weights]
         if any(student.dtype != average.dtype for student, average in zip(students, averages, strict=True)):
             wide = [torch.empty_like(average) for average in averages]
@@ -155,12 +155,16 @@ class TeacherMethod(GradientMethod):
         check_range("ema_decay", ema_decay, 0, 1)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
         self.ema_decay, self.seed = ema_decay, seed
-        learned = self.learn(self.select(self.selected))
+        learned = self.learn_student()
         self.teacher = Teacher(self.student())
         for name, slot in self.teacher.slots.items():
             source = self.source_value(f"model.{name}")
             self.state(f"teacher.{slot}", self.teacher.get_buffer(slot), source=source)
         self.state("steps_taken", torch.zeros((), dtype=torch.int64, device=learned[0].device), source=0)
+
+    def learn_student(self) -> list[Tensor]:
+        """Declare what the student learns, and with which optimizers. For the constructor."""
+        return self.learn(self.select(self.selected))
 
     def student(self) -> dict[str, Tensor]:
         """The net's own weights, which learn."""

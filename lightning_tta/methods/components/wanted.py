@@ -18,7 +18,7 @@ def read(wanted: Wanted, option: str, kinds: Mapping[str, Callable[..., Any]]) -
     Args:
         wanted: What was given.
         option: Its name, for messages.
-        kinds: What makes each kind, with the method and the options as arguments.
+        kinds: What makes each kind, with the method or the net and the options as arguments.
 
     Raises:
         ConfigError: With what is allowed.
@@ -35,13 +35,13 @@ def read(wanted: Wanted, option: str, kinds: Mapping[str, Callable[..., Any]]) -
 
 
 def check_options(options: Collection[str] | Mapping[str, Any], owner: str, maker: Callable[..., Any]) -> None:
-    """Refuse options that a maker, whose first argument is the method, does not take.
+    """Refuse options that a maker, whose first argument is the method or the net, does not take.
 
     Raises:
         ConfigError: With those that it takes.
     """
     parameters = inspect.signature(maker).parameters
-    allowed = [name for name in parameters if name != "method"]
+    allowed = [name for name in parameters if name not in ("method", "net")]
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise ConfigError(

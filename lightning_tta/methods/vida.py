@@ -1,0 +1,197 @@
+"""ViDA: low- and high-rank adapters, weighted by the teacher's uncertainty, in a net that follows its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
+from lightning_tta.losses import at_least_float32, soft_cross_entropy
+from lightning_tta.methods.base.description import About
+from lightning_tta.methods.base.selection import choice_of
+from lightning_tta.methods.components import adapters
+from lightning_tta.methods.components.teacher import TeacherMethod, restore_some
+from lightning_tta.views.jitter import jitter
+
+
+class ViDA(TeacherMethod):
+    """Minimises the cross-entropy of the student under its teacher's predictions, with adapters of two ranks.
+
+    Weights are ``W + s1 up1 down1 + s2 up2 down2``, of a low and a high rank. With student s, teacher t, logits u::
+
+        U = 0.1 * mean_bk var_v u_t(view_v(x))_bk
+        s2, s1 = 1 + U, 1 - U  if U >= threshold   (the teacher is unsure: more of the high rank)
+                 1 - U, 1 + U  else                then
+        L = mean_b CE(p_t(x), p_s(x))              one step of s
+        t <- decay * t + (1 - decay) * s           pair_decay for the adapters
+        each weight of s returns to the source with probability restore
+
+    Parameters touched: all, and the adapters, by two optimizers; BatchNorm uses batch statistics, each view its own.
+    State: s, t, the optimizers, s1 and s2, and the number of steps, from which views and masks are drawn. Returns the
+    teacher's logits, before the step.
+
+    Passes per batch and step: ``views`` + 2 forward, of which the views go ``chunk_views`` images at a time, and one
+    backward. ``stats`` has the ``uncertainty`` U. Exported, the adapters are added to the weights, with s1 and s2 as
+    they are.
+
+    As long as s = t, at the start and after a reset, L above has no gradient: the first step of SGD is none, that of
+    Adam is rounding noise, scaled up. Not so with ``symmetric``: half of its gradient is then that of the entropy.
+
+    The authors train the adapters on the source first: ``SourceClassifier(adapters={"kind": "vida"})``. A net that has
+    such pairs keeps them; another one gets new ones, which are 0 and learn on the stream alone.
+
+    Args:
+        model: Any classifier.
+        lr: Learning rate of the net's own parameters, >= 0. Authors: 1e-4 with ``adam`` (CIFAR, batch 40), 5e-7 with
+            ``sgd`` (ImageNet, batch 50).
+        pair_lr: Of the adapters. Authors: 1e-5; 2e-7.
+        ranks: Of the two products, at least 1. Authors: 1 and 128.
+        targets: Layers with adapters: ``auto``: the linear layers of attention or, of a net that has none, all linear
+            layers and convolutions but the last linear layer; ``attention``, or a pattern of names.
+        threshold: Of U, >= 0. Authors: 0.05; 0.2.
+        views: At least 2. Authors: 10.
+        scaled: Which products U weighs: ``both``, as in the paper, or ``low``: s2 stays 1, as in the authors' code,
+            where an ``elif`` never reaches it.
+        ema_decay: Of the teacher, in [0, 1]. Authors: 0.999.
+        pair_decay: Of the teacher's adapters. Authors: 0.999; 0.8.
+        restore: Probability, in [0, 1]. Authors' code: 0.1; 0.
+        symmetric: Whether L is the mean of both cross-entropies, as in the authors' ImageNet code.
+        chunk_views: At most this many images in one pass of views (but one view of the batch at least).
+        seed: Of views, masks and new adapters.
+        **options: ``optimizer``, ``momentum``, ``weight_decay``, ``steps``, ``lr_batch_size``.
+
+    Raises:
+        ConfigError: If a value is out of range, or ``select=`` is given.
+        UnsupportedModelError: If there is no layer for the adapters, or the net is quantised.
+
+    Source: Liu et al., ViDA, ICLR 2024, arXiv 2306.04344; formula from code and paper. Differs from the authors' code:
+    both products are weighted; the net stays in eval mode, with batch statistics; SGD has no Nesterov momentum;
+    :meth:`reset` brings s1 and s2 back too; attention is found by structure, not by the name of a class.
+    """
+
+    about = About(
+        does="cross-entropy to a teacher; low- and high-rank adapters weighted by its uncertainty over views",
+        learns="all, and adapters",
+        passes="12 / 1",
+        needs="-",
+        holds="a teacher",
+        suits="long, continual",
+        formula="code and paper",
+        paper="ICLR 2024, arXiv 2306.04344",
+    )
+    step_on_host = "its views are drawn on the host"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float = 1e-4,
+        pair_lr: float = 1e-5,
+        ranks: Sequence[int] = (1, 128),
+        targets: str = "auto",
+        threshold: float = 0.05,
+        views: int = 10,
+        scaled: Literal["both", "low"] = "both",
+        ema_decay: float = 0.999,
+        pair_decay: float = 0.999,
+        restore: float = 0.1,
+        symmetric: bool = False,
+        chunk_views: int | None = 512,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        for name, value, high in (
+            *(("pair_lr", pair_lr, None), ("threshold", threshold, None)),
+            *(("pair_decay", pair_decay, 1), ("restore", restore, 1)),
+        ):
+            check_range(name, value, 0, high)
+        check_range("views", views, 2, integer=True)
+        check_range("seed", seed, 0, 2**63 - 1, integer=True)
+        check_choice("scaled", scaled, ("both", "low"))
+        if chunk_views is not None:
+            check_range("chunk_views", chunk_views, 1, integer=True)
+        _put_in(model, ranks, targets, seed)
+        super().__init__(model, lr=lr, ema_decay=ema_decay, seed=seed, **options)
+        self.threshold, self.scaled, self.pair_decay = threshold, scaled, pair_decay
+        self.restore, self.symmetric, self.views, self.chunk_views = restore, symmetric, views, chunk_views
+        pairs = [(name, m) for name, m in adapters.adapters_of(self.model) if isinstance(m, adapters.LowRank)]
+        self._scales = [f"model.{name}.scales" for name, _ in pairs]
+        for name, (_, module) in zip(self._scales, pairs, strict=True):
+            self.state(name, module.scales)
+
+    def learn_student(self) -> list[Tensor]:
+        """The net's own parameters and the adapters, each with an optimizer."""
+        learned, self._pairs = self.select("all"), adapters.adapter_names(self.model)
+        own = self.learn({name: p for name, p in learned.items() if name not in set(self._pairs)})
+        of_pairs = {name: learned[name] for name in self._pairs if name in learned}
+        return own + self.learn(of_pairs, optimizer="pairs", lr=self.options["pair_lr"])
+
+    def step(self, x: Tensor) -> Tensor:
+        """Views for the uncertainty, and a step of the student, of the teacher, and restore."""
+        number = int(self.value("steps_taken").item())
+        size = self.views if self.chunk_views is None else max(1, self.chunk_views // len(x))
+        keys = [self.host_key(number, 1 + view) for view in range(self.views)]
+        logits = []
+        for start in range(0, self.views, size):
+            views = torch.stack([jitter(x, key) for key in keys[start : start + size]])
+            logits.append(self.replayed("pass of views", self._view_logits, views))
+        return cast(Tensor, self.replayed("step", self._step_towards, x, torch.cat(logits)))
+
+    @torch.no_grad()
+    def infer(self, x: Tensor) -> Tensor:
+        """The teacher's prediction."""
+        return self.logits(x, self.teacher.weights(), accounted=True)
+
+    def update_teacher(self, where: Tensor | None = None) -> None:
+        """Move the teacher towards the student, its adapters at their own rate."""
+        student, pairs = self.student(), set(self._pairs)
+        for decay, is_pair in ((self.ema_decay, False), (self.pair_decay, True)):
+            self.teacher.update({n: p for n, p in student.items() if (n in pairs) == is_pair}, decay, where)
+
+    def student(self) -> dict[str, Tensor]:
+        """The net's weights and the adapters, which learn; not the scales, which are buffers."""
+        return {name: tensor for name, tensor in super().student().items() if isinstance(tensor, nn.Parameter)}
+
+    @torch.no_grad()
+    def _view_logits(self, views: Tensor) -> Tensor:
+        """Logits (V, B, K) of views (V, B, C, H, W), the statistics of each view its own."""
+        logits = self.logits(views.flatten(0, 1), self.teacher.weights(), groups=len(views))
+        return at_least_float32(logits).view(len(views), -1, logits.shape[-1])
+
+    def _step_towards(self, x: Tensor, views: Tensor) -> Tensor:
+        uncertainty = 0.1 * views.var(0).mean()
+        self.note(uncertainty=uncertainty)
+        high = 1 + torch.where(uncertainty >= self.threshold, uncertainty, -uncertainty)
+        scales = torch.stack([2 - high, high if self.scaled == "both" else torch.ones_like(high)])
+        before = [self.value(name).clone() for name in self._scales]
+        for name in self._scales:
+            self.write(name, scales, uncertainty.isfinite())
+        target = self.infer(x)
+        taken = self.descend(soft_cross_entropy(target, self.logits(x), 0.5 if self.symmetric else 0.0))
+        for name, scale in zip(self._scales, before, strict=True):
+            self.write(name, scale, ~taken)
+        if not self.known(~taken):
+            where = None if self.known(taken) else taken
+            self.update_teacher(where)
+            restore_some(self.student(), self.source(), self.restore, self.draw_key(), where)
+            self.write("steps_taken", self.value("steps_taken") + 1, where)
+        return target
+
+
+def _put_in(model: nn.Module, ranks: Sequence[int], targets: str, seed: int) -> None:
+    """Pairs of adapters, if the net has none, and the choice of all parameters."""
+    if choice_of(model) is not None:
+        raise ConfigError("select: 'vida' learns all parameters and adapters of its own. Leave select out.")
+    if any(isinstance(module, adapters.LowRank) for _, module in adapters.adapters_of(model)):
+        adapters.choose(model, ["all"])
+        return
+    options = {"kind": "vida", "ranks": list(ranks), "seed": seed}
+    if targets == "auto":
+        try:
+            targets = "attention" if adapters.attention_layers(model) else targets
+        except UnsupportedModelError:  # no pass can be tried: all layers, then
+            targets = "auto"
+    adapters.choose(model, ["all", {**options, "targets": None if targets == "auto" else targets}])
