@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -12,16 +11,12 @@ from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.losses import consistency, marginal_entropy
 from lightning_tta.methods.base.description import About
-from lightning_tta.methods.base.gradient import GradientMethod, Gradients, total_norm
-from lightning_tta.methods.base.optimizers import OptimizerName, masked_step
-from lightning_tta.methods.base.selection import choice_of
-from lightning_tta.methods.components.episodes import ViewMethod, check_classes, made_again, per_image
-from lightning_tta.views.augmix import make_views
-
-_VIEWS_AT_ONCE = 128
+from lightning_tta.methods.base.optimizers import OptimizerName
+from lightning_tta.methods.components.episodes import check_classes
+from lightning_tta.methods.components.image_episodes import EpisodeMethod
 
 
-class MEMO(ViewMethod, GradientMethod):
+class MEMO(EpisodeMethod):
     """Minimises ``H(pbar) + kl_weight * mean_k KL(p_k || pbar)``, pbar the mean prediction over an image's views.
 
     ``kl_weight = 0`` is MEMO, above 0 CR-MEMO. Each image of a batch is an episode of its own: its views, ``steps``
@@ -84,7 +79,6 @@ class MEMO(ViewMethod, GradientMethod):
         paper="NeurIPS 2022, arXiv 2110.09506",
     )
 
-    returns = "after the step"
     seen: Tensor
 
     def __init__(
@@ -134,40 +128,9 @@ class MEMO(ViewMethod, GradientMethod):
         if self.loss_classes is not None and len(self.loss_classes) < 2:
             raise ConfigError(f"loss_classes must name at least two classes; got {loss_classes}.")
         self.register_buffer("seen", self.positions(self.loss_classes), persistent=False)
-        named = self.select(params)
-        self.learn(named)
-        self._names = list(named)
-        is_chosen = choice_of(self.model) is not None  # other parameters have no rows of their own for each image
-        split = chunk_views is not None and chunk_views < views
-        self.can_together = params == "norm" and not is_chosen and self.fresh and not split and self.runs_per_image
-        if together and not self.can_together:
-            raise ConfigError(
-                "together=True needs params='norm' without select=, optimizer_state='fresh', chunk_views of at least "
-                "views, and norm layers of torch's own kinds without fused activations. Use together=None."
-            )
-        self.together = together
+        self.learn_rows(params, together)
 
-    def step(self, x: Tensor) -> Tensor:
-        """An episode for each image; several at once where that is the same and fits."""
-        together = (x.device.type != "cpu" if self.together is None else self.together) and self.can_together
-        run, kind = (self._pass_of_rows, "rows") if together else (self.logits, "net")
-        images, self._views_at_once = self.fitting(x, run, kind, self.views)
-        if x.device.type == "cpu" and not together:  # what goes through the net in turn stays in the caches
-            images = min(images, max(1, _VIEWS_AT_ONCE // self.views))
-        seeds, parts = self.seeds(x), []
-        for first in range(0, len(x), images):  # views of several images are made at once, which is faster
-            chunk = x[first : first + images]
-            views = make_views(chunk, self.views, self.augment, seeds[first : first + images])
-            if together and self._views_at_once == self.views:
-                parts.append(self.replayed("episodes", self._episodes, chunk, views))
-            else:
-                pairs = zip(chunk, views, strict=True)
-                parts += [self.replayed("episode", self._episode, one[None], its_views) for one, its_views in pairs]
-        logits, losses = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        self.note(loss=losses.mean())
-        return self.allowed(logits)
-
-    def _loss(self, logits: Tensor) -> Tensor:
+    def image_loss(self, logits: Tensor) -> Tensor:
         """The loss of each image, from the logits of its views (S, V, K)."""
         if self.loss_classes is not None:
             check_classes("loss_classes", self.loss_classes, logits.shape[-1])
@@ -176,100 +139,3 @@ class MEMO(ViewMethod, GradientMethod):
         if self.kl_weight:
             loss = loss + self.kl_weight * consistency(logits, self.kl_direction, self.kl_detach)
         return loss
-
-    def _rows(self, images: int) -> tuple[list[Tensor], list[Tensor]]:
-        """A row for each image of what is learned: as tensors (S, N), one a dtype; by parameter, (S, ...), in them."""
-        flat: list[Tensor] = []
-        rows: dict[int, Tensor] = {}
-        for dtype in dict.fromkeys(p.dtype for p in self.learned):
-            group = {i: p.detach() for i, p in enumerate(self.learned) if p.dtype == dtype}
-            flat.append(torch.cat([p.flatten() for p in group.values()]).expand(images, -1).clone())
-            pieces = torch.split(flat[-1], [p.numel() for p in group.values()], 1)
-            for (index, p), piece in zip(group.items(), pieces, strict=True):
-                rows[index] = piece.view(images, *p.shape).requires_grad_()
-        return flat, [rows[index] for index in range(len(rows))]
-
-    def _with_rows(self, rows: list[Tensor]) -> AbstractContextManager[None]:
-        return per_image(self.model, len(rows[0]), dict(zip(self._names, rows, strict=True)), self.bn_prior)
-
-    def _pass_of_rows(self, samples: Tensor) -> Tensor:
-        """A pass of one image's views, as :meth:`_episodes` has it."""
-        with self._with_rows(self._rows(1)[1]):
-            return self.logits(samples)
-
-    def _episodes(self, images: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
-        """Several images at once: each has its own row of scales and shifts, the rest of the net is shared.
-
-        Images (S, C, H, W) and their views (S, V, C, H, W); logits (S, K) and the last step's losses (S,).
-        """
-        count, samples = len(images), views.flatten(0, 1)
-        flat, rows = self._rows(count)
-        source = [tensor[:1].clone() for tensor in flat]
-        optimizer = self.new_optimizer(flat)
-        good = torch.ones(count, dtype=torch.bool, device=images.device)
-        for _ in range(self.episode_steps):
-            with self._with_rows(rows):
-                losses = self._loss(self.logits(samples).view(count, self.views, -1))
-                gradients = self.differentiate(losses.sum(), rows)
-            losses, before = losses.detach(), good
-            values = [torch.zeros_like(r) if g is None else g for r, g in zip(rows, gradients, strict=True)]
-            steps = [torch.cat([v.flatten(1) for v in values if v.dtype == tensor.dtype], 1) for tensor in flat]
-            for finite in (losses.isfinite(), *(step.isfinite().all(1) for step in steps)):
-                good = good & finite
-            self.count("backwards")
-            self.count("skipped_steps", (before & ~good).sum())
-            masked_step(optimizer, steps, torch.ones((), dtype=torch.bool, device=images.device))
-            with torch.no_grad():
-                for row, p, gradient in zip(rows, self.learned, gradients, strict=True):
-                    if gradient is None:  # weight decay is for what learns
-                        row.copy_(p)
-        with torch.no_grad(), self._with_rows(rows):
-            for tensor, value in zip(flat, source, strict=True):
-                tensor.copy_(torch.where(good[:, None], tensor, value))
-            return self.logits(images), losses
-
-    def _episode(self, image: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
-        """One image (1, C, H, W) with its views (V, C, H, W), on the net itself; logits (1, K), last step's loss (1,).
-
-        The weights are the source's before and after; a step that is not finite leaves them there for all that follow.
-        """
-        if self.fresh:
-            self.forget_moments()
-        good = torch.ones((), dtype=torch.bool, device=image.device)
-        try:
-            for _ in range(self.episode_steps):
-                with self.source_statistics():  # for the backward pass too, which may compute layers again
-                    losses = self._loss(self._logits_of_views(views)[None])
-                    gradients = self.differentiate(losses.sum())
-                losses = losses.detach()
-                norm = total_norm([g for g in gradients if g is not None])
-                finite = norm.isfinite() & losses.isfinite().all()
-                self.count("backwards")
-                self.count("skipped_steps", good & ~finite)
-                good = good & finite
-                if self.known(~good):
-                    break
-                self.apply_gradients(Gradients(gradients, losses[0], good, norm))
-            if self.episode_steps > 1 and not self.known(good):
-                self._restore(~good)
-            with torch.no_grad(), self.source_statistics():
-                return self.logits(image), losses
-        finally:
-            self._restore()
-            if self.fresh:
-                self.forget_moments()
-
-    @torch.no_grad()
-    def _restore(self, where: Tensor | None = None) -> None:
-        tensors = [tensor.detach() for tensor in self.learned]
-        sources = [self.source_value(f"model.{name}") for name in self._names]
-        if where is not None:
-            sources = [torch.where(where, source, t) for source, t in zip(sources, tensors, strict=True)]
-        torch._foreach_copy_(tensors, sources)
-
-    def _logits_of_views(self, views: Tensor) -> Tensor:
-        """Logits (V, K); of views in chunks, one chunk's activations are kept at a time, and made again backwards."""
-        if self._views_at_once >= self.views:
-            return self.logits(views)
-        chunks = torch.split(views, self._views_at_once)
-        return torch.cat([made_again(self.logits, chunk) for chunk in chunks])

@@ -9,9 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_tta import ConfigError, adapt
-from lightning_tta.methods import memo
 from lightning_tta.methods.base import task
-from lightning_tta.methods.components import episodes, room
+from lightning_tta.methods.components import episodes, image_episodes, room
 from lightning_tta.views.augmix import ViewPlan
 from nets import KINDS, make_images, make_net, max_difference, same
 
@@ -42,7 +41,7 @@ def on_a_device(monkeypatch):
 def test_a_step_asks_the_device_for_the_seeds_alone(name, options, kind, on_a_device, monkeypatch):
     """Tensors without values: whatever mixes devices, or reads a value, raises."""
     plans, asked = {n: ViewPlan(4, "augmix_crop", (16, 16), range(n)) for n in (1, 3)}, []
-    for module in (episodes, memo):
+    for module in (episodes, image_episodes):
         monkeypatch.setattr(module, "make_views", lambda images, views, augment, seeds: plans[len(images)](images))
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
@@ -139,7 +138,7 @@ def test_a_measured_bound_is_kept():
     """From bytes to passes: the real count of what a pass keeps, with as much memory as three images need."""
     net, images = make_net("gn"), make_images(8)
     method = adapt(net, "memo", views=6, params="norm", together=True, augment="crop_flip")
-    each = [room.kept_bytes(method._pass_of_rows, images[:1].expand(n, -1, -1, -1), method.model) for n in (1, 2)]
+    each = [room.kept_bytes(method.pass_of_rows, images[:1].expand(n, -1, -1, -1), method.model) for n in (1, 2)]
     method.room.free = lambda device: int(19 * (each[1] - each[0] + room.MAKING * 4 * 3 * 16 * 16) / room.MARGIN)
     expected = adapt(net, "memo", views=6, params="norm", together=True, augment="crop_flip")(images)
     with Passes() as passes:
