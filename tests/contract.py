@@ -21,6 +21,7 @@ VARIANTS = {
         {"lr": 0.1, "entropy_margin": 0.9, "diversity_margin": 0.99},
         {"lr": 0.1, "entropy_margin": None, "fisher_alpha": 0.0, "steps": 2, "source_filter": True},
     ],
+    "eata_c": [{"lr": 0.1, "entropy_margin": 0.95, "diversity_margin": 0.999, "drop_rate": 0.5}],
     "eta": [{"lr": 1e-2, "optimizer": "adam", "entropy_margin": 0.9, "diversity_margin": 0.95, "lr_batch_size": 8}],
     "memo": [
         {"lr": 0.05, "views": 2, "augment": "none"},
