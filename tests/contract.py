@@ -73,7 +73,7 @@ VARIANTS = {
     "come": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "steps": 2, "source_filter": True}],
     "ostta": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "alpha": 0.0, "steps": 2, "entropy": "come"}],
     "conjugate_pl": [{"lr": 0.1, "source_loss": "poly", "temperature": 2.0}],
-    "delta": [{"lr": 1e-2, "entropy_margin": 0.95}],
+    "delta": [{"lr": 1e-2, "entropy_margin": 1.0}],
     "roid": [{"lr": 1e-2}],
     "cmf": [{"lr": 1e-2, "process_noise": 20.0, "keep": 0.8}],
     "zerosiam": [
