@@ -89,6 +89,18 @@ def symmetric_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
 
+def fused_divergence(p_logits: Tensor, q_logits: Tensor, smoothing: float) -> Tensor:
+    """KL(f || q) with f = (p + (1 - s) q) / (2 - s), s = ``smoothing``, per sample.
+
+    Gradients flow into q in both places; detach p. Shape: both (..., K) -> (...). Minimised by EATA-C (arXiv
+    2403.11491).
+    """
+    log_q = _log_probabilities(q_logits)
+    fused = (_log_probabilities(p_logits).exp() + (1 - smoothing) * log_q.exp()) / (2 - smoothing)
+    tiny = torch.finfo(fused.dtype).tiny
+    return (fused * (fused.clamp_min(tiny).log() - log_q)).sum(-1)
+
+
 def soft_cross_entropy(target_logits: Tensor, logits: Tensor, reverse: float = 0.0) -> Tensor:
     """(1 - r) CE(t, p) + r CE(p, t) with CE(t, p) = -sum_k t_k log p_k, of two predicted distributions, per sample.
 

@@ -21,6 +21,7 @@ VARIANTS = {
         {"lr": 0.1, "entropy_margin": 0.9, "diversity_margin": 0.99},
         {"lr": 0.1, "entropy_margin": None, "fisher_alpha": 0.0, "steps": 2, "source_filter": True},
     ],
+    "eata_c": [{"lr": 0.1, "entropy_margin": 0.95, "diversity_margin": 0.999, "drop_rate": 0.5}],
     "eta": [{"lr": 1e-2, "optimizer": "adam", "entropy_margin": 0.9, "diversity_margin": 0.95, "lr_batch_size": 8}],
     "memo": [
         {"lr": 0.05, "views": 2, "augment": "none"},
@@ -90,7 +91,7 @@ VARIANTS = {
     "come": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "steps": 2, "source_filter": True}],
     "ostta": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "alpha": 0.0, "steps": 2, "entropy": "come"}],
     "conjugate_pl": [{"lr": 0.1, "source_loss": "poly", "temperature": 2.0}],
-    "delta": [{"lr": 1e-2, "entropy_margin": 0.95}],
+    "delta": [{"lr": 1e-2, "entropy_margin": 1.0}],
     "roid": [{"lr": 1e-2}],
     "cmf": [{"lr": 1e-2, "process_noise": 20.0, "keep": 0.8}],
     "rpl": [{"lr": 1e-2}],

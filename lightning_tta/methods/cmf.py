@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tta.backbones.norms import owner
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.description import About
@@ -14,6 +15,10 @@ from lightning_tta.methods.components.likelihood import LikelihoodMethod, approa
 
 FEWEST, ENOUGH = 0.89, 0.9999
 """Bounds of beta: below the first it is the first, above the second it is 1."""
+
+
+VIT_BASE = 38_400
+"""Weights of the norm layers of a ViT-Base."""
 
 
 class CMF(LikelihoodMethod):
@@ -26,7 +31,7 @@ class CMF(LikelihoodMethod):
         beta = (1 - Q) / (v + 1 - Q), at least 0.89, 1 above 0.9999
         h <- beta h + (1 - beta) theta                     v <- beta v                   (update)
         theta <- keep theta + (1 - keep) h
-        Q = process_noise * (number of weights that learn) / 38,400, at most 1
+        Q = process_noise * (number of weights that learn, in layers that run) / 38,400, at most 1
 
     38,400 is the number of a ViT-Base.
 
@@ -76,7 +81,6 @@ class CMF(LikelihoodMethod):
         check_range("process_noise", process_noise, 0)
         self.keep, self.hidden_keep, self.process_noise = keep, hidden_keep, process_noise
         weights = self.weights()
-        self.q = min(process_noise * sum(tensor.numel() for tensor in weights.values()) / 38400, 1.0)
         for name, tensor in weights.items():
             hidden = at_least_float32(tensor).clone()
             self.state(f"hidden.{name}", hidden, source=self.source_value(name))
@@ -84,11 +88,19 @@ class CMF(LikelihoodMethod):
         self.state("variance", torch.zeros_like(at_least_float32(first.sum())), source=0)
         self.keep_wide("variance", *(f"hidden.{name}" for name in weights))
 
+    @property
+    def q(self) -> float:
+        """Q, by the number of weights in layers that run."""
+        sizes = {name: tensor.numel() for name, tensor in self.weights().items()}
+        running = [n for n in sizes if self.ran is None or owner(n.removeprefix("model.")) in self.ran]
+        return min(self.process_noise * sum(sizes[name] for name in running) / VIT_BASE, 1.0)
+
     def merge(self, taken: Tensor) -> None:
         """Predict and update the hidden weights; draw the weights to them."""
         hidden = {name: self.value(f"hidden.{name}") for name in self.weights()}
         approach(hidden, self.source(), 1 - self.hidden_keep, taken)
-        variance, r = self.hidden_keep**2 * self.value("variance") + self.q, 1 - self.q
+        q = self.q
+        variance, r = self.hidden_keep**2 * self.value("variance") + q, 1 - q
         beta = (r / (variance + r)).clamp_min(FEWEST)
         beta = torch.where(beta < ENOUGH, beta, 1)
         self.write("variance", beta * variance, taken)

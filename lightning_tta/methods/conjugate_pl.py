@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class ConjugatePL(GradientMethod):
         formula="code and paper",
         paper="NeurIPS 2022, arXiv 2207.09640",
     )
-    returns = "after the step"
+    returns: ClassVar[Literal["before the step", "after the step"]] = "after the step"
     uses_batch_statistics = True
     synchronized = True
 

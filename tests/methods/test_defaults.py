@@ -12,6 +12,7 @@ from lightning_tta.views import jitter as _jitter
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 ADAM, SGD = {"optimizer": "adam", "lr": 1e-3}, {"optimizer": "sgd", "momentum": 0.9}
 EATA = {"entropy_margin": 0.4, "entropy": "softmax", "source_filter": False}
+EATA_C = {"alpha": 0.1, "smoothing": 0.5, "drop_rate": 0.2}
 SAR = {**EATA, "rho": 0.05, "reset_threshold": 0.2}
 DEYO = {"entropy_margin": 0.5, "weight_margin": 0.4, "plpd_threshold": 0.2, "patches": 4}
 COTTA = {"ema_decay": 0.999, "views": 32}
@@ -38,6 +39,7 @@ PUBLISHED = {
     "cafa": {**ADAM, "covariance": "tied"},
     "rpl": {**ADAM, "q": 0.8, "params": "norm"},
     "eata": {**SGD, **EATA, "lr": 5e-3, "diversity_margin": 0.4, "fisher_alpha": 1.0},
+    "eata_c": {**SGD, **EATA, **EATA_C, "lr": 5e-3, "diversity_margin": 0.4, "fisher_alpha": 1.0},
     "eta": {**SGD, **EATA, "lr": 5e-3, "diversity_margin": 0.4},
     "sar": {**ADAM, **SAR},
     "deyo": {**ADAM, **DEYO},
@@ -64,6 +66,7 @@ PUBLISHED_IMAGENET = {
     "come": {**SGD, "lr": 2.5e-4},
     "ostta": {**SGD, "lr": 2.5e-4, "alpha": 0.5},
     "eata": {**SGD, **EATA, "lr": 2.5e-4, "diversity_margin": 0.05, "fisher_alpha": 2000.0},
+    "eata_c": {**SGD, **EATA, **EATA_C, "lr": 2.5e-4, "diversity_margin": 0.05, "fisher_alpha": 50.0},
     "eta": {**SGD, **EATA, "lr": 2.5e-4, "diversity_margin": 0.05},
     "sar": {**SGD, **SAR, "lr": 2.5e-4},
     "deyo": {**SGD, **DEYO, "lr": 2.5e-4},

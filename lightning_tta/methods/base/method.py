@@ -316,7 +316,8 @@ class TTAMethod(Described, Replayable, ABC):
             weights: (B,), bool or >= 0. Other statistics than the batch's own are of all samples.
         """
         own = isinstance(self._account, StreamAccount)
-        with weighted_batch_statistics(self.model, weights) if own else nullcontext():
+        kept = safe_checkpoints(recompute=False)  # in the backward pass the statistics are others again
+        with kept, weighted_batch_statistics(self.model, weights) if own else nullcontext():
             yield
 
     def put_on(self, correction: Correction) -> None:
