@@ -51,7 +51,7 @@ class Teacher(nn.Module):
         Args:
             parameters: The student's, by name.
             decay: In [0, 1].
-            where: 0-dimensional, bool: whether to move at all; ``None``: yes.
+            where: 0-dimensional: whether to move at all, bool, or which share of the step to take; ``None``: all.
         """
         weights = self.weights()
         averages, students = list(weights.values()), [parameters[name].detach() for name in weights]
@@ -164,7 +164,7 @@ class TeacherMethod(GradientMethod):
         return self.teacher.weights()
 
     def update_teacher(self, where: Tensor | None = None) -> None:
-        """Move the teacher towards the student, if ``where``, 0-dimensional and bool, is true, or ``None``."""
+        """Move the teacher towards the student, if ``where`` is true, or ``None``; or a share of the way."""
         self.teacher.update(self.student(), self.ema_decay, where)
 
     def draw_key(self) -> Tensor:
