@@ -75,6 +75,8 @@ VARIANTS = {
         },
     ],
     "rmt": [{"lr": 1e-2, "ema_decay": 0.7, "projector": 6, "replay_images": 12}],
+    "petta": [{"lr": 1e-2, "ema_decay": 0.5, "bn_momentum": 0.3, "capacity": 5}],
+    "tribe": [{"lr": 1e-2, "h_0": 0.99, "eta": 0.3}],
     "pea": [
         {"momentum": 0.3},
         {"views": 1, "group_size": 4, "tokens": "all", "drift_threshold": 0.5, "entropy_threshold": 0.0},

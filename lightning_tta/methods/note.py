@@ -45,7 +45,8 @@ class InstanceAware(MemoryStatistics):
     def rows(self, name: str, x: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         """Around the memory's mean and unbiased variance."""
         memory, kept = super().rows(name, x, old)
-        number = (self.weights > 0).sum() * (x[0].numel() // x.shape[1])  # type: ignore[operator]
+        assert self.weights is not None
+        number = self.weights.sum() * (x[0].numel() // x.shape[1])
         bessel = number / (number - 1).clamp(min=1)
         memory = torch.stack([memory[0], torch.where(number > 1, memory[1] * bessel, memory[1])])
         return instance_aware(x, memory, self.eps[name], self.k), kept

@@ -95,7 +95,7 @@ class RoTTA(TeacherMethod):
     ) -> None:
         super().__init__(model, ema_decay=ema_decay, seed=seed, **options)
         check_range("update_every", update_every, 1, integer=True)
-        self.update_every = update_every
+        self.update_every: int | None = update_every
         self.images = TimelyMemory(self, capacity, lambda_t=lambda_t, lambda_u=lambda_u)
         self.of_teacher, self.of_student = (
             MemoryStatistics(self, net, momentum=bn_momentum) for net in ("teacher", "student")

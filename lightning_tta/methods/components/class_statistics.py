@@ -138,8 +138,12 @@ class ClassStatistics(StreamStatistics):
                     "given, or by its last linear layer. Give "
                     f"statistics={{'kind': ..., 'classes': {logits.shape[-1]}}}."
                 )
-            labels = collective.gather(logits.argmax(-1))
-            self.cells = self.keep(method, "cells", method.value(GROUPS)[labels] if self._shares else labels)
+            self.label(method, logits.argmax(-1))
+
+    def label(self, method: State, labels: Tensor) -> None:
+        """Take the pseudo-labels (B,) of the batch, until :meth:`drop`."""
+        labels = collective.gather(labels)
+        self.cells = self.keep(method, "cells", method.value(GROUPS)[labels] if self._shares else labels)
 
     def keep(self, method: State, name: str, value: Tensor) -> Tensor:
         """The same in a tensor that stays where it is, as recorded parts of a step read it; one for each shape."""
@@ -257,9 +261,12 @@ class Balanced(ClassStatistics):
         """Label the batch, and find which images share a row."""
         self._members = None
         super().look(method, x)
+
+    def label(self, method: State, labels: Tensor) -> None:
+        """Take the pseudo-labels, and find which images share a row."""
+        super().label(method, labels)
         assert self.cells is not None
-        with torch.no_grad():
-            self._members = self.keep_members(method, "members", self.cells)
+        self._members = self.keep_members(method, "members", self.cells)
 
     def keep_members(self, method: State, name: str, cells: Tensor) -> Members:
         """Which samples share a row, in tensors that stay where they are."""

@@ -141,11 +141,12 @@ class ImageMemory(ABC):
         self,
         method: TTAMethod,
         x: Tensor,
-        every: int,
+        every: int | None,
         learn: Learn,
         view: Callable[[Tensor, int], Tensor] | None = None,
         *,
         in_parts: bool = False,
+        predict: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
     ) -> Tensor:
         """Predict a batch, take it in, and step on the memory after each so many images of the stream.
 
@@ -153,23 +154,27 @@ class ImageMemory(ABC):
         gives values that are not finite, the rest of the batch, and the images that led to the step, leave no trace.
 
         Args:
-            method: What it predicts with is its ``infer``.
+            method: Has the memory.
             x: The batch (B, C, H, W).
-            every: Images of the stream from one step to the next.
+            every: Images of the stream from one step to the next; ``None``: a step after each batch.
             learn: A step on the memory.
             view: Makes a view of the images in the memory, for ``learn``, of these and of the number of images seen;
                 ``None``: it gets none.
             in_parts: Whether images after a step within the batch are predicted after it; else all before.
+            predict: What predicts: logits (B, K) and further tensors, all of which ``learn`` gets too; ``None``:
+                ``infer``.
 
         Returns:
             Logits (B, K).
         """
         seen = int(method.value(SEEN))
+        every = every or len(x) + seen  # then the end of the batch is one
         ends = [*range(every - seen % every, len(x), every), len(x)]
         going, logits, start = torch.ones((), dtype=torch.bool, device=x.device), [], 0
 
-        def predict(images: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
-            return self._predict(method, images, going)
+        def look(images: Tensor, going: Tensor) -> tuple[Tensor, ...]:
+            found = (method.infer(images),) if predict is None else predict(images)
+            return (self._check(method, found[0], going), *found)
 
         def take_in(images: Tensor, predicted: Tensor) -> tuple[Tensor, ...]:
             return tuple(self.with_images(method, images, predicted))
@@ -186,7 +191,8 @@ class ImageMemory(ABC):
         for end in ends:
             images = x[start:end]
             if in_parts or not start:
-                found, going = method.replayed("prediction", predict, images if in_parts else x, going)
+                going, found, *more = method.replayed("prediction", look, images if in_parts else x, going)
+                more = [] if predict is None else [found, *more]
                 self._make_room(method, x, found.shape[1], seen)
                 logits.append(found)
             if not method.known(~going):
@@ -195,13 +201,11 @@ class ImageMemory(ABC):
                     going = method.replayed("keep", keep, going, *held)
                 else:
                     views = () if view is None else (view(held[0], seen + end),)
-                    going = method.replayed("learn", learn_and_keep, going, *held, *views)
+                    going = method.replayed("learn", learn_and_keep, going, *held, *views, *more)
             start = end
         return torch.cat(logits)
 
-    @torch.no_grad()
-    def _predict(self, method: TTAMethod, x: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
-        logits = method.infer(x)
+    def _check(self, method: TTAMethod, logits: Tensor, going: Tensor) -> Tensor:
         if logits.ndim != 2:
             raise UnsupportedModelError(
                 f"'{method.name}' keeps images by their predicted class, and this net gives logits "
@@ -209,7 +213,7 @@ class ImageMemory(ABC):
             )
         finite = torch.isfinite(logits).all()
         method.count("skipped_steps", going & ~finite)
-        return logits, going & finite
+        return going & finite
 
     def _make_room(self, method: TTAMethod, x: Tensor, classes: int, seen: int) -> None:
         before = method.value(PIXELS)

@@ -59,7 +59,7 @@ class Teacher(nn.Module):
         Args:
             parameters: The student's, by name; of others the averages stay.
             decay: In [0, 1].
-            where: 0-dimensional, bool: whether to move at all; ``None``: yes.
+            where: 0-dimensional: whether to move at all, bool, or which share of the step to take; ``None``: all.
             moving: Which entries of each weight move, in the order of the names; ``None``: all.
         """
         weights = {name: weight for name, weight in self.weights().items() if name in parameters}
@@ -199,7 +199,7 @@ class TeacherMethod(GradientMethod):
         return jitter(x, self.host_key(int(self.value("steps_taken")), number))
 
     def update_teacher(self, where: Tensor | None = None) -> None:
-        """Move the teacher towards the student, if ``where``, 0-dimensional and bool, is true, or ``None``."""
+        """Move the teacher towards the student, if ``where`` is true, or ``None``; or a share of the way."""
         self.teacher.update(self.student(), self.ema_decay, where)
 
     def follow(self, taken: Tensor) -> None:
