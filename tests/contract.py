@@ -56,6 +56,7 @@ VARIANTS = {
         {"lr": 1e-2, "ema_decay": 0.7, "anchor_threshold": 1.0, "views": 2, "chunk_views": 4, "restore": 0.0},
         {"lr": 0.1, "optimizer": "sgd", "ema_decay": 0.7, "anchor_threshold": 1.0, "views": 3, "restore": 0.2},
     ],
+    "adacontrast": [{"lr": 1e-2, "ema_decay": 0.7, "queue_size": 10, "neighbours": 3, "warmup": 4}],
     "petal": [
         {
             "lr": 0.1,
@@ -69,6 +70,7 @@ VARIANTS = {
             "swag_epochs": 2,
         },
     ],
+    "psmt": [{"lr": 1e-2, "ema_decay": 0.7, "fisher_alpha": 1e3, "preserve": 0.3}],
     "rmt": [{"lr": 1e-2, "ema_decay": 0.7, "projector": 6, "replay_images": 12}],
     "pea": [
         {"momentum": 0.3},

@@ -31,6 +31,8 @@ PUBLISHED = {
     "output_shift": {"gamma": 1.0, "momentum": 0.1},
     "cotta": {**ADAM, **COTTA, "anchor_threshold": 0.92, "restore": 0.01, "symmetric": False},
     "petal": {**ADAM, **COTTA, "anchor_threshold": 0.92, "restore": 0.03, "prior_weight": 1e-9, "symmetric": False},
+    "psmt": {**ADAM, "ema_decay": 0.999, "fisher_alpha": 500.0},
+    "adacontrast": {**SGD, "lr": 2e-4, "weight_decay": 1e-4, "temperature": 0.07, "queue_size": 16384, "warmup": 1024},
     "rmt": {**ADAM, **RMT, "ema_decay": 0.999, "replay_weight": 1.0},
     "zerosiam": {"alpha": 1.0, "momentum": 0.9, "lr_batch_size": 64, "predictor": "learned"},
     "memo": {"optimizer": "sgd", "lr": 5e-3, "weight_decay": 0.0, "kl_weight": 0.0, "views": 32, "bn_prior": None},
@@ -46,6 +48,7 @@ PUBLISHED_IMAGENET = {
     "deyo": {**SGD, **DEYO, "lr": 2.5e-4},
     "t3a": {"filter_k": 20},
     "petal": {**SGD, **COTTA, "lr": 1e-2, "anchor_threshold": 0.1, "restore": 0.003, "prior_weight": 1e-11},
+    "psmt": {**SGD, "lr": 1e-2, "ema_decay": 0.999, "fisher_alpha": 500.0},
     "rmt": {**SGD, **RMT, "lr": 1e-2, "ema_decay": 0.999, "replay_weight": 1.0},
     "cotta": {**SGD, **COTTA, "lr": 1e-2, "anchor_threshold": 0.1, "restore": 0.001, "symmetric": True},
 }
