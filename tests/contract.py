@@ -61,6 +61,7 @@ VARIANTS = {
     "rotta": [{"lr": 1e-2, "ema_decay": 0.5, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
     "sotta": [{"lr": 1e-2, "threshold": 0.3, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
     "note": [{"lr": 1e-2, "k": 1.0, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
+    "adacontrast": [{"lr": 1e-2, "ema_decay": 0.7, "queue_size": 10, "neighbours": 3, "warmup": 4}],
     "petal": [
         {
             "lr": 0.1,
@@ -74,6 +75,7 @@ VARIANTS = {
             "swag_epochs": 2,
         },
     ],
+    "psmt": [{"lr": 1e-2, "ema_decay": 0.7, "fisher_alpha": 1e3, "preserve": 0.3}],
     "rmt": [{"lr": 1e-2, "ema_decay": 0.7, "projector": 6, "replay_images": 12}],
     "petta": [{"lr": 1e-2, "ema_decay": 0.5, "bn_momentum": 0.3, "capacity": 5}],
     "tribe": [{"lr": 1e-2, "h_0": 0.99, "eta": 0.3}],

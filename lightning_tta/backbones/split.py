@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -143,11 +143,16 @@ class HeadSplit:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_plain": None}
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """One forward pass: features (B, D) with their graph, and logits (B, K)."""
+    def __call__(self, images: Tensor, run: Callable[[Tensor], object] | None = None) -> tuple[Tensor, Tensor]:
+        """One forward pass: features (B, D) with their graph, and logits (B, K).
+
+        Args:
+            images: (B, C, H, W).
+            run: The pass, where it is one with other weights; ``None``: the net's.
+        """
         graph = isinstance(self._layer, GraphHead)
         with self._layer.recorded() if graph else recorded_calls({self.name: self._layer}) as calls:
-            logits = as_logits(self.model(images))
+            logits = as_logits((run or self.model)(images))
         return self.check(calls, logits), logits
 
     @property

@@ -20,12 +20,12 @@ from lightning_tta.methods.components.contrast import contrast_views
 from lightning_tta.methods.components.projector import make_projector
 from lightning_tta.methods.components.replay import ReplayMethod
 from lightning_tta.methods.components.source_images import see_source_images
-from lightning_tta.methods.components.teacher import TeacherMethod
+from lightning_tta.methods.components.teacher import TogetherMethod
 
 WARMUP_BATCH = 64
 
 
-class RMT(ReplayMethod, TeacherMethod):
+class RMT(ReplayMethod, TogetherMethod):
     """Minimises a symmetric cross-entropy with a teacher, a contrast with source prototypes, and a loss on the source.
 
     With student s, teacher t (an average of past students), view x~ of x, features z, logits u, source prototypes c_k,
@@ -86,10 +86,6 @@ class RMT(ReplayMethod, TeacherMethod):
         paper="CVPR 2023, arXiv 2211.09081",
     )
     step_on_host = "it draws its view on the host"
-    no_plain_net = (
-        "it adds the logits of two nets, student and teacher. Deploy the method itself (method.predict), or adapt with "
-        "'cotta', whose teacher is one net"
-    )
     prototypes: Tensor
 
     def __init__(
@@ -200,11 +196,6 @@ class RMT(ReplayMethod, TeacherMethod):
     def step(self, x: Tensor) -> Tensor:
         """One step of student and projector, and of the teacher towards the student."""
         return cast(Tensor, self.replayed("step", self._step, x, self.view(x)))
-
-    @torch.no_grad()
-    def infer(self, x: Tensor) -> Tensor:
-        """The sum of the logits of student and teacher."""
-        return at_least_float32(self.logits(x)) + at_least_float32(self.teach(x))
 
     def _step(self, x: Tensor, view: Tensor) -> Tensor:
         target = self.teach(x)  # before there is a graph, whose weights the teacher's may replace for a moment

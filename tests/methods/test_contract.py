@@ -45,6 +45,9 @@ PASSES = {
     "neo": (1, 0),
     "output_shift": (1, 0),
     "pea": (2, 0),
+    "rmt": (4, 1),
+    "psmt": (3, 1),
+    "adacontrast": (4, 1),
 }  # per step: forward, backward
 
 

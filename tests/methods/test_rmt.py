@@ -207,6 +207,16 @@ def test_images_kept_are_the_first_and_come_back_with_the_state():
     many(make_images(40))  # more than are kept
 
 
+def test_source_images_that_are_not_finite_are_left_out_with_their_labels():
+    one, other = (adapt(make_net("gn"), "rmt", replay_images=11) for _ in range(2))
+    first, second = source()
+    bad = {key: torch.cat([first[key][:3], first[key][:1], first[key][3:]]) for key in ("image", "label")}
+    bad["image"][3] = torch.nan
+    one.prepare([bad, second]), other.prepare([first, second])
+    for name in ("prototypes", "replayed_images", "replayed_labels"):
+        assert torch.equal(one.get_buffer(name), other.get_buffer(name)), name
+
+
 def test_each_draw_is_its_own_and_repeats():
     net = make_net("gn")
     one, other, third = (adapt(net, "rmt", lr=1e-2, seed=seed) for seed in (0, 0, 1))
@@ -228,6 +238,8 @@ def test_what_it_refuses():
         method.prepare([])
     with pytest.raises(DataError, match="from 0 to 5"):
         method.prepare([{"image": make_images(6), "label": torch.arange(6)}])
+    with pytest.raises(DataError, match="one size"):
+        method.prepare([*source(), {"image": make_images(4, size=24), "label": torch.arange(4)}])
     with pytest.raises(UnsupportedModelError, match="linear"):
         adapt(nn.Sequential(nn.Conv2d(3, 5, 16), nn.Flatten()), "rmt")
     method.prepare(source())

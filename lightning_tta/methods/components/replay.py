@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lightning_tta.draws import random_orders
+from lightning_tta.errors import DataError
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.method import TTAMethod
 
@@ -34,12 +35,18 @@ class ReplayMethod(TTAMethod):
     def keep(self, images: Tensor, labels: Tensor) -> None:
         """Keep the first of images (B, C, H, W) in [0, 1] with labels (B,), as far as there is room.
 
-        All that are kept have one size.
+        Raises:
+            DataError: If they are of another size than those before.
         """
         room = self._room - len(self.replayed_labels)
         if room > 0:
             eight_bits = (images[:room].clamp(0, 1) * 255).round().to(torch.uint8)
             before = self.replayed_images if len(self.replayed_labels) else eight_bits[:0]
+            if before.shape[1:] != images.shape[1:]:
+                raise DataError(
+                    f"'{self.name}' plays source images again, in batches, so they must have one size; got "
+                    f"{tuple(images.shape[1:])} (C, H, W) after {tuple(before.shape[1:])}. Resize them."
+                )
             self.collect("replayed_images", torch.cat([before, eight_bits]))
             self.collect("replayed_labels", torch.cat([self.replayed_labels, labels[:room]]))
 

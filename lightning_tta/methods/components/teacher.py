@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.backbones.split import recorded_calls
 from lightning_tta.draws import random_words
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
@@ -190,9 +189,7 @@ class TeacherMethod(GradientMethod):
         Raises:
             UnsupportedModelError: If the net does not end in a linear layer.
         """
-        with recorded_calls({self.split.name: self.split.head}) as calls:
-            logits = self.logits(x, self.teacher.weights(), groups)
-        return self.split.check(calls, logits), logits
+        return self.split(x, lambda x: self.logits(x, self.teacher.weights(), groups))
 
     def view(self, x: Tensor, number: int = 1) -> Tensor:
         """A random view of the images for the coming step, of number ``number``, at least 1; asks the device."""
@@ -213,11 +210,25 @@ class TeacherMethod(GradientMethod):
     def finish(self, where: Tensor | None) -> None:
         """What a method does once student and teacher have moved, if ``where``, as of :meth:`update_teacher`."""
 
-    def draw_key(self) -> Tensor:
-        """The key of draw 0 of the coming step, (2,), on the device of the state."""
-        counter = self.value("steps_taken") * DRAWS
+    def draw_key(self, number: int = 0) -> Tensor:
+        """The key of draw ``number``, below :data:`DRAWS`, of the coming step, (2,), on the device of the state."""
+        counter = self.value("steps_taken") * DRAWS + number
         return torch.stack([torch.full_like(counter, self.seed), counter])
 
     def host_key(self, steps_taken: int, number: int) -> Tensor:
         """The key of draw ``number``, below :data:`DRAWS`, of the step after so many; on the host."""
         return torch.tensor([self.seed, steps_taken * DRAWS + number])
+
+
+class TogetherMethod(TeacherMethod):
+    """A :class:`TeacherMethod` that predicts with the sum of the logits of student and teacher."""
+
+    no_plain_net = (
+        "it adds the logits of two nets, student and teacher. Deploy the method itself (method.predict), or adapt with "
+        "'cotta', whose teacher is one net"
+    )
+
+    @torch.no_grad()
+    def infer(self, x: Tensor) -> Tensor:
+        """The sum of the logits of student and teacher."""
+        return at_least_float32(self.logits(x)) + at_least_float32(self.teach(x))
