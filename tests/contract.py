@@ -75,6 +75,7 @@ VARIANTS = {
     "rpl": [{"lr": 1e-2}],
     "shot": [{"lr": 0.05}],
     "cafa": [{"lr": 1e-2}],
+    "actmad": [{"lr": 0.05}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

@@ -8,6 +8,7 @@ from lightning_tta import DataError, InputError
 from nets import kind_for, make_images
 
 NEEDING = {
+    "actmad": {},
     "adanpc": {},
     "cafa": {},
     "eata": {},

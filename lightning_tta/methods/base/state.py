@@ -44,6 +44,7 @@ class State(nn.Module):
         self._wide: set[str] = set()
         self.layout = 0  # of which tensors hold the state; another number, other tensors
         self._lent: Lent = []  # tensors with the values that they get back
+        self._collected: set[str] = set()  # buffers whose shape is known once they hold something
 
     # What a method uses ----------------------------------------------------------------------------------------------
 
@@ -85,6 +86,20 @@ class State(nn.Module):
             del self._rest[name], self._sources[name]
             self._fixed_dtype.discard(name)
             self._wide.discard(name)
+        self.layout += 1
+
+    def collect(self, name: str, tensor: Tensor) -> None:
+        """Keep what is collected before a stream, and does not change in it, as a buffer: in place of what it held.
+
+        Its shape may be any; of a method that has collected nothing, it is empty. A loaded state brings its own.
+
+        Args:
+            name: Of the buffer.
+            tensor: Its values.
+        """
+        self._collected.add(name)
+        with outside_inference_mode():
+            self.register_buffer(name, tensor.detach().clone())
         self.layout += 1
 
     def sized(self, name: str, like: Tensor) -> Tensor:
@@ -247,6 +262,9 @@ class State(nn.Module):
                     "there. Leave it out; load_state_dict copies into them."
                 )
             self._check_fits(given)
+            for name in self._collected & given.keys():
+                if given[name].shape != self.get_buffer(name).shape:
+                    self.collect(name, given[name].to(self.get_buffer(name)))
         super()._load_from_state_dict(state_dict, prefix, local, *rest)
 
     def _check_fits(self, given: Mapping[str, Any]) -> None:
@@ -260,11 +278,13 @@ class State(nn.Module):
         saved = state["memory"]
         memory = {name: value for name, value in saved.items() if not self._resizes(name, value)}
         mine = {name: value for name, value in self._rest.items() if name in memory or name not in saved}
+        collected = {name: None for name in self._collected if isinstance(given.get(name), Tensor)}  # of any shape
+        tensors = [{**values, **collected} for values in (given, nn.Module.state_dict(self))]
         kinds: tuple[tuple[str, set[str], set[str]], ...] = (
             ("memory", _shapes(memory, "", "optimizers."), _shapes(mine, "", "optimizers.")),
             ("optimizers' settings", _shapes(memory, "optimizers."), _shapes(mine, "optimizers.")),
             ("adapted tensors", _shapes(state["source"]), _shapes(self._sources)),
-            ("tensors", _shapes(given, "", "_extra_state"), _shapes(nn.Module.state_dict(self), "", "_extra_state")),
+            ("tensors", _shapes(tensors[0], "", "_extra_state"), _shapes(tensors[1], "", "_extra_state")),
         )
         for kind, theirs, ours in kinds:
             if theirs != ours:
