@@ -76,6 +76,7 @@ VARIANTS = {
     "shot": [{"lr": 0.05}],
     "cafa": [{"lr": 1e-2}],
     "actmad": [{"lr": 0.05}],
+    "santa": [{"lr": 1e-2, "projector": 6}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

@@ -23,6 +23,7 @@ PUBLISHED = {
     "shot": {**SGD, "lr": 1e-3, "label_weight": 0.3, "diversity_weight": 1.0},
     "cafa": {**ADAM, "covariance": "tied"},
     "actmad": {"optimizer": "sgd", "lr": 1e-2, "weight_decay": 5e-4, "params": "all"},
+    "santa": {**ADAM, "anchor_weight": 1.0, "contrast_weight": 1.0, "temperature": 0.1, "projector": 128},
     "rpl": {**ADAM, "q": 0.8, "params": "norm"},
     "eata": {**SGD, **EATA, "lr": 5e-3, "diversity_margin": 0.4, "fisher_alpha": 1.0},
     "eta": {**SGD, **EATA, "lr": 5e-3, "diversity_margin": 0.4},
@@ -48,6 +49,7 @@ PUBLISHED_IMAGENET = {
     "deyo": {**SGD, **DEYO, "lr": 2.5e-4},
     "t3a": {"filter_k": 20},
     "actmad": {**SGD, "lr": 2.5e-4, "weight_decay": 5e-4, "params": "all"},
+    "santa": {**SGD, "lr": 1e-2, "anchor_weight": 1.0, "contrast_weight": 1.0, "temperature": 0.1},
     "rpl": {**SGD, "lr": 5e-4, "q": 0.8, "params": "norm"},
     "cotta": {**SGD, **COTTA, "lr": 1e-2, "anchor_threshold": 0.1, "restore": 0.001, "symmetric": True},
 }

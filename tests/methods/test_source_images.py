@@ -9,6 +9,7 @@ from nets import kind_for, make_images
 
 NEEDING = {
     "actmad": {},
+    "santa": {"projector": 6},
     "adanpc": {},
     "cafa": {},
     "eata": {},
