@@ -108,6 +108,8 @@ VARIANTS = {
             **{"ranks": [1, 3], "views": 2, "ema_decay": 0.7, "pair_decay": 0.5},
         }
     ],
+    "actmad": [{"lr": 0.05}],
+    "santa": [{"lr": 1e-2, "projector": 6}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

@@ -107,7 +107,7 @@ class CAFA(GradientMethod):
         Raises:
             DataError: If there are images of one class only, a batch has no such labels, or a covariance is singular.
         """
-        moments = class_moments(self, source_batches, self.covariance)  # type: ignore[arg-type]
+        moments = class_moments(self, source_batches, self.covariance)
         seen, covariance = moments.counts > 0, moments.covariance
         if int(seen.sum()) < 2:
             raise DataError(

@@ -35,6 +35,7 @@ CASES = {
     "shot": ("shot", "bn", {"lr": 0.05, "label_weight": 2.0}),
     "shot confident": ("shot", "gn", {"lr": 0.05, "labels": "confident", "threshold": 0.5}),
     "cafa": ("cafa", "bn", {"lr": 0.01}),
+    "actmad": ("actmad", "bn", {"lr": 0.05}),
     "rpl": ("rpl", "bn", {"lr": 0.01}),
     "zerosiam": ("zerosiam", "bn", {"lr": 0.02, "predictor_lr": 0.2}),
     "zerosiam ln": ("zerosiam", "ln", {"lr": 0.02, "predictor_lr": 0.2, "source_filter": True}),

@@ -35,6 +35,8 @@ PASSES = {
     "tent": (1, 1),
     "come": (1, 1),
     "rpl": (1, 1),
+    "santa": (3, 1),
+    "actmad": (1, 1),
     "cafa": (1, 1),
     "shot": (1, 1),
     "zerosiam": (1, 1),

@@ -38,8 +38,13 @@ class Faulty(nn.Module):
         if self.fault == "overflow":
             x = x * 3e38
             x[0, 0, 8, 8] *= 1e3
-        features = self.net.features(x)
-        return self.net.head(InfiniteGradient.apply(features) if self.fault == "gradient" else features)
+        if self.fault != "gradient":
+            return self.net.head(self.net.features(x))
+        first = next(module for module in self.net.modules() if "Norm" in type(module).__name__)
+        handle = first.register_forward_hook(lambda _, __, output: InfiniteGradient.apply(output))
+        features = self.net.features(x)  # a loss of these, or of what runs behind the first layer
+        handle.remove()
+        return self.net.head(InfiniteGradient.apply(features))
 
 
 @every_mechanism

@@ -8,6 +8,8 @@ from lightning_tta import DataError, InputError
 from nets import kind_for, make_images
 
 NEEDING = {
+    "actmad": {},
+    "santa": {"projector": 6},
     "adanpc": {},
     "cafa": {},
     "eata": {},

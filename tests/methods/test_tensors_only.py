@@ -30,6 +30,21 @@ FORWARD_ONLY = ("source", "norm", "t3a", "adanpc", "lame", "neo", "output_shift"
 ASKS_NOTHING = (*FORWARD_ONLY, "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam", "rpl", "shot", "cafa")
 ASKS_NOTHING = (*FORWARD_ONLY, "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam", "spa")
 ASKS_NOTHING = (*FORWARD_ONLY, "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam", "adacontrast")
+ASKS_NOTHING = (
+    *FORWARD_ONLY,
+    "tent",
+    "eta",
+    "sar",
+    "deyo",
+    "come",
+    "ostta",
+    "eata",
+    "zerosiam",
+    "rpl",
+    "shot",
+    "cafa",
+    "actmad",
+)
 CASES = [(name, options) for name in ASKS_NOTHING for options in VARIANTS.get(name, [{}])]
 IDS = [f"{name}-{number}" for name in ASKS_NOTHING for number in range(len(VARIANTS.get(name, [{}])))]
 ON_NETS = [  # those that a net of the kind has no use for are left out
