@@ -72,6 +72,7 @@ VARIANTS = {
     "come": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "steps": 2, "source_filter": True}],
     "ostta": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "alpha": 0.0, "steps": 2, "entropy": "come"}],
     "spa": [{"lr": 0.1, "predictor_lr": 0.1, "noise_ratio": 0.4, "cells": 3, "auxiliary": "eta"}],
+    "rem": [{"lr": 1e-2, "views": 3, "masked": 0.3, "frozen_fraction": 0.3, "margin": 0.1}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

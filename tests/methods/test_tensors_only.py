@@ -13,7 +13,7 @@ from nets import KINDS, kinds_of, make_images, make_net, make_stream, max_differ
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FORWARD_ONLY = ("source", "norm", "t3a", "lame", "neo", "output_shift", "pea", "foa")
-ASKS_NOTHING = (*FORWARD_ONLY, "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam", "spa")
+ASKS_NOTHING = (*FORWARD_ONLY, "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam", "spa", "rem")
 CASES = [(name, options) for name in ASKS_NOTHING for options in VARIANTS.get(name, [{}])]
 IDS = [f"{name}-{number}" for name in ASKS_NOTHING for number in range(len(VARIANTS.get(name, [{}])))]
 ON_NETS = [  # those that a net of the kind has no use for are left out
