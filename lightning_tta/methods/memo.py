@@ -60,6 +60,10 @@ class MEMO(ViewMethod, GradientMethod):
             its own, or one after the other: the same numbers. ``None``: together on an accelerator; on a CPU one
             image's activations stay in its cache, which is faster.
         seed: Seed of the views; an image's views depend on it and the pixels alone.
+        crop: ``[R, S]``: images are given before they are fitted to the net, and views made of these, as CR-MEMO's
+            crops of the original image are; then the shorter side of views and image is resized to R, and the middle
+            S x S cut out. CR-MEMO: ``[232, 224]`` (ResNet-50, weights V2), ``[256, 224]`` (DenseNet-121). ``None``:
+            images fit the net.
 
     Raises:
         ConfigError: If a value is out of range, or ``together`` is not possible.
@@ -68,7 +72,8 @@ class MEMO(ViewMethod, GradientMethod):
     Source: Zhang et al., arXiv 2110.09506 (MEMO), and the public code of CR-MEMO. Differs from them: Adam's state does
     not leak; AugMix's operations are PIL's on 8-bit pixels, but positions are rounded to 1/256 of a pixel; what its
     rotations, shears and shifts bring in from outside is black (in the authors' code the color (128, 0, 0)); crops are
-    of the image as it is given, which has been resized and cut (in CR-MEMO of the original one, before that).
+    of the image as it is given, and of its size, by default one that has been resized and cut (in CR-MEMO of the
+    original one, before that, and always of 224 x 224 pixels: see ``crop``).
     """
 
     returns = "after the step"
@@ -96,9 +101,11 @@ class MEMO(ViewMethod, GradientMethod):
         chunk_views: int | None = None,
         together: bool | None = None,
         seed: int = 0,
+        crop: list[int] | None = None,
     ) -> None:
         super().__init__(
             model,
+            crop=crop,
             views=views,
             augment=augment,
             bn_prior=bn_prior,
@@ -137,13 +144,15 @@ class MEMO(ViewMethod, GradientMethod):
         """An episode for each image; several at once where that is the same and fits."""
         together = (x.device.type != "cpu" if self.together is None else self.together) and self.can_together
         run, kind = (self._pass_of_rows, "rows") if together else (self.logits, "net")
-        images, self._views_at_once = self.fitting(x, run, kind, self.views)
+        fitted = self.fitted(x)
+        images, self._views_at_once = self.fitting(fitted, run, kind, self.views)
         if x.device.type == "cpu" and not together:  # what goes through the net in turn stays in the caches
             images = min(images, max(1, _VIEWS_AT_ONCE // self.views))
         seeds, parts = self.seeds(x), []
         for first in range(0, len(x), images):  # views of several images are made at once, which is faster
-            chunk = x[first : first + images]
-            views = make_views(chunk, self.views, self.augment, seeds[first : first + images])
+            chunk = fitted[first : first + images]
+            views = make_views(x[first : first + images], self.views, self.augment, seeds[first : first + images])
+            views = self.fitted(views)
             if together and self._views_at_once == self.views:
                 parts.append(self.replayed("episodes", self._episodes, chunk, views))
             else:
