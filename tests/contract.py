@@ -110,6 +110,7 @@ VARIANTS = {
     ],
     "actmad": [{"lr": 0.05}],
     "santa": [{"lr": 1e-2, "projector": 6}],
+    "rem": [{"lr": 1e-2, "views": 3, "masked": 0.3, "frozen_fraction": 0.3, "margin": 0.1}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

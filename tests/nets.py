@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 KINDS = ("bn", "gn", "ln", "user")
-TOKENS_ONLY = ("foa",)
+TOKENS_ONLY = ("foa", "rem")
 """Methods that run on none of these, but on ``vit``."""
 
 

@@ -31,7 +31,8 @@ class TokenNet:
         head: The layer that gives the logits, of features (B, Z).
         width: D.
         features: Z.
-        has_class_token: Whether the first token is the same for all images as it enters the first block.
+        prefix: Number of tokens in front that are the same for all images as they enter the first block: a class token,
+            registers.
         patch_values: Number of pixel values in a patch; D where there is no convolution.
     """
 
@@ -40,8 +41,13 @@ class TokenNet:
     head: str
     width: int
     features: int
-    has_class_token: bool
+    prefix: int
     patch_values: int
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token is no patch."""
+        return self.prefix > 0
 
     @property
     def activations(self) -> int:
@@ -116,7 +122,7 @@ def watched_tokens(model: nn.Module, net: TokenNet, prompts: Tensor | None = Non
 
 
 @torch.no_grad()
-def find_tokens(model: nn.Module, prompts: int = 1) -> TokenNet:
+def find_tokens(model: nn.Module, prompts: int = 1, instead: str = _INSTEAD) -> TokenNet:
     """Find the blocks of a net that take tokens, by a pass of two images through a copy that shares its tensors.
 
     They are siblings, two or more; the output (B, N, D) of each is the input of the next. Of several such groups the
@@ -125,15 +131,16 @@ def find_tokens(model: nn.Module, prompts: int = 1) -> TokenNet:
     Args:
         model: Any classifier, in eval mode.
         prompts: Number of further tokens that the blocks must take.
+        instead: What else to do, for messages.
 
     Raises:
         UnsupportedModelError: If there are no such blocks, if they do not take further tokens, or if no image size was
             found that the net takes.
     """
-    twin, images, calls = try_pass(model, 2, _INSTEAD)
+    twin, images, calls = try_pass(model, 2, instead)
     modules = dict(twin.named_modules())
     with outside_inference_mode(), safe_checkpoints():
-        net = _read(type(model).__name__, modules, calls, as_logits(calls[-1][2]))
+        net = _read(type(model).__name__, modules, calls, as_logits(calls[-1][2]), instead)
         tokens = next(inputs[0] for name, inputs, _ in calls if name == net.blocks[0])
         try:
             with (
@@ -149,7 +156,7 @@ def find_tokens(model: nn.Module, prompts: int = 1) -> TokenNet:
         raise UnsupportedModelError(
             f"The blocks of {type(model).__name__} ('{net.blocks[0]}' to '{net.blocks[-1]}') take {tokens.shape[1]} "
             f"tokens, and not {prompts} more (tables of relative positions, windows, layers over positions?): {reason}."
-            f" Use a ViT with absolute positions; or {_INSTEAD}."
+            f" Use a ViT with absolute positions; or {instead}."
         )
     return net
 
@@ -157,7 +164,7 @@ def find_tokens(model: nn.Module, prompts: int = 1) -> TokenNet:
 Calls = list[tuple[str, Any, Any]]
 
 
-def _read(kind: str, modules: dict[str, nn.Module], calls: Calls, logits: Tensor) -> TokenNet:
+def _read(kind: str, modules: dict[str, nn.Module], calls: Calls, logits: Tensor, instead: str) -> TokenNet:
     heads = [
         (name, inputs[0])
         for name, inputs, output in calls
@@ -175,7 +182,7 @@ def _read(kind: str, modules: dict[str, nn.Module], calls: Calls, logits: Tensor
         head_missing = "single layer that gives the logits of features (B, Z) (two heads, or a layer behind the head?)"
         raise UnsupportedModelError(
             f"{kind} has no {head_missing if chains else blocks_missing}, as vision transformers have. Use a ViT; or "
-            f"{_INSTEAD}."
+            f"{instead}."
         )
     blocks = max(chains, key=lambda group: sum(_size(modules[name]) for name, *_ in group))
     tokens = blocks[0][1]
@@ -186,7 +193,7 @@ def _read(kind: str, modules: dict[str, nn.Module], calls: Calls, logits: Tensor
         head=heads[0][0],
         width=tokens.shape[-1],
         features=heads[0][1].shape[-1],
-        has_class_token=torch.equal(tokens[0, 0], tokens[1, 0]),
+        prefix=int((tokens[0] == tokens[1]).all(-1).long().cumprod(0).sum()),
         patch_values=tokens.shape[-1] if filters is None else math.prod(filters.shape[1:]),
     )
 

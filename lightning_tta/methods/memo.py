@@ -57,6 +57,10 @@ class MEMO(EpisodeMethod):
             its own, or one after the other: the same numbers. ``None``: together on an accelerator; on a CPU one
             image's activations stay in its cache, which is faster.
         seed: Seed of the views; an image's views depend on it and the pixels alone.
+        crop: ``[R, S]``: images are given before they are fitted to the net, and views made of these, as CR-MEMO's
+            crops of the original image are; then the shorter side of views and image is resized to R, and the middle
+            S x S cut out. CR-MEMO: ``[232, 224]`` (ResNet-50, weights V2), ``[256, 224]`` (DenseNet-121). ``None``:
+            images fit the net.
 
     Raises:
         ConfigError: If a value is out of range, or ``together`` is not possible.
@@ -65,7 +69,8 @@ class MEMO(EpisodeMethod):
     Source: Zhang et al., arXiv 2110.09506 (MEMO), and the public code of CR-MEMO. Differs from them: Adam's state does
     not leak; AugMix's operations are PIL's on 8-bit pixels, but positions are rounded to 1/256 of a pixel; what its
     rotations, shears and shifts bring in from outside is black (in the authors' code the color (128, 0, 0)); crops are
-    of the image as it is given, which has been resized and cut (in CR-MEMO of the original one, before that).
+    of the image as it is given, and of its size, by default one that has been resized and cut (in CR-MEMO of the
+    original one, before that, and always of 224 x 224 pixels: see ``crop``).
     """
 
     about = About(
@@ -103,9 +108,11 @@ class MEMO(EpisodeMethod):
         chunk_views: int | None = None,
         together: bool | None = None,
         seed: int = 0,
+        crop: list[int] | None = None,
     ) -> None:
         super().__init__(
             model,
+            crop=crop,
             views=views,
             augment=augment,
             bn_prior=bn_prior,

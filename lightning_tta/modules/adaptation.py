@@ -333,7 +333,7 @@ class TestTimeAdaptation(LightningModule):
         first = int(domain[0])
         if run.last_domain is None:
             resized = None if run.data is None else run.data.resized_to
-            batches.warn_of_size(images, self.preprocessing, self.net_info, resized)
+            batches.warn_of_size(images, self.preprocessing, self.net_info, resized, run.method.crop)
             if self.classes is None and self._logits:
                 check_labels(labels.label, self._logits)
             run.summary.started = True

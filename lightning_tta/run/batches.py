@@ -162,7 +162,11 @@ def labels_among(labels: Tensor, classes: Sequence[int] | None) -> Tensor:
 
 
 def warn_of_size(
-    images: Tensor, preprocessing: Mapping[str, Any], net: Mapping[str, Any], resized: int | None = None
+    images: Tensor,
+    preprocessing: Mapping[str, Any],
+    net: Mapping[str, Any],
+    resized: int | None = None,
+    crop: tuple[int, int] | None = None,
 ) -> None:
     """Warn where images (B, C, H, W) are not of the size that published weights were trained on, or cut from another.
 
@@ -173,16 +177,19 @@ def warn_of_size(
         preprocessing: Of the net.
         net: What is known of it.
         resized: Shorter side of what the images are the middle of; ``None``: not known.
+        crop: The same, and the side of the middle, where the method itself cuts it out.
     """
     expected, size = preprocessing.get("input_size"), list(images.shape[1:])
     published = net.get("pretrained") or str(net["name"]).startswith("cifar/")
     if expected is None or not published:
         return
+    if crop is not None:
+        resized, size = crop[0], [size[0], crop[1], crop[1]]
     if list(expected) != size:
         warnings.warn(
             f"Images are {size} (C, H, W), the weights' own preprocessing has {list(expected)} (crop "
             f"{preprocessing.get('crop_pct')}, {preprocessing.get('interpolation')}): accuracy may suffer. Set the "
-            "data's image_size unless this is meant.",
+            "data's image_size (or the method's crop) unless this is meant.",
             stacklevel=3,
         )
         return
@@ -190,7 +197,8 @@ def warn_of_size(
     if resized is not None and abs(resized - wanted) > 1:  # some round down
         warnings.warn(
             f"Images are resized to {resized} pixels before the middle {size[1:]} is cut out, in the weights' own "
-            f"preprocessing to {wanted}: accuracy may suffer. Set the data's resize to {wanted} unless this is meant.",
+            f"preprocessing to {wanted}: accuracy may suffer. Set the data's resize (or the method's crop) "
+            f"to {wanted} unless this is meant.",
             stacklevel=3,
         )
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from contract import MECHANISMS, VARIANTS, build
 from lightning_tta import ConfigError, UnsupportedModelError, adapt, available_methods, save
 from lightning_tta.errors import InputError, WeightsError
-from nets import make_images, make_net, same
+from nets import TOKENS_ONLY, make_images, make_net, same
 from odd_nets import (
     HEAVY,
     REFUSED,
@@ -33,7 +33,7 @@ from odd_nets import (
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 METHODS = list(available_methods())
-LEARN = [name for name in METHODS if hasattr(available_methods()[name], "descend")]
+LEARN = [name for name in METHODS if hasattr(available_methods()[name], "descend") and name not in TOKENS_ONLY]
 MAIN = {name for name, _ in MECHANISMS.values()}
 PAIRS = [
     pytest.param(kind, name, marks=[pytest.mark.slow] * (name not in MAIN))

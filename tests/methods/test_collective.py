@@ -39,6 +39,7 @@ CASES = {
     "rpl": ("rpl", "bn", {"lr": 0.01}),
     "zerosiam": ("zerosiam", "bn", {"lr": 0.02, "predictor_lr": 0.2}),
     "zerosiam ln": ("zerosiam", "ln", {"lr": 0.02, "predictor_lr": 0.2, "source_filter": True}),
+    "rem": ("rem", "vit", {"lr": 0.01, "masked": 0.3, "margin": 0.1, "lr_batch_size": 4}),
     "eta": ("eta", "bn", ETA),
     "eta filter": ("eta", "ln", {**ETA_GN, "source_filter": True}),
     "eta gn": ("eta", "gn", ETA_GN),

@@ -35,12 +35,15 @@ def use_prior(net, batch, prior):
     return net
 
 
-def plain_memo(net, images, seeds, *, optimizer="sgd", lr, kl_weight=0.0, prior=None, params="all", steps=1, augment):
+def plain_memo(
+    net, images, seeds, *, optimizer="sgd", lr, kl_weight=0.0, prior=None, params="all", steps=1, augment, fit=None
+):
     """One image after the other, each with a copy of the net and a new optimizer."""
+    fit = fit or (lambda x: x)
     results = []
     for image, seed in zip(images, seeds, strict=True):
         own = use_prior(net, image, prior) if prior else copy.deepcopy(net)
-        views = make_views(image[None], VIEWS, augment, [seed])[0]
+        views = fit(make_views(image[None], VIEWS, augment, [seed])[0])
         weights = list(norm_weights(own).values() if params == "norm" else own.parameters())
         make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
         step = make(weights, lr=lr, weight_decay=0.1)
@@ -53,7 +56,7 @@ def plain_memo(net, images, seeds, *, optimizer="sgd", lr, kl_weight=0.0, prior=
                 weight.grad = gradient
             step.step()
         with torch.no_grad():
-            results.append(own(image[None])[0])
+            results.append(own(fit(image[None]))[0])
     return torch.stack(results)
 
 
@@ -158,7 +161,34 @@ def test_class_subsets():
     assert set(adapt(net, "memo", views=2, predict_classes=[3]).predict(images).argmax(1).tolist()) == {3}
 
 
+@pytest.mark.parametrize("params", ["all", "norm"])
+@pytest.mark.parametrize("together", [False, True])
+def test_views_of_images_before_they_are_cut(params, together):
+    """CR-MEMO's: a random crop of the original image, then what the weights' own preprocessing does."""
+    from torchvision.transforms.v2 import functional as V
+
+    def fit(x):
+        return V.center_crop(V.resize(x, [20], antialias=True), [16, 16])
+
+    net, images = make_net("bn").double(), torch.nn.functional.pad(make_images(3, dtype=torch.float64, size=31), (0, 9))
+    options = {"lr": 0.1, "augment": "rrc", "params": params, "together": together and params == "norm", "views": VIEWS}
+    method = adapt(net, "memo", crop=[20, 16], **options, weight_decay=0.1)
+    expected = plain_memo(net, images, method.seeds(images), lr=0.1, params=params, augment="rrc", fit=fit)
+    torch.testing.assert_close(method(images), expected, rtol=1e-5, atol=1e-6)  # torchvision resizes in float32
+    torch.testing.assert_close(method.predict(images), net(fit(images)).detach(), rtol=1e-5, atol=1e-6)
+    assert max_difference(adapt(net, "memo", **options)(fit(images)), expected) > 1e-3  # views of what is cut
+    average = adapt(net, "view_averaging", views=VIEWS, augment="rrc", crop=[20, 16])
+    assert max_difference(average(images), adapt(net, "view_averaging", views=VIEWS, augment="rrc")(fit(images))) > 1e-3
+
+
 def test_options_that_contradict():
+    for wrong in ([232], [16, 20], [20, 0]):
+        with pytest.raises(ConfigError, match="crop"):
+            adapt(make_net("bn"), "memo", crop=wrong)
+    for other in ({"statistics": "ema"}, {"refine": "lame"}):
+        with pytest.raises(ConfigError, match="exclude each other"):
+            adapt(make_net("bn"), "memo", crop=[20, 16], **other)
+    adapt(make_net("bn"), "memo", crop=[20, 16], prior="em")
     with pytest.raises(ConfigError, match="chunk_views=4"):
         adapt(make_net("bn"), "memo", bn_prior=16, views=8, chunk_views=4)
     adapt(make_net("gn"), "memo", bn_prior=16, views=8, chunk_views=4)  # no BatchNorm, no common statistics

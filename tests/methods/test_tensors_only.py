@@ -45,6 +45,7 @@ ASKS_NOTHING = (
     "cafa",
     "actmad",
 )
+ASKS_NOTHING = (*FORWARD_ONLY, "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam", "spa", "rem")
 CASES = [(name, options) for name in ASKS_NOTHING for options in VARIANTS.get(name, [{}])]
 IDS = [f"{name}-{number}" for name in ASKS_NOTHING for number in range(len(VARIANTS.get(name, [{}])))]
 ON_NETS = [  # those that a net of the kind has no use for are left out

@@ -264,9 +264,11 @@ def test_a_crop_that_the_weights_do_not_expect(resized, warns):
         warnings.simplefilter("always")
         warn_of_size(images, preprocessing, net, resized)
         warn_of_size(images, preprocessing, {"name": "timm/resnet50"}, resized)  # weights of somebody's own
+        warn_of_size(torch.zeros(1, 3, 400, 500), preprocessing, net, 400, crop=(232, 224))
     assert [str(each.message) for each in told] == warns * [
         f"Images are resized to {resized} pixels before the middle [224, 224] is cut out, in the weights' own "
-        "preprocessing to 232: accuracy may suffer. Set the data's resize to 232 unless this is meant."
+        "preprocessing to 232: accuracy may suffer. Set the data's resize (or the method's crop) to 232 unless this is "
+        "meant."
     ]
 
 

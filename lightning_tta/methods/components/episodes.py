@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import group_norm, layer_norm
+from torch.nn.functional import group_norm, interpolate, layer_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +16,9 @@ from lightning_tta.backbones import norms
 from lightning_tta.backbones.norms import affine, batch_norm_layers
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.imagenet_classes import class_subset
+from lightning_tta.losses import at_least_float32
+from lightning_tta.methods.base.account import Account
+from lightning_tta.methods.base.correction import Correction
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.components.room import Room
 from lightning_tta.views.augmix import AUGMENTATIONS, make_views
@@ -116,6 +119,9 @@ class ViewMethod(TTAMethod):
         chunk_views: At most this many views in one pass; ``None``: as many as fit into memory, see
             :class:`~lightning_tta.methods.components.room.Room`.
         seed: Seed of the views; an image's views depend on it and the pixels alone.
+        crop: Two numbers (R, S): the images are given before they are fitted to the net. Views are made of them as they
+            are; then the shorter side of views and images is resized to R, and the middle S x S cut out. ``None``: they
+            fit.
         **options: Of a further base class.
     """
 
@@ -138,12 +144,19 @@ class ViewMethod(TTAMethod):
         chunk_views: int | None = None,
         seed: int = 0,
         predict_classes: list[int] | str | None = None,
+        crop: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, steps=1, **options)
         check_range("views", views, 1, integer=True)
         check_choice("augment", augment, AUGMENTATIONS)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
+        if crop is not None:
+            if len(crop) != 2:
+                raise ConfigError(f"crop is two numbers, such as [232, 224], or null; got {list(crop)}.")
+            check_range("crop: the square's side", crop[1], 1, integer=True)
+            check_range("crop: the shorter side", crop[0], crop[1], integer=True)
+            self.crop = crop[0], crop[1]
         if bn_prior is not None:
             check_range("bn_prior", bn_prior, 1, integer=True)
             untracked = [name for name, layer in batch_norm_layers(model).items() if layer.running_mean is None]
@@ -176,6 +189,38 @@ class ViewMethod(TTAMethod):
             return nullcontext()
         return norms.batch_statistics(self.model, self.bn_prior / (self.bn_prior + 1), unbiased=True)
 
+    def fitted(self, images: Tensor) -> Tensor:
+        """Images (..., C, H, W) as the net takes them: resized, and the middle cut out, where that is asked for."""
+        if self.crop is None:
+            return images
+        shorter, side = self.crop
+        height, width = images.shape[-2:]
+        sizes = [length * shorter // min(height, width) for length in (height, width)]
+        with torch.autocast(images.device.type, enabled=False):
+            x = at_least_float32(images).flatten(0, -4)
+            x = interpolate(x, sizes, mode="bilinear", align_corners=False, antialias=True)
+        top, left = (round((length - side) / 2) for length in sizes)  # as torchvision
+        return x[..., top : top + side, left : left + side].to(images.dtype).view(*images.shape[:-2], side, side)
+
+    def take_up(self, account: Account | None) -> None:
+        """As of the base, where images are fitted to the net already."""
+        if account is not None:
+            self._refuse_with_crop("statistics=")
+        super().take_up(account)
+
+    def put_on(self, correction: Correction) -> None:
+        """As of the base, where images are fitted to the net already, or no features are wanted."""
+        if correction.wants_features:
+            self._refuse_with_crop("refine=")
+        super().put_on(correction)
+
+    def _refuse_with_crop(self, option: str) -> None:
+        if self.crop is not None:
+            raise ConfigError(
+                f"crop={list(self.crop)} and {option} exclude each other: that takes images that fit the net. Leave "
+                "one of them out."
+            )
+
     def infer(self, x: Tensor) -> Tensor:
         """The source's prediction of the images themselves, with each image's own statistics if there is a prior."""
         return self.voted(x, make=False)
@@ -193,12 +238,13 @@ class ViewMethod(TTAMethod):
             replays: Whether passes may be recorded and replayed.
         """
         views = self.views if make else 1
-        images, self._views_at_once = self.fitting(x, self._pass_of_source, "source", views)
+        images, self._views_at_once = self.fitting(self.fitted(x), self._pass_of_source, "source", views)
         seeds = self.seeds(x) if make else []
         logits = []
         for first in range(0, len(x), images):
             chunk = x[first : first + images]
             made = make_views(chunk, views, self.augment, seeds[first : first + images]) if make else chunk[:, None]
+            made = self.fitted(made)
             logits.append(self.replayed("vote", self._vote_of, made) if replays else self._vote_of(made))
         return self.allowed(torch.cat(logits))
 

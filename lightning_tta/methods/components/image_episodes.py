@@ -61,13 +61,15 @@ class EpisodeMethod(ViewMethod, GradientMethod):
         """An episode for each image; several at once where that is the same and fits."""
         together = (x.device.type != "cpu" if self.together is None else self.together) and self.can_together
         run, kind = (self.pass_of_rows, "rows") if together else (self.logits, "net")
-        images, self._views_at_once = self.fitting(x, run, kind, self.views)
+        fitted = self.fitted(x)
+        images, self._views_at_once = self.fitting(fitted, run, kind, self.views)
         if x.device.type == "cpu" and not together:  # what goes through the net in turn stays in the caches
             images = min(images, max(1, _VIEWS_AT_ONCE // self.views))
         seeds, parts = self.seeds(x), []
         for first in range(0, len(x), images):  # views of several images are made at once, which is faster
-            chunk = x[first : first + images]
-            views = make_views(chunk, self.views, self.augment, seeds[first : first + images])
+            chunk = fitted[first : first + images]
+            views = make_views(x[first : first + images], self.views, self.augment, seeds[first : first + images])
+            views = self.fitted(views)
             if together and self._views_at_once == self.views:
                 parts.append(self.replayed("episodes", self._episodes, chunk, views))
             else:
