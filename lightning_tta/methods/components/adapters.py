@@ -480,7 +480,11 @@ def choose(net: nn.Module, select: Select) -> Choice:
     """
     if choice_of(net) is not None:
         raise ConfigError("select: what learns in this net was chosen before. Give the net itself, not one that was.")
-    return set_choice(net, Choice(*put_in(net, select), finish))
+    before = set(adapter_names(net))
+    words, names = put_in(net, select)
+    return set_choice(
+        net, Choice(words, names, finish, tuple(name for name in adapter_names(net) if name not in before))
+    )
 
 
 @torch.no_grad()
@@ -586,6 +590,22 @@ def merge(net: nn.Module) -> list[str]:
                 module.__class__ = type(module).__bases__[0]
             module.register_parameter(leaf, nn.Parameter(weight, requires_grad=flag))
     return list(dict.fromkeys(module.kind for _, module in adapters_of(net) if isinstance(module, Beside)))
+
+
+def given_state(net: nn.Module) -> dict[str, Any]:
+    """The state dict of a net, as it was before adapters were put in when what learns was chosen."""
+    choice = choice_of(net)
+    added = set() if choice is None else set(choice.added)
+    products = {name.rpartition(".")[0] for name in added if "parametrizations." in name}
+    state: dict[str, Any] = {}
+    for name, value in net.state_dict().items():
+        place, _, leaf = name.rpartition(".")
+        if name in added or place in products:
+            continue
+        if leaf == "original" and f"{place}.0" in products:
+            name = "".join(place.rsplit("parametrizations.", 1))
+        state[name] = value
+    return state
 
 
 def finish(net: nn.Module) -> None:
