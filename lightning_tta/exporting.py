@@ -15,8 +15,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from lightning_tta._version import __version__
-from lightning_tta.backbones import Backbone, state_digest
+from lightning_tta.backbones import Backbone
 from lightning_tta.backbones.split import as_logits, keep_classes
+from lightning_tta.backbones.weights import digest_of
 from lightning_tta.errors import ConfigError, DataError, UnsupportedModelError, check_choice
 from lightning_tta.exported_step import DECOMPOSITIONS, ExportedStep, translations
 from lightning_tta.files import of_all, of_process, write_whole
@@ -25,6 +26,7 @@ from lightning_tta.methods import create_method, names
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import put_back
 from lightning_tta.methods.base.task import float_dtype
+from lightning_tta.methods.components.adapters import given_state
 from lightning_tta.modules.loading import load_source
 from lightning_tta.onnx_adapter import AFTER, BEFORE, OnnxAdapter
 from lightning_tta.run.directory import FINAL, FORMAT, REPORT, STATE, State, read_state
@@ -426,7 +428,7 @@ def _method_of(run: Path, state: State, build: Callable[[Path], TTAMethod] | Non
 
 def _check_digest(run: Path, net: nn.Module, identity: Mapping[str, Any]) -> None:
     wanted = identity["protocol.weights_digest"]
-    if state_digest(net) != wanted:
+    if digest_of(given_state(net)) != wanted:
         raise DataError(
             f"The source weights are no longer those that {run} adapted ({identity.get('protocol.weights')}, digest "
             f"{wanted}): its changes fit these alone. Put them back, or repeat the run. (Random weights are lost.)"

@@ -50,15 +50,16 @@ class _BasicBlock(nn.Module):
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_planes, planes, stride)
-        self.bn1 = nn.BatchNorm2d(planes)
+        self.bn1, self.act1 = nn.BatchNorm2d(planes), nn.ReLU()
         self.conv2 = _conv3x3(planes, planes)
-        self.bn2 = nn.BatchNorm2d(planes)
+        self.bn2, self.act2 = nn.BatchNorm2d(planes), nn.ReLU()
         self.stride, new_planes = stride, planes - in_planes
         self.zeros = (0, 0, 0, 0, new_planes // 2, new_planes - new_planes // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + F.pad(x[:, :, :: self.stride, :: self.stride], self.zeros))
+        out = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        activated: Tensor = self.act2(out + F.pad(x[:, :, :: self.stride, :: self.stride], self.zeros))
+        return activated
 
 
 class CifarResNet(nn.Module):
@@ -74,7 +75,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         n = _blocks_per_stage(depth, 6, 2)
         self.conv1 = _conv3x3(in_chans, 16)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.bn1, self.act1 = nn.BatchNorm2d(16), nn.ReLU()
         self.layer1 = _stage(_BasicBlock, n, 16, 16, 1)
         self.layer2 = _stage(_BasicBlock, n, 16, 32, 2)
         self.layer3 = _stage(_BasicBlock, n, 32, 64, 2)
@@ -83,7 +84,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K)."""
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.act1(self.bn1(self.conv1(x)))
         logits: Tensor = self.linear(self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3)))
         return logits
 
@@ -93,14 +94,14 @@ class _GroupNormBlock(nn.Module):
 
     def __init__(self, in_planes: int, planes: int, stride: int, groups: int) -> None:
         super().__init__()
-        self.bn1 = nn.GroupNorm(groups, in_planes)
+        self.bn1, self.act1 = nn.GroupNorm(groups, in_planes), nn.ReLU()
         self.conv1 = _conv3x3(in_planes, planes, stride)
-        self.bn2 = nn.GroupNorm(groups, planes)
+        self.bn2, self.act2 = nn.GroupNorm(groups, planes), nn.ReLU()
         self.conv2 = _conv3x3(planes, planes)
         self.stride, self.zeros = stride, (0, 0, 0, 0, 0, planes - in_planes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        out: Tensor = self.conv2(self.act2(self.bn2(self.conv1(self.act1(self.bn1(x))))))
         return out + F.pad(F.avg_pool2d(x, self.stride) if self.stride > 1 else x, self.zeros)
 
 
@@ -125,14 +126,14 @@ class GroupNormResNet(nn.Module):
         self.layer1 = _stage(block, n, 16, 16, 1)
         self.layer2 = _stage(block, n, 16, 32, 2)
         self.layer3 = _stage(block, n, 32, 64, 2)
-        self.bn = nn.GroupNorm(groups, 64)
+        self.bn, self.act = nn.GroupNorm(groups, 64), nn.ReLU()
         self.fc = nn.Linear(64, num_classes)
         _initialize(self, "fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K)."""
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
-        logits: Tensor = self.fc(F.relu(self.bn(x)).mean(dim=(2, 3)))
+        logits: Tensor = self.fc(self.act(self.bn(x)).mean(dim=(2, 3)))
         return logits
 
 
@@ -141,17 +142,17 @@ class _WideBlock(nn.Module):
 
     def __init__(self, in_planes: int, planes: int, stride: int, drop_rate: float) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.bn1, self.act1 = nn.BatchNorm2d(in_planes), nn.ReLU()
         self.conv1 = _conv3x3(in_planes, planes, stride)
-        self.bn2 = nn.BatchNorm2d(planes)
+        self.bn2, self.act2 = nn.BatchNorm2d(planes), nn.ReLU()
         self.conv2 = _conv3x3(planes, planes)
         self.dropout = nn.Dropout(drop_rate)
         changes = in_planes != planes or stride != 1
         self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x))
-        out: Tensor = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(activated)))))
+        activated = self.act1(self.bn1(x))
+        out: Tensor = self.conv2(self.dropout(self.act2(self.bn2(self.conv1(activated)))))
         return out + (x if self.convShortcut is None else self.convShortcut(activated))
 
 
@@ -179,14 +180,14 @@ class WideResNet(nn.Module):
         self.block1 = nn.Sequential(OrderedDict(layer=_stage(block, n, 16, width, 1)))
         self.block2 = nn.Sequential(OrderedDict(layer=_stage(block, n, width, 2 * width, 2)))
         self.block3 = nn.Sequential(OrderedDict(layer=_stage(block, n, 2 * width, 4 * width, 2)))
-        self.bn1 = nn.BatchNorm2d(4 * width)
+        self.bn1, self.act1 = nn.BatchNorm2d(4 * width), nn.ReLU()
         self.fc = nn.Linear(4 * width, num_classes)
         _initialize(self, "fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K)."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        logits: Tensor = self.fc(F.relu(self.bn1(x)).mean(dim=(2, 3)))
+        logits: Tensor = self.fc(self.act1(self.bn1(x)).mean(dim=(2, 3)))
         return logits
 
 

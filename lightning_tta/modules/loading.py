@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -13,10 +14,12 @@ from torch import nn
 from lightning_tta.backbones import Backbone, create_backbone, load_weights, state_digest
 from lightning_tta.backbones.families import TRANSFORMERS, resolve
 from lightning_tta.backbones.own import check_not_beside, find_net, is_import_path
+from lightning_tta.backbones.split import find_head
 from lightning_tta.backbones.weights import digest_of, read_checkpoint
 from lightning_tta.errors import ConfigError, WeightsError
 from lightning_tta.meta.inner_loop import InnerLoop, set_inner_loop
 from lightning_tta.meta.mixed_bn import convert_mixed_bn, mixed_batch_norm_layers
+from lightning_tta.methods.components.adapters import KINDS, Select, put_in
 from lightning_tta.modules.training import find_checkpoint
 
 
@@ -72,13 +75,15 @@ def load_source(
     content = read_checkpoint(path) if path is not None and path.suffix == ".ckpt" else None
     saved = _entry(content, path)
     meta_trained = path is not None and "mixed_bn" in saved
-    weights = None if meta_trained else path  # those of mixed layers are loaded once the net has them
+    adapted = saved.get("adapters") or []
+    later = meta_trained or bool(adapted)
+    weights = None if later else path  # those of mixed layers and adapters are loaded once the net has them
     if isinstance(backbone, nn.Module):
         net = backbone
         if weights is not None:
             load_weights(net, weights)
     elif backbone is not None:
-        pretrained = pretrained and not meta_trained
+        pretrained = pretrained and not later
         options = {**_hyper_parameters(backbone, content), **options}
         if "num_classes" in options:
             own_classes = options.pop("num_classes")
@@ -118,6 +123,9 @@ def load_source(
             warnings.filterwarnings("ignore", message=".*are left out.*")  # learned inner rates: in saved["meta_ttt"]
             load_weights(net, path)
         set_inner_loop(net, InnerLoop(**saved["meta_ttt"]))
+    if path is not None and adapted:
+        put_in(core_of(net), adapted)
+        load_weights(net, path)
     if isinstance(net, Backbone) and saved.get("class_names"):
         net.class_names = list(saved["class_names"])
     if "digest" in saved and state_digest(net) != saved["digest"]:
@@ -135,7 +143,7 @@ def _entry(content: Any, path: Any) -> dict[str, Any]:
         WeightsError: If it says something else than :func:`describe_net` writes: changed, or from elsewhere.
     """
     saved = content.get("lightning_tta", {}) if isinstance(content, dict) else {}
-    kinds = {"backbone": dict, "class_names": list, "mixed_bn": dict, "meta_ttt": dict, "digest": str}
+    kinds = {"backbone": dict, "class_names": list, "adapters": list, "mixed_bn": dict, "meta_ttt": dict, "digest": str}
     fits = isinstance(saved, dict) and all(isinstance(saved.get(k) or kind(), kind) for k, kind in kinds.items())
     backbone = (saved.get("backbone") if fits else None) or {"name": ""}
     if not fits or not isinstance(backbone.get("name"), str) or {"weights", "pretrained"} & {*backbone}:
@@ -170,6 +178,25 @@ def _hyper_parameters(backbone: str, content: Any) -> dict[str, Any]:
     return {name: value for name, value in saved.items() if name in parameters}
 
 
+def core_of(net: nn.Module) -> nn.Module:
+    """The net inside a backbone, whose weights a file holds; or the net itself."""
+    return net.net if isinstance(net, Backbone) else net
+
+
+def train_adapters(net: nn.Module, adapters: Select) -> None:
+    """Put adapters into a net, in place; they and the last linear layer learn, and nothing else."""
+    core = core_of(net)
+    words, names = put_in(core, adapters)
+    if words or not names:
+        raise ConfigError(f"adapters must be kinds of adapters: {', '.join(KINDS)}; got {adapters!r}.")
+    items = [adapters] if isinstance(adapters, (str, Mapping)) else list(adapters)
+    net.__dict__["_tta_adapters"] = [dict(item) if isinstance(item, Mapping) else item for item in items]
+    net.requires_grad_(False)
+    find_head(core)[1].requires_grad_(True)
+    for name in names:
+        core.get_parameter(name).requires_grad_(True)
+
+
 def describe_net(net: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint with the weights of ``net`` under ``backbone.`` says of it, for :func:`load_source`.
 
@@ -180,5 +207,6 @@ def describe_net(net: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {
         "backbone": net.config if isinstance(net, Backbone) else None,
         "class_names": net.class_names if isinstance(net, Backbone) else None,
+        **({"adapters": net.__dict__["_tta_adapters"]} if "_tta_adapters" in net.__dict__ else {}),
         "digest": digest_of(weights),
     }

@@ -17,7 +17,8 @@ from lightning_tta.backbones import Backbone, create_backbone
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, check_range
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of
-from lightning_tta.modules.loading import check_options, describe_net
+from lightning_tta.modules.loading import check_options, describe_net, train_adapters
+from lightning_tta.modules.mosa import MoSA
 from lightning_tta.modules.training import TrainingRecord
 
 
@@ -42,6 +43,10 @@ class SourceClassifier(LightningModule):
         optimizer: Called with the parameters. Default: AdamW with lr 3e-3.
         lr_scheduler: Called with the optimizer; stepped per epoch.
         label_smoothing: In [0, 1).
+        adapters: Train these alone, with the last linear layer: a kind (``lora``), a dict of ``kind`` and its options,
+            or a list, see :mod:`lightning_tta.methods.components.adapters`. The checkpoint holds them, and whatever
+            loads it has them; at test time ``select="adapters"`` goes on with them, and ``vida`` uses its pairs.
+        adapter_parts: Train them a part at a time, of so many, see :class:`~lightning_tta.modules.mosa.MoSA`.
     """
 
     def __init__(
@@ -54,6 +59,8 @@ class SourceClassifier(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
+        adapters: str | dict[str, Any] | list[Any] | None = None,
+        adapter_parts: int | None = None,
     ) -> None:
         super().__init__()
         check_range("num_classes", num_classes, 2, integer=True)
@@ -67,6 +74,11 @@ class SourceClassifier(LightningModule):
                 backbone, num_classes, pretrained=pretrained, weights=weights, **check_options(backbone_options)
             )
         )
+        if adapters is not None:
+            train_adapters(self.backbone, adapters)
+        elif adapter_parts is not None:
+            raise ConfigError(f"adapter_parts={adapter_parts} needs adapters to train: give adapters, such as 'lora'.")
+        self.mosa = None if adapter_parts is None else MoSA(adapter_parts)
         self._has_weights = isinstance(backbone, nn.Module) or getattr(self.backbone, "weights", "") != "random"
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
@@ -81,7 +93,7 @@ class SourceClassifier(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What marks a finished training."""
-        return [TrainingRecord()]
+        return [TrainingRecord()] if self.mosa is None else [TrainingRecord(), self.mosa]
 
     def setup(self, stage: str) -> None:
         """Compare the classes of the data with the logits.
@@ -178,7 +190,7 @@ class SourceClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer and, per epoch, the schedule of the configuration."""
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

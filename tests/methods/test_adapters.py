@@ -240,6 +240,19 @@ def test_a_step_is_tensors_only(kind, monkeypatch):
         in_a_step(plain, make_images(4))
 
 
+@pytest.mark.parametrize(("kind", "net_kind"), CASES)
+def test_the_state_that_the_net_was_given_with(kind, net_kind):
+    """By which a run is known again."""
+    net = make_net(net_kind)
+    method = adapt(net, "tent", select=["norm", SELECTIONS[kind]])
+    assert same(adapters.given_state(method.model), dict(net.state_dict()))
+    assert same(adapters.given_state(net), dict(net.state_dict()))
+    with_adapters = copy.deepcopy(net)
+    adapters.put_in(with_adapters, SELECTIONS[kind])
+    method = adapt(with_adapters, "tent", select="adapters")
+    assert same(adapters.given_state(method.model), dict(with_adapters.state_dict()))
+
+
 def test_torchs_own_attention():
     net = Attention().eval()
     images = make_images(4)

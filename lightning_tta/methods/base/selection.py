@@ -34,12 +34,14 @@ class Choice:
         words: As of :func:`select_parameters`.
         names: Of parameters besides.
         finish: Makes a net that was adapted so as plain as it can be, in place; a function of a module.
+        added: Names of the parameters that the net has got for it.
         used: Whether a method has taken it up.
     """
 
     words: tuple[str, ...]
     names: tuple[str, ...]
     finish: Callable[[nn.Module], None]
+    added: tuple[str, ...] = ()
     used: bool = False
 
 

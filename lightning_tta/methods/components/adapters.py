@@ -12,7 +12,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -452,7 +452,7 @@ def add_prompt(net: nn.Module, border: int | None = None, size: int | Sequence[i
     return names
 
 
-KINDS = {
+KINDS: dict[str, Callable[..., list[str]]] = {
     "lora": add_lora,
     "vida": add_vida,
     "adaptformer": add_adaptformer,
@@ -475,11 +475,33 @@ def choose(net: nn.Module, select: Select) -> Choice:
         select: See :mod:`~lightning_tta.methods.components.adapters`.
 
     Raises:
-        ConfigError: If it names no such thing.
+        ConfigError: If it names no such thing, or a choice was made before.
         UnsupportedModelError: If an adapter has no place in the net, or the net is quantised.
     """
     if choice_of(net) is not None:
         raise ConfigError("select: what learns in this net was chosen before. Give the net itself, not one that was.")
+    before = set(adapter_names(net))
+    words, names = put_in(net, select)
+    return set_choice(
+        net, Choice(words, names, finish, tuple(name for name in adapter_names(net) if name not in before))
+    )
+
+
+@torch.no_grad()
+def put_in(net: nn.Module, select: Select) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Put adapters into a net, in place.
+
+    Args:
+        net: Any net.
+        select: As of :func:`choose`.
+
+    Returns:
+        The words in ``select``, and the names of the parameters of its adapters.
+
+    Raises:
+        ConfigError: If it names no such thing.
+        UnsupportedModelError: If an adapter has no place in the net, or the net is quantised.
+    """
     items = [select] if isinstance(select, (str, Mapping)) else list(select)
     if not items:
         raise ConfigError("select must be a word, a dict with 'kind' and its options, or a list of these; got none.")
@@ -490,29 +512,31 @@ def choose(net: nn.Module, select: Select) -> Choice:
         )
     wanted: list[str | tuple[str, dict[str, Any]]] = []
     for item in items:  # all are read before the net changes
-        is_word = isinstance(item, str) and (item in WORDS or item not in KINDS)
-        wanted.append(str(item) if is_word else read(item, "select", KINDS))  # type: ignore[arg-type]
-        if is_word:
-            _check_pattern(net, str(item))
+        if isinstance(item, str) and (item in WORDS or item not in KINDS):
+            _check_word(net, item)
+            wanted.append(item)
+        else:
+            wanted.append(read(item, "select", KINDS))
     frees = any(p.requires_grad for p in net.parameters())
     words: list[str] = []
     names: list[str] = []
     with outside_inference_mode(), torch.no_grad():
         for entry in wanted:
-            if isinstance(entry, str):
-                words += [entry] if entry != "adapters" else []
-                names += adapter_names(net) if entry == "adapters" else []
+            if entry == "adapters":
+                names += adapter_names(net)
+            elif isinstance(entry, str):
+                words.append(entry)
             else:
-                new = KINDS[entry[0]](net, **entry[1])  # type: ignore[operator]
+                new = KINDS[entry[0]](net, **entry[1])
                 words += [name for name in new if name in WORDS]
                 names += [name for name in new if name not in WORDS]
     if not frees:  # a net for inference, whose flags say nothing: not these either
         for name in names:
             net.get_parameter(name).requires_grad_(False)
-    return set_choice(net, Choice(tuple(dict.fromkeys(words)), tuple(dict.fromkeys(names)), finish))
+    return tuple(dict.fromkeys(words)), tuple(dict.fromkeys(names))
 
 
-def _check_pattern(net: nn.Module, word: str) -> None:
+def _check_word(net: nn.Module, word: str) -> None:
     if word == "adapters" and not adapter_names(net):
         raise UnsupportedModelError(
             f"select='adapters': {type(net).__name__} has none. Name a kind: {', '.join(KINDS)}; or give a net that "
@@ -566,6 +590,22 @@ def merge(net: nn.Module) -> list[str]:
                 module.__class__ = type(module).__bases__[0]
             module.register_parameter(leaf, nn.Parameter(weight, requires_grad=flag))
     return list(dict.fromkeys(module.kind for _, module in adapters_of(net) if isinstance(module, Beside)))
+
+
+def given_state(net: nn.Module) -> dict[str, Any]:
+    """The state dict of a net, as it was before adapters were put in when what learns was chosen."""
+    choice = choice_of(net)
+    added = set() if choice is None else set(choice.added)
+    products = {name.rpartition(".")[0] for name in added if "parametrizations." in name}
+    state: dict[str, Any] = {}
+    for name, value in net.state_dict().items():
+        place, _, leaf = name.rpartition(".")
+        if name in added or place in products:
+            continue
+        if leaf == "original" and f"{place}.0" in products:
+            name = "".join(place.rsplit("parametrizations.", 1))
+        state[name] = value
+    return state
 
 
 def finish(net: nn.Module) -> None:
