@@ -7,8 +7,10 @@ What Python runs on the way, the ``__init__`` of the packages above a module, do
 from __future__ import annotations
 
 import ast
+import io
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -528,3 +530,25 @@ class A:
 """
     names = {a.name for node in eager(ast.parse(text)) if isinstance(node, ast.Import) for a in node.names}
     assert names == {"os", "numpy", "lightning", "timm", "rich"}
+
+
+def lines_of_code(path: Path) -> int:
+    """Lines of a file without those that are blank, a comment or a docstring."""
+    text = path.read_text()
+    docs = {
+        line
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False)
+        for line in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)
+    }
+    nothing = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in nothing]
+    return len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)} - docs)
+
+
+def test_a_method_is_a_short_file():
+    lines = {path.stem: lines_of_code(path) for path in (ROOT / PACKAGE / "methods").glob("*.py")}
+    assert lines["tent"] > 15
+    assert {name: count for name, count in lines.items() if count > 150} == {}, (
+        "move what is no rule of it to components/"
+    )

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.tokens import find_tokens, watched_tokens
-from lightning_tta.draws import random_normals, random_words
+from lightning_tta.draws import random_words
 from lightning_tta.errors import DataError, check_choice, check_range
 from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET
-from lightning_tta.methods.components.cma_es import CMAES
+from lightning_tta.methods.components.running_moments import RunningMoments
+from lightning_tta.methods.components.search import Search
 from lightning_tta.methods.components.source_images import see_source_images
 
 FULL_UP_TO = 512
@@ -129,14 +130,12 @@ class FOA(TTAMethod):
         self.tokens = find_tokens(self.model, prompts)
         self.prompts, dimension = prompts, prompts * self.tokens.width
         diagonal = covariance == "diagonal" or (covariance == "auto" and dimension > FULL_UP_TO)
-        self.search = CMAES(dimension, population or 4 + int(3 * math.log(dimension)), diagonal=diagonal)
         if diagonal:
             self.step_on_host = ""
-
         like = at_least_float32(next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(1)))
         like = torch.zeros(1, dtype=like.dtype, device=like.device)
-        for name, tensor in self.search.start(sigma, like).items():
-            self.state(f"search.{name}", tensor)
+        population = population or 4 + int(3 * math.log(dimension))
+        self.search = Search(self, dimension, population, sigma, like, diagonal=diagonal)
         bound = math.sqrt(6 / (self.tokens.patch_values + self.tokens.width))
         words = random_words(torch.tensor([seed, -1]), dimension)  # generations count from 0
         self.state("best", words.to(like).mul_(bound * 2**-31))
@@ -154,36 +153,24 @@ class FOA(TTAMethod):
         Raises:
             DataError: If there are fewer than two images, or an activation is not finite.
         """
-        count = 0
-        with outside_inference_mode():
-            mean, squares = torch.zeros_like(self.source_mean), torch.zeros_like(self.source_mean)
-
-        def see(images: Tensor) -> None:
-            nonlocal count
-            here = self._pass(images)[0][0].to(mean)
-            apart, total = here.mean(0) - mean, count + len(here)  # means of parts, put together (Chan et al.)
-            squares.add_((here - here.mean(0)).square().sum(0) + apart.square() * (count * len(here) / total))
-            mean.add_(apart * (len(here) / total))
-            count = total
-
-        see_source_images(self, source_batches, see)
-        if count < 2 or not bool((mean.isfinite() & squares.isfinite()).all()):
-            problem = f"activations that are not finite, in {count} images" if count > 1 else f"{count} images"
+        moments = RunningMoments()
+        see_source_images(self, source_batches, lambda images: moments.add(self._pass(images)[0][0]))
+        if moments.problem:
             raise DataError(
-                f"FOA needs mean and standard deviation of the activations of source images; found {problem}. Give "
-                "batches {'image': (B, C, H, W) in [0, 1]} of the training set, 32 images or more."
+                f"FOA needs mean and standard deviation of the activations of source images; found {moments.problem}. "
+                "Give batches {'image': (B, C, H, W) in [0, 1]} of the training set, 32 images or more."
             )
         with outside_inference_mode(), torch.no_grad():
-            self.source_mean.copy_(mean)
-            self.source_std.copy_((squares / (count - 1)).sqrt())
+            self.source_mean.copy_(moments.mean)
+            self.source_std.copy_(moments.variance.sqrt())
         super().prepare(source_batches)
 
     @torch.no_grad()
     def step(self, x: Tensor) -> Tensor:
         """A generation of the search; the logits are those of the best candidate."""
         if not self.step_on_host:
-            return self._generation(x, *self._roots())
-        return cast(Tensor, self.replayed("generation", self._generation, x, *self._roots()))
+            return self._generation(x, *self.search.roots_now(self))
+        return cast(Tensor, self.replayed("generation", self._generation, x, *self.search.roots_now(self)))
 
     @torch.no_grad()
     def infer(self, x: Tensor) -> Tensor:
@@ -191,19 +178,9 @@ class FOA(TTAMethod):
         activations, _ = self._pass(x, self.value("best")[None])
         return self._shifted(activations[0])
 
-    def _roots(self) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.source_mean.device.type, enabled=False):
-            return self.search.roots(self.value("search.covariance"))
-
     def _generation(self, x: Tensor, root: Tensor, inverse: Tensor) -> Tensor:
-        state = {name: self.value(f"search.{name}") for name in self._names()}
-        generation = state["generation"]
-        key = torch.stack([torch.full_like(generation, self.seed), generation])
-        with torch.autocast(x.device.type, enabled=False):
-            normals = random_normals(key, self.search.population, self.search.dimension)
-            points = torch.cat([self.search.points(state, root, normals), self.value("best")[None]])
-        most = VALUES_ON_CPU if x.device.type == "cpu" else VALUES_IN_A_PASS
-        size = self.chunk or max(1, most // x.numel())
+        points = self.search.candidates(self, root, self.seed, self.value("best"))
+        size = self.chunk or max(1, (VALUES_ON_CPU if x.device.type == "cpu" else VALUES_IN_A_PASS) // x.numel())
         parts = [self._valued(x, part) for part in torch.split(points, size)]
         fitness, features = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         finite = torch.isfinite(fitness)
@@ -213,19 +190,14 @@ class FOA(TTAMethod):
         number = torch.where(any_finite, ranked.argmin(), len(points) - 1)[None]
         logits = self._shifted(features.index_select(0, number)[0])
         with torch.autocast(x.device.type, enabled=False):
-            for name, value in self.search.update(state, (root, inverse), points, fitness).items():
-                self.write(f"search.{name}", value, any_finite)
+            self.search.learn(self, (root, inverse), points, fitness, any_finite)
             self.write("best", points.index_select(0, number)[0], any_finite)
-            here = torch.where(finite[:, None], features.to(self.value("center")).mean(1), 0).sum(0) / finite.sum()
             center = self.value("center")
-            self.write(
-                "center", torch.where(center.isnan(), here, self.ema * center + (1 - self.ema) * here), any_finite
-            )
+            here = torch.where(finite[:, None], features.to(center).mean(1), 0).sum(0) / finite.sum()
+            here = torch.where(center.isnan(), here, self.ema * center + (1 - self.ema) * here)
+            self.write("center", here, any_finite)
         self.note(fitness=ranked.amin(), step_size=self.value("search.sigma").clone())
         return logits
-
-    def _names(self) -> list[str]:
-        return [name.removeprefix("search.") for name in self.rest if name.startswith("search.")]
 
     def _valued(self, x: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         """Fitness (c,) and features (c, B, Z) of candidates (c, P D)."""
@@ -240,14 +212,13 @@ class FOA(TTAMethod):
     def _pass(self, x: Tensor, points: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Activations (c, B, A) and logits (c, B, K) of images with each of c prompts; ``None``: without."""
         number = 1 if points is None else len(points)
-        tokens = None
-        if points is not None:
-            tokens = points.view(number, self.prompts, self.tokens.width).repeat_interleave(len(x), 0)
+        tokens = points
+        if tokens is not None:
+            tokens = tokens.view(number, self.prompts, self.tokens.width).repeat_interleave(len(x), 0)
         with watched_tokens(self.model, self.tokens, tokens) as seen:
             logits = self.logits(x.repeat(number, 1, 1, 1))
         self.count("forwards", number - 1)
-        activations = seen.activations
-        return activations.view(number, len(x), -1), logits.view(number, len(x), -1)
+        return seen.activations.view(number, len(x), -1), logits.view(number, len(x), -1)
 
     def _shifted(self, activations: Tensor) -> Tensor:
         """Logits (B, K) of features, the last of the activations (B, A), shifted to where the source's are."""

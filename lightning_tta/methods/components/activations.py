@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_tta.errors import DataError, UnsupportedModelError
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.components.running_moments import RunningMoments
 from lightning_tta.methods.components.source_images import see_source_images
 
 
@@ -61,9 +62,7 @@ def source_moments(
         DataError: If there are fewer than two images, values are not finite, or images differ in size.
         UnsupportedModelError: If an output does not have the images first.
     """
-    counts: dict[int, int] = {}
-    means: dict[int, Tensor] = {}
-    squares: dict[int, Tensor] = {}
+    found: dict[int, RunningMoments] = {}
 
     @torch.no_grad()
     def see(images: Tensor) -> None:
@@ -74,30 +73,23 @@ def source_moments(
                     f"'{names[number]}' returns {tuple(output.shape)} for {len(images)} images. Leave it out: use "
                     "layers=[...] with the names of others."
                 )
-            here = output.to(torch.promote_types(output.dtype, torch.float32))
-            mean, before = here.mean(0), counts.setdefault(number, 0)
-            if not before:
-                means[number], squares[number] = torch.zeros_like(mean), torch.zeros_like(mean)
-            if mean.shape != means[number].shape:
+            moments = found.setdefault(number, RunningMoments())
+            if moments.count and moments.mean.shape != output.shape[1:]:
                 raise DataError(
                     f"'{method.name}' compares positions, so that source images must have one size; got images of "
                     f"{tuple(images.shape[1:])} after others. Resize them."
                 )
-            total, apart = before + len(here), mean - means[number]
-            squares[number] += (here - mean).square().sum(0) + apart.square() * (before * len(here) / total)
-            means[number] += apart * (len(here) / total)
-            counts[number] = total
+            moments.add(output)
 
         with watched_outputs(method.model, names, merge):
             method.logits(images)
 
     with method.at_source():
         see_source_images(method, batches, see, running=nullcontext)
-    finite = all(bool(t.isfinite().all()) for t in (*means.values(), *squares.values()))
-    if not finite or min(counts.values(), default=0) < 2:
-        problem = "values that are not finite" if not finite else f"{max(counts.values(), default=0)} images"
+    problem = next((m.problem for m in found.values() if m.problem), "" if found else "0 images")
+    if problem:
         raise DataError(
             f"'{method.name}' needs mean and variance of the activations of source images; found {problem}. Give "
             "batches {'image': (B, C, H, W) in [0, 1]} of the training set, 2,000 images or more."
         )
-    return {number: Moments(means[number], squares[number] / (count - 1)) for number, count in counts.items()}
+    return {number: Moments(moments.mean, moments.variance) for number, moments in found.items()}
