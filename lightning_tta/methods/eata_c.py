@@ -45,10 +45,10 @@ class EATAC(EATA):
         smoothing: In [0, 1]; 0.5. 1: f is p.
         drop: ``blocks``, ``features``, or ``auto``: the blocks where there are at least two.
         drop_rate: Probability, in [0, 1); 0.2.
-        fisher_alpha: Weight of the penalty, >= 0; 50 (ImageNet). Ours for CIFAR is EATA's 1.
         seed: Of the draws.
         **options: Those of EATA: ``lr`` 2.5e-4 with ``sgd`` (ImageNet, batch 64), ``entropy_margin`` 0.4,
-            ``diversity_margin`` 0.05 (ImageNet). ``entropy`` is H, of the filter too.
+            ``diversity_margin`` 0.05 (ImageNet), ``fisher_alpha`` 50 (ImageNet; for CIFAR EATA's 1). ``entropy`` is H,
+            of the filter too.
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer, or no blocks to leave out, or does not end

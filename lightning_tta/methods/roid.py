@@ -35,17 +35,12 @@ class ROID(LikelihoodMethod):
     Args:
         model: A classifier with normalisation layers (BatchNorm, GroupNorm, LayerNorm, ...).
         keep: Share of the adapted weights that stays, in [0, 1]; authors 0.99. 1: no merging.
-        weighting: Whether with w; else all are 1.
-        temperature: tau, above 0; authors 1/3.
-        diversity_momentum: Share of q that stays with each batch, in [0, 1]; authors 0.9.
-        clip: In (0, 0.9999]; authors 0.99. A probability above it has no gradient.
-        consistency: Whether with the term of p'.
-        detach_target: Whether p_b is a constant in that term; in the authors' code the gradient flows into both.
-        prior_correction: ``probabilities``, the paper's; ``logits``, the authors' code, which multiplies the logits and
-            so takes rank from negative logits of frequent classes; ``none``.
-        seed: Of the views.
-        **options: ``lr`` and ``optimizer``: authors 1e-3 with ``adam`` (CIFAR, batch 200), 2.5e-4 with ``sgd``
-            (ImageNet, batch 64). ``momentum``, ``weight_decay`` (authors 0), ``steps``, ``lr_batch_size``.
+        **options: Those of :class:`~lightning_tta.methods.components.likelihood.LikelihoodMethod`, with the authors'
+            values: ``weighting``, ``temperature`` (tau, 1/3), ``diversity_momentum`` (0.9), ``clip`` (0.99),
+            ``consistency``, ``detach_target``, ``prior_correction`` (``probabilities`` as in the paper, or ``logits``
+            as in the code), ``seed``. ``lr`` and ``optimizer``: authors 1e-3 with ``adam`` (CIFAR, batch 200), 2.5e-4
+            with ``sgd`` (ImageNet, batch 64). ``momentum``, ``weight_decay`` (authors 0), ``steps``,
+            ``lr_batch_size``.
 
     Raises:
         ConfigError: With ``prior=``, unless ``prior_correction`` is ``none``.

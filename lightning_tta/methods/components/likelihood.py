@@ -28,14 +28,16 @@ class LikelihoodMethod(GradientMethod):
 
     Args:
         model: A classifier with normalisation layers.
-        weighting: Whether samples have weights; without, all count alike.
-        temperature: tau of the weights, above 0.
-        diversity_momentum: Share of the mean prediction that stays with each batch, in [0, 1].
-        clip: Largest probability in the soft likelihood ratio, in (0, 0.9999].
+        weighting: Whether samples have weights by diversity and certainty; else all count alike.
+        temperature: tau of the weights, above 0; authors 1/3.
+        diversity_momentum: Share of the mean prediction that stays with each batch, in [0, 1]; authors 0.9.
+        clip: Largest probability in the soft likelihood ratio, in (0, 0.9999]; authors 0.99. What is above has no
+            gradient.
         consistency: Whether with the term of the view.
-        detach_target: Whether no gradient goes from that term into the prediction of the image itself.
-        prior_correction: What the smoothed mean prediction of the batch multiplies: ``probabilities``, ``logits`` or
-            ``none``.
+        detach_target: Whether the image's own prediction is a constant in that term; in the authors' code the gradient
+            flows into both.
+        prior_correction: What the smoothed mean prediction of the batch multiplies: ``probabilities``, as in the paper;
+            ``logits``, as in the authors' code, which takes rank from negative logits of frequent classes; ``none``.
         seed: Of the views.
         **options: See :class:`~lightning_tta.methods.base.gradient.GradientMethod`.
     """
