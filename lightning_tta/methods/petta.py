@@ -169,10 +169,10 @@ class PeTTA(RoTTA):
         gamma, prototypes = self.drift(logits, features)
         with torch.no_grad(), self.of_teacher.moving(there):
             target = self.logits(images, self.teacher.weights())
+        with torch.no_grad(), self.of_anchor.moving(there):  # before the student, whose graph needs its own weights
+            anchor = self.logits(images, self.source())
         with self.of_student.moving(there):
             losses = soft_cross_entropy(target, self.logits(images), 0.5)
-        with torch.no_grad(), self.of_anchor.moving(there):
-            anchor = self.logits(images, self.source())
         with self.of_student.moving(there, again=True):
             viewed = self.logits(view)
         if self.loss == "both":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lightning_tta.backbones.norms import batch_norm_layers
+from lightning_tta.backbones.passes import safe_checkpoints
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.account import Statistics
@@ -136,7 +137,7 @@ class TRIBE(GradientMethod):
         method, statistics = self.balanced[net]
         statistics.begin(method)
         try:
-            with statistics.running(method):
+            with safe_checkpoints(recompute=False), statistics.running(method):  # the backward pass is outside
                 yield
         finally:
             statistics.end()
@@ -148,13 +149,13 @@ class TRIBE(GradientMethod):
             for method, statistics in self.balanced.values():
                 stack.callback(statistics.drop)
                 statistics.label(method, predicted.argmax(1))
+            source = {name.removeprefix("model."): self.source_value(name) for name in self.adaptable}
+            with torch.no_grad(), self.taking_in("anchor"):  # first: graphs need the weights as they are
+                anchor = at_least_float32(self.logits(x, source))
             with self.taking_in("teacher"):
                 teacher = at_least_float32(self.logits(x, accounted=False))
             with self.taking_in("student"):
                 student = at_least_float32(self.logits(view))
-            source = {name.removeprefix("model."): self.source_value(name) for name in self.adaptable}
-            with torch.no_grad(), self.taking_in("anchor"):
-                anchor = at_least_float32(self.logits(x, source))
             kept = entropy(teacher.detach()) < self.h_0 * math.log(teacher.shape[1])
             self.note(kept=kept.float().mean())
             losses = cross_entropy(student, teacher.argmax(1), reduction="none")

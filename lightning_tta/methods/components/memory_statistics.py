@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_tta.backbones.norms import batch_norm_layers
+from lightning_tta.backbones.passes import safe_checkpoints
 from lightning_tta.errors import UnsupportedModelError, check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.account import Statistics
@@ -144,7 +145,7 @@ class MemoryStatistics(StreamStatistics):
         self.begin(self.method)
         self._seen = before
         try:
-            with self._active(weights):
+            with safe_checkpoints(recompute=False), self._active(weights):  # the backward pass is outside
                 yield
         finally:
             self.end()
