@@ -38,7 +38,8 @@ class ActMAD(GradientMethod):
 
     Args:
         model: Any net with normalisation layers.
-        lr: Learning rate, >= 0. Authors, at batch size 128: 1e-2 (CIFAR-10), 1e-3 (CIFAR-100), 2.5e-4 (ImageNet).
+        lr: Learning rate, >= 0. Authors, at batch size 128: 1e-2 (CIFAR-10), 1e-3 (CIFAR-100), 2.5e-4 (ImageNet). The
+            loss is a sum over layers: where ``stats["loss"]`` rises from batch to batch, the rate is too high.
         optimizer: ``sgd`` (authors), ``adam`` or ``adamw``.
         weight_decay: >= 0. Authors: 5e-4.
         params: ``all``: as above, the authors'; ``norm``: weight and bias of the normalisation layers.

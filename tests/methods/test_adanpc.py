@@ -66,7 +66,7 @@ class PlainAdaNPC:
         {},
         {"threshold": 0.3, "stream_per_class": 3},
         {"second_softmax": True, "threshold": 0.25},
-        {"k": 500, "threshold": 0.21},
+        {"k": 500, "temperature": 1.0, "threshold": 0.2},
     ],
     ids=str,
 )

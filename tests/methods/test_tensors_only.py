@@ -184,6 +184,7 @@ def test_cotta_asks_once(kind, threshold, skips):
         ("cotta", {**VARIANTS["cotta"][1], "anchor_threshold": 0.0}, "head"),
         ("t3a", {"filter_k": 50}, "conv2"),
         ("t3a", {"filter_k": None}, "conv2"),
+        ("adanpc", {"k": 5, "threshold": 0.0}, "conv2"),
         ("norm", {"momentum": 0.3}, "conv2"),
     ],
     ids=str,
