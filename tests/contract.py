@@ -69,7 +69,7 @@ VARIANTS = {
         {"lr": 1e-2, "entropy_margin": 0.95, "plpd_threshold": -0.2, "patches": 2},
         {"lr": 0.1, "optimizer": "sgd", "entropy_margin": None, "plpd_threshold": -1.0, "patches": 3, "steps": 2},
     ],
-    "come": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "steps": 2, "source_filter": True}],
+    "come": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "steps": 2, "source_filter": True, "uncertainty": None}],
     "ostta": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "alpha": 0.0, "steps": 2, "entropy": "come"}],
     "spa": [{"lr": 0.1, "predictor_lr": 0.1, "noise_ratio": 0.4, "cells": 3, "auxiliary": "eta"}],
     "rem": [{"lr": 1e-2, "views": 3, "masked": 0.3, "frozen_fraction": 0.3, "margin": 0.1}],

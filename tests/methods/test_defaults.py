@@ -18,7 +18,7 @@ COTTA = {"ema_decay": 0.999, "views": 32}
 PUBLISHED = {
     "norm": {"source_weight": 0.0, "momentum": None},
     "tent": ADAM,
-    "come": ADAM,
+    "come": {**ADAM, "uncertainty": 1000.0},  # the constant of the authors' code
     "ostta": {**ADAM, "alpha": 0.5},
     "eata": {**SGD, **EATA, "lr": 5e-3, "diversity_margin": 0.4, "fisher_alpha": 1.0},
     "eta": {**SGD, **EATA, "lr": 5e-3, "diversity_margin": 0.4},
@@ -37,7 +37,7 @@ PUBLISHED = {
 }
 PUBLISHED_IMAGENET = {
     "tent": {**SGD, "lr": 2.5e-4},
-    "come": {**SGD, "lr": 2.5e-4},
+    "come": {**SGD, "lr": 2.5e-4, "uncertainty": 1000.0},
     "ostta": {**SGD, "lr": 2.5e-4, "alpha": 0.5},
     "eata": {**SGD, **EATA, "lr": 2.5e-4, "diversity_margin": 0.05, "fisher_alpha": 2000.0},
     "eta": {**SGD, **EATA, "lr": 2.5e-4, "diversity_margin": 0.05},

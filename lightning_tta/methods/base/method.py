@@ -103,8 +103,8 @@ class TTAMethod(Described, Replayable, ABC):
         images_apart: Whether passes treat each image on its own, so that a batch has no statistics: chosen ones are
             then taken from a pass over the images, one more forward pass, and stay the same for all that follow.
         joins_images: Whether the prediction of an image depends on others of the batch, beside BatchNorm's statistics.
-        crop: Shorter side that the method itself resizes images to before it cuts the middle square of the second number
-            out for the net; ``None``: it gives the net what it is given.
+        crop: Shorter side that the method itself resizes images to, and the side of the square that it then cuts out of
+            the middle for the net; ``None``: it gives the net what it is given.
         own_statistics: Why a method's BatchNorm statistics cannot be chosen; empty where they can.
         step_on_host: Why a step cannot be captured as a whole, but only the parts that it gives to :meth:`replayed`;
             empty: it is tensors only.
