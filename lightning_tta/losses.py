@@ -38,21 +38,22 @@ def generalized_cross_entropy(logits: Tensor, labels: Tensor, q: float) -> Tenso
     return -torch.expm1(q * log_p) / q
 
 
-def come_entropy(logits: Tensor) -> Tensor:
+def come_entropy(logits: Tensor, uncertainty: float | None = None) -> Tensor:
     """Entropy of COME's opinion: K beliefs and one uncertainty, per sample.
 
     ``u' = u * stopgrad(|u|) / |u|`` has the values of the logits u, but no gradient along u: confidence cannot be
-    gained by length. The opinion is ``softmax(u'_1, ..., u'_K, log K)``: beliefs ``b_k = exp(u'_k) / S`` and
-    uncertainty ``K / S``, ``S = K + sum_k exp(u'_k)``; the result is its entropy over all K + 1 entries.
+    gained by length. The opinion is ``softmax(u'_1, ..., u'_K, log m)``: beliefs ``b_k = exp(u'_k) / S`` and
+    uncertainty ``m / S``, ``S = m + sum_k exp(u'_k)``; the result is its entropy over all K + 1 entries.
+    ``uncertainty`` is m, > 0; ``None``: K, the paper's; the authors' code has 1000 for any net.
 
     Shape: logits (..., K) -> (...), values in [0, log(K + 1)]. Source: COME, ICLR 2025, arXiv 2410.10894. Differs from
-    the authors' code: K is the number of logits (there 1000), and a softmax, which does not overflow.
+    the authors' code: a softmax, which does not overflow.
     """
     logits = at_least_float32(logits)
     length = torch.linalg.vector_norm(logits, dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
     fixed = logits / length * length.detach()
-    uncertainty = torch.full_like(fixed[..., :1], math.log(logits.shape[-1]))
-    return entropy(torch.cat([fixed, uncertainty], dim=-1))
+    mass = torch.full_like(fixed[..., :1], math.log(logits.shape[-1] if uncertainty is None else uncertainty))
+    return entropy(torch.cat([fixed, mass], dim=-1))
 
 
 def soft_likelihood_ratio(logits: Tensor, clip: float = 0.99) -> Tensor:

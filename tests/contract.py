@@ -92,7 +92,7 @@ VARIANTS = {
         {"lr": 1e-2, "entropy_margin": 0.95, "plpd_threshold": -0.2, "patches": 2},
         {"lr": 0.1, "optimizer": "sgd", "entropy_margin": None, "plpd_threshold": -1.0, "patches": 3, "steps": 2},
     ],
-    "come": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "steps": 2, "source_filter": True}],
+    "come": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "steps": 2, "source_filter": True, "uncertainty": None}],
     "ostta": [{"lr": 1e-2}, {"lr": 0.1, "optimizer": "sgd", "alpha": 0.0, "steps": 2, "entropy": "come"}],
     "conjugate_pl": [{"lr": 0.1, "source_loss": "poly", "temperature": 2.0}],
     "delta": [{"lr": 1e-2, "entropy_margin": 1.0}],

@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
 import bn_statistics
 import by_hand
+import come_mass
 import cost
 import export
 import forward_only
@@ -165,6 +166,18 @@ def test_reasons(capsys, places):
     assert contrast["mistakes"] == (clean["source"] + contrast["source"]) / 2
     assert mean["t3a"] == (clean["t3a"] + contrast["t3a"]) / 2
     assert capsys.readouterr().out.count("|\n") == (2 + 3) + (2 + 3)
+
+
+def test_come_mass(places, capsys):
+    small = ["--net=cifar/resnet20", "--domains", "clean", "contrast", "--function-set=builtin", "--batch-size=5"]
+    rows = come_mass.main([*small, f"--root={places[0]}", f"--source-ckpt={places[1]}", "--masses", "1e-9", "1e9"])
+    assert [(row["factor"], row["mass"]) for row in rows] == [(f, m) for f in (1, 0.5) for m in (1e-9, 1e9)]
+    for sure, unsure in (rows[:2], rows[2:]):
+        assert (sure["uncertain"], unsure["uncertain"]) == (0, 100)
+        assert sure["surer"] == 100
+        assert sure["error_alone"] == sure["error"]  # all of them count
+        assert unsure["surer"] < 100
+    assert capsys.readouterr().out.count("|\n") == 2 + 4
 
 
 def test_the_bank_is_the_packages_t3a_and_has_no_mistakes_when_told_the_labels():

@@ -33,7 +33,7 @@ VIDA = {"scaled": "both", "views": 10, "ema_decay": 0.999}
 PUBLISHED = {
     "norm": {"source_weight": 0.0, "momentum": None},
     "tent": ADAM,
-    "come": ADAM,
+    "come": {**ADAM, "uncertainty": 1000.0},  # the constant of the authors' code
     "ostta": {**ADAM, "alpha": 0.5},
     "shot": {**SGD, "lr": 1e-3, "label_weight": 0.3, "diversity_weight": 1.0},
     "cafa": {**ADAM, "covariance": "tied"},
@@ -68,7 +68,7 @@ PUBLISHED = {
 }
 PUBLISHED_IMAGENET = {
     "tent": {**SGD, "lr": 2.5e-4},
-    "come": {**SGD, "lr": 2.5e-4},
+    "come": {**SGD, "lr": 2.5e-4, "uncertainty": 1000.0},
     "ostta": {**SGD, "lr": 2.5e-4, "alpha": 0.5},
     "eata": {**SGD, **EATA, "lr": 2.5e-4, "diversity_margin": 0.05, "fisher_alpha": 2000.0},
     "eata_c": {**SGD, **EATA, **EATA_C, "lr": 2.5e-4, "diversity_margin": 0.05, "fisher_alpha": 50.0},

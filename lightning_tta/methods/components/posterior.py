@@ -63,7 +63,7 @@ def fit_posterior(method: GradientMethod, batches: Iterable[Mapping[str, Tensor]
     def see(images: Tensor, labels: Tensor) -> None:
         nonlocal seen
         with with_gradients(images, images.dtype) as images:
-            loss = cross_entropy(at_least_float32(method.logits(images)), labels.clone())  # may be of inference mode
+            loss = cross_entropy(at_least_float32(method.logits(images)), labels)
             gradients = method.differentiate(loss)
         masked_step(optimizer, gradients, torch.ones_like(loss, dtype=torch.bool))  # what is not finite is to show
         seen += len(images)

@@ -77,4 +77,4 @@ def _labels(method: TTAMethod, batch: Mapping[str, Any], number: int, classes: i
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= classes:
         raise DataError(f"{wanted}; got labels from {low} to {high}. Give images of the classes that the net knows.")
-    return labels.long()
+    return labels.long().clone()  # they may be of inference mode
