@@ -28,6 +28,7 @@ STREAM = ("stream", "domains", "severity", "num_images", "batch_size", "order_se
 SOURCE = ("train_batch_size", "augment", "val_domains", "num_workers")
 TRAINER = ("accelerator", "devices", "precision", "default_root_dir")
 RARE = ("model.compile", "model.lean", "model.classes", "model.backbone_options", "model.reservoir", "model.capture")
+RARE += ("model.select", "model.adapters", "model.adapter_parts")
 LEFT = 28
 
 

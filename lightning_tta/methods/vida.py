@@ -12,6 +12,7 @@ from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choic
 from lightning_tta.losses import at_least_float32, soft_cross_entropy
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.selection import choice_of
+from lightning_tta.methods.base.task import plain_model
 from lightning_tta.methods.components import adapters
 from lightning_tta.methods.components.teacher import TeacherMethod, restore_some
 from lightning_tta.views.jitter import jitter
@@ -113,6 +114,7 @@ class ViDA(TeacherMethod):
         check_choice("scaled", scaled, ("both", "low"))
         if chunk_views is not None:
             check_range("chunk_views", chunk_views, 1, integer=True)
+        model = plain_model(model)  # so that what no method takes is refused before it is changed
         _put_in(model, ranks, targets, seed)
         super().__init__(model, lr=lr, ema_decay=ema_decay, seed=seed, **options)
         self.threshold, self.scaled, self.pair_decay = threshold, scaled, pair_decay
@@ -166,13 +168,15 @@ class ViDA(TeacherMethod):
         self.note(uncertainty=uncertainty)
         high = 1 + torch.where(uncertainty >= self.threshold, uncertainty, -uncertainty)
         scales = torch.stack([2 - high, high if self.scaled == "both" else torch.ones_like(high)])
-        before = [self.value(name).clone() for name in self._scales]
+        with self.lend([self.value(name) for name in self._scales]):  # they come back if the pass breaks off
+            for name in self._scales:
+                self.write(name, scales, uncertainty.isfinite())
+            target = self.infer(x)
+            losses = soft_cross_entropy(target, self.logits(x), 0.5 if self.symmetric else 0.0)
+            gradients = self.gradients(losses)
+        taken = self.apply_gradients(gradients)
         for name in self._scales:
-            self.write(name, scales, uncertainty.isfinite())
-        target = self.infer(x)
-        taken = self.descend(soft_cross_entropy(target, self.logits(x), 0.5 if self.symmetric else 0.0))
-        for name, scale in zip(self._scales, before, strict=True):
-            self.write(name, scale, ~taken)
+            self.write(name, scales, taken & uncertainty.isfinite())
         if not self.known(~taken):
             where = None if self.known(taken) else taken
             self.update_teacher(where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lightning_tta.errors import ConfigError, check_range
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of
 from lightning_tta.modules.loading import check_options, describe_net, train_adapters
 from lightning_tta.modules.mosa import MoSA
-from lightning_tta.modules.training import TrainingRecord
+from lightning_tta.modules.training import TrainingRecord, find_checkpoint
 
 
 class SourceClassifier(LightningModule):
@@ -38,7 +39,7 @@ class SourceClassifier(LightningModule):
             own: ``my_net.MyNet``, ``path/to/my_net.py:MyNet``; in Python also a module, which is not in the checkpoint.
         num_classes: Number of classes K, at least 2.
         pretrained: Start from the library's pretrained weights (downloads them).
-        weights: Start from the weights in this file.
+        weights: Start from the weights in this file, or of the last finished training in this folder.
         backbone_options: Further arguments of the backbone, such as ``{img_size: 32}``.
         optimizer: Called with the parameters. Default: AdamW with lr 3e-3.
         lr_scheduler: Called with the optimizer; stepped per epoch.
@@ -67,6 +68,8 @@ class SourceClassifier(LightningModule):
         check_range("label_smoothing", label_smoothing, 0, 0.999)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *["backbone"] * isinstance(backbone, nn.Module)])
         self.num_classes = num_classes
+        if weights is not None and Path(weights).is_dir():
+            weights = str(find_checkpoint(weights, "weights"))
         self.backbone: nn.Module = (
             backbone
             if isinstance(backbone, nn.Module)
@@ -80,6 +83,12 @@ class SourceClassifier(LightningModule):
             raise ConfigError(f"adapter_parts={adapter_parts} needs adapters to train: give adapters, such as 'lora'.")
         self.mosa = None if adapter_parts is None else MoSA(adapter_parts)
         self._has_weights = isinstance(backbone, nn.Module) or getattr(self.backbone, "weights", "") != "random"
+        if adapters is not None and not self._has_weights:
+            warnings.warn(
+                "The weights beside the adapters are random, and stay so: only adapters and the last linear layer "
+                "learn. Start from a trained net: --model.weights FILE, or --model.pretrained true.",
+                stacklevel=2,
+            )
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         accuracy, ece = MulticlassAccuracy(num_classes, average="micro"), MulticlassCalibrationError(num_classes)

@@ -44,7 +44,8 @@ PAIRS = [
 
 
 def make(net, name, *, in_place=False, **more):
-    options = {**VARIANTS.get(name, [{}])[0], "restore": 0.0} if name == "cotta" else VARIANTS.get(name, [{}])[0]
+    without_draws = {"cotta": {"restore": 0.0}, "vida": {"restore": 0.0, "pair_lr": 0.0}}  # by the order of the layers
+    options = {**VARIANTS.get(name, [{}])[0], **without_draws.get(name, {})}
     return build(name, options, "bn", net=net, in_place=in_place, **more)
 
 

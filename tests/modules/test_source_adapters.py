@@ -33,12 +33,16 @@ def batches(number, size=16):
 
 
 def test_only_adapters_and_the_head_learn_and_the_checkpoint_has_them(tmp_path):
-    model = SourceClassifier("cifar/resnet20", 5, optimizer=partial(torch.optim.SGD, lr=0.1), adapters=LORA)
+    with pytest.warns(UserWarning, match="beside the adapters are random"):
+        SourceClassifier("cifar/resnet20", 5, adapters=LORA)
+    fit(SourceClassifier("cifar/resnet20", 5), batches(1, 32)).save_checkpoint(tmp_path / "source/best.ckpt")
+    options = {"weights": str(tmp_path / "source"), "optimizer": partial(torch.optim.SGD, lr=0.1)}
+    model = SourceClassifier("cifar/resnet20", 5, **options, adapters=LORA)
     before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
-    fit(model, batches(3, 32)).save_checkpoint(tmp_path / "best.ckpt")
+    fit(model, batches(3, 32)).save_checkpoint(tmp_path / "adapted/best.ckpt")
     moved = {name for name, p in model.backbone.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {*adapter_names(model.backbone), "net.linear.weight", "net.linear.bias"}
-    loaded = load_source(str(tmp_path)).eval()
+    loaded = load_source(str(tmp_path / "adapted")).eval()
     images = make_images(4, size=32)
     with torch.no_grad():
         assert torch.equal(loaded(images), model.eval().backbone(images))

@@ -507,8 +507,8 @@ def put_in(net: nn.Module, select: Select) -> tuple[tuple[str, ...], tuple[str, 
         raise ConfigError("select must be a word, a dict with 'kind' and its options, or a list of these; got none.")
     if has_quantized(net):
         raise UnsupportedModelError(
-            f"{type(net).__name__} is quantised, and adapters learn by gradients, which do not pass. Use a method "
-            f"without gradients ({FORWARD_ONLY}), or adapt the net that it was made from."
+            f"No gradient reaches what is to learn in {type(net).__name__}, which is quantised. Use a method without "
+            f"gradients ({FORWARD_ONLY}), or adapt the net that it was made from."
         )
     wanted: list[str | tuple[str, dict[str, Any]]] = []
     for item in items:  # all are read before the net changes

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.task import plain_model
 from lightning_tta.methods.components import adapters, priors, refinements, reservoir, statistics
 from lightning_tta.methods.components.wanted import Wanted
 
@@ -48,6 +49,7 @@ def make_selecting(make: Callable[[nn.Module], TTAMethod], net: nn.Module, selec
     """
     if select is None:
         return make(net)
+    net = plain_model(net)  # so that what no method takes is refused before it is changed
     choice = adapters.choose(net, select)
     method = make(net)
     if not isinstance(method, TTAMethod):
