@@ -93,7 +93,7 @@ class Bench:
             made = adapt(self.net(net), method, in_place=True, **options)
             if not made.prepared:
                 x = self.images(net, 4)
-                made.prepare([{"image": x, "label": torch.zeros(4, dtype=torch.int64)}] * 2)
+                made.prepare([{"image": x, "label": torch.arange(4) % 2}] * 2)
             return made
 
         return build
