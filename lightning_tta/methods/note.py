@@ -17,7 +17,7 @@ from lightning_tta.methods.base.account import Statistics
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.gradient import GradientMethod
 from lightning_tta.methods.base.state import State
-from lightning_tta.methods.components.image_memory import ReservoirMemory
+from lightning_tta.methods.components.image_memory import MemoryMethod, ReservoirMemory
 from lightning_tta.methods.components.memory_statistics import MemoryStatistics, running
 from lightning_tta.methods.components.statistics import instance_aware
 
@@ -52,7 +52,7 @@ class InstanceAware(MemoryStatistics):
         return instance_aware(x, memory, self.eps[name], self.k), kept
 
 
-class NOTE(GradientMethod):
+class NOTE(MemoryMethod, GradientMethod):
     """Minimises the entropy of remembered images, with BatchNorm layers that look at each image (IABN).
 
     A layer normalises image i with its own mean and variance where these are farther from those of the population, mu
@@ -108,7 +108,6 @@ class NOTE(GradientMethod):
     )
 
     own_statistics = "they are of each image, around those of a memory, with k and bn_momentum"
-    step_on_host = "it asks how many images have come, which decides where it steps on its memory"
     fixed_options = frozenset({"steps", "lr_batch_size"})
 
     def __init__(
@@ -159,7 +158,7 @@ class NOTE(GradientMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """Predict, remember, and step on the memory where it is time."""
-        return self.images.step(self, x, self.update_every, self.learn_from, in_parts=True)
+        return self.adapt_from_memory(x, self.update_every, in_parts=True)
 
     def running(self) -> AbstractContextManager[None]:
         """With the statistics of each image, around those that are kept."""
@@ -169,7 +168,7 @@ class NOTE(GradientMethod):
         """None are the same for all images."""
         return None
 
-    def learn_from(self, images: Tensor, there: Tensor, ages: Tensor) -> Tensor:
+    def learn_from(self, images: Tensor, there: Tensor, ages: Tensor, *more: Tensor) -> Tensor:
         """A step on images (M, C, H, W); whether all was finite."""
         with self.of_net.moving(there):
             taken = self.descend(entropy(self.logits(images)), there)

@@ -136,7 +136,7 @@ class PeTTA(RoTTA):
 
     def step(self, x: Tensor) -> Tensor:
         """Predict, remember, and step on the memory."""
-        return self.images.step(self, x, None, self.learn_from, self.view, predict=self.look)
+        return self.adapt_from_memory(x, None, self.view)
 
     @torch.no_grad()
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,10 +162,9 @@ class PeTTA(RoTTA):
         moved = torch.lerp(prototypes, batch.to(prototypes), 0.05)
         return 1 - (-mean).exp(), torch.where(counts, moved, prototypes)
 
-    def learn_from(  # type: ignore[override]
-        self, images: Tensor, there: Tensor, ages: Tensor, view: Tensor, logits: Tensor, features: Tensor
-    ) -> Tensor:
+    def learn_from(self, images: Tensor, there: Tensor, ages: Tensor, *more: Tensor) -> Tensor:
         """A step of the student on images (M, C, H, W), then of the teacher; whether all was finite."""
+        view, logits, features = more
         gamma, prototypes = self.drift(logits, features)
         with torch.no_grad(), self.of_teacher.moving(there):
             target = self.logits(images, self.teacher.weights())

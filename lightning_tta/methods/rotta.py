@@ -12,13 +12,13 @@ from lightning_tta.errors import check_range
 from lightning_tta.losses import soft_cross_entropy
 from lightning_tta.methods.base.account import Statistics
 from lightning_tta.methods.base.description import About
-from lightning_tta.methods.components.image_memory import TimelyMemory
+from lightning_tta.methods.components.image_memory import MemoryMethod, TimelyMemory
 from lightning_tta.methods.components.memory_statistics import MemoryStatistics, running
 from lightning_tta.methods.components.teacher import TeacherMethod
 from lightning_tta.views.jitter import jitter
 
 
-class RoTTA(TeacherMethod):
+class RoTTA(MemoryMethod, TeacherMethod):
     """Minimises the cross-entropy of a student's views of remembered images under its teacher's predictions.
 
     The teacher t predicts each batch, and its images enter a memory of M one after the other
@@ -77,7 +77,6 @@ class RoTTA(TeacherMethod):
     selected = "norm"
     uses_batch_statistics = False
     own_statistics = "its own follow a memory of images, with bn_momentum"
-    step_on_host = "it asks how many images have come, which decides where it steps on its memory"
     fixed_options = frozenset({"steps", "lr_batch_size"})
 
     def __init__(
@@ -103,7 +102,7 @@ class RoTTA(TeacherMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """Predict, remember, and step on the memory where it is time."""
-        return self.images.step(self, x, self.update_every, self.learn_from, self.view)
+        return self.adapt_from_memory(x, self.update_every, self.view)
 
     def view(self, images: Tensor, seen: int) -> Tensor:
         """A view of the memory, which the number of images seen decides."""
@@ -122,12 +121,12 @@ class RoTTA(TeacherMethod):
         """The teacher's."""
         return self.of_teacher.kept()
 
-    def learn_from(self, images: Tensor, there: Tensor, ages: Tensor, view: Tensor) -> Tensor:
+    def learn_from(self, images: Tensor, there: Tensor, ages: Tensor, *more: Tensor) -> Tensor:
         """A step of the student on images (M, C, H, W), then of the teacher; whether all was finite."""
         with torch.no_grad(), self.of_teacher.moving(there):
             target = self.logits(images, self.teacher.weights())
         with self.of_student.moving(there):
-            losses = soft_cross_entropy(target, self.logits(view))
+            losses = soft_cross_entropy(target, self.logits(more[0]))
         timely = torch.sigmoid(-ages.to(losses.dtype) / self.images.size)
         taken = self.descend(losses * timely, there)
         if not self.known(~taken):

@@ -13,11 +13,11 @@ from lightning_tta.losses import entropy
 from lightning_tta.methods.base.account import Statistics
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.gradient import GradientMethod
-from lightning_tta.methods.components.image_memory import UniformMemory
+from lightning_tta.methods.components.image_memory import MemoryMethod, UniformMemory
 from lightning_tta.methods.components.memory_statistics import MemoryStatistics, running
 
 
-class SoTTA(GradientMethod):
+class SoTTA(MemoryMethod, GradientMethod):
     """Minimises the entropy of sure remembered images where it is largest within a small ball of weights.
 
     Images that the net is sure of, ``max_k p_k >= threshold``, enter a memory of M one after the other, which holds as
@@ -75,7 +75,6 @@ class SoTTA(GradientMethod):
     )
 
     own_statistics = "its own follow a memory of images, with bn_momentum"
-    step_on_host = "it asks how many images have come, which decides where it steps on its memory"
     fixed_options = frozenset({"steps", "lr_batch_size"})
 
     def __init__(
@@ -101,7 +100,7 @@ class SoTTA(GradientMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """Predict, remember, and step on the memory where it is time."""
-        return self.images.step(self, x, self.update_every, self.learn_from, in_parts=True)
+        return self.adapt_from_memory(x, self.update_every, in_parts=True)
 
     def running(self) -> AbstractContextManager[None]:
         """With the statistics that are kept."""
@@ -111,7 +110,7 @@ class SoTTA(GradientMethod):
         """Those that are kept."""
         return self.of_net.kept()
 
-    def learn_from(self, images: Tensor, there: Tensor, ages: Tensor) -> Tensor:
+    def learn_from(self, images: Tensor, there: Tensor, ages: Tensor, *more: Tensor) -> Tensor:
         """Climb, and step back from there, on images (M, C, H, W); whether all was finite, or there was none."""
         with self.of_net.moving(there):
             ascent = self.gradients(entropy(self.logits(images)), there)

@@ -19,11 +19,6 @@ from lightning_tta.methods.base.state import NOT_YET
 PIXELS, LABELS, AGES, SCORES, SEEN = (f"images.{name}" for name in ("pixels", "labels", "ages", "scores", "seen"))
 COUNTS = "images.counts"
 
-Learn = Callable[..., Tensor]
-"""Takes images (M, C, H, W), which of them are there (M,), their ages (M,) and a view, if there is one.
-
-Says whether what came of it is to stay, with the images that led to it: 0-dimensional, bool."""
-
 
 class Held(NamedTuple):
     """What is in a memory of M slots.
@@ -137,95 +132,28 @@ class ImageMemory(ABC):
         if self.counts_classes:
             method.write(COUNTS, held.counts, where)
 
-    def step(
-        self,
-        method: TTAMethod,
-        x: Tensor,
-        every: int | None,
-        learn: Learn,
-        view: Callable[[Tensor, int], Tensor] | None = None,
-        *,
-        in_parts: bool = False,
-        predict: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
-    ) -> Tensor:
-        """Predict a batch, take it in, and step on the memory after each so many images of the stream.
+    def check_size(self, method: TTAMethod, x: Tensor) -> None:
+        """Refuse images (B, C, H, W) of another size than those that came before.
 
-        Of a method with ``step_on_host``: it asks the device once, how many images have come. If a prediction or a step
-        gives values that are not finite, the rest of the batch, and the images that led to the step, leave no trace.
-
-        Args:
-            method: Has the memory.
-            x: The batch (B, C, H, W).
-            every: Images of the stream from one step to the next; ``None``: a step after each batch.
-            learn: A step on the memory.
-            view: Makes a view of the images in the memory, for ``learn``, of these and of the number of images seen;
-                ``None``: it gets none.
-            in_parts: Whether images after a step within the batch are predicted after it; else all before.
-            predict: What predicts: logits (B, K) and further tensors, all of which ``learn`` gets too; ``None``:
-                ``infer``.
-
-        Returns:
-            Logits (B, K).
+        Raises:
+            InputError: If they are.
         """
-        seen = int(method.value(SEEN))
-        every = every or len(x) + seen  # then the end of the batch is one
-        ends = [*range(every - seen % every, len(x), every), len(x)]
-        going, logits, start = torch.ones((), dtype=torch.bool, device=x.device), [], 0
-
-        def look(images: Tensor, going: Tensor) -> tuple[Tensor, ...]:
-            found = (method.infer(images),) if predict is None else predict(images)
-            return (self._check(method, found[0], going), *found)
-
-        def take_in(images: Tensor, predicted: Tensor) -> tuple[Tensor, ...]:
-            return tuple(self.with_images(method, images, predicted))
-
-        def keep(going: Tensor, *held: Tensor) -> Tensor:
-            self.write(method, Held(*held), going)
-            return going
-
-        def learn_and_keep(going: Tensor, *tensors: Tensor) -> Tensor:
-            held, views = Held(*tensors[:6]), tensors[6:]
-            going = going & learn(held.pixels, held.occupied & going, held.ages, *views)
-            return keep(going, *held)
-
-        for end in ends:
-            images = x[start:end]
-            if in_parts or not start:
-                going, found, *more = method.replayed("prediction", look, images if in_parts else x, going)
-                more = [] if predict is None else [found, *more]
-                self._make_room(method, x, found.shape[1], seen)
-                logits.append(found)
-            if not method.known(~going):
-                held = method.replayed("take in", take_in, images, found if in_parts else found[start:end])
-                if (seen + end) % every:
-                    going = method.replayed("keep", keep, going, *held)
-                else:
-                    views = () if view is None else (view(held[0], seen + end),)
-                    going = method.replayed("learn", learn_and_keep, going, *held, *views, *more)
-            start = end
-        return torch.cat(logits)
-
-    def _check(self, method: TTAMethod, logits: Tensor, going: Tensor) -> Tensor:
-        if logits.ndim != 2:
-            raise UnsupportedModelError(
-                f"'{method.name}' keeps images by their predicted class, and this net gives logits "
-                f"{tuple(logits.shape)}, several predictions an image. Use 'tent' or 'norm' for such a net."
-            )
-        finite = torch.isfinite(logits).all()
-        method.count("skipped_steps", going & ~finite)
-        return going & finite
-
-    def _make_room(self, method: TTAMethod, x: Tensor, classes: int, seen: int) -> None:
         before = method.value(PIXELS)
-        if seen and before.shape[1:] != x.shape[1:]:
+        if before.shape[1:] != x.shape[1:]:
             raise InputError(
                 f"An image of {tuple(x.shape[1:])} (C, H, W) after others of {tuple(before.shape[1:])}: "
                 f"'{method.name}' steps on images of several batches together, so all must have one size. Resize them, "
                 "or reset()."
             )
-        method.sized(PIXELS, x.new_empty(self.size, *x.shape[1:]))
+
+    def make_room(self, method: TTAMethod, x: Tensor, classes: int) -> None:
+        """Allocate what images (B, C, H, W) need: at the first batch, and at another size after a reset."""
+        room = x.new_empty(self.size, *x.shape[1:])
+        if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            room = room.contiguous(memory_format=torch.channels_last)
+        method.sized(PIXELS, room)
         if self.counts_classes:
-            method.sized(COUNTS, before.new_empty(classes))
+            method.sized(COUNTS, x.new_empty(classes))
 
 
 def _fullest(held: Held) -> tuple[Tensor, Tensor]:
@@ -341,3 +269,105 @@ def _at_random(held: Held, label: Tensor, draws: Tensor) -> tuple[Tensor, Tensor
     among_most = is_full & (number == most)
     candidates = torch.where(is_full, torch.where(among_most, same, fullest), ~held.occupied)
     return torch.where(candidates, draws, -math.inf), number, among_most
+
+
+class MemoryMethod(TTAMethod):
+    """What the methods share that step on an :class:`ImageMemory`, :attr:`images`, which their constructor makes.
+
+    To write one: implement :meth:`learn_from`, and call :meth:`adapt_from_memory` in ``step``.
+
+    If a prediction or a step gives values that are not finite, the rest of the batch, and the images that led to the
+    step, leave no trace.
+    """
+
+    images: ImageMemory
+    step_on_host = "it asks how many images have come, which decides where it steps on its memory"
+
+    @abstractmethod
+    def learn_from(self, images: Tensor, there: Tensor, ages: Tensor, *more: Tensor) -> Tensor:
+        """A step on the memory.
+
+        Args:
+            images: (M, C, H, W).
+            there: Which of them are there, (M,), bool.
+            ages: Images that have come since each, (M,).
+            *more: A view of the images, if there is one; what :meth:`look` returned beside logits, if it did.
+
+        Returns:
+            Whether what came of it is to stay, with the images that led to it, 0-dimensional, bool.
+        """
+
+    def look(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Logits (B, K); or a method's own: these and further tensors, all of which :meth:`learn_from` gets too."""
+        return (self.infer(x),)
+
+    def adapt_from_memory(
+        self,
+        x: Tensor,
+        every: int | None,
+        view: Callable[[Tensor, int], Tensor] | None = None,
+        *,
+        in_parts: bool = False,
+    ) -> Tensor:
+        """Predict a batch, take it in, and step on the memory after each so many images of the stream.
+
+        Args:
+            x: The batch (B, C, H, W).
+            every: Images of the stream from one step to the next; ``None``: a step after each batch.
+            view: Makes a view of the images in the memory, of these and of the number of images seen.
+            in_parts: Whether images after a step within the batch are predicted after it; else all before.
+
+        Returns:
+            Logits (B, K).
+        """
+        seen = int(self.value(SEEN))
+        if seen:
+            self.images.check_size(self, x)
+        every = every or len(x) + seen  # then the end of the batch is one
+        ends = [*range(every - seen % every, len(x), every), len(x)]
+        going, logits, start = torch.ones((), dtype=torch.bool, device=x.device), list[Tensor](), 0
+        for end in ends:
+            images = x if end - start == len(x) else x[start:end]
+            if in_parts or not start:
+                going, found, *more = self.replayed("prediction", self.predict_part, going, images if in_parts else x)
+                logits.append(found)
+                more = [found, *more] if more else []
+            if not self.known(~going):
+                held = self.replayed("take in", self.take_in, images, found if in_parts else found[start:end])
+                if (seen + end) % every:
+                    going = self.replayed("keep", self.keep, going, *held)
+                else:
+                    views = () if view is None else (view(held[0], seen + end),)
+                    going = self.replayed("learn", self.learn_and_keep, going, *held, *views, *more)
+            start = end
+        return torch.cat(logits)
+
+    @torch.no_grad()
+    def predict_part(self, going: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """Whether to go on, if it was so until now, after the logits (B, K) of images, which come with it."""
+        found = self.look(x)
+        logits = found[0]
+        if logits.ndim != 2:
+            raise UnsupportedModelError(
+                f"'{self.name}' keeps images by their predicted class, and this net gives logits "
+                f"{tuple(logits.shape)}, several predictions an image. Use 'tent' or 'norm' for such a net."
+            )
+        finite = torch.isfinite(logits).all()
+        self.count("skipped_steps", going & ~finite)
+        return going & finite, *found
+
+    def take_in(self, x: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+        """What would be in the memory with these images."""
+        self.images.make_room(self, x, logits.shape[1])
+        return tuple(self.images.with_images(self, x, logits))
+
+    def keep(self, going: Tensor, *held: Tensor) -> Tensor:
+        """Write what is to be in the memory, if it goes on."""
+        self.images.write(self, Held(*held), going)
+        return going
+
+    def learn_and_keep(self, going: Tensor, *tensors: Tensor) -> Tensor:
+        """A step on what is to be in the memory, which is written then; whether it goes on."""
+        held = Held(*tensors[:6])
+        going = going & self.learn_from(held.pixels, held.occupied & going, held.ages, *tensors[6:])
+        return self.keep(going, *held)
