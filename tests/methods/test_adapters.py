@@ -289,6 +289,14 @@ def test_structure_of_a_transformer():
     assert "model.stem.3.weight" not in adapt(make_net("user"), "tent", select="activations").adaptable
 
 
+def test_two_layers_of_one_width_are_no_mlp():
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(256, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+    net = nn.Sequential(net, nn.Flatten(), nn.Linear(18, 5)).eval()
+    assert adapters.mlp_blocks(net) == {}
+    net[0][2] = nn.Sequential(nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 6))
+    assert adapters.mlp_blocks(net) == {"0.2": 6}
+
+
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
