@@ -13,7 +13,6 @@ from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.losses import consistency, marginal_entropy
 from lightning_tta.methods.base.gradient import GradientMethod, Gradients, total_norm
 from lightning_tta.methods.base.optimizers import OptimizerName, masked_step
-from lightning_tta.methods.base.selection import choice_of
 from lightning_tta.methods.components.episodes import ViewMethod, check_classes, made_again, per_image
 from lightning_tta.views.augmix import make_views
 
@@ -123,7 +122,7 @@ class MEMO(ViewMethod, GradientMethod):
         named = self.select(params)
         self.learn(named)
         self._names = list(named)
-        is_chosen = choice_of(self.model) is not None  # other parameters have no rows of their own for each image
+        is_chosen = self.choice is not None  # other parameters have no rows of their own for each image
         split = chunk_views is not None and chunk_views < views
         self.can_together = params == "norm" and not is_chosen and self.fresh and not split and self.runs_per_image
         if together and not self.can_together:
