@@ -24,6 +24,7 @@ from lightning_tta.files import of_all, of_process, write_whole
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods import create_method, names
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.selection import Choice
 from lightning_tta.methods.base.state import put_back
 from lightning_tta.methods.base.task import float_dtype
 from lightning_tta.methods.components.adapters import given_state
@@ -411,7 +412,7 @@ def _method_of(run: Path, state: State, build: Callable[[Path], TTAMethod] | Non
         method = create_method(identity["method"], net, **options)
     elif build is not None:
         method = build(config)
-        _check_digest(run, method.model, identity)
+        _check_digest(run, method.model, identity, method.choice)
     else:
         raise ConfigError(
             f"{run} adapted a net or a method of your own, which only you can make again: export_run(run, output, "
@@ -426,9 +427,9 @@ def _method_of(run: Path, state: State, build: Callable[[Path], TTAMethod] | Non
     return method
 
 
-def _check_digest(run: Path, net: nn.Module, identity: Mapping[str, Any]) -> None:
+def _check_digest(run: Path, net: nn.Module, identity: Mapping[str, Any], choice: Choice | None = None) -> None:
     wanted = identity["protocol.weights_digest"]
-    if digest_of(given_state(net)) != wanted:
+    if digest_of(given_state(net, choice)) != wanted:
         raise DataError(
             f"The source weights are no longer those that {run} adapted ({identity.get('protocol.weights')}, digest "
             f"{wanted}): its changes fit these alone. Put them back, or repeat the run. (Random weights are lost.)"

@@ -245,12 +245,12 @@ def test_the_state_that_the_net_was_given_with(kind, net_kind):
     """By which a run is known again."""
     net = make_net(net_kind)
     method = adapt(net, "tent", select=["norm", SELECTIONS[kind]])
-    assert same(adapters.given_state(method.model), dict(net.state_dict()))
+    assert same(adapters.given_state(method.model, method.choice), dict(net.state_dict()))
     assert same(adapters.given_state(net), dict(net.state_dict()))
     with_adapters = copy.deepcopy(net)
     adapters.put_in(with_adapters, SELECTIONS[kind])
     method = adapt(with_adapters, "tent", select="adapters")
-    assert same(adapters.given_state(method.model), dict(with_adapters.state_dict()))
+    assert same(adapters.given_state(method.model, method.choice), dict(with_adapters.state_dict()))
 
 
 def test_torchs_own_attention():
@@ -287,6 +287,14 @@ def test_structure_of_a_transformer():
     norms = {name.rpartition(".")[0] for name in norm_weights(net)}
     assert learned == {"blocks.0.mlp.1", *norms}  # LayerNorm learns with them
     assert "model.stem.3.weight" not in adapt(make_net("user"), "tent", select="activations").adaptable
+
+
+def test_two_layers_of_one_width_are_no_mlp():
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(256, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+    net = nn.Sequential(net, nn.Flatten(), nn.Linear(18, 5)).eval()
+    assert adapters.mlp_blocks(net) == {}
+    net[0][2] = nn.Sequential(nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 6))
+    assert adapters.mlp_blocks(net) == {"0.2": 6}
 
 
 @pytest.mark.parametrize(
@@ -326,6 +334,15 @@ def test_activations_that_write_to_their_input():
         method = adapt(make(inplace), "tent", select="activations", lr=1e-2)
         results.append(torch.stack([method(x) for x in make_stream(3)]))
     assert torch.equal(*results)
+
+
+def test_a_choice_is_of_one_method():
+    """The next one on the same net, or on a copy of it, selects what it always does."""
+    net = make_net("gn")
+    adapt(net, "tent", select="lora", in_place=True)
+    for other in (adapt(net, "tent"), adapt(net, "tent", select="norm")):
+        assert set(other.adaptable) == {f"model.{name}" for name in norm_weights(make_net("gn"))}
+    assert len(adapt(net, "tent", select="adapters").adaptable) == 4
 
 
 def test_user_frozen_parameters_stay_so():

@@ -55,15 +55,18 @@ def test_only_adapters_and_the_head_learn_and_the_checkpoint_has_them(tmp_path):
 
 def test_mosa_by_hand():
     net = make_net("ln")
-    model = SourceClassifier(net, 5, optimizer=partial(torch.optim.SGD, lr=0.5), adapters=LORA, adapter_parts=3)
+    optimizer = partial(torch.optim.SGD, lr=0.5, momentum=0.5)
+    model = SourceClassifier(net, 5, optimizer=optimizer, adapters=LORA, adapter_parts=3)
     names = [name for name in adapter_names(net) if net.get_parameter(name).ndim == 2]
     torch.manual_seed(0)
     for name in names:
         torch.nn.init.normal_(net.get_parameter(name), std=0.3)
     start = {name: net.get_parameter(name).detach().clone() for name in names}
-    fit(model, batches(1))
+    (momenta,) = (optimizer.state for optimizer in fit(model, batches(1)).optimizers)
     for name in names:
         changed = (net.get_parameter(name) != start[name]).any(0 if ".down" in name else 1)
+        kept = momenta[net.get_parameter(name)]["momentum_buffer"] != 0
+        assert torch.equal(kept.any(0 if ".down" in name else 1), changed)  # what did not run has no gradient
         width = len(changed)
         part = torch.arange(width) * 3 // width
         assert len(set(part[changed].tolist())) <= 1, name  # one part of three, the others exactly as they were

@@ -46,7 +46,7 @@ from lightning_tta.methods.base.first_pass import FirstPass
 from lightning_tta.methods.base.host import host_has
 from lightning_tta.methods.base.memory import DomainMemory
 from lightning_tta.methods.base.plain import plain_net
-from lightning_tta.methods.base.selection import choice_of, read_flags, select_chosen, select_parameters
+from lightning_tta.methods.base.selection import read_flags, select_chosen, select_parameters, take_choice
 from lightning_tta.methods.base.task import (
     Images,
     Task,
@@ -94,6 +94,7 @@ class TTAMethod(Described, Replayable, ABC):
         prepared: Whether it has.
         image_shape: That of an image of the last batch, (C, H, W).
         required: Names of the net's parameters that required gradients when the method was made.
+        choice: What is to be learned in the place of what the method selects; ``None``: nothing else.
         optimizers: By name; empty for methods without gradients. Their moments are state, and exist from the start.
         told_of_batches: Whether somebody was told what batches of the stream's size mean.
         task: What the input is: :class:`~lightning_tta.methods.base.task.Images`.
@@ -131,6 +132,7 @@ class TTAMethod(Described, Replayable, ABC):
         plain = plain_model(model).eval()
         self.required = frozenset(name for name, p in plain.named_parameters() if p.requires_grad)
         self._flags = read_flags(plain)
+        self.choice = take_choice(plain)
         self._holds_parameters_elsewhere = holds_parameters_elsewhere(plain)
         self.task = copy.copy(self.task)  # it remembers what it has warned of
         self.small_batch = 8 if self.uses_batch_statistics else 0
@@ -487,9 +489,8 @@ class TTAMethod(Described, Replayable, ABC):
             UnsupportedModelError: If there is none.
         """
         frozen = frozenset() if include_frozen else self._flags.frozen
-        choice = choice_of(self.model)
-        if choice is not None:
-            return select_chosen(self.model, choice, frozen_fraction, frozen)
+        if self.choice is not None:
+            return select_chosen(self.model, self.choice, frozen_fraction, frozen)
         return select_parameters(self.model, what, frozen_fraction, frozen)
 
     def state(self, name: str, tensor: Tensor, **settings: Any) -> Tensor:
@@ -735,7 +736,8 @@ class TTAMethod(Described, Replayable, ABC):
                 "not finite (stats['skipped_steps']), so there are no statistics of the stream for the BatchNorm "
                 "layers. Stream some batches through it first: method(images)."
             )
-        net = plain_net(self.model, self.stream_weights(), statistics or {}, self.required)
+        finish = None if self.choice is None else self.choice.finish
+        net = plain_net(self.model, self.stream_weights(), statistics or {}, self.required, finish)
         if any(each.acts_apart for each in self.corrections):
             self._fold_corrections(net)
         return net

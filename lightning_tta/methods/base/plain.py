@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from lightning_tta.backbones.copying import copy_net
 from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import UnsupportedModelError
-from lightning_tta.methods.base.selection import choice_of
 
 
 def plain_net(
@@ -19,6 +18,7 @@ def plain_net(
     weights: Mapping[str, Tensor],
     statistics: Mapping[str, tuple[Tensor, Tensor]],
     required: Collection[str],
+    finish: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """A copy of a net in eval mode, with other weights and running statistics.
 
@@ -27,6 +27,7 @@ def plain_net(
         weights: Values of some of its parameters, by name.
         statistics: Running mean and variance of BatchNorm layers, by name.
         required: Names of the parameters that are to require gradients.
+        finish: Changes the copy in the end, in place.
 
     Raises:
         UnsupportedModelError: If the net cannot be copied, or a value has no place in it.
@@ -41,8 +42,6 @@ def plain_net(
     with outside_inference_mode():
         net = copy_net(model).eval()
     vars(net).pop("_tta_flags", None)
-    choice = choice_of(net)
-    vars(net).pop("_tta_choice", None)
     parameters = dict(net.named_parameters(remove_duplicate=False))
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in required)
@@ -59,6 +58,6 @@ def plain_net(
             for buffer, value in ((layers[name].running_mean, mean), (layers[name].running_var, var)):
                 assert buffer is not None
                 buffer.copy_(value)
-        if choice is not None:
-            choice.finish(net)
+        if finish is not None:
+            finish(net)
     return net

@@ -28,7 +28,7 @@ class Flags:
 
 @dataclass
 class Choice:
-    """What a method is to learn in the place of what it selects by itself; kept with the net, and copied with it.
+    """What a method is to learn in the place of what it selects by itself; with the net until a method takes it up.
 
     Attributes:
         words: As of :func:`select_parameters`.
@@ -49,6 +49,13 @@ def choice_of(model: nn.Module) -> Choice | None:
     """The choice that was made for a net, if one was."""
     choice = model.__dict__.get("_tta_choice")
     return choice if isinstance(choice, Choice) else None
+
+
+def take_choice(model: nn.Module) -> Choice | None:
+    """The choice that was made for a net, which is the method's from here on."""
+    choice = choice_of(model)
+    model.__dict__.pop("_tta_choice", None)
+    return choice
 
 
 def set_choice(model: nn.Module, choice: Choice) -> Choice:

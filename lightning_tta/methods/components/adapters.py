@@ -592,9 +592,8 @@ def merge(net: nn.Module) -> list[str]:
     return list(dict.fromkeys(module.kind for _, module in adapters_of(net) if isinstance(module, Beside)))
 
 
-def given_state(net: nn.Module) -> dict[str, Any]:
-    """The state dict of a net, as it was before adapters were put in when what learns was chosen."""
-    choice = choice_of(net)
+def given_state(net: nn.Module, choice: Choice | None = None) -> dict[str, Any]:
+    """The state dict of a net, as it was before adapters were put in for this choice."""
     added = set() if choice is None else set(choice.added)
     products = {name.rpartition(".")[0] for name in added if "parametrizations." in name}
     state: dict[str, Any] = {}

@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_tta.errors import ConfigError
 from lightning_tta.methods.base.gradient import GradientMethod, Gradients, total_norm
 from lightning_tta.methods.base.optimizers import masked_step
-from lightning_tta.methods.base.selection import choice_of
 from lightning_tta.methods.components.episodes import ViewMethod, made_again, per_image
 from lightning_tta.views.augmix import make_views
 
@@ -47,7 +46,7 @@ class EpisodeMethod(ViewMethod, GradientMethod):
         named = self.select(params)
         self.learn(named)
         self._names = list(named)
-        is_chosen = choice_of(self.model) is not None  # other parameters have no rows of their own for each image
+        is_chosen = self.choice is not None  # other parameters have no rows of their own for each image
         split = self.chunk_views is not None and self.chunk_views < self.views
         self.can_together = params == "norm" and not is_chosen and self.fresh and not split and self.runs_per_image
         if together and not self.can_together:
