@@ -57,7 +57,7 @@ VARIANTS = {
         {"lr": 0.1, "optimizer": "sgd", "ema_decay": 0.7, "anchor_threshold": 1.0, "views": 3, "restore": 0.2},
     ],
     "rotta": [{"lr": 1e-2, "ema_decay": 0.5, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
-    "sotta": [{"lr": 1e-2, "threshold": 0.3, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
+    "sotta": [{"lr": 1e-2, "threshold": 0.0, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
     "note": [{"lr": 1e-2, "k": 1.0, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
     "petta": [{"lr": 1e-2, "ema_decay": 0.5, "bn_momentum": 0.3, "capacity": 5}],
     "tribe": [{"lr": 1e-2, "h_0": 0.99, "eta": 0.3}],

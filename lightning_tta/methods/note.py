@@ -129,7 +129,9 @@ class NOTE(MemoryMethod, GradientMethod):
         self.images = ReservoirMemory(self, capacity, seed)
         self.of_net = InstanceAware(self, k=k, momentum=bn_momentum)
         if not self.of_net.is_empty:
-            self.no_plain_net = "its BatchNorm layers take the statistics of each image. Deploy the method itself"
+            self.no_plain_net = (
+                "its BatchNorm layers take the statistics of each image. Deploy the method itself, or use 'norm'"
+            )
 
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Warn if the source net loses accuracy by instance-aware layers; takes labelled batches, changes nothing."""
