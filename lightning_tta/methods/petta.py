@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -90,6 +90,7 @@ class PeTTA(RoTTA):
         self.lambda_0, self.anchor_weight = lambda_0, anchor_weight
         self.loss, self.regularizer = loss, regularizer
         self.update_every = None
+        self._drawn: Tensor | None = None  # gamma lambda_0 R, from the loss to its gradient
         self.of_anchor = MemoryStatistics(self, "anchor", momentum=bn_momentum)
         like = self.split.head.weight.detach()
         for name in ("source_means", "source_vars"):
@@ -179,7 +180,9 @@ class PeTTA(RoTTA):
         else:
             losses = soft_cross_entropy(target, viewed)
         losses = losses + self.anchor_weight * soft_cross_entropy(anchor, viewed)
-        taken = self.descend(losses, there, gamma * self.lambda_0 * self.distance())
+        self._drawn = gamma * self.lambda_0 * self.distance()
+        taken = self.descend(losses, there, self._drawn.detach())
+        self._drawn = None
         self.note(drift=gamma)
         if not self.known(~taken):
             self.update_teacher(taken * (1 - gamma))
@@ -187,6 +190,15 @@ class PeTTA(RoTTA):
             for each in (self.of_teacher, self.of_student, self.of_anchor):
                 each.keep(taken)
         return taken
+
+    def differentiate(self, loss: Tensor, tensors: Sequence[Tensor] | None = None) -> tuple[Tensor | None, ...]:
+        """With the gradient of R, which every net has: so that it is seen where the others do not reach."""
+        values = super().differentiate(loss, tensors)
+        drawn, self._drawn = self._drawn, None
+        if drawn is None:
+            return values
+        pulls = torch.autograd.grad(drawn, self.learned)
+        return tuple(None if value is None else value + pull for value, pull in zip(values, pulls, strict=True))
 
     def distance(self) -> Tensor:
         """R, of the student from the source."""
