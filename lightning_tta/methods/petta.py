@@ -82,7 +82,7 @@ class PeTTA(RoTTA):
         bn_momentum: float = 0.05,
         **options: Any,
     ) -> None:
-        super().__init__(model, bn_momentum=bn_momentum, **options)
+        super().__init__(model, bn_momentum=bn_momentum, update_every=1, **options)
         check_range("lambda_0", lambda_0, 0)
         check_range("anchor_weight", anchor_weight, 0)
         check_choice("loss", loss, ("both", "view"))
@@ -181,8 +181,10 @@ class PeTTA(RoTTA):
             losses = soft_cross_entropy(target, viewed)
         losses = losses + self.anchor_weight * soft_cross_entropy(anchor, viewed)
         self._drawn = gamma * self.lambda_0 * self.distance()
-        taken = self.descend(losses, there, self._drawn.detach())
-        self._drawn = None
+        try:
+            taken = self.descend(losses, there, self._drawn.detach())
+        finally:
+            self._drawn = None
         self.note(drift=gamma)
         if not self.known(~taken):
             self.update_teacher(taken * (1 - gamma))
