@@ -60,7 +60,7 @@ VARIANTS = {
     "sotta": [{"lr": 1e-2, "threshold": 0.0, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
     "note": [{"lr": 1e-2, "k": 1.0, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
     "petta": [{"lr": 1e-2, "ema_decay": 0.5, "bn_momentum": 0.3, "capacity": 5}],
-    "tribe": [{"lr": 1e-2, "h_0": 0.99, "eta": 0.3}],
+    "tribe": [{"lr": 1e-2, "entropy_margin": 0.99, "eta": 0.3}],
     "pea": [
         {"momentum": 0.3},
         {"views": 1, "group_size": 4, "tokens": "all", "drift_threshold": 0.5, "entropy_threshold": 0.0},

@@ -29,7 +29,7 @@ class PeTTA(RoTTA):
     source net, whose statistics follow the memory too::
 
         gamma = 1 - exp(-mean_{k in y, d} (c_kd - mu_kd)^2 / (var_kd + 1e-6))
-        L = mean_i loss(x_i) + gamma * lambda_0 * R + anchor_weight * mean_i CE(p_a(x_i), p_s(v(x_i)))
+        L = mean_i loss(x_i) + gamma * pull_weight * R + anchor_weight * mean_i CE(p_a(x_i), p_s(v(x_i)))
         loss(x) = (CE(p_t, p_s) + CE(p_s, p_t) + CE(p_t, p_v) + CE(p_v, p_t)) / 4     p_v of s at v(x), the others at x
         R = - mean over tensors of cos(theta, theta_0)
         t <- t + (1 - gamma) (1 - ema_decay) (s - t)
@@ -43,7 +43,7 @@ class PeTTA(RoTTA):
 
     Args:
         model: A classifier with normalisation layers that ends in one linear layer.
-        lambda_0: >= 0; authors 10 (CIFAR, ImageNet), 1 (DomainNet).
+        pull_weight: >= 0; authors 10 (CIFAR, ImageNet), 1 (DomainNet).
         anchor_weight: >= 0; authors 1.
         loss: ``both``, as above, authors for CIFAR; ``view``: CE(p_t, p_v) alone, authors for ImageNet.
         regularizer: ``cosine``, as above, or ``l2``, the squared distance, mean over tensors. Authors: ``cosine``.
@@ -75,7 +75,7 @@ class PeTTA(RoTTA):
         self,
         model: nn.Module,
         *,
-        lambda_0: float = 10.0,
+        pull_weight: float = 10.0,
         anchor_weight: float = 1.0,
         loss: Literal["both", "view"] = "both",
         regularizer: Literal["cosine", "l2"] = "cosine",
@@ -83,14 +83,14 @@ class PeTTA(RoTTA):
         **options: Any,
     ) -> None:
         super().__init__(model, bn_momentum=bn_momentum, update_every=1, **options)
-        check_range("lambda_0", lambda_0, 0)
+        check_range("pull_weight", pull_weight, 0)
         check_range("anchor_weight", anchor_weight, 0)
         check_choice("loss", loss, ("both", "view"))
         check_choice("regularizer", regularizer, ("cosine", "l2"))
-        self.lambda_0, self.anchor_weight = lambda_0, anchor_weight
+        self.pull_weight, self.anchor_weight = pull_weight, anchor_weight
         self.loss, self.regularizer = loss, regularizer
         self.update_every = None
-        self._drawn: Tensor | None = None  # gamma lambda_0 R, from the loss to its gradient
+        self._drawn: Tensor | None = None  # gamma pull_weight R, from the loss to its gradient
         self.of_anchor = MemoryStatistics(self, "anchor", momentum=bn_momentum)
         like = self.split.head.weight.detach()
         for name in ("source_means", "source_vars"):
@@ -180,7 +180,7 @@ class PeTTA(RoTTA):
         else:
             losses = soft_cross_entropy(target, viewed)
         losses = losses + self.anchor_weight * soft_cross_entropy(anchor, viewed)
-        self._drawn = gamma * self.lambda_0 * self.distance()
+        self._drawn = gamma * self.pull_weight * self.distance()
         try:
             taken = self.descend(losses, there, self._drawn.detach())
         finally:

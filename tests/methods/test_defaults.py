@@ -34,9 +34,9 @@ PUBLISHED = {
     "single_image_bn": {"prior": 16},
 }
 PUBLISHED_IMAGENET = {
-    "petta": {"lambda_0": 10.0, "anchor_weight": 1.0, "loss": "view", "regularizer": "cosine"},
+    "petta": {"pull_weight": 10.0, "anchor_weight": 1.0, "loss": "view", "regularizer": "cosine"},
     "sotta": {"threshold": 0.33, "rho": 0.05, "bn_momentum": 0.2},
-    "tribe": {"h_0": 0.4, "weight": 0.5, "eta": 0.5, "gamma": 0.5},
+    "tribe": {"entropy_margin": 0.4, "weight": 0.5, "eta": 0.5, "gamma": 0.5},
     "tent": {**SGD, "lr": 2.5e-4},
     "come": {**SGD, "lr": 2.5e-4},
     "ostta": {**SGD, "lr": 2.5e-4, "alpha": 0.5},
