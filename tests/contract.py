@@ -59,7 +59,7 @@ VARIANTS = {
         {"lr": 0.1, "optimizer": "sgd", "ema_decay": 0.7, "anchor_threshold": 1.0, "views": 3, "restore": 0.2},
     ],
     "rotta": [{"lr": 1e-2, "ema_decay": 0.5, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
-    "sotta": [{"lr": 1e-2, "threshold": 0.3, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
+    "sotta": [{"lr": 1e-2, "threshold": 0.0, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
     "note": [{"lr": 1e-2, "k": 1.0, "bn_momentum": 0.3, "capacity": 5, "update_every": 4}],
     "adacontrast": [{"lr": 1e-2, "ema_decay": 0.7, "queue_size": 10, "neighbours": 3, "warmup": 4}],
     "petal": [
@@ -78,7 +78,7 @@ VARIANTS = {
     "psmt": [{"lr": 1e-2, "ema_decay": 0.7, "fisher_alpha": 1e3, "preserve": 0.3}],
     "rmt": [{"lr": 1e-2, "ema_decay": 0.7, "projector": 6, "replay_images": 12}],
     "petta": [{"lr": 1e-2, "ema_decay": 0.5, "bn_momentum": 0.3, "capacity": 5}],
-    "tribe": [{"lr": 1e-2, "h_0": 0.99, "eta": 0.3}],
+    "tribe": [{"lr": 1e-2, "entropy_margin": 0.99, "eta": 0.3}],
     "pea": [
         {"momentum": 0.3},
         {"views": 1, "group_size": 4, "tokens": "all", "drift_threshold": 0.5, "entropy_threshold": 0.0},

@@ -122,14 +122,16 @@ class NOTE(MemoryMethod, GradientMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, lr=lr, **options)
+        super().__init__(model, lr=lr, steps=1, lr_batch_size=None, **options)
         check_range("update_every", update_every, 1, integer=True)
         self.update_every = update_every
         self.learn(self.select("norm"))
         self.images = ReservoirMemory(self, capacity, seed)
         self.of_net = InstanceAware(self, k=k, momentum=bn_momentum)
         if not self.of_net.is_empty:
-            self.no_plain_net = "its BatchNorm layers take the statistics of each image. Deploy the method itself"
+            self.no_plain_net = (
+                "its BatchNorm layers take the statistics of each image. Deploy the method itself, or use 'norm'"
+            )
 
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Warn if the source net loses accuracy by instance-aware layers; takes labelled batches, changes nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ class PeTTA(RoTTA):
     source net, whose statistics follow the memory too::
 
         gamma = 1 - exp(-mean_{k in y, d} (c_kd - mu_kd)^2 / (var_kd + 1e-6))
-        L = mean_i loss(x_i) + gamma * lambda_0 * R + anchor_weight * mean_i CE(p_a(x_i), p_s(v(x_i)))
+        L = mean_i loss(x_i) + gamma * pull_weight * R + anchor_weight * mean_i CE(p_a(x_i), p_s(v(x_i)))
         loss(x) = (CE(p_t, p_s) + CE(p_s, p_t) + CE(p_t, p_v) + CE(p_v, p_t)) / 4     p_v of s at v(x), the others at x
         R = - mean over tensors of cos(theta, theta_0)
         t <- t + (1 - gamma) (1 - ema_decay) (s - t)
@@ -43,7 +43,7 @@ class PeTTA(RoTTA):
 
     Args:
         model: A classifier with normalisation layers that ends in one linear layer.
-        lambda_0: >= 0; authors 10 (CIFAR, ImageNet), 1 (DomainNet).
+        pull_weight: >= 0; authors 10 (CIFAR, ImageNet), 1 (DomainNet).
         anchor_weight: >= 0; authors 1.
         loss: ``both``, as above, authors for CIFAR; ``view``: CE(p_t, p_v) alone, authors for ImageNet.
         regularizer: ``cosine``, as above, or ``l2``, the squared distance, mean over tensors. Authors: ``cosine``.
@@ -75,21 +75,22 @@ class PeTTA(RoTTA):
         self,
         model: nn.Module,
         *,
-        lambda_0: float = 10.0,
+        pull_weight: float = 10.0,
         anchor_weight: float = 1.0,
         loss: Literal["both", "view"] = "both",
         regularizer: Literal["cosine", "l2"] = "cosine",
         bn_momentum: float = 0.05,
         **options: Any,
     ) -> None:
-        super().__init__(model, bn_momentum=bn_momentum, **options)
-        check_range("lambda_0", lambda_0, 0)
+        super().__init__(model, bn_momentum=bn_momentum, update_every=1, **options)
+        check_range("pull_weight", pull_weight, 0)
         check_range("anchor_weight", anchor_weight, 0)
         check_choice("loss", loss, ("both", "view"))
         check_choice("regularizer", regularizer, ("cosine", "l2"))
-        self.lambda_0, self.anchor_weight = lambda_0, anchor_weight
+        self.pull_weight, self.anchor_weight = pull_weight, anchor_weight
         self.loss, self.regularizer = loss, regularizer
         self.update_every = None
+        self._drawn: Tensor | None = None  # gamma pull_weight R, from the loss to its gradient
         self.of_anchor = MemoryStatistics(self, "anchor", momentum=bn_momentum)
         like = self.split.head.weight.detach()
         for name in ("source_means", "source_vars"):
@@ -179,7 +180,11 @@ class PeTTA(RoTTA):
         else:
             losses = soft_cross_entropy(target, viewed)
         losses = losses + self.anchor_weight * soft_cross_entropy(anchor, viewed)
-        taken = self.descend(losses, there, gamma * self.lambda_0 * self.distance())
+        self._drawn = gamma * self.pull_weight * self.distance()
+        try:
+            taken = self.descend(losses, there, self._drawn.detach())
+        finally:
+            self._drawn = None
         self.note(drift=gamma)
         if not self.known(~taken):
             self.update_teacher(taken * (1 - gamma))
@@ -187,6 +192,15 @@ class PeTTA(RoTTA):
             for each in (self.of_teacher, self.of_student, self.of_anchor):
                 each.keep(taken)
         return taken
+
+    def differentiate(self, loss: Tensor, tensors: Sequence[Tensor] | None = None) -> tuple[Tensor | None, ...]:
+        """With the gradient of R, which every net has: so that it is seen where the others do not reach."""
+        values = super().differentiate(loss, tensors)
+        drawn, self._drawn = self._drawn, None
+        if drawn is None:
+            return values
+        pulls = torch.autograd.grad(drawn, self.learned)
+        return tuple(None if value is None else value + pull for value, pull in zip(values, pulls, strict=True))
 
     def distance(self) -> Tensor:
         """R, of the student from the source."""

@@ -34,7 +34,7 @@ class TRIBE(GradientMethod):
     predicts with its statistics as they are; these labels are those of the batch for the statistics of all three, which
     then take the batch in. With logits u of passes that have it in them, one random view v, and K classes::
 
-        y = arg-max u_t(x)    kept: H(softmax(u_t(x))) < h_0 ln K
+        y = arg-max u_t(x)    kept: H(softmax(u_t(x))) < entropy_margin ln K
         L = mean_kept CE(y, u_s(v(x))) + weight * mean_kept mean_k (u_t(x)_k - u_a(x)_k)^2
 
     with gradient through teacher and student.
@@ -45,7 +45,8 @@ class TRIBE(GradientMethod):
 
     Args:
         model: A classifier with normalisation layers.
-        h_0: Bound of the entropy as a share of ln K, > 0; authors 0.05 (CIFAR-10), 0.2 (CIFAR-100), 0.4 (ImageNet).
+        entropy_margin: Bound of the entropy as a share of ln K, > 0; authors 0.05 (CIFAR-10), 0.2 (CIFAR-100), 0.4
+            (ImageNet).
         weight: Of the distance, >= 0; authors 0.5.
         eta: Step of the statistics, in (0, 1]; authors 0.01 (CIFAR-10), 0.05 (CIFAR-100), 0.5 (ImageNet).
         gamma: Share of a change that all classes take, in [0, 1]; authors 0, 0.1 and 0.5.
@@ -84,7 +85,7 @@ class TRIBE(GradientMethod):
         self,
         model: nn.Module,
         *,
-        h_0: float = 0.05,
+        entropy_margin: float = 0.05,
         weight: float = 0.5,
         eta: float = 0.01,
         gamma: float = 0.0,
@@ -93,10 +94,10 @@ class TRIBE(GradientMethod):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        check_range("h_0", h_0, 0, low_open=True)
+        check_range("entropy_margin", entropy_margin, 0, low_open=True)
         check_range("weight", weight, 0)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
-        self.h_0, self.weight, self.seed = h_0, weight, seed
+        self.entropy_margin, self.weight, self.seed = entropy_margin, weight, seed
         (first, *_) = self.learn(self.select("norm"))
         self.state("steps_taken", torch.zeros((), dtype=torch.int64, device=first.device), source=0)
         self.balanced: dict[str, tuple[TTAMethod, Balanced]] = {}
@@ -156,7 +157,7 @@ class TRIBE(GradientMethod):
                 teacher = at_least_float32(self.logits(x, accounted=False))
             with self.taking_in("student"):
                 student = at_least_float32(self.logits(view))
-            kept = entropy(teacher.detach()) < self.h_0 * math.log(teacher.shape[1])
+            kept = entropy(teacher.detach()) < self.entropy_margin * math.log(teacher.shape[1])
             self.note(kept=kept.float().mean())
             losses = cross_entropy(student, teacher.argmax(1), reduction="none")
             taken = self.descend(losses + self.weight * (teacher - anchor).square().mean(1), kept)

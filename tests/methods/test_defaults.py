@@ -67,6 +67,9 @@ PUBLISHED = {
     "cmf": {**ADAM, **ROID, "hidden_keep": 0.99, "process_noise": 0.005},
 }
 PUBLISHED_IMAGENET = {
+    "petta": {"pull_weight": 10.0, "anchor_weight": 1.0, "loss": "view", "regularizer": "cosine"},
+    "sotta": {"threshold": 0.33, "rho": 0.05, "bn_momentum": 0.2},
+    "tribe": {"entropy_margin": 0.4, "weight": 0.5, "eta": 0.5, "gamma": 0.5},
     "tent": {**SGD, "lr": 2.5e-4},
     "come": {**SGD, "lr": 2.5e-4, "uncertainty": 1000.0},
     "ostta": {**SGD, "lr": 2.5e-4, "alpha": 0.5},

@@ -27,7 +27,7 @@ class PlainPeTTA:
         )
         self.start = {name: p.detach().clone() for name, p in learned(self.student).items()}
         self.memory, self.decay = Memory(size, classes), decay
-        self.settings = {"lambda_0": 10.0, "anchor_weight": 1.0, "loss": "both", "regularizer": "cosine", **settings}
+        self.settings = {"pull_weight": 10.0, "anchor_weight": 1.0, "loss": "both", "regularizer": "cosine", **settings}
         self.adam = torch.optim.Adam(learned(self.student).values(), lr=lr)
         with torch.no_grad():
             z, labels = net.features(source), net(source).argmax(1)
@@ -69,7 +69,7 @@ class PlainPeTTA:
             distances.append(
                 -cosine if self.settings["regularizer"] == "cosine" else ((p - self.start[name]) ** 2).sum()
             )
-        drawn = self.gamma * self.settings["lambda_0"] * sum(distances) / len(distances)
+        drawn = self.gamma * self.settings["pull_weight"] * sum(distances) / len(distances)
         self.loss = losses.mean() + self.settings["anchor_weight"] * crossed(a, v).mean() + drawn
         self.adam.zero_grad()
         self.loss.backward()
@@ -113,7 +113,7 @@ def assert_same_state(method, reference, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("classes", "settings"),
-    [(5, {}), (3, {"loss": "view", "regularizer": "l2", "lambda_0": 3.0, "anchor_weight": 0.5})],
+    [(5, {}), (3, {"loss": "view", "regularizer": "l2", "pull_weight": 3.0, "anchor_weight": 0.5})],
     ids=["cifar", "other"],
 )
 def test_four_steps(kind, classes, settings, known_view):
@@ -185,6 +185,6 @@ def test_what_does_not_fit_is_refused():
     method = adapt(make_net("bn"), "petta")
     with pytest.raises(DataError, match="at least two of a class"):
         method.prepare([{"image": make_images(1)}])
-    for options in ({"lambda_0": -1}, {"loss": "ce"}, {"regularizer": "none"}, {"update_every": 3}):
+    for options in ({"pull_weight": -1}, {"loss": "ce"}, {"regularizer": "none"}, {"update_every": 3}):
         with pytest.raises(ConfigError):
             adapt(make_net("bn"), "petta", **options)

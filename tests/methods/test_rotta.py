@@ -8,7 +8,7 @@ import torch
 from test_tensors_only import NoSynchronisation, in_a_step
 
 from contract import VARIANTS, build
-from lightning_tta import ConfigError, InputError, UnsupportedModelError, adapt
+from lightning_tta import ConfigError, UnsupportedModelError, adapt
 from lightning_tta.methods import rotta
 from memory_reference import TOLERANCE, AveragedBN, learned, log_softmax, moments_of, set_mode, with_layers
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same
@@ -205,11 +205,17 @@ def test_export_and_predict_are_the_teacher():
     assert not torch.allclose(method.export()(images), make_net("bn")(images), atol=1e-2)
 
 
+def test_images_of_another_size_start_the_memory_anew():
+    method = build("rotta", VARIANTS["rotta"][0], "gn")
+    method(make_images(6))
+    method(make_images(3, size=24))
+    assert method.value("images.pixels").shape == (5, 3, 24, 24)
+    assert method.value("images.seen") == 9
+    assert (method.value("images.labels") >= 0).sum() <= 3
+    assert torch.isfinite(method(make_images(6, size=24))).all()
+
+
 def test_what_does_not_fit_is_refused():
-    method = adapt(make_net("gn"), "rotta")
-    method(make_images(2))
-    with pytest.raises(InputError, match=r"\(3, 24, 24\).*\(3, 16, 16\).*one size"):
-        method(make_images(2, size=24))
     for options in ({"capacity": 0}, {"update_every": 0}, {"bn_momentum": 1.5}, {"lambda_t": -1}, {"steps": 2}):
         with pytest.raises(ConfigError):
             adapt(make_net("gn"), "rotta", **options)

@@ -65,14 +65,14 @@ def set_labels(net, labels):
 
 
 class PlainTRIBE:
-    def __init__(self, net, classes, *, lr=1e-3, h_0=0.05, weight=0.5, eta=0.01, gamma=0.0):
+    def __init__(self, net, classes, *, lr=1e-3, entropy_margin=0.05, weight=0.5, eta=0.01, gamma=0.0):
         self.teacher, self.student, self.anchor = (
             with_layers(net, lambda layer: BBN(layer, classes, eta, gamma)) for _ in range(3)
         )
         for module, other in zip(self.teacher.modules(), self.student.modules(), strict=True):
             for name, p in other.named_parameters(recurse=False):
                 setattr(module, name, p)  # the same weights
-        self.h_0, self.weight, self.classes = h_0, weight, classes
+        self.entropy_margin, self.weight, self.classes = entropy_margin, weight, classes
         self.adam = torch.optim.Adam(learned(self.student).values(), lr=lr)
 
     def __call__(self, images, view):
@@ -85,7 +85,7 @@ class PlainTRIBE:
         with torch.no_grad():
             a = self.anchor(images)
         entropies = -(log_softmax(t).exp() * log_softmax(t)).sum(1)
-        kept = [n for n, h in enumerate(entropies.tolist()) if h < self.h_0 * math.log(self.classes)]
+        kept = [n for n, h in enumerate(entropies.tolist()) if h < self.entropy_margin * math.log(self.classes)]
         self.kept = len(kept) / len(images)
         if kept:
             labels = t.argmax(1)
@@ -120,7 +120,7 @@ def assert_same_state(method, reference, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "settings",
-    [{"h_0": 0.9, "eta": 0.2}, {"h_0": 0.98, "eta": 0.4, "gamma": 0.3, "weight": 2.0}],
+    [{"entropy_margin": 0.9, "eta": 0.2}, {"entropy_margin": 0.98, "eta": 0.4, "gamma": 0.3, "weight": 2.0}],
     ids=["without gamma", "with gamma"],
 )
 def test_four_steps(kind, settings, known_view):
@@ -155,7 +155,7 @@ def test_defaults_are_the_authors(known_view):
 
 @pytest.mark.parametrize("skips", [True, False])
 def test_nothing_kept_moves_the_statistics_alone(skips):
-    method = adapt(make_net("bn"), "tribe", h_0=1e-9)
+    method = adapt(make_net("bn"), "tribe", entropy_margin=1e-9)
     method.skips_when_empty = skips
     method(make_images(6))
     assert method.stats["kept"] == method.stats["skipped_steps"] == 0
@@ -181,7 +181,7 @@ def test_it_asks_for_the_number_of_steps_alone(monkeypatch):
 def test_views_come_from_the_seed():
     runs = []
     for seed in (0, 0, 1):
-        method = adapt(make_net("gn"), "tribe", lr=0.1, h_0=1.5, seed=seed)
+        method = adapt(make_net("gn"), "tribe", lr=0.1, entropy_margin=1.5, seed=seed)
         runs.append([method(images) for images in make_stream(3)])
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
@@ -195,7 +195,7 @@ def test_export_is_the_teacher():
 
 
 def test_what_does_not_fit_is_refused():
-    for options in ({"h_0": 0}, {"eta": 0}, {"gamma": 2}, {"weight": -1}):
+    for options in ({"entropy_margin": 0}, {"eta": 0}, {"gamma": 2}, {"weight": -1}):
         with pytest.raises(ConfigError):
             adapt(make_net("bn"), "tribe", **options)
     headless = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())

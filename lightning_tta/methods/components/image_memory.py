@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_tta.draws import random_rows
-from lightning_tta.errors import InputError, UnsupportedModelError, check_range
+from lightning_tta.errors import UnsupportedModelError, check_range
 from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET
@@ -49,7 +49,8 @@ class ImageMemory(ABC):
     """Up to M images of a stream, as state of a method, of fixed shape.
 
     Images enter one after the other, whatever the batches; what they enter for is decided by a rule on small tensors,
-    :meth:`place`, and the images themselves are copied once a part of a batch. Nothing is asked of the host.
+    :meth:`place`, and the images themselves are copied once a part of a batch. Nothing is asked of the host. Where
+    images of another size come, the memory starts anew with them.
 
     Args:
         method: Gets the state; the images' room is made at the first batch.
@@ -125,33 +126,19 @@ class ImageMemory(ABC):
 
     def write(self, method: TTAMethod, held: Held, where: Tensor) -> None:
         """Keep this, where a condition, 0-dimensional and bool, is true."""
-        there = held.occupied.view(-1, *(1,) * (held.pixels.ndim - 1))
-        method.write(PIXELS, torch.where(there, held.pixels, method.value(PIXELS)), where)
-        for name, value in zip((LABELS, AGES, SCORES, SEEN), held[1:5], strict=True):
+        for name, value in zip((PIXELS, LABELS, AGES, SCORES, SEEN), held[:5], strict=True):
             method.write(name, value, where)
         if self.counts_classes:
             method.write(COUNTS, held.counts, where)
 
-    def check_size(self, method: TTAMethod, x: Tensor) -> None:
-        """Refuse images (B, C, H, W) of another size than those that came before.
-
-        Raises:
-            InputError: If they are.
-        """
-        before = method.value(PIXELS)
-        if before.shape[1:] != x.shape[1:]:
-            raise InputError(
-                f"An image of {tuple(x.shape[1:])} (C, H, W) after others of {tuple(before.shape[1:])}: "
-                f"'{method.name}' steps on images of several batches together, so all must have one size. Resize them, "
-                "or reset()."
-            )
-
     def make_room(self, method: TTAMethod, x: Tensor, classes: int) -> None:
-        """Allocate what images (B, C, H, W) need: at the first batch, and at another size after a reset."""
+        """Allocate what images (B, C, H, W) need: at the first batch, and at another size, where it starts anew."""
         room = x.new_empty(self.size, *x.shape[1:])
         if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
             room = room.contiguous(memory_format=torch.channels_last)
-        method.sized(PIXELS, room)
+        if method.value(PIXELS).shape != room.shape:
+            method.sized(PIXELS, room)
+            method.value(LABELS).fill_(-1)
         if self.counts_classes:
             method.sized(COUNTS, x.new_empty(classes))
 
@@ -321,8 +308,6 @@ class MemoryMethod(TTAMethod):
             Logits (B, K).
         """
         seen = int(self.value(SEEN))
-        if seen:
-            self.images.check_size(self, x)
         every = every or len(x) + seen  # then the end of the batch is one
         ends = [*range(every - seen % every, len(x), every), len(x)]
         going, logits, start = torch.ones((), dtype=torch.bool, device=x.device), list[Tensor](), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
@@ -28,7 +29,20 @@ class Prefixed:
     """
 
     def __init__(self, method: TTAMethod, net: str) -> None:
-        self.method, self.net = method, net
+        self._method, self.net = weakref.ref(method), net  # the method holds it
+
+    @property
+    def method(self) -> TTAMethod:
+        """The method."""
+        method = self._method()
+        assert method is not None
+        return method
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prefixed:
+        return Prefixed(memo.get(id(self.method), self.method), self.net)
+
+    def __reduce__(self) -> tuple[type[Prefixed], tuple[TTAMethod, str]]:
+        return Prefixed, (self.method, self.net)
 
     def state(self, name: str, tensor: Tensor, **settings: Any) -> Tensor:
         """As of the method."""
@@ -57,8 +71,6 @@ class Prefixed:
         self.method.layout = number
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "method":  # of a copy that has none yet
-            raise AttributeError(name)
         return getattr(self.method, name)
 
 
