@@ -123,7 +123,7 @@ class NOTE(GradientMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, lr=lr, **options)
+        super().__init__(model, lr=lr, steps=1, lr_batch_size=None, **options)
         check_range("update_every", update_every, 1, integer=True)
         self.update_every = update_every
         self.learn(self.select("norm"))

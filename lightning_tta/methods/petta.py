@@ -82,7 +82,7 @@ class PeTTA(RoTTA):
         bn_momentum: float = 0.05,
         **options: Any,
     ) -> None:
-        super().__init__(model, bn_momentum=bn_momentum, **options)
+        super().__init__(model, bn_momentum=bn_momentum, update_every=1, **options)
         check_range("lambda_0", lambda_0, 0)
         check_range("anchor_weight", anchor_weight, 0)
         check_choice("loss", loss, ("both", "view"))

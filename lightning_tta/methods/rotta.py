@@ -93,7 +93,7 @@ class RoTTA(TeacherMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, ema_decay=ema_decay, seed=seed, **options)
+        super().__init__(model, ema_decay=ema_decay, seed=seed, steps=1, lr_batch_size=None, **options)
         check_range("update_every", update_every, 1, integer=True)
         self.update_every: int | None = update_every
         self.images = TimelyMemory(self, capacity, lambda_t=lambda_t, lambda_u=lambda_u)

@@ -91,7 +91,7 @@ class SoTTA(GradientMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, **options)
+        super().__init__(model, steps=1, lr_batch_size=None, **options)
         check_range("update_every", update_every, 1, integer=True)
         check_range("rho", rho, 0)
         self.update_every, self.rho = update_every, rho
