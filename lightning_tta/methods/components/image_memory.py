@@ -217,7 +217,7 @@ class ImageMemory(ABC):
 
     def _make_room(self, method: TTAMethod, x: Tensor, classes: int, seen: int) -> None:
         before = method.value(PIXELS)
-        if seen and before.shape[1:] != x.shape[1:]:
+        if seen and before.shape[1:] != x.shape[1:] and bool((method.value(LABELS) >= 0).any()):
             raise InputError(
                 f"An image of {tuple(x.shape[1:])} (C, H, W) after others of {tuple(before.shape[1:])}: "
                 f"'{method.name}' steps on images of several batches together, so all must have one size. Resize them, "
