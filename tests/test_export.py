@@ -25,9 +25,6 @@ from runs import directory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NO_PLAIN_NET = {"lame", "adanpc", "memo", "view_averaging", "zero", "single_image_bn", "meta_ttt", "foa", "pea"}
-EXPORTED = [case for case in SUPPORTED if case[0] not in NO_PLAIN_NET]
-REFUSED = [case for case in SUPPORTED if case[0] in NO_PLAIN_NET]
-NO_PLAIN_NET = {"lame", "memo", "view_averaging", "zero", "single_image_bn", "meta_ttt", "foa", "pea"}
 REFUSED = [case for case in SUPPORTED if case[0] in NO_PLAIN_NET or (case[0] == "note" and case[2] in ("bn", "user"))]
 EXPORTED = [case for case in SUPPORTED if case not in REFUSED]
 

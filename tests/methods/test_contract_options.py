@@ -1,11 +1,13 @@
 """What every method must do with its options: each is used, wrong ones are refused, source data comes first."""
 
+import inspect
+
 import pytest
 import torch
 
 from contract import FIRST, SUPPORTED, build, case_id, every_setting, options_of, run
 from lightning_tta import ConfigError, NotPreparedError, available_methods
-from nets import make_images, make_stream, same
+from nets import kind_for, make_images, make_net, make_stream, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,6 +92,12 @@ RANGES = {
 }
 
 
+def refused_by(kind):
+    """Names of options that a base class has, and the class sets itself."""
+    fixed = {option for base in kind.__mro__ for option in vars(base).get("fixed_options", ())}
+    return sorted(fixed - set(inspect.signature(kind).parameters))
+
+
 @pytest.mark.parametrize("name", available_methods())
 def test_options_out_of_range(name):
     options, kind = next((o, k) for n, o, k in SUPPORTED if n == name)
@@ -97,6 +105,15 @@ def test_options_out_of_range(name):
         for value in RANGES.get(option, []):
             with pytest.raises(ConfigError, match=r"must be .*; got"):
                 build(name, {**options, option: value}, kind)
+
+
+@pytest.mark.parametrize("name", [n for n, kind in available_methods().items() if refused_by(kind)])
+def test_options_that_a_base_has_and_a_method_has_not(name):
+    """Whoever makes the class itself, as the command line does, is refused them too."""
+    kind = available_methods()[name]
+    for option in refused_by(kind):
+        with pytest.raises(TypeError, match=option):
+            kind(make_net(kind_for(name, "bn")), **{option: 1})
 
 
 @every_setting

@@ -205,6 +205,15 @@ def test_batches_that_two_look_at(name, options):
     assert method.prepared
 
 
+def test_what_a_method_has_prepared_is_in_its_states():
+    method = adapt(make_net("bn"), "petta", reservoir=3, lr=1e-2)
+    method.prepare(SOURCE)
+    stream = [domain(number, seed) for seed, number in enumerate([0, 1, 0])]
+    first = [method(images) for images in stream]
+    method.reset()
+    assert all(torch.equal(method(x), logits) for x, logits in zip(stream, first, strict=True))
+
+
 def test_limits_are_of_the_source_images_that_were_loaded():
     method, other = make(), make(prepare=False)
     other.prepare([{"image": domain(1, seed)} for seed in range(3)])

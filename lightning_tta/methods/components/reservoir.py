@@ -124,6 +124,9 @@ class Reservoir(DomainMemory):
                 )
             buffer.fill_(NOT_YET)[: len(found)].copy_(found)
             style = _styles(found, found).mean(0)
+            if self._at(method)[0] == 1:  # what the method has prepared itself is of the source's state
+                for member in range(self.members):
+                    self._copy_to(method, member)
             method.write(STYLES, torch.cat([style[None], method.value(STYLES)[1:]]))
             method.renew_source(STYLES)
             method.renew_source(SOURCE)

@@ -15,7 +15,6 @@ from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.task import explained, float_dtype
 
 
-@torch.no_grad()
 def see_source_images(
     method: TTAMethod,
     batches: Iterable[Mapping[str, Tensor]],
@@ -43,7 +42,13 @@ def see_source_images(
     """
     device = next((p.device for p in method.model.parameters()), torch.device("cpu"))
     number = 0
-    with outside_inference_mode(), method.computing(device), (running or method.running)(), method.passes():
+    with (
+        outside_inference_mode(),
+        torch.no_grad(),  # behind it, for it turns them on
+        method.computing(device),
+        (running or method.running)(),
+        method.passes(),
+    ):
         for batch in batches:
             if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
                 kind = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
