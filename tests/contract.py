@@ -103,6 +103,7 @@ VARIANTS = {
             **{"ranks": [1, 3], "views": 2, "ema_decay": 0.7, "pair_decay": 0.5},
         }
     ],
+    "ttt": [{"lr": 0.05, "optimizer": "sgd", "head_from": "prepare", "head_epochs": 1}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

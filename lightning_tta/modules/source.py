@@ -13,20 +13,23 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from lightning_tta.auxiliary.base import Auxiliary, place
+from lightning_tta.auxiliary.kinds import KINDS
 from lightning_tta.backbones import Backbone, create_backbone
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, check_range
+from lightning_tta.methods.components.wanted import read
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of
 from lightning_tta.modules.loading import check_options, describe_net
 from lightning_tta.modules.training import TrainingRecord
 
 
 class SourceClassifier(LightningModule):
-    """Minimises the cross-entropy of a backbone on labelled source images.
+    """Minimises the cross-entropy of a backbone on labelled source images, plus auxiliary losses if there are any.
 
     Batches are ``{image (B, C, H, W) in [0, 1], label (B,)}``. Logs ``source/train_loss``, ``source/val_accuracy``,
-    ``source/val_loss``, ``source/val_ece`` (the same for test). The checkpoint holds what rebuilds the net, so that
-    ``TestTimeAdaptation(source_ckpt=...)`` needs nothing else.
+    ``source/val_loss``, ``source/val_ece`` (the same for test), and ``source/KIND_loss`` of each auxiliary. The
+    checkpoint holds what rebuilds the net, so that ``TestTimeAdaptation(source_ckpt=...)`` needs nothing else.
 
     On several processes gradients are averaged and validation measures are those of all samples: training equals one
     process with the joined batch, up to summation order. Not so for BatchNorm nets, whose statistics stay on their
@@ -42,6 +45,9 @@ class SourceClassifier(LightningModule):
         optimizer: Called with the parameters. Default: AdamW with lr 3e-3.
         lr_scheduler: Called with the optimizer; stepped per epoch.
         label_smoothing: In [0, 1).
+        auxiliary: What is learned beside the classes, for a method that adapts by it: a word such as ``rotation`` (for
+            method ``ttt``), or a dict of ``kind`` and its options, ``{kind: rotation, at: 0.5}``, or a list of these;
+            see :mod:`lightning_tta.auxiliary`. Its heads are in the checkpoint, where the method finds them.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class SourceClassifier(LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
+        auxiliary: str | dict[str, Any] | list[str | dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         check_range("num_classes", num_classes, 2, integer=True)
@@ -68,6 +75,12 @@ class SourceClassifier(LightningModule):
             )
         )
         self._has_weights = isinstance(backbone, nn.Module) or getattr(self.backbone, "weights", "") != "random"
+        self.auxiliary = nn.ModuleDict()
+        self._auxiliary_options: dict[str, dict[str, Any]] = {}
+        for wanted in auxiliary if isinstance(auxiliary, list) else [] if auxiliary is None else [auxiliary]:
+            kind, options = read(wanted, "auxiliary", KINDS)
+            self.auxiliary[kind] = place(KINDS[kind](self.backbone, **options), self.backbone)
+            self._auxiliary_options[kind] = options
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         accuracy, ece = MulticlassAccuracy(num_classes, average="micro"), MulticlassCalibrationError(num_classes)
@@ -137,11 +150,18 @@ class SourceClassifier(LightningModule):
             self.backbone.class_names = list(names)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch."""
-        logits = self(batch["image"])
-        self._check(logits, batch["label"], batch_idx)
-        loss: Tensor = self.loss(logits, batch["label"])
+        """Cross-entropy of one batch, plus the auxiliary losses."""
+        images, labels = batch["image"], batch["label"]
+        logits = self(images)
+        self._check(logits, labels, batch_idx)
+        loss: Tensor = self.loss(logits, labels)
         self.log("source/train_loss", loss, prog_bar=True)
+        for kind, auxiliary in self.auxiliary.items():
+            assert isinstance(auxiliary, Auxiliary)
+            key = torch.randint(2**62, (2,)).to(images.device, non_blocking=True)
+            term = auxiliary.loss(self.backbone, images, labels, key)
+            self.log(f"source/{kind}_loss", term)
+            loss = loss + auxiliary.weight * term
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -184,6 +204,8 @@ class SourceClassifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the class and the net, for whoever loads the file."""
         checkpoint["lightning_tta"] = {"class": type(self).__name__, **describe_net(self.backbone, checkpoint)}
+        if self._auxiliary_options:
+            checkpoint["lightning_tta"]["auxiliary"] = self._auxiliary_options
 
 
 def log_mean(module: LightningModule, name: str, value: Tensor, count: int, *, prog_bar: bool = False) -> None:

@@ -13,6 +13,7 @@ NEEDING = {
     "eata": {},
     "neo": {"center": "source"},
     "output_shift": {},
+    "ttt": {"head_from": "prepare", "head_epochs": 1},
     "pea": {},
     "foa": {"population": 4},
     "tent": {"reservoir": 3},
