@@ -104,6 +104,7 @@ VARIANTS = {
         }
     ],
     "ttt": [{"lr": 0.05, "optimizer": "sgd", "head_from": "prepare", "head_epochs": 1}],
+    "ttt_pp": [{"lr": 1e-4, "queue": 6, "head_from": "prepare", "head_epochs": 1}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},
