@@ -118,7 +118,7 @@ class AuxiliaryMethod(GradientMethod):
 
         def see(images: Tensor, labels: Tensor | None = None) -> None:
             nonlocal count
-            labels = images.new_zeros(len(images), dtype=torch.int64) if labels is None else labels
+            labels = images.new_zeros(len(images), dtype=torch.int64) if labels is None else labels.clone()
             key = torch.tensor([self.seed, -1 - count], device=images.device)  # steps of a stream count from 0
             with with_gradients(images, images.dtype) as images:
                 loss = self.auxiliary.loss(self.model, images, labels, key)
