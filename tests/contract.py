@@ -106,6 +106,7 @@ VARIANTS = {
     "ttt": [{"lr": 0.05, "optimizer": "sgd", "head_from": "prepare", "head_epochs": 1}],
     "ttt_pp": [{"lr": 1e-4, "queue": 6, "head_from": "prepare", "head_epochs": 1}],
     "eco_tta": [{"lr": 0.05, "parts": 2, "entropy_margin": 0.9, "warmup_epochs": 1}],
+    "itta": [{"lr": 0.05, "head_from": "prepare", "head_epochs": 1}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

@@ -49,8 +49,7 @@ class EcoTTA(AuxiliaryMethod):
         warmup_epochs: Passes of :meth:`prepare` over the source images, >= 0; authors 10, over the whole training set.
             0: no labels are needed.
         warmup_lr: Rate of AdamW meanwhile, >= 0; authors: SGD at 0.05.
-        seed: Not used by what is drawn from source images; kept in the state of the draws.
-        **options: ``weight_decay``, ``steps``, ``lr_batch_size``.
+        **options: ``seed``, which nothing depends on; ``weight_decay``, ``steps``, ``lr_batch_size``.
 
     Raises:
         UnsupportedModelError: If the net has no blocks that take and return feature maps.
@@ -92,8 +91,16 @@ class EcoTTA(AuxiliaryMethod):
         warmup_lr: float = 1e-3,
         **options: Any,
     ) -> None:
-        named = {"head_from": "prepare", "head_epochs": max(1, warmup_epochs), "head_lr": warmup_lr}
-        super().__init__(model, lr=lr, optimizer=optimizer, momentum=momentum, **named, **options)
+        super().__init__(
+            model,
+            lr=lr,
+            optimizer=optimizer,
+            momentum=momentum,
+            head_from="prepare",
+            head_epochs=max(1, warmup_epochs),
+            head_lr=warmup_lr,
+            **options,
+        )
         check_range("parts", parts, 1, integer=True)
         check_range("entropy_margin", entropy_margin, 0, low_open=True)
         check_range("penalty", penalty, 0)
