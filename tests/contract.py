@@ -107,6 +107,7 @@ VARIANTS = {
     "ttt_pp": [{"lr": 1e-4, "queue": 6, "head_from": "prepare", "head_epochs": 1}],
     "eco_tta": [{"lr": 0.05, "parts": 2, "entropy_margin": 0.9, "warmup_epochs": 1}],
     "itta": [{"lr": 0.05, "head_from": "prepare", "head_epochs": 1}],
+    "label_shift_adapter": [{"momentum": 0.3, "hidden": 5, "epochs": 3, "train_lr": 0.05}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

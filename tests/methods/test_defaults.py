@@ -54,6 +54,7 @@ PUBLISHED = {
     "ttt_pp": {**SGD, "lr": 1e-2, "feature_scale": 0.05, "projection_scale": 0.2, "queue": 1280},
     "eco_tta": {**SGD, "lr": 5e-3, "parts": 5, "entropy_margin": 0.4, "warmup_epochs": 10},
     "itta": {**ADAM, "lr": 5e-6},
+    "label_shift_adapter": {"momentum": 0.9, "hidden": 64},
     "zerosiam": {"alpha": 1.0, "momentum": 0.9, "lr_batch_size": 64, "predictor": "learned"},
     "spa": {**SGD, "lr": 2.5e-3, "predictor_lr": 2.5e-2, "frequency_ratio": 0.1, "noise_ratio": 0.1, "window": 0.2},
     "memo": {"optimizer": "sgd", "lr": 5e-3, "weight_decay": 0.0, "kl_weight": 0.0, "views": 32, "bn_prior": None},

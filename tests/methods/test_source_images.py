@@ -12,6 +12,7 @@ NEEDING = {
     "cafa": {},
     "eata": {},
     "neo": {"center": "source"},
+    "label_shift_adapter": {"epochs": 1},
     "output_shift": {},
     "ttt": {"head_from": "prepare", "head_epochs": 1},
     "pea": {},
