@@ -108,6 +108,7 @@ VARIANTS = {
     "eco_tta": [{"lr": 0.05, "parts": 2, "entropy_margin": 0.9, "warmup_epochs": 1}],
     "itta": [{"lr": 0.05, "head_from": "prepare", "head_epochs": 1}],
     "label_shift_adapter": [{"momentum": 0.3, "hidden": 5, "epochs": 3, "train_lr": 0.05}],
+    "nhl": [{"lr": 0.5, "hebbian_lr": 0.1, "inverse_temperature": 2.0}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},
