@@ -104,9 +104,14 @@ VARIANTS = {
         }
     ],
     "ttt": [{"lr": 0.05, "optimizer": "sgd", "head_from": "prepare", "head_epochs": 1}],
-    "ttt_pp": [{"lr": 1e-4, "queue": 6, "head_from": "prepare", "head_epochs": 1}],
+    "ttt_pp": [  # without alignment: random nets, far from the statistics that they say they have, take no small steps
+        {
+            **{"lr": 0.05, "feature_scale": 0.0, "projection_scale": 0.0, "queue": 6},
+            **{"head_from": "prepare", "head_epochs": 1},
+        }
+    ],
     "eco_tta": [{"lr": 0.05, "parts": 2, "entropy_margin": 0.9, "warmup_epochs": 1}],
-    "itta": [{"lr": 0.05, "head_from": "prepare", "head_epochs": 1}],
+    "itta": [{"lr": 0.5, "optimizer": "sgd", "head_from": "prepare", "head_epochs": 1}],
     "label_shift_adapter": [{"momentum": 0.3, "hidden": 5, "epochs": 3, "train_lr": 0.05}],
     "nhl": [{"lr": 0.5, "hebbian_lr": 0.1, "inverse_temperature": 2.0}],
     "zerosiam": [

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from lightning_tta.backbones.norms import replaced_forwards
+from lightning_tta.backbones.passes import safe_checkpoints
 from lightning_tta.errors import WeightsError, check_range
 
 
@@ -81,6 +84,16 @@ def find_trained(net: nn.Module, auxiliary: type[Auxiliary]) -> Auxiliary | None
             f"The auxiliary {auxiliary.kind!r} in the checkpoint does not fit the net: {error}. Train the net again."
         ) from error
     return place(made, net).eval().requires_grad_(False)
+
+
+@contextmanager
+def other_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """While active, modules of a net run otherwise; checkpointed ones keep their activations.
+
+    They would be computed again in the backward pass, which may come when the forwards are the modules' own again.
+    """
+    with safe_checkpoints(recompute=False), replaced_forwards(forwards):
+        yield
 
 
 def place(auxiliary: Auxiliary, net: nn.Module) -> Auxiliary:

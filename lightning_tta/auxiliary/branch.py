@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_tta.auxiliary.base import other_forwards
 from lightning_tta.backbones.copying import copy_net
-from lightning_tta.backbones.norms import replaced_forwards
-from lightning_tta.backbones.split import execution_order, find_head, is_inside, module_at
+from lightning_tta.backbones.split import execution_order, find_head, is_inside, module_at, plain_head
 from lightning_tta.errors import UnsupportedModelError
 
 
@@ -38,8 +38,14 @@ class Branch(nn.Module):
     def __init__(self, net: nn.Module, at: float, outputs: int) -> None:
         super().__init__()
         head, layer = find_head(net)
+        order = execution_order(net)
+        if order is not None and head not in order:
+            raise UnsupportedModelError(
+                f"{type(net).__name__} must return logits, of its last linear layer '{head}', which does not run. Wrap "
+                "the net in a module that ends in a linear layer."
+            )
         stage = module_at(net, at)
-        self.names = list(_after(net, stage))
+        self.names = list(_after(net, stage, order))
         if not any(is_inside(head, name) for name in self.names):
             raise UnsupportedModelError(
                 f"The last linear layer '{head}' of {type(net).__name__} does not run after '{stage}', which is at "
@@ -57,7 +63,7 @@ class Branch(nn.Module):
     def running(self, net: nn.Module) -> AbstractContextManager[None]:
         """While active, a pass of the net is one of the branch, and gives (B, outputs)."""
         twins = (self.tail[name.replace(".", "/")] for name in self.names)
-        return replaced_forwards({net.get_submodule(n): _calling(t) for n, t in zip(self.names, twins, strict=True)})
+        return other_forwards({net.get_submodule(n): _calling(t) for n, t in zip(self.names, twins, strict=True)})
 
     def is_shared(self, name: str) -> bool:
         """Whether a parameter of the net, by its name, is one of the branch too."""
@@ -68,9 +74,8 @@ def _calling(module: nn.Module) -> Callable[..., Any]:
     return lambda *inputs, **options: module(*inputs, **options)
 
 
-def _after(net: nn.Module, stage: str) -> Iterator[str]:
+def _after(net: nn.Module, stage: str, order: list[str] | None) -> Iterator[str]:
     """The largest modules that run, but nothing of which has run when a stage ends."""
-    order = execution_order(net)
     names = [name for name, _ in net.named_modules()] if order is None else order
     before = {name for name in names[: names.index(stage) + 1] if name and not stage.startswith(f"{name}.")}
 
@@ -87,8 +92,9 @@ def _after(net: nn.Module, stage: str) -> Iterator[str]:
     return walk("")
 
 
-def _linear(like: nn.Linear, outputs: int) -> nn.Linear:
+def _linear(head: nn.Linear, outputs: int) -> nn.Linear:
     """A fresh layer, of the usual initial values, that leave torch's random numbers alone."""
+    like = plain_head(head)  # of a quantised one
     layer = nn.Linear(like.in_features, outputs, device="meta").to_empty(device="cpu")
     generator, bound = torch.Generator().manual_seed(0), 1 / math.sqrt(like.in_features)
     with torch.no_grad():

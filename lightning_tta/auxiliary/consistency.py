@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from lightning_tta.auxiliary.base import Auxiliary
-from lightning_tta.backbones.norms import replaced_forwards
-from lightning_tta.backbones.split import HeadSplit, parts_by_depth, try_pass
+from lightning_tta.auxiliary.base import Auxiliary, other_forwards
+from lightning_tta.auxiliary.stages import find_stages
+from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.draws import random_integers
 from lightning_tta.errors import UnsupportedModelError, check_range
 from lightning_tta.losses import at_least_float32
@@ -80,7 +80,7 @@ class Consistency(Auxiliary):
             return lambda *inputs, **options: change(number, plain(*inputs, **options))
 
         modules = [net.get_submodule(name) for name in self.stages]
-        return replaced_forwards({m: forward(number, m.forward) for number, m in enumerate(modules)})
+        return other_forwards({m: forward(number, m.forward) for number, m in enumerate(modules)})
 
     def mixing(self, key: Tensor, stored: bool) -> Change:
         """A change that gives the second half of a batch, which equals the first, other styles after one stage.
@@ -128,7 +128,7 @@ class Consistency(Auxiliary):
         own, other = at_least_float32(features).chunk(2)
         term = cross_entropy(logits.chunk(2)[1], labels) + self.compare(other - own, fixed=True).mean()
         with torch.enable_grad():
-            z = features.detach().requires_grad_()
+            z = features.detach().to(split.head.weight.dtype, copy=True).requires_grad_()
             main = cross_entropy(at_least_float32(split.head(z)), labels.repeat(2)) * 2
             pull = torch.autograd.grad(main, z)[0]
             halves = z.chunk(2)
@@ -168,14 +168,9 @@ def _style(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _stages(net: nn.Module) -> tuple[list[str], list[int]]:
     """The stages whose outputs are maps or tokens, in the order in which they run, and their channels."""
-    outputs: dict[str, list[Any]] = {}
-    for name, _, output in try_pass(net, 2, "use method 'tent'").calls:
-        outputs.setdefault(name, []).append(output)
-    layers = [name for name, m in net.named_modules() if any(True for _ in m.parameters(recurse=False))]
-    layers = [name for name in outputs if name in set(layers)]
-    stages = set(parts_by_depth(net, layers) or layers)
-    once = {name: calls[0] for name, calls in outputs.items() if name in stages and len(calls) == 1}
-    found = {n: t for n, t in once.items() if isinstance(t, Tensor) and t.ndim in (3, 4)}
+    stages = find_stages(net, "use method 'tent'")
+    outputs = {name: stages.calls[name][0][1] for name in stages.names if len(stages.calls[name]) == 1}
+    found = {name: t for name, t in outputs.items() if isinstance(t, Tensor) and t.ndim in (3, 4)}
     if not found:
         raise UnsupportedModelError(
             f"{type(net).__name__} has no stages that give maps (B, C, H, W) or tokens (B, N, C), whose style could be "

@@ -58,5 +58,7 @@ class Contrastive(Auxiliary):
 
     def loss(self, net: nn.Module, images: Tensor, labels: Tensor, key: Tensor) -> Tensor:
         """The mean over the images; all views make one batch."""
-        features, _ = HeadSplit(net)(self.views(images, key, key + 1))
-        return self.contrast(self.projector(features)).mean()
+        split = HeadSplit(net)
+        features, _ = split(self.views(images, key, key + 1))
+        features = features.clone() if features.is_inference() else features
+        return self.contrast(self.projector(features.to(split.head.weight.dtype))).mean()  # it may be of an autocast

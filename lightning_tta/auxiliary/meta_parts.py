@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, batch_norm, cross_entropy, l1_loss
 
-from lightning_tta.auxiliary.base import Auxiliary
-from lightning_tta.backbones.norms import replaced_forwards
-from lightning_tta.backbones.split import as_logits, is_inside, parts_by_depth, try_pass
+from lightning_tta.auxiliary.base import Auxiliary, other_forwards
+from lightning_tta.auxiliary.stages import find_stages
+from lightning_tta.backbones.split import as_logits, is_inside
 from lightning_tta.errors import UnsupportedModelError, check_range
 from lightning_tta.losses import at_least_float32
 
@@ -93,7 +93,7 @@ class MetaParts(Auxiliary):
             forwards[net.get_submodule(first)] = begin
             plain = begin if first == last else net.get_submodule(last).forward
             forwards[net.get_submodule(last)] = self._ending(number, plain, added, noted, penalties)
-        return replaced_forwards(forwards)
+        return other_forwards(forwards)
 
     def _beginning(
         self, number: int, module: nn.Module, added: list[Any], noted: Moments | None, detached: bool
@@ -174,30 +174,28 @@ class MetaParts(Auxiliary):
 
 
 def _fit(added: Tensor, like: Tensor) -> Tensor:
-    return added if added.shape == like.shape else adaptive_avg_pool2d(added, like.shape[-2:])
+    return added if added.shape == like.shape else adaptive_avg_pool2d(added, (like.shape[-2], like.shape[-1]))
 
 
 def _blocks(net: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """The blocks with what they took and returned in a trial pass, in the order in which they run."""
-    maps: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for name, inputs, output in try_pass(net, 2, "use method 'tent', which needs no parts").calls:
-        ok = len(inputs) == 1 and all(isinstance(t, Tensor) and t.ndim == 4 for t in (inputs[0], output))
-        maps.setdefault(name, []).append((inputs[0], output) if ok else (torch.zeros(()), torch.zeros(())))
-    order = list(maps)
-    once = {name: calls[0] for name, calls in maps.items() if len(calls) == 1 and calls[0][1].ndim == 4}
-    layers = [name for name, m in net.named_modules() if any(True for _ in m.parameters(recurse=False))]
-    layers = [name for name in order if name in set(layers)]
-    stages = [name for name in order if name in set(parts_by_depth(net, layers) or layers)]
-    if 2 * sum(name in once for name in stages) < len(stages):  # a transformer, whose patches alone are a map
+    stages = find_stages(net, "use method 'tent', which needs no parts")
+    maps = {name: call for name in stages.calls if (call := stages.once(name)) and all(map(_is_map, call))}
+    if 2 * sum(name in maps for name in stages.names) < len(stages.names):  # a transformer: its patches alone are a map
         return
-    for stage in stages:
-        children = [f"{stage}.{name}" for name, _ in net.get_submodule(stage).named_children()]
-        holds_blocks = isinstance(net.get_submodule(stage), nn.Sequential) and all(
-            child in once and sum(is_inside(layer, child) for layer in layers) > 1 for child in children
+    for stage in stages.names:
+        module = net.get_submodule(stage)
+        children = [f"{stage}.{name}" for name, _ in module.named_children()]
+        holds_blocks = isinstance(module, nn.Sequential) and all(
+            child in maps and sum(is_inside(layer, child) for layer in stages.layers) > 1 for child in children
         )
         for name in children if holds_blocks else [stage]:
-            if name in once:
-                yield name, *once[name]
+            if name in maps:
+                yield name, *maps[name]
+
+
+def _is_map(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4
 
 
 def _beside(x: Tensor, y: Tensor) -> MetaPart:

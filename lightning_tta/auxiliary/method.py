@@ -122,6 +122,8 @@ class AuxiliaryMethod(GradientMethod):
             key = torch.tensor([self.seed, -1 - count], device=images.device)  # steps of a stream count from 0
             with with_gradients(images, images.dtype) as images:
                 loss = self.auxiliary.loss(self.model, images, labels, key)
+                if not loss.requires_grad:
+                    raise self._no_gradient(loss)
                 gradients = torch.autograd.grad(loss, list(head.values()), allow_unused=True)
             for tensor, gradient in zip(wide, gradients, strict=True):
                 tensor.grad = None if gradient is None else gradient.to(tensor)

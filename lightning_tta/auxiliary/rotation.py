@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_tta.auxiliary.base import Auxiliary
 from lightning_tta.auxiliary.branch import Branch
+from lightning_tta.backbones.split import as_logits
 from lightning_tta.draws import random_integers
 from lightning_tta.errors import InputError, check_choice, check_range
 
@@ -46,7 +47,7 @@ class Rotation(Auxiliary):
         """The mean over the turned images."""
         turned, quarters = turn(images, self.turns, key)
         with self.running(net):
-            return cross_entropy(net(turned), quarters)
+            return cross_entropy(as_logits(net(turned)), quarters)
 
 
 def turn(images: Tensor, turns: Turns, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ class EcoTTA(AuxiliaryMethod):
     needs_labels = True
     no_plain_net = (
         "it has meta parts beside the modules of the net. Deploy the method itself (method.predict), or adapt with "
-        "'tent', which changes the net's own weights"
+        "'norm' or 'tent', which leave the net as it is built"
     )
 
     def __init__(
@@ -105,7 +105,7 @@ class EcoTTA(AuxiliaryMethod):
         check_range("entropy_margin", entropy_margin, 0, low_open=True)
         check_range("penalty", penalty, 0)
         check_range("warmup_epochs", warmup_epochs, 0, integer=True)
-        self.entropy_margin, self.penalty = entropy_margin, penalty
+        self.entropy_margin, self.penalty, self._entropy_checked = entropy_margin, penalty, False
         self.take_auxiliary(MetaParts, parts=parts)
         self.trains_head = warmup_epochs > 0
         self.learn(dict(self.auxiliary.named_parameters()), "auxiliary.")
@@ -159,6 +159,7 @@ class EcoTTA(AuxiliaryMethod):
         with self.meta.running(self.model, noted, penalties):
             logits = self.logits(x)
         losses = entropy(at_least_float32(logits))
+        self._check_entropy(losses)
         kept = (losses.detach() < self.entropy_margin * math.log(logits.shape[-1])).to(losses.dtype)
         penalty = torch.stack(penalties).sum()
         taken = self.descend(losses * kept, extra=self.penalty * penalty)
@@ -166,6 +167,17 @@ class EcoTTA(AuxiliaryMethod):
         for name, value in self.meta.moved(noted).items():
             self.write(f"auxiliary.{name}", value, taken)
         return logits
+
+    def _check_entropy(self, losses: Tensor) -> None:
+        """Once: refuse a net through which no gradient comes; else the penalty alone would be learned from."""
+        if self._entropy_checked:
+            return
+        if not losses.requires_grad:
+            raise self._no_gradient(losses)
+        values = torch.autograd.grad(losses.sum(), self.learned, allow_unused=True, retain_graph=True)
+        if all(value is None for value in values):
+            raise self._no_gradient()
+        self._entropy_checked = True
 
     def infer(self, x: Tensor) -> Tensor:
         """The net with the meta parts, their BatchNorm at its moving averages."""

@@ -63,7 +63,7 @@ class ITTA(AuxiliaryMethod):
     needs_labels = True
     no_plain_net = (
         "it has scales and shifts after the net's stages. Deploy the method itself (method.predict), or adapt with "
-        "'tent', which changes the net's own weights"
+        "'norm' or 'tent', which leave the net as it is built"
     )
 
     def __init__(self, model: nn.Module, *, lr: float = 5e-6, mix_with_source: bool = False, **options: Any) -> None:

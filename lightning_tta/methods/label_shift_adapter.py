@@ -190,8 +190,8 @@ class LabelShiftAdapter(TTAMethod):
         """Weight and bias of the linear layer that predicts for a distribution of labels."""
         layer = self.split.head
         weight, bias = (at_least_float32(tensor.detach()) for tensor in (layer.weight, layer.bias))
-        inputs = (prior * len(prior)).clamp_min(LEAST).log().to(self.adapter[0].weight)
-        gain, beta, across, down, more = torch.split(self.adapter(inputs).to(weight), self._sizes)
+        inputs = (prior * len(prior)).clamp_min(LEAST).log().to(next(self.adapter.parameters()))
+        gain, beta, across, down, more = self.adapter(inputs).to(weight).split(self._sizes)
         moved = weight + torch.outer(down, across + len(across) ** -0.5)
         return moved * (1 + gain), moved @ beta + bias + more
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.backbones.norms import replaced_forwards
+from lightning_tta.auxiliary.base import other_forwards
 from lightning_tta.backbones.quantized import has_quantized
 from lightning_tta.backbones.split import execution_order
 from lightning_tta.errors import UnsupportedModelError, check_range
@@ -108,7 +108,7 @@ class NHL(GradientMethod):
                 seen.append(x.detach())
             return plain(x) * (1 + self.gains.to(x.dtype)).view(-1, 1, 1)
 
-        return replaced_forwards({self.layer: forward})
+        return other_forwards({self.layer: forward})
 
     def step(self, x: Tensor) -> Tensor:
         """One step of the gains, and one of the rule."""
@@ -135,7 +135,8 @@ class NHL(GradientMethod):
             patches = len(u) * u[0, 0].numel()
             mean_of_x = torch.autograd.grad(u, weight, (y / patches).to(u.dtype))[0]  # sum of y_k x, whatever padding
         mean_of_u = (y * u.detach()).sum((0, 2, 3)) / patches
-        return mean_of_x - mean_of_u.to(weight.dtype).view(-1, 1, 1, 1) * weight.detach()
+        change: Tensor = mean_of_x - mean_of_u.to(weight.dtype).view(-1, 1, 1, 1) * weight.detach()
+        return change
 
     def infer(self, x: Tensor) -> Tensor:
         """The net with the gains."""
