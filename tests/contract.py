@@ -111,6 +111,17 @@ VARIANTS = {
     "actmad": [{"lr": 0.05}],
     "santa": [{"lr": 1e-2, "projector": 6}],
     "rem": [{"lr": 1e-2, "views": 3, "masked": 0.3, "frozen_fraction": 0.3, "margin": 0.1}],
+    "ttt": [{"lr": 0.05, "optimizer": "sgd", "head_from": "prepare", "head_epochs": 1}],
+    "ttt_pp": [  # without alignment: random nets, far from the statistics that they say they have, take no small steps
+        {
+            **{"lr": 0.05, "feature_scale": 0.0, "projection_scale": 0.0, "queue": 6},
+            **{"head_from": "prepare", "head_epochs": 1},
+        }
+    ],
+    "eco_tta": [{"lr": 0.05, "parts": 2, "entropy_margin": 0.9, "warmup_epochs": 1}],
+    "itta": [{"lr": 0.5, "optimizer": "sgd", "head_from": "prepare", "head_epochs": 1}],
+    "label_shift_adapter": [{"momentum": 0.3, "hidden": 5, "epochs": 3, "train_lr": 0.05}],
+    "nhl": [{"lr": 0.5, "hebbian_lr": 0.1, "inverse_temperature": 2.0}],
     "zerosiam": [
         {"lr": 0.5, "predictor_lr": 0.5},
         {"lr": 0.5, "predictor": "random", "steps": 2, "entropy": "come"},

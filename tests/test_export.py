@@ -24,7 +24,19 @@ from nets import make_images, make_net, make_stream, max_difference
 from runs import directory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NO_PLAIN_NET = {"lame", "adanpc", "memo", "view_averaging", "zero", "single_image_bn", "meta_ttt", "foa", "pea"}
+NO_PLAIN_NET = {
+    "lame",
+    "adanpc",
+    "memo",
+    "view_averaging",
+    "zero",
+    "single_image_bn",
+    "meta_ttt",
+    "foa",
+    "pea",
+    "eco_tta",
+    "itta",
+}
 REFUSED = [case for case in SUPPORTED if case[0] in NO_PLAIN_NET or (case[0] == "note" and case[2] in ("bn", "user"))]
 EXPORTED = [case for case in SUPPORTED if case not in REFUSED]
 

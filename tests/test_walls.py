@@ -28,6 +28,7 @@ FLOORS: tuple[dict[str, str], ...] = (  # a floor: room -> its modules; rooms of
     {"meta": "meta", "views": "views"},
     {"data": "data", "methods.base": "methods.base"},
     {"methods.components": "methods.components"},  # over backbones, meta, views: mixed layers and views serve several
+    {"auxiliary": "auxiliary"},  # losses that source training and its test time share, and the base of such methods
     {"methods": "methods"},  # a method may build on another one; `methods/__init__` finds them by their files
     {"diagnosis": "diagnosis", "guard.watch": "guard.watch"},  # wrap or try any method, and know no trainer
     {"report": "report"},  # reads the files of finished runs, so it stands below what writes them

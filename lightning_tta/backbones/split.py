@@ -241,7 +241,7 @@ def module_at(model: nn.Module, at: float) -> str:
     layers = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
     if order is not None:
         layers = [name for name in order if name in set(layers)]
-    parts = parts_by_depth(model, layers) or layers
+    parts = parts_by_depth(model, layers) or [name for name in layers if name] or layers
     if order is not None:
         parts = [name for name in order if name in set(parts)]
     if not parts:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_tta.auxiliary.base import Trained, note_trained
 from lightning_tta.backbones import Backbone, create_backbone, load_weights, state_digest
 from lightning_tta.backbones.families import TRANSFORMERS, resolve
 from lightning_tta.backbones.own import check_not_beside, find_net, is_import_path
@@ -56,7 +57,8 @@ def load_source(
     """The source model that a method wraps; arguments as in :class:`~lightning_tta.TestTimeAdaptation`.
 
     A net that was meta-trained comes with its mixed batch norm, and with the settings of its inner loop (see
-    :func:`~lightning_tta.meta.inner_loop.inner_loop_of`).
+    :func:`~lightning_tta.meta.inner_loop.inner_loop_of`); one that was trained with auxiliary losses comes with their
+    heads (see :func:`~lightning_tta.auxiliary.base.find_trained`).
     """
     options = check_options(backbone_options)
     pretrained_only = isinstance(backbone, str) and backbone.startswith(TRANSFORMERS) and "architecture" not in options
@@ -78,12 +80,48 @@ def load_source(
     adapted = saved.get("adapters") or []
     later = meta_trained or bool(adapted)
     weights = None if later else path  # those of mixed layers and adapters are loaded once the net has them
+    with warnings.catch_warnings():
+        if "auxiliary" in saved:
+            warnings.filterwarnings("ignore", message=".*are left out.*")  # the heads, which note_trained() takes
+        net = _build(backbone, path, weights, saved, content, num_classes, pretrained and not later, options)
+    if path is not None and meta_trained:
+        if not mixed_batch_norm_layers(net):
+            net = convert_mixed_bn(net, parametrization=saved["mixed_bn"]["parametrisation"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*are left out.*")  # learned inner rates: in saved["meta_ttt"]
+            load_weights(net, path)
+        set_inner_loop(net, InnerLoop(**saved["meta_ttt"]))
+    if path is not None and adapted:
+        put_in(core_of(net), adapted)
+        load_weights(net, path)
+    if saved.get("auxiliary"):
+        note_trained(net, {kind: _trained(kind, o, content, path) for kind, o in saved["auxiliary"].items()})
+    if isinstance(net, Backbone) and saved.get("class_names"):
+        net.class_names = list(saved["class_names"])
+    if "digest" in saved and state_digest(net) != saved["digest"]:
+        raise WeightsError(
+            f"The weights in {path} are not those that were saved (digest {state_digest(net)}, saved "
+            f"{saved['digest']}): the file is damaged, or the net has changed since. Copy or train it again."
+        )
+    return net
+
+
+def _build(
+    backbone: str | nn.Module | None,
+    path: Any,
+    weights: Any,
+    saved: dict[str, Any],
+    content: Any,
+    num_classes: int | None,
+    pretrained: bool,
+    options: dict[str, Any],
+) -> nn.Module:
+    """The net that was given or named, here or in its checkpoint, with its weights."""
     if isinstance(backbone, nn.Module):
         net = backbone
         if weights is not None:
             load_weights(net, weights)
     elif backbone is not None:
-        pretrained = pretrained and not later
         options = {**_hyper_parameters(backbone, content), **options}
         if "num_classes" in options:
             own_classes = options.pop("num_classes")
@@ -116,23 +154,6 @@ def load_source(
             f"{path} does not say which net it is for. Pass backbone=NAME with it, such as torchvision/resnet18 or, "
             "for a class of your own, my_net.MyNet (backbone=MODULE in Python); and num_classes=K."
         )
-    if path is not None and meta_trained:
-        if not mixed_batch_norm_layers(net):
-            net = convert_mixed_bn(net, parametrization=saved["mixed_bn"]["parametrisation"])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*are left out.*")  # learned inner rates: in saved["meta_ttt"]
-            load_weights(net, path)
-        set_inner_loop(net, InnerLoop(**saved["meta_ttt"]))
-    if path is not None and adapted:
-        put_in(core_of(net), adapted)
-        load_weights(net, path)
-    if isinstance(net, Backbone) and saved.get("class_names"):
-        net.class_names = list(saved["class_names"])
-    if "digest" in saved and state_digest(net) != saved["digest"]:
-        raise WeightsError(
-            f"The weights in {path} are not those that were saved (digest {state_digest(net)}, saved "
-            f"{saved['digest']}): the file is damaged, or the net has changed since. Copy or train it again."
-        )
     return net
 
 
@@ -143,7 +164,15 @@ def _entry(content: Any, path: Any) -> dict[str, Any]:
         WeightsError: If it says something else than :func:`describe_net` writes: changed, or from elsewhere.
     """
     saved = content.get("lightning_tta", {}) if isinstance(content, dict) else {}
-    kinds = {"backbone": dict, "class_names": list, "adapters": list, "mixed_bn": dict, "meta_ttt": dict, "digest": str}
+    kinds = {
+        "backbone": dict,
+        "class_names": list,
+        "adapters": list,
+        "mixed_bn": dict,
+        "meta_ttt": dict,
+        "auxiliary": dict,
+        "digest": str,
+    }
     fits = isinstance(saved, dict) and all(isinstance(saved.get(k) or kind(), kind) for k, kind in kinds.items())
     backbone = (saved.get("backbone") if fits else None) or {"name": ""}
     if not fits or not isinstance(backbone.get("name"), str) or {"weights", "pretrained"} & {*backbone}:
@@ -152,6 +181,20 @@ def _entry(content: Any, path: Any) -> dict[str, Any]:
         )
     entry: dict[str, Any] = saved
     return entry
+
+
+def _trained(kind: str, options: Any, content: Any, path: Any) -> Trained:
+    """The options and tensors of an auxiliary.
+
+    Raises:
+        WeightsError: If its options are no dict, or its tensors are missing.
+    """
+    prefix = f"auxiliary.{kind}."
+    state = content.get("state_dict", {})
+    tensors = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    if not isinstance(options, dict) or not tensors:
+        raise WeightsError(f"{path} says that it has the auxiliary {kind!r}, but has none. Train or copy again.")
+    return Trained(options, tensors)
 
 
 def check_options(options: dict[str, Any] | None) -> dict[str, Any]:

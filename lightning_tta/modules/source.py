@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from lightning_tta.auxiliary.base import Auxiliary, place
+from lightning_tta.auxiliary.kinds import KINDS
 from lightning_tta.backbones import Backbone, create_backbone
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, check_range
+from lightning_tta.methods.components.wanted import read
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of
 from lightning_tta.modules.loading import check_options, describe_net, train_adapters
 from lightning_tta.modules.mosa import MoSA
@@ -24,11 +27,11 @@ from lightning_tta.modules.training import TrainingRecord, find_checkpoint
 
 
 class SourceClassifier(LightningModule):
-    """Minimises the cross-entropy of a backbone on labelled source images.
+    """Minimises the cross-entropy of a backbone on labelled source images, plus auxiliary losses if there are any.
 
     Batches are ``{image (B, C, H, W) in [0, 1], label (B,)}``. Logs ``source/train_loss``, ``source/val_accuracy``,
-    ``source/val_loss``, ``source/val_ece`` (the same for test). The checkpoint holds what rebuilds the net, so that
-    ``TestTimeAdaptation(source_ckpt=...)`` needs nothing else.
+    ``source/val_loss``, ``source/val_ece`` (the same for test), and ``source/KIND_loss`` of each auxiliary. The
+    checkpoint holds what rebuilds the net, so that ``TestTimeAdaptation(source_ckpt=...)`` needs nothing else.
 
     On several processes gradients are averaged and validation measures are those of all samples: training equals one
     process with the joined batch, up to summation order. Not so for BatchNorm nets, whose statistics stay on their
@@ -48,6 +51,9 @@ class SourceClassifier(LightningModule):
             or a list, see :mod:`lightning_tta.methods.components.adapters`. The checkpoint holds them, and whatever
             loads it has them; at test time ``select="adapters"`` goes on with them, and ``vida`` uses its pairs.
         adapter_parts: Train them a part at a time, of so many, see :class:`~lightning_tta.modules.mosa.MoSA`.
+        auxiliary: What is learned beside the classes, for a method that adapts by it: a word such as ``rotation`` (for
+            method ``ttt``), or a dict of ``kind`` and its options, ``{kind: rotation, at: 0.5}``, or a list of these;
+            see :mod:`lightning_tta.auxiliary`. Its heads are in the checkpoint, where the method finds them.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class SourceClassifier(LightningModule):
         label_smoothing: float = 0.0,
         adapters: str | dict[str, Any] | list[Any] | None = None,
         adapter_parts: int | None = None,
+        auxiliary: str | dict[str, Any] | list[str | dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         check_range("num_classes", num_classes, 2, integer=True)
@@ -89,6 +96,12 @@ class SourceClassifier(LightningModule):
                 "learn. Start from a trained net: --model.weights FILE, or --model.pretrained true.",
                 stacklevel=2,
             )
+        self.auxiliary = nn.ModuleDict()
+        self._auxiliary_options: dict[str, dict[str, Any]] = {}
+        for wanted in auxiliary if isinstance(auxiliary, list) else [] if auxiliary is None else [auxiliary]:
+            kind, options = read(wanted, "auxiliary", KINDS)
+            self.auxiliary[kind] = place(KINDS[kind](self.backbone, **options), self.backbone)
+            self._auxiliary_options[kind] = options
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         accuracy, ece = MulticlassAccuracy(num_classes, average="micro"), MulticlassCalibrationError(num_classes)
@@ -158,11 +171,18 @@ class SourceClassifier(LightningModule):
             self.backbone.class_names = list(names)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch."""
-        logits = self(batch["image"])
-        self._check(logits, batch["label"], batch_idx)
-        loss: Tensor = self.loss(logits, batch["label"])
+        """Cross-entropy of one batch, plus the auxiliary losses."""
+        images, labels = batch["image"], batch["label"]
+        logits = self(images)
+        self._check(logits, labels, batch_idx)
+        loss: Tensor = self.loss(logits, labels)
         self.log("source/train_loss", loss, prog_bar=True)
+        for kind, auxiliary in self.auxiliary.items():
+            assert isinstance(auxiliary, Auxiliary)
+            key = torch.randint(2**62, (2,)).to(images.device, non_blocking=True)
+            term = auxiliary.loss(self.backbone, images, labels, key)
+            self.log(f"source/{kind}_loss", term)
+            loss = loss + auxiliary.weight * term
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -205,6 +225,8 @@ class SourceClassifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the class and the net, for whoever loads the file."""
         checkpoint["lightning_tta"] = {"class": type(self).__name__, **describe_net(self.backbone, checkpoint)}
+        if self._auxiliary_options:
+            checkpoint["lightning_tta"]["auxiliary"] = self._auxiliary_options
 
 
 def log_mean(module: LightningModule, name: str, value: Tensor, count: int, *, prog_bar: bool = False) -> None:

@@ -66,6 +66,8 @@ def outcome(net, name, **more):
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
 def test_numbers_of_the_plain_twin(kind, name):
+    if kind == "parameters in a list" and name in ("ttt", "eco_tta", "itta"):
+        pytest.skip("it changes modules between the stages, and one stage is no module there")
     net, twin = RIGHT[kind]()
     found, expected = outcome(net, name), outcome(twin, name)
     if isinstance(expected, type):

@@ -1,0 +1,165 @@
+"""The base of methods that adapt by an auxiliary of the source's training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tta.auxiliary.base import Auxiliary, find_trained, place
+from lightning_tta.backbones.passes import outside_inference_mode
+from lightning_tta.errors import DataError, UnsupportedModelError, check_choice, check_range
+from lightning_tta.losses import at_least_float32
+from lightning_tta.methods.base.gradient import GradientMethod
+from lightning_tta.methods.base.task import with_gradients
+from lightning_tta.methods.components.source_images import see_source_images
+
+Head = Literal["auto", "trained", "prepare"]
+DRAWS = 1_000_003
+"""Draws that a step may make, each with a key of its own."""
+
+
+class AuxiliaryMethod(GradientMethod):
+    """Methods that adapt by an auxiliary loss, whose head the net was trained with, or :meth:`prepare` trains.
+
+    A method calls :meth:`take_auxiliary` in its constructor, and :meth:`learn` after that.
+
+    Args:
+        model: A classifier.
+        head_from: Where the auxiliary's head is from. ``trained``: the source's training; a net without one is refused.
+            ``prepare``: trained before the stream on source images, the net as it is. ``auto``: the first where there
+            is one, else the second, with a warning.
+        head_epochs: How often :meth:`prepare` goes through the source images, >= 1.
+        head_lr: Rate of AdamW meanwhile, >= 0.
+        seed: Of all random draws.
+        **options: See :class:`~lightning_tta.methods.base.gradient.GradientMethod`.
+    """
+
+    auxiliary: Auxiliary
+    needs_labels: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        head_from: Head = "auto",
+        head_epochs: int = 10,
+        head_lr: float = 1e-3,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        check_choice("head_from", head_from, ("auto", "trained", "prepare"))
+        check_range("head_epochs", head_epochs, 1, integer=True)
+        check_range("head_lr", head_lr, 0)
+        check_range("seed", seed, 0, 2**63 - 1, integer=True)
+        self.head_from, self.head_epochs, self.head_lr, self.seed = head_from, head_epochs, head_lr, seed
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self.state("steps_taken", torch.zeros((), dtype=torch.int64, device=device), source=0)
+
+    def take_auxiliary(self, kind: type[Auxiliary], **options: Any) -> None:
+        """Find the head that the net was trained with, or make one that :meth:`prepare` is to train.
+
+        Args:
+            kind: Of the auxiliary.
+            **options: Of one that is made; a trained one has its own.
+
+        Raises:
+            UnsupportedModelError: If there is none and ``head_from="trained"``.
+        """
+        trained = None if self.head_from == "prepare" else find_trained(self.model, kind)
+        if trained is None and self.head_from == "trained":
+            raise UnsupportedModelError(f"{self._missing(kind.kind)}; or use head_from='prepare'.")
+        self.trains_head = trained is None
+        if trained is None:
+            trained = place(kind(self.model, **options), self.model).eval().requires_grad_(False)
+            trained.trains = False
+        self.auxiliary = trained
+        self.needs_source, self.prepared = self.trains_head, not self.trains_head
+
+    def _missing(self, kind: str) -> str:
+        return (
+            f"The net was not trained with the auxiliary {kind!r}, by which '{self.name}' adapts. Train it with "
+            f"SourceClassifier(auxiliary={kind!r}) (lightning-tta fit --config configs/digits/source.yaml "
+            f"--model.auxiliary {kind}) and load its checkpoint"
+        )
+
+    def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Train the auxiliary's head on source images, if the net brings none; the net stays as it is.
+
+        Args:
+            source_batches: Dicts with ``image`` (B, C, H, W) in [0, 1], and ``label`` (B,) where the loss needs them.
+
+        Raises:
+            DataError: If there is no image, or the head ends in values that are not finite.
+        """
+        if self.trains_head:
+            if self.head_from == "auto":
+                warnings.warn(
+                    f"{self._missing(self.auxiliary.kind)}. Meanwhile its head is trained alone, on the source images "
+                    "that are shown before the stream: a net that was not trained with it adapts less well by it.",
+                    stacklevel=2,
+                )
+            source_batches = list(source_batches) if iter(source_batches) is source_batches else source_batches
+            with outside_inference_mode():
+                self._train_head(source_batches)
+        super().prepare(source_batches)
+
+    def _train_head(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        head = dict(self.auxiliary.named_parameters())
+        before = [parameter.detach().clone() for parameter in head.values()]
+        required = [parameter.requires_grad for parameter in head.values()]
+        wide = [at_least_float32(p.requires_grad_(True).detach()).clone() for p in head.values()]  # of a half net too
+        optimizer = torch.optim.AdamW(wide, lr=self.head_lr)
+        count = 0
+
+        def see(images: Tensor, labels: Tensor | None = None) -> None:
+            nonlocal count
+            labels = images.new_zeros(len(images), dtype=torch.int64) if labels is None else labels.clone()
+            key = torch.tensor([self.seed, -1 - count], device=images.device)  # steps of a stream count from 0
+            with with_gradients(images, images.dtype) as images:
+                loss = self.auxiliary.loss(self.model, images, labels, key)
+                if not loss.requires_grad:
+                    raise self._no_gradient(loss)
+                gradients = torch.autograd.grad(loss, list(head.values()), allow_unused=True)
+            for tensor, gradient in zip(wide, gradients, strict=True):
+                tensor.grad = None if gradient is None else gradient.to(tensor)
+            optimizer.step()
+            torch._foreach_copy_([parameter.detach() for parameter in head.values()], wide)
+            count += 1
+
+        classes = self.split.num_classes if self.needs_labels else None
+        try:
+            for _ in range(self.head_epochs):
+                see_source_images(self, batches, see, classes=classes)
+        except BaseException:  # images that the net refuses, or an interrupt
+            torch._foreach_copy_([parameter.detach() for parameter in head.values()], before)
+            raise
+        finally:
+            for parameter, flag in zip(head.values(), required, strict=True):
+                parameter.requires_grad_(flag)
+        if not count or not all(bool(parameter.isfinite().all()) for parameter in head.values()):
+            problem = "values that are not finite, at" if count else "no image; at"
+            raise DataError(
+                f"The head of '{self.name}' needs source images; found {problem} head_lr={self.head_lr}. Give batches "
+                "{'image': (B, C, H, W) in [0, 1], 'label': (B,)} of the training set."
+            )
+        for name in head:
+            if f"auxiliary.{name}" in self.adaptable:
+                self.renew_source(f"auxiliary.{name}")
+
+    def draw_key(self, number: int = 0) -> Tensor:
+        """The key of draw ``number``, below :data:`DRAWS`, of the coming step, (2,), on the device of the state."""
+        counter = self.value("steps_taken") * DRAWS + number
+        return torch.stack([torch.full_like(counter, self.seed), counter])
+
+    def count_step(self, taken: Tensor) -> None:
+        """Draw otherwise from here on, if a step was taken, 0-dimensional and bool."""
+        self.write("steps_taken", self.value("steps_taken") + 1, taken)
+
+    def moving(self) -> list[Tensor]:
+        """All that a step changes: what is learned, and the optimizers' moments."""
+        return [*self.learned, *(self.value(name) for name in self.rest if name.startswith("optimizers."))]
