@@ -296,10 +296,10 @@ class State(nn.Module):
                 )
 
     def _resizes(self, name: str, value: Tensor) -> bool:
-        """Whether a saved value and a state that is allocated at its first use differ in shape, as one has none yet."""
+        """Whether a saved value and a state that is allocated at its first use differ in shape: that of the stream."""
         if name not in self._rest or value.shape == self._rest[name].shape:
             return False
-        return is_empty(self._rest[name]) or (is_empty(value) and is_empty(self._sources[name]))
+        return is_empty(self._rest[name]) or is_empty(self._sources[name])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # parameters in place; buffers are replaced
