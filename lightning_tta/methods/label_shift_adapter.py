@@ -180,8 +180,7 @@ class LabelShiftAdapter(TTAMethod):
 
     def draw_prior(self, source: Tensor, key: Tensor) -> Tensor:
         """A distribution (K,) to train for, drawn by a key."""
-        inverse = 1 / source
-        choices = [source, torch.full_like(source, 1 / len(source)), inverse / inverse.sum()]
+        choices = [source, torch.full_like(source, 1 / len(source)), (1 / source) / (1 / source).sum()]
         if self.priors == "random":
             choices.append((2 * random_normals(key + 1, len(source)).to(source)).softmax(0))
         return torch.stack(choices)[random_integers(key, 1)[0] % len(choices)]

@@ -137,7 +137,7 @@ class PeTTA(RoTTA):
 
     def step(self, x: Tensor) -> Tensor:
         """Predict, remember, and step on the memory."""
-        return self.adapt_from_memory(x, None, self.view)
+        return self.adapt_from_memory(x, None, self.view_of_memory)
 
     @torch.no_grad()
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:

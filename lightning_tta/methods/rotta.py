@@ -102,9 +102,9 @@ class RoTTA(MemoryMethod, TeacherMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """Predict, remember, and step on the memory where it is time."""
-        return self.adapt_from_memory(x, self.update_every, self.view)
+        return self.adapt_from_memory(x, self.update_every, self.view_of_memory)
 
-    def view(self, images: Tensor, seen: int) -> Tensor:
+    def view_of_memory(self, images: Tensor, seen: int) -> Tensor:
         """A view of the memory, which the number of images seen decides."""
         return jitter(images, self.host_key(seen, 0))
 

@@ -118,7 +118,7 @@ def test_a_state_through_a_module_around_the_method():
 @each
 @pytest.mark.parametrize("how", ["state dict", "in place", "module", "parameter", "data", "assigned"])
 def test_other_weights_in_the_net_inside(case, how):
-    method, other = build(*case), make_net(case[2], seed=5)
+    method, other = build(*case), build(*case, seed=5, prepare=False).model  # with the same modules put in
     images = make_images(3)
     method(images)
     saved = state_of(method)
