@@ -35,20 +35,30 @@ LEFT = 28
 
 
 def columns(rows: Iterable[tuple[str, str]], left: int = 17, height: int | None = None) -> str:
-    """Names in a column ``left`` wide, their texts wrapped on the right, each line in ``height`` lines at most."""
+    """Names in a column ``left`` wide, their texts wrapped on the right, each line in ``height`` lines at most.
+
+    A name that is wider has a line of its own.
+    """
     width = min(120, shutil.get_terminal_size().columns) - left - 2
     wrapper = textwrap.TextWrapper(width, subsequent_indent="  ", max_lines=height, placeholder=" ...")
     lines = []
     for name, text in rows:
         wrapped = [piece for line in text.splitlines() for piece in wrapper.wrap(line) or [""]]
-        cells = zip_longest([name], wrapped, fillvalue="")
+        cells = zip_longest([name] if len(name) < left else [], wrapped, fillvalue="")
+        lines += [] if len(name) < left else [f"  {name}"]
         lines += [f"  {label.ljust(left)}{piece}".rstrip() for label, piece in cells]
     return "\n".join(lines)
 
 
 def without_markup(text: str) -> str:
-    """A docstring's text in one line, without double backquotes and roles: of a reference only its last name."""
-    return " ".join(re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"\1", text.replace("``", "")).split())
+    """A docstring's text in one line, see :func:`plain_text`."""
+    return " ".join(plain_text(text).split())
+
+
+def plain_text(text: str) -> str:
+    """A docstring's text without double backquotes and colons, and without roles: of a reference only its last name."""
+    text = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"\1", text.replace("``", ""))
+    return re.sub(r" ?::$", ":", text, flags=re.MULTILINE)
 
 
 def class_options(kind: type, key: str = "") -> dict[str, argparse.Action]:
@@ -69,12 +79,16 @@ def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def describe_method(name: str) -> str:
-    """The docstring of a method, and all its options."""
+    """The docstring of a method, what it says of itself in a few words, and all its options."""
     kind = methods.find(name)
-    text = re.sub(r"Args:\n(?: .*\n|\n)*", "", f"{inspect.getdoc(kind)}\n").strip()
+    text = plain_text(re.sub(r"Args:\n(?: .*\n|\n)*", "", f"{inspect.getdoc(kind)}\n").strip())
+    about = {} if kind.about is None else vars(kind.about)
+    facts = [
+        (key, f"{value} (forward / backward a batch)" if key == "passes" else value) for key, value in about.items()
+    ]
     options = class_options(kind, "model.method").items()
     rows = [(f"--{name}", f"{without_markup(a.help or '')} (default: {a.default})") for name, a in options]
-    return f"{kind.__name__}: {text}\n\n{say_captured(kind)}\n\n{columns(rows, left=32)}"
+    return f"{kind.__name__}: {text}\n\n{columns(facts)}\n\n{say_captured(kind)}\n\n{columns(rows, left=32)}"
 
 
 def say_captured(kind: type[TTAMethod]) -> str:

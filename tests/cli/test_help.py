@@ -4,6 +4,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_what_answers_at_once_imports_nothing_heavy():
     assert all(f"  {command} " in overview for command in COMMANDS)
     assert version.strip()[0].isdigit()
     assert "Did you mean predict?" in typo
-    assert all(f"  {name} " in methods for name in names())
+    assert all(re.search(rf"^  {name}\s", methods, re.MULTILINE) for name in names())
     assert "2006.10726)" in methods
 
 
@@ -73,6 +74,15 @@ def test_methods_describes_one_with_all_its_options(capsys):
     kind = find("single_image_bn")
     assert kind.__doc__.split("\n")[0] in text
     assert all(f"--model.method.{option} " in text for option in set(inspect.signature(kind).parameters) - {"model"})
+
+
+def test_the_description_of_a_method_is_plain_text(capsys):
+    main(["methods", "roid"])
+    text = capsys.readouterr().out
+    assert re.search(r"passes +2 / 1 \(forward / backward a batch\)\n +needs +norm layers\n", text)
+    assert "prediction of the batch (Moving)." in text
+    assert not re.search(r"``|::|:\w+:`", text)
+    assert re.search(r"--model\.method\.diversity_momentum\n +Share of the mean prediction", text)
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
