@@ -66,7 +66,7 @@ class EcoTTA(AuxiliaryMethod):
         needs="blocks of feature maps; 2,000 labelled source images",
         holds="meta parts, one convolution each",
         suits="long, domains that change",
-        formula="code and paper",
+        formula="code",
         paper="CVPR 2023, arXiv 2303.01904",
     )
 
