@@ -66,6 +66,30 @@ def test_states_of_methods_that_hold_the_same_tensors():
     adapt(make_net("bn"), "tent").load_state_dict(state)
 
 
+@pytest.mark.parametrize("name", ["rotta", "sotta", "note"])
+def test_states_from_before_images_of_another_size(name):
+    """As the guard brings back, and as are loaded."""
+    method, other = (build(name, VARIANTS[name][0], "bn") for _ in range(2))
+    method(make_images(6)), other(make_images(6))
+    moment, state = take(method), method.state_dict()
+    expected = other(make_images(6, seed=1))
+    for bring_back in (lambda: put_back(method, moment), lambda: method.load_state_dict(state)):
+        method(make_images(6, size=24))
+        bring_back()
+        assert same(method.state_dict(), state)
+        assert torch.equal(method(make_images(6, seed=1)), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "others"), [({"window": 8}, {"window": 4}), ({"prior": "em"}, {"prior": {"kind": "em", "window": 6}})]
+)
+def test_states_with_room_for_another_number(options, others):
+    method, other = adapt(make_net("bn"), "tent", **options), adapt(make_net("bn"), "tent", **others)
+    method(make_images(6))
+    with pytest.raises(ConfigError, match="only this method"):
+        other.load_state_dict(method.state_dict())
+
+
 def test_assigned_states():
     method = build("tent", {"lr": 1e-2}, "bn")
     state = copy.deepcopy(method.state_dict())

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
 
-from lightning_tta.errors import check_choice
+from lightning_tta.errors import ConfigError, check_choice, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +107,15 @@ def _options(cls: type, args: tuple[Any, ...], options: dict[str, Any]) -> dict[
     signature = signature_of(cls)
     try:
         bound = signature.bind(*args, **options)
-    except TypeError:  # __init__ says what is wrong; a copy is made without arguments and gets its options later
-        return {}
+    except TypeError:
+        unknown = [name for name in options if name not in signature.parameters]
+        if unknown:  # __init__ might hand it on to a base that takes it
+            allowed = [name for name in signature.parameters if name != "model"]
+            raise ConfigError(
+                f"{cls.__name__} has no option {unknown[0]!r}.{did_you_mean(unknown[0], allowed)} Its options: "
+                f"{', '.join(allowed) or 'none'}."
+            ) from None
+        return {}  # __init__ says what is wrong; a copy is made without arguments and gets its options later
     bound.apply_defaults()
     for name, value in bound.arguments.items():
         if signature.parameters[name].annotation in (bool, "bool"):  # a text such as "false" would count as true

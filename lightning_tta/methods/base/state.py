@@ -296,10 +296,15 @@ class State(nn.Module):
                 )
 
     def _resizes(self, name: str, value: Tensor) -> bool:
-        """Whether a saved value and a state that is allocated at its first use differ in shape: that of the stream."""
+        """Whether a saved value is of another shape than a state that is allocated at its first use, and fits.
+
+        One of them may have no value yet, or both be of images of another size. How many there are, an option says.
+        """
         if name not in self._rest or value.shape == self._rest[name].shape:
             return False
-        return is_empty(self._rest[name]) or is_empty(self._sources[name])
+        mine = self._rest[name]
+        has_room = min(mine.ndim, value.ndim) < 2 or len(mine) == len(value)
+        return has_room and (is_empty(mine) or is_empty(self._sources[name]))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # parameters in place; buffers are replaced

@@ -29,7 +29,7 @@ class Window:
         check_range("window", images, 2, integer=True)
         self.size = images
         like = next((t for t in method.get_submodule("model").parameters()), torch.zeros(()))
-        method.state(IMAGES, torch.full((0,), NOT_YET, device=like.device), source=NOT_YET)
+        method.state(IMAGES, torch.full((images, 0), NOT_YET, device=like.device), source=NOT_YET)
         method.state(PLACE, torch.zeros(2, dtype=torch.int64, device=like.device), source=0)
         self._place: tuple[int, int] | None = None  # the host's copy; ``None``: somebody else has written there
 
