@@ -7,11 +7,9 @@ import pytest
 import torch
 
 from contract import FIRST, SUPPORTED, build, case_id, every_setting, options_of, run
-from lightning_tta import ConfigError, NotPreparedError, available_methods
-from nets import kind_for, make_images, make_net, make_stream, same
 from lightning_tta import ConfigError, LightningTTAError, NotPreparedError, available_methods
 from lightning_tta.methods.components.additions import OPTIONS
-from nets import make_images, make_stream, same
+from nets import kind_for, make_images, make_net, make_stream, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,6 +116,8 @@ def test_options_that_a_base_has_and_a_method_has_not(name):
     for option in refused_by(kind):
         with pytest.raises(ConfigError, match=f"has no option '{option}'"):
             kind(make_net(kind_for(name, "bn")), **{option: 1})
+
+
 @pytest.mark.parametrize("name", available_methods())
 def test_options_of_a_wrong_type(name):
     """An option of another kind is refused in words, or does no harm; there is no error from inside."""
