@@ -88,6 +88,12 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
 
 
+def check_names(name: str, value: object) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a list of names, or ``None``."""
+    if value is not None and not (isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)):
+        raise ConfigError(f"{name} must be a list of names, or None; got {value!r}.")
+
+
 def did_you_mean(name: object, known: Iterable[str], count: int = 1) -> str:
     """A question, after a space, that names up to ``count`` similar ones of the known names; empty where none is."""
     by_lower = {other.lower(): other for other in known}

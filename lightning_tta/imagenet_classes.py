@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
+from numbers import Integral
 
 from lightning_tta.errors import ConfigError, check_choice
 
@@ -37,7 +38,8 @@ def class_subset(classes: Sequence[int] | str | None, option: str) -> list[int] 
     if isinstance(classes, str):
         check_choice(option, classes, SUBSETS)
         return [int(line) for line in _lines(f"{classes}_indices.txt")]
-    positions = list(classes)
-    if not positions or min(positions) < 0 or len(set(positions)) < len(positions):
-        raise ConfigError(f"{option} must name different classes, from 0, or be one of {SUBSETS}; got {positions}.")
+    positions = list(classes) if isinstance(classes, Iterable) else []
+    whole = all(isinstance(each, Integral) and each >= 0 for each in positions)
+    if not positions or not whole or len(set(positions)) < len(positions):
+        raise ConfigError(f"{option} must name different classes, from 0, or be one of {SUBSETS}; got {classes!r}.")
     return positions

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections import Counter
 
 import pytest
 import torch
@@ -184,6 +185,29 @@ BASE = FIRST + [
     for case in SUPPORTED
     if case[:2] == (name, VARIANTS.get(name, [{}])[number]) and case not in FIRST
 ]
+
+
+CORE = {name for name, _ in MECHANISMS.values()}
+
+
+def spread(cases, share, name=lambda case: case[0]):
+    """All cases of the methods in MECHANISMS, whose mechanisms the others share; of each other one in ``share``.
+
+    Methods take turns in which, so that every value of what is varied meets some, at a cost that does not grow with
+    methods times values.
+    """
+    turn = {method: number for number, method in enumerate(available_methods())}
+    cases = list(cases)
+    counts = Counter(map(name, cases))
+    seen = Counter()
+    kept = []
+    for case in cases:
+        method = name(case)
+        every = 1 if method in CORE else min(share, counts[method])
+        if (seen[method] - turn.get(method, 0)) % every == 0:
+            kept.append(case)
+        seen[method] += 1
+    return kept
 
 
 def each(cases):

@@ -35,6 +35,8 @@ NO_PLAIN_NET = {
     "foa",
     "pea",
     "eco_tta",
+    "rmt",
+    "psmt",
     "itta",
 }
 REFUSED = [case for case in SUPPORTED if case[0] in NO_PLAIN_NET or (case[0] == "note" and case[2] in ("bn", "user"))]

@@ -48,6 +48,7 @@ class Consistency(Auxiliary):
     kind: ClassVar[str] = "consistency"
     scales: Tensor
     shifts: Tensor
+    seen: Tensor
 
     def __init__(
         self, net: nn.Module, weight: float = 1.0, depth: int = 10, align: float = 0.1, styles: int = 64

@@ -67,7 +67,7 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
     modules = model.named_modules()
     linear: dict[str, Any] = {name: m for name, m in modules if isinstance(m, nn.Linear) or is_packed(m)}
     if head is not None:
-        if head not in linear:
+        if not isinstance(head, str) or head not in linear:
             raise UnsupportedModelError(
                 f"head={head!r} is not a linear layer of {type(model).__name__}. Linear layers of this net: "
                 f"{', '.join(linear) or 'none'}."

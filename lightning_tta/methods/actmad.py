@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_tta import collective
 from lightning_tta.backbones.norms import norm_layers, owner
 from lightning_tta.backbones.split import execution_order
-from lightning_tta.errors import InputError, UnsupportedModelError, check_choice
+from lightning_tta.errors import InputError, UnsupportedModelError, check_choice, check_names
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.gradient import GradientMethod
@@ -49,6 +49,7 @@ class ActMAD(GradientMethod):
         **options: ``momentum`` (authors 0.9), ``steps``, ``lr_batch_size``.
 
     Raises:
+        ConfigError: If ``layers`` is no list.
         UnsupportedModelError: If the net has no normalisation layer, or no such modules.
 
     Source: Mirza et al., CVPR 2023, arXiv 2211.12870; formula from the authors' CIFAR code; their detection code has no
@@ -85,6 +86,7 @@ class ActMAD(GradientMethod):
     ) -> None:
         super().__init__(model, lr=lr, optimizer=optimizer, weight_decay=weight_decay, **options)
         check_choice("params", params, ("all", "norm"))
+        check_names("layers", layers)
         modules = dict(self.model.named_modules())
         missing = [name for name in layers or () if not name or name not in modules]
         self.layers = list(norm_layers(self.model) if layers is None else layers)

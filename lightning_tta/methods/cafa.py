@@ -122,11 +122,13 @@ class CAFA(GradientMethod):
             shrunk[~seen] = eye
         factor, wrong = torch.linalg.cholesky_ex(shrunk)
         if bool(wrong.any()):
-            which = "" if len(shrunk) == 1 else f" of class {int((wrong > 0).nonzero()[0])}"
+            which, more, other = "", ", two or more of each class", ""
+            if len(shrunk) > 1:
+                which, more, other = f" of class {int((wrong > 0).nonzero()[0])}", "", ", or covariance='tied'"
             raise DataError(
                 f"The covariance{which} of {covariance.shape[-1]} source features is singular with "
-                f"shrinkage={self.shrinkage}, from {int(moments.counts.sum())} images. Give more images (2,000 or "
-                "more), a larger shrinkage, or covariance='tied'."
+                f"shrinkage={self.shrinkage}, from {int(moments.counts.sum())} images of {int(seen.sum())} classes. Give "
+                f"more images (2,000 or more{more}), or a larger shrinkage{other}."
             )
         with outside_inference_mode(), torch.no_grad():
             self.source_means.copy_(moments.means)

@@ -30,10 +30,10 @@ class EcoTTA(AuxiliaryMethod):
         L   = mean_b [ H_b 1{H_b < entropy_margin ln K} ] + penalty * sum_k mean |x_k - y_k|
 
     The gradient of the penalty of a part reaches its own meta part alone. Parameters touched: the meta parts. Their
-    BatchNorm takes the batch's own statistics in a step, and in :meth:`predict` their moving average; the net's own has
-    its source statistics. State: the meta parts, these averages, the optimizer. Per batch and step one forward and one
-    backward pass. Returns the logits before the step. ``stats`` has ``kept``, the share of sure samples, and
-    ``penalty``.
+    BatchNorm takes the batch's own statistics in a step, so give no batches of a few images, and in :meth:`predict`
+    their moving average; the net's own has its source statistics. State: the meta parts, these averages, the optimizer.
+    Per batch and step one forward and one backward pass. Returns the logits before the step. ``stats`` has ``kept``,
+    the share of sure samples, and ``penalty``.
 
     :meth:`prepare` lets BN(y_k) be the identity on source images, with a share of the convolution that is next to
     nothing, and then trains the meta parts by the cross-entropy of labelled source images, the net frozen.
@@ -66,7 +66,7 @@ class EcoTTA(AuxiliaryMethod):
         needs="blocks of feature maps; 2,000 labelled source images",
         holds="meta parts, one convolution each",
         suits="long, domains that change",
-        formula="code and paper",
+        formula="code",
         paper="CVPR 2023, arXiv 2303.01904",
     )
 

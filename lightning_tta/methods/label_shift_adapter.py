@@ -157,7 +157,7 @@ class LabelShiftAdapter(TTAMethod):
         source, counter = self.value("prior").clone(), 0
         for epoch in range(self.epochs):
             key = torch.tensor([self.seed, -1 - epoch], device=features.device)
-            for chosen in random_orders(key, 1, len(features))[0].split(BATCH):
+            for chosen in torch.split(random_orders(key, 1, len(features))[0], BATCH):
                 counter += 1
                 prior = self.draw_prior(source, torch.tensor([self.seed, counter], device=features.device))
                 weight, bias = self.classifier(prior)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.passes import outside_inference_mode
-from lightning_tta.errors import check_choice, check_range
+from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.gradient import Gradients
@@ -92,6 +92,8 @@ class PETAL(PullMethod, CoTTA):
         for number, parameter in enumerate(self.learned):
             for name in ("mean", "variance"):
                 self.register_buffer(f"{name}_{number}", torch.zeros_like(at_least_float32(parameter.detach())))
+        if posterior is not None and not isinstance(posterior, (str, Path)):
+            raise ConfigError(f"posterior must be the path of a file, or None; got {posterior!r}.")
         self.needs_source, self.prepared = posterior is None, posterior is not None
         if posterior is None:
             assert self.split  # which refuses a net without a linear layer

@@ -30,10 +30,11 @@ class SPA(GradientMethod):
         L = sum over both views of mean_kept KL(stopgrad(p) || q) + auxiliary_weight * L_auxiliary
 
     A sample is kept for a view if ``max_k p_k > max_k q_k``; a view that keeps none adds nothing, and if neither keeps
-    any there is no step. View 1 lacks low frequencies: in the central ``window`` of the spectrum each is set to 0 with
-    probability ``frequency_ratio``, with its mirror. View 2 is ``(1 - a^2) x + a^2 v``, v Gaussian noise with mean and
-    standard deviation 0.5, clipped to [0, 1]; a, one number for each of ``cells`` x ``cells`` parts of the image,
-    learns to *raise* L, by SGD, and is then scaled to a mean of ``a^2`` of ``noise_ratio``, and clipped to [-1, 1].
+    any there is no step. View 1 lacks low frequencies: in the middle of the spectrum, ``low_share`` of each side, each
+    is set to 0 with probability ``frequency_ratio``, with its mirror. View 2 is ``(1 - a^2) x + a^2 v``, v Gaussian
+    noise with mean and standard deviation 0.5, clipped to [0, 1]; a, one number for each of ``cells`` x ``cells`` parts
+    of the image, learns to *raise* L, by SGD, and is then scaled to a mean of ``a^2`` of ``noise_ratio``, and clipped
+    to [-1, 1].
 
     Parameters touched: weight and bias of every normalisation layer, h and a; BatchNorm uses batch statistics, in each
     pass those of its images. State: these, three optimizers, and the number of draws. Per batch and step: three forward
@@ -46,7 +47,7 @@ class SPA(GradientMethod):
             ViT-B. They give no CIFAR setting.
         predictor_lr: Of h, >= 0. Authors: 2.5e-2, and 5e-2 for ViT-B.
         frequency_ratio: In [0, 1]. Authors: 0.1, and 0.2 for ViT-B.
-        window: Share of each side of the spectrum, in (0, 1]. Authors: 0.2.
+        low_share: Share of each side of the spectrum whose frequencies may be missing, in (0, 1]. Authors: 0.2.
         noise_ratio: In [0, 1]. Authors: 0.1, and 0.4 for ViT-B.
         noise_lr: Of a, >= 0. Authors: 1.
         cells: Along a side, >= 1. Authors: patches of 16 pixels in 224, so 14.
@@ -89,7 +90,7 @@ class SPA(GradientMethod):
         predictor_lr: float = 2.5e-2,
         optimizer: OptimizerName = "sgd",
         frequency_ratio: float = 0.1,
-        window: float = 0.2,
+        low_share: float = 0.2,
         noise_ratio: float = 0.1,
         noise_lr: float = 1.0,
         cells: int = 14,
@@ -101,13 +102,13 @@ class SPA(GradientMethod):
     ) -> None:
         super().__init__(model, lr=lr, optimizer=optimizer, **options)
         check_range("frequency_ratio", frequency_ratio, 0, 1)
-        check_range("window", window, 0, 1, low_open=True)
+        check_range("low_share", low_share, 0, 1, low_open=True)
         check_range("noise_ratio", noise_ratio, 0, 1)
         check_range("cells", cells, 1, integer=True)
         check_choice("auxiliary", auxiliary, ("none", "tent", "eta"))
         check_range("auxiliary_weight", auxiliary_weight, 0)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
-        self.frequency_ratio, self.window, self.noise_ratio = frequency_ratio, window, noise_ratio
+        self.frequency_ratio, self.low_share, self.noise_ratio = frequency_ratio, low_share, noise_ratio
         self.auxiliary, self.auxiliary_weight = auxiliary, auxiliary_weight
         self.split = HeadSplit(self.model, head)
         self.predictor = make_predictor(self.split)
@@ -129,7 +130,7 @@ class SPA(GradientMethod):
         target, key = logits.detach(), self.value("draws")
         after = torch.arange(2, device=key.device)  # its counter is the next one
         views = {
-            "frequencies": without_frequencies(x, key, self.frequency_ratio, self.window),
+            "frequencies": without_frequencies(x, key, self.frequency_ratio, self.low_share),
             "noise": noised(x, key + after, self.noise.square()),
         }
         sure = at_least_float32(target).softmax(-1).amax(-1)

@@ -192,7 +192,7 @@ def _put_in(model: nn.Module, ranks: Sequence[int], targets: str, seed: int) -> 
     if any(isinstance(module, adapters.LowRank) for _, module in adapters.adapters_of(model)):
         adapters.choose(model, ["all"])
         return
-    options = {"kind": "vida", "ranks": list(ranks), "seed": seed}
+    options = {"kind": "vida", "ranks": ranks, "seed": seed}
     if targets == "auto":
         try:
             targets = "attention" if adapters.attention_layers(model) else targets

@@ -63,4 +63,7 @@ def _recolored(x: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:
-    return sum(w * x[:, i : i + 1] for i, w in enumerate(_LUMA)) if x.shape[1] == 3 else x
+    if x.shape[1] != 3:
+        return x
+    red, green, blue = (weight * x[:, n : n + 1] for n, weight in enumerate(_LUMA))
+    return red + green + blue

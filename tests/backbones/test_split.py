@@ -93,6 +93,8 @@ def test_head_argument():
     assert torch.equal(logits, net.classifier(features))
     with pytest.raises(UnsupportedModelError, match=r"head='fc' is not a linear layer.*classifier, body"):
         find_head(net, "fc")
+    with pytest.raises(UnsupportedModelError, match=r"head=\['classifier'\] is not a linear layer"):
+        HeadSplit(net, head=["classifier"])
     with pytest.raises(UnsupportedModelError, match="head='norm1'"):
         find_head(make_net("bn"), "norm1")
 

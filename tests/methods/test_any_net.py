@@ -11,7 +11,7 @@ from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from contract import MECHANISMS, VARIANTS, build
+from contract import MECHANISMS, VARIANTS, build, spread
 from lightning_tta import ConfigError, UnsupportedModelError, adapt, available_methods, save
 from lightning_tta.errors import InputError, WeightsError
 from nets import TOKENS_ONLY, make_images, make_net, same
@@ -37,9 +37,11 @@ LEARN = [name for name in METHODS if hasattr(available_methods()[name], "descend
 MAIN = {name for name, _ in MECHANISMS.values()}
 PAIRS = [
     pytest.param(kind, name, marks=[pytest.mark.slow] * (name not in MAIN))
-    for kind in RIGHT
-    for name in METHODS
-    if kind not in HEAVY or name in MAIN
+    for kind, name in spread(
+        [(kind, name) for kind in RIGHT for name in METHODS if kind not in HEAVY or name in MAIN],
+        4,
+        lambda pair: pair[1],
+    )
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contract import FIRST, MECHANISMS, SUPPORTED, VARIANTS, build, case_id
+from contract import FIRST, MECHANISMS, SUPPORTED, VARIANTS, build, case_id, spread
 from lightning_tta import ConfigError, UnsupportedModelError, adapt
 from lightning_tta.guard.watch import Watch
 from lightning_tta.methods.base import capture
@@ -71,10 +71,18 @@ def autocast():
         yield
 
 
+HOW = [(torch.float32, autocast, 1), (torch.float32, autocast, 8), (torch.bfloat16, nullcontext, 1)]
+HOW += [(torch.bfloat16, nullcontext, 8)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize(("dtype", "context"), [(torch.float32, autocast), (torch.bfloat16, nullcontext)])
-@pytest.mark.parametrize(("name", "options", "kind"), FIRST, ids=[case_id(*case) for case in FIRST])
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "dtype", "context", "batch"),
+    [
+        pytest.param(*case, id=f"{case_id(*case[:3])}-{case[3]}-{case[5]}")
+        for case in spread([(*case, *how) for case in FIRST for how in HOW], 2)
+    ],
+)
 def test_precisions_and_sizes(name, options, kind, dtype, context, batch):
     plain, captured = pair(name, options, kind)
     plain.to(dtype), captured.to(dtype)

@@ -1,12 +1,14 @@
 """What every method must do with its options: each is used, wrong ones are refused, source data comes first."""
 
 import inspect
+from contextlib import suppress
 
 import pytest
 import torch
 
 from contract import FIRST, SUPPORTED, build, case_id, every_setting, options_of, run
-from lightning_tta import ConfigError, NotPreparedError, available_methods
+from lightning_tta import ConfigError, LightningTTAError, NotPreparedError, available_methods
+from lightning_tta.methods.components.additions import OPTIONS
 from nets import kind_for, make_images, make_net, make_stream, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,6 +118,28 @@ def test_options_that_a_base_has_and_a_method_has_not(name):
             kind(make_net(kind_for(name, "bn")), **{option: 1})
 
 
+@pytest.mark.parametrize("name", available_methods())
+def test_options_of_a_wrong_type(name):
+    """An option of another kind is refused in words, or does no harm; there is no error from inside."""
+    options, kind = next((o, k) for n, o, k in SUPPORTED if n == name)
+    for option in options_of(name)[1:]:
+        for value in (-1, "?", []):
+            with suppress(LightningTTAError):
+                build(name, {**options, option: value}, kind, prepare=False)
+
+
+@pytest.mark.parametrize("name", available_methods())
+def test_no_option_hides_what_every_method_takes(name):
+    hidden = {"single_image_bn": {"prior"}}  # which has no other one
+    assert set(options_of(name)) & set(OPTIONS) == hidden.get(name, set())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_whole_numbers_are_numbers(optimizer):
+    method, other = (build("rpl", {"lr": 1, "optimizer": optimizer, "momentum": m}, "gn") for m in (0, 0.0))
+    assert same(run(method, make_stream(2)), run(other, make_stream(2)))
+
+
 @every_setting
 def test_source_data_first(case):
     method = build(*case, prepare=False)
@@ -123,5 +147,6 @@ def test_source_data_first(case):
         method.prepare([])  # allowed, and does nothing
         assert torch.isfinite(method(make_images(2))).all()
         return
-    with pytest.raises(NotPreparedError, match="prepare"):
-        method(make_images(2))
+    for call in (method, method.predict):
+        with pytest.raises(NotPreparedError, match="prepare"):
+            call(make_images(2))

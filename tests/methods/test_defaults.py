@@ -62,7 +62,7 @@ PUBLISHED = {
     "itta": {**ADAM, "lr": 5e-6},
     "label_shift_adapter": {"momentum": 0.9, "hidden": 64},
     "zerosiam": {"alpha": 1.0, "momentum": 0.9, "lr_batch_size": 64, "predictor": "learned"},
-    "spa": {**SGD, "lr": 2.5e-3, "predictor_lr": 2.5e-2, "frequency_ratio": 0.1, "noise_ratio": 0.1, "window": 0.2},
+    "spa": {**SGD, "lr": 2.5e-3, "predictor_lr": 2.5e-2, "frequency_ratio": 0.1, "noise_ratio": 0.1, "low_share": 0.2},
     "rem": {**ADAM, "views": 3, "masked": 0.1, "weight": 1.0, "margin": 0.0, "frozen_fraction": 0.25},
     "memo": {"optimizer": "sgd", "lr": 5e-3, "weight_decay": 0.0, "kl_weight": 0.0, "views": 32, "bn_prior": None},
     "single_image_bn": {"prior": 16},

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._pytree import tree_leaves
 
-from contract import FIRST, SUPPORTED, VARIANTS, build, case_id
+from contract import FIRST, SUPPORTED, VARIANTS, build, case_id, spread
 from fake_gpu import DEVICE, KernelCount, NotOnTheDevice, OnTheDevice, fake_gpu, move
 from nets import make_images
 
@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
 ]
 
-CASES = [case for case in SUPPORTED if case[2] != "user"]
+CASES = spread([case for case in SUPPORTED if case[2] != "user"], 2)
 
 
 def parts_of(method, images):

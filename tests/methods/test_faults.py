@@ -5,7 +5,7 @@ import torch
 
 import fault_cases
 import faults
-from contract import MECHANISMS
+from contract import MECHANISMS, spread
 from faults import KINDS
 from lightning_tta import InputError, UnsupportedModelError, adapt, available_methods
 from lightning_tta.methods import Source, Tent
@@ -47,7 +47,9 @@ TABLE = [(name, kind) for name in available_methods() for kind in KINDS if kind 
 @pytest.mark.parametrize(("name", "kind"), TABLE)
 def test_fault_table(name, kind):
     factory = faults.factories()[name]
-    found = {fault: faults.outcome(factory, kind, fault) for fault in fault_cases.FAULTS}
+    models = [fault for fault, _ in spread(((fault, name) for fault in fault_cases.MODELS), 3, lambda pair: pair[1])]
+    chosen = [fault for fault in fault_cases.FAULTS if fault in models or fault not in fault_cases.MODELS]
+    found = {fault: faults.outcome(factory, kind, fault) for fault in chosen}
     if set(found.values()) == {"unsupported"}:
         assert name in TOKENS_ONLY or (name in BN_ONLY and kind != "bn")
         return
@@ -60,7 +62,7 @@ def test_fault_table(name, kind):
     if name in WITHOUT_NORM | BN_ONLY:
         assert norm == ("finite" if name in WITHOUT_NORM else "refused")
     assert norm in ("finite", "refused")
-    assert found == EXPECTED
+    assert found == {fault: outcome for fault, outcome in EXPECTED.items() if fault in chosen}
 
 
 class Swallows(Source):

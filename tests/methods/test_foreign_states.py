@@ -3,12 +3,13 @@
 import copy
 import gc
 import warnings
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
 
-from contract import FIRST, REFUSED, VARIANTS, build, case_id, state_of, tensors_of
+from contract import FIRST, REFUSED, VARIANTS, build, case_id, spread, state_of, tensors_of
 from lightning_tta import ConfigError, adapt
 from lightning_tta.methods import create_method
 from lightning_tta.methods.base.state import put_back, take
@@ -115,8 +116,16 @@ def test_a_state_through_a_module_around_the_method():
 # The net inside
 
 
-@each
-@pytest.mark.parametrize("how", ["state dict", "in place", "module", "parameter", "data", "assigned"])
+HOW = ("state dict", "in place", "module", "parameter", "data", "assigned")
+
+
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        pytest.param(*each, id=f"{case_id(*each[0])}-{each[1]}")
+        for each in spread(product(ONCE, HOW), 4, lambda p: p[0][0])
+    ],
+)
 def test_other_weights_in_the_net_inside(case, how):
     method, other = build(*case), build(*case, seed=5, prepare=False).model  # with the same modules put in
     images = make_images(3)

@@ -58,6 +58,14 @@ def test_batches_that_are_none(name):
 
 
 @every_method
+def test_nothing_to_go_through(name):
+    """What is no collection of batches is refused as such, by any method."""
+    for batches in (None, labelled(make_images(2))):
+        with pytest.raises(DataError, match="must be several"):
+            make(name).prepare(batches)
+
+
+@every_method
 def test_images_that_the_net_refuses(name):
     """The error says so, and the method goes on with others."""
     method, other = make(name), make(name)

@@ -6,53 +6,27 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contract import SUPPORTED, VARIANTS, build, run
+from contract import SUPPORTED, VARIANTS, build, run, spread
+from lightning_tta import available_methods
 from lightning_tta.draws import random_integers, random_normals, random_orders, random_words
 from nets import KINDS, kinds_of, make_images, make_net, make_stream, max_difference, same, without_account
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FORWARD_ONLY = ("source", "norm", "t3a", "lame", "neo", "output_shift", "pea", "foa")
-ASKS_NOTHING = (
-    *FORWARD_ONLY,
-    "tent",
-    "eta",
-    "sar",
-    "deyo",
-    "come",
-    "ostta",
-    "eata",
-    "zerosiam",
-    "delta",
-    "conjugate_pl",
-)
-FORWARD_ONLY = ("source", "norm", "t3a", "adanpc", "lame", "neo", "output_shift", "pea", "foa")
-ASKS_NOTHING = (*FORWARD_ONLY, "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam", "rpl", "shot", "cafa")
-ASKS_NOTHING = (*FORWARD_ONLY, "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam", "spa")
-ASKS_NOTHING = (*FORWARD_ONLY, "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam", "adacontrast")
-ASKS_NOTHING = (
-    *FORWARD_ONLY,
-    "tent",
-    "eta",
-    "sar",
-    "deyo",
-    "come",
-    "ostta",
-    "eata",
-    "zerosiam",
-    "rpl",
-    "shot",
-    "cafa",
-    "actmad",
-)
-ASKS_NOTHING = (*FORWARD_ONLY, "tent", "eta", "sar", "deyo", "come", "ostta", "eata", "zerosiam", "spa", "rem")
+ASKS_NOTHING = tuple(name for name, kind in available_methods().items() if not kind.step_on_host)
 CASES = [(name, options) for name in ASKS_NOTHING for options in VARIANTS.get(name, [{}])]
 IDS = [f"{name}-{number}" for name in ASKS_NOTHING for number in range(len(VARIANTS.get(name, [{}])))]
 ON_NETS = [  # those that a net of the kind has no use for are left out
     pytest.param(name, options, kind, id=f"{number}-{kind}")
-    for (name, options), number in zip(CASES, IDS, strict=True)
-    for kind in kinds_of(name)
-    if (name, options, kind) in SUPPORTED
+    for name, options, kind, number in spread(
+        (
+            (name, options, kind, number)
+            for (name, options), number in zip(CASES, IDS, strict=True)
+            for kind in kinds_of(name)
+            if (name, options, kind) in SUPPORTED
+        ),
+        2,
+    )
 ]
 SYNCHRONISES = tuple("_local_scalar_dense nonzero masked_select unique _unique equal is_nonzero bincount".split())
 

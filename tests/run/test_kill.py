@@ -101,7 +101,7 @@ def test_killed_runs_go_on_as_if_they_had_not_been(tmp_path, name, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", available_methods())
 def test_every_method_survives_kills(tmp_path, name):
-    kill_and_compare(tmp_path, name, 20 if name in MECHANISMS else 2, seed=len(name))
+    kill_and_compare(tmp_path, name, 8 if name in MECHANISMS else 1, seed=len(name))
 
 
 @pytest.mark.parametrize("moment", ["state.pt", "final_state.pt", "report.json"])

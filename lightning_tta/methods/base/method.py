@@ -351,7 +351,7 @@ class TTAMethod(Described, Replayable, ABC):
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Collect what the method needs from source data, once, before the stream. Most need nothing."""
         if self._memory is not None:
-            if iter(source_batches) is source_batches and type(self).prepare is not TTAMethod.prepare:
+            if hasattr(source_batches, "__next__") and type(self).prepare is not TTAMethod.prepare:
                 raise DataError(
                     f"reservoir= and '{self.name}' both look at the source batches, and an iterator gives them once: "
                     f"got a {type(source_batches).__name__}. Give a list of batches, or a DataLoader."
@@ -552,11 +552,7 @@ class TTAMethod(Described, Replayable, ABC):
             InputError: If the input is no batch of images in [0, 1], or the net refuses it. Nothing has changed.
             NotPreparedError: If the method needs source data and has not seen any.
         """
-        if not self.prepared:
-            raise NotPreparedError(
-                f"{type(self).__name__} must see source data before the stream: call prepare(source_batches) with "
-                "batches {'image': (B, C, H, W) in [0, 1], 'label': (B,)} from the training set."
-            )
+        self._check_prepared()
         usable = self.task.usable(x)
         self.image_shape = list(x.shape[1:])
         number = int(usable.sum())
@@ -570,6 +566,13 @@ class TTAMethod(Described, Replayable, ABC):
             return self._remembering(self._memory, x, usable)
         with self._capture.deciding(self, x, whole):
             return self._adapt_and_predict(x, usable, number)
+
+    def _check_prepared(self) -> None:
+        if not self.prepared:
+            raise NotPreparedError(
+                f"{type(self).__name__} must see source data before the stream: call prepare(source_batches) with "
+                "batches {'image': (B, C, H, W) in [0, 1], 'label': (B,)} from the training set."
+            )
 
     def _remembering(self, memory: DomainMemory, x: Tensor, usable: Tensor) -> Tensor:
         """Step from the state that the memory has for such batches."""
@@ -700,6 +703,7 @@ class TTAMethod(Described, Replayable, ABC):
             ConfigError: If ``statistics`` is another word.
         """
         check_choice("statistics", statistics, ("stream", "batch"))
+        self._check_prepared()
         usable = self.task.usable(x)
         before, self.scalars = self.scalars, ({}, {})
         try:

@@ -41,7 +41,7 @@ def make_optimizer(
         optimizer = SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     else:
         family = Adam if kind == "adam" else AdamW
-        optimizer = family(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay, fused=True)
+        optimizer = family(parameters, lr=lr, betas=(float(momentum), 0.999), weight_decay=weight_decay, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = lr
         for parameter in group["params"]:

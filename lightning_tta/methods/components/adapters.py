@@ -211,7 +211,8 @@ def _blank(adapter: type[Beside], base: type[nn.Module]) -> nn.Module:
 def _put_beside(adapter: type[Beside], module: nn.Module, name: str, parameters: Mapping[str, Tensor]) -> list[str]:
     """Give a module an adapter and its parameters, none of which is a module: a chain would run it."""
     if isinstance(module, Beside):
-        raise ConfigError(f"'{name}' has an adapter already ('{module.kind}'), and takes one. Choose other targets.")
+        owner = f"'{name}'" if name else "The net"
+        raise ConfigError(f"{owner} has an adapter already ('{module.kind}'), and takes one. Choose other targets.")
     for leaf, value in parameters.items():
         module.register_parameter(f"{adapter.kind}_{leaf}", nn.Parameter(value))
     module.__class__ = _class_beside(adapter, type(module))
@@ -306,6 +307,7 @@ def add_activations(
     share = (0.25 if tokens else 0.5) if share is None else share
     check_range("share", share, 0, 1, low_open=True)
     check_choice("norm", norm, ("auto", True, False))
+    check_range("slope", slope)
     order = execution_order(net)
     modules = dict(net.named_modules())
     found = [name for name in (modules if order is None else order) if is_activation(modules[name])]
@@ -434,7 +436,9 @@ def add_prompt(net: nn.Module, border: int | None = None, size: int | Sequence[i
     known = getattr(net, "preprocessing", None) or {}
     shape = list(known.get("input_size") or []) if size is None else []
     if size is not None:
-        sides = [size, size] if isinstance(size, int) else list(size)
+        sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+        if len(sides) != 2:
+            raise ConfigError(f"size is the side of the images, or their height and width; got {size!r}.")
         for side in sides:
             check_range("size", side, 1, integer=True)
         widths = [m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)]
@@ -502,9 +506,11 @@ def put_in(net: nn.Module, select: Select) -> tuple[tuple[str, ...], tuple[str, 
         ConfigError: If it names no such thing.
         UnsupportedModelError: If an adapter has no place in the net, or the net is quantised.
     """
+    if not isinstance(select, (str, Mapping, Sequence)) or not select:
+        raise ConfigError(
+            f"select must be a word, a dict with 'kind' and its options, or a list of these; got {select!r}."
+        )
     items = [select] if isinstance(select, (str, Mapping)) else list(select)
-    if not items:
-        raise ConfigError("select must be a word, a dict with 'kind' and its options, or a list of these; got none.")
     if has_quantized(net):
         raise UnsupportedModelError(
             f"No gradient reaches what is to learn in {type(net).__name__}, which is quantised. Use a method without "
@@ -517,6 +523,7 @@ def put_in(net: nn.Module, select: Select) -> tuple[tuple[str, ...], tuple[str, 
             wanted.append(item)
         else:
             wanted.append(read(item, "select", KINDS))
+            _check_targets(*wanted[-1])
     frees = any(p.requires_grad for p in net.parameters())
     words: list[str] = []
     names: list[str] = []
@@ -534,6 +541,17 @@ def put_in(net: nn.Module, select: Select) -> tuple[tuple[str, ...], tuple[str, 
         for name in names:
             net.get_parameter(name).requires_grad_(False)
     return tuple(dict.fromkeys(words)), tuple(dict.fromkeys(names))
+
+
+def _check_targets(kind: str, options: Mapping[str, Any]) -> None:
+    targets = options.get("targets")
+    try:
+        re.compile("" if targets is None else targets)
+    except (re.error, TypeError) as error:
+        raise ConfigError(
+            f"select {kind!r}: targets must be a pattern of names (a regular expression), or None; got {targets!r} "
+            f"({error})."
+        ) from error
 
 
 def _check_word(net: nn.Module, word: str) -> None:

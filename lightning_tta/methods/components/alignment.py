@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_tta import collective
 from lightning_tta.backbones.blocks import Tokens, changed_blocks, find_blocks
 from lightning_tta.backbones.passes import outside_inference_mode
-from lightning_tta.errors import DataError, check_range
+from lightning_tta.errors import DataError, check_names, check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.components.roots import inverse_root, root
@@ -60,6 +60,7 @@ class AlignmentMethod(TTAMethod):
             check_range("drift_threshold", drift_threshold, 0)
         self.momentum, self.drift_threshold = momentum, drift_threshold
         self.group_size, self.source_images = group_size, source_images
+        check_names("blocks", blocks)
         self.blocks = find_blocks(self.model, blocks, tokens)
         like = next((p.detach() for p in self.model.parameters() if p.is_floating_point()), torch.zeros(()))
         like = at_least_float32(like)

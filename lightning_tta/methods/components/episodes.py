@@ -152,8 +152,8 @@ class ViewMethod(TTAMethod):
         check_choice("augment", augment, AUGMENTATIONS)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
         if crop is not None:
-            if len(crop) != 2:
-                raise ConfigError(f"crop is two numbers, such as [232, 224], or null; got {list(crop)}.")
+            if not isinstance(crop, (list, tuple)) or len(crop) != 2:
+                raise ConfigError(f"crop is two numbers, such as [232, 224], or null; got {crop!r}.")
             check_range("crop: the square's side", crop[1], 1, integer=True)
             check_range("crop: the shorter side", crop[0], crop[1], integer=True)
             self.crop = crop[0], crop[1]

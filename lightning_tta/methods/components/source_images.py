@@ -40,6 +40,11 @@ def see_source_images(
         DataError: If a batch is no such dict, or has no such labels.
         InputError: If images are none, or the net refuses them.
     """
+    if isinstance(batches, Mapping) or not any(hasattr(batches, name) for name in ("__iter__", "__getitem__")):
+        raise DataError(
+            f"Source batches must be several, a list or a DataLoader of dicts with 'image' (B, C, H, W) in [0, 1]; got "
+            f"{type(batches).__name__}."
+        )
     device = next((p.device for p in method.model.parameters()), torch.device("cpu"))
     number = 0
     with (
