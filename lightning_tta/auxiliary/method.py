@@ -94,9 +94,11 @@ class AuxiliaryMethod(GradientMethod):
             source_batches: Dicts with ``image`` (B, C, H, W) in [0, 1], and ``label`` (B,) where the loss needs them.
 
         Raises:
+            ConfigError: If the head is trained already.
             DataError: If there is no image, or the head ends in values that are not finite.
         """
         if self.trains_head:
+            self.check_not_prepared()
             if self.head_from == "auto":
                 warnings.warn(
                     f"{self._missing(self.auxiliary.kind)}. Meanwhile its head is trained alone, on the source images "

@@ -126,8 +126,10 @@ class EcoTTA(AuxiliaryMethod):
             source_batches: Dicts with ``image`` (B, C, H, W) in [0, 1] and, unless ``warmup_epochs`` is 0, ``label``.
 
         Raises:
+            ConfigError: If the method is prepared already.
             DataError: If there is no image, a label is missing or no class of the net, or maps are not finite.
         """
+        self.check_not_prepared()
         source_batches = list(source_batches) if iter(source_batches) is source_batches else source_batches
         ends = [last for _, last in self.meta.names]
         sums: list[Tensor] = []  # by part: (3, C) of number, sum, sum of squares

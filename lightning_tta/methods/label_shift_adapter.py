@@ -127,9 +127,11 @@ class LabelShiftAdapter(TTAMethod):
             source_batches: Dicts with ``image`` (B, C, H, W) in [0, 1] and ``label`` (B,).
 
         Raises:
+            ConfigError: If the method is prepared already.
             DataError: If there is no image with finite features, a label is missing or no class of the net, or the
                 adapter ends in values that are not finite.
         """
+        self.check_not_prepared()
         found: list[tuple[Tensor, Tensor]] = []
 
         @torch.no_grad()

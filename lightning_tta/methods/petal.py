@@ -108,9 +108,12 @@ class PETAL(PullMethod, CoTTA):
             source_batches: Dicts with ``image`` (B, C, H, W) in [0, 1] and ``label`` (B,); asked for once an epoch.
 
         Raises:
+            ConfigError: If the method is prepared already, unless it starts at the source.
             DataError: See :func:`~lightning_tta.methods.components.posterior.fit_posterior`.
         """
         if self.needs_source:
+            if self.start == "mean":
+                self.check_not_prepared()
             self.let_go()
             self._take(fit_posterior(self, source_batches, self.swag_epochs, self.swag_lr))
         super().prepare(source_batches)

@@ -139,8 +139,11 @@ class RMT(ReplayMethod, TogetherMethod):
             source_batches: Dicts with ``image`` (B, C, H, W) in [0, 1] and ``label`` (B,).
 
         Raises:
+            ConfigError: If the method is prepared already, and has a warm-up.
             DataError: If there is no image, a label is missing or no class of the net, or features are not finite.
         """
+        if self.warmup:
+            self.check_not_prepared()
         if not self.source_free:
             self.make_room(self.replay_images)
             with outside_inference_mode():

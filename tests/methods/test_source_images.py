@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from contract import build
-from lightning_tta import DataError, InputError
-from nets import kind_for, make_images
+from lightning_tta import ConfigError, DataError, InputError
+from nets import kind_for, make_images, same
 
 NEEDING = {
     "actmad": {},
@@ -85,3 +85,24 @@ def test_in_inference_mode(name):
         method.prepare([{key: tensor.clone() for key, tensor in batch.items()} for batch in good])
     other.prepare(good)
     assert torch.equal(method(make_images(4)), other(make_images(4)))
+
+
+@every_method
+def test_once_more_is_the_same(name):
+    method, other = make(name), make(name)
+    good = [labelled(make_images(8, seed=seed)) for seed in (1, 2)]
+    method.prepare(good), other.prepare(good)
+    method(make_images(4)), method.reset()
+    method.prepare(good)
+    assert same(method.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize(("name", "options"), [("petal", {"swag_epochs": 2}), ("rmt", {"warmup": 8})])
+def test_what_trains_on_them_does_so_once(name, options):
+    method = build(name, options, "gn", prepare=False)
+    good = [labelled(make_images(8, seed=seed)) for seed in (1, 2)]
+    method.prepare(good)
+    before = method.state_dict()
+    with pytest.raises(ConfigError, match="train on from that"):
+        method.prepare(good)
+    assert same(method.state_dict(), before)

@@ -359,6 +359,19 @@ class TTAMethod(Described, Replayable, ABC):
             self._memory.prepare(self, source_batches)
         self.prepared = True
 
+    def check_not_prepared(self) -> None:
+        """Refuse a second :meth:`prepare` of a method whose source is what the first has trained.
+
+        Raises:
+            ConfigError: If there was one.
+        """
+        if self.prepared:
+            raise ConfigError(
+                f"'{self.name}' is prepared already, and what it has trained there is its source now: once more would "
+                f"train on from that. reset() goes back to it; to prepare anew make a new one, adapt(net, "
+                f"'{self.name}')."
+            )
+
     # What a method uses ----------------------------------------------------------------------------------------------
 
     def logits(
