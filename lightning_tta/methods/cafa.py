@@ -127,8 +127,8 @@ class CAFA(GradientMethod):
                 which, more, other = f" of class {int((wrong > 0).nonzero()[0])}", "", ", or covariance='tied'"
             raise DataError(
                 f"The covariance{which} of {covariance.shape[-1]} source features is singular with "
-                f"shrinkage={self.shrinkage}, from {int(moments.counts.sum())} images of {int(seen.sum())} classes. Give "
-                f"more images (2,000 or more{more}), or a larger shrinkage{other}."
+                f"shrinkage={self.shrinkage}, from {int(moments.counts.sum())} images of {int(seen.sum())} classes. "
+                f"Give more images (2,000 or more{more}), or a larger shrinkage{other}."
             )
         with outside_inference_mode(), torch.no_grad():
             self.source_means.copy_(moments.means)

@@ -91,6 +91,7 @@ class EcoTTA(AuxiliaryMethod):
         warmup_lr: float = 1e-3,
         **options: Any,
     ) -> None:
+        check_range("warmup_epochs", warmup_epochs, 0, integer=True)
         super().__init__(
             model,
             lr=lr,
@@ -104,7 +105,6 @@ class EcoTTA(AuxiliaryMethod):
         check_range("parts", parts, 1, integer=True)
         check_range("entropy_margin", entropy_margin, 0, low_open=True)
         check_range("penalty", penalty, 0)
-        check_range("warmup_epochs", warmup_epochs, 0, integer=True)
         self.entropy_margin, self.penalty, self._entropy_checked = entropy_margin, penalty, False
         self.take_auxiliary(MetaParts, parts=parts)
         self.trains_head = warmup_epochs > 0

@@ -25,6 +25,7 @@ CASES = {
     "neo source": ("neo", "user", {"center": "source"}),
     "neo balanced": ("neo", "gn", {"balanced": True}),
     "neo source balanced": ("neo", "gn", {"center": "source", "balanced": True}),
+    "label shift": ("label_shift_adapter", "gn", {"momentum": 0.5, "epochs": 2}),
     "output shift": ("output_shift", "bn", {"momentum": 0.3}),
     "tent": ("tent", "bn", {"lr": 0.01}),
     "tent user": ("tent", "user", {"lr": 0.05, "optimizer": "sgd", "steps": 2}),
@@ -45,7 +46,7 @@ CASES = {
     "eta gn": ("eta", "gn", ETA_GN),
     "eata": ("eata", "bn", {**ETA, "fisher_alpha": 50.0}),
     "conjugate pl": ("conjugate_pl", "bn", {"lr": 0.1, "source_loss": "poly"}),
-    "delta": ("delta", "bn", {"lr": 0.01, "entropy_margin": 0.9}),
+    "delta": ("delta", "bn", {"lr": 0.01, "entropy_margin": None}),
     "pea": ("pea", "bn", {"group_size": 1, "momentum": 0.3}),
     "eata gn": ("eata", "gn", {**ETA_GN, "fisher_alpha": 50.0}),
     "prior em": ("source", "gn", {"prior": {"kind": "em", "window": 8}}),
@@ -130,8 +131,8 @@ def test_the_cases_are_what_they_should_be():
     assert min(SIZES) == 1
     for name, (method, _, _) in CASES.items():
         result = run(name, torch.float64)
-        if method not in ("source", "norm", "neo", "output_shift", "pea") and name != "eta filter":
-            assert sum(stats["backwards"] for stats in result["stats"]) >= 5
+        if "descend" in dir(available_methods()[method]) and name != "eta filter":
+            assert sum(stats["backwards"] for stats in result["stats"]) >= 5, name
         if method in ("eta", "eata") and name != "eta filter":
             kept = [stats["kept"] for stats in result["stats"] if "kept" in stats]
             assert sum(0 < share < 1 for share in kept) >= 4

@@ -272,6 +272,10 @@ def _timed(method, images):
 
 @pytest.mark.parametrize("case", ONCE, ids=lambda case: case_id(*case))
 def test_pickled_and_saved_whole(case):
+    if case[0] == "vida":
+        with pytest.raises(RuntimeError, match="state_dict"):  # torch's, of a net with parametrized weights
+            pickle.dumps(build(*case))
+        return
     method, stream = build(*case), make_stream(3)
     method(stream[0])
     file = io.BytesIO()
