@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -105,7 +105,7 @@ class AuxiliaryMethod(GradientMethod):
                     "that are shown before the stream: a net that was not trained with it adapts less well by it.",
                     stacklevel=2,
                 )
-            source_batches = list(source_batches) if iter(source_batches) is source_batches else source_batches
+            source_batches = list(source_batches) if isinstance(source_batches, Iterator) else source_batches
             with outside_inference_mode():
                 self._train_head(source_batches)
         super().prepare(source_batches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ class EcoTTA(AuxiliaryMethod):
             DataError: If there is no image, a label is missing or no class of the net, or maps are not finite.
         """
         self.check_not_prepared()
-        source_batches = list(source_batches) if iter(source_batches) is source_batches else source_batches
+        source_batches = list(source_batches) if isinstance(source_batches, Iterator) else source_batches
         ends = [last for _, last in self.meta.names]
         sums: list[Tensor] = []  # by part: (3, C) of number, sum, sum of squares
 

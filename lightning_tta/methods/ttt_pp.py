@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -130,7 +130,7 @@ class TTTpp(AuxiliaryMethod):
         Raises:
             DataError: If there are fewer than two images with finite features.
         """
-        source_batches = list(source_batches) if iter(source_batches) is source_batches else source_batches
+        source_batches = list(source_batches) if isinstance(source_batches, Iterator) else source_batches
         super().prepare(source_batches)
         self.prepared = False  # until the moments are there
         seen: dict[str, list[Tensor]] = {name: [] for name in self.scales}

@@ -1,5 +1,7 @@
 """What methods see of the source before the stream: the same checks, whatever method it is."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -88,12 +90,13 @@ def test_in_inference_mode(name):
 
 
 @every_method
-def test_once_more_is_the_same(name):
+def test_once_more_is_the_same_or_refused(name):
     method, other = make(name), make(name)
     good = [labelled(make_images(8, seed=seed)) for seed in (1, 2)]
     method.prepare(good), other.prepare(good)
     method(make_images(4)), method.reset()
-    method.prepare(good)
+    with suppress(ConfigError):  # of a method that trains on them
+        method.prepare(good)
     assert same(method.state_dict(), other.state_dict())
 
 

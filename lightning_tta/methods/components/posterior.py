@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ def fit_posterior(method: GradientMethod, batches: Iterable[Mapping[str, Tensor]
         DataError: If there is no image, a label is missing or no class of the net, the batches come once only, or the
             training ends in weights that are not finite.
     """
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise DataError(
             f"'{method.name}' sees the source batches {epochs} times, and an iterator gives them once: got a "
             f"{type(batches).__name__}. Give a list of batches, or a DataLoader."
