@@ -16,6 +16,7 @@ from lightning_tta.methods.base.state import NOT_YET
 from lightning_tta.methods.components import statistics
 from lightning_tta.methods.components.entropy import EntropyMethod
 from lightning_tta.methods.components.filters import LowLoss, empty_by_class
+from lightning_tta.methods.components.memory_statistics import check_tracked
 
 
 class DELTA(EntropyMethod):
@@ -86,6 +87,7 @@ class DELTA(EntropyMethod):
         self.learn(self.select("norm"))
         self.state("mean_probability", empty_by_class(self.model), source=NOT_YET)
         if statistics_momentum is not None and batch_norm_layers(self.model):
+            check_tracked(self, "statistics_momentum=None, the statistics of each batch")
             statistics.choose(self, {"kind": "renormalized", "momentum": statistics_momentum})
 
     def step(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_tta import adapt
+from lightning_tta import UnsupportedModelError, adapt
 from nets import KINDS, make_images, make_net, make_stream, max_difference, norm_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,3 +120,13 @@ def test_a_class_that_is_never_predicted():
     method.sized("mean_probability", torch.zeros(5)).copy_(torch.tensor([1.0, 0, 0, 0, 0]))
     assert torch.isfinite(method(make_images(8))).all()
     assert method.stats["skipped_steps"] == 0
+
+
+def test_a_net_without_source_statistics():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.LazyLinear(5)
+    )
+    net(make_images(2))
+    with pytest.raises(UnsupportedModelError, match="Use statistics_momentum=None"):
+        adapt(net, "delta")
+    assert adapt(net, "delta", statistics_momentum=None)(make_images(8)).isfinite().all()

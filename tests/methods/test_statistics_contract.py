@@ -1,7 +1,9 @@
 """What must hold for every kind of statistics in every method: state, odd batches, precisions, tensors only."""
 
 import copy
+import gc
 import warnings
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -147,6 +149,20 @@ def test_images_and_batches_that_are_not_finite(kind):
     hook.remove()
     assert same(method.state_dict(), twin.state_dict())
     assert same(run(method, stream), run(twin, stream))
+
+
+@every_kind
+def test_nothing_keeps_a_method_alive(kind):
+    """Its net would stay in memory beside the next one's."""
+    method = adapt(make_net("bn"), "tent", statistics=KINDS[kind])
+    method(make_images(8))
+    reference = weakref.ref(method)
+    gc.disable()
+    try:
+        del method
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 @every_kind

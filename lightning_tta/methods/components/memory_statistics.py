@@ -74,17 +74,20 @@ class Prefixed:
         return getattr(self.method, name)
 
 
-def check_tracked(method: TTAMethod) -> None:
+def check_tracked(
+    method: TTAMethod, use: str = "a method that takes the statistics of each batch, as 'cotta' or 'tent'"
+) -> None:
     """Refuse a net with a BatchNorm layer that has no source statistics.
 
     Raises:
         UnsupportedModelError: With what to use.
     """
+    other = "a method that takes the statistics of each batch, as 'cotta' or 'tent'"
     for name, layer in batch_norm_layers(method.model).items():
         if layer.running_mean is None or layer.running_var is None:
             raise UnsupportedModelError(
                 f"BatchNorm layer '{name}' keeps no running statistics (track_running_stats=False), where those of "
-                f"'{method.name}' start. Use a method that takes the statistics of each batch, as 'cotta' or 'tent'."
+                f"'{method.name}' start. Use {use or other}."
             )
 
 

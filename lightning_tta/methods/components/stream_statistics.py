@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -151,8 +152,11 @@ class StreamStatistics(Account):
 
     def _forward(self, method: State, name: str, layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
         plain, place = layer.forward, self.places[name]
+        reference = weakref.ref(method)  # it holds this; else nets would stay in memory after their methods
 
         def forward(x: Tensor) -> Tensor:
+            method = reference()
+            assert method is not None
             if x.ndim < 2 or x.shape[1] != layer.num_features:
                 return plain(x)  # which refuses it
             if x.shape[1:].numel() == x.shape[1] and collective.count(x) == 1:
