@@ -79,9 +79,8 @@ def _labels(method: TTAMethod, batch: Mapping[str, Any], number: int, classes: i
         f"integers from 0 to {classes - 1}, the net's classes"
     )
     if not isinstance(labels, Tensor):
-        raise DataError(
-            f"{wanted}; got keys {sorted(map(str, batch))}. Give the labels, or use a method that needs none ('t3a')."
-        )
+        found = f"keys {sorted(map(str, batch))}" if labels is None else f"labels as a {type(labels).__name__}"
+        raise DataError(f"{wanted}; got {found}. Give them as a tensor, or use a method that needs none ('t3a').")
     if labels.shape != (number,) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise DataError(f"{wanted}; got labels of shape {tuple(labels.shape)} and {labels.dtype} for {number} images.")
     low, high = labels.min().item(), labels.max().item()
