@@ -41,8 +41,8 @@ class ActMAD(GradientMethod):
         model: Any net with normalisation layers.
         lr: Learning rate, >= 0. Authors, at batch size 128: 1e-2 (CIFAR-10, WideResNet-40-2), 1e-3 (CIFAR-100), 2.5e-4
             (ImageNet). The loss is a sum over layers, and the gradient of an L1 distance does not shrink near its
-            minimum: where ``stats["loss"]`` rises from batch to batch, the rate is too high. Of a small net on digits a
-            tenth was right.
+            minimum: where ``stats["loss"]`` rises from batch to batch, the rate is too high. A small net on digits
+            (68 % without adaptation, batches of 64, a reset at each domain) reaches 76 % with 1e-3, and 40 % with 1e-2.
         optimizer: ``nesterov`` (authors), ``sgd``, ``adam`` or ``adamw``.
         weight_decay: >= 0. Authors: 5e-4.
         params: ``all``: as above, the authors'; ``norm``: weight and bias of the normalisation layers.
@@ -84,7 +84,7 @@ class ActMAD(GradientMethod):
         self,
         model: nn.Module,
         *,
-        lr: float = 1e-2,
+        lr: float = 1e-3,
         optimizer: OptimizerName = "nesterov",
         weight_decay: float = 5e-4,
         params: Literal["all", "norm"] = "all",

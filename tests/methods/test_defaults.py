@@ -37,7 +37,7 @@ PUBLISHED = {
     "ostta": {**ADAM, "alpha": 0.5},
     "shot": {**SGD, "lr": 1e-3, "label_weight": 0.3, "diversity_weight": 1.0},
     "cafa": {**ADAM, "covariance": "tied"},
-    "actmad": {"optimizer": "nesterov", "lr": 1e-2, "weight_decay": 5e-4, "params": "all"},
+    "actmad": {"optimizer": "nesterov", "lr": 1e-3, "weight_decay": 5e-4, "params": "all"},
     "santa": {**ADAM, "anchor_weight": 1.0, "contrast_weight": 1.0, "temperature": 0.1, "projector": 128},
     "rpl": {**ADAM, "q": 0.8, "params": "norm"},
     "eata": {**SGD, **EATA, "lr": 5e-3, "diversity_margin": 0.4, "fisher_alpha": 1.0},
