@@ -436,7 +436,7 @@ def add_prompt(net: nn.Module, border: int | None = None, size: int | Sequence[i
     known = getattr(net, "preprocessing", None) or {}
     shape = list(known.get("input_size") or []) if size is None else []
     if size is not None:
-        sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+        sides: list[Any] = list(size) if isinstance(size, (list, tuple)) else [size, size]
         if len(sides) != 2:
             raise ConfigError(f"size is the side of the images, or their height and width; got {size!r}.")
         for side in sides:
