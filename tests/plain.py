@@ -12,10 +12,10 @@ FROZEN = {"bn": ["norm2"], "gn": ["norm2"], "ln": ["norm"], "user": ["hidden.1"]
 
 
 class PlainSGD:
-    """SGD with momentum, by hand, on tensors by name."""
+    """SGD with momentum, or with Nesterov's, by hand, on tensors by name."""
 
-    def __init__(self, tensors, lr, momentum=0.9):
-        self.tensors, self.lr, self.momentum = tensors, lr, momentum
+    def __init__(self, tensors, lr, momentum=0.9, nesterov=False):
+        self.tensors, self.lr, self.momentum, self.nesterov = tensors, lr, momentum, nesterov
         self.source = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self.forget()
 
@@ -29,7 +29,8 @@ class PlainSGD:
     def step(self, gradients, lr_factor=1.0):
         for (name, tensor), gradient in zip(self.tensors.items(), gradients, strict=True):
             self.buffers[name] = self.momentum * self.buffers[name] + gradient
-            tensor -= self.lr * lr_factor * self.buffers[name]
+            ahead = gradient + self.momentum * self.buffers[name] if self.nesterov else self.buffers[name]
+            tensor -= self.lr * lr_factor * ahead
 
     @torch.no_grad()
     def restart(self):

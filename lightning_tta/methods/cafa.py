@@ -125,10 +125,11 @@ class CAFA(GradientMethod):
             which, more, other = "", ", two or more of each class", ""
             if len(shrunk) > 1:
                 which, more, other = f" of class {int((wrong > 0).nonzero()[0])}", "", ", or covariance='tied'"
+            number = int(moments.counts.sum())
             raise DataError(
                 f"The covariance{which} of {covariance.shape[-1]} source features is singular with "
-                f"shrinkage={self.shrinkage}, from {int(moments.counts.sum())} images of {int(seen.sum())} classes. "
-                f"Give more images (2,000 or more{more}), or a larger shrinkage{other}."
+                f"shrinkage={self.shrinkage}, from {number} images of {int(seen.sum())} classes. Give more "
+                f"images (2,000 or more{more}), or a larger shrinkage{other}."
             )
         with outside_inference_mode(), torch.no_grad():
             self.source_means.copy_(moments.means)

@@ -20,10 +20,11 @@ def source(sizes=(8, 5, 11), dtype=torch.float64, size=16):
 
 
 class PlainActMAD:
-    def __init__(self, net, lr, names, params="all", weight_decay=0.0):
+    def __init__(self, net, lr, names, params="all", weight_decay=0.0, rectified="auto"):
+        self.rectified = rectified
         self.net, self.names, self.weight_decay = copy.deepcopy(net), names, weight_decay
         learned = norm_weights(self.net) if params == "norm" else dict(self.net.named_parameters())
-        self.sgd = PlainSGD({n: p for n, p in learned.items() if not n.startswith(BEHIND)}, lr)
+        self.sgd = PlainSGD({n: p for n, p in learned.items() if not n.startswith(BEHIND)}, lr, nesterov=True)
 
     def activations(self, images):
         outputs = {}
@@ -34,6 +35,10 @@ class PlainActMAD:
         logits = self.net(images)
         for handle in handles:
             handle.remove()
+        for name, output in outputs.items():
+            is_batch_norm = isinstance(self.net.get_submodule(name), nn.modules.batchnorm._BatchNorm)
+            if is_batch_norm if self.rectified == "auto" else self.rectified:
+                outputs[name] = output.clamp(min=0)
         return logits, outputs
 
     def moments(self, a):
@@ -60,11 +65,11 @@ class PlainActMAD:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("params", ["all", "norm"])
-def test_three_steps(kind, params):
+@pytest.mark.parametrize(("params", "rectified"), [("all", "auto"), ("norm", False), ("norm", True)])
+def test_three_steps(kind, params, rectified):
     net = make_net(kind).double()
-    method = adapt(net, "actmad", lr=0.05, weight_decay=0.01, params=params)
-    reference = PlainActMAD(net, 0.05, list(norm_layers(net)), params, 0.01)
+    method = adapt(net, "actmad", lr=0.05, weight_decay=0.01, params=params, rectified=rectified)
+    reference = PlainActMAD(net, 0.05, list(norm_layers(net)), params, 0.01, rectified)
     method.prepare(source())
     reference.prepare(torch.cat([batch["image"] for batch in source()]))
     for images in make_stream(3, batch=5, dtype=torch.float64):
@@ -103,7 +108,7 @@ def test_named_layers():
     method = adapt(net, "actmad", lr=0.05, layers=["conv2"], weight_decay=0.0)
     reference = PlainActMAD(net, 0.05, ["conv2"])
     reference.sgd = PlainSGD(
-        {n: p for n, p in reference.net.named_parameters() if n.startswith(("conv", "norm1"))}, 0.05
+        {n: p for n, p in reference.net.named_parameters() if n.startswith(("conv", "norm1"))}, 0.05, nesterov=True
     )
     method.prepare(source())
     reference.prepare(torch.cat([batch["image"] for batch in source()]))
@@ -115,6 +120,8 @@ def test_named_layers():
 
 
 def test_what_follows_in_place_is_not_seen():
+    """Nor is it needed: the authors' hook sees what the ReLU writes, which is the positive part."""
+
     class Net(nn.Module):
         def __init__(self, inplace):
             super().__init__()
@@ -134,6 +141,12 @@ def test_what_follows_in_place_is_not_seen():
     for images in make_stream(2):
         assert same(*(method(images) for method in methods))
     assert same(*(dict(method.adaptable) for method in methods))
+    held = []
+    twin.norm.register_forward_hook(lambda module, inputs, output: held.append(output))
+    twin.eval()(make_images(6))
+    method = adapt(twin, "actmad")
+    method.prepare([{"image": make_images(6)}])
+    assert max_difference(method.get_buffer("source_mean_0"), held[0].mean(0)) < 1e-6
 
 
 def test_one_image_moves_by_its_mean():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_tta import UnsupportedModelError, adapt
+from lightning_tta import ConfigError, UnsupportedModelError, adapt
 from lightning_tta.backbones.norms import weighted_batch_statistics
 from lightning_tta.backbones.split import execution_order, features_at
 from lightning_tta.methods.base import GradientMethod
@@ -53,7 +53,7 @@ def test_weighted_descent_by_hand(kind, what):
 
 
 @pytest.mark.parametrize("skips", [True, False])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
 @pytest.mark.parametrize("reason", ["no sample counts", "the loss is not finite"])
 def test_no_step(optimizer, reason, skips):
     method = Squares(make_net("gn"), optimizer=optimizer, weight_decay=0.1)
@@ -70,6 +70,23 @@ def test_no_step(optimizer, reason, skips):
     method(make_images(4, seed=2))
     assert method.taken
     assert not same(method.state_dict(), before)
+
+
+def test_nesterovs_momentum_is_torchs():
+    """Also in the first step, and with weight decay."""
+    net = make_net("gn").double()
+    method = Squares(copy.deepcopy(net), "all", lr=0.01, optimizer="nesterov", weight_decay=0.1)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=0.1, nesterov=True)
+    for images in make_stream(3, dtype=torch.float64):
+        method(images)
+        logits = net(images)
+        optimizer.zero_grad()
+        (logits.square().sum(-1).mean() + 0.5 * logits.mean()).backward()
+        optimizer.step()
+    for name, parameter in net.named_parameters():
+        assert max_difference(method.adaptable[f"model.{name}"].detach(), parameter.detach()) < TOLERANCE
+    with pytest.raises(ConfigError, match=r"momentum must be a number in \(0, "):
+        Squares(net, "all", optimizer="nesterov", momentum=0.0)
 
 
 def test_moments_of_channels_last_gradients_are_right():

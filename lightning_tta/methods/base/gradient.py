@@ -54,8 +54,8 @@ class GradientMethod(TTAMethod):
     Args:
         model: Pixels (B, C, H, W) in [0, 1] -> logits (B, K).
         lr: Learning rate, >= 0.
-        optimizer: ``adam``, ``sgd`` or ``adamw``.
-        momentum: Momentum of SGD, or Adam's first beta, in [0, 0.9999].
+        optimizer: ``adam``, ``sgd``, ``nesterov`` (SGD with Nesterov's momentum) or ``adamw``.
+        momentum: Momentum of SGD, or Adam's first beta, in [0, 0.9999]; of ``nesterov`` above 0.
         weight_decay: >= 0.
         steps: Steps per batch, >= 1.
         lr_batch_size: If given, the learning rate is multiplied by (batch size / this).

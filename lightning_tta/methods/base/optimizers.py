@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_tta.errors import ConfigError, check_choice, check_range
 
-OptimizerName = Literal["sgd", "adam", "adamw"]
+OptimizerName = Literal["sgd", "nesterov", "adam", "adamw"]
 
 
 def make_optimizer(
@@ -23,22 +23,23 @@ def make_optimizer(
     Zeros are what torch's own start from, so the steps are the same.
 
     Args:
-        kind: ``sgd``, ``adam`` or ``adamw``.
+        kind: ``sgd``; ``nesterov``: the same with Nesterov's momentum; ``adam`` or ``adamw``.
         parameters: What it steps.
         lr: Learning rate, >= 0.
-        momentum: SGD's, or Adam's first beta (the second is 0.999), in [0, 0.9999].
+        momentum: SGD's, or Adam's first beta (the second is 0.999), in [0, 0.9999]; of ``nesterov`` above 0.
         weight_decay: >= 0.
 
     Raises:
         ConfigError: If an argument is out of range, or Adam is to learn float16 weights.
     """
-    check_choice("optimizer", kind, ("sgd", "adam", "adamw"))
+    check_choice("optimizer", kind, ("sgd", "nesterov", "adam", "adamw"))
     check_range("lr", lr, 0)
-    check_range("momentum", momentum, 0, 0.9999)
+    check_range("momentum", momentum, 0, 0.9999, low_open=kind == "nesterov")
     check_range("weight_decay", weight_decay, 0)
     optimizer: Optimizer
-    if kind == "sgd":
-        optimizer = SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+    if kind in ("sgd", "nesterov"):
+        nesterov = kind == "nesterov"
+        optimizer = SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
     else:
         family = Adam if kind == "adam" else AdamW
         optimizer = family(parameters, lr=lr, betas=(float(momentum), 0.999), weight_decay=weight_decay, fused=True)
@@ -51,7 +52,7 @@ def make_optimizer(
 
 
 def _moments(kind: OptimizerName, momentum: float, parameter: Tensor) -> dict[str, Tensor]:
-    if kind == "sgd":
+    if kind in ("sgd", "nesterov"):
         return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)} if momentum else {}
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device),  # as torch has it, in any precision

@@ -44,7 +44,10 @@ def watched_outputs(model: nn.Module, names: Sequence[str], see: Callable[[int, 
 
 
 def source_moments(
-    method: TTAMethod, batches: Iterable[Mapping[str, Tensor]], names: Sequence[str]
+    method: TTAMethod,
+    batches: Iterable[Mapping[str, Tensor]],
+    names: Sequence[str],
+    taken: Callable[[int, Tensor], Tensor] = lambda number, output: output,
 ) -> dict[int, Moments]:
     """Moments of the outputs of modules over all source images, at the source weights; asks the host.
 
@@ -54,6 +57,7 @@ def source_moments(
         method: Of it the net is taken.
         batches: Dicts with ``image`` (B, C, H, W) in [0, 1]; labels are not used.
         names: Of the modules; their outputs have the images first.
+        taken: What the moments are of, from a module's number and output.
 
     Returns:
         By the module's number; those that do not run are left out.
@@ -79,7 +83,7 @@ def source_moments(
                     f"'{method.name}' compares positions, so that source images must have one size; got images of "
                     f"{tuple(images.shape[1:])} after others. Resize them."
                 )
-            moments.add(output)
+            moments.add(taken(number, output))
 
         with watched_outputs(method.model, names, merge):
             method.logits(images)
