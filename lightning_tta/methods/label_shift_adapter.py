@@ -104,8 +104,7 @@ class LabelShiftAdapter(TTAMethod):
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
         self.momentum, self.priors, self.epochs, self.train_lr, self.seed = momentum, priors, epochs, train_lr, seed
         self.split = HeadSplit(self.model, head)
-        layer = self.split.head
-        if layer.bias is None:
+        if (layer := self.split.head).bias is None:
             raise UnsupportedModelError(
                 f"The last linear layer '{self.split.name}' of {type(self.model).__name__} has no bias to adapt. Give "
                 "it one, of zeros; or use prior='em', with any method."
@@ -133,12 +132,12 @@ class LabelShiftAdapter(TTAMethod):
         """
         self.check_not_prepared()
         found: list[tuple[Tensor, Tensor]] = []
+        classes = self.split.num_classes
 
         @torch.no_grad()
         def see(images: Tensor, labels: Tensor) -> None:
             found.append(labelled_features(self, images, labels))
 
-        classes = self.split.num_classes
         with self.at_source():
             see_source_images(self, source_batches, see, classes=classes, running=nullcontext)
         counts = torch.zeros(classes, dtype=torch.float64)
