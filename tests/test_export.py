@@ -96,7 +96,7 @@ def test_cotta_says_that_its_views_are_lost():
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case_id(*case))
 def test_no_plain_net(tmp_path, case):
-    with pytest.raises(UnsupportedModelError, match=f"No plain net predicts as '{case[0]}' does: .*'(norm|neo)'"):
+    with pytest.raises(UnsupportedModelError, match=f"No plain net predicts as '{case[0]}' does: .*'(norm|neo|cotta)'"):
         lightning_tta.save(adapted(case), tmp_path / "adapted.safetensors")
     assert not list(tmp_path.iterdir())
 

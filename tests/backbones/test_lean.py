@@ -15,7 +15,7 @@ from lightning_tta import adapt
 from lightning_tta.backbones import lean as lean_module
 from lightning_tta.backbones.lean import cut, lean_backward, pack_bits, unpack_bits
 from lightning_tta.backbones.passes import safe_checkpoints
-from nets import make_stream, same
+from nets import TOKENS_ONLY, make_stream, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -375,7 +375,7 @@ LEARN = [
     (name, o)
     for name in sorted(VARIANTS)
     for o in VARIANTS[name]
-    if name not in ("norm", "t3a", "adanpc", "lame", "neo", "output_shift", "pea", "foa", "zero")
+    if name not in ("norm", "t3a", "adanpc", "lame", "neo", "output_shift", "pea", "zero", *TOKENS_ONLY)
 ]
 
 

@@ -165,7 +165,7 @@ def test_preparation_without_images_is_refused():
         ([make_images(2)], "got Tensor"),
         ([(make_images(2), torch.zeros(2))], "got tuple"),
         ([{"images": make_images(2)}], "got keys \\['images'\\]"),
-        ({"image": make_images(2)}, "got str"),
+        ({"image": make_images(2)}, "must be several.*got dict"),
         ([{"image": make_images(2)[:, :1]}], "channels"),
     ],
     ids=["tensors", "pairs", "another key", "one batch", "grey"],

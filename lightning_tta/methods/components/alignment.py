@@ -30,12 +30,11 @@ class AlignmentMethod(TTAMethod):
     Args:
         model: Any classifier with two blocks or more.
         tokens: Of transformers: ``cls``, ``all``, or ``auto``: the class token where the head reads nothing else.
-        momentum: Of the statistics of the stream, in (0, 1].
-        drift_threshold: >= 0; ``None``: never. A block's statistics start anew with a batch whose mean is further from
-            theirs than this times the usual.
+        momentum: Of the statistics, in (0, 1]. Authors: 0.02 at batch size 64.
+        drift_threshold: >= 0; ``None``: never. Authors: 4.
         group_size: Channels of different groups count as uncorrelated. Groups have the size of the largest divisor of D
-            that is no larger than this.
-        source_images: At most so many images are taken by :meth:`prepare`.
+            that is no larger than this. Authors: 768.
+        source_images: At most so many images are taken by :meth:`prepare`. Authors: 10,000 of ImageNet.
         blocks: Names of the modules to take instead; they run one after the other.
     """
 
