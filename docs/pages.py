@@ -70,14 +70,17 @@ method's docstring, which is its page on the site; `lightning-tta methods tent` 
 
 - **Norm layers** are BatchNorm, GroupNorm, LayerNorm, InstanceNorm and RMSNorm with weight and bias, found by type.
   With BatchNorm a method that learns them normalizes with the batch's statistics, unless it says otherwise or
-  [`statistics=`](statistics.md) does.
+  [`statistics=`](statistics.md) does. Any method that learns can learn other parameters: [adapters](adapters.md).
 - **Linear head**: one linear layer at the end, found by what runs last.
-- **Source images** are shown to `method.prepare(source_batches)` once, before the stream.
+- **Source images** are shown to `method.prepare(source_batches)` once, before the stream. Some want a source that was
+  trained for them: [source phase](source-phase.md).
 - **Formula from**: the authors' code, their paper, or both where they agree. *Reconstruction*: neither code nor a
   whole formula was published, so what is built here is a reading of it, and no published number may be expected.
 - **Tested against**: a plain float64 reference in `tests/methods/`, written out from the formula: loss, parameters
   and state over several steps. Shared tests say of each: only what is declared moves, reset and save/load are
   bit-exact, labels cannot reach it, one image, two classes and a thousand work, broken batches leave no trace.
+- **Not here**: SAR2 (arXiv 2509.04977), of which only the abstract could be read, and SDA, which needs two diffusion
+  models.
 - **Step on CUDA**: whether the whole step becomes one graph. Of some it is parts, because:
 {reasons}
 """
