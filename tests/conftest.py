@@ -6,9 +6,25 @@ import pytest
 import torch
 from filelock import FileLock
 
+from lightning_tta.methods import names
+
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs"
-WHOLE_RUNS = ("benchmark", "measure", "run", "test_notebooks.py", "test_pages.py")  # rooms left out of each_commit
+WHOLE_RUNS = (  # left out of each_commit
+    "benchmark/",
+    "cli/test_doctor.py",
+    "cli/test_interrupted_commands.py",
+    "cli/test_own_net.py",
+    "measure/",
+    "methods/test_faults.py",
+    "report/test_page.py",
+    "report/test_results.py",
+    "run/",
+    "test_diagnosis.py",
+    "test_notebooks.py",
+    "test_pages.py",
+    "test_progress.py",
+)
 
 # Before any fake device is known: autograd would start threads for it, and no process could be forked any more.
 torch.ones((), requires_grad=True).backward()
@@ -23,11 +39,25 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by processes: th
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark ``each_commit``: all but the slow ones and the rooms of whole runs."""
+    """Mark ``each_commit``: all but the slow ones, the rooms of whole runs, and what is alike for many methods.
+
+    That is: of a test that goes through all methods those with the mechanism of another; they keep their life's test.
+    """
     for item in items:
-        room = item.path.relative_to(TESTS).parts[0]
-        if room not in WHOLE_RUNS and not item.get_closest_marker("slow"):
+        path = item.path.relative_to(TESTS).as_posix()
+        if not path.startswith(WHOLE_RUNS) and not item.get_closest_marker("slow") and not _is_one_of_many(item):
             item.add_marker("each_commit")
+
+
+def _is_one_of_many(item):
+    params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    named = [value[0] if isinstance(value, tuple) and value else value for value in params]
+    of_methods = {value for value in named if isinstance(value, str)} & set(names())
+    if not of_methods or item.originalname == "test_one_life" or item.path.stem.removeprefix("test_") in of_methods:
+        return False
+    from contract import CORE  # makes every method around every net, so only where tests of these are collected
+
+    return not of_methods & CORE
 
 
 @pytest.fixture(autouse=True)

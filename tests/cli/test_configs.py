@@ -47,7 +47,14 @@ def test_there_are_some():
     assert sum("methods" in yaml.safe_load(path.read_text()) for path in NAMED) > 5
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(CONFIGS)))
+def each_file():
+    """One test a file; those of a benchmark's many cells are ``slow``, but for the main one."""
+    for path in ALL:
+        slow = "methods:" in path.read_text() and path != CONFIGS / "digits/benchmark.yaml"
+        yield pytest.param(path, id=str(path.relative_to(CONFIGS)), marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize("path", each_file())
 def test_every_config_parses(parse, path, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = path.read_text()
