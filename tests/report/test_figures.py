@@ -96,8 +96,9 @@ def test_names_stay_within_the_figure(tmp_path, count, domains):
         assert legend_of(figure) == (set(made.methods) if count > 1 else set())
     else:
         assert names == set()
-        assert [panel.axes[0].get_title(loc="left") for panel in figure.subfigs] == list(made.methods)
-        lines = [panel.axes[0].lines[1].get_color() for panel in figure.subfigs[1:]]
+        panels = sorted(figure.subfigs, key=lambda panel: (-round(panel.bbox.y0), panel.bbox.x0))  # as they are read
+        assert [panel.axes[0].get_title(loc="left") for panel in panels] == list(made.methods)
+        lines = [panel.axes[0].lines[1].get_color() for panel in panels[1:]]
         assert lines == [looks(made.methods)[method].color for method in NAMES[1:count]]
         assert len(set(lines)) == count - 1
 
