@@ -14,7 +14,7 @@ from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.components.contrast import contrast_views
 from lightning_tta.methods.components.projector import make_projector
-from lightning_tta.views.simclr import simclr_view
+from lightning_tta.views.strong import strong_views
 
 
 class Contrastive(Auxiliary):
@@ -54,7 +54,9 @@ class Contrastive(Auxiliary):
 
     def views(self, images: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Two views of each image, (2 * B, C, H, W), drawn by two keys."""
-        return torch.cat([simclr_view(images, key, flip=self.flip) for key in (first, second)])
+        return torch.cat(
+            [strong_views(images, key, crop=True, hue=False, blur=False, flip=self.flip) for key in (first, second)]
+        )
 
     def loss(self, net: nn.Module, images: Tensor, labels: Tensor, key: Tensor) -> Tensor:
         """The mean over the images; all views make one batch."""

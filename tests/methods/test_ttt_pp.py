@@ -1,6 +1,7 @@
 """TTT++ against plain nets, with its losses written out in loops; its queue, its source moments, and its views."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from lightning_tta import DataError, SourceClassifier, UnsupportedModelError, ad
 from lightning_tta.auxiliary import contrastive
 from lightning_tta.auxiliary.base import Trained, note_trained
 from lightning_tta.auxiliary.contrastive import Contrastive
-from lightning_tta.views.simclr import simclr_view
+from lightning_tta.views.strong import strong_views
 from nets import make_images, make_net, make_stream, max_difference, same, without_running_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,11 +28,11 @@ def known(monkeypatch):
     """Views that a reference can make, too: the second key of a step is one above the first."""
     calls = []
 
-    def view(images, key, *, flip):
+    def view(images, key, **options):
         calls.append(0)
         return view_of(images, (len(calls) - 1) % 2)
 
-    monkeypatch.setattr(contrastive, "simclr_view", view)
+    monkeypatch.setattr(contrastive, "strong_views", view)
 
 
 def with_projector(net):
@@ -150,6 +151,7 @@ def test_the_training_draws_views_together():
 
 
 def test_views():
+    simclr_view = partial(strong_views, crop=True, hue=False, blur=False)
     images, key = make_images(64), torch.tensor([5, 9])
     views = simclr_view(images, key)
     assert views.shape == images.shape
