@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 STREAM = ("stream", "domains", "severity", "num_images", "batch_size", "order_seed")
 SOURCE = ("train_batch_size", "augment", "val_domains", "num_workers")
 TRAINER = ("accelerator", "devices", "precision", "default_root_dir")
-RARE: tuple[str, ...] = (
-    *("model.compile", "model.lean", "model.classes", "model.backbone_options", "model.reservoir", "model.capture"),
-    *("model.select", "model.adapters", "model.adapter_parts"),
+RARE = tuple(
+    f"model.{name}"
+    for name in "compile lean classes backbone_options reservoir capture select adapters adapter_parts".split()
 )
 LEFT = 28
 

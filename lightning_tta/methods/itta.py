@@ -51,7 +51,7 @@ class ITTA(AuxiliaryMethod):
     about = About(
         does="a learned measure of how much features change with an image's style",
         learns="a scale and shift of each channel after each stage",
-        passes="3 / 1",
+        passes="2, one of twice the batch / 1",
         needs="linear head, stages of maps or tokens; a source trained with auxiliary consistency",
         holds="scales, shifts, 64 styles",
         suits="any; batches of one",

@@ -76,7 +76,7 @@ class ViDA(TeacherMethod):
     about = About(
         does="cross-entropy to a teacher; low- and high-rank adapters weighted by its uncertainty over views",
         learns="all, and adapters",
-        passes="12 / 1",
+        passes="10 views, and 2 / 1",
         needs="-",
         holds="a teacher",
         suits="long, continual",

@@ -5,6 +5,7 @@ A new method is picked up by itself.
 
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -29,28 +30,8 @@ from nets import kinds_of, make_images, make_net, make_stream, same
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = (4, 4, 1, 3, 4)
-PASSES = {
-    "source": (1, 0),
-    "norm": (1, 0),
-    "tent": (1, 1),
-    "come": (1, 1),
-    "rpl": (1, 1),
-    "santa": (3, 1),
-    "actmad": (1, 1),
-    "cafa": (1, 1),
-    "shot": (1, 1),
-    "zerosiam": (1, 1),
-    "meta_ttt": (3, 2),
-    "lame": (1, 0),
-    "t3a": (1, 0),
-    "adanpc": (1, 0),
-    "neo": (1, 0),
-    "output_shift": (1, 0),
-    "pea": (2, 0),
-    "rmt": (4, 1),
-    "psmt": (3, 1),
-    "adacontrast": (4, 1),
-}  # per step: forward, backward
+SAID = {name: re.fullmatch(r"(\d+) / (\d+)", kind.about.passes) for name, kind in available_methods().items()}
+PASSES = {name: (int(said[1]), int(said[2])) for name, said in SAID.items() if said}  # of a batch: forward, backward
 
 
 def test_methods_are_found():
