@@ -42,7 +42,7 @@ class AdaContrast(TeacherMethod):
     Args:
         model: A classifier that ends in one linear layer.
         lr: Authors' online setting in public benchmarks: 2e-4 with ``sgd`` (CIFAR, batch 200; ImageNet, batch 64).
-        optimizer: ``sgd``, ``adam`` or ``adamw``.
+        optimizer: ``sgd``, ``nesterov``, ``adam`` or ``adamw``.
         weight_decay: >= 0; authors 1e-4.
         class_weight: >= 0; authors 1.
         contrast_weight: >= 0; authors 1.

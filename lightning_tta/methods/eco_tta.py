@@ -41,7 +41,7 @@ class EcoTTA(AuxiliaryMethod):
     Args:
         model: A net of blocks that take and return feature maps, such as a ResNet, with any norm layers or none.
         lr: Learning rate, >= 0; 5e-3 from the paper (CIFAR), quoted.
-        optimizer: ``sgd``, ``adam`` or ``adamw``.
+        optimizer: ``sgd``, ``nesterov``, ``adam`` or ``adamw``.
         momentum: In [0, 0.9999]; 0.9 in community code.
         parts: K, >= 1; authors 5 or 4. The net's blocks are shared out evenly.
         entropy_margin: Share of ln K, > 0; authors 0.4.

@@ -29,7 +29,7 @@ class ETA(EntropyMethod):
     Args:
         model: A classifier with normalisation layers (BatchNorm, GroupNorm, LayerNorm, ...).
         lr: Learning rate, >= 0. Authors: 5e-3 (CIFAR-10), 2.5e-4 (ImageNet), SGD at batch 64.
-        optimizer: ``sgd`` (authors), ``adam`` or ``adamw``.
+        optimizer: ``sgd`` (authors), ``nesterov``, ``adam`` or ``adamw``.
         entropy_margin: E0 as a share of ln K, > 0; authors 0.4. ``None``: no such filter, and weights of 1.
         diversity_margin: Largest similarity to pbar, > 0; authors 0.4 (CIFAR-10), 0.05 (ImageNet). ``None``: no filter.
         **options: ``entropy``: H; pbar stays as it is. ``source_filter``, ``momentum``, ``weight_decay``, ``steps``,

@@ -32,7 +32,7 @@ class MEMO(EpisodeMethod):
         model: Any classifier; for ``params="norm"`` one with norm layers.
         lr: Learning rate. The authors: CIFAR 5e-3 (SGD), ResNet-50 2.5e-4 (SGD), transformers 1e-5 (AdamW, weight
             decay 0.01); CR-MEMO 2.5e-4 (AdamW).
-        optimizer: ``sgd``, ``adam`` or ``adamw``.
+        optimizer: ``sgd``, ``nesterov``, ``adam`` or ``adamw``.
         momentum: SGD's, or Adam's first beta; ``None``: 0 and 0.9. In one step from nothing it does not matter.
         weight_decay: Weight decay, >= 0.
         steps: Steps for each image, at least 1.

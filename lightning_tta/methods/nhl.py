@@ -35,7 +35,7 @@ class NHL(GradientMethod):
     Args:
         model: Any net that runs a convolution.
         lr: Of the gains, >= 0. No published value.
-        optimizer: ``sgd``, ``adam`` or ``adamw``.
+        optimizer: ``sgd``, ``nesterov``, ``adam`` or ``adamw``.
         hebbian_lr: >= 0; no published value. The rule alone makes one filter the first principal direction of the
             patches; large rates forget what the source has learned.
         inverse_temperature: >= 0; no published value. 0: all channels alike.

@@ -37,7 +37,7 @@ class SHOT(GradientMethod):
     Args:
         model: A classifier that ends in one linear layer.
         lr: Learning rate, >= 0. Authors: 1e-3 for the backbone.
-        optimizer: ``sgd`` (authors), ``adam`` or ``adamw``.
+        optimizer: ``sgd`` (authors), ``nesterov``, ``adam`` or ``adamw``.
         label_weight: >= 0. Authors: 0.3, and 0.1 for digits.
         diversity_weight: >= 0. Authors: 1, and 0 where the target has fewer classes than the source.
         labels: ``centroid``: as above, the authors', who cluster the whole target set before each epoch; ``confident``:

@@ -40,7 +40,7 @@ class TTT(AuxiliaryMethod):
     Args:
         model: A classifier that ends in a linear layer; images must be square.
         lr: Learning rate, >= 0; authors 1e-3.
-        optimizer: ``sgd`` (authors), ``adam`` or ``adamw``.
+        optimizer: ``sgd`` (authors), ``nesterov``, ``adam`` or ``adamw``.
         momentum: In [0, 0.9999]; authors 0.
         episodic: Every batch starts from the source (the authors' standard version). ``False``: from where the batch
             before ended (their online version).

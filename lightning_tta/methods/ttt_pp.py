@@ -48,7 +48,7 @@ class TTTpp(AuxiliaryMethod):
     Args:
         model: A classifier that ends in a linear layer.
         lr: Learning rate, >= 0; authors 0.01 (CIFAR-10, batch 256).
-        optimizer: ``sgd`` (authors), ``adam`` or ``adamw``.
+        optimizer: ``sgd`` (authors), ``nesterov``, ``adam`` or ``adamw``.
         momentum: In [0, 0.9999]; authors 0.9.
         contrast_weight: >= 0; 1 in the paper. In the authors' code it is temperature / 0.07, by a default of the loss
             that they use: 7.1.
