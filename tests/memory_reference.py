@@ -64,6 +64,11 @@ def moments_of(net):
     return torch.stack([torch.cat([layer.mean for layer in layers]), torch.cat([layer.var for layer in layers])])
 
 
+def dimmed(images, key=None):
+    """A view, in the place of a random one."""
+    return (0.7 * images).roll(2, -1)
+
+
 def log_softmax(logits):
     return logits - logits.exp().sum(1, keepdim=True).log()
 

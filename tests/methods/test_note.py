@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from test_tensors_only import NoSynchronisation, in_a_step
 from torch import nn
 
 from contract import VARIANTS, build
@@ -149,17 +148,3 @@ def test_there_is_no_plain_net():
     for images in make_stream(3):
         method(images)
     torch.testing.assert_close(method.export()(images), method.predict(images))
-
-
-def test_it_asks_once():
-    method = build("note", VARIANTS["note"][0], "bn")
-
-    def replayed(name, function, *tensors):
-        with NoSynchronisation():
-            return function(*tensors)
-
-    method.replayed = replayed
-    for skips in (True, False):
-        method.skips_when_empty = skips
-        for images in make_stream(2, batch=6):
-            assert torch.isfinite(in_a_step(method, images)).all()

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from test_tensors_only import NoSynchronisation, in_a_step
 
 from contract import VARIANTS, build
 from lightning_tta import adapt
@@ -138,20 +137,6 @@ def test_a_failed_step_leaves_out_what_led_to_it(monkeypatch):
         method(make_images(10, seed=3))
         assert method.stats["skipped_steps"] >= 1
         assert same(method.state_dict(), before)
-
-
-def test_it_asks_once():
-    method = build("sotta", VARIANTS["sotta"][0], "bn")
-
-    def replayed(name, function, *tensors):
-        with NoSynchronisation():
-            return function(*tensors)
-
-    method.replayed = replayed
-    for skips in (True, False):
-        method.skips_when_empty = skips
-        for images in make_stream(2, batch=6):
-            assert torch.isfinite(in_a_step(method, images)).all()
 
 
 def test_rows_of_draws_are_those_of_their_keys():
