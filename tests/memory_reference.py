@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_tta.draws import random_rows
+from nets import max_difference
 
 TOLERANCE = 1e-6  # float64; Adam scales rounding noise of small gradients up
 
@@ -64,6 +65,16 @@ def moments_of(net):
     return torch.stack([torch.cat([layer.mean for layer in layers]), torch.cat([layer.var for layer in layers])])
 
 
+def moved(net, start):
+    """The largest change of the learned tensor that changed least."""
+    return min((p - start.get_parameter(name)).abs().max().item() for name, p in learned(net).items())
+
+
+def dimmed(images, key=None):
+    """A view, in the place of a random one."""
+    return (0.7 * images).roll(2, -1)
+
+
 def log_softmax(logits):
     return logits - logits.exp().sum(1, keepdim=True).log()
 
@@ -99,3 +110,17 @@ class SlotMemory:
 
     def items(self):
         return [slot for slot in self.slots if slot is not None]
+
+
+def assert_same_step(method, reference, images):
+    """A batch in a method with one net, and in its reference with a :class:`SlotMemory`: logits and state."""
+    predicted = method.predict(images[:1])
+    logits, expected = method(images), reference(images)
+    assert max_difference(logits, expected) < TOLERANCE
+    assert max_difference(predicted, logits[:1]) < TOLERANCE
+    for name, p in learned(reference.net).items():
+        assert max_difference(method.model.get_parameter(name).detach(), p.detach()) < TOLERANCE
+    if any(isinstance(layer, AveragedBN) for layer in reference.net.modules()):
+        assert max_difference(method.value("net.statistics.moments"), moments_of(reference.net)) < TOLERANCE
+    assert method.value("images.labels").tolist() == [-1 if s is None else s[1] for s in reference.memory.slots]
+    assert method.value("images.seen") == reference.memory.seen

@@ -28,8 +28,9 @@ class DELTA(EntropyMethod):
         L   = mean [ w_b exp(E0 - stopgrad(H)) H ]  over the samples with  H < E0 = entropy_margin * ln K
 
     and then ``q <- frequency_decay q + (1 - frequency_decay) mean_b p_b``. BatchNorm normalises with a moving average
-    of the stream's statistics, and has the gradient of batch statistics (TBR:
-    :class:`~lightning_tta.methods.components.statistics.Renormalized`); ``statistics=`` takes others in its place.
+    of the stream's statistics, from the first batch on, and has the gradient of batch statistics (TBR:
+    :class:`~lightning_tta.methods.components.statistics.Renormalized`, ``start: batch``); ``statistics=`` takes others
+    in its place.
 
     Parameters touched: weight and bias of every normalisation layer. State: these, the optimizer, q, and the moving
     statistics. Per batch and step: one forward and one backward pass; no step when nothing is kept. Returns the logits
@@ -50,10 +51,10 @@ class DELTA(EntropyMethod):
         UnsupportedModelError: If the net has no affine normalisation layer, or a BatchNorm layer without source
             statistics.
 
-    Source: Zhao et al., DELTA, ICLR 2023, arXiv 2301.13018. Formula from: code. Differs from it: the moving statistics
-    start at the source, not at the first batch, and have the batch in them before it is predicted; q of a batch whose
-    step failed is not taken; no class counts as rarer than the precision of its numbers; GroupNorm and LayerNorm nets
-    are allowed, with DOT alone.
+    Source: Zhao et al., DELTA, ICLR 2023, arXiv 2301.13018. Formula from: code. Differs from it: the moving average is
+    of the variance, not of its root, and has the batch in it before it is predicted; q of a batch whose step failed is
+    not taken; no class counts as rarer than the precision of its numbers; GroupNorm and LayerNorm nets are allowed,
+    with DOT alone.
     """
 
     about = About(
@@ -88,7 +89,7 @@ class DELTA(EntropyMethod):
         self.state("mean_probability", empty_by_class(self.model), source=NOT_YET)
         if statistics_momentum is not None and batch_norm_layers(self.model):
             check_tracked(self, "statistics_momentum=None, the statistics of each batch")
-            statistics.choose(self, {"kind": "renormalized", "momentum": statistics_momentum})
+            statistics.choose(self, {"kind": "renormalized", "momentum": statistics_momentum, "start": "batch"})
 
     def step(self, x: Tensor) -> Tensor:
         """One step on the samples that are kept."""

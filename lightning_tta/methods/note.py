@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from lightning_tta.errors import DataError, check_range
 from lightning_tta.losses import entropy
 from lightning_tta.methods.base.account import Statistics
 from lightning_tta.methods.base.description import About
-from lightning_tta.methods.base.gradient import GradientMethod
+from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import State
 from lightning_tta.methods.components.image_memory import MemoryMethod, ReservoirMemory
-from lightning_tta.methods.components.memory_statistics import MemoryStatistics, running
+from lightning_tta.methods.components.memory_statistics import MemoryStatistics
 from lightning_tta.methods.components.statistics import instance_aware
 
 
@@ -31,7 +30,7 @@ class InstanceAware(MemoryStatistics):
         momentum: Of what is kept, in [0, 1].
     """
 
-    def __init__(self, method: GradientMethod, *, k: float, momentum: float) -> None:
+    def __init__(self, method: TTAMethod, *, k: float, momentum: float) -> None:
         check_range("k", k, 0)
         super().__init__(method, momentum=momentum, share=1.0, unbiased=True)
         self.k = k
@@ -52,7 +51,7 @@ class InstanceAware(MemoryStatistics):
         return instance_aware(x, memory, self.eps[name], self.k), kept
 
 
-class NOTE(MemoryMethod, GradientMethod):
+class NOTE(MemoryMethod):
     """Minimises the entropy of remembered images, with BatchNorm layers that look at each image (IABN).
 
     A layer normalises image i with its own mean and variance where these are farther from those of the population, mu
@@ -81,7 +80,7 @@ class NOTE(MemoryMethod, GradientMethod):
     Args:
         model: A classifier with normalisation layers.
         capacity: M, >= 1; authors 64.
-        update_every: Images from one step to the next, >= 1; authors 64.
+        update_every: Images from one step to the next, >= 1; ``None``: a step after each batch. Authors 64.
         k: >= 0; authors 4. The larger, the nearer to plain BatchNorm.
         bn_momentum: m, in [0, 1]; authors 0.01.
         seed: Of the draws of what enters and leaves the memory.
@@ -108,7 +107,7 @@ class NOTE(MemoryMethod, GradientMethod):
     )
 
     own_statistics = "they are of each image, around those of a memory, with k and bn_momentum"
-    fixed_options = frozenset({"steps", "lr_batch_size"})
+    in_parts = True
 
     def __init__(
         self,
@@ -116,18 +115,16 @@ class NOTE(MemoryMethod, GradientMethod):
         *,
         lr: float = 1e-4,
         capacity: int = 64,
-        update_every: int = 64,
         k: float = 4.0,
         bn_momentum: float = 0.01,
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, lr=lr, steps=1, lr_batch_size=None, **options)
-        check_range("update_every", update_every, 1, integer=True)
-        self.update_every = update_every
+        super().__init__(model, lr=lr, **options)
         self.learn(self.select("norm"))
         self.images = ReservoirMemory(self, capacity, seed)
         self.of_net = InstanceAware(self, k=k, momentum=bn_momentum)
+        self.statistics = (self.of_net,)
         if not self.of_net.is_empty:
             self.no_plain_net = (
                 "its BatchNorm layers take the statistics of each image. Deploy the method itself, or use 'norm'"
@@ -158,14 +155,6 @@ class NOTE(MemoryMethod, GradientMethod):
                 stacklevel=2,
             )
 
-    def step(self, x: Tensor) -> Tensor:
-        """Predict, remember, and step on the memory where it is time."""
-        return self.adapt_from_memory(x, self.update_every, in_parts=True)
-
-    def running(self) -> AbstractContextManager[None]:
-        """With the statistics of each image, around those that are kept."""
-        return running(self.of_net)
-
     def stream_statistics(self) -> Statistics | None:
         """None are the same for all images."""
         return None
@@ -173,7 +162,5 @@ class NOTE(MemoryMethod, GradientMethod):
     def learn_from(self, images: Tensor, there: Tensor, ages: Tensor, *more: Tensor) -> Tensor:
         """A step on images (M, C, H, W); whether all was finite."""
         with self.of_net.moving(there):
-            taken = self.descend(entropy(self.logits(images)), there)
-        if not self.known(~taken):
-            self.of_net.keep(taken)
-        return taken
+            losses = entropy(self.logits(images))
+        return self.descend(losses, there)

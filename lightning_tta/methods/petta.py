@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from lightning_tta.backbones.passes import outside_inference_mode
-from lightning_tta.backbones.split import recorded_calls
 from lightning_tta.errors import DataError, check_choice, check_range
 from lightning_tta.losses import soft_cross_entropy
 from lightning_tta.methods.base.description import About
-from lightning_tta.methods.components.memory_statistics import MemoryStatistics, running
+from lightning_tta.methods.components.memory_statistics import MemoryStatistics
 from lightning_tta.methods.components.source_images import see_source_images
 from lightning_tta.methods.rotta import RoTTA
 
@@ -82,16 +81,16 @@ class PeTTA(RoTTA):
         bn_momentum: float = 0.05,
         **options: Any,
     ) -> None:
-        super().__init__(model, bn_momentum=bn_momentum, update_every=1, **options)
+        super().__init__(model, bn_momentum=bn_momentum, update_every=None, **options)
         check_range("pull_weight", pull_weight, 0)
         check_range("anchor_weight", anchor_weight, 0)
         check_choice("loss", loss, ("both", "view"))
         check_choice("regularizer", regularizer, ("cosine", "l2"))
         self.pull_weight, self.anchor_weight = pull_weight, anchor_weight
         self.loss, self.regularizer = loss, regularizer
-        self.update_every = None
         self._drawn: Tensor | None = None  # gamma pull_weight R, from the loss to its gradient
         self.of_anchor = MemoryStatistics(self, "anchor", momentum=bn_momentum)
+        self.statistics += (self.of_anchor,)
         like = self.split.head.weight.detach()
         for name in ("source_means", "source_vars"):
             self.register_buffer(name, torch.zeros_like(like))
@@ -135,20 +134,11 @@ class PeTTA(RoTTA):
             self.renew_source("prototypes")
         super().prepare(source_batches)
 
-    def step(self, x: Tensor) -> Tensor:
-        """Predict, remember, and step on the memory."""
-        return self.adapt_from_memory(x, None, self.view_of_memory)
-
     @torch.no_grad()
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's logits and features of a batch."""
-        with recorded_calls({self.split.name: self.split.head}) as calls:
-            logits = self.infer(x)
-        return logits, self.split.check(calls, logits).clone()
-
-    def running(self) -> Any:
-        """With the teacher's statistics."""
-        return running(self.of_teacher, self.of_student, self.of_anchor)
+        features, logits = self.split(x, self.infer)
+        return logits, features
 
     @torch.no_grad()
     def drift(self, logits: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,8 +179,6 @@ class PeTTA(RoTTA):
         if not self.known(~taken):
             self.update_teacher(taken * (1 - gamma))
             self.write("prototypes", prototypes, taken)
-            for each in (self.of_teacher, self.of_student, self.of_anchor):
-                each.keep(taken)
         return taken
 
     def differentiate(self, loss: Tensor, tensors: Sequence[Tensor] | None = None) -> tuple[Tensor | None, ...]:

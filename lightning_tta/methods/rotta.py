@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.errors import check_range
 from lightning_tta.losses import soft_cross_entropy
-from lightning_tta.methods.base.account import Statistics
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.image_memory import MemoryMethod, TimelyMemory
-from lightning_tta.methods.components.memory_statistics import MemoryStatistics, running
+from lightning_tta.methods.components.memory_statistics import MemoryStatistics
 from lightning_tta.methods.components.teacher import TeacherMethod
 from lightning_tta.views.jitter import jitter
 
@@ -44,7 +41,7 @@ class RoTTA(MemoryMethod, TeacherMethod):
     Args:
         model: A classifier with normalisation layers.
         capacity: M, >= 1; authors 64.
-        update_every: Images from one step to the next, >= 1; authors 64.
+        update_every: Images from one step to the next, >= 1; ``None``: a step after each batch. Authors 64.
         ema_decay: Of the teacher, in [0, 1]; authors 0.999.
         bn_momentum: m, in [0, 1]; authors 0.05.
         lambda_t: Weight of age in the memory, >= 0; authors 1.
@@ -77,14 +74,12 @@ class RoTTA(MemoryMethod, TeacherMethod):
     selected = "norm"
     uses_batch_statistics = False
     own_statistics = "its own follow a memory of images, with bn_momentum"
-    fixed_options = frozenset({"steps", "lr_batch_size"})
 
     def __init__(
         self,
         model: nn.Module,
         *,
         capacity: int = 64,
-        update_every: int = 64,
         ema_decay: float = 0.999,
         bn_momentum: float = 0.05,
         lambda_t: float = 1.0,
@@ -92,34 +87,21 @@ class RoTTA(MemoryMethod, TeacherMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, ema_decay=ema_decay, seed=seed, steps=1, lr_batch_size=None, **options)
-        check_range("update_every", update_every, 1, integer=True)
-        self.update_every: int | None = update_every
+        super().__init__(model, ema_decay=ema_decay, seed=seed, **options)
         self.images = TimelyMemory(self, capacity, lambda_t=lambda_t, lambda_u=lambda_u)
         self.of_teacher, self.of_student = (
             MemoryStatistics(self, net, momentum=bn_momentum) for net in ("teacher", "student")
         )
+        self.statistics = self.of_teacher, self.of_student
 
-    def step(self, x: Tensor) -> Tensor:
-        """Predict, remember, and step on the memory where it is time."""
-        return self.adapt_from_memory(x, self.update_every, self.view_of_memory)
-
-    def view_of_memory(self, images: Tensor, seen: int) -> Tensor:
-        """A view of the memory, which the number of images seen decides."""
-        return jitter(images, self.host_key(seen, 0))
+    def views_of(self, images: Tensor, seen: int) -> tuple[Tensor, ...]:
+        """One, which the number of images seen decides."""
+        return (jitter(images, self.host_key(seen, 0)),)
 
     @torch.no_grad()
     def infer(self, x: Tensor) -> Tensor:
         """The teacher's prediction."""
         return self.logits(x, self.teacher.weights(), accounted=True)
-
-    def running(self) -> AbstractContextManager[None]:
-        """With the teacher's statistics."""
-        return running(self.of_teacher, self.of_student)
-
-    def stream_statistics(self) -> Statistics | None:
-        """The teacher's."""
-        return self.of_teacher.kept()
 
     def learn_from(self, images: Tensor, there: Tensor, ages: Tensor, *more: Tensor) -> Tensor:
         """A step of the student on images (M, C, H, W), then of the teacher; whether all was finite."""
@@ -131,6 +113,4 @@ class RoTTA(MemoryMethod, TeacherMethod):
         taken = self.descend(losses * timely, there)
         if not self.known(~taken):
             self.update_teacher(taken)
-            self.of_teacher.keep(taken)
-            self.of_student.keep(taken)
         return taken

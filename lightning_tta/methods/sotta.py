@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_tta.errors import check_range
 from lightning_tta.losses import entropy
-from lightning_tta.methods.base.account import Statistics
 from lightning_tta.methods.base.description import About
-from lightning_tta.methods.base.gradient import GradientMethod
 from lightning_tta.methods.components.image_memory import MemoryMethod, UniformMemory
-from lightning_tta.methods.components.memory_statistics import MemoryStatistics, running
+from lightning_tta.methods.components.memory_statistics import MemoryStatistics
 
 
-class SoTTA(MemoryMethod, GradientMethod):
+class SoTTA(MemoryMethod):
     """Minimises the entropy of sure remembered images where it is largest within a small ball of weights.
 
     Images that the net is sure of, ``max_k p_k >= threshold``, enter a memory of M one after the other, which holds as
@@ -44,7 +41,7 @@ class SoTTA(MemoryMethod, GradientMethod):
     Args:
         model: A classifier with normalisation layers.
         capacity: M, >= 1; authors 64.
-        update_every: Images from one step to the next, >= 1; authors 64.
+        update_every: Images from one step to the next, >= 1; ``None``: a step after each batch. Authors 64.
         threshold: Confidence, in [0, 1]; authors 0.99 (CIFAR-10), 0.66 (CIFAR-100), 0.33 (ImageNet).
         rho: Radius of the ball, >= 0; authors 0.05.
         bn_momentum: m, in [0, 1]; authors 0.2.
@@ -75,14 +72,13 @@ class SoTTA(MemoryMethod, GradientMethod):
     )
 
     own_statistics = "its own follow a memory of images, with bn_momentum"
-    fixed_options = frozenset({"steps", "lr_batch_size"})
+    in_parts = True
 
     def __init__(
         self,
         model: nn.Module,
         *,
         capacity: int = 64,
-        update_every: int = 64,
         threshold: float = 0.99,
         rho: float = 0.05,
         bn_momentum: float = 0.2,
@@ -90,25 +86,13 @@ class SoTTA(MemoryMethod, GradientMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, steps=1, lr_batch_size=None, **options)
-        check_range("update_every", update_every, 1, integer=True)
+        super().__init__(model, **options)
         check_range("rho", rho, 0)
-        self.update_every, self.rho = update_every, rho
+        self.rho = rho
         self.learn(self.select("early_norm", frozen_fraction=frozen_fraction))
         self.images = UniformMemory(self, capacity, threshold=threshold, seed=seed)
         self.of_net = MemoryStatistics(self, momentum=bn_momentum, share=1.0, unbiased=True)
-
-    def step(self, x: Tensor) -> Tensor:
-        """Predict, remember, and step on the memory where it is time."""
-        return self.adapt_from_memory(x, self.update_every, in_parts=True)
-
-    def running(self) -> AbstractContextManager[None]:
-        """With the statistics that are kept."""
-        return running(self.of_net)
-
-    def stream_statistics(self) -> Statistics | None:
-        """Those that are kept."""
-        return self.of_net.kept()
+        self.statistics = (self.of_net,)
 
     def learn_from(self, images: Tensor, there: Tensor, ages: Tensor, *more: Tensor) -> Tensor:
         """Climb, and step back from there, on images (M, C, H, W); whether all was finite, or there was none."""
@@ -119,6 +103,5 @@ class SoTTA(MemoryMethod, GradientMethod):
             return is_empty
         with self.moved(ascent, self.rho), self.of_net.moving(there, again=True):
             descent = self.gradients(entropy(self.logits(images)), there)
-        taken = self.apply_gradients(dataclasses.replace(descent, usable=descent.usable & ascent.usable))
-        self.of_net.keep(taken)
-        return taken | is_empty
+        descent = dataclasses.replace(descent, usable=descent.usable & ascent.usable)
+        return self.apply_gradients(descent) | is_empty

@@ -12,17 +12,18 @@ Errors in percent.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lightning_tta.backbones import create_backbone
 from lightning_tta.data import ShiftedDataModule
 from lightning_tta.losses import come_entropy
 from lightning_tta.methods import adapt
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.components.filters import Filter
-from plumbing import arguments, digits_or_folder, header, row
-from reasons import batches, softened
+from plumbing import header, row
+from reasons import batches, net_and_streams, softened
 
 
 def made_surer(logits: Tensor, mass: float) -> Tensor:
@@ -56,23 +57,8 @@ def stream(method: TTAMethod, data: ShiftedDataModule) -> tuple[float, float]:
 
 def main(args: list[str] | None = None) -> list[dict[str, float]]:
     """Print the table; returns its rows."""
-    options = arguments(
-        __doc__,
-        args,
-        root=(str, "folder of images, ROOT/test/<class>/*"),
-        net="cifar/resnet26_gn",
-        source_ckpt=str,
-        domains=["held_out"],
-        function_set=("imagenet_c", "or builtin"),
-        images=2000,
-        batch_size=64,
-        factors=["1", "0.5"],
-        masses=["10", "100", "1000", "10000"],
-    )
-    torch.manual_seed(0)
-    settings = {name: getattr(options, name) for name in ("domains", "function_set", "batch_size")}
-    data = digits_or_folder(options.root, {}, {}, stream="mixed", num_images=options.images, **settings)
-    net = create_backbone(options.net, data.num_classes, weights=options.source_ckpt).eval()
+    more: dict[str, Any] = {"factors": ["1", "0.5"], "masses": ["10", "100", "1000", "10000"]}
+    options, net, (data,) = net_and_streams(__doc__, args, ["mixed"], domains=["held_out"], batch_size=64, **more)
     rows = []
     kinds = [f"{kind}{word}" for kind in ("", "surer alone: ", "surer alone, m = K: ") for word in ("error", "largest")]
     header("factor", "m", "sum exp u < m", "surer", *kinds)

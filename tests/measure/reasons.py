@@ -10,8 +10,9 @@ Nothing here is a method: labels are used. Errors in percent; protocols as in co
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +94,30 @@ def batches(data: ShiftedDataModule) -> Iterator[Batch]:
         yield batch["image"], batch["label"], int(batch["domain"][0])
 
 
+def net_and_streams(
+    doc: str | None, args: list[str] | None, streams: Sequence[str], **more: Any
+) -> tuple[argparse.Namespace, nn.Module, list[ShiftedDataModule]]:
+    """The command line with further options, the source net, and the streams."""
+    options = arguments(
+        doc,
+        args,
+        root=(str, "folder of images, ROOT/test/<class>/*"),
+        net="cifar/resnet26_gn",
+        source_ckpt=str,
+        function_set=("imagenet_c", "or builtin"),
+        images=2000,
+        **more,
+    )
+    torch.manual_seed(0)
+    settings = {name: getattr(options, name) for name in ("domains", "function_set", "batch_size")}
+    data = [
+        digits_or_folder(options.root, {}, {}, stream=stream, num_images=options.images, **settings)
+        for stream in streams
+    ]
+    net = create_backbone(options.net, data[0].num_classes, weights=options.source_ckpt).eval()
+    return options, net, data
+
+
 def errors(predict: Callable[..., Tensor], data: ShiftedDataModule, after: Callable[[int], Any] = id) -> Tensor:
     """Error in percent of each domain; ``after`` is called with its number at the end of each."""
     wrong = torch.zeros(2, len(data.stream_domains), dtype=torch.float64)
@@ -154,24 +179,8 @@ def bank(net: nn.Module, data: ShiftedDataModule) -> list[dict[str, Any]]:
 
 def main(args: list[str] | None = None) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
     """Run both experiments and print their tables; returns their rows."""
-    options = arguments(
-        __doc__,
-        args,
-        root=(str, "folder of images, ROOT/test/<class>/*"),
-        net="cifar/resnet26_gn",
-        source_ckpt=str,
-        domains=["reported"],
-        function_set=("imagenet_c", "or builtin"),
-        images=2000,
-        batch_size=200,
-    )
-    torch.manual_seed(0)
-    settings = {name: getattr(options, name) for name in ("domains", "function_set", "batch_size")}
-    continual, class_sorted = (
-        digits_or_folder(options.root, {}, {}, stream=stream, num_images=options.images, **settings)
-        for stream in ("continual", "label_shift")
-    )
-    net = create_backbone(options.net, continual.num_classes, weights=options.source_ckpt).eval()
+    streams = ("continual", "label_shift")
+    _, net, (continual, class_sorted) = net_and_streams(__doc__, args, streams, domains=["reported"], batch_size=200)
     return doubt(net, continual, class_sorted), bank(net, continual)
 
 

@@ -16,18 +16,19 @@ TOLERANCE = 1e-10  # float64
 
 
 class Renorm(nn.Module):
-    """(x - m_b) / s_b * r + d, r and d without gradient, from a moving average with the batch in it."""
+    """(x - m_b) / s_b * r + d, r and d without gradient, from an average that starts at the first batch, with it in."""
 
     def __init__(self, layer, momentum):
         super().__init__()
         self.weight, self.bias, self.eps, self.momentum = layer.weight, layer.bias, layer.eps, momentum
-        self.mean, self.var = layer.running_mean.clone(), layer.running_var.clone()
+        self.mean = self.var = None
 
     def forward(self, x):
         dims, shape = [0, *range(2, x.ndim)], (1, -1, *[1] * (x.ndim - 2))
         mean, var = x.mean(dims), x.var(dims, correction=0)
-        self.mean = (1 - self.momentum) * self.mean + self.momentum * mean.detach()
-        self.var = (1 - self.momentum) * self.var + self.momentum * var.detach()
+        before = (mean.detach(), var.detach()) if self.mean is None else (self.mean, self.var)
+        self.mean = (1 - self.momentum) * before[0] + self.momentum * mean.detach()
+        self.var = (1 - self.momentum) * before[1] + self.momentum * var.detach()
         std, average = (var + self.eps).sqrt(), (self.var + self.eps).sqrt()
         r, d = std.detach() / average, (mean.detach() - self.mean) / average
         y = (x - mean.view(shape)) / std.view(shape) * r.view(shape) + d.view(shape)

@@ -5,13 +5,22 @@ import math
 
 import pytest
 import torch
-from test_tensors_only import NoSynchronisation, in_a_step
 from torch import nn
 
 from contract import VARIANTS, build
 from lightning_tta import DataError, UnsupportedModelError, adapt
 from lightning_tta.methods.components.image_memory import ReservoirMemory
-from memory_reference import TOLERANCE, AveragedBN, SlotMemory, learned, log_softmax, moments_of, set_mode, with_layers
+from memory_reference import (
+    TOLERANCE,
+    AveragedBN,
+    SlotMemory,
+    assert_same_step,
+    learned,
+    log_softmax,
+    moved,
+    set_mode,
+    with_layers,
+)
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,21 +89,10 @@ def test_three_steps_and_more(kind, classes, size, k, sizes):
     method = adapt(net, "note", bn_momentum=0.3, capacity=size, update_every=6, **options)
     reference = PlainNOTE(net, classes, momentum=0.3, size=size, every=6, **options)
     for number, batch in enumerate(sizes):
-        images = make_images(batch, seed=number, dtype=torch.float64)
-        predicted = method.predict(images[:1])
-        logits, expected = method(images), reference(images)
-        assert max_difference(logits, expected) < TOLERANCE
-        assert max_difference(predicted, logits[:1]) < TOLERANCE
-        for name, p in learned(reference.net).items():
-            assert max_difference(method.model.get_parameter(name).detach(), p.detach()) < TOLERANCE
-        if kind in ("bn", "user"):
-            assert max_difference(method.value("net.statistics.moments"), moments_of(reference.net)) < TOLERANCE
-        labels = [-1 if slot is None else slot[1] for slot in reference.memory.slots]
-        assert method.value("images.labels").tolist() == labels
+        assert_same_step(method, reference, make_images(batch, seed=number, dtype=torch.float64))
         assert method.value("images.counts").tolist() == reference.memory.counts
     assert min(reference.memory.seen, sum(reference.memory.counts)) // 6 >= 3
-    moved = [(p - net.get_parameter(n)).abs().max().item() for n, p in learned(reference.net).items()]
-    assert min(moved) > 1e-4
+    assert moved(reference.net, net) > 1e-4
 
 
 def test_defaults_are_the_authors():
@@ -149,17 +147,3 @@ def test_there_is_no_plain_net():
     for images in make_stream(3):
         method(images)
     torch.testing.assert_close(method.export()(images), method.predict(images))
-
-
-def test_it_asks_once():
-    method = build("note", VARIANTS["note"][0], "bn")
-
-    def replayed(name, function, *tensors):
-        with NoSynchronisation():
-            return function(*tensors)
-
-    method.replayed = replayed
-    for skips in (True, False):
-        method.skips_when_empty = skips
-        for images in make_stream(2, batch=6):
-            assert torch.isfinite(in_a_step(method, images)).all()

@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from test_rotta import Memory, dimmed
-from test_tensors_only import NoSynchronisation, in_a_step
+from test_rotta import Memory
 
 from contract import VARIANTS, build
 from lightning_tta import ConfigError, DataError, adapt
 from lightning_tta.methods import rotta
-from memory_reference import TOLERANCE, AveragedBN, learned, log_softmax, moments_of, set_mode, with_layers
+from memory_reference import TOLERANCE, AveragedBN, dimmed, learned, log_softmax, moments_of, set_mode, with_layers
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -155,21 +154,6 @@ def test_the_farther_the_slower():
     assert method.stats["drift"] == 0.0
     for name, weight in method.teacher.weights().items():
         assert max_difference(weight, method.model.get_parameter(name).detach()) < 1e-6
-
-
-def test_it_asks_once():
-    method = build("petta", VARIANTS["petta"][0], "bn")
-    method(make_images(4))
-
-    def replayed(name, function, *tensors):
-        with NoSynchronisation():
-            return function(*tensors)
-
-    method.replayed = replayed
-    for skips in (True, False):
-        method.skips_when_empty = skips
-        for images in make_stream(2, batch=6):
-            assert torch.isfinite(in_a_step(method, images)).all()
 
 
 def test_what_was_prepared_is_saved_with_the_state():

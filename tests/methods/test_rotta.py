@@ -5,12 +5,22 @@ import math
 
 import pytest
 import torch
-from test_tensors_only import NoSynchronisation, in_a_step
+from test_tensors_only import in_a_step, parts_that_ask_nothing
 
 from contract import VARIANTS, build
 from lightning_tta import ConfigError, UnsupportedModelError, adapt
 from lightning_tta.methods import rotta
-from memory_reference import TOLERANCE, AveragedBN, learned, log_softmax, moments_of, set_mode, with_layers
+from memory_reference import (
+    TOLERANCE,
+    AveragedBN,
+    dimmed,
+    learned,
+    log_softmax,
+    moments_of,
+    moved,
+    set_mode,
+    with_layers,
+)
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,10 +96,6 @@ class PlainRoTTA:
                 slow.mul_(self.decay).add_((1 - self.decay) * fast)
 
 
-def dimmed(images, key=None):
-    return (0.7 * images).roll(2, -1)
-
-
 @pytest.fixture
 def known_view(monkeypatch):
     monkeypatch.setattr(rotta, "jitter", dimmed)
@@ -131,8 +137,7 @@ def test_three_steps_and_more(kind, classes, size, sizes, known_view):
         if method.stats["backwards"]:
             assert method.stats["loss"] == pytest.approx(reference.loss.item(), abs=TOLERANCE)
     assert reference.count // 6 >= 3
-    moved = [(p - net.get_parameter(n)).abs().max().item() for n, p in learned(reference.student).items()]
-    assert min(moved) > 1e-4
+    assert moved(reference.student, net) > 1e-4
 
 
 def test_defaults_are_the_authors(known_view):
@@ -154,16 +159,9 @@ def test_the_batches_do_not_matter():
         torch.testing.assert_close(single.memory[name], value, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def test_it_asks_once():
+def test_parts_of_its_steps():
     method = build("rotta", VARIANTS["rotta"][0], "bn")
-    parts = []
-
-    def replayed(name, function, *tensors):
-        parts.append(name)
-        with NoSynchronisation():
-            return function(*tensors)
-
-    method.replayed = replayed
+    parts = parts_that_ask_nothing(method)
     for skips in (True, False):
         method.skips_when_empty = skips
         for images in make_stream(2, batch=6):  # a step is every 4 images

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from test_tensors_only import NoSynchronisation, in_a_step
 
 from contract import VARIANTS, build
 from lightning_tta import adapt
@@ -13,9 +12,10 @@ from memory_reference import (
     TOLERANCE,
     AveragedBN,
     SlotMemory,
+    assert_same_step,
     learned,
     log_softmax,
-    moments_of,
+    moved,
     set_mode,
     with_layers,
 )
@@ -78,20 +78,8 @@ def test_three_steps_and_more(kind, classes, size, threshold, sizes):
     method = adapt(net, "sotta", bn_momentum=0.3, capacity=size, update_every=6, frozen_fraction=0.0, **options)
     reference = PlainSoTTA(net, classes, momentum=0.3, size=size, every=6, **options)
     for number, batch in enumerate(sizes):
-        images = make_images(batch, seed=number, dtype=torch.float64)
-        predicted = method.predict(images[:1])
-        logits, expected = method(images), reference(images)
-        assert max_difference(logits, expected) < TOLERANCE
-        assert max_difference(predicted, logits[:1]) < TOLERANCE
-        for name, p in learned(reference.net).items():
-            assert max_difference(method.model.get_parameter(name).detach(), p.detach()) < TOLERANCE
-        if kind in ("bn", "user"):
-            assert max_difference(method.value("net.statistics.moments"), moments_of(reference.net)) < TOLERANCE
-        labels = [-1 if slot is None else slot[1] for slot in reference.memory.slots]
-        assert method.value("images.labels").tolist() == labels
-        assert method.value("images.seen") == reference.memory.seen
-    moved = [(p - net.get_parameter(n)).abs().max().item() for n, p in learned(reference.net).items()]
-    assert min(moved) > 1e-4
+        assert_same_step(method, reference, make_images(batch, seed=number, dtype=torch.float64))
+    assert moved(reference.net, net) > 1e-4
 
 
 def test_defaults_are_the_authors():
@@ -138,20 +126,6 @@ def test_a_failed_step_leaves_out_what_led_to_it(monkeypatch):
         method(make_images(10, seed=3))
         assert method.stats["skipped_steps"] >= 1
         assert same(method.state_dict(), before)
-
-
-def test_it_asks_once():
-    method = build("sotta", VARIANTS["sotta"][0], "bn")
-
-    def replayed(name, function, *tensors):
-        with NoSynchronisation():
-            return function(*tensors)
-
-    method.replayed = replayed
-    for skips in (True, False):
-        method.skips_when_empty = skips
-        for images in make_stream(2, batch=6):
-            assert torch.isfinite(in_a_step(method, images)).all()
 
 
 def test_rows_of_draws_are_those_of_their_keys():

@@ -35,7 +35,7 @@ KINDS = {
     "source": "source",
     "mixed": {"kind": "mixed", "cross_term": True},
     "ema": {"kind": "ema", "momentum": 0.2},
-    "renormalized": {"kind": "renormalized", "momentum": 0.2, "rmax": 3.0},
+    "renormalized": {"kind": "renormalized", "momentum": 0.2, "rmax": 3.0, "start": "batch"},
     "balanced": {"kind": "balanced", "eta": 0.4},
     "shared": {"kind": "balanced", "eta": 0.4, "gamma": 0.3, "groups": 2},
     "domains": {"kind": "domains", "eta": 0.3, "domains": 3},

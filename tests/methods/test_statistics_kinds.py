@@ -88,12 +88,16 @@ class MixedLayer(BatchLayer):
 
 
 class EMALayer(Layer):
+    moves = False
+
     def move(self, x):
         m, x = self.options["momentum"], x.detach()
+        if self.options.get("start") == "batch" and not self.moves:
+            m = 1
         mean = (1 - m) * self.mean + m * x.mean(over(x))
         var = (1 - m) * self.var + m * x.var(over(x), correction=0)
         if self.keeps:
-            self.mean, self.var = mean, var
+            self.mean, self.var, self.moves = mean, var, True
         return mean, var
 
     def normalise(self, x):
@@ -288,7 +292,9 @@ CASES = {
     "mixed": (MixedLayer, {"source_weight": 0.6}),
     "mixed cross": (MixedLayer, {"source_weight": 0.6, "cross_term": True}),
     "ema": (EMALayer, {"momentum": 0.2}),
+    "ema from the batch": (EMALayer, {"momentum": 0.2, "start": "batch"}),
     "renormalized": (RenormalizedLayer, {"momentum": 0.2}),
+    "renormalized from the batch": (RenormalizedLayer, {"momentum": 0.2, "start": "batch"}),
     "renormalized bounds": (RenormalizedLayer, {"momentum": 0.2, "rmax": 1.2, "dmax": 0.1}),
     "balanced": (BalancedLayer, {"eta": 0.3, "gamma": 0.0}),
     "balanced gamma": (BalancedLayer, {"eta": 0.4, "gamma": 0.3}),

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from contract import SUPPORTED, VARIANTS, build, run, spread
 from lightning_tta import available_methods
 from lightning_tta.draws import random_integers, random_normals, random_orders, random_words
-from nets import KINDS, kinds_of, make_images, make_net, make_stream, max_difference, same, without_account
+from nets import KINDS, kind_for, kinds_of, make_images, make_net, make_stream, max_difference, same, without_account
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +53,19 @@ def in_a_step(method, x):
         return method.step(x)
 
 
+def parts_that_ask_nothing(method):
+    """A list that gets the names of the parts that coming steps give to be replayed; one that asks the host raises."""
+    parts = []
+
+    def replayed(name, function, *tensors):
+        parts.append(name)
+        with NoSynchronisation():
+            return function(*tensors)
+
+    method.replayed = replayed
+    return parts
+
+
 @pytest.mark.parametrize("skips", [True, False])
 @pytest.mark.parametrize(("name", "options", "kind"), ON_NETS)
 def test_no_step_asks_the_host(name, options, kind, skips):
@@ -61,6 +74,18 @@ def test_no_step_asks_the_host(name, options, kind, skips):
     with NoSynchronisation():
         logits = [in_a_step(method, images) for images in make_stream(3)]
     assert all(torch.isfinite(u).all() for u in logits)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in available_methods().items() if kind.step_on_host])
+def test_no_part_of_a_step_asks_the_host(name):
+    """Of methods that ask between parts."""
+    method = build(name, VARIANTS.get(name, [{}])[0], kind_for(name, "bn"))
+    parts = parts_that_ask_nothing(method)
+    for skips in (True, False):
+        method.skips_when_empty = skips
+        for images in make_stream(2, batch=6):
+            assert torch.isfinite(in_a_step(method, images)).all()
+    assert parts
 
 
 def test_on_a_gpu_too():
@@ -135,14 +160,7 @@ def test_cotta_asks_once(kind, threshold, skips):
     """Whether the anchor is sure; what comes before and after is tensors only."""
     method = build("cotta", {**VARIANTS["cotta"][1], "anchor_threshold": threshold}, kind)
     method.skips_when_empty = skips
-    parts = []
-
-    def replayed(name, function, *tensors):
-        parts.append(name)
-        with NoSynchronisation():
-            return function(*tensors)
-
-    method.replayed = replayed
+    parts = parts_that_ask_nothing(method)
     for images in make_stream(2):
         assert torch.isfinite(in_a_step(method, images)).all()
     views = ["pass of views", "step with views"]

@@ -5,13 +5,12 @@ import math
 
 import pytest
 import torch
-from test_tensors_only import NoSynchronisation, in_a_step
 from torch import nn
 
 from contract import VARIANTS, build
 from lightning_tta import ConfigError, UnsupportedModelError, adapt
 from lightning_tta.methods import tribe
-from memory_reference import TOLERANCE, learned, log_softmax, with_layers
+from memory_reference import TOLERANCE, dimmed, learned, log_softmax, with_layers
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,10 +102,6 @@ def known_view(monkeypatch):
     monkeypatch.setattr(tribe, "jitter", dimmed)
 
 
-def dimmed(images, key=None):
-    return (0.7 * images).roll(2, -1)
-
-
 def assert_same_state(method, reference, kind):
     for name, p in learned(reference.student).items():
         assert max_difference(method.model.get_parameter(name).detach(), p.detach()) < TOLERANCE
@@ -162,20 +157,6 @@ def test_nothing_kept_moves_the_statistics_alone(skips):
     assert same(dict(method.model.state_dict()), dict(make_net("bn").state_dict()))
     moments = method.value("teacher.statistics.moments")
     assert not torch.equal(moments, method.source_value("teacher.statistics.moments"))
-
-
-def test_it_asks_for_the_number_of_steps_alone(monkeypatch):
-    method = build("tribe", VARIANTS["tribe"][0], "bn")
-
-    def replayed(name, function, *tensors):
-        with NoSynchronisation():
-            return function(*tensors)
-
-    method.replayed = replayed
-    for skips in (True, False):
-        method.skips_when_empty = skips
-        for images in make_stream(2, batch=6):
-            assert torch.isfinite(in_a_step(method, images)).all()
 
 
 def test_views_come_from_the_seed():

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_tta.draws import random_rows
 from lightning_tta.errors import UnsupportedModelError, check_range
 from lightning_tta.losses import at_least_float32, entropy
+from lightning_tta.methods.base.account import Statistics
+from lightning_tta.methods.base.gradient import GradientMethod
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET
+from lightning_tta.methods.components.memory_statistics import MemoryStatistics
 
 PIXELS, LABELS, AGES, SCORES, SEEN = (f"images.{name}" for name in ("pixels", "labels", "ages", "scores", "seen"))
 COUNTS = "images.counts"
@@ -258,17 +261,36 @@ def _at_random(held: Held, label: Tensor, draws: Tensor) -> tuple[Tensor, Tensor
     return torch.where(candidates, draws, -math.inf), number, among_most
 
 
-class MemoryMethod(TTAMethod):
-    """What the methods share that step on an :class:`ImageMemory`, :attr:`images`, which their constructor makes.
+class MemoryMethod(GradientMethod):
+    """What the methods share that step on an :class:`ImageMemory`.
 
-    To write one: implement :meth:`learn_from`, and call :meth:`adapt_from_memory` in ``step``.
+    To write one: set :attr:`images` and :attr:`statistics` in the constructor, and implement :meth:`learn_from`.
 
     If a prediction or a step gives values that are not finite, the rest of the batch, and the images that led to the
     step, leave no trace.
+
+    Args:
+        model: A classifier.
+        update_every: Images of the stream from one step to the next, >= 1; ``None``: a step after each batch.
+        **options: See :class:`~lightning_tta.methods.base.gradient.GradientMethod`.
+
+    Attributes:
+        images: The memory.
+        statistics: BatchNorm statistics of the method's nets; the first are those that predict.
+        in_parts: Whether images after a step within the batch are predicted after it; else all before.
     """
 
     images: ImageMemory
+    statistics: tuple[MemoryStatistics, ...]
+    in_parts: ClassVar[bool] = False
     step_on_host = "it asks how many images have come, which decides where it steps on its memory"
+    fixed_options = frozenset({"steps", "lr_batch_size"})
+
+    def __init__(self, model: nn.Module, *, update_every: int | None = 64, **options: Any) -> None:
+        super().__init__(model, steps=1, lr_batch_size=None, **options)
+        if update_every is not None:
+            check_range("update_every", update_every, 1, integer=True)
+        self.update_every = update_every
 
     @abstractmethod
     def learn_from(self, images: Tensor, there: Tensor, ages: Tensor, *more: Tensor) -> Tensor:
@@ -278,51 +300,49 @@ class MemoryMethod(TTAMethod):
             images: (M, C, H, W).
             there: Which of them are there, (M,), bool.
             ages: Images that have come since each, (M,).
-            *more: A view of the images, if there is one; what :meth:`look` returned beside logits, if it did.
+            *more: What :meth:`views_of` returned; what :meth:`look` returned beside logits, and these, if it did.
 
         Returns:
-            Whether what came of it is to stay, with the images that led to it, 0-dimensional, bool.
+            Whether what came of it is to stay, with the statistics and the images that led to it, 0-dimensional, bool.
         """
 
     def look(self, x: Tensor) -> tuple[Tensor, ...]:
         """Logits (B, K); or a method's own: these and further tensors, all of which :meth:`learn_from` gets too."""
         return (self.infer(x),)
 
-    def adapt_from_memory(
-        self,
-        x: Tensor,
-        every: int | None,
-        view: Callable[[Tensor, int], Tensor] | None = None,
-        *,
-        in_parts: bool = False,
-    ) -> Tensor:
-        """Predict a batch, take it in, and step on the memory after each so many images of the stream.
+    def views_of(self, images: Tensor, seen: int) -> tuple[Tensor, ...]:
+        """Views of the images in the memory (M, C, H, W), when so many have come; made on the host's word."""
+        return ()
 
-        Args:
-            x: The batch (B, C, H, W).
-            every: Images of the stream from one step to the next; ``None``: a step after each batch.
-            view: Makes a view of the images in the memory, of these and of the number of images seen.
-            in_parts: Whether images after a step within the batch are predicted after it; else all before.
+    def running(self) -> AbstractContextManager[None]:
+        """With the statistics that predict."""
+        for each in self.statistics:
+            each.build()
+        return self.statistics[0].as_kept()
 
-        Returns:
-            Logits (B, K).
-        """
+    def stream_statistics(self) -> Statistics | None:
+        """Those that predict."""
+        return self.statistics[0].kept()
+
+    def step(self, x: Tensor) -> Tensor:
+        """Predict a batch, take it in, and step on the memory after each so many images of the stream."""
         seen = int(self.value(SEEN))
-        every = every or len(x) + seen  # then the end of the batch is one
+        every = self.update_every or len(x) + seen  # then the end of the batch is one
         ends = [*range(every - seen % every, len(x), every), len(x)]
         going, logits, start = torch.ones((), dtype=torch.bool, device=x.device), list[Tensor](), 0
         for end in ends:
             images = x if end - start == len(x) else x[start:end]
-            if in_parts or not start:
-                going, found, *more = self.replayed("prediction", self.predict_part, going, images if in_parts else x)
+            if self.in_parts or not start:
+                shown = images if self.in_parts else x
+                going, found, *more = self.replayed("prediction", self.predict_part, going, shown)
                 logits.append(found)
                 more = [found, *more] if more else []
             if not self.known(~going):
-                held = self.replayed("take in", self.take_in, images, found if in_parts else found[start:end])
+                held = self.replayed("take in", self.take_in, images, found if self.in_parts else found[start:end])
                 if (seen + end) % every:
                     going = self.replayed("keep", self.keep, going, *held)
                 else:
-                    views = () if view is None else (view(held[0], seen + end),)
+                    views = self.views_of(held[0], seen + end)
                     going = self.replayed("learn", self.learn_and_keep, going, *held, *views, *more)
             start = end
         return torch.cat(logits)
@@ -355,4 +375,7 @@ class MemoryMethod(TTAMethod):
         """A step on what is to be in the memory, which is written then; whether it goes on."""
         held = Held(*tensors[:6])
         going = going & self.learn_from(held.pixels, held.occupied & going, held.ages, *tensors[6:])
+        if not self.known(~going):
+            for each in self.statistics:
+                each.keep(going)
         return self.keep(going, *held)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -235,10 +235,3 @@ class MemoryStatistics(StreamStatistics):
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) if self.is_empty else {**super().__getstate__(), "weights": None, "_old": None}
-
-
-def running(predicting: MemoryStatistics, *others: MemoryStatistics) -> AbstractContextManager[None]:
-    """How the net runs in a plain pass of a method with statistics of several nets: with those that predict."""
-    for each in (predicting, *others):
-        each.build()
-    return predicting.as_kept()

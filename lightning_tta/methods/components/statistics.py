@@ -1,6 +1,7 @@
 """The statistics with which BatchNorm normalises at test time, for every method: ``statistics=``.
 
-Each kind is a class here. All of them start at the source's statistics, and leave the net's own alone.
+Each kind is a class here. All of them start at the source's statistics, but for ``start: batch``, and leave the net's
+own alone.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import batch_moments, batch_norm_layers, merged_moments
-from lightning_tta.errors import ConfigError, check_range
+from lightning_tta.errors import ConfigError, check_choice, check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.account import Account, Statistics, StreamAccount
 from lightning_tta.methods.base.method import TTAMethod
@@ -33,7 +35,7 @@ from lightning_tta.methods.components.wanted import Wanted, read
 
 
 class EMA(StreamStatistics):
-    """An exponential moving average over the stream, which starts at the source's: RoTTA's RobustBN.
+    """An exponential moving average over the stream: RoTTA's RobustBN.
 
     ``mean <- (1 - m) mean + m mean_batch``, variance likewise (biased, no cross term), with the batch in it before it
     is predicted. A correlated or class-sorted batch moves it by its share m only; so it survives where the statistics
@@ -42,19 +44,37 @@ class EMA(StreamStatistics):
     Args:
         method: Whose net it is.
         momentum: m, in (0, 1]; authors 0.05 for batches of 64. A smaller batch wants a smaller one: 0.02 at 16.
+        start: Where the average starts: at the ``source`` or, of each layer, at the first ``batch`` that it sees.
+            Authors: ``source``.
 
     Source: Yuan et al., RoTTA, CVPR 2023, arXiv 2303.13899. Differs from the authors' code: no gradient through the
     batch's share.
     """
 
-    def __init__(self, method: TTAMethod, *, momentum: float = 0.05) -> None:
+    def __init__(
+        self, method: TTAMethod, *, momentum: float = 0.05, start: Literal["source", "batch"] = "source"
+    ) -> None:
         check_range("momentum", momentum, 0, 1, low_open=True)
+        check_choice("start", start, ("source", "batch"))
         super().__init__(method)
-        self.momentum = momentum
+        self.momentum, self.start = momentum, start
+        if start == "batch":
+            self.small_batch = 8
+            self.advice = (
+                "starts BatchNorm's averages at the first batch, whose statistics are noise below about 8 images"
+            )
+
+    def moved(self, method: State, name: str, batch: Tensor, old: Tensor) -> Tensor:
+        """The average (2, C) with a batch in it."""
+        new = torch.lerp(old, batch, self.momentum)
+        if self.start == "source":
+            return new
+        is_first = (old == method.source_value(MOMENTS)[:, self.places[name]]).all()  # to the bit: nothing came yet
+        return torch.where(is_first, batch, new)
 
     def rule(self, method: State, name: str, x: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         """The average with this input in it."""
-        new = torch.lerp(old, torch.stack(batch_moments(x)).to(old), self.momentum)
+        new = self.moved(method, name, torch.stack(batch_moments(x)).to(old), old)
         return new, new
 
 
@@ -70,21 +90,28 @@ class Renormalized(EMA):
     Args:
         method: Whose net it is.
         momentum: As of :class:`EMA`, in (0, 1]; authors 0.05.
+        start: As of :class:`EMA`; authors ``batch``.
         rmax: r is kept in [1 / rmax, rmax], >= 1; ``None``: as it is. Authors: 3, without effect in their code.
         dmax: d is kept in [-dmax, dmax], >= 0; ``None``: as it is. Authors: 5, without effect.
 
-    Source: Zhao et al., DELTA, ICLR 2023, arXiv 2301.13018. Differs from the authors' code: the average starts at the
-    source, not at the first batch, is of the variance, not of its root, and has the batch in it before it is predicted.
+    Source: Zhao et al., DELTA, ICLR 2023, arXiv 2301.13018. Differs from the authors' code: the average is of the
+    variance, not of its root, and has the batch in it before it is predicted.
     """
 
     def __init__(
-        self, method: TTAMethod, *, momentum: float = 0.05, rmax: float | None = None, dmax: float | None = None
+        self,
+        method: TTAMethod,
+        *,
+        momentum: float = 0.05,
+        start: Literal["source", "batch"] = "source",
+        rmax: float | None = None,
+        dmax: float | None = None,
     ) -> None:
         if rmax is not None:
             check_range("rmax", rmax, 1)
         if dmax is not None:
             check_range("dmax", dmax, 0)
-        super().__init__(method, momentum=momentum)
+        super().__init__(method, momentum=momentum, start=start)
         self.rmax, self.dmax = rmax, dmax
         self._batch: tuple[Tensor, Tensor] | None = None  # of the layer that runs now
 
@@ -92,7 +119,7 @@ class Renormalized(EMA):
         """The average with this input in it; with bounds, what gives the same as r and d within them."""
         batch, eps = torch.stack(batch_moments(x)).to(old), self.eps[name]
         self._batch = batch[0], batch[1]
-        new = torch.lerp(old, batch, self.momentum)
+        new = self.moved(method, name, batch, old)
         if self.rmax is None and self.dmax is None:
             return new, new
         deviation, average = (batch[1] + eps).sqrt(), (new[1] + eps).sqrt()
