@@ -177,6 +177,10 @@ class TeacherMethod(GradientMethod):
         """The teacher's, which predicts."""
         return self.teacher.weights()
 
+    def infer(self, x: Tensor) -> Tensor:
+        """The teacher's prediction."""
+        return self.teach(x, accounted=True)
+
     @torch.no_grad()
     def teach(self, x: Tensor, accounted: bool | None = None) -> Tensor:
         """The teacher's logits; arguments as of :meth:`logits`."""
@@ -232,3 +236,54 @@ class TogetherMethod(TeacherMethod):
     def infer(self, x: Tensor) -> Tensor:
         """The sum of the logits of student and teacher."""
         return at_least_float32(self.logits(x)) + at_least_float32(self.teach(x))
+
+
+class ViewedMethod(TeacherMethod):
+    """A :class:`TeacherMethod` whose teacher sees views too, and whose weights return to the source at random.
+
+    Args:
+        model: A classifier.
+        views: Of each batch, at least 1.
+        restore: Probability that a weight of the student returns after a step, in [0, 1].
+        symmetric: Whether the loss is the mean of CE(p_t, p_s) and CE(p_s, p_t); else the first.
+        chunk_views: At most this many images in one pass of views (but one view of the batch at least); ``None``: all.
+        **options: Those of :class:`TeacherMethod`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        views: int,
+        restore: float,
+        symmetric: bool,
+        chunk_views: int | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        check_range("views", views, 1, integer=True)
+        check_range("restore", restore, 0, 1)
+        if chunk_views is not None:
+            check_range("chunk_views", chunk_views, 1, integer=True)
+        self.views, self.restore, self.chunk_views = views, restore, chunk_views
+        self.reverse = 0.5 if symmetric else 0.0
+
+    def finish(self, where: Tensor | None) -> None:
+        """Some weights of the student go back to the source."""
+        restore_some(self.student(), self.source(), self.restore, self.draw_key(), where)
+
+    def teach_views(self, x: Tensor, steps_taken: int) -> Tensor:
+        """The teacher's logits (V, B, K) of views, which are drawn and made on the host's word, after so many steps."""
+        size = self.views if self.chunk_views is None else max(1, self.chunk_views // len(x))
+        keys = [self.host_key(steps_taken, 1 + number) for number in range(self.views)]
+        logits = []
+        for start in range(0, self.views, size):
+            views = torch.stack([jitter(x, key) for key in keys[start : start + size]])
+            logits.append(self.replayed("pass of views", self._view_logits, views))
+        return at_least_float32(torch.cat(logits))
+
+    @torch.no_grad()
+    def _view_logits(self, views: Tensor) -> Tensor:
+        """Logits (V, B, K) of views (V, B, C, H, W), the statistics of each view its own."""
+        logits = self.logits(views.flatten(0, 1), self.teacher.weights(), groups=len(views))
+        return logits.view(len(views), -1, logits.shape[-1])
