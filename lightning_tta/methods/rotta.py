@@ -108,11 +108,6 @@ class RoTTA(MemoryMethod, TeacherMethod):
         """A view of the memory, which the number of images seen decides."""
         return jitter(images, self.host_key(seen, 0))
 
-    @torch.no_grad()
-    def infer(self, x: Tensor) -> Tensor:
-        """The teacher's prediction."""
-        return self.logits(x, self.teacher.weights(), accounted=True)
-
     def running(self) -> AbstractContextManager[None]:
         """With the teacher's statistics."""
         return running(self.of_teacher, self.of_student)
