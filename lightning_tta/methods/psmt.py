@@ -95,7 +95,7 @@ class PSMT(PullMethod, TogetherMethod):
         """One step of the student, and of the teacher towards the student."""
         if not self.augment:
             return self._step(x)
-        return cast(Tensor, self.replayed("step", self._step, x, self.view(x)))
+        return cast(Tensor, self.replayed("step", self._step, x, self.view(x, 1)))
 
     def _step(self, x: Tensor, view: Tensor | None = None) -> Tensor:
         target = self.teach(x)  # before there is a graph, whose weights the teacher's may replace for a moment

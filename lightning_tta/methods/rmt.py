@@ -160,7 +160,7 @@ class RMT(PrototypeMethod, ReplayMethod, TogetherMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """One step of student and projector, and of the teacher towards the student."""
-        return cast(Tensor, self.replayed("step", self._step, x, self.view(x)))
+        return cast(Tensor, self.replayed("step", self._step, x, self.view(x, 1)))
 
     def _step(self, x: Tensor, view: Tensor) -> Tensor:
         target = self.teach(x)  # before there is a graph, whose weights the teacher's may replace for a moment

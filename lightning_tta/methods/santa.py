@@ -12,11 +12,11 @@ from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import check_choice, check_range
 from lightning_tta.losses import soft_cross_entropy
 from lightning_tta.methods.base.description import About
+from lightning_tta.methods.components.drawing import DrawingMethod
 from lightning_tta.methods.components.prototypes import PrototypeMethod
-from lightning_tta.views.jitter import jitter
 
 
-class SANTA(PrototypeMethod):
+class SANTA(PrototypeMethod, DrawingMethod):
     """Minimises the surprise of the source model at the net's predictions, and a contrast with source prototypes.
 
     With the source model a, its BatchNorm on the batch's statistics too, view x~ of x, features z, source prototypes
@@ -70,6 +70,7 @@ class SANTA(PrototypeMethod):
         paper="TMLR 2023, arXiv 2304.10113",
     )
 
+    draws = 1
     uses_batch_statistics = True
     step_on_host = "it draws its view on the host"
 
@@ -86,17 +87,15 @@ class SANTA(PrototypeMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, **options)
+        super().__init__(model, seed=seed, **options)
         check_range("anchor_weight", anchor_weight, 0)
         check_choice("prototypes", prototypes, ("source", "classifier"))
-        check_range("seed", seed, 0, 2**63 - 1, integer=True)
-        self.anchor_weight, self.prototypes, self.seed = anchor_weight, prototypes, seed
+        self.anchor_weight, self.prototypes = anchor_weight, prototypes
         self.split = HeadSplit(self.model, head)
-        learned = self.learn(self.select("norm"))
+        self.learn(self.select("norm"))
         self.make_contrast(contrast_weight, temperature, projector, from_source=prototypes == "source", seed=seed)
         self.needs_source = prototypes == "source" and contrast_weight > 0
         self.prepared = not self.needs_source
-        self.state("steps_taken", torch.zeros((), dtype=torch.int64, device=learned[0].device), source=0)
 
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Take the class means of the source's features, at the source weights.
@@ -113,8 +112,7 @@ class SANTA(PrototypeMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """One step on the batch and a view of it."""
-        view = jitter(x, torch.tensor([self.seed, int(self.value("steps_taken"))]))
-        return cast(Tensor, self.replayed("step", self._step, x, view))
+        return cast(Tensor, self.replayed("step", self._step, x, self.view(x)))
 
     def _step(self, x: Tensor, view: Tensor) -> Tensor:
         with self.at_source(), torch.no_grad():  # before there is a graph, whose weights are replaced for a moment
@@ -128,6 +126,5 @@ class SANTA(PrototypeMethod):
             contrast = self.contrast(features, view_features)
             losses = losses + self.contrast_weight * contrast
             self.note(contrast_loss=contrast.detach().mean())
-        taken = self.descend(losses)
-        self.write("steps_taken", self.value("steps_taken") + 1, taken)
+        self.count_step(self.descend(losses))
         return logits

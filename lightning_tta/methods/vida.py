@@ -120,12 +120,12 @@ class ViDA(ViewedMethod):
         for name, (_, module) in zip(self._scales, pairs, strict=True):
             self.state(name, module.scales)
 
-    def learn_student(self) -> list[Tensor]:
+    def learn_student(self) -> None:
         """The net's own parameters and the adapters, each with an optimizer."""
         learned, self._pairs = self.select("all"), adapters.adapter_names(self.model)
-        own = self.learn({name: p for name, p in learned.items() if name not in set(self._pairs)})
+        self.learn({name: p for name, p in learned.items() if name not in set(self._pairs)})
         of_pairs = {name: learned[name] for name in self._pairs if name in learned}
-        return own + self.learn(of_pairs, optimizer="pairs", lr=self.options["pair_lr"])
+        self.learn(of_pairs, optimizer="pairs", lr=self.options["pair_lr"])
 
     def step(self, x: Tensor) -> Tensor:
         """Views for the uncertainty, and a step of the student, of the teacher, and restore."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lightning_tta import DataError, UnsupportedModelError, adapt
-from lightning_tta.methods.components import replay, teacher
+from lightning_tta.methods.components import drawing, replay
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same, without_running_statistics
 
 pytestmark = [
@@ -33,7 +33,7 @@ def view_of(images):
 @pytest.fixture
 def known(monkeypatch):
     """Draws that a reference can make: the view, and the order of the source images, which is shifted by one a time."""
-    monkeypatch.setattr(teacher, "jitter", lambda images, key: view_of(images))
+    monkeypatch.setattr(drawing, "jitter", lambda images, key: view_of(images))
     calls = []
 
     def order(key, number, length):
