@@ -97,3 +97,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def views(monkeypatch):
+    """Views of a teacher that a test can know: darker and shifted images, in the order in which they were made."""
+    from lightning_tta.methods.components import teacher
+
+    made = []
+
+    def view(images, key):
+        number = key.sum().item()
+        made.append((images * (0.5 + (number % 97) / 200)).roll(number % 5, -1))
+        return made[-1]
+
+    monkeypatch.setattr(teacher, "jitter", view)
+    return made

@@ -13,16 +13,14 @@ from lightning_tta.auxiliary.base import Auxiliary, find_trained, place
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import DataError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import at_least_float32
-from lightning_tta.methods.base.gradient import GradientMethod
 from lightning_tta.methods.base.task import with_gradients
+from lightning_tta.methods.components.drawing import DrawingMethod
 from lightning_tta.methods.components.source_images import see_source_images
 
 Head = Literal["auto", "trained", "prepare"]
-DRAWS = 1_000_003
-"""Draws that a step may make, each with a key of its own."""
 
 
-class AuxiliaryMethod(GradientMethod):
+class AuxiliaryMethod(DrawingMethod):
     """Methods that adapt by an auxiliary loss, whose head the net was trained with, or :meth:`prepare` trains.
 
     A method calls :meth:`take_auxiliary` in its constructor, and :meth:`learn` after that.
@@ -51,14 +49,11 @@ class AuxiliaryMethod(GradientMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, **options)
+        super().__init__(model, seed=seed, **options)
         check_choice("head_from", head_from, ("auto", "trained", "prepare"))
         check_range("head_epochs", head_epochs, 1, integer=True)
         check_range("head_lr", head_lr, 0)
-        check_range("seed", seed, 0, 2**63 - 1, integer=True)
-        self.head_from, self.head_epochs, self.head_lr, self.seed = head_from, head_epochs, head_lr, seed
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self.state("steps_taken", torch.zeros((), dtype=torch.int64, device=device), source=0)
+        self.head_from, self.head_epochs, self.head_lr = head_from, head_epochs, head_lr
 
     def take_auxiliary(self, kind: type[Auxiliary], **options: Any) -> None:
         """Find the head that the net was trained with, or make one that :meth:`prepare` is to train.
@@ -152,15 +147,6 @@ class AuxiliaryMethod(GradientMethod):
         for name in head:
             if f"auxiliary.{name}" in self.adaptable:
                 self.renew_source(f"auxiliary.{name}")
-
-    def draw_key(self, number: int = 0) -> Tensor:
-        """The key of draw ``number``, below :data:`DRAWS`, of the coming step, (2,), on the device of the state."""
-        counter = self.value("steps_taken") * DRAWS + number
-        return torch.stack([torch.full_like(counter, self.seed), counter])
-
-    def count_step(self, taken: Tensor) -> None:
-        """Draw otherwise from here on, if a step was taken, 0-dimensional and bool."""
-        self.write("steps_taken", self.value("steps_taken") + 1, taken)
 
     def moving(self) -> list[Tensor]:
         """All that a step changes: what is learned, and the optimizers' moments."""

@@ -143,10 +143,11 @@ class AdaContrast(TeacherMethod):
         finite = torch.stack([each.isfinite().all() for each in new.values()]).all()
         self._remember({**new, "labels": labels}, taken & finite)
         self.follow(taken)
-        return self._predict(x)
+        return self.infer(x)
 
     @torch.no_grad()
-    def _predict(self, x: Tensor) -> Tensor:
+    def infer(self, x: Tensor) -> Tensor:
+        """The student's prediction."""
         return self.logits(x)
 
     @property

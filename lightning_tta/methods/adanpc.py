@@ -124,11 +124,10 @@ class AdaNPC(TTAMethod):
         @torch.no_grad()
         def see(images: Tensor, labels: Tensor) -> None:
             features, labels = labelled_features(self, images, labels)
-            for feature, label in zip(normalize(features, dim=1), labels.tolist(), strict=True):
-                number = int(counts[label])
-                if number < self.source_per_class:
-                    bank[label * self.source_per_class + number] = feature
-                    counts[label] += 1
+            number = counts[labels] + (labels[:, None] == labels).tril(-1).sum(1)
+            first = number < self.source_per_class
+            bank[(labels * self.source_per_class + number)[first]] = normalize(features, dim=1)[first]
+            counts.add_(labels.bincount(minlength=len(counts))).clamp_(max=self.source_per_class)
 
         see_source_images(self, source_batches, see, classes=self.split.num_classes, running=nullcontext)
         check_classes(self, counts)

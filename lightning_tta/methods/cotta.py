@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32, soft_cross_entropy
 from lightning_tta.methods.base.description import About
-from lightning_tta.methods.components.teacher import TeacherMethod, restore_some
-from lightning_tta.views.jitter import jitter
+from lightning_tta.methods.components.teacher import ViewedMethod
 
 
-class CoTTA(TeacherMethod):
+class CoTTA(ViewedMethod):
     """Minimises the cross-entropy of the student under its teacher's predictions.
 
     With student s, teacher t (an average of past students) and anchor a (the source), logits u::
@@ -83,35 +82,26 @@ class CoTTA(TeacherMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, ema_decay=ema_decay, seed=seed, **options)
+        options |= {"ema_decay": ema_decay, "seed": seed, "views": views, "chunk_views": chunk_views}
+        super().__init__(model, restore=restore, symmetric=symmetric, **options)
         check_range("anchor_threshold", anchor_threshold, 0, 1)
-        check_range("restore", restore, 0, 1)
-        check_range("views", views, 1, integer=True)
-        if chunk_views is not None:
-            check_range("chunk_views", chunk_views, 1, integer=True)
-        self.anchor_threshold, self.restore, self.symmetric = anchor_threshold, restore, symmetric
-        self.views, self.chunk_views = views, chunk_views
+        self.anchor_threshold = anchor_threshold
 
     def step(self, x: Tensor) -> Tensor:
         """One step of the student towards the teacher, of the teacher towards the student, and restore."""
-        if self.anchor_threshold > 0:
-            is_sure, steps_taken = self._ask_anchor(x)
-            if not is_sure:
-                target = self._mean_over_views(x, steps_taken)
-                return cast(Tensor, self.replayed("step with views", self._step_with_views, x, target))
-        return cast(Tensor, self.replayed("sure step", self._sure_step, x))
+        target = self._target_of_views(x)
+        if target is None:
+            return cast(Tensor, self.replayed("sure step", self._sure_step, x))
+        return cast(Tensor, self.replayed("step with views", self._step_with_views, x, target))
 
     def infer(self, x: Tensor) -> Tensor:
         """The teacher's prediction, averaged over views where the anchor is unsure, which asks the device."""
-        if self.anchor_threshold > 0:
-            is_sure, steps_taken = self._ask_anchor(x)
-            if not is_sure:
-                return self._mean_over_views(x, steps_taken)
-        return self.infer_plain(x)
+        target = self._target_of_views(x)
+        return self.infer_plain(x) if target is None else target
 
     def infer_plain(self, x: Tensor) -> Tensor:
         """The teacher's prediction."""
-        return self.teach(x, accounted=True)
+        return super().infer(x)
 
     def export(self) -> nn.Module:
         """As of every method: the teacher. Warns that it has no views."""
@@ -124,10 +114,12 @@ class CoTTA(TeacherMethod):
             )
         return net
 
-    def _ask_anchor(self, x: Tensor) -> tuple[bool, int]:
-        """Whether the anchor is sure, and the number of steps taken: the one question to the device."""
+    def _target_of_views(self, x: Tensor) -> Tensor | None:
+        """The teacher's mean logits over views, if the anchor is unsure: the one question to the device."""
+        if not self.anchor_threshold:
+            return None
         confidence, steps_taken = self.replayed("anchor pass", self._anchor_pass, x).tolist()
-        return not confidence < self.anchor_threshold, int(steps_taken)
+        return self.teach_views(x, int(steps_taken)).mean(0) if confidence < self.anchor_threshold else None
 
     @torch.no_grad()
     def _anchor_pass(self, x: Tensor) -> Tensor:
@@ -145,30 +137,10 @@ class CoTTA(TeacherMethod):
         return self._step_towards(target, x)
 
     def _step_towards(self, target: Tensor, x: Tensor) -> Tensor:
-        losses = soft_cross_entropy(target, self.logits(x), 0.5 if self.symmetric else 0.0)
+        losses = soft_cross_entropy(target, self.logits(x), self.reverse)
         self.follow(self.descend(losses, extra=self.prior()))
         return target
 
     def prior(self) -> Tensor | float:
         """A term of the loss that does not depend on the batch."""
         return 0.0
-
-    def finish(self, where: Tensor | None) -> None:
-        """Some weights of the student go back to the source."""
-        restore_some(self.student(), self.source(), self.restore, self.draw_key(), where)
-
-    @torch.no_grad()
-    def _mean_over_views(self, x: Tensor, steps_taken: int) -> Tensor:
-        """The mean of the teacher's logits over views, which are drawn and made on the host's word."""
-        size = self.views if self.chunk_views is None else max(1, self.chunk_views // len(x))
-        keys = [self.host_key(steps_taken, 1 + number) for number in range(self.views)]
-        logits = []
-        for start in range(0, self.views, size):
-            views = torch.stack([jitter(x, key) for key in keys[start : start + size]])
-            logits.append(self.replayed("pass of views", self._view_logits, views))
-        return at_least_float32(torch.cat(logits)).mean(0)
-
-    def _view_logits(self, views: Tensor) -> Tensor:
-        """Logits (V, B, K) of views (V, B, C, H, W), the statistics of each view its own."""
-        logits = self.logits(views.flatten(0, 1), self.teacher.weights(), groups=len(views))
-        return logits.view(len(views), -1, logits.shape[-1])

@@ -14,10 +14,11 @@ from lightning_tta.losses import at_least_float32, soft_cross_entropy
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.gradient import Gradients
 from lightning_tta.methods.components.fisher import quantile_bound
+from lightning_tta.methods.components.pull import PullMethod
 from lightning_tta.methods.components.teacher import TogetherMethod
 
 
-class PSMT(TogetherMethod):
+class PSMT(PullMethod, TogetherMethod):
     """Minimises a symmetric cross-entropy with a teacher; important weights of student and teacher hardly move.
 
     With student s, teacher t, view x~ of x, logits u, ``SCE(u, v) = CE(p_u, p_v) / 2 + CE(p_v, p_u) / 2``, the gradient
@@ -94,7 +95,7 @@ class PSMT(TogetherMethod):
         """One step of the student, and of the teacher towards the student."""
         if not self.augment:
             return self._step(x)
-        return cast(Tensor, self.replayed("step", self._step, x, self.view(x)))
+        return cast(Tensor, self.replayed("step", self._step, x, self.view(x, 1)))
 
     def _step(self, x: Tensor, view: Tensor | None = None) -> Tensor:
         target = self.teach(x)  # before there is a graph, whose weights the teacher's may replace for a moment
@@ -109,20 +110,17 @@ class PSMT(TogetherMethod):
     def _held(self, gradients: Gradients) -> Gradients:
         """Take in F and the weights as they are; the gradients with those of the last term."""
         where = None if self.known(gradients.usable) else gradients.usable
-        pairs = list(zip(self.student().items(), gradients.values, strict=True))
-        self._reached = [name for (name, _), gradient in pairs if gradient is not None]
-        pull, values = torch.zeros_like(gradients.loss), []
-        for (name, weight), gradient in pairs:
-            value = None
-            if gradient is not None:
-                fisher, moved = self.value(f"fisher.{name}"), weight - self.value(f"before.{name}")
-                self.write(f"fisher.{name}", fisher.lerp(gradient.to(fisher).square(), 1 - self.fisher_decay), where)
-                weighted = self.fisher_alpha * fisher * moved
-                pull, value = pull + (weighted * moved).sum(), gradient + (2 * weighted).to(gradient.dtype)
-                self.write(f"before.{name}", weight, where)
-            values.append(value)
+        reached = {n: g for n, g in zip(self.student(), gradients.values, strict=True) if g is not None}
+        for name, gradient in reached.items():
+            fisher = self.value(f"fisher.{name}")
+            self.write(f"fisher.{name}", fisher.lerp(gradient.to(fisher).square(), 1 - self.fisher_decay), where)
+        self._reached = list(reached)
+        before, fishers = ([self.value(f"{kind}.{n}") for n in self.student()] for kind in ("before", "fisher"))
+        pull = self.pull(before, fishers, self.fisher_alpha)
+        for name, weight in self.student().items():
+            self.write(f"before.{name}", weight, where)
         self.note(pull=pull, loss=gradients.loss + pull)
-        return dataclasses.replace(gradients, values=values, loss=gradients.loss + pull)
+        return dataclasses.replace(gradients, values=self.pulled(gradients.values), loss=gradients.loss + pull)
 
     def update_teacher(self, where: Tensor | None = None) -> None:
         """Move the teacher towards the student, but for its important weights."""

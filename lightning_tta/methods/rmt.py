@@ -7,17 +7,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.split import HeadSplit
-from lightning_tta.errors import DataError, check_range
+from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32, soft_cross_entropy
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.optimizers import masked_step
 from lightning_tta.methods.base.task import with_gradients
-from lightning_tta.methods.components.contrast import contrast_views
-from lightning_tta.methods.components.projector import make_projector
+from lightning_tta.methods.components.prototypes import PrototypeMethod
 from lightning_tta.methods.components.replay import ReplayMethod
 from lightning_tta.methods.components.source_images import see_source_images
 from lightning_tta.methods.components.teacher import TogetherMethod
@@ -25,7 +23,7 @@ from lightning_tta.methods.components.teacher import TogetherMethod
 WARMUP_BATCH = 64
 
 
-class RMT(ReplayMethod, TogetherMethod):
+class RMT(PrototypeMethod, ReplayMethod, TogetherMethod):
     """Minimises a symmetric cross-entropy with a teacher, a contrast with source prototypes, and a loss on the source.
 
     With student s, teacher t (an average of past students), view x~ of x, features z, logits u, source prototypes c_k,
@@ -70,9 +68,9 @@ class RMT(ReplayMethod, TogetherMethod):
         UnsupportedModelError: If the net does not end in a linear layer.
 
     Source: Döbler, Marsden and Yang, CVPR 2023, arXiv 2211.09081; formula from the authors' code. Differs from it: a
-    class without a source image has its row of the classifier, at the prototypes' mean length; source images are a
-    bounded number, drawn anew for each step; the view is one draw for the whole batch; moments start at 0 after a
-    warm-up, whose batches are of 64 images; SGD without Nesterov; the net stays in eval mode (no dropout).
+    class without a source image is nobody's nearest; source images are a bounded number, drawn anew for each step; the
+    view is one draw for the whole batch; moments start at 0 after a warm-up, whose batches are of 64 images; SGD
+    without Nesterov; the net stays in eval mode (no dropout).
     """
 
     about = About(
@@ -86,7 +84,6 @@ class RMT(ReplayMethod, TogetherMethod):
         paper="CVPR 2023, arXiv 2211.09081",
     )
     step_on_host = "it draws its view on the host"
-    prototypes: Tensor
 
     def __init__(
         self,
@@ -106,27 +103,17 @@ class RMT(ReplayMethod, TogetherMethod):
         **options: Any,
     ) -> None:
         super().__init__(model, ema_decay=ema_decay, seed=seed, **options)
-        weights = {"target_weight": target_weight, "contrast_weight": contrast_weight, "replay_weight": replay_weight}
-        for name, value in weights.items():
-            check_range(name, value, 0)
-        check_range("temperature", temperature, 0, low_open=True)
+        check_range("target_weight", target_weight, 0)
+        check_range("replay_weight", replay_weight, 0)
         check_range("replay_images", replay_images, 1, integer=True)
         check_range("warmup", warmup, 0, integer=True)
-        self.target_weight, self.contrast_weight, self.temperature = target_weight, contrast_weight, temperature
-        self.replay_weight = 0.0 if source_free else replay_weight
+        self.target_weight, self.replay_weight = target_weight, 0.0 if source_free else replay_weight
         self.source_free, self.warmup = source_free, 0 if source_free else warmup
         self.replay_images = replay_images if self.replay_weight or self.warmup else 0
         self.needs_source, self.prepared = not source_free, source_free
         self.split = HeadSplit(self.model, head)
-        self.projector: nn.Module = nn.Identity()
-        weight = self.split.head.weight.detach()
-        if projector is not None:
-            check_range("projector", projector, 1, integer=True)
-            width = self.split.num_features
-            self.projector = make_projector(width, projector, projector, seed=seed, like=weight)
-            self.learn(dict(self.projector.named_parameters()), "projector.", optimizer="projector")
+        self.make_contrast(contrast_weight, temperature, projector, from_source=not source_free, seed=seed)
         if not source_free:
-            self.register_buffer("prototypes", torch.zeros_like(at_least_float32(weight)))
             self.make_room(self.replay_images)
         if self.warmup:  # teacher and student part before the stream, so each has a source of its own
             for slot in self.teacher.slots.values():
@@ -140,41 +127,16 @@ class RMT(ReplayMethod, TogetherMethod):
 
         Raises:
             ConfigError: If the method is prepared already, and has a warm-up.
-            DataError: If there is no image, a label is missing or no class of the net, or features are not finite.
+            DataError: If there is no image with finite features, or a label is missing or no class of the net.
         """
         if self.warmup:
             self.check_not_prepared()
         if not self.source_free:
             self.make_room(self.replay_images)
-            with outside_inference_mode():
-                sums = torch.zeros_like(self.prototypes, dtype=torch.float64)
-                counts = torch.zeros_like(sums[:, 0])
-
-            @torch.no_grad()
-            def see(images: Tensor, labels: Tensor) -> None:
-                sums.index_add_(0, labels, self.features(images)[0].to(sums))
-                counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
-                self.keep(images, labels)
-
-            with self.at_source():
-                see_source_images(self, source_batches, see, classes=self.split.num_classes, running=self.normalizing)
-            self._take_prototypes(sums, counts)
+            self.take_prototypes(source_batches, running=self.normalizing, also=self.keep)
             if self.warmup:
                 self._warm_up()
         super().prepare(source_batches)
-
-    def _take_prototypes(self, sums: Tensor, counts: Tensor) -> None:
-        if not bool(counts.any() & sums.isfinite().all()):
-            problem = "features that are not finite" if bool(counts.any()) else "no image"
-            raise DataError(
-                f"RMT needs prototypes of the source; found {problem}. Give batches {{'image': (B, C, H, W) in [0, 1], "
-                "'label': (B,)} of the training set, or set source_free=True, which needs none."
-            )
-        with outside_inference_mode(), torch.no_grad():
-            means = sums / counts.clamp_min(1)[:, None]
-            length = means.norm(dim=1).sum() / (counts > 0).sum()
-            rows = normalize(self.split.head.weight.detach().to(means), dim=1) * length
-            self.prototypes.copy_(torch.where(counts[:, None] > 0, means, rows))
 
     def _warm_up(self) -> None:
         """Train the student towards the teacher on source images, and let that be the source from here on."""
@@ -198,7 +160,7 @@ class RMT(ReplayMethod, TogetherMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """One step of student and projector, and of the teacher towards the student."""
-        return cast(Tensor, self.replayed("step", self._step, x, self.view(x)))
+        return cast(Tensor, self.replayed("step", self._step, x, self.view(x, 1)))
 
     def _step(self, x: Tensor, view: Tensor) -> Tensor:
         target = self.teach(x)  # before there is a graph, whose weights the teacher's may replace for a moment
@@ -206,19 +168,7 @@ class RMT(ReplayMethod, TogetherMethod):
         view_features, view_logits = self.features(view)
         losses = self.target_weight * soft_cross_entropy(target, torch.stack([logits, view_logits]), 0.5).mean(0)
         if self.contrast_weight:
-            losses = losses + self.contrast_weight * self._contrast(features, view_features)
+            losses = losses + self.contrast_weight * self.contrast(features, view_features)
         replay = self.replay_loss(self.draw_key(), len(x), x.dtype) if self.replay_weight else 0.0
         self.follow(self.descend(losses, extra=self.replay_weight * replay))
         return at_least_float32(logits.detach()) + at_least_float32(target)
-
-    def _contrast(self, features: Tensor, view_features: Tensor) -> Tensor:
-        if self.source_free:
-            rows = normalize(at_least_float32(self.split.head.weight.detach()), dim=1)
-            prototypes = rows * at_least_float32(features.detach()).norm(dim=1).mean()
-        else:
-            prototypes = self.prototypes
-        directions = normalize(features.detach().to(prototypes.dtype), dim=1)
-        nearest = (directions @ normalize(prototypes, dim=1).T).argmax(1)
-        like = self.split.head.weight.dtype
-        vectors = torch.stack([each.to(like) for each in (prototypes[nearest], features, view_features)])
-        return contrast_views(normalize(at_least_float32(self.projector(vectors)), dim=-1), self.temperature)

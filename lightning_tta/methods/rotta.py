@@ -98,11 +98,6 @@ class RoTTA(MemoryMethod, TeacherMethod):
         """One, which the number of images seen decides."""
         return (jitter(images, self.host_key(seen, 0)),)
 
-    @torch.no_grad()
-    def infer(self, x: Tensor) -> Tensor:
-        """The teacher's prediction."""
-        return self.logits(x, self.teacher.weights(), accounted=True)
-
     def learn_from(self, images: Tensor, there: Tensor, ages: Tensor, *more: Tensor) -> Tensor:
         """A step of the student on images (M, C, H, W), then of the teacher; whether all was finite."""
         with torch.no_grad(), self.of_teacher.moving(there):

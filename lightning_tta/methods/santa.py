@@ -7,21 +7,16 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.errors import check_choice, check_range
-from lightning_tta.losses import at_least_float32, soft_cross_entropy
+from lightning_tta.losses import soft_cross_entropy
 from lightning_tta.methods.base.description import About
-from lightning_tta.methods.base.gradient import GradientMethod
-from lightning_tta.methods.components.contrast import contrast_views
-from lightning_tta.methods.components.projector import make_projector
-from lightning_tta.methods.components.source_features import class_moments
-from lightning_tta.views.jitter import jitter
+from lightning_tta.methods.components.drawing import DrawingMethod
+from lightning_tta.methods.components.prototypes import PrototypeMethod
 
 
-class SANTA(GradientMethod):
+class SANTA(PrototypeMethod, DrawingMethod):
     """Minimises the surprise of the source model at the net's predictions, and a contrast with source prototypes.
 
     With the source model a, its BatchNorm on the batch's statistics too, view x~ of x, features z, source prototypes
@@ -75,9 +70,9 @@ class SANTA(GradientMethod):
         paper="TMLR 2023, arXiv 2304.10113",
     )
 
+    draws = 1
     uses_batch_statistics = True
     step_on_host = "it draws its view on the host"
-    source_prototypes: Tensor
 
     def __init__(
         self,
@@ -92,28 +87,15 @@ class SANTA(GradientMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, **options)
+        super().__init__(model, seed=seed, **options)
         check_range("anchor_weight", anchor_weight, 0)
-        check_range("contrast_weight", contrast_weight, 0)
-        check_range("temperature", temperature, 0, low_open=True)
         check_choice("prototypes", prototypes, ("source", "classifier"))
-        check_range("seed", seed, 0, 2**63 - 1, integer=True)
-        self.anchor_weight, self.contrast_weight, self.temperature = anchor_weight, contrast_weight, temperature
-        self.prototypes, self.seed = prototypes, seed
+        self.anchor_weight, self.prototypes = anchor_weight, prototypes
+        self.split = HeadSplit(self.model, head)
+        self.learn(self.select("norm"))
+        self.make_contrast(contrast_weight, temperature, projector, from_source=prototypes == "source", seed=seed)
         self.needs_source = prototypes == "source" and contrast_weight > 0
         self.prepared = not self.needs_source
-        self.split = HeadSplit(self.model, head)
-        weight = self.split.head.weight.detach()
-        learned = self.learn(self.select("norm"))
-        self.projector: nn.Module = nn.Identity()
-        if projector is not None:
-            check_range("projector", projector, 1, integer=True)
-            if contrast_weight:
-                self.projector = make_projector(self.split.num_features, projector, projector, seed=seed, like=weight)
-                self.learn(dict(self.projector.named_parameters()), "projector.", optimizer="projector")
-        if self.needs_source:
-            self.register_buffer("source_prototypes", torch.zeros_like(at_least_float32(weight)))
-        self.state("steps_taken", torch.zeros((), dtype=torch.int64, device=learned[0].device), source=0)
 
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Take the class means of the source's features, at the source weights.
@@ -125,15 +107,12 @@ class SANTA(GradientMethod):
             DataError: If there is no image with finite features, or a batch has no such labels.
         """
         if self.needs_source:
-            means = class_moments(self, source_batches).means
-            with outside_inference_mode(), torch.no_grad():
-                self.source_prototypes.copy_(means)
+            self.take_prototypes(source_batches)
         super().prepare(source_batches)
 
     def step(self, x: Tensor) -> Tensor:
         """One step on the batch and a view of it."""
-        view = jitter(x, torch.tensor([self.seed, int(self.value("steps_taken"))]))
-        return cast(Tensor, self.replayed("step", self._step, x, view))
+        return cast(Tensor, self.replayed("step", self._step, x, self.view(x)))
 
     def _step(self, x: Tensor, view: Tensor) -> Tensor:
         with self.at_source(), torch.no_grad():  # before there is a graph, whose weights are replaced for a moment
@@ -144,24 +123,8 @@ class SANTA(GradientMethod):
         losses = self.anchor_weight * surprise
         self.note(anchor_loss=surprise.detach().mean())
         if self.contrast_weight:
-            contrast = self._contrast(features, view_features)
+            contrast = self.contrast(features, view_features)
             losses = losses + self.contrast_weight * contrast
             self.note(contrast_loss=contrast.detach().mean())
-        taken = self.descend(losses)
-        self.write("steps_taken", self.value("steps_taken") + 1, taken)
+        self.count_step(self.descend(losses))
         return logits
-
-    def _contrast(self, features: Tensor, view_features: Tensor) -> Tensor:
-        """The loss (B,) of features (B, D), those of the view, and the nearest prototypes."""
-        like = self.split.head.weight.dtype
-        with torch.no_grad():
-            now = at_least_float32(features)
-            if self.needs_source:
-                prototypes = self.source_prototypes.to(now.dtype)
-            else:
-                rows = normalize(self.split.head.weight.detach().to(now.dtype), dim=1)
-                prototypes = rows * now.norm(dim=1).mean()
-            similar = normalize(now, dim=1) @ normalize(prototypes, dim=1).T
-            nearest = torch.where((prototypes != 0).any(1), similar, -torch.inf).argmax(1)
-        vectors = torch.stack([each.to(like) for each in (prototypes[nearest], features, view_features)])
-        return contrast_views(normalize(at_least_float32(self.projector(vectors)), dim=-1), self.temperature)

@@ -17,16 +17,15 @@ from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.account import Statistics
 from lightning_tta.methods.base.description import About
-from lightning_tta.methods.base.gradient import GradientMethod
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.components.class_statistics import Balanced
+from lightning_tta.methods.components.drawing import DrawingMethod
 from lightning_tta.methods.components.memory_statistics import Prefixed, check_tracked
-from lightning_tta.views.jitter import jitter
 
 NETS = ("teacher", "student", "anchor")
 
 
-class TRIBE(GradientMethod):
+class TRIBE(DrawingMethod):
     """Minimises the cross-entropy of a view under the teacher's labels, and the teacher's distance from the source.
 
     Teacher t and student s have the same weights, the anchor a those of the source; each has BatchNorm statistics of
@@ -79,6 +78,7 @@ class TRIBE(GradientMethod):
     )
 
     own_statistics = "each of its three nets has balanced ones, with eta and gamma"
+    draws = 1
     step_on_host = "it asks for the number of steps, from which it draws the view"
 
     def __init__(
@@ -93,13 +93,11 @@ class TRIBE(GradientMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, **options)
+        super().__init__(model, seed=seed, **options)
         check_range("entropy_margin", entropy_margin, 0, low_open=True)
         check_range("weight", weight, 0)
-        check_range("seed", seed, 0, 2**63 - 1, integer=True)
-        self.entropy_margin, self.weight, self.seed = entropy_margin, weight, seed
-        (first, *_) = self.learn(self.select("norm"))
-        self.state("steps_taken", torch.zeros((), dtype=torch.int64, device=first.device), source=0)
+        self.entropy_margin, self.weight = entropy_margin, weight
+        self.learn(self.select("norm"))
         self.balanced: dict[str, tuple[TTAMethod, Balanced]] = {}
         if batch_norm_layers(self.model):
             check_tracked(self)
@@ -110,8 +108,7 @@ class TRIBE(GradientMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """Predict; then all statistics take the batch in, and student and teacher step."""
-        key = torch.tensor([self.seed, int(self.value("steps_taken"))])
-        return cast(Tensor, self.replayed("step", self._step, x, jitter(x, key)))
+        return cast(Tensor, self.replayed("step", self._step, x, self.view(x)))
 
     def running(self) -> AbstractContextManager[None]:
         """With the teacher's statistics."""
@@ -166,5 +163,5 @@ class TRIBE(GradientMethod):
                 self.count("skipped_steps", ~kept.any() & ~nothing)
                 for method, statistics in self.balanced.values():
                     statistics.write(method, [statistics.seen(method)], taken | nothing, len(x))
-                self.write("steps_taken", self.value("steps_taken") + 1, taken | nothing)
+                self.count_step(taken | nothing)
         return predicted

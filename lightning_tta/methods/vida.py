@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
-from lightning_tta.losses import at_least_float32, soft_cross_entropy
+from lightning_tta.losses import soft_cross_entropy
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.selection import choice_of
 from lightning_tta.methods.base.task import plain_model
 from lightning_tta.methods.components import adapters
-from lightning_tta.methods.components.teacher import TeacherMethod, restore_some
-from lightning_tta.views.jitter import jitter
+from lightning_tta.methods.components.teacher import ViewedMethod
 
 
-class ViDA(TeacherMethod):
+class ViDA(ViewedMethod):
     """Minimises the cross-entropy of the student under its teacher's predictions, with adapters of two ranks.
 
     Weights are ``W + s1 up1 down1 + s2 up2 down2``, of a low and a high rank. With student s, teacher t, logits u::
@@ -104,48 +104,33 @@ class ViDA(TeacherMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        for name, value, high in (
-            *(("pair_lr", pair_lr, None), ("threshold", threshold, None)),
-            *(("pair_decay", pair_decay, 1), ("restore", restore, 1)),
-        ):
-            check_range(name, value, 0, high)
+        check_range("pair_lr", pair_lr, 0)
+        check_range("threshold", threshold, 0)
+        check_range("pair_decay", pair_decay, 0, 1)
         check_range("views", views, 2, integer=True)
         check_range("seed", seed, 0, 2**63 - 1, integer=True)
         check_choice("scaled", scaled, ("both", "low"))
-        if chunk_views is not None:
-            check_range("chunk_views", chunk_views, 1, integer=True)
         model = plain_model(model)  # so that what no method takes is refused before it is changed
         _put_in(model, ranks, targets, seed)
-        super().__init__(model, lr=lr, ema_decay=ema_decay, seed=seed, **options)
+        options |= {"lr": lr, "ema_decay": ema_decay, "seed": seed, "views": views, "chunk_views": chunk_views}
+        super().__init__(model, restore=restore, symmetric=symmetric, **options)
         self.threshold, self.scaled, self.pair_decay = threshold, scaled, pair_decay
-        self.restore, self.symmetric, self.views, self.chunk_views = restore, symmetric, views, chunk_views
         pairs = [(name, m) for name, m in adapters.adapters_of(self.model) if isinstance(m, adapters.LowRank)]
         self._scales = [f"model.{name}.scales" for name, _ in pairs]
         for name, (_, module) in zip(self._scales, pairs, strict=True):
             self.state(name, module.scales)
 
-    def learn_student(self) -> list[Tensor]:
+    def learn_student(self) -> None:
         """The net's own parameters and the adapters, each with an optimizer."""
         learned, self._pairs = self.select("all"), adapters.adapter_names(self.model)
-        own = self.learn({name: p for name, p in learned.items() if name not in set(self._pairs)})
+        self.learn({name: p for name, p in learned.items() if name not in set(self._pairs)})
         of_pairs = {name: learned[name] for name in self._pairs if name in learned}
-        return own + self.learn(of_pairs, optimizer="pairs", lr=self.options["pair_lr"])
+        self.learn(of_pairs, optimizer="pairs", lr=self.options["pair_lr"])
 
     def step(self, x: Tensor) -> Tensor:
         """Views for the uncertainty, and a step of the student, of the teacher, and restore."""
-        number = int(self.value("steps_taken").item())
-        size = self.views if self.chunk_views is None else max(1, self.chunk_views // len(x))
-        keys = [self.host_key(number, 1 + view) for view in range(self.views)]
-        logits = []
-        for start in range(0, self.views, size):
-            views = torch.stack([jitter(x, key) for key in keys[start : start + size]])
-            logits.append(self.replayed("pass of views", self._view_logits, views))
-        return cast(Tensor, self.replayed("step", self._step_towards, x, torch.cat(logits)))
-
-    @torch.no_grad()
-    def infer(self, x: Tensor) -> Tensor:
-        """The teacher's prediction."""
-        return self.logits(x, self.teacher.weights(), accounted=True)
+        views = self.teach_views(x, int(self.value("steps_taken")))
+        return cast(Tensor, self.replayed("step", self._step_towards, x, views))
 
     def update_teacher(self, where: Tensor | None = None) -> None:
         """Move the teacher towards the student, its adapters at their own rate."""
@@ -157,12 +142,6 @@ class ViDA(TeacherMethod):
         """The net's weights and the adapters, which learn; not the scales, which are buffers."""
         return {name: tensor for name, tensor in super().student().items() if isinstance(tensor, nn.Parameter)}
 
-    @torch.no_grad()
-    def _view_logits(self, views: Tensor) -> Tensor:
-        """Logits (V, B, K) of views (V, B, C, H, W), the statistics of each view its own."""
-        logits = self.logits(views.flatten(0, 1), self.teacher.weights(), groups=len(views))
-        return at_least_float32(logits).view(len(views), -1, logits.shape[-1])
-
     def _step_towards(self, x: Tensor, views: Tensor) -> Tensor:
         uncertainty = 0.1 * views.var(0).mean()
         self.note(uncertainty=uncertainty)
@@ -172,16 +151,12 @@ class ViDA(TeacherMethod):
             for name in self._scales:
                 self.write(name, scales, uncertainty.isfinite())
             target = self.infer(x)
-            losses = soft_cross_entropy(target, self.logits(x), 0.5 if self.symmetric else 0.0)
+            losses = soft_cross_entropy(target, self.logits(x), self.reverse)
             gradients = self.gradients(losses)
         taken = self.apply_gradients(gradients)
         for name in self._scales:
             self.write(name, scales, taken & uncertainty.isfinite())
-        if not self.known(~taken):
-            where = None if self.known(taken) else taken
-            self.update_teacher(where)
-            restore_some(self.student(), self.source(), self.restore, self.draw_key(), where)
-            self.write("steps_taken", self.value("steps_taken") + 1, where)
+        self.follow(taken)
         return target
 
 
@@ -192,10 +167,8 @@ def _put_in(model: nn.Module, ranks: Sequence[int], targets: str, seed: int) -> 
     if any(isinstance(module, adapters.LowRank) for _, module in adapters.adapters_of(model)):
         adapters.choose(model, ["all"])
         return
-    options = {"kind": "vida", "ranks": ranks, "seed": seed}
-    if targets == "auto":
-        try:
-            targets = "attention" if adapters.attention_layers(model) else targets
-        except UnsupportedModelError:  # no pass can be tried: all layers, then
-            targets = "auto"
-    adapters.choose(model, ["all", {**options, "targets": None if targets == "auto" else targets}])
+    chosen = None if targets == "auto" else targets
+    if chosen is None:
+        with suppress(UnsupportedModelError):  # no pass can be tried: all layers, then
+            chosen = "attention" if adapters.attention_layers(model) else None
+    adapters.choose(model, ["all", {"kind": "vida", "ranks": ranks, "seed": seed, "targets": chosen}])

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lightning_tta import adapt
-from lightning_tta.methods import cotta
 from nets import KINDS, make_net, make_stream, max_difference, same, without_running_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,20 +56,6 @@ class PlainCoTTA:
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         self.moments[name] = [m, v]
         weight -= self.lr * (m / (1 - 0.9**self.count)) / ((v / (1 - 0.999**self.count)).sqrt() + 1e-8)
-
-
-@pytest.fixture
-def views(monkeypatch):
-    """Views that a test can know: the images, darker and shifted; returned in the order in which they were made."""
-    made = []
-
-    def view(images, key):
-        number = key.sum().item()
-        made.append((images * (0.5 + (number % 97) / 200)).roll(number % 5, -1))
-        return made[-1]
-
-    monkeypatch.setattr(cotta, "jitter", view)
-    return made
 
 
 def assert_same_state(method, reference):
@@ -192,15 +177,18 @@ def test_restored_weights_go_on_from_the_source(kind, views):
     assert not torch.equal(seen[0][:50], seen[0][50:100])
 
 
-def test_restore_always_and_never(views):
+@pytest.mark.parametrize("name", ["cotta", "vida"])
+def test_restore_always_and_never(name, views):
     net, stream = make_net("gn"), make_stream(3)
-    always = adapt(net, "cotta", lr=1e-2, views=1, restore=1.0, ema_decay=0.5)
+    options = {"lr": 1e-2, "symmetric": True, "views": 2}
+    always = adapt(net, name, restore=1.0, ema_decay=0.5, **options)
     for images in stream:
         always(images)
-        assert same(dict(always.model.state_dict()), dict(net.state_dict()))
-    assert not same(list(always.teacher.weights().values()), list(net.parameters()))  # it met the student before
-    never = adapt(net, "cotta", lr=1e-2, views=1, restore=0.0)
+        assert same(always.student(), always.source())
+    moved = [not torch.equal(slow, always.source()[n]) for n, slow in always.teacher.weights().items()]
+    assert sum(moved) > len(moved) / 2  # it met the student before
+    never = adapt(net, name, restore=0.0, **options)
     for images in stream:
         never(images)
-    kept = [(w == s).double().mean().item() for w, s in zip(never.model.parameters(), net.parameters(), strict=True)]
-    assert max(kept) == 0
+    kept = {n: (w == never.source()[n]).double().mean().item() for n, w in never.student().items()}
+    assert max(kept[name] for name, _ in net.named_parameters() if name in kept) == 0

@@ -7,7 +7,6 @@ import torch
 from test_cotta import TOLERANCE
 
 from lightning_tta import ConfigError, adapt
-from lightning_tta.methods import cotta
 from lightning_tta.methods.components import teacher
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same, without_running_statistics
 from plain import assert_goes_on_after_loading
@@ -30,8 +29,8 @@ def test_masks_and_views_come_from_the_seed():
 
 def test_every_step_and_view_has_a_draw_of_its_own(monkeypatch):
     seeds = []
-    monkeypatch.setattr(cotta, "jitter", lambda images, key: seeds.append(tuple(key.tolist())) or images)
-    monkeypatch.setattr(cotta, "restore_some", lambda *args: seeds.append(tuple(args[3].tolist())))
+    monkeypatch.setattr(teacher, "jitter", lambda images, key: seeds.append(tuple(key.tolist())) or images)
+    monkeypatch.setattr(teacher, "restore_some", lambda *args: seeds.append(tuple(args[3].tolist())))
     method, images = adapt(make_net("gn"), "cotta", views=3, anchor_threshold=1.0, steps=2), make_images(2)
     for _ in range(3):
         method(images)

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lightning_tta import DataError, UnsupportedModelError, WeightsError, adapt
-from lightning_tta.methods import cotta
 from lightning_tta.methods.components.fisher import quantile_bound
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same, without_running_statistics
 
@@ -39,19 +38,6 @@ def fitted(net):
             snapshots.append([p.detach().clone() for p in net.parameters()])
     stacked = [torch.stack(each) for each in zip(*snapshots, strict=True)]
     return [each.mean(0) for each in stacked], [(each**2).mean(0) - each.mean(0) ** 2 for each in stacked]
-
-
-@pytest.fixture
-def views(monkeypatch):
-    """Views that a test can know, in the order in which they were made."""
-    made = []
-
-    def view(images, key):
-        made.append((images * (0.5 + (key.sum().item() % 97) / 200)).roll(key.sum().item() % 5, -1))
-        return made[-1]
-
-    monkeypatch.setattr(cotta, "jitter", view)
-    return made
 
 
 class PlainPETAL:

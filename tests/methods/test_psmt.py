@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_tta import UnsupportedModelError, adapt
-from lightning_tta.methods.components import teacher
+from lightning_tta.methods.components import drawing
 from nets import KINDS, make_net, make_stream, max_difference, same, without_running_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,7 +20,7 @@ def view_of(images):
 
 @pytest.fixture
 def known(monkeypatch):
-    monkeypatch.setattr(teacher, "jitter", lambda images, key: view_of(images))
+    monkeypatch.setattr(drawing, "jitter", lambda images, key: view_of(images))
 
 
 class PlainPSMT:

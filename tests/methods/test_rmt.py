@@ -9,10 +9,13 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lightning_tta import DataError, UnsupportedModelError, adapt
-from lightning_tta.methods.components import replay, teacher
+from lightning_tta.methods.components import drawing, replay
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same, without_running_statistics
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*have no source image:UserWarning"),
+]
 TOLERANCE = 1e-9  # float64
 DECAY, TEMPERATURE = 0.8, 0.2
 
@@ -30,7 +33,7 @@ def view_of(images):
 @pytest.fixture
 def known(monkeypatch):
     """Draws that a reference can make: the view, and the order of the source images, which is shifted by one a time."""
-    monkeypatch.setattr(teacher, "jitter", lambda images, key: view_of(images))
+    monkeypatch.setattr(drawing, "jitter", lambda images, key: view_of(images))
     calls = []
 
     def order(key, number, length):
@@ -56,11 +59,12 @@ class PlainRMT:
             with torch.no_grad():
                 features = torch.cat([self.student.features(b["image"]) for b in batches])
                 means = [features[self.labels == k].mean(0) for k in range(4)]
-                row = net.head.weight[4] / net.head.weight[4].norm()
-                self.prototypes = torch.stack([*means, row * sum(m.norm() for m in means) / 4])
+                self.prototypes = torch.stack(means)
 
     def contrast(self, prototypes, z, z_view):
-        nearest = [max(range(5), key=lambda k: cosine_similarity(prototypes[k], one, dim=0).item()) for one in z]
+        nearest = [
+            max(range(len(prototypes)), key=lambda k: cosine_similarity(prototypes[k], one, dim=0).item()) for one in z
+        ]
         vectors = torch.cat([prototypes[nearest], z, z_view])
         vectors = self.projector(vectors)
         vectors = vectors / (vectors**2).sum(1, keepdim=True).sqrt()
@@ -146,6 +150,12 @@ def test_without_projector_the_features_are_compared(known):
     assert not any(name.startswith("projector") for name in method.adaptable)
 
 
+def test_without_contrast_there_is_no_projector_to_learn():
+    method = adapt(make_net("gn"), "rmt", contrast_weight=0.0, source_free=True)
+    assert method(make_images(8)).isfinite().all()
+    assert set(method.optimizers) == {"model"}
+
+
 def test_the_warm_up_is_where_a_reset_goes_back_to(known):
     net = make_net("bn").double()
     options = {"optimizer": "sgd", "lr": 0.3, "ema_decay": DECAY, "warmup": 128, "projector": 7}
@@ -213,7 +223,7 @@ def test_source_images_that_are_not_finite_are_left_out_with_their_labels():
     bad = {key: torch.cat([first[key][:3], first[key][:1], first[key][3:]]) for key in ("image", "label")}
     bad["image"][3] = torch.nan
     one.prepare([bad, second]), other.prepare([first, second])
-    for name in ("prototypes", "replayed_images", "replayed_labels"):
+    for name in ("source_prototypes", "replayed_images", "replayed_labels"):
         assert torch.equal(one.get_buffer(name), other.get_buffer(name)), name
 
 
@@ -234,7 +244,7 @@ def test_what_it_refuses():
     method = adapt(make_net("gn"), "rmt")
     with pytest.raises(DataError, match="labelled"):
         method.prepare([{"image": make_images(4)}])
-    with pytest.raises(DataError, match=r"found no image.*source_free=True"):
+    with pytest.raises(DataError, match=r"found no image.*training set"):
         method.prepare([])
     with pytest.raises(DataError, match="from 0 to 5"):
         method.prepare([{"image": make_images(6), "label": torch.arange(6)}])

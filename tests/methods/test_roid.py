@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_tta import ConfigError, adapt
 from lightning_tta.losses import soft_likelihood_ratio
-from lightning_tta.methods.components import likelihood
+from lightning_tta.methods.components import drawing
 from nets import KINDS, make_images, make_net, make_stream, max_difference, norm_weights, without_running_statistics
 
 pytestmark = [
@@ -84,7 +84,7 @@ def views(monkeypatch):
         seen.append((key.tolist(), options))
         return images.mul(0.7).roll(1, -1)
 
-    monkeypatch.setattr(likelihood, "jitter", view)
+    monkeypatch.setattr(drawing, "jitter", view)
     return seen
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from lightning_tta import ConfigError, DataError, adapt
-from lightning_tta.methods import santa
+from lightning_tta.methods.components import drawing
 from nets import (
     KINDS,
     make_images,
@@ -37,7 +37,7 @@ def view_of(images):
 @pytest.fixture
 def known(monkeypatch):
     """A view that a reference can make."""
-    monkeypatch.setattr(santa, "jitter", lambda images, key: view_of(images))
+    monkeypatch.setattr(drawing, "jitter", lambda images, key: view_of(images))
 
 
 class PlainSANTA:
@@ -155,8 +155,8 @@ def test_a_class_without_source_images_is_nobodys_nearest(known):
 
 
 def test_views_differ_from_step_to_step(monkeypatch):
-    keys, plain = [], santa.jitter
-    monkeypatch.setattr(santa, "jitter", lambda images, key: keys.append(key.tolist()) or plain(images, key))
+    keys, plain = [], drawing.jitter
+    monkeypatch.setattr(drawing, "jitter", lambda images, key: keys.append(key.tolist()) or plain(images, key))
     method = adapt(make_net("bn"), "santa", prototypes="classifier", seed=3, steps=2)
     for images in make_stream(2):
         method(images)

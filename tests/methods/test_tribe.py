@@ -9,7 +9,7 @@ from torch import nn
 
 from contract import VARIANTS, build
 from lightning_tta import ConfigError, UnsupportedModelError, adapt
-from lightning_tta.methods import tribe
+from lightning_tta.methods.components import drawing
 from memory_reference import TOLERANCE, dimmed, learned, log_softmax, with_layers
 from nets import KINDS, make_images, make_net, make_stream, max_difference, same
 
@@ -99,7 +99,7 @@ class PlainTRIBE:
 
 @pytest.fixture
 def known_view(monkeypatch):
-    monkeypatch.setattr(tribe, "jitter", dimmed)
+    monkeypatch.setattr(drawing, "jitter", dimmed)
 
 
 def assert_same_state(method, reference, kind):

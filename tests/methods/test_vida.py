@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from lightning_tta import ConfigError, adapt
-from lightning_tta.methods import vida
 from lightning_tta.methods.components import adapters
 from nets import TokenViT, make_images, make_net, make_stream, max_difference, without_running_statistics
 
@@ -56,19 +55,6 @@ class PlainViDA:
                 rate = pair_decay if is_pair else decay
                 self.teacher[name].copy_(rate * self.teacher[name] + (1 - rate) * weight)
         return target, loss.item(), uncertainty
-
-
-@pytest.fixture
-def views(monkeypatch):
-    made = []
-
-    def view(images, key):
-        number = key.sum().item()
-        made.append((images * (0.5 + (number % 97) / 200)).roll(number % 5, -1))
-        return made[-1]
-
-    monkeypatch.setattr(vida, "jitter", view)
-    return made
 
 
 @pytest.mark.parametrize("scaled", ["both", "low"])

@@ -12,16 +12,15 @@ from torch.nn.functional import cosine_similarity
 
 from lightning_tta.errors import check_choice, check_range
 from lightning_tta.losses import at_least_float32, entropy, soft_cross_entropy, soft_likelihood_ratio
-from lightning_tta.methods.base.gradient import GradientMethod
 from lightning_tta.methods.base.state import NOT_YET
+from lightning_tta.methods.components.drawing import DrawingMethod
 from lightning_tta.methods.components.filters import empty_by_class
 from lightning_tta.methods.components.priors import Moving
-from lightning_tta.views.jitter import jitter
 
 PriorCorrection = Literal["probabilities", "logits", "none"]
 
 
-class LikelihoodMethod(GradientMethod):
+class LikelihoodMethod(DrawingMethod):
     """Minimises the soft likelihood ratio and the consistency with a view, of sure and diverse samples.
 
     To write one: call ``super().__init__`` and implement :meth:`merge`, what happens to the weights after a step.
@@ -42,6 +41,7 @@ class LikelihoodMethod(GradientMethod):
         **options: See :class:`~lightning_tta.methods.base.gradient.GradientMethod`.
     """
 
+    draws = 1
     uses_batch_statistics = True
     step_on_host = "it draws a view of the images, which is made on the host's word"
 
@@ -59,19 +59,17 @@ class LikelihoodMethod(GradientMethod):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(model, **options)
+        super().__init__(model, seed=seed, **options)
         check_range("temperature", temperature, 0, low_open=True)
         check_range("diversity_momentum", diversity_momentum, 0, 1)
         check_range("clip", clip, 0, 0.9999, low_open=True)
         check_choice("prior_correction", prior_correction, ("probabilities", "logits", "none"))
-        check_range("seed", seed, 0, 2**63 - 1, integer=True)
         self.weighting, self.temperature, self.diversity_momentum = weighting, temperature, diversity_momentum
-        self.clip, self.consistency, self.detach_target, self.seed = clip, consistency, detach_target, seed
+        self.clip, self.consistency, self.detach_target = clip, consistency, detach_target
         if not consistency:
             self.step_on_host = ""
-        (first, *_) = self.learn(self.select("norm"))
+        self.learn(self.select("norm"))
         self.state("mean_probability", empty_by_class(self.model), source=NOT_YET)
-        self.state("steps_taken", torch.zeros((), dtype=torch.int64, device=first.device), source=0)
         if prior_correction != "none":
             self.put_on(Moving(self, form=prior_correction))
             self.own_prior = "the method corrects its predictions itself. Set prior_correction='none', or leave it out"
@@ -84,8 +82,7 @@ class LikelihoodMethod(GradientMethod):
         """One step on the images and a view of them."""
         if not self.consistency:
             return self._step(x)
-        key = torch.tensor([self.seed, int(self.value("steps_taken"))])  # on the host, which draws the view
-        view = jitter(x, key, padding="reflect", blur=False, noise=False)
+        view = self.view(x, padding="reflect", blur=False, noise=False)
         return cast(Tensor, self.replayed("step with a view", self._step, x, view))
 
     def _step(self, x: Tensor, view: Tensor | None = None) -> Tensor:
@@ -103,7 +100,7 @@ class LikelihoodMethod(GradientMethod):
         taken = self.descend(losses * weights.mean(), weights)  # the sum over the batch divided by its size
         if not self.known(~taken):
             self.write("mean_probability", torch.lerp(p.mean(0), old, self.diversity_momentum), taken)
-            self.write("steps_taken", self.value("steps_taken") + 1, taken)
+            self.count_step(taken)
             self.merge(taken)
         return logits
 

@@ -21,7 +21,7 @@ class PullMethod(GradientMethod):
 
     @torch.no_grad()
     def pull(self, centers: Sequence[Tensor], strengths: Sequence[Tensor], factor: float) -> Tensor:
-        """The penalty, 0-dimensional, without graph: the next :meth:`differentiate` adds its gradient.
+        """The penalty, 0-dimensional, without graph: :meth:`differentiate`, or :meth:`pulled`, adds its gradient next.
 
         So the gradients of all parameters together take a few kernels, not some for each.
 
@@ -43,11 +43,14 @@ class PullMethod(GradientMethod):
         self._pull = None
 
     def differentiate(self, loss: Tensor, tensors: Sequence[Tensor] | None = None) -> tuple[Tensor | None, ...]:
-        """With the gradient of the penalty, 2 ``factor`` s (theta - c)."""
-        values = super().differentiate(loss, tensors)
+        """With the gradient of the penalty."""
+        return self.pulled(super().differentiate(loss, tensors))
+
+    def pulled(self, values: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Gradients by :attr:`learned`, and that of the penalty with them, 2 ``factor`` s (theta - c); only once."""
         pull, self._pull = self._pull, None
         if pull is None:
-            return values
+            return tuple(values)
         reached = [number for number, value in enumerate(values) if value is not None]
         gradients = [value for value in values if value is not None]
         wide = torch._foreach_mul([pull[0][number] for number in reached], pull[1])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,11 +37,14 @@ class ClassMoments:
 
 
 def class_moments(
-    method: TTAMethod, batches: Iterable[Mapping[str, Tensor]], covariance: Covariance = "none"
+    method: TTAMethod,
+    batches: Iterable[Mapping[str, Tensor]],
+    covariance: Covariance = "none",
+    *,
+    running: Callable[[], AbstractContextManager[None]] = nullcontext,
+    also: Callable[[Tensor, Tensor], None] | None = None,
 ) -> ClassMoments:
     """Class means of the source's features, and covariances, at the source weights; asks the host.
-
-    BatchNorm has its source statistics.
 
     Images with features that are not finite do not count. There is a warning if a class has no image.
 
@@ -49,6 +52,9 @@ def class_moments(
         method: Of it the net is taken, and how it runs.
         batches: Dicts with ``image`` (B, C, H, W) in [0, 1] and ``label`` (B,).
         covariance: ``none``, ``tied``: one for all classes, ``class``: one for each.
+        running: How the net runs meanwhile. By default each image alone, with BatchNorm's source statistics: batches of
+            one class must not be normalised with their own.
+        also: Gets the images and labels of each batch too.
 
     Raises:
         DataError: If there is no such image, or a batch has no labels.
@@ -62,8 +68,10 @@ def class_moments(
 
     @torch.no_grad()
     def see(images: Tensor, labels: Tensor) -> None:
-        features, labels = labelled_features(method, images, labels)
-        features, labels = features.cpu().double(), labels.cpu()
+        features, kept = labelled_features(method, images, labels)
+        if also is not None:
+            also(images, labels)
+        features, labels = features.cpu().double(), kept.cpu()
         counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
         sums.index_add_(0, labels, features)
         if groups == 1:
@@ -71,8 +79,8 @@ def class_moments(
         elif groups:
             squares.index_add_(0, labels, features[:, :, None] * features[:, None])
 
-    with method.at_source():  # each image alone: batches of one class must not be normalised with its statistics
-        see_source_images(method, batches, see, classes=classes, running=nullcontext)
+    with method.at_source():
+        see_source_images(method, batches, see, classes=classes, running=running)
     check_classes(method, counts)
     means = sums / counts.clamp_min(1)[:, None]
     if not groups:

@@ -11,11 +11,8 @@ from torch import Tensor, nn
 from lightning_tta.draws import random_words
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
-from lightning_tta.methods.base.gradient import GradientMethod
+from lightning_tta.methods.components.drawing import DrawingMethod
 from lightning_tta.views.jitter import jitter
-
-DRAWS = 1_000_003
-"""Draws that a step may make, each with a key of its own."""
 
 _PORTION = 2**23  # weights; their masks take eight times as many bytes for a moment
 
@@ -130,7 +127,7 @@ def _portions(tensors: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tenso
     yield portion
 
 
-class TeacherMethod(GradientMethod):
+class TeacherMethod(DrawingMethod):
     """What the methods share whose student follows a :class:`Teacher` that follows the student.
 
     Declares both. The source values for :meth:`reset` are the anchor, which such methods also ask: one copy serves
@@ -150,20 +147,18 @@ class TeacherMethod(GradientMethod):
     uses_batch_statistics = True
 
     def __init__(self, model: nn.Module, *, ema_decay: float, seed: int = 0, **options: Any) -> None:
-        super().__init__(model, **options)
+        super().__init__(model, seed=seed, **options)
         check_range("ema_decay", ema_decay, 0, 1)
-        check_range("seed", seed, 0, 2**63 - 1, integer=True)
-        self.ema_decay, self.seed = ema_decay, seed
-        learned = self.learn_student()
+        self.ema_decay = ema_decay
+        self.learn_student()
         self.teacher = Teacher(self.student())
         for name, slot in self.teacher.slots.items():
             source = self.source_value(f"model.{name}")
             self.state(f"teacher.{slot}", self.teacher.get_buffer(slot), source=source)
-        self.state("steps_taken", torch.zeros((), dtype=torch.int64, device=learned[0].device), source=0)
 
-    def learn_student(self) -> list[Tensor]:
+    def learn_student(self) -> None:
         """Declare what the student learns, and with which optimizers. For the constructor."""
-        return self.learn(self.select(self.selected))
+        self.learn(self.select(self.selected))
 
     def student(self) -> dict[str, Tensor]:
         """The net's own weights, which learn."""
@@ -176,6 +171,10 @@ class TeacherMethod(GradientMethod):
     def stream_weights(self) -> dict[str, Tensor]:
         """The teacher's, which predicts."""
         return self.teacher.weights()
+
+    def infer(self, x: Tensor) -> Tensor:
+        """The teacher's prediction."""
+        return self.teach(x, accounted=True)
 
     @torch.no_grad()
     def teach(self, x: Tensor, accounted: bool | None = None) -> Tensor:
@@ -191,10 +190,6 @@ class TeacherMethod(GradientMethod):
         """
         return self.split(x, lambda x: self.logits(x, self.teacher.weights(), groups))
 
-    def view(self, x: Tensor, number: int = 1) -> Tensor:
-        """A random view of the images for the coming step, of number ``number``, at least 1; asks the device."""
-        return jitter(x, self.host_key(int(self.value("steps_taken")), number))
-
     def update_teacher(self, where: Tensor | None = None) -> None:
         """Move the teacher towards the student, if ``where`` is true, or ``None``; or a share of the way."""
         self.teacher.update(self.student(), self.ema_decay, where)
@@ -205,19 +200,10 @@ class TeacherMethod(GradientMethod):
             where = None if self.known(taken) else taken
             self.update_teacher(where)
             self.finish(where)
-            self.write("steps_taken", self.value("steps_taken") + 1, where)
+            self.count_step(where)
 
     def finish(self, where: Tensor | None) -> None:
         """What a method does once student and teacher have moved, if ``where``, as of :meth:`update_teacher`."""
-
-    def draw_key(self, number: int = 0) -> Tensor:
-        """The key of draw ``number``, below :data:`DRAWS`, of the coming step, (2,), on the device of the state."""
-        counter = self.value("steps_taken") * DRAWS + number
-        return torch.stack([torch.full_like(counter, self.seed), counter])
-
-    def host_key(self, steps_taken: int, number: int) -> Tensor:
-        """The key of draw ``number``, below :data:`DRAWS`, of the step after so many; on the host."""
-        return torch.tensor([self.seed, steps_taken * DRAWS + number])
 
 
 class TogetherMethod(TeacherMethod):
@@ -232,3 +218,54 @@ class TogetherMethod(TeacherMethod):
     def infer(self, x: Tensor) -> Tensor:
         """The sum of the logits of student and teacher."""
         return at_least_float32(self.logits(x)) + at_least_float32(self.teach(x))
+
+
+class ViewedMethod(TeacherMethod):
+    """A :class:`TeacherMethod` whose teacher sees views too, and whose weights return to the source at random.
+
+    Args:
+        model: A classifier.
+        views: Of each batch, at least 1.
+        restore: Probability that a weight of the student returns after a step, in [0, 1].
+        symmetric: Whether the loss is the mean of CE(p_t, p_s) and CE(p_s, p_t); else the first.
+        chunk_views: At most this many images in one pass of views (but one view of the batch at least); ``None``: all.
+        **options: Those of :class:`TeacherMethod`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        views: int,
+        restore: float,
+        symmetric: bool,
+        chunk_views: int | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        check_range("views", views, 1, integer=True)
+        check_range("restore", restore, 0, 1)
+        if chunk_views is not None:
+            check_range("chunk_views", chunk_views, 1, integer=True)
+        self.views, self.restore, self.chunk_views = views, restore, chunk_views
+        self.reverse = 0.5 if symmetric else 0.0
+
+    def finish(self, where: Tensor | None) -> None:
+        """Some weights of the student go back to the source."""
+        restore_some(self.student(), self.source(), self.restore, self.draw_key(), where)
+
+    def teach_views(self, x: Tensor, steps_taken: int) -> Tensor:
+        """The teacher's logits (V, B, K) of views, which are drawn and made on the host's word, after so many steps."""
+        size = self.views if self.chunk_views is None else max(1, self.chunk_views // len(x))
+        keys = [self.host_key(steps_taken, 1 + number) for number in range(self.views)]
+        logits = []
+        for start in range(0, self.views, size):
+            views = torch.stack([jitter(x, key) for key in keys[start : start + size]])
+            logits.append(self.replayed("pass of views", self._view_logits, views))
+        return at_least_float32(torch.cat(logits))
+
+    @torch.no_grad()
+    def _view_logits(self, views: Tensor) -> Tensor:
+        """Logits (V, B, K) of views (V, B, C, H, W), the statistics of each view its own."""
+        logits = self.logits(views.flatten(0, 1), self.teacher.weights(), groups=len(views))
+        return logits.view(len(views), -1, logits.shape[-1])
