@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.draws import random_words
+from lightning_tta.draws import random_flags
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.gradient import GradientMethod
@@ -96,12 +96,11 @@ def restore_some(
     """
     if probability == 0 or not parameters:
         return
-    largest = max(round(probability * 2**32) - 2**31 - 1, -(2**31))
     tensors = [(parameter.detach(), source[name]) for name, parameter in parameters.items()]
     start = 0
     for portion in _portions(tensors):
         sizes = [tensor.numel() + tensor.numel() % 2 for tensor, _ in portion]
-        restored = random_words(key, sum(sizes), start=start, device=portion[0][0].device) <= largest
+        restored = random_flags(key, sum(sizes), probability, start=start, device=portion[0][0].device)
         start += sum(sizes)
         if where is not None:
             restored &= where
