@@ -161,6 +161,6 @@ class SPA(GradientMethod):
         losses = entropies = entropy(logits)
         if self.auxiliary == "eta":
             counting = self.reliable.keep(self, logits, entropies) & self.diverse.keep(self, logits, entropies)
-            losses = (self.reliable.bound(logits) - entropies.detach()).exp() * entropies
+            losses = self.reliable.weights(logits, entropies) * entropies
         mean = torch.where(counting, losses, 0).sum() / counting.sum().clamp(min=1)
         return self.auxiliary_weight * mean, counting
