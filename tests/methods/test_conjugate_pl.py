@@ -47,6 +47,7 @@ def test_three_steps(kind, loss, after):
     options = {"source_loss": loss, "temperature": 1.7, "poly_epsilon": 6.0}
     method = adapt(net, "conjugate_pl", lr=0.1, predict_after=after, **options)
     reference = PlainConjugate(net, 0.1, loss, 1.7, 6.0)
+    assert method.returns == ("after the step" if after else "before the step")
     for images in make_stream(3, batch=6, dtype=torch.float64):
         *logits, value = reference(images)
         assert max_difference(method(images), logits[after]) < TOLERANCE
