@@ -54,6 +54,15 @@ def random_words(key: Tensor, number: int, *, start: int = 0, device: torch.devi
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(torch.int32)[:number]
 
 
+def random_flags(
+    key: Tensor, number: int, probability: float, *, start: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """Independent draws, bool, (number,), each true with a probability in [0, 1]; others as of :func:`random_words`."""
+    words = random_words(key, number, start=start, device=device)
+    largest = round(probability * 2**32) - 2**31 - 1
+    return words <= largest if largest >= -(2**31) else torch.zeros_like(words, dtype=torch.bool)
+
+
 def random_normals(key: Tensor, *shape: int, start: int = 0, device: torch.device | None = None) -> Tensor:
     """Standard normal numbers, float32, within 5.4 of 0. Arguments as of :func:`random_words`."""
     words = random_words(key, math.prod(shape), start=start, device=device)

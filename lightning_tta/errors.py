@@ -99,3 +99,8 @@ def did_you_mean(name: object, known: Iterable[str], count: int = 1) -> str:
     by_lower = {other.lower(): other for other in known}
     close = difflib.get_close_matches(str(name).lower(), sorted(by_lower), n=count, cutoff=0.7)
     return f" Did you mean {' or '.join(by_lower[match] for match in close)}?" if close else ""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Class and first line of an error, for a message of ours: a text, as an error itself holds all frames."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,22 +15,11 @@ from torch.overrides import TorchFunctionMode
 from lightning_tta.backbones.passes import outside_inference_mode, safe_checkpoints
 from lightning_tta.backbones.split import as_logits, recorded_calls, try_pass
 from lightning_tta.backbones.tokens import TokenNet, find_tokens
-from lightning_tta.errors import UnsupportedModelError
+from lightning_tta.errors import UnsupportedModelError, in_one_line
 from lightning_tta.losses import at_least_float32
 
 _INSTEAD = "use a method for any net with norm layers, such as 'sar' or 'deyo'"
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-
-
-@dataclass
-class Attention:
-    """What a pass shows.
-
-    Attributes:
-        rows: Of each attention in the last block the first row, the mean over its heads, (B, N), without gradient.
-    """
-
-    rows: list[Tensor] = field(default_factory=list)
 
 
 class _Watch(TorchFunctionMode):
@@ -40,9 +28,10 @@ class _Watch(TorchFunctionMode):
     A fused attention has no weights to look at: its first row is computed again, from queries and keys.
     """
 
-    def __init__(self, seen: Attention) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.seen, self.active = seen, False
+        self.rows: list[Tensor] = []
+        self.active = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -50,7 +39,7 @@ class _Watch(TorchFunctionMode):
         if self.active:
             row = _first_row(func, args, kwargs, result)
             if row is not None:
-                self.seen.rows.append(row)
+                self.rows.append(row)
         return result
 
 
@@ -92,10 +81,12 @@ def _mean_over_heads(row: Tensor) -> Tensor:
 
 
 @contextmanager
-def watched_attention(model: nn.Module, net: TokenNet) -> Iterator[Attention]:
-    """While active, a pass of the net shows the attention of the first token in its last block."""
-    seen = Attention()
-    watch = _Watch(seen)
+def watched_attention(model: nn.Module, net: TokenNet) -> Iterator[list[Tensor]]:
+    """While active, a pass of the net shows the attention of the first token in its last block.
+
+    In the list is of each attention there the first row, the mean over its heads, (B, N), without gradient.
+    """
+    watch = _Watch()
 
     def begin(module: nn.Module, inputs: Any) -> None:
         watch.active = True
@@ -108,7 +99,7 @@ def watched_attention(model: nn.Module, net: TokenNet) -> Iterator[Attention]:
         stack.callback(last.register_forward_pre_hook(begin).remove)
         stack.callback(last.register_forward_hook(end).remove)
         stack.enter_context(watch)
-        yield seen
+        yield watch.rows
 
 
 @contextmanager
@@ -152,9 +143,9 @@ def find_attention(model: nn.Module) -> TokenNet:
     number = next(inputs[0].shape[1] for name, inputs, _ in calls if name == net.blocks[0])
     patches = number - net.prefix
     with outside_inference_mode(), safe_checkpoints():
-        with watched_attention(twin, net) as seen:
+        with watched_attention(twin, net) as rows:
             twin(images)
-        if not seen.rows or seen.rows[0].shape != (2, number):
+        if not rows or rows[0].shape != (2, number):
             raise UnsupportedModelError(
                 f"The last block of {kind}, '{net.blocks[-1]}', shows no attention over its {number} tokens: it calls "
                 "neither scaled_dot_product_attention without a mask, nor a softmax over (B, heads, N, N), nor "
@@ -170,7 +161,7 @@ def find_attention(model: nn.Module) -> TokenNet:
             if ends[0][1][0].shape[1] != net.prefix + fewer:
                 reason = "they get them back on the way"
         except Exception as error:  # the net's own
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            reason = in_one_line(error)
     if reason:
         raise UnsupportedModelError(
             f"The blocks of {kind} ('{net.blocks[0]}' to '{net.blocks[-1]}') take {number} tokens, and not fewer "

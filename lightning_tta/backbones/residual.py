@@ -39,7 +39,7 @@ def residual_blocks(model: nn.Module) -> list[str]:
 def _adds(module: nn.Module, inputs: Any, output: Any) -> bool:
     """Whether a module returns its input where all its parameters are 0."""
     x = inputs[0] if inputs else None
-    if not any(map(is_norm_layer, module.modules())) or is_norm_layer(module):
+    if not any(map(is_norm_layer, module.modules())):
         return False
     if not (isinstance(x, Tensor) and isinstance(output, Tensor)) or x.shape != output.shape or not bool(x.any()):
         return False

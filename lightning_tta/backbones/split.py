@@ -15,7 +15,7 @@ from lightning_tta.backbones.copying import copy_net
 from lightning_tta.backbones.graphs import GraphHead
 from lightning_tta.backbones.passes import outside_inference_mode, safe_checkpoints
 from lightning_tta.backbones.quantized import dequantized, is_packed, is_quantized
-from lightning_tta.errors import ConfigError, UnsupportedModelError, check_range
+from lightning_tta.errors import ConfigError, UnsupportedModelError, check_range, in_one_line
 
 
 def as_logits(output: object) -> Tensor:
@@ -325,8 +325,8 @@ def try_pass(model: nn.Module, number: int = 1, instead: str = "use another net"
             called = recorded_calls(dict(twin.named_modules()))
             with torch.no_grad(), outside_inference_mode(), safe_checkpoints(), called as calls:
                 twin(images)
-        except Exception as error:  # not this net's size: the next. A text, as an error holds all frames
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        except Exception as error:  # not this net's size: the next
+            reason = in_one_line(error)
             continue
         return Trial(twin, images, calls)
     raise UnsupportedModelError(

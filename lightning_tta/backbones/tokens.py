@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_tta.backbones.norms import is_norm_layer
 from lightning_tta.backbones.passes import outside_inference_mode, safe_checkpoints
 from lightning_tta.backbones.split import as_logits, recorded_calls, try_pass
-from lightning_tta.errors import UnsupportedModelError
+from lightning_tta.errors import UnsupportedModelError, in_one_line
 
 _INSTEAD = "use a method that does not need tokens: 'output_shift', 'neo' or 't3a', which need no gradients either"
 
@@ -151,7 +151,7 @@ def find_tokens(model: nn.Module, prompts: int = 1, instead: str = _INSTEAD) -> 
             took = last[0][1][0].shape[1] == tokens.shape[1] + prompts and logits.shape[0] == len(images)
             reason = "" if took and seen.activations.shape[1] == net.activations else "they lose them on the way"
         except Exception as error:  # the net's own
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            reason = in_one_line(error)
     if reason:
         raise UnsupportedModelError(
             f"The blocks of {type(model).__name__} ('{net.blocks[0]}' to '{net.blocks[-1]}') take {tokens.shape[1]} "

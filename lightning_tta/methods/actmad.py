@@ -16,7 +16,9 @@ from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.gradient import GradientMethod
 from lightning_tta.methods.base.optimizers import OptimizerName
-from lightning_tta.methods.components.activations import Moments, source_moments, watched_outputs
+from lightning_tta.methods.components.activations import source_moments, watched_outputs
+
+MOMENTS = ("mean", "variance")
 
 
 class ActMAD(GradientMethod):
@@ -28,30 +30,25 @@ class ActMAD(GradientMethod):
 
         L = 1/2 sum_l ( mean |mean_b a_l - mean_s a_l|  +  mean |var_b a_l - var_s a_l| )
 
-    Variances are unbiased; of a batch of one image they are 0, so that its mean alone has a gradient. Nothing depends
-    on classes: the loss is as good for a head of regression, if it has two outputs or more; the measures in ``stats``
-    that are made of the outputs (entropy, shares of classes) then mean nothing.
+    Variances are unbiased; of one image they are 0, so that its mean alone has a gradient. Nothing depends on classes:
+    a head of regression will do, of two outputs or more; what ``stats`` says of classes then means nothing.
 
     Parameters touched: all up to the last of these layers; BatchNorm keeps its source statistics. State: these and the
-    optimizer; saved with them 2 floats for each activation: ResNet-20 at 32 x 32 pixels 1.5 MB, ResNet-50 at 224 x 224
-    85 MB. Images must have the size that :meth:`prepare` saw. Per batch and step: one forward, one backward pass.
-    Returns the logits before the step. ``stats`` has both terms.
+    optimizer; saved with them 2 floats for each activation. Images must have the size that :meth:`prepare` saw. Per
+    batch and step: one forward, one backward pass. Returns the logits before the step. ``stats`` has both terms.
 
     Args:
         model: Any net with normalisation layers.
         lr: Learning rate, >= 0. Authors, at batch size 128: 1e-2 (CIFAR-10, WideResNet-40-2), 1e-3 (CIFAR-100), 2.5e-4
-            (ImageNet). The loss is a sum over layers, and the gradient of an L1 distance does not shrink near its
-            minimum: where ``stats["loss"]`` rises from batch to batch, the rate is too high. A small net on digits
-            (68 % without adaptation, batches of 64, a reset at each domain) reaches 76 % with 1e-3, and 40 % with 1e-2.
+            (ImageNet). The gradient of an L1 distance does not shrink near its minimum, and the loss is a sum over
+            layers: where ``stats["loss"]`` rises from batch to batch, the rate is too high.
         optimizer: ``nesterov`` (authors), ``sgd``, ``adam`` or ``adamw``.
         weight_decay: >= 0. Authors: 5e-4.
         params: ``all``: as above, the authors'; ``norm``: weight and bias of the normalisation layers.
         rectified: Whether the positive part of the outputs is compared; ``auto``: that of BatchNorm layers. In the
-            authors' CIFAR code a hook holds the output itself, which the ReLU behind it then overwrites; in that for
-            detection it holds a copy, which is False.
-        layers: Names of modules to compare instead, in any order; their outputs have the images first. Authors: all
-            BatchNorm layers (CIFAR), six late ones of ResNet-50 (ImageNet, an earlier code), those after the 26th of a
-            detector.
+            authors' CIFAR code the ReLU overwrites the output that a hook holds; in that for detection, a copy: False.
+        layers: Names of modules to compare instead; their outputs have the images first. Authors: all BatchNorm layers
+            (CIFAR), six late ones of ResNet-50 (ImageNet, an earlier code), those after the 26th of a detector.
         **options: ``momentum`` (authors 0.9), ``steps``, ``lr_batch_size``.
 
     Raises:
@@ -59,11 +56,10 @@ class ActMAD(GradientMethod):
         UnsupportedModelError: If the net has no normalisation layer, or no such modules.
 
     Source: Mirza et al., CVPR 2023, arXiv 2211.12870; formula from the authors' CIFAR code; their detection code has no
-    factor 1/2. Differs from it: moments of the source are those of all images together, not means over batches, which
-    depend on their size; images are not cropped and flipped at random, as there those of source and stream; any norm
-    layers; the net stays in eval mode (no dropout). A layer that
-    runs twice in a pass is compared in its first run. The authors report the lowest error of the whole test set after
-    any step, which is no online error.
+    factor 1/2. Differs from it: moments of the source are those of all images together, not means over batches; images
+    are not cropped and flipped at random, as there those of source and stream; any norm layers; the net stays in eval
+    mode; a layer that runs twice in a pass is compared in its first run. The authors report the lowest error of the
+    whole test set after any step, which is no online error.
     """
 
     about = About(
@@ -110,7 +106,7 @@ class ActMAD(GradientMethod):
         self.rectified = [name in normed if rectified == "auto" else bool(rectified) for name in self.layers]
         self.learn(self._before_the_last(self.select(params)))
         for number in range(len(self.layers)):
-            for moment in ("mean", "variance"):
+            for moment in MOMENTS:
                 self.collect(f"source_{moment}_{number}", torch.zeros(0, device=self.learned[0].device))
 
     def _before_the_last(self, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -133,7 +129,7 @@ class ActMAD(GradientMethod):
         """
         moments = source_moments(self, source_batches, self.layers, self._taken)
         for number in range(len(self.layers)):
-            for name, value in zip(("mean", "variance"), moments.get(number, ()), strict=False):
+            for name, value in zip(MOMENTS, moments.get(number, ()), strict=False):
                 self.collect(f"source_{name}_{number}", value)
         super().prepare(source_batches)
 
@@ -142,10 +138,10 @@ class ActMAD(GradientMethod):
         outputs: dict[int, Tensor] = {}
 
         def keep(number: int, output: Tensor) -> None:
-            source = self._source(number)
-            if source is not None:
-                self._check_size(number, output, source.mean, x)
-                outputs[number] = output.to(source.mean.dtype, copy=True)  # what comes behind may write to it
+            source = self.get_buffer(f"source_mean_{number}")
+            if source.numel():  # else it did not run for the source images
+                self._check_size(number, output, source, x)
+                outputs[number] = output.to(source.dtype, copy=True)  # what comes behind may write to it
 
         with watched_outputs(self.model, self.layers, keep):
             logits = self.logits(x)
@@ -155,7 +151,7 @@ class ActMAD(GradientMethod):
             terms = [self._distances(number, output, images) for number, output in outputs.items()]
         apart = torch.stack(terms).sum(0)
         self.note(mean_distance=apart[0].detach(), variance_distance=apart[1].detach())
-        self.descend(torch.zeros_like(apart[:1]).detach(), extra=apart.sum() / 2)
+        self.descend(torch.zeros_like(apart[:1]), extra=apart.sum() / 2)
         return logits
 
     def _taken(self, number: int, output: Tensor) -> Tensor:
@@ -164,17 +160,11 @@ class ActMAD(GradientMethod):
 
     def _distances(self, number: int, output: Tensor, images: Tensor) -> Tensor:
         """Of a layer's output (B, ...): the mean distance of means, and of variances, (2,); of so many images."""
-        source = self._source(number)
-        assert source is not None
+        source = [self.get_buffer(f"source_{moment}_{number}") for moment in MOMENTS]
         output = self._taken(number, output)  # not in the pass: a checkpointed one would miss it when it runs again
         mean = collective.mean(output)
         variance = collective.mean((output - mean).square()) * (images / (images - 1).clamp_min(1))
-        return torch.stack([(mean - source.mean).abs().mean(), (variance - source.variance).abs().mean()])
-
-    def _source(self, number: int) -> Moments | None:
-        """Of a layer; ``None`` of one that did not run for the source images."""
-        moments = Moments(self.get_buffer(f"source_mean_{number}"), self.get_buffer(f"source_variance_{number}"))
-        return moments if moments.mean.numel() else None
+        return torch.stack([(mean - source[0]).abs().mean(), (variance - source[1]).abs().mean()])
 
     def _check_size(self, number: int, output: Tensor, source: Tensor, x: Tensor) -> None:
         if output.shape[1:] != source.shape:

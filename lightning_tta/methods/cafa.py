@@ -28,18 +28,18 @@ class CAFA(GradientMethod):
         d_c = (z - m_c)' S~^(-1) (z - m_c),   S~ = (1 - shrinkage) S + shrinkage tr(S) / D I
         L   = mean_b log( d_y / sum_{c != y} d_c )
 
-    S is that of all features about the mean of their class, divided by their number; or one for each class.
-    Parameters touched: weight and bias of every normalisation layer; BatchNorm uses batch statistics in the stream, and
-    its source statistics in :meth:`prepare`. State: these and the optimizer; saved with them the means and a root of
-    S~^(-1), (K + D) D floats. Per batch and step: one forward, one backward pass. Returns the logits before the step.
-    ``stats["distance"]`` is the mean of the d_y / D: about 1 on the source. Classes without a source image are left
-    out, and so are images that are predicted as one of them.
+    S is that of all features about the mean of their class; or one for each class. Classes without a source image are
+    left out, and so are images that are predicted as one of them.
+
+    Parameters touched: weight and bias of every normalisation layer; BatchNorm uses batch statistics. State: these and
+    the optimizer; saved with them the means and a root of S~^(-1). Per batch and step: one forward, one backward pass.
+    Returns the logits before the step. ``stats["distance"]`` is the mean of the d_y / D: about 1 on the source.
 
     Args:
         model: A classifier with normalisation layers that ends in one linear layer.
         shrinkage: In [0, 1]; our choice 0.1, the paper names none. 0 needs more images than D, and no dead feature.
-        covariance: ``tied``: one of all classes. ``class``: one for each, K D^2 floats; the paper has it for CIFAR-10,
-            with the whole training set.
+        covariance: ``tied``: one of all classes, D^2 floats. ``class``: one for each, K D^2 floats; the paper has it
+            for CIFAR-10, with the whole training set.
         head: Name of the last linear layer where the search finds another.
         **options: ``lr`` and ``optimizer``: those of Tent, which are not known to be the paper's. ``momentum``,
             ``weight_decay``, ``steps``, ``lr_batch_size``.
@@ -122,14 +122,13 @@ class CAFA(GradientMethod):
             shrunk[~seen] = eye
         factor, wrong = torch.linalg.cholesky_ex(shrunk)
         if bool(wrong.any()):
-            which, more, other = "", ", two or more of each class", ""
+            which, other = "", ""
             if len(shrunk) > 1:
-                which, more, other = f" of class {int((wrong > 0).nonzero()[0])}", "", ", or covariance='tied'"
-            number = int(moments.counts.sum())
+                which, other = f" of class {int((wrong > 0).nonzero()[0])}", ", or covariance='tied'"
             raise DataError(
                 f"The covariance{which} of {covariance.shape[-1]} source features is singular with "
-                f"shrinkage={self.shrinkage}, from {number} images of {int(seen.sum())} classes. Give more "
-                f"images (2,000 or more{more}), or a larger shrinkage{other}."
+                f"shrinkage={self.shrinkage}, from {int(moments.counts.sum())} images of {int(seen.sum())} classes. "
+                f"Give more images, two or more of each class, or a larger shrinkage{other}."
             )
         with outside_inference_mode(), torch.no_grad():
             self.source_means.copy_(moments.means)

@@ -11,11 +11,11 @@ from lightning_tta.backbones.norms import owner
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.description import About
-from lightning_tta.methods.components.likelihood import LikelihoodMethod, approach
+from lightning_tta.methods.components.likelihood import LikelihoodMethod
+from lightning_tta.methods.components.teacher import approach
 
 FEWEST, ENOUGH = 0.89, 0.9999
 """Bounds of beta: below the first it is the first, above the second it is 1."""
-
 
 VIT_BASE = 38_400
 """Weights of the norm layers of a ViT-Base."""
@@ -91,9 +91,9 @@ class CMF(LikelihoodMethod):
     @property
     def q(self) -> float:
         """Q, by the number of weights in layers that run."""
-        sizes = {name: tensor.numel() for name, tensor in self.weights().items()}
-        running = [n for n in sizes if self.ran is None or owner(n.removeprefix("model.")) in self.ran]
-        return min(self.process_noise * sum(sizes[name] for name in running) / VIT_BASE, 1.0)
+        ran, weights = self.ran, self.weights()
+        running = [n for n in weights if ran is None or owner(n.removeprefix("model.")) in ran]
+        return min(self.process_noise * sum(weights[name].numel() for name in running) / VIT_BASE, 1.0)
 
     def merge(self, taken: Tensor) -> None:
         """Predict and update the hidden weights; draw the weights to them."""

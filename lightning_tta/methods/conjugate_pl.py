@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,6 @@ class ConjugatePL(GradientMethod):
         formula="code and paper",
         paper="NeurIPS 2022, arXiv 2207.09640",
     )
-    returns: ClassVar[Literal["before the step", "after the step"]] = "after the step"
     uses_batch_statistics = True
     synchronized = True
 
@@ -81,8 +80,8 @@ class ConjugatePL(GradientMethod):
         check_range("poly_epsilon", poly_epsilon, 0)
         self.source_loss, self.temperature, self.poly_epsilon = source_loss, temperature, poly_epsilon
         self.predict_after = predict_after
-        if not predict_after:
-            self.returns = "before the step"  # type: ignore[misc]
+        if predict_after:
+            self.returns = "after the step"
         self.learn(self.select("norm"))
 
     def step(self, x: Tensor) -> Tensor:

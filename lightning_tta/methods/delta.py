@@ -102,9 +102,7 @@ class DELTA(EntropyMethod):
         frequency = self.sized("mean_probability", p[0]).to(p.dtype)
         frequency = torch.where(frequency.isnan(), 1 / p.shape[-1], frequency)
         rarity = (1 / frequency.clamp_min(torch.finfo(p.dtype).eps))[p.argmax(-1)]
-        losses = rarity / collective.mean(rarity) * entropies
-        if self.sure.margin is not None:
-            losses = (self.sure.bound(logits) - entropies.detach()).exp() * losses
+        losses = rarity / collective.mean(rarity) * self.sure.weights(logits, entropies) * entropies
         taken = self.descend(losses, kept)
         mean = collective.mean(p)
         seen = taken | (mean.isfinite().all() & (collective.mean(kept.float()) == 0))

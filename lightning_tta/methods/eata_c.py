@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import replaced_forwards
 from lightning_tta.backbones.residual import residual_blocks, without_blocks
-from lightning_tta.draws import random_words
+from lightning_tta.draws import random_flags
 from lightning_tta.errors import UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import fused_divergence
 from lightning_tta.methods.base.description import About
@@ -131,5 +131,5 @@ class EATAC(EATA):
 
     def _drawn(self) -> Tensor:
         """What stays in the next sub-network, (N,) bool: N blocks, or features."""
-        words = random_words(self.value("draws"), len(self.blocks) or self.split.num_features)
-        return words >= round(self.drop_rate * 2**32) - 2**31
+        number = len(self.blocks) or self.split.num_features
+        return ~random_flags(self.value("draws"), number, self.drop_rate)

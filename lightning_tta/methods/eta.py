@@ -78,9 +78,7 @@ class ETA(EntropyMethod):
         logits = self.logits(x)
         entropies = self.entropy(logits)
         kept = self.keep(logits, entropies)
-        losses = entropies
-        if self.reliable.margin is not None:
-            losses = (self.reliable.bound(logits) - entropies.detach()).exp() * entropies
+        losses = self.reliable.weights(logits, entropies) * entropies
         taken = self.descend(losses, kept, extra=self.penalty())
         self.accept(logits, kept, taken)
         return logits

@@ -95,9 +95,9 @@ class REM(GradientMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """One step on all samples."""
-        with watched_attention(self.model, self.tokens) as seen:
+        with watched_attention(self.model, self.tokens) as rows:
             views = [self.logits(x)]
-        attention = seen.rows[0][:, self.tokens.prefix :]
+        attention = rows[0][:, self.tokens.prefix :]
         order = attention.argsort(dim=1, stable=True)  # from the least
         for share in self.shares:
             with chosen_tokens(self.model, self.tokens, order[:, : self.number_of(order.shape[1], share)]):
@@ -115,4 +115,4 @@ class REM(GradientMethod):
     @staticmethod
     def number_of(patches: int, share: float) -> int:
         """How many of the patches are a share of them, at least one."""
-        return max(1, int(patches * share + 1e-6))  # 10 * (1 - 3 * 0.1) is a little less than 7
+        return max(1, int(patches * share + 1e-6))  # 100 * (1 - 9 * 0.1) is a little less than 10

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lightning_tta.errors import check_range
 from lightning_tta.methods.base.description import About
-from lightning_tta.methods.components.likelihood import LikelihoodMethod, approach
+from lightning_tta.methods.components.likelihood import LikelihoodMethod
+from lightning_tta.methods.components.teacher import approach
 
 
 class ROID(LikelihoodMethod):

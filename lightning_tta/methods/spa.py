@@ -30,11 +30,9 @@ class SPA(GradientMethod):
         L = sum over both views of mean_kept KL(stopgrad(p) || q) + auxiliary_weight * L_auxiliary
 
     A sample is kept for a view if ``max_k p_k > max_k q_k``; a view that keeps none adds nothing, and if neither keeps
-    any there is no step. View 1 lacks low frequencies: in the middle of the spectrum, ``low_share`` of each side, each
-    is set to 0 with probability ``frequency_ratio``, with its mirror. View 2 is ``(1 - a^2) x + a^2 v``, v Gaussian
-    noise with mean and standard deviation 0.5, clipped to [0, 1]; a, one number for each of ``cells`` x ``cells`` parts
-    of the image, learns to *raise* L, by SGD, and is then scaled to a mean of ``a^2`` of ``noise_ratio``, and clipped
-    to [-1, 1].
+    any there is no step. The views (:mod:`~lightning_tta.views.deteriorated`): one lacks low frequencies; the other is
+    ``(1 - a^2) x + a^2 v``, v Gaussian noise. a, one number for each of ``cells`` x ``cells`` parts of the image,
+    learns to *raise* L, by SGD, and is then scaled to a mean of ``a^2`` of ``noise_ratio``, and clipped to [-1, 1].
 
     Parameters touched: weight and bias of every normalisation layer, h and a; BatchNorm uses batch statistics, in each
     pass those of its images. State: these, three optimizers, and the number of draws. Per batch and step: three forward
@@ -46,7 +44,7 @@ class SPA(GradientMethod):
         lr: Learning rate of the norm parameters, >= 0. Authors (ImageNet, batch 64): 2.5e-3 for ResNet50-GN, 1e-2 for
             ViT-B. They give no CIFAR setting.
         predictor_lr: Of h, >= 0. Authors: 2.5e-2, and 5e-2 for ViT-B.
-        frequency_ratio: In [0, 1]. Authors: 0.1, and 0.2 for ViT-B.
+        frequency_ratio: Probability with which a frequency is missing, in [0, 1]. Authors: 0.1, and 0.2 for ViT-B.
         low_share: Share of each side of the spectrum whose frequencies may be missing, in (0, 1]. Authors: 0.2.
         noise_ratio: In [0, 1]. Authors: 0.1, and 0.4 for ViT-B.
         noise_lr: Of a, >= 0. Authors: 1.
@@ -161,6 +159,6 @@ class SPA(GradientMethod):
         losses = entropies = entropy(logits)
         if self.auxiliary == "eta":
             counting = self.reliable.keep(self, logits, entropies) & self.diverse.keep(self, logits, entropies)
-            losses = (self.reliable.bound(logits) - entropies.detach()).exp() * entropies
+            losses = self.reliable.weights(logits, entropies) * entropies
         mean = torch.where(counting, losses, 0).sum() / counting.sum().clamp(min=1)
         return self.auxiliary_weight * mean, counting

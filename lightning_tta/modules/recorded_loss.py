@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lightning_tta.errors import ConfigError, UnsupportedModelError
+from lightning_tta.errors import ConfigError, UnsupportedModelError, in_one_line
 from lightning_tta.methods.base import recorder
 from lightning_tta.methods.base.execution import Capture
 from lightning_tta.methods.base.recorder import hooks_of, modes, who_looks
@@ -208,7 +208,7 @@ class RecordedLoss:
         try:
             reason = run()
         except (RuntimeError, NotImplementedError) as error:  # torch's, CUDA's, of memory too
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            reason = in_one_line(error)
         if not reason:
             return
         self.failed[key] = reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_tta.draws import random_normals, random_words
+from lightning_tta.draws import random_flags, random_normals
 from lightning_tta.losses import at_least_float32
 
 GREY = 0.5  # what is left of an image without any frequency
@@ -28,12 +28,12 @@ def without_frequencies(images: Tensor, key: Tensor, ratio: float, window: float
     with torch.autocast(images.device.type, enabled=False):
         x = at_least_float32(images)
         number = len(x) * x.shape[1] * rows * columns
-        words = random_words(key, number, device=x.device).long().view(*x.shape[:2], rows, columns)
+        drawn = random_flags(key, number, ratio, device=x.device).view(*x.shape[:2], rows, columns)
         down, right = (torch.arange(size, device=x.device) + low for low, size in ((top, rows), (left, columns)))
         half = (down[:, None] < 0) | ((down[:, None] == 0) & (right <= 0))  # of each pair the one that is drawn
         missing = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
         start = top + height // 2, left + width // 2
-        missing[..., start[0] : start[0] + rows, start[1] : start[1] + columns] = half & (words < _bound(ratio))
+        missing[..., start[0] : start[0] + rows, start[1] : start[1] + columns] = half & drawn
         missing = torch.fft.ifftshift(missing, dim=(-2, -1))
         missing = missing | missing.flip(-2, -1).roll((1, 1), (-2, -1))
         spectrum = torch.fft.rfft2(x - GREY).masked_fill(missing[..., : width // 2 + 1], 0)
@@ -45,11 +45,6 @@ def _low_frequencies(side: int, window: float) -> tuple[int, int]:
     """The lowest frequency of the window, and how many there are."""
     size = max(1, int(side * window))
     return (side - size + 1) // 2 - side // 2, size
-
-
-def _bound(ratio: float) -> int:
-    """Uniform 32-bit integers are smaller than this with a probability of ``ratio``."""
-    return round(ratio * 2**32) - 2**31
 
 
 def noised(images: Tensor, key: Tensor, level: Tensor) -> Tensor:

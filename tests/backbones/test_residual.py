@@ -56,6 +56,22 @@ class Block(nn.Module):
         return x + y if x.shape == y.shape else y
 
 
+class Odd(Residual):
+    """One block runs twice; another sees zeros alone, which it returns whatever it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_zeros = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6))
+
+    def forward(self, x):
+        x = self.second(self.first(self.first(self.stem(x))))
+        return self.head(self.third(x + self.of_zeros(0 * x)).mean((2, 3)))
+
+
+def test_what_runs_twice_or_sees_nothing_is_none():
+    assert residual_blocks(Odd().eval()) == ["third"]
+
+
 def test_left_out_a_block_returns_its_input():
     net, images = Residual().eval(), make_images(2)
     names = residual_blocks(net)

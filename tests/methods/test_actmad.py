@@ -119,7 +119,8 @@ def test_named_layers():
     assert_same_sgd(method, reference.sgd)
 
 
-def test_what_follows_in_place_is_not_seen():
+@pytest.mark.parametrize("rectified", ["auto", False])
+def test_what_follows_in_place_is_not_seen(rectified):
     """Nor is it needed: the authors' hook sees what the ReLU writes, which is the positive part."""
 
     class Net(nn.Module):
@@ -135,7 +136,7 @@ def test_what_follows_in_place_is_not_seen():
     net = Net(False)
     twin = Net(True)
     twin.load_state_dict(net.state_dict())
-    methods = [adapt(each, "actmad", lr=0.1) for each in (net, twin)]
+    methods = [adapt(each, "actmad", lr=0.1, rectified=rectified) for each in (net, twin)]
     for method in methods:
         method.prepare(source(dtype=torch.float32))
     for images in make_stream(2):
@@ -147,6 +148,24 @@ def test_what_follows_in_place_is_not_seen():
     method = adapt(twin, "actmad")
     method.prepare([{"image": make_images(6)}])
     assert max_difference(method.get_buffer("source_mean_0"), held[0].mean(0)) < 1e-6
+
+
+def test_the_first_run_of_a_layer_counts():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.head(self.norm(1 + self.norm(self.conv(x)).relu()).mean((2, 3)))
+
+    net, images = Twice().eval(), make_images(6)
+    expected = net.norm(net.conv(images)).relu().mean(0).detach()
+    method = adapt(net, "actmad", lr=0.0)
+    method.prepare([{"image": images}])
+    assert max_difference(method.get_buffer("source_mean_0"), expected) < 1e-6
+    method(images)
+    assert method.stats["loss"] < 1e-6
 
 
 def test_one_image_moves_by_its_mean():

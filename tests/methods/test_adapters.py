@@ -289,6 +289,13 @@ def test_structure_of_a_transformer():
     assert "model.stem.3.weight" not in adapt(make_net("user"), "tent", select="activations").adaptable
 
 
+def test_one_pass_finds_all_places(monkeypatch):
+    passes, tried = [], adapters.try_pass
+    monkeypatch.setattr(adapters, "try_pass", lambda *args, **more: passes.append(args) or tried(*args, **more))
+    adapt(make_net("vit"), "tent", select={"kind": "lora", "targets": "attention"})
+    assert len(passes) == 1
+
+
 def test_two_layers_of_one_width_are_no_mlp():
     net = nn.Sequential(nn.Flatten(2), nn.Linear(256, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
     net = nn.Sequential(net, nn.Flatten(), nn.Linear(18, 5)).eval()

@@ -75,9 +75,11 @@ def test_three_steps(kind, covariance, shrinkage):
     assert reference.sgd.moved() > 1e-5
 
 
-def test_images_of_classes_without_source_images_do_not_count():
+@pytest.mark.parametrize(("covariance", "shrinkage"), [("tied", 0.1), ("class", 0.3)])
+def test_images_of_classes_without_source_images_do_not_count(covariance, shrinkage):
     net = make_net("user").double()
-    method, reference = adapt(net, "cafa", lr=0.02, optimizer="sgd"), PlainCAFA(net, 0.02, 0.1, "tied")
+    method = adapt(net, "cafa", lr=0.02, optimizer="sgd", covariance=covariance, shrinkage=shrinkage)
+    reference = PlainCAFA(net, 0.02, shrinkage, covariance)
     with pytest.warns(UserWarning, match=r"2 of the net's 5 classes have no source image \(3, 4\)"):
         method.prepare(source(classes=3))
     reference.prepare(source(classes=3))
@@ -115,6 +117,15 @@ def test_the_distance_on_the_source_is_about_one():
     labels = torch.cat([batch["label"] for batch in source(40)])
     own = method.distances(features).gather(1, labels[:, None])
     assert own.mean().item() / 12 == pytest.approx(1, abs=1e-9)
+
+
+def test_features_far_from_zero_keep_their_distances():
+    method = adapt(make_net("gn"), "cafa")
+    method.prepare(source(dtype=torch.float32))
+    features = method.features(make_images(6))[0].detach()
+    expected = method.distances(features)
+    method.source_means += 256
+    torch.testing.assert_close(method.distances(features + 256), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_the_order_and_size_of_source_batches_do_not_matter():

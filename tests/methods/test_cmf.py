@@ -5,7 +5,7 @@ import torch
 from test_roid import TOLERANCE, PlainROID, assert_same_weights, views  # noqa: F401  # a fixture
 
 from lightning_tta import adapt
-from nets import KINDS, make_net, make_stream, max_difference
+from nets import KINDS, make_images, make_net, make_stream, max_difference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,3 +52,19 @@ def test_three_steps(kind, noise, expected, views):  # noqa: F811
     assert method.value("variance") == 0
     for name, weight in reference.source.items():
         assert torch.equal(method.value(f"hidden.model.{name}"), weight)
+
+
+def test_layers_that_do_not_run_do_not_count():
+    net = make_net("gn")
+    method = adapt(net, "cmf", process_noise=5.0)
+    method(make_images(4))
+    net.unused = torch.nn.LayerNorm(1000)
+    other = adapt(net, "cmf", process_noise=5.0)
+    other(make_images(4))
+    assert 0 < other.q == method.q
+
+
+def test_the_hidden_net_stays_precise():
+    with pytest.warns(UserWarning, match="to learn bfloat16 weights"):
+        method = adapt(make_net("gn"), "cmf").bfloat16()
+    assert {method.value(name).dtype for name in ("variance", "hidden.model.norm1.weight")} == {torch.float32}

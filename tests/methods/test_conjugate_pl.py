@@ -1,16 +1,14 @@
 """Conjugate pseudo-labels against the authors' linear system, autograd and SGD written out."""
 
-import copy
-
 import pytest
 import torch
 
 from lightning_tta import adapt
 from lightning_tta.losses import conjugate_poly, entropy
-from nets import KINDS, make_images, make_net, make_stream, max_difference, norm_weights, without_running_statistics
+from nets import KINDS, make_images, make_net, make_stream, max_difference
+from plain import TOLERANCE, PlainMethod, assert_same_sgd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOLERANCE = 1e-10  # float64
 
 
 def poly(u, label, epsilon):
@@ -25,12 +23,10 @@ def label_by_system(p, epsilon):
     return torch.stack([torch.linalg.solve(matrix, q) for matrix, q in zip(rows, p, strict=True)])
 
 
-class PlainConjugate:
+class PlainConjugate(PlainMethod):
     def __init__(self, net, lr, loss, temperature, epsilon):
-        self.net = without_running_statistics(copy.deepcopy(net))
-        self.weights = norm_weights(self.net)
-        self.lr, self.loss, self.temperature, self.epsilon = lr, loss, temperature, epsilon
-        self.buffers = {name: torch.zeros_like(w) for name, w in self.weights.items()}
+        super().__init__(net, lr)
+        self.loss, self.temperature, self.epsilon = loss, temperature, epsilon
 
     def __call__(self, images):
         before = self.net(images)
@@ -39,12 +35,8 @@ class PlainConjugate:
         epsilon = self.epsilon if self.loss == "poly" else 0.0
         label = label_by_system(p, epsilon) if self.loss == "poly" else p
         loss = poly(u, label, epsilon).mean()
-        gradients = torch.autograd.grad(loss, list(self.weights.values()))
-        with torch.no_grad():
-            for (name, w), g in zip(self.weights.items(), gradients, strict=True):
-                self.buffers[name] = 0.9 * self.buffers[name] + g
-                w -= self.lr * self.buffers[name]
-            return before.detach(), self.net(images), loss.item()
+        self.sgd.step(self.sgd.gradients(loss))
+        return before.detach(), self.net(images).detach(), loss.item()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,13 +47,13 @@ def test_three_steps(kind, loss, after):
     options = {"source_loss": loss, "temperature": 1.7, "poly_epsilon": 6.0}
     method = adapt(net, "conjugate_pl", lr=0.1, predict_after=after, **options)
     reference = PlainConjugate(net, 0.1, loss, 1.7, 6.0)
+    assert method.returns == ("after the step" if after else "before the step")
     for images in make_stream(3, batch=6, dtype=torch.float64):
         *logits, value = reference(images)
         assert max_difference(method(images), logits[after]) < TOLERANCE
         assert method.stats["loss"] == pytest.approx(value, rel=1e-10)
         assert method.stats["forwards"] == 1 + after
-        for name, weight in reference.weights.items():
-            assert max_difference(method.adaptable[f"model.{name}"].detach(), weight.detach()) < TOLERANCE
+        assert_same_sgd(method, reference.sgd)
 
 
 @pytest.mark.parametrize("classes", [2, 5, 50])

@@ -9,13 +9,13 @@ from torch import nn
 
 from lightning_tta import UnsupportedModelError, adapt
 from lightning_tta.losses import fused_divergence
-from nets import KINDS, make_images, make_net, make_stream, max_difference, norm_weights, without_running_statistics
+from nets import KINDS, make_images, make_net, make_stream, max_difference, without_running_statistics
+from plain import TOLERANCE, PlainMethod, assert_same_sgd
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*normalises BatchNorm layers"),
 ]
-TOLERANCE = 1e-9  # float64
 
 
 class Block(nn.Module):
@@ -37,15 +37,12 @@ class Residual(nn.Module):
         return self.head(self.blocks(self.norm(self.stem(x))).mean((2, 3)) * 4)
 
 
-class PlainEATAC:
+class PlainEATAC(PlainMethod):
     """``leave(net, draw)`` makes the sub-network; the kept images alone go through it."""
 
     def __init__(self, net, lr, margin, similarity, alpha, smoothing):
-        self.net = without_running_statistics(copy.deepcopy(net))
-        self.weights = norm_weights(self.net)
-        self.lr, self.margin, self.similarity, self.alpha, self.s = lr, margin, similarity, alpha, smoothing
-        self.mean = None
-        self.buffers = {name: torch.zeros_like(w) for name, w in self.weights.items()}
+        super().__init__(net, lr)
+        self.margin, self.similarity, self.alpha, self.s, self.mean = margin, similarity, alpha, smoothing, None
 
     def __call__(self, images, sub):
         with torch.no_grad():
@@ -61,11 +58,8 @@ class PlainEATAC:
         self.agree = q.argmax(1) == p.argmax(1)
         entropy = -(q * q.log()).sum(1)
         loss = (divergence + self.alpha * torch.where(self.agree, entropy, -entropy)).mean()
-        gradients = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
-        with torch.no_grad():
-            for (name, w), g in zip(self.weights.items(), gradients, strict=True):
-                self.buffers[name] = 0.9 * self.buffers[name] + (0 if g is None else g)
-                w -= self.lr * self.buffers[name]
+        gradients = torch.autograd.grad(loss, list(self.weights.values()), materialize_grads=True, allow_unused=True)
+        self.sgd.step(gradients)  # zeros for a block that is left out
         new = p.mean(0)
         self.mean = new if self.mean is None else 0.9 * self.mean + 0.1 * new
         return logits, loss.item()
@@ -90,8 +84,7 @@ def compare(net, sub_of, **options):
         assert method.stats["agree"] == pytest.approx(reference.agree.double().mean().item())
         assert (method.stats["forwards"], method.stats["backwards"]) == (2, 1)
         assert max_difference(method.value("mean_probability"), reference.mean) < TOLERANCE
-        for name, weight in reference.weights.items():
-            assert max_difference(method.adaptable[f"model.{name}"].detach(), weight.detach()) < TOLERANCE
+        assert_same_sgd(method, reference.sgd)
         agree.append(method.stats["agree"])
     return method, agree
 
@@ -132,6 +125,21 @@ def test_without_anything_left_out_the_two_are_one():
         images = make_images(6, seed=number)
         assert max_difference(method(images), tent(images)) < 1e-6
         assert method.stats["agree"] == 1
+
+
+def test_the_penalty_is_part_of_the_loss():
+    """It is 0 in the first step, after which two nets with and without it are still one."""
+    options = {"lr": 1.0, "entropy_margin": None, "diversity_margin": None}
+    plain, held = (adapt(make_net("gn").double(), "eata_c", fisher_alpha=alpha, **options) for alpha in (0.0, 5.0))
+    held.prepare([{"image": make_images(8, dtype=torch.float64)}])
+    source = {name: tensor.detach().clone() for name, tensor in held.adaptable.items()}
+    first, second = make_stream(2, dtype=torch.float64)
+    plain(first), held(first)
+    moved = [(tensor.detach() - source[name]).square() for name, tensor in held.adaptable.items()]
+    penalty = sum((held.get_buffer(f"fisher_{n}") * square).sum().item() for n, square in enumerate(moved))
+    plain(second), held(second)
+    assert penalty > 1e-6
+    assert held.stats["loss"] - plain.stats["loss"] == pytest.approx(5 * penalty, rel=1e-6)
 
 
 def test_the_share_of_what_is_left_out():

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_tta import ConfigError, UnsupportedModelError, adapt
 from lightning_tta.backbones.attention import chosen_tokens, find_attention, watched_attention
+from lightning_tta.methods.rem import REM
 from nets import TokenViT, make_images, make_net, make_stream, max_difference, norm_weights
 from plain import TOLERANCE, PlainSGD, assert_same_sgd
 from vits import hf_vit, mixer, relative_positions, swin, timm_vit, torchvision_vit
@@ -184,12 +185,12 @@ def test_attention_of_real_nets(kind):
     assert tokens.prefix == prefix
     with torch.no_grad():
         plain = getattr(out := net(images), "logits", out)
-        with watched_attention(net, tokens) as seen:
+        with watched_attention(net, tokens) as rows:
             again = getattr(out := net(images), "logits", out)
         expected = weights_of(kind, copy.deepcopy(net), images)[:, :, 0].mean(1)
     torch.testing.assert_close(again, plain)  # torch's attention layer has a fast path, which a watched one has not
-    assert len(seen.rows) == 1
-    torch.testing.assert_close(seen.rows[0], expected, rtol=1e-5, atol=1e-6)
+    assert len(rows) == 1
+    torch.testing.assert_close(rows[0], expected, rtol=1e-5, atol=1e-6)
     assert expected.std() > 1e-3
     with torch.no_grad():
         everything = torch.arange(16).flip(0).expand(4, -1)  # in another order: positions are in the tokens already
@@ -251,6 +252,11 @@ def test_refused_with_reason_and_remedy(kind):
     make, words = REFUSED[kind]
     with pytest.raises(UnsupportedModelError, match=f"(?s)({words}).*'sar' or 'deyo'"):
         adapt(make().eval(), "rem")
+
+
+def test_shares_of_patches_are_whole_numbers():
+    assert [REM.number_of(100, 1 - number * 0.1) for number in (1, 3, 9)] == [90, 70, 10]
+    assert REM.number_of(4, 0.2) == 1
 
 
 def test_options_that_leave_no_patch():

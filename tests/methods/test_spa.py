@@ -196,6 +196,15 @@ def test_noise_keeps_its_mean_and_grows_where_it_hurts():
     assert method.noise[:, 0].square().min() > 1.2 * method.noise[:, 1].square().max()
 
 
+def test_noise_has_no_weight_decay():
+    methods = [plain(make_net("gn"), lr=0.0, predictor_lr=0.0, weight_decay=decay) for decay in (0.0, 0.5)]
+    for images in make_stream(2, batch=8):
+        for method in methods:
+            method(images)
+    assert methods[0].noise.std() > 1e-3
+    assert torch.equal(*(method.noise for method in methods))
+
+
 def test_nothing_kept_is_no_step():
     net = make_net("bn")
     with torch.no_grad():

@@ -114,7 +114,7 @@ class TTAMethod(Described, Replayable, ABC):
             empty: it is tensors only.
     """
 
-    returns: ClassVar[Literal["before the step", "after the step"]] = "before the step"
+    returns: Literal["before the step", "after the step"] = "before the step"
     needs_source: bool = False
     task: Task = Images()
     skips_when_empty: bool = True

@@ -93,11 +93,12 @@ def _weights(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 def _add_low_rank(net: nn.Module, targets: str | None, kind: str, seed: int, **options: Any) -> list[str]:
     weights = _weights(net)
     if targets is None:
-        weights = {name: value for name, value in weights.items() if name != _head(net)}
+        chosen = weights.keys() - {_head(net)}
     elif targets == "attention":
-        weights = {name: value for name, value in weights.items() if name in set(attention_layers(net))}
+        chosen = weights.keys() & attention_layers(net)
     else:
-        weights = {name: value for name, value in weights.items() if re.fullmatch(targets, name)}
+        chosen = {name for name in weights if re.fullmatch(targets, name)}
+    weights = {name: value for name, value in weights.items() if name in chosen}
     if not weights:
         raise UnsupportedModelError(
             f"{type(net).__name__} has no layer for the adapters '{kind}' with targets={targets!r}: a linear layer, a "
@@ -702,7 +703,7 @@ def mlp_blocks(net: nn.Module) -> dict[str, int]:
 def attention_layers(net: nn.Module) -> list[str]:
     """Linear layers over tokens (B, N, D) that are in no MLP, and torch's attention layers with theirs."""
     _, calls = _linear_calls(net)
-    mlps = {name for group in _in_mlps(calls) for name in group}
     torchs = [name for name, module in net.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    names = [name for name, _, x in calls if x.ndim == 3 and name not in mlps and name != _head(net)]
+    apart = {_head(net), *(name for group in _in_mlps(calls) for name in group)}
+    names = [name for name, _, x in calls if x.ndim == 3 and name not in apart]
     return [*names, *torchs, *(f"{name}.out_proj" for name in torchs)]

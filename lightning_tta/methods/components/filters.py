@@ -55,6 +55,11 @@ class LowLoss(Filter):
         """The largest loss, in nats, for logits (..., K)."""
         return math.inf if self.margin is None else self.margin * math.log(logits.shape[-1])
 
+    def weights(self, logits: Tensor, losses: Tensor) -> Tensor:
+        """EATA's weights, exp(bound - loss), (B,), without gradient; 1 without a margin."""
+        losses = losses.detach()
+        return torch.ones_like(losses) if self.margin is None else (self.bound(logits) - losses).exp()
+
     def keep(self, method: TTAMethod, logits: Tensor, losses: Tensor) -> Tensor:
         """Losses below the bound."""
         return losses.detach() < self.bound(logits)

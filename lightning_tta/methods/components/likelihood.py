@@ -97,7 +97,7 @@ class LikelihoodMethod(DrawingMethod):
             with self.counting(weights > 0):
                 losses = losses + soft_cross_entropy(target, self.logits(view, accounted=False), 0.5)
         self.note(kept=(weights > 0).float().mean())
-        taken = self.descend(losses * weights.mean(), weights)  # the sum over the batch divided by its size
+        taken = self.descend(losses * weights)
         if not self.known(~taken):
             self.write("mean_probability", torch.lerp(p.mean(0), old, self.diversity_momentum), taken)
             self.count_step(taken)
@@ -113,33 +113,14 @@ class LikelihoodMethod(DrawingMethod):
 
     def source(self) -> Mapping[str, Tensor]:
         """The source's values of what learns, by name."""
-        return {name: self.source_value(name) for name in self.adaptable if name.startswith("model.")}
+        return {name: self.source_value(name) for name in self.adaptable}
 
     def weights(self) -> Mapping[str, Tensor]:
         """What learns, by name."""
-        return {name: tensor.detach() for name, tensor in self.adaptable.items() if name.startswith("model.")}
+        return {name: tensor.detach() for name, tensor in self.adaptable.items()}
 
 
 def _spread(values: Tensor) -> Tensor:
     """Values (B,) moved and scaled to [0, 1]; 0 where all are equal."""
     low, high = values.aminmax()
-    return torch.where(high > low, (values - low) / (high - low), torch.zeros_like(values) * values)
-
-
-@torch.no_grad()
-def approach(
-    tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], share: float | Tensor, where: Tensor
-) -> None:
-    """``tensor += share * (target - tensor)`` for each, in place, if ``where``, 0-dimensional bool.
-
-    Args:
-        tensors: By name.
-        targets: By the same names.
-        share: In [0, 1].
-        where: Whether to do it.
-    """
-    now = list(tensors.values())
-    goals = [targets[name].detach().to(tensor.dtype) for name, tensor in tensors.items()]
-    steps = torch._foreach_sub(goals, now)
-    torch._foreach_mul_(steps, where.to(now[0].dtype) * share)
-    torch._foreach_add_(now, steps)
+    return torch.where(high > low, (values - low) / (high - low), 0)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.draws import random_words
+from lightning_tta.draws import random_flags
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.components.drawing import DrawingMethod
@@ -59,19 +59,39 @@ class Teacher(nn.Module):
             moving: Which entries of each weight move, in the order of the names; ``None``: all.
         """
         weights = {name: weight for name, weight in self.weights().items() if name in parameters}
-        averages, students = list(weights.values()), [parameters[name].detach() for name in weights]
-        if any(student.dtype != average.dtype for student, average in zip(students, averages, strict=True)):
-            wide = [torch.empty_like(average) for average in averages]
-            torch._foreach_copy_(wide, students)
-            students = wide
-        if where is None and moving is None:
-            torch._foreach_lerp_(averages, students, 1 - decay)
-            return
-        steps = torch._foreach_sub(students, averages)  # there is no lerp by a tensor for all of them at once
-        torch._foreach_mul_(steps, 1 - decay if where is None else (1 - decay) * where.to(averages[0].dtype))
-        if moving is not None:
-            torch._foreach_mul_(steps, [mask.to(step.dtype) for mask, step in zip(moving, steps, strict=True)])
-        torch._foreach_add_(averages, steps)
+        approach(weights, parameters, 1 - decay, where, moving)
+
+
+@torch.no_grad()
+def approach(
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    share: float | Tensor,
+    where: Tensor | None = None,
+    moving: Sequence[Tensor] | None = None,
+) -> None:
+    """``tensor += share * (target - tensor)`` for each, in place; exactly nothing where both are equal.
+
+    Args:
+        tensors: By name.
+        targets: By the same names, or more.
+        share: In [0, 1].
+        where: As of :meth:`Teacher.update`.
+        moving: Likewise.
+    """
+    now, goals = list(tensors.values()), [targets[name].detach() for name in tensors]
+    if any(goal.dtype != tensor.dtype for goal, tensor in zip(goals, now, strict=True)):
+        cast = [torch.empty_like(tensor) for tensor in now]
+        torch._foreach_copy_(cast, goals)
+        goals = cast
+    if where is None and moving is None:
+        torch._foreach_lerp_(now, goals, share)
+        return
+    steps = torch._foreach_sub(goals, now)  # there is no lerp by a tensor for all of them at once
+    torch._foreach_mul_(steps, share if where is None else share * where.to(now[0].dtype))
+    if moving is not None:
+        torch._foreach_mul_(steps, [mask.to(step.dtype) for mask, step in zip(moving, steps, strict=True)])
+    torch._foreach_add_(now, steps)
 
 
 @torch.no_grad()
@@ -93,12 +113,11 @@ def restore_some(
     """
     if probability == 0 or not parameters:
         return
-    largest = max(round(probability * 2**32) - 2**31 - 1, -(2**31))
     tensors = [(parameter.detach(), source[name]) for name, parameter in parameters.items()]
     start = 0
     for portion in _portions(tensors):
         sizes = [tensor.numel() + tensor.numel() % 2 for tensor, _ in portion]
-        restored = random_words(key, sum(sizes), start=start, device=portion[0][0].device) <= largest
+        restored = random_flags(key, sum(sizes), probability, start=start, device=portion[0][0].device)
         start += sum(sizes)
         if where is not None:
             restored &= where
