@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import replaced_forwards
 from lightning_tta.backbones.passes import safe_checkpoints
 from lightning_tta.errors import WeightsError, check_range
+
+_NOTED = "_tta_auxiliary"
+"""The attribute of a net in which it stands; a net may have an ``auxiliary`` of its own."""
 
 
 class Auxiliary(nn.Module, ABC):
@@ -52,6 +55,9 @@ class Auxiliary(nn.Module, ABC):
         return super().train(mode and self.trains)
 
 
+A = TypeVar("A", bound=Auxiliary)
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a checkpoint has of an auxiliary: the options that it was made with, and its tensors by name."""
@@ -61,29 +67,27 @@ class Trained:
 
 
 def note_trained(net: nn.Module, trained: Mapping[str, Trained]) -> None:
-    """Note on a net what it was trained with, by kind, as its attribute ``auxiliary``; copies of the net keep it."""
-    net.auxiliary = dict(trained)  # type: ignore[assignment]  # a plain attribute is neither a tensor nor a module
+    """Note on a net what it was trained with, by kind; copies of the net keep it."""
+    net.__dict__[_NOTED] = dict(trained)
 
 
-def find_trained(net: nn.Module, auxiliary: type[Auxiliary]) -> Auxiliary | None:
+def find_trained(net: nn.Module, auxiliary: type[A]) -> A | None:
     """The auxiliary that a net was trained with, see :func:`note_trained`, in eval mode and where the net is.
 
     Raises:
         WeightsError: If its tensors do not fit the net.
     """
-    noted = getattr(net, "auxiliary", None)
-    trained = noted.get(auxiliary.kind) if isinstance(noted, dict) else None
-    if not isinstance(trained, Trained):
+    trained = net.__dict__.get(_NOTED, {}).get(auxiliary.kind)
+    if trained is None:
         return None
-    made = auxiliary(net, **trained.options)
-    made.trains = False
     try:
+        made = auxiliary(net, **trained.options)
         made.load_state_dict(trained.tensors)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # other tensors, or other options
         raise WeightsError(
             f"The auxiliary {auxiliary.kind!r} in the checkpoint does not fit the net: {error}. Train the net again."
         ) from error
-    return place(made, net).eval().requires_grad_(False)
+    return settle(made, net)
 
 
 @contextmanager
@@ -96,7 +100,13 @@ def other_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator
         yield
 
 
-def place(auxiliary: Auxiliary, net: nn.Module) -> Auxiliary:
+def settle(auxiliary: A, net: nn.Module) -> A:
+    """Let an auxiliary be part of a method on a net: where the net is, frozen, and always in eval mode."""
+    auxiliary.trains = False
+    return place(auxiliary, net).eval().requires_grad_(False)
+
+
+def place(auxiliary: A, net: nn.Module) -> A:
     """Move an auxiliary to where a net's parameters are, and to their dtype."""
     like = next((p for p in net.parameters() if p.is_floating_point()), None)
     return auxiliary if like is None else auxiliary.to(like)

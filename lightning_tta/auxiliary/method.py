@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.auxiliary.base import Auxiliary, find_trained, place
+from lightning_tta.auxiliary.base import A, find_trained, settle
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import DataError, UnsupportedModelError, check_choice, check_range
-from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.task import with_gradients
 from lightning_tta.methods.components.drawing import DrawingMethod
 from lightning_tta.methods.components.source_images import see_source_images
+from lightning_tta.methods.components.source_training import training
 
 Head = Literal["auto", "trained", "prepare"]
 
 
-class AuxiliaryMethod(DrawingMethod):
+class AuxiliaryMethod(DrawingMethod, Generic[A]):
     """Methods that adapt by an auxiliary loss, whose head the net was trained with, or :meth:`prepare` trains.
 
     A method calls :meth:`take_auxiliary` in its constructor, and :meth:`learn` after that.
@@ -36,7 +36,7 @@ class AuxiliaryMethod(DrawingMethod):
         **options: See :class:`~lightning_tta.methods.base.gradient.GradientMethod`.
     """
 
-    auxiliary: Auxiliary
+    auxiliary: A
     needs_labels: ClassVar[bool] = False
 
     def __init__(
@@ -55,7 +55,7 @@ class AuxiliaryMethod(DrawingMethod):
         check_range("head_lr", head_lr, 0)
         self.head_from, self.head_epochs, self.head_lr = head_from, head_epochs, head_lr
 
-    def take_auxiliary(self, kind: type[Auxiliary], **options: Any) -> None:
+    def take_auxiliary(self, kind: type[A], **options: Any) -> None:
         """Find the head that the net was trained with, or make one that :meth:`prepare` is to train.
 
         Args:
@@ -69,10 +69,7 @@ class AuxiliaryMethod(DrawingMethod):
         if trained is None and self.head_from == "trained":
             raise UnsupportedModelError(f"{self._missing(kind.kind)}; or use head_from='prepare'.")
         self.trains_head = trained is None
-        if trained is None:
-            trained = place(kind(self.model, **options), self.model).eval().requires_grad_(False)
-            trained.trains = False
-        self.auxiliary = trained
+        self.auxiliary = settle(kind(self.model, **options), self.model) if trained is None else trained
         self.needs_source, self.prepared = self.trains_head, not self.trains_head
 
     def _missing(self, kind: str) -> str:
@@ -106,45 +103,29 @@ class AuxiliaryMethod(DrawingMethod):
         super().prepare(source_batches)
 
     def _train_head(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        head = dict(self.auxiliary.named_parameters())
-        before = [parameter.detach().clone() for parameter in head.values()]
-        required = [parameter.requires_grad for parameter in head.values()]
-        wide = [at_least_float32(p.requires_grad_(True).detach()).clone() for p in head.values()]  # of a half net too
-        optimizer = torch.optim.AdamW(wide, lr=self.head_lr)
         count = 0
 
         def see(images: Tensor, labels: Tensor | None = None) -> None:
             nonlocal count
-            labels = images.new_zeros(len(images), dtype=torch.int64) if labels is None else labels.clone()
+            labels = images.new_zeros(len(images), dtype=torch.int64) if labels is None else labels
             key = torch.tensor([self.seed, -1 - count], device=images.device)  # steps of a stream count from 0
             with with_gradients(images, images.dtype) as images:
                 loss = self.auxiliary.loss(self.model, images, labels, key)
                 if not loss.requires_grad:
                     raise self._no_gradient(loss)
-                gradients = torch.autograd.grad(loss, list(head.values()), allow_unused=True)
-            for tensor, gradient in zip(wide, gradients, strict=True):
-                tensor.grad = None if gradient is None else gradient.to(tensor)
-            optimizer.step()
-            torch._foreach_copy_([parameter.detach() for parameter in head.values()], wide)
+                descend(loss)
             count += 1
 
         classes = self.split.num_classes if self.needs_labels else None
-        try:
+        with training(self.auxiliary, self.head_lr, self.name) as descend:
             for _ in range(self.head_epochs):
                 see_source_images(self, batches, see, classes=classes)
-        except BaseException:  # images that the net refuses, or an interrupt
-            torch._foreach_copy_([parameter.detach() for parameter in head.values()], before)
-            raise
-        finally:
-            for parameter, flag in zip(head.values(), required, strict=True):
-                parameter.requires_grad_(flag)
-        if not count or not all(bool(parameter.isfinite().all()) for parameter in head.values()):
-            problem = "values that are not finite, at" if count else "no image; at"
-            raise DataError(
-                f"The head of '{self.name}' needs source images; found {problem} head_lr={self.head_lr}. Give batches "
-                "{'image': (B, C, H, W) in [0, 1], 'label': (B,)} of the training set."
-            )
-        for name in head:
+            if not count:
+                raise DataError(
+                    f"'{self.name}' needs source images; found none. Give batches {{'image': (B, C, H, W) in [0, 1], "
+                    "'label': (B,)} of the training set."
+                )
+        for name, _ in self.auxiliary.named_parameters():
             if f"auxiliary.{name}" in self.adaptable:
                 self.renew_source(f"auxiliary.{name}")
 

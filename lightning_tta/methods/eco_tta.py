@@ -19,9 +19,10 @@ from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.optimizers import OptimizerName
 from lightning_tta.methods.components.source_images import see_source_images
+from lightning_tta.methods.components.source_training import all_or_nothing
 
 
-class EcoTTA(AuxiliaryMethod):
+class EcoTTA(AuxiliaryMethod[MetaParts]):
     """Minimises the entropy of sure samples, plus how far meta parts move the outputs of the net's parts.
 
     The frozen net is cut into parts f_k. Beside each stands a meta part, with BatchNorm and a 3 x 3 convolution::
@@ -105,19 +106,13 @@ class EcoTTA(AuxiliaryMethod):
         check_range("parts", parts, 1, integer=True)
         check_range("entropy_margin", entropy_margin, 0, low_open=True)
         check_range("penalty", penalty, 0)
-        self.entropy_margin, self.penalty, self._entropy_checked = entropy_margin, penalty, False
+        self.entropy_margin, self.penalty = entropy_margin, penalty
         self.take_auxiliary(MetaParts, parts=parts)
         self.trains_head = warmup_epochs > 0
         self.learn(dict(self.auxiliary.named_parameters()), "auxiliary.")
         for name, buffer in self.auxiliary.named_buffers():
             if buffer.is_floating_point():
                 self.state(f"auxiliary.{name}", buffer)
-
-    @property
-    def meta(self) -> MetaParts:
-        """The meta parts."""
-        assert isinstance(self.auxiliary, MetaParts)
-        return self.auxiliary
 
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Start as the net itself on source images, and train the meta parts on them.
@@ -131,7 +126,7 @@ class EcoTTA(AuxiliaryMethod):
         """
         self.check_not_prepared()
         source_batches = list(source_batches) if isinstance(source_batches, Iterator) else source_batches
-        ends = [last for _, last in self.meta.names]
+        ends = [last for _, last in self.auxiliary.names]
         sums: list[Tensor] = []  # by part: (3, C) of number, sum, sum of squares
 
         @torch.no_grad()
@@ -146,42 +141,35 @@ class EcoTTA(AuxiliaryMethod):
             raise DataError(
                 f"'{self.name}' needs finite feature maps of source images; found "
                 f"{'some that are not finite' if moments else 'no image'}. Give batches {{'image': (B, C, H, W) in "
-                "[0, 1], 'label': (B,)}} of the training set."
+                "[0, 1], 'label': (B,)} of the training set."
             )
-        with outside_inference_mode():
-            self.meta.begin_as_identity(moments)
-        super().prepare(source_batches)
-        for name in (*self.adaptable,):
+        with all_or_nothing(self.auxiliary), outside_inference_mode():
+            self.auxiliary.begin_as_identity(moments)
+            super().prepare(source_batches)
+        for name in self.adaptable:
             self.renew_source(name)
 
     def step(self, x: Tensor) -> Tensor:
         """One step of the meta parts."""
         noted: Moments = {}
         penalties: list[Tensor] = []
-        with self.meta.running(self.model, noted, penalties):
+        with self.auxiliary.running(self.model, noted, penalties):
             logits = self.logits(x)
         losses = entropy(at_least_float32(logits))
-        self._check_entropy(losses)
+        if not losses.requires_grad:
+            raise self._no_gradient(losses)
+        if not self._reach_checked:  # here, for the penalty reaches the parts where the entropy does not
+            self._check_reach(torch.autograd.grad(losses.sum(), self.learned, allow_unused=True, retain_graph=True))
+            self._reach_checked = True
         kept = (losses.detach() < self.entropy_margin * math.log(logits.shape[-1])).to(losses.dtype)
         penalty = torch.stack(penalties).sum()
         taken = self.descend(losses * kept, extra=self.penalty * penalty)
         self.note(kept=collective.mean(kept), penalty=penalty)
-        for name, value in self.meta.moved(noted).items():
+        for name, value in self.auxiliary.moved(noted).items():
             self.write(f"auxiliary.{name}", value, taken)
         return logits
 
-    def _check_entropy(self, losses: Tensor) -> None:
-        """Once: refuse a net through which no gradient comes; else the penalty alone would be learned from."""
-        if self._entropy_checked:
-            return
-        if not losses.requires_grad:
-            raise self._no_gradient(losses)
-        values = torch.autograd.grad(losses.sum(), self.learned, allow_unused=True, retain_graph=True)
-        if all(value is None for value in values):
-            raise self._no_gradient()
-        self._entropy_checked = True
-
     def infer(self, x: Tensor) -> Tensor:
         """The net with the meta parts, their BatchNorm at its moving averages."""
-        with self.meta.running(self.model):
+        with self.auxiliary.running(self.model):
             return self.logits(x)

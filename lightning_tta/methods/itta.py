@@ -12,7 +12,7 @@ from lightning_tta.auxiliary.method import AuxiliaryMethod
 from lightning_tta.methods.base.description import About
 
 
-class ITTA(AuxiliaryMethod):
+class ITTA(AuxiliaryMethod[Consistency]):
     """Minimises a learned measure of how much the features change with an image's style.
 
     With features z of an image, z' of the same image in a style mixed with another one, and f from the source's
@@ -70,7 +70,6 @@ class ITTA(AuxiliaryMethod):
         super().__init__(model, lr=lr, **options)
         self.mix_with_source = mix_with_source
         self.take_auxiliary(Consistency)
-        assert isinstance(self.auxiliary, Consistency)
         like = self.split.head.weight.detach()
         widths = self.auxiliary.widths
         self.scales = nn.ParameterList([torch.ones(width).to(like) for width in widths])
@@ -80,7 +79,6 @@ class ITTA(AuxiliaryMethod):
 
     def step(self, x: Tensor) -> Tensor:
         """One step of the scales and shifts, and the prediction after it."""
-        assert isinstance(self.auxiliary, Consistency)
         mix = self.auxiliary.mixing(self.draw_key(), self.mix_with_source or len(x) == 1)
         with self.auxiliary.changed(self.model, lambda number, h: self._scaled(number, mix(number, h))):
             features, _ = self.features(torch.cat([x, x]))
@@ -91,7 +89,6 @@ class ITTA(AuxiliaryMethod):
 
     def infer(self, x: Tensor) -> Tensor:
         """The net with its scales and shifts."""
-        assert isinstance(self.auxiliary, Consistency)
         with self.auxiliary.changed(self.model, self._scaled):
             return self.logits(x)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Literal
@@ -14,13 +15,14 @@ from lightning_tta import collective
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.split import HeadSplit
 from lightning_tta.draws import random_integers, random_normals, random_orders
-from lightning_tta.errors import DataError, UnsupportedModelError, check_choice, check_range
-from lightning_tta.losses import at_least_float32
+from lightning_tta.errors import UnsupportedModelError, check_choice, check_range
+from lightning_tta.losses import at_least_float32, entropy
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.components.projector import make_projector
 from lightning_tta.methods.components.source_features import check_classes, labelled_features
 from lightning_tta.methods.components.source_images import see_source_images
+from lightning_tta.methods.components.source_training import training
 
 Priors = Literal["random", "three"]
 BATCH = 64
@@ -144,40 +146,24 @@ class LabelShiftAdapter(TTAMethod):
         for _, labels in found:
             counts += torch.bincount(labels, minlength=classes).cpu()
         check_classes(self, counts)
-        with outside_inference_mode(), torch.no_grad():
-            self.write("prior", (counts + 1) / (counts + 1).sum())
+        with outside_inference_mode():
+            source = ((counts + 1) / (counts + 1).sum()).to(self.prior)
+            self._train(source, *(torch.cat(column).clone() for column in zip(*found, strict=True)))
+            self.write("prior", source)
             self.renew_source("prior")
-            with torch.enable_grad():
-                self._train(*(torch.cat(column).clone() for column in zip(*found, strict=True)))
         super().prepare(source_batches)
 
-    def _train(self, features: Tensor, labels: Tensor) -> None:
-        parameters = list(self.adapter.parameters())
-        before = [parameter.detach().clone() for parameter in parameters]
-        optimizer = torch.optim.AdamW([p.requires_grad_(True) for p in parameters], lr=self.train_lr)
-        source, counter = self.value("prior").clone(), 0
-        for epoch in range(self.epochs):
-            key = torch.tensor([self.seed, -1 - epoch], device=features.device)
-            for chosen in torch.split(random_orders(key, 1, len(features))[0], BATCH):
-                counter += 1
-                prior = self.draw_prior(source, torch.tensor([self.seed, counter], device=features.device))
-                weight, bias = self.classifier(prior)
-                logits = features[chosen].to(weight) @ weight.T + bias
-                loss = cross_entropy(logits + source.log() - prior.log(), labels[chosen])
-                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                    parameter.grad = gradient
-                optimizer.step()
-        good = all(bool(parameter.isfinite().all()) for parameter in parameters)
-        for parameter, value in zip(parameters, before, strict=True):
-            parameter.grad = None
-            parameter.requires_grad_(False)
-            if not good:
-                parameter.copy_(value)
-        if not good:
-            raise DataError(
-                f"The adapter of '{self.name}' ended in values that are not finite at train_lr={self.train_lr}. Give a "
-                "lower rate, or source images on which the net's features are finite."
-            )
+    def _train(self, source: Tensor, features: Tensor, labels: Tensor) -> None:
+        counter = 0
+        with training(self.adapter, self.train_lr, self.name) as descend:
+            for epoch in range(self.epochs):
+                key = torch.tensor([self.seed, -1 - epoch], device=features.device)
+                for chosen in torch.split(random_orders(key, 1, len(features))[0], BATCH):
+                    counter += 1
+                    prior = self.draw_prior(source, torch.tensor([self.seed, counter], device=features.device))
+                    weight, bias = self.classifier(prior)
+                    logits = features[chosen].to(weight) @ weight.T + bias
+                    descend(cross_entropy(logits + source.log() - prior.log(), labels[chosen]))
 
     def draw_prior(self, source: Tensor, key: Tensor) -> Tensor:
         """A distribution (K,) to train for, drawn by a key."""
@@ -208,8 +194,7 @@ class LabelShiftAdapter(TTAMethod):
             self.write("prior", new, finite)
             weight, bias = self.classifier(self.value("prior"))
             prior = self.value("prior")
-            entropy = -(prior * prior.clamp_min(1e-30).log()).sum() / torch.full_like(prior[0], len(prior)).log()
-            self.note(prior_entropy=entropy)
+            self.note(prior_entropy=entropy(prior.clamp_min(1e-30).log()) / math.log(len(prior)))
         return z @ weight.T + bias
 
     def stream_weights(self) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from lightning_tta.methods.base.optimizers import OptimizerName
 from lightning_tta.views.crops import CROPS, Crops, crop_images
 
 
-class TTT(AuxiliaryMethod):
+class TTT(AuxiliaryMethod[Rotation]):
     """Minimises the cross-entropy of telling by how many quarters each image was turned.
 
     The net f = h(e(x)) has an encoder e, up to a stage, and a head h. A branch b(e(x)) of four outputs was trained
@@ -103,7 +103,6 @@ class TTT(AuxiliaryMethod):
         self.augment: Crops = augment
         self.turns: Turns = turns
         self.take_auxiliary(Rotation, at=at)
-        assert isinstance(self.auxiliary, Rotation)
         shared = {n: p for n, p in self.select("all").items() if self.auxiliary.branch.is_shared(n)}
         if not shared:
             raise UnsupportedModelError(
@@ -133,7 +132,6 @@ class TTT(AuxiliaryMethod):
     def _learn_turns(self, x: Tensor, draw: int) -> Tensor:
         views = crop_images(x.repeat(self.views, 1, 1, 1), self.augment, self.draw_key(draw))
         turned, quarters = turn(views, self.turns, self.draw_key(draw + 1))
-        assert isinstance(self.auxiliary, Rotation)
         with self.auxiliary.running(self.model):
             logits = at_least_float32(self.logits(turned))
         self.note(rotation_accuracy=collective.mean((logits.argmax(1) == quarters).to(logits.dtype)))

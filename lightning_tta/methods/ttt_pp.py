@@ -18,12 +18,13 @@ from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.optimizers import OptimizerName
 from lightning_tta.methods.components.source_images import see_source_images
+from lightning_tta.methods.components.source_training import all_or_nothing
 
 MEAN_SHARE = 0.5
 """Weight of the means' distance beside that of the covariances, in the authors' code."""
 
 
-class TTTpp(AuxiliaryMethod):
+class TTTpp(AuxiliaryMethod[Contrastive]):
     """Minimises a contrastive loss of two views, plus distances of mean and covariance to the source's, at two places.
 
     With features z, and projections q = h(z) by the projector h of the source's contrastive training
@@ -103,7 +104,6 @@ class TTTpp(AuxiliaryMethod):
         self.contrast_weight, self.queue = contrast_weight, queue
         self.scales = {"features": feature_scale, "projections": projection_scale}
         self.take_auxiliary(Contrastive)
-        assert isinstance(self.auxiliary, Contrastive)
         self.needs_source, self.prepared = True, False
         head = {id(parameter) for parameter in self.split.head.parameters()}
         encoder = {name: p for name, p in self.select("all").items() if id(p) not in head}
@@ -131,8 +131,13 @@ class TTTpp(AuxiliaryMethod):
             DataError: If there are fewer than two images with finite features.
         """
         source_batches = list(source_batches) if isinstance(source_batches, Iterator) else source_batches
-        super().prepare(source_batches)
-        self.prepared = False  # until the moments are there
+        with all_or_nothing(self.auxiliary):
+            super().prepare(source_batches)
+            self.prepared = False  # until the moments are there
+            self._take_moments(source_batches)
+        self.prepared = True
+
+    def _take_moments(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         seen: dict[str, list[Tensor]] = {name: [] for name in self.scales}
         with self.at_source():
             see_source_images(self, source_batches, lambda images: self._see(images, seen), running=nullcontext)
@@ -141,15 +146,14 @@ class TTTpp(AuxiliaryMethod):
             f = f[f.isfinite().all(1)]
             if len(f) < 2:
                 raise DataError(
-                    f"'{self.name}' needs finite features of source images; found {len(f)}. Give batches {{'image': "
-                    "(B, C, H, W) in [0, 1]} of the training set, 2,000 images or so."
+                    f"'{self.name}' needs finite features of two source images or more; found {len(f)}. Give batches "
+                    "{'image': (B, C, H, W) in [0, 1]} of the training set, 2,000 images or so."
                 )
             mean, covariance = f.mean(0), f.T.cov()
             spread = (f - mean).square().sum(1).square().mean() - covariance.square().sum()
             with outside_inference_mode(), torch.no_grad():
                 for part, value in (("mean", mean), ("covariance", covariance), ("spread", spread.clamp_min(1e-12))):
                     self.get_buffer(f"{name}_{part}").copy_(value)
-        self.prepared = True
 
     @torch.no_grad()
     def _see(self, images: Tensor, seen: dict[str, list[Tensor]]) -> None:
@@ -158,13 +162,11 @@ class TTTpp(AuxiliaryMethod):
             seen[name].append(value.detach().cpu().double())
 
     def _project(self, features: Tensor) -> Tensor:
-        assert isinstance(self.auxiliary, Contrastive)
         projections: Tensor = self.auxiliary.projector(features.to(self.split.head.weight.dtype))
         return projections
 
     def step(self, x: Tensor) -> Tensor:
         """One step on two views and the batch; then the batch's features join the queue."""
-        assert isinstance(self.auxiliary, Contrastive)
         features, logits = self.features(x)
         found = {"features": features, "projections": self._project(features)}
         distances = {name: self._distance(name, at_least_float32(value)) for name, value in found.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -21,6 +20,7 @@ from lightning_tta.errors import ConfigError, WeightsError
 from lightning_tta.meta.inner_loop import InnerLoop, set_inner_loop
 from lightning_tta.meta.mixed_bn import convert_mixed_bn, mixed_batch_norm_layers
 from lightning_tta.methods.components.adapters import KINDS, Select, put_in
+from lightning_tta.methods.components.wanted import listed
 from lightning_tta.modules.training import find_checkpoint
 
 
@@ -232,8 +232,7 @@ def train_adapters(net: nn.Module, adapters: Select) -> None:
     words, names = put_in(core, adapters)
     if words or not names:
         raise ConfigError(f"adapters must be kinds of adapters: {', '.join(KINDS)}; got {adapters!r}.")
-    items = [adapters] if isinstance(adapters, (str, Mapping)) else list(adapters)
-    net.__dict__["_tta_adapters"] = [dict(item) if isinstance(item, Mapping) else item for item in items]
+    net.__dict__["_tta_adapters"] = listed(adapters)
     net.requires_grad_(False)
     find_head(core)[1].requires_grad_(True)
     for name in names:

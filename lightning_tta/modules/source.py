@@ -19,7 +19,7 @@ from lightning_tta.auxiliary.kinds import KINDS
 from lightning_tta.backbones import Backbone, create_backbone
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, check_range
-from lightning_tta.methods.components.wanted import read
+from lightning_tta.methods.components.wanted import listed, read
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of
 from lightning_tta.modules.loading import check_options, describe_net, train_adapters
 from lightning_tta.modules.mosa import MoSA
@@ -98,8 +98,10 @@ class SourceClassifier(LightningModule):
             )
         self.auxiliary = nn.ModuleDict()
         self._auxiliary_options: dict[str, dict[str, Any]] = {}
-        for wanted in auxiliary if isinstance(auxiliary, list) else [] if auxiliary is None else [auxiliary]:
+        for wanted in listed(auxiliary):
             kind, options = read(wanted, "auxiliary", KINDS)
+            if kind in self.auxiliary:
+                raise ConfigError(f"auxiliary names {kind!r} twice. Leave one out.")
             self.auxiliary[kind] = place(KINDS[kind](self.backbone, **options), self.backbone)
             self._auxiliary_options[kind] = options
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler

@@ -75,13 +75,13 @@ def test_three_steps(kind):
     net = make_net(kind).double()
     options = {"parts": 2, "entropy_margin": MARGIN, "penalty": PENALTY, "warmup_epochs": 0}
     method = adapt(net, "eco_tta", lr=0.1, momentum=0.5, **options)
-    assert method.meta.names == [("conv1", "norm1"), ("conv2", "norm2")]
+    assert method.auxiliary.names == [("conv1", "norm1"), ("conv2", "norm2")]
     method.prepare(source())
     with torch.no_grad():
-        for part in method.meta.parts:
+        for part in method.auxiliary.parts:
             part.added_norm.weight.fill_(0.5)  # so that the convolutions count
     method.load_state_dict(method.state_dict())
-    reference = PlainEcoTTA(net, method.meta, 0.1, 0.5)
+    reference = PlainEcoTTA(net, method.auxiliary, 0.1, 0.5)
     kept = []
     for images in make_stream(3, batch=6, dtype=torch.float64):
         expected, loss, share = reference(images)
@@ -105,9 +105,9 @@ def test_the_start_is_the_net_but_for_a_hundredth():
     near = (method.predict(images) - plain).norm() / plain.norm()
     assert 0 < near < 0.05
     with torch.no_grad():
-        for part in method.meta.parts:
+        for part in method.auxiliary.parts:
             part.added_norm.weight.zero_()
-    with method.meta.running(method.model):
+    with method.auxiliary.running(method.model):
         assert max_difference(method.model(images), plain) < TOLERANCE  # exactly the net
 
 

@@ -191,6 +191,8 @@ def test_refusals():
         SourceClassifier("cifar/resnet20", 5, auxiliary="rotations")
     with pytest.raises(ConfigError, match="deepness"):
         SourceClassifier("cifar/resnet20", 5, auxiliary={"kind": "rotation", "deepness": 1})
+    with pytest.raises(ConfigError, match="twice"):
+        SourceClassifier("cifar/resnet20", 5, auxiliary=["rotation", {"kind": "rotation"}])
     with pytest.raises(UnsupportedModelError, match="lower at"):
         Branch(make_net("gn"), 1.0, 4)
 

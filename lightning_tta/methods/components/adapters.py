@@ -26,7 +26,7 @@ from lightning_tta.backbones.quantized import FORWARD_ONLY, has_quantized
 from lightning_tta.backbones.split import Trial, execution_order, find_head, is_inside, try_pass
 from lightning_tta.errors import ConfigError, InputError, UnsupportedModelError, check_choice, check_range, did_you_mean
 from lightning_tta.methods.base.selection import Choice, choice_of, set_choice
-from lightning_tta.methods.components.wanted import Wanted, read
+from lightning_tta.methods.components.wanted import Wanted, listed, read
 
 Select = Wanted | Sequence[Wanted]
 WORDS = ("norm", "early_norm", "all", "adapters")
@@ -511,14 +511,13 @@ def put_in(net: nn.Module, select: Select) -> tuple[tuple[str, ...], tuple[str, 
         raise ConfigError(
             f"select must be a word, a dict with 'kind' and its options, or a list of these; got {select!r}."
         )
-    items = [select] if isinstance(select, (str, Mapping)) else list(select)
     if has_quantized(net):
         raise UnsupportedModelError(
             f"No gradient reaches what is to learn in {type(net).__name__}, which is quantised. Use a method without "
             f"gradients ({FORWARD_ONLY}), or adapt the net that it was made from."
         )
     wanted: list[str | tuple[str, dict[str, Any]]] = []
-    for item in items:  # all are read before the net changes
+    for item in listed(select):  # all are read before the net changes
         if isinstance(item, str) and (item in WORDS or item not in KINDS):
             _check_word(net, item)
             wanted.append(item)

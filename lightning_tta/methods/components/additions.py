@@ -17,7 +17,7 @@ from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedMode
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.task import plain_model
 from lightning_tta.methods.components import adapters, priors, refinements, reservoir, statistics
-from lightning_tta.methods.components.wanted import Wanted
+from lightning_tta.methods.components.wanted import Wanted, listed
 
 ADDITIONS: dict[str, Callable[[TTAMethod, Any], None]] = {
     "statistics": statistics.choose,
@@ -59,9 +59,8 @@ def make_selecting(make: Callable[[nn.Module], TTAMethod], net: nn.Module, selec
             f"select={select!r}: '{method.name}' learns no parameters of the net, or none but its own. Leave select "
             "out, or use a method that learns by gradients, such as 'tent', 'eta', 'sar', 'deyo', 'cotta', 'memo'."
         )
-    items = [select] if isinstance(select, (str, Mapping)) else list(select)
-    plain = [dict(item) if isinstance(item, Mapping) else item for item in items]
-    method.options["select"] = plain if len(plain) > 1 else plain[0]
+    items = listed(select)
+    method.options["select"] = items if len(items) > 1 else items[0]
     return method
 
 

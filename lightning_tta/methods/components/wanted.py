@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from lightning_tta.errors import ConfigError, check_choice, did_you_mean
 
 Wanted = str | Mapping[str, Any]
 """A word, or a dict of ``kind`` and its options."""
+
+
+def listed(wanted: Wanted | Sequence[Wanted] | None) -> list[Wanted]:
+    """What a list holds; one thing alone; or nothing, of ``None``. Dicts are copies."""
+    if wanted is None:
+        return []
+    items = wanted if isinstance(wanted, Sequence) and not isinstance(wanted, str) else [wanted]
+    return [dict(item) if isinstance(item, Mapping) else item for item in items]
 
 
 def read(wanted: Wanted, option: str, kinds: Mapping[str, Callable[..., Any]]) -> tuple[str, dict[str, Any]]:
