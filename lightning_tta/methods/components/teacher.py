@@ -84,7 +84,7 @@ def approach(
         cast = [torch.empty_like(tensor) for tensor in now]
         torch._foreach_copy_(cast, goals)
         goals = cast
-    if where is None and moving is None:
+    if where is None and moving is None and not isinstance(share, Tensor):
         torch._foreach_lerp_(now, goals, share)
         return
     steps = torch._foreach_sub(goals, now)  # there is no lerp by a tensor for all of them at once
