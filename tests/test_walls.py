@@ -24,12 +24,14 @@ PACKAGE = "lightning_tta"
 
 FLOORS: tuple[dict[str, str], ...] = (  # a floor: room -> its modules; rooms of one floor do not know each other
     {"ground": "_version errors files shipped progress losses metrics collective draws imagenet_classes onnx_adapter"},
+    {"evidence": "evidence"},  # formulas over what was predicted: monitors, methods and the chooser share them
     {"backbones": "backbones"},
     {"meta": "meta", "views": "views"},
     {"data": "data", "methods.base": "methods.base"},
     {"methods.components": "methods.components"},  # over backbones, meta, views: mixed layers and views serve several
     {"auxiliary": "auxiliary"},  # losses that source training and its test time share, and the base of such methods
     {"methods": "methods"},  # a method may build on another one; `methods/__init__` finds them by their files
+    {"guard.monitors": "guard.monitors"},  # see what a method answers
     {"diagnosis": "diagnosis", "guard.watch": "guard.watch"},  # wrap or try any method, and know no trainer
     {"report": "report"},  # reads the files of finished runs, so it stands below what writes them
     {"run": "run"},  # ends with a report
