@@ -80,11 +80,11 @@ class NOTE(MemoryMethod):
     Args:
         model: A classifier with normalisation layers.
         capacity: M, >= 1; authors 64.
-        update_every: Images from one step to the next, >= 1; ``None``: a step after each batch. Authors 64.
         k: >= 0; authors 4. The larger, the nearer to plain BatchNorm.
         bn_momentum: m, in [0, 1]; authors 0.01.
         seed: Of the draws of what enters and leaves the memory.
-        **options: ``lr`` and ``optimizer``: authors 1e-4 with ``adam``. ``momentum``, ``weight_decay`` (authors 0).
+        **options: ``update_every`` (authors 64). ``lr`` and ``optimizer``: authors 1e-4 with ``adam``.
+            ``momentum``, ``weight_decay`` (authors 0).
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer, or a BatchNorm layer without source

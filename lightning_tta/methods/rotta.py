@@ -41,14 +41,13 @@ class RoTTA(MemoryMethod, TeacherMethod):
     Args:
         model: A classifier with normalisation layers.
         capacity: M, >= 1; authors 64.
-        update_every: Images from one step to the next, >= 1; ``None``: a step after each batch. Authors 64.
         ema_decay: Of the teacher, in [0, 1]; authors 0.999.
         bn_momentum: m, in [0, 1]; authors 0.05.
         lambda_t: Weight of age in the memory, >= 0; authors 1.
         lambda_u: Weight of entropy, >= 0; authors 1.
         seed: Of the views.
-        **options: ``lr`` and ``optimizer``: authors 1e-3 with ``adam``, for all data sets. ``momentum``,
-            ``weight_decay`` (authors 0).
+        **options: ``update_every`` (authors 64). ``lr`` and ``optimizer``: authors 1e-3 with ``adam``, for all
+            data sets. ``momentum``, ``weight_decay`` (authors 0).
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer, or a BatchNorm layer without source

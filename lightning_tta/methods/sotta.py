@@ -41,14 +41,14 @@ class SoTTA(MemoryMethod):
     Args:
         model: A classifier with normalisation layers.
         capacity: M, >= 1; authors 64.
-        update_every: Images from one step to the next, >= 1; ``None``: a step after each batch. Authors 64.
         threshold: Confidence, in [0, 1]; authors 0.99 (CIFAR-10), 0.66 (CIFAR-100), 0.33 (ImageNet).
         rho: Radius of the ball, >= 0; authors 0.05.
         bn_momentum: m, in [0, 1]; authors 0.2.
         frozen_fraction: Share of the net's stages or blocks, from the last, that stay fixed, in [0, 1]; authors the
             last of four, as in :class:`~lightning_tta.methods.sar.SAR`.
         seed: Of the draws of what leaves the memory.
-        **options: ``lr`` and ``optimizer``: authors 1e-3 with ``adam``. ``momentum``, ``weight_decay`` (authors 0).
+        **options: ``update_every`` (authors 64). ``lr`` and ``optimizer``: authors 1e-3 with ``adam``.
+            ``momentum``, ``weight_decay`` (authors 0).
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer, or a BatchNorm layer without source

@@ -15,11 +15,14 @@ from lightning_tta.losses import at_least_float32
 @contextmanager
 def all_or_nothing(module: nn.Module) -> Iterator[None]:
     """While active, an error brings every tensor of a module back to what it was."""
-    before = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    tensors = [*module.parameters(), *module.buffers()]  # state_dict() of a quantised net has other things, too
+    before = [tensor.detach().clone() for tensor in tensors]
     try:
         yield
     except BaseException:  # images that the net refuses, or an interrupt
-        module.load_state_dict(before)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
         raise
 
 
