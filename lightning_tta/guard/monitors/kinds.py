@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_tta.guard.monitors.aetta import AettaMonitor
+from lightning_tta.guard.monitors.agreement import SourceAgreement, ViewAgreement
 from lightning_tta.guard.monitors.base import Monitor
+from lightning_tta.guard.monitors.confidence import ATC, Confidence, DifferenceOfConfidences
+from lightning_tta.guard.monitors.labels import LabelsMonitor
 from lightning_tta.methods.components.wanted import Wanted, listed, read
 
-MONITORS: dict[str, type[Monitor]] = {}
+MONITORS: dict[str, type[Monitor]] = {
+    "aetta": AettaMonitor,
+    "atc": ATC,
+    "confidence": Confidence,
+    "doc": DifferenceOfConfidences,
+    "labels": LabelsMonitor,
+    "source_agreement": SourceAgreement,
+    "view_agreement": ViewAgreement,
+}
 
 
 def make_monitors(wanted: Wanted | Sequence[Wanted] | None) -> list[Monitor]:
