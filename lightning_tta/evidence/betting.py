@@ -381,24 +381,32 @@ class ShiftTest:
         if self._past is not None:
             self._past.forget()
 
+    def pack(self) -> Tensor:
+        """All that it has seen of the stream as one tensor of fixed length, float64."""
+        bettor = [torch.as_tensor(value, dtype=torch.float64).view(-1) for value in self.bettor.state_dict().values()]
+        counts = [] if self._past is None else [self._past.counts.double()]
+        return torch.cat([torch.tensor([self.drawn], dtype=torch.float64), *bettor, *counts])
+
+    def unpack(self, packed: Tensor) -> None:
+        """Counterpart of :meth:`pack`."""
+        sizes = {name: torch.as_tensor(value).numel() for name, value in self.bettor.state_dict().items()}
+        drawn, *parts = packed.detach().cpu().split([1, *sizes.values(), len(packed) - 1 - sum(sizes.values())])
+        self.drawn = int(drawn)
+        if self._past is not None:
+            self._past.counts = parts.pop().long()
+        values = zip(sizes.items(), parts, strict=False)
+        self.bettor.load_state_dict({name: part if size > 1 else part.item() for (name, size), part in values})
+
     def state_dict(self) -> dict[str, Any]:
         """All that it has seen, the calibration too; plain values and tensors."""
-        return {
-            "calibration": self.cdf.values.clone(),
-            "counts": None if self._past is None else self._past.counts.clone(),
-            "drawn": self.drawn,
-            "settings": [self.alpha, self.kind, self.bets, self.seed],
-            "bettor": self.bettor.state_dict(),
-        }
+        settings = [self.alpha, self.kind, self.bets, self.seed]
+        return {"calibration": self.cdf.values.clone(), "settings": settings, "seen": self.pack()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ShiftTest:
         """Counterpart of :meth:`state_dict`."""
         test = cls(state["calibration"], *state["settings"])
-        test.drawn = int(state["drawn"])
-        if test._past is not None:
-            test._past.counts = state["counts"].detach().clone().cpu()
-        test.bettor.load_state_dict(state["bettor"])
+        test.unpack(state["seen"])
         return test
 
 
