@@ -101,8 +101,8 @@ class ConformalRanks:
     """Ranks among the calibration and all earlier samples: exactly uniform and independent for exchangeable samples.
 
     The rank of the t-th sample is ``(#{X < H} + draw (#{X = H} + 1)) / (n + t)``, X over the n entropies of the
-    calibration and the t - 1 samples before. Entropies are compared in steps of 1/32 of an octave, from 2^-44 to 2^4
-    nats, so that memory is bounded: 1,536 counts. A monotone step function that depends on no data keeps the ranks
+    calibration and the t - 1 samples before. Entropies are compared in steps of 1/256 of an octave, from 2^-30 to 2^4
+    nats, so that memory is bounded: 8,704 counts. A monotone step function that depends on no data keeps the ranks
     exact; equal ones are told apart by the draw.
 
     Once samples that differ are many, as against n, they are the measure themselves, and evidence no longer grows.
@@ -110,7 +110,7 @@ class ConformalRanks:
     Source: Vovk et al., "Algorithmic Learning in a Random World", 2005 (smoothed conformal transducers).
     """
 
-    STEPS, LOWEST = 48 * 32, (127 - 44) * 32
+    STEPS, LOWEST = 34 * 256, (127 - 30) * 256
 
     def __init__(self, entropies: Tensor) -> None:
         self.calibration = torch.bincount(self._steps(entropies), minlength=self.STEPS)
@@ -118,7 +118,7 @@ class ConformalRanks:
 
     def _steps(self, entropies: Tensor) -> Tensor:
         bits = entropies.to(torch.float32).clamp_min(0).contiguous().view(torch.int32)
-        return ((bits >> 18).long() - self.LOWEST).clamp(0, self.STEPS - 1)
+        return ((bits >> 15).long() - self.LOWEST).clamp(0, self.STEPS - 1)
 
     def ranks(self, entropies: Tensor, draws: Tensor) -> Tensor:
         """Ranks (B,) of samples in their order, float64; they belong to the earlier ones from then on."""

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_tta.guard.monitors.base import Monitor
+from lightning_tta.guard.monitors.drift import Drift
 from lightning_tta.guard.monitors.poem import Poem
 from lightning_tta.methods.components.wanted import Wanted, listed, read
 
-MONITORS: dict[str, type[Monitor]] = {"poem": Poem}
+MONITORS: dict[str, type[Monitor]] = {"poem": Poem, "drift": Drift}
 
 
 def make_monitors(wanted: Wanted | Sequence[Wanted] | None) -> list[Monitor]:
