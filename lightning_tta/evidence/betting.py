@@ -30,7 +30,7 @@ RANKS: dict[str, str] = {
     "fixed": "in the calibration alone, taken for the truth; the paper's, for streams shorter than the calibration",
 }
 Bets = Literal["mixture", "sf_ogd"]
-LEAST = 20
+LEAST = 10
 """Calibration images below which there is no distribution."""
 _LIMIT = 1.8
 
@@ -49,7 +49,7 @@ class SourceCDF:
     """Empirical distribution F of the source's entropies on n held-out images.
 
     Args:
-        entropies: (n,), in nats, finite, at least 20.
+        entropies: (n,), in nats; at least 10 finite ones.
         largest: Upper end of the distribution, log K; ``None``: the largest of the entropies.
 
     Raises:
@@ -66,7 +66,14 @@ class SourceCDF:
                 f"{self.size} finite ones."
             )
         top = self.values[-1:] if largest is None else self.values[-1:].clamp_min(largest)
-        self._knots = torch.cat([torch.zeros_like(top), self.values.clamp_min(0), top])
+        self.knots = torch.cat([torch.zeros_like(top), self.values.clamp_min(0), top])
+
+    @classmethod
+    def from_knots(cls, knots: Tensor) -> SourceCDF:
+        """The distribution whose :attr:`knots` (n + 2,) these are: 0, the n values, sorted, and the largest."""
+        cdf = cls.__new__(cls)
+        cdf.knots, cdf.values, cdf.size = knots, knots[1:-1], len(knots) - 2
+        return cdf
 
     def ranks(self, entropies: Tensor, draws: Tensor | None = None) -> Tensor:
         """Ranks u = F(H), (B,), in [0, 1].
@@ -81,7 +88,7 @@ class SourceCDF:
             below = torch.searchsorted(self.values, entropies)
             equal = torch.searchsorted(self.values, entropies, right=True) - below
             return (below + draws * (equal + 1)) / (self.size + 1)
-        knots, entropies = self._knots, entropies.clamp(0, None)
+        knots, entropies = self.knots, entropies.clamp(0, None)
         left, right = (torch.searchsorted(knots, entropies, right=side) for side in (False, True))
         lower = (left - 1).clamp(0, self.size)
         start, end = knots[lower], knots[lower + 1]
@@ -93,7 +100,7 @@ class SourceCDF:
         """The inverse of :meth:`ranks` without draws: H = F^-1(u), (B,), for u in [0, 1]."""
         places = ranks.clamp(0, 1) * (self.size + 1)
         lower = places.floor().long().clamp(0, self.size)
-        start, end = self._knots[lower], self._knots[lower + 1]
+        start, end = self.knots[lower], self.knots[lower + 1]
         return torch.lerp(start, end, (places - lower).to(start))
 
 

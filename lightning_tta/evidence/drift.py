@@ -37,7 +37,7 @@ class LabelDriftTest:
     may be distributed as the source's. It says then that the labels are others at this time.
 
     Args:
-        labels: Predicted on held-out source images (n,), int64, in [0, K); at least 20.
+        labels: Predicted on held-out source images (n,), int64, in [0, K); at least 10.
         classes: K.
         alpha: Probability of a false alarm, in (0, 0.5].
         seed: Of the draws.

@@ -59,8 +59,8 @@ def test_the_inverse_of_interpolated_ranks(dtype):
 
 
 def test_too_few_entropies_are_refused():
-    with pytest.raises(DataError, match="at least 20 held-out source images"):
-        SourceCDF(torch.cat([torch.ones(19), torch.tensor([float("nan")])]))
+    with pytest.raises(DataError, match="at least 10 held-out source images"):
+        SourceCDF(torch.cat([torch.ones(9), torch.tensor([float("nan")])]))
 
 
 def test_conformal_ranks_are_those_of_a_sorted_list():
@@ -197,9 +197,9 @@ def test_false_alarms_of_a_fixed_distribution_are_many_on_long_streams():
 
 
 def test_the_margin_covers_the_mean_rank_in_a_calibration():
-    """c is the two-sided quantile of the mean of n uniform numbers, or above it; n = 20 is the smallest."""
+    """c is the two-sided quantile of the mean of n uniform numbers, or above it; n = 10 is the smallest."""
     generator = torch.Generator().manual_seed(0)
-    for n in (20, 200):
+    for n in (10, 200):
         test = ShiftTest(torch.rand(n, generator=generator), alpha=0.1, ranks="margin")
         means = torch.rand(40_000, n, generator=generator).mean(1)
         assert float(((means - 0.5).abs() > test.margin).double().mean()) <= 0.05 + 3 * math.sqrt(0.05 / 40_000)

@@ -87,7 +87,7 @@ def test_a_stream_sorted_by_class_alarms_though_its_shares_are_the_source_s():
 
 
 def test_what_does_not_go_is_refused():
-    with pytest.raises(DataError, match="at least 20 held-out source images"):
-        LabelDriftTest(torch.cat([labels(19), torch.tensor([-1])]), 7)
+    with pytest.raises(DataError, match="at least 10 held-out source images"):
+        LabelDriftTest(torch.cat([labels(9), torch.tensor([-1])]), 7)
     with pytest.raises(ConfigError, match="alpha"):
         LabelDriftTest(labels(30), 7, alpha=0.9)

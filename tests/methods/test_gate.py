@@ -155,8 +155,8 @@ def test_what_does_not_go_is_refused(source):
     method = adapt(net, "tent", gate="poem")
     with pytest.raises(NotPreparedError, match="must see source data"):
         method(make_images(BATCH))
-    with pytest.raises(DataError, match="at least 20 held-out source images"):
-        method.prepare([{"image": make_images(19)}])
+    with pytest.raises(DataError, match="at least 10 held-out source images"):
+        method.prepare([{"image": make_images(9)}])
     with pytest.raises(DataError, match="gate= and 'eata' both look at the source batches"):
         adapt(net, "eata", gate="poem").prepare(iter(source))
 

@@ -52,7 +52,7 @@ class Drift(Monitor):
         """Count the source's predictions on held-out source images.
 
         Raises:
-            DataError: If there are fewer than 20.
+            DataError: If there are fewer than 10.
         """
         labels, classes = [], 0
         for seen in batches:

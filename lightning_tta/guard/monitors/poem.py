@@ -51,7 +51,7 @@ class Poem(Monitor):
         """Take the entropies of held-out source images.
 
         Raises:
-            DataError: If there are fewer than 20.
+            DataError: If there are fewer than 10.
         """
         entropies = [entropy(seen.logits.double()).cpu() for seen in batches]
         self.test = ShiftTest(torch.cat(entropies) if entropies else torch.empty(0), *self.settings)

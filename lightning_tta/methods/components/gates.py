@@ -68,7 +68,7 @@ class PoemGate(Gate):
         self.patience = patience
         self.settings = (alpha, ranks, bets, seed)
         like = next(iter(method.model.parameters()), torch.empty(0)).detach()
-        method.collect(CALIBRATION, torch.empty(0, dtype=torch.float64, device=like.device))
+        method.collect(CALIBRATION, torch.empty(0, dtype=torch.int64, device=like.device))
         length = 2 + len(ShiftTest(torch.zeros(20), *self.settings).pack())
         method.state(STATE, torch.zeros(length, dtype=torch.float64, device=like.device), fixed_dtype=True)
         self._test: ShiftTest | None = None
@@ -79,7 +79,7 @@ class PoemGate(Gate):
         """Take the source's entropies of all images.
 
         Raises:
-            DataError: If there are fewer than 20.
+            DataError: If there are fewer than 10.
         """
         assert isinstance(method, TTAMethod)
         entropies: list[Tensor] = []
@@ -91,7 +91,8 @@ class PoemGate(Gate):
         see_source_images(method, source_batches, see, running=nullcontext)
         with outside_inference_mode():
             test = ShiftTest(torch.cat(entropies) if entropies else torch.empty(0), *self.settings)
-            method.collect(CALIBRATION, test.cdf.values.to(method.value(STATE).device))
+            bits = test.cdf.values.view(torch.int64)  # as integers they stay exact where the net goes to half precision
+            method.collect(CALIBRATION, bits.to(method.value(STATE).device))
             method.write(STATE, torch.cat([torch.zeros(2, dtype=torch.float64), test.pack()]))
             method.renew_source(STATE)
         self.look_again()
@@ -134,7 +135,7 @@ class PoemGate(Gate):
         if self._test is None:
             assert isinstance(method, TTAMethod)
             state = method.value(STATE).cpu()
-            self._test = ShiftTest(method.get_buffer(CALIBRATION), *self.settings)
+            self._test = ShiftTest(method.get_buffer(CALIBRATION).view(torch.float64), *self.settings)
             self._test.unpack(state[2:])
             self._values = state[:2].tolist()
         return self._test
