@@ -242,7 +242,7 @@ def mix(log_wealths: Tensor, u: Tensor, grid: Tensor, margin: float = 0.0) -> tu
 
     Args:
         log_wealths: Of each bet, (J,).
-        u: Ranks (B,).
+        u: Ranks (B,); one that is not finite is not bet on.
         grid: The bets, (J,).
         margin: As of :class:`Martingale`.
 
@@ -250,7 +250,7 @@ def mix(log_wealths: Tensor, u: Tensor, grid: Tensor, margin: float = 0.0) -> tu
         Log wealths (J,) after them, of the mixture after each of them (B,), and the mixture's bet on each (B,).
     """
     gains = torch.log1p((u[:, None] - 0.5) * grid - margin * grid.abs())
-    after = log_wealths + gains.cumsum(0)
+    after = log_wealths + torch.where(u.isfinite()[:, None], gains, 0.0).cumsum(0)
     before = torch.cat([log_wealths[None], after[:-1]])
     return after[-1], after.logsumexp(1), before.softmax(1) @ grid
 

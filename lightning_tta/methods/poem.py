@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,15 +24,16 @@ class POEM(ETA):
 
     F is the distribution of the source's entropies on held-out source images, from :meth:`prepare`. A sample of entropy
     H has the rank u = F(H). A martingale bets ``epsilon`` on ``u - 1/2``, see
-    :class:`~lightning_tta.evidence.betting.MixtureMartingale`; each bet is made before its sample is seen::
+    :class:`~lightning_tta.evidence.betting.MixtureMartingale`; each bet is made before its sample is seen. Its margin
+    is ``1.96 / sqrt(12 n)``, n the number of held-out images: what their mean rank may be wrong by is no evidence. ::
 
         u' = epsilon u^2 / 2 + (1 - epsilon / 2) u
         H' = H + F^-1(u') - F^-1(u)
         L  = mean [ exp(E0 - H) (H - stopgrad(H'))^2 / 2 ]     over samples kept by ETA's two filters
 
     Where entropies are larger than the source's, epsilon is above 0, and H' below H. Where the stream is like the
-    source, epsilon stays near 0, so that H' is near H and nothing is learned. Samples before the first ``watched`` are
-    bet on only.
+    source, epsilon stays near 0, so that H' is near H and hardly anything is learned. The first ``watched`` samples
+    are bet on only.
 
     BatchNorm runs with the source's statistics: a net that takes the batch's is another net than the source, and its
     entropies differ without any shift. With ``statistics="batch"`` F is taken with the statistics of the batches that
@@ -39,8 +41,8 @@ class POEM(ETA):
 
     Parameters touched: weight and bias of every normalisation layer. State: these, the optimizer, ETA's mean
     probability, the wealth of each bet. Per batch: one forward and one backward pass. Returns the logits before the
-    step. ``stats["epsilon"]`` is the batch's mean bet, ``stats["log_wealth"]`` the martingale's; above log 20 the
-    stream differs from the source, unless it is longer than the calibration.
+    step. ``stats["epsilon"]`` is the batch's mean bet, ``stats["log_wealth"]`` the martingale's: of the net's
+    entropies as it is adapted, so it falls again where they have come back to the source's.
 
     Args:
         model: A classifier with normalisation layers (BatchNorm, GroupNorm, LayerNorm, ...).
@@ -53,7 +55,7 @@ class POEM(ETA):
         UnsupportedModelError: If the net has no affine normalisation layer.
 
     Source: Bar et al., POEM, NeurIPS 2024, arXiv 2408.07511. Differs from the authors': a mixture of bets in the place
-    of online gradients (SF-OGD), whose bets wander on streams without a shift (about 0.2 after 1,000 samples); H'
+    of online gradients (SF-OGD), whose bets wander on streams without a shift, and a margin; H'
     differs from H by a difference of quantiles, which is exactly 0 for a bet of 0; :meth:`reset` forgets the bets.
     """
 
@@ -128,9 +130,9 @@ class POEM(ETA):
         cdf = SourceCDF.from_knots(self.get_buffer(KNOTS).view(torch.float64))
         wide, seen = entropies.double(), self.value("samples")
         ranks = cdf.ranks(wide)
-        ranks = torch.where(ranks.isfinite(), ranks, 0.5)
         grid, start = (tensor.to(ranks.device) for tensor in (self.grid, self.start))
-        bets, wealths, epsilon = mix(self.value("bets"), ranks, grid)
+        margin = min(1.96 / math.sqrt(12 * cdf.size), 0.12)
+        bets, wealths, epsilon = mix(self.value("bets"), ranks, grid, margin)
         ready = seen + torch.arange(len(ranks), device=ranks.device) >= self.watched
         self.write("samples", seen + len(ranks))
         self.write("bets", share(bets, len(ranks) / (self.value("samples").double() + 50), start))

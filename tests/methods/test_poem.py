@@ -46,7 +46,7 @@ class PlainPOEM:
 
     def __call__(self, images):
         logits, terms, kept, bets = self.net(images), [], [], []
-        bound = self.entropy_margin * math.log(logits.shape[1])
+        bound, margin = self.entropy_margin * math.log(logits.shape[1]), 1.96 / math.sqrt(12 * (len(self.knots) - 2))
         for row in logits:
             h = entropy_of(row)
             u = self.rank(h.item())
@@ -54,7 +54,7 @@ class PlainPOEM:
             bets.append(sum(bet * wealth for bet, wealth in self.bets.items()) / total)
             protected = 0.5 * bets[-1] * u * u + (1 - 0.5 * bets[-1]) * u
             target = h.item() + self.quantile(protected) - self.quantile(u)
-            self.bets = {bet: wealth * (1 + bet * (u - 0.5)) for bet, wealth in self.bets.items()}
+            self.bets = {bet: wealth * (1 + bet * (u - 0.5) - margin * abs(bet)) for bet, wealth in self.bets.items()}
             self.samples += 1
             p, m = row.exp() / row.exp().sum(), self.mean_probability
             new = m is None or self.diversity_margin is None
