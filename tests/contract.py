@@ -24,6 +24,7 @@ VARIANTS = {
     ],
     "eata_c": [{"lr": 0.1, "entropy_margin": 0.95, "diversity_margin": 0.999, "drop_rate": 0.5}],
     "eta": [{"lr": 1e-2, "optimizer": "adam", "entropy_margin": 0.9, "diversity_margin": 0.95, "lr_batch_size": 8}],
+    "poem": [{"lr": 0.5, "watched": 0, "entropy_margin": None, "diversity_margin": None}],
     "memo": [
         {"lr": 0.05, "views": 2, "augment": "none"},
         {

@@ -102,6 +102,8 @@ class TestTimeAdaptation(LightningModule):
             as for ``statistics``, see :mod:`lightning_tta.methods.components.priors`; ``None``: they are not.
         refine: How the predictions of a batch are refined then: ``lame``, ``cofa``, or a dict as for ``statistics``,
             see :mod:`lightning_tta.methods.components.refinements`; ``None``: they are not.
+        gate: Adapt only while the stream differs from the source: ``poem``, or a dict as for ``statistics``, see
+            :class:`~lightning_tta.methods.components.gates.PoemGate`; ``None``: on every batch.
         capture: Whether steps are recorded once and replayed, on CUDA, see
             :class:`~lightning_tta.methods.base.execution.Execution`.
         compile: Whether the net is compiled for recorded steps.
@@ -143,6 +145,7 @@ class TestTimeAdaptation(LightningModule):
         reservoir: int | dict[str, Any] | None = None,
         prior: str | dict[str, Any] | None = None,
         refine: str | dict[str, Any] | None = None,
+        gate: str | dict[str, Any] | None = None,
         capture: Capture = "auto",
         compile: bool = False,
         precision: Precision | None = None,
@@ -175,7 +178,7 @@ class TestTimeAdaptation(LightningModule):
             raise ConfigError(f"method must make a TTAMethod; it made a {type(self.method).__name__}.")
         with outside_inference_mode():
             wanted = {"statistics": statistics, "prior": prior, "refine": refine, "window": window}
-            add(self.method, **wanted, reservoir=reservoir)
+            add(self.method, **wanted, reservoir=reservoir, gate=gate)
         chosen = Execution(capture=capture, compile=compile, precision=precision, lean=lean)
         self.execution = self.method.execution = self.method.execution.changed_by(chosen)
         self.run: StreamRun | None = None

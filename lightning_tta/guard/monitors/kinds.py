@@ -8,16 +8,22 @@ from typing import Any
 from lightning_tta.guard.monitors.aetta import AettaMonitor
 from lightning_tta.guard.monitors.agreement import SourceAgreement, ViewAgreement
 from lightning_tta.guard.monitors.base import Monitor
+from lightning_tta.guard.monitors.collapse import Collapse
 from lightning_tta.guard.monitors.confidence import ATC, Confidence, DifferenceOfConfidences
+from lightning_tta.guard.monitors.drift import Drift
 from lightning_tta.guard.monitors.labels import LabelsMonitor
+from lightning_tta.guard.monitors.poem import Poem
 from lightning_tta.methods.components.wanted import Wanted, listed, read
 
 MONITORS: dict[str, type[Monitor]] = {
     "aetta": AettaMonitor,
     "atc": ATC,
+    "collapse": Collapse,
     "confidence": Confidence,
     "doc": DifferenceOfConfidences,
+    "drift": Drift,
     "labels": LabelsMonitor,
+    "poem": Poem,
     "source_agreement": SourceAgreement,
     "view_agreement": ViewAgreement,
 }

@@ -43,6 +43,7 @@ from lightning_tta.methods.base.correction import Correction
 from lightning_tta.methods.base.custody import Custody, exclusive, reading
 from lightning_tta.methods.base.description import Described
 from lightning_tta.methods.base.first_pass import FirstPass
+from lightning_tta.methods.base.gate import Gate
 from lightning_tta.methods.base.host import host_has
 from lightning_tta.methods.base.memory import DomainMemory
 from lightning_tta.methods.base.plain import plain_net
@@ -155,6 +156,7 @@ class TTAMethod(Described, Replayable, ABC):
         self.account_chosen = self.told_of_batches = False
         self._window: Window | None = None
         self._memory: DomainMemory | None = None
+        self._gate: Gate | None = None
         self.corrections: list[Correction] = []
         self._features_seen: Tensor | None = None  # of the batch, for the corrections that want them
         if self.uses_batch_statistics and batch_norm_layers(plain):
@@ -259,6 +261,21 @@ class TTAMethod(Described, Replayable, ABC):
             "it has a state for each domain that it has met. Deploy the method itself, or adapt without a memory"
         )
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether it keeps a state of its own for each domain."""
+        return self._memory is not None
+
+    def put_behind(self, gate: Gate) -> None:
+        """Adapt only while a gate is open; else the source answers, with its own statistics and without corrections.
+
+        Args:
+            gate: Its constructor has declared its state on this method.
+        """
+        self._gate = gate
+        self.needs_source, self.prepared = True, False
+        self.parallel = frozenset({"replicas"})  # type: ignore[misc]
+
     def slide(self, images: int) -> None:
         """Adapt once every so many images, on all of them together, however few come at a time.
 
@@ -350,13 +367,15 @@ class TTAMethod(Described, Replayable, ABC):
     @exclusive
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Collect what the method needs from source data, once, before the stream. Most need nothing."""
-        if self._memory is not None:
+        for option, part in (("reservoir", self._memory), ("gate", self._gate)):
+            if part is None:
+                continue
             if hasattr(source_batches, "__next__") and type(self).prepare is not TTAMethod.prepare:
                 raise DataError(
-                    f"reservoir= and '{self.name}' both look at the source batches, and an iterator gives them once: "
+                    f"{option}= and '{self.name}' both look at the source batches, and an iterator gives them once: "
                     f"got a {type(source_batches).__name__}. Give a list of batches, or a DataLoader."
                 )
-            self._memory.prepare(self, source_batches)
+            part.prepare(self, source_batches)
         self.prepared = True
 
     def check_not_prepared(self) -> None:
@@ -572,6 +591,29 @@ class TTAMethod(Described, Replayable, ABC):
         self.scalars = {}, {**dict.fromkeys(COUNTS, 0), "nonfinite_images": len(usable) - number}
         self._stats, self._logits = None, None
         self._warn_of_small_batch(number)
+        if self._gate is None or not number:
+            return self._answer(x, usable, number)
+        source = self._source_logits(x, usable, at_source=not self._gate.is_open(self))
+        if self._gate.admits(self, source):
+            logits = self._answer(x, usable, number)
+        else:
+            self._logits = source.clone()
+            logits = fill(source, usable)
+        self.scalars[0].update(self._gate.notes(self))
+        return logits
+
+    @torch.no_grad()
+    def _source_logits(self, x: Tensor, usable: Tensor, *, at_source: bool) -> Tensor:
+        """What the source net says of usable images, with its own statistics; ``at_source``: it is there already."""
+        seen = explained(self.model, x, has_run=self.has_run)
+        with seen, outside_inference_mode(), torch.no_grad(), self.computing(x.device), fresh_casts(), self.passes():
+            images = x if bool(usable.all()) else x[usable.to(x.device)]
+            with nullcontext() if at_source else self.at_source():
+                images = self._laid_out(images.to(float_dtype(self.model)))
+                logits: Tensor = self.task.logits(self.model(images))
+        return at_least_float32(logits)
+
+    def _answer(self, x: Tensor, usable: Tensor, number: int) -> Tensor:
         whole = number == len(usable)
         if self._window is not None and number:
             return self._through_window(self._window, x, usable)
@@ -631,6 +673,11 @@ class TTAMethod(Described, Replayable, ABC):
         together = self._corrected(x, torch.cat(logits), learn=True)
         self._logits = together.clone()
         return fill(together, usable)
+
+    @property
+    def _is_shut(self) -> bool:
+        """Whether a gate lets the source answer."""
+        return self._gate is not None and not self._gate.is_open(self)
 
     @property
     def _predicts_alone(self) -> bool:
@@ -720,6 +767,8 @@ class TTAMethod(Described, Replayable, ABC):
         usable = self.task.usable(x)
         before, self.scalars = self.scalars, ({}, {})
         try:
+            if self._is_shut and bool(usable.any()):
+                return fill(self._source_logits(x, usable, at_source=True), usable)
             stream = self.stream_statistics() if statistics == "stream" else {}
             seen = explained(self.model, x, has_run=self.has_run)
             with seen, self.computing(x.device), fresh_casts(), self._running(stream) as infer, self.passes():
@@ -746,7 +795,7 @@ class TTAMethod(Described, Replayable, ABC):
         for reason in (self.no_plain_net, *added):
             if reason:
                 raise UnsupportedModelError(f"No plain net predicts as '{self.name}' does: {reason}.")
-        statistics = self.stream_statistics()
+        statistics = None if self._is_shut else self.stream_statistics()
         if statistics is not None and not statistics:
             raise ConfigError(
                 f"'{self.name}' has seen no batch since it was made or reset, or only such that gave values that are "
@@ -755,7 +804,7 @@ class TTAMethod(Described, Replayable, ABC):
             )
         finish = None if self.choice is None else self.choice.finish
         net = plain_net(self.model, self.stream_weights(), statistics or {}, self.required, finish)
-        if any(each.acts_apart for each in self.corrections):
+        if any(each.acts_apart for each in self.corrections) and not self._is_shut:
             self._fold_corrections(net)
         return net
 
@@ -800,7 +849,7 @@ class TTAMethod(Described, Replayable, ABC):
         """As of the state; what was seen of the batch is of another net now."""
         super().reset_where(condition)
         if condition is None:
-            for part in (self._window, self._memory):
+            for part in (self._window, self._memory, self._gate):
                 if part is not None:
                     part.look_again()
         if self._account is not None:
@@ -865,7 +914,7 @@ class TTAMethod(Described, Replayable, ABC):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Counterpart of :meth:`get_extra_state`."""
         super().set_extra_state(state)
-        for part in (self._window, self._memory):
+        for part in (self._window, self._memory, self._gate):
             if part is not None:
                 part.look_again()
         self.prepared = state.get("prepared", self.prepared)

@@ -21,6 +21,8 @@ NOT_YET = float("nan")
 INPUTS, OTHERS = "window.", "memory."
 """How names of states begin that hold what a method was given, and nothing that it made of it; and states of a method
 that are not those that it has now."""
+GATES = "gate."
+"""How names of states begin that hold what is known of the stream, whatever the method has made of it."""
 
 Lent = list[tuple[list[Tensor], list[Tensor]]]
 Moment = dict[str, dict[str, Tensor]]
@@ -214,7 +216,7 @@ class State(nn.Module):
         """Every state back to its source value if ``condition``, 0-dimensional and bool, is true, or ``None``."""
         states = {**self._adaptable, **self._rest}
         if condition is not None:  # of its own accord, in the middle of a stream, whose images stay what they are
-            states = {name: tensor for name, tensor in states.items() if not name.startswith((INPUTS, OTHERS))}
+            states = {name: tensor for name, tensor in states.items() if not name.startswith((INPUTS, OTHERS, GATES))}
         with outside_inference_mode(), torch.no_grad():
             if condition is None:
                 for name, tensor in states.items():

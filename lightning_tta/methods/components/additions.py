@@ -1,4 +1,4 @@
-"""What every method takes beside its own options: ``statistics``, ``prior``, ``refine``, ``window``, ``reservoir``.
+"""What every method takes beside its own: ``statistics``, ``prior``, ``refine``, ``window``, ``reservoir``, ``gate``.
 
 And ``select``, of every method that learns by gradients: what learns.
 """
@@ -16,7 +16,7 @@ from torch import nn
 from lightning_tta.errors import ConfigError, LightningTTAError, UnsupportedModelError
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.task import plain_model
-from lightning_tta.methods.components import adapters, priors, refinements, reservoir, statistics
+from lightning_tta.methods.components import adapters, gates, priors, refinements, reservoir, statistics
 from lightning_tta.methods.components.wanted import Wanted, listed
 
 ADDITIONS: dict[str, Callable[[TTAMethod, Any], None]] = {
@@ -25,6 +25,7 @@ ADDITIONS: dict[str, Callable[[TTAMethod, Any], None]] = {
     "prior": priors.choose,
     "refine": refinements.choose,
     "window": TTAMethod.slide,
+    "gate": gates.choose,
 }
 """By the option's name, in the order in which they are put on a method: a reservoir remembers what is declared before
 it, so not what a prior has learned, which is of the whole stream; what refines sees predictions with the prior in them.
