@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_tta.guard.monitors.base import Monitor
+from lightning_tta.guard.monitors.collapse import Collapse
 from lightning_tta.methods.components.wanted import Wanted, listed, read
 
-MONITORS: dict[str, type[Monitor]] = {}
+MONITORS: dict[str, type[Monitor]] = {
+    "collapse": Collapse,
+}
 
 
 def make_monitors(wanted: Wanted | Sequence[Wanted] | None) -> list[Monitor]:
