@@ -115,6 +115,9 @@ class HeadSplit:
         model: Any classifier that ends in its head; nothing may come after it.
         head: Name of the head, see :func:`find_head`.
 
+    Attributes:
+        layer: What runs in the net: :attr:`head`, or a quantised layer, or an operation of a graph.
+
     Raises:
         UnsupportedModelError: At construction if there is no head; at the first pass if the net's output is not
             what the head gives for the captured features.
@@ -122,22 +125,22 @@ class HeadSplit:
 
     def __init__(self, model: nn.Module, head: str | None = None) -> None:
         self.model = model
-        layer: Any  # nn.Linear, a quantised layer, or an operation of a graph
+        layer: Any
         self.name, layer = find_head(model, head)
-        self._layer = layer
+        self.layer = layer
         self._plain: nn.Linear | None = None  # of a quantised head
-        self.num_features, self.num_classes = self._layer.in_features, self._layer.out_features
+        self.num_features, self.num_classes = self.layer.in_features, self.layer.out_features
         self._checked = False
 
     @property
     def head(self) -> nn.Linear:
         """The last linear layer g, callable on any features (..., D), with a plain weight (K, D)."""
-        if isinstance(self._layer, nn.Linear) and not is_quantized(self._layer.weight):
-            return self._layer
-        device = getattr(self._layer.weight, "device", None)  # packed weights stay where they are
+        if isinstance(self.layer, nn.Linear) and not is_quantized(self.layer.weight):
+            return self.layer
+        device = getattr(self.layer.weight, "device", None)  # packed weights stay where they are
         if self._plain is None or device not in (None, self._plain.weight.device):
             with outside_inference_mode():
-                self._plain = plain_head(self._layer)
+                self._plain = plain_head(self.layer)
         return self._plain
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,8 +153,8 @@ class HeadSplit:
             images: (B, C, H, W).
             run: The pass, where it is one with other weights; ``None``: the net's.
         """
-        graph = isinstance(self._layer, GraphHead)
-        with self._layer.recorded() if graph else recorded_calls({self.name: self._layer}) as calls:
+        graph = isinstance(self.layer, GraphHead)
+        with self.layer.recorded() if graph else recorded_calls({self.name: self.layer}) as calls:
             logits = as_logits((run or self.model)(images))
         return self.check(calls, logits), logits
 

@@ -1,4 +1,4 @@
-"""Watches a method for collapse and acts: warn, reset, roll back, or stop adapting. Knows no trainer."""
+"""Watches a method with monitors and acts: warn, reset, roll back, or stop adapting. Knows no trainer."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ import copy
 import math
 import warnings
 import weakref
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, astuple, dataclass
-from statistics import median
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_tta.errors import ConfigError, check_choice, check_range
+from lightning_tta.errors import ConfigError, DataError, InputError, NotPreparedError, check_choice, check_range
+from lightning_tta.guard.monitors.base import Monitor
+from lightning_tta.guard.monitors.collapse import Compare
+from lightning_tta.guard.monitors.kinds import make_monitors
+from lightning_tta.guard.seeing import HeadCall, Sight
 from lightning_tta.methods.base.method import PredictWith, TTAMethod
 from lightning_tta.methods.base.state import put_back, size, take
-from lightning_tta.metrics import Window, WindowMeasures
+from lightning_tta.methods.components.wanted import Wanted, listed
 
+Alarm = tuple[str, str, dict[str, Any]]
+"""A monitor's name, the reason, and what it went by."""
 Action = Literal["warn", "reset", "rollback", "stop"]
-Compare = Literal["history", "source"]
 EVENTS = 256
-"""Alarms that a watch remembers, at most, or as many as its history has batches."""
+"""Alarms that a watch remembers, at most, or as many as its history has batches, for each monitor."""
+INFORMING = ("poem", "drift")
+"""Monitors whose alarms are noted and change nothing, unless ``act_on`` says otherwise: they speak of the stream."""
+WATCH = "watch"
+"""Of an alarm of the watch itself: the name in the place of a monitor's."""
 STATE_KEY = "watch"
 """Where the state dict of a watched method has what the watch has seen."""
 _STATE = (
@@ -38,32 +45,47 @@ _STATE = (
     "_candidate",
     "_since",
 )
-_WINDOWS, _HISTORY = ("_recent", "_source"), ("_past", "_pending")
+_LATER = {"next_image": 0, "_monitors_prepared": True}  # what states of earlier versions lack
+_OF_COLLAPSE = ("compare", "window", "history", "share_excess", "entropy_floor", "norm_ratio")
 _WATCHES: weakref.WeakKeyDictionary[TTAMethod, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
+
+
+MonitorsWanted = str | dict[str, Any] | list[str | dict[str, Any]]
+
+
+def _collapse_alone() -> MonitorsWanted:
+    return ["collapse"]
 
 
 @dataclass(frozen=True)
 class WatchSettings:
-    """What :class:`Watch` takes for a collapse, and what it does then.
+    """What :class:`Watch` looks at, and what it does on an alarm.
 
     Attributes:
         action: ``warn``, ``reset`` (to the source), ``rollback`` (to the last healthy snapshot) or ``stop`` (the same,
             and only predict from then on).
-        compare: What is normal: ``source`` (what the source predicts: one more forward pass a batch) or ``history``
-            (the stream so far: no cost, later and less sure).
-        window: Batches that are judged together, at least 2. A window should hold images of several classes.
-        history: Healthy batches that make the history, at least 1.
-        share_excess: How far the most predicted class's share may be above the reference, in (0, 1].
-        entropy_floor: Mean entropy that counts as near zero, as a share of log K, in [0, 1].
-        norm_ratio: How many times the reference the logit norm may be, above 1.
+        compare: Of ``collapse``: what is normal: ``source`` (what the source predicts: one more forward pass a batch)
+            or ``history`` (the stream so far: no cost, later and less sure).
+        window: Batches that ``collapse`` judges together, and that a snapshot must go without alarm; at least 2. A
+            window should hold images of several classes.
+        history: Healthy windows that make the history of ``collapse``; also the batches in which alarms are counted
+            for ``retries``; at least 1.
+        share_excess: Of ``collapse``: how far the most predicted class's share may be above the reference, in (0, 1].
+        entropy_floor: Of ``collapse``: mean entropy that counts as near zero, as a share of log K, in [0, 1].
+        norm_ratio: Of ``collapse``: how many times the reference the logit norm may be, above 1.
         snapshot_every: Batches from snapshot to snapshot, at least 1.
-        retries: Alarms within ``history`` batches after which reset and rollback stop adapting, at least 1; ``None``:
-            no limit.
+        retries: Batches with an alarm that acts, within ``history`` batches, after which reset and rollback stop
+            adapting, at least 1; ``None``: no limit.
         probation: The source predicts until so many batches, at least 0, went by without alarm, from the start and
-            after each alarm; ``None``: two windows with ``source``, none with ``history`` or ``warn``.
+            after each alarm; ``None``: two windows with ``collapse`` against the source, none otherwise, or with
+            ``warn``.
+        monitors: Names, or dicts of ``kind`` and its options, one of each kind; options of ``collapse`` are by default
+            the ones above.
+        act_on: Names of the monitors whose alarms act; those of the others are noted. ``None``: all but ``poem`` and
+            ``drift``, whose alarms say that the stream has changed, not that the method is worse.
 
     Raises:
-        ConfigError: If one is out of range.
+        ConfigError: If one is out of range, or there is no such monitor.
     """
 
     action: Action = "rollback"
@@ -76,63 +98,85 @@ class WatchSettings:
     snapshot_every: int = 16
     retries: int | None = 3
     probation: int | None = None
+    monitors: MonitorsWanted = field(default_factory=_collapse_alone)
+    act_on: list[str] | None = None
 
     def __post_init__(self) -> None:
         check_choice("action", self.action, get_args(Action))
-        check_choice("compare", self.compare, get_args(Compare))
         lowest = {"window": 2, "history": 1, "snapshot_every": 1, "retries": 1, "probation": 0}
         for name, low in lowest.items():
             if getattr(self, name) is not None or name not in ("retries", "probation"):
                 check_range(name, getattr(self, name), low, integer=True)
         if self.probation and self.compare == "history":
             raise ConfigError("During probation the source predicts: use compare='source', or leave out probation.")
-        check_range("share_excess", self.share_excess, 0, 1, low_open=True)
-        check_range("entropy_floor", self.entropy_floor, 0, 1)
-        check_range("norm_ratio", self.norm_ratio, 1, low_open=True)
+        monitors = self.make_monitors()
+        for name in self.act_on or ():
+            check_choice("act_on", name, (*monitors,))
+        defaults = {each.name: each.default for each in fields(self)}
+        idle = [] if "collapse" in monitors else [n for n in _OF_COLLAPSE if n not in ("window", "history")]
+        for name in idle:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is of monitor 'collapse', which is not among monitors: "
+                    f"{', '.join(monitors) or 'none'}. Add it, or leave {name} out."
+                )
+
+    def make_monitors(self) -> dict[str, Monitor]:
+        """New monitors, by name.
+
+        Raises:
+            ConfigError: If one is wanted twice, or does not exist, or an option is wrong.
+        """
+        wanted: list[Wanted] = []
+        for each in listed(self.monitors):
+            if each == "collapse" or (isinstance(each, Mapping) and each.get("kind") == "collapse"):
+                options = {} if isinstance(each, str) else each
+                each = {"kind": "collapse", **{name: getattr(self, name) for name in _OF_COLLAPSE}, **options}
+            wanted.append(each)
+        monitors = make_monitors(wanted)
+        by_name = {monitor.name: monitor for monitor in monitors}
+        if len(by_name) < len(monitors):
+            raise ConfigError(f"monitors={self.monitors!r} names a monitor twice. Name each once.")
+        return by_name
+
+    def acts(self, monitor: str) -> bool:
+        """Whether alarms of a monitor act."""
+        return monitor not in INFORMING if self.act_on is None else monitor in self.act_on
 
     @property
     def first_probation(self) -> int:
         """Batches of a probation without an alarm before it."""
-        default = 2 * self.window if self.compare == "source" and self.action != "warn" else 0
-        return default if self.probation is None else self.probation
+        collapse = self.make_monitors().get("collapse")
+        shown = collapse is not None and "same_source" in collapse.wants and self.action != "warn"
+        return (2 * self.window if shown else 0) if self.probation is None else self.probation
 
 
 class Watch:
-    """A method that is watched: has its interface, and looks at every batch that the method adapted on.
+    """A method that is watched: has its interface, and shows every batch that was answered to monitors.
 
     ::
 
-        watch = Watch(lightning_tta.adapt(model, "tent"), action="rollback")
-        logits = watch(images)   # as method(images)
-        watch.events             # what happened
+        watch = Watch(lightning_tta.adapt(model, "tent"), action="rollback", monitors=["collapse", "poem", "aetta"])
+        watch.prepare(source_batches)  # where the method or a monitor needs it: watch.needs_source
+        logits = watch(images)         # as method(images)
+        watch.events                   # what happened
+        watch.estimates                # accuracy by now, as monitors estimate it
 
-    **Signals**, over the last ``window`` batches; r is the reference:
-
-    - ``non_finite``: logits of a good image, or a tensor that the method may change. At once.
-    - ``logit_norm``: mean norm above ``norm_ratio`` times r.
-    - ``one_class``: share of the most predicted class more than ``share_excess`` above r, and entropy below half of r:
-      a stream that becomes sorted by class is no collapse. Against the source: a class whose share is more than
-      ``share_excess`` above the source's share of it, and the most predicted class a third of that above r.
-    - ``no_entropy``: entropy / log K below ``entropy_floor`` and below a quarter of r. Against the history only where
-      few classes are predicted, too: a share of 0.9, or a third of ``share_excess`` above r. A net that is sure of
-      all classes alike has come to an easier domain.
-
-    **Reference.** ``source``: what the same method predicts from its source weights on the same batches, one forward
-    pass a batch. It tells the stream's one class from the net's, and needs ``window / 2`` batches; a very unsure source
-    makes no good measure. ``history`` costs nothing: the largest share, median entropy and median norm of the last
-    ``history`` healthy windows, but for the latest ``window`` of them. It is blind for the first ``2 * window`` batches
-    and takes them for normal; notices a collapse only once entropy has fallen too; never finds ``one_class`` where
-    classes come in runs longer than a window; and may take a much easier, more sorted domain for a collapse.
+    **Alarms.** Each monitor says what it looks for (:data:`~lightning_tta.guard.monitors.kinds.MONITORS`). The watch
+    itself looks for ``non_finite``: logits of a good image, or a tensor that the method may change. Monitors get only
+    finite logits.
 
     **Probation.** No signal is as quick as harm. So the source predicts while the method adapts unseen, from the start
-    and after each alarm, for ``probation`` batches, twice as many for each alarm within the last ``history`` batches.
-    Only with ``source``, whose predictions are there anyway.
+    and after each alarm that acts, for ``probation`` batches, twice as many for each such alarm within the last
+    ``history`` batches. Monitors see what the method would have answered.
 
     **Actions.** ``warn`` only notes. ``reset``: back to the source. ``rollback``: back to the last healthy snapshot
     (declared tensors, optimizers, memory, counters). ``stop``: the same, and from then on only predict. The batch that
     raised the alarm is predicted again after the action. A snapshot is taken every ``snapshot_every`` batches and is
-    healthy once ``window`` further batches went by without alarm: two are kept, in memory. If ``retries`` alarms came
-    within the last ``history`` batches, reset and rollback stop adapting as well, at the source.
+    healthy once ``window`` further batches went by without alarm: two are kept, in memory. If alarms came in
+    ``retries`` of the last ``history`` batches, reset and rollback stop adapting as well, at the source. An alarm of a
+    monitor that is not to act (``act_on``) is noted as ``inform``, as are all once the method has stopped: only
+    monitors that compare it with its source (``collapse``) see nothing then.
 
     **Threads.** As of the method, one call runs at a time; ``with watch.hold()`` makes several one. Calls that change
     the method should all go through the watch: after one that did not, it warns, and what it has seen begins anew.
@@ -144,17 +188,21 @@ class Watch:
 
     Attributes:
         settings: The settings.
-        events: One dict an alarm: ``batch``, ``reason``, ``values`` and ``reference`` (entropy, share, norm),
-            ``action`` as carried out. The latest 256, or as many as ``history`` has batches.
+        monitors: By name.
+        events: One dict an alarm: ``batch``, ``monitor``, ``reason``, ``values`` and ``reference`` (of ``collapse``:
+            entropy, share, norm), ``action`` as carried out. The latest 256, or as many as ``history`` has batches,
+            for each monitor.
         dropped_events: How many alarms there were before them.
         on_event: If set, called with each of them.
         stopped: Whether the method only predicts by now.
         on_probation: Batches so far for which the source predicted.
-        forwards: Forward passes so far for the source's predictions.
+        forwards: Forward passes so far for monitors and probation.
         next_batch: Number of the next batch; counted here, unless somebody who skips batches sets it.
+        next_image: Number of the next image, counted here: its index, unless the call gives another.
 
     Raises:
         ConfigError: If a setting is out of range, or ``method`` is no method. Later, if a setting is assigned to.
+        UnsupportedModelError: If a monitor wants features, and the net does not end in a linear layer.
     """
 
     def __init__(self, method: TTAMethod, action: Action = "rollback", **settings: Any) -> None:
@@ -173,15 +221,18 @@ class Watch:
         _WATCHES[method] = weakref.ref(self)
         self.method = method
         self.settings = WatchSettings(action, **settings)
+        self.monitors = self.settings.make_monitors()
+        self._sight = Sight(method, self.monitors.values())
         self.events: list[dict[str, Any]] = []
         self.dropped_events = 0
         self.on_event: Callable[[dict[str, Any]], None] | None = None
         self.stopped = False
-        self.on_probation = self.forwards = self.next_batch = 0
+        self.on_probation = self.next_batch = self.next_image = 0
+        self.next_index: Sequence[int | str] | None = None  # of the next call, from somebody who cannot give it there
         self._proven = 0  # batches without alarm
-        self._recent, self._source = Window(self.settings.window), Window(self.settings.window)
-        self._past: deque[WindowMeasures] = deque(maxlen=self.settings.history)
-        self._pending: list[WindowMeasures] = []  # windows that overlap with the present one
+        self._first_probation = self.settings.first_probation
+        self._monitors_prepared = not any(monitor.needs_source for monitor in self.monitors.values())
+        self._numbers: dict[str, float] = {}  # of the last batch, for stats
         self._healthy: dict[str, Any] | None = None
         self._candidate: dict[str, Any] | None = None  # taken at the first batch, when the method is prepared
         self._since = 0  # batches since the candidate was taken
@@ -190,7 +241,7 @@ class Watch:
         self._is_made = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get("_is_made") and (name not in vars(self) or name in ("settings", "method")):
+        if self.__dict__.get("_is_made") and (name not in vars(self) or name in ("settings", "method", "monitors")):
             raise ConfigError(
                 f"A watch's {name!r} cannot be set: "
                 + (
@@ -215,19 +266,35 @@ class Watch:
 
     # The method's interface
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, index: Sequence[int | str] | None = None) -> Tensor:
         """Logits (B, K) for images (B, C, H, W): adapted on and looked at, or predicted once stopped.
 
         They are those of the method, or of the source on probation, or those after an action.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            index: What to call each image in :meth:`tell`; ``None``: numbers, from 0 with the first image of all.
+
+        Raises:
+            InputError: If ``images`` are none, or ``index`` is of another length. Nothing has changed.
+            NotPreparedError: If the method or a monitor needs source data and has not seen any.
         """
         with self.method.hold():
+            self._check_prepared()
+            index, self.next_index = self.next_index if index is None else index, None
+            if index is not None and len(index) != len(images):
+                raise InputError(f"index must name each of the {len(images)} images; it has {len(index)} entries.")
             self._only_predicts = self.stopped
-            if self.stopped:
-                self.next_batch += 1
-                return self.method.predict(images, statistics="batch")
-            self._begin_if_changed()
+            self._numbers = {}
+            if not self.stopped:
+                self._begin_if_changed()
+            self._sight.look(self._looking())
+            run = self._predict_as_stopped if self.stopped else self.method
             try:
-                return self._review(images, self.method(images))
+                logits, calls = self._sight.answer(images, run)
+                names = range(self.next_image, self.next_image + len(images)) if index is None else index
+                self.next_image += len(images)
+                return self._review(images, logits, calls, names)
             finally:
                 self._revision = self.method.revision
 
@@ -237,7 +304,7 @@ class Watch:
         """Logits (B, K) without adapting, as ``method.predict`` gives them: the source's on probation."""
         with self.method.hold():
             if self._is_on_probation():
-                return self._predict_source(images, statistics)
+                return self._sight.same_source(images, statistics)
             return self.method.predict(images, statistics=statistics)
 
     def reset(self) -> None:
@@ -247,26 +314,108 @@ class Watch:
             self._begin()
 
     @property
+    def needs_source(self) -> bool:
+        """Whether :meth:`prepare` must run before the stream: for the method, or a monitor."""
+        return self.method.needs_source or any(monitor.needs_source for monitor in self.monitors.values())
+
+    @property
+    def prepared(self) -> bool:
+        """Whether it has, or need not."""
+        return self.method.prepared and self._monitors_prepared
+
+    def prepare(
+        self,
+        source_batches: Iterable[Mapping[str, Tensor]],
+        held_out_batches: Iterable[Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Show source data to the method, and to the monitors that need it; once, before the stream.
+
+        Args:
+            source_batches: Batches {image (B, C, H, W) in [0, 1], label (B,)}, as of the method.
+            held_out_batches: For the monitors, images that the source was not trained on: it is surer of those that it
+                was trained on, and a monitor would take any new image for a shift. ``None``: the same.
+
+        Raises:
+            DataError: If both need data, and they are an iterator, which gives them once; or they are too few.
+        """
+        wanting = [monitor for monitor in self.monitors.values() if monitor.needs_source]
+        shows_method = not self.method.prepared or not wanting
+        if shows_method and wanting and held_out_batches is None and hasattr(source_batches, "__next__"):
+            raise DataError(
+                f"'{self.method.name}' and the monitors both look at the source batches, and an iterator gives them "
+                f"once: got a {type(source_batches).__name__}. Give a list of batches, or a DataLoader."
+            )
+        with self.method.hold():
+            if shows_method:
+                self.method.prepare(source_batches)
+            if wanting:
+                self._sight.look(wanting)
+                seen = self._sight.prepared(source_batches if held_out_batches is None else held_out_batches)
+                for monitor in wanting:
+                    monitor.prepare(seen)
+            self._monitors_prepared = True
+            if self._candidate is not None:
+                self._begin()
+
+    @property
+    def estimates(self) -> dict[str, float]:
+        """Accuracy of the method's answers by now, in [0, 1], by the monitors that estimate it."""
+        with self.method.hold():
+            return self._estimates()
+
+    def tell(self, index: Sequence[int | str] | Tensor, labels: Sequence[int] | Tensor) -> None:
+        """Labels that have become known, for the monitors that take them; the method never gets them.
+
+        Args:
+            index: What the images were called, see :meth:`__call__`.
+            labels: Class of each.
+
+        Raises:
+            ConfigError: If there is no such monitor.
+            InputError: If there are not as many labels as names.
+        """
+        takers = [tell for monitor in self.monitors.values() if callable(tell := getattr(monitor, "tell", None))]
+        if not takers:
+            raise ConfigError(
+                f"None of the monitors ({', '.join(self.monitors) or 'none'}) takes labels. Make the watch with "
+                "monitors=[..., 'labels']."
+            )
+        names = index.tolist() if isinstance(index, Tensor) else list(index)
+        classes = torch.as_tensor(labels).cpu()
+        if classes.shape != (len(names),):
+            raise InputError(f"Give one label for each image; got {tuple(classes.shape)} for {len(names)} images.")
+        with self.method.hold():
+            for tell in takers:
+                tell(names, classes)
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes so far for monitors and probation."""
+        return self._sight.forwards
+
+    @property
     def stats(self) -> dict[str, float]:
-        """The method's, and ``guard_alarms``; ``only_predicted`` is 1 for a batch that it did not adapt on."""
+        """The method's, the numbers and estimates of monitors, and ``guard_alarms``.
+
+        ``only_predicted`` is 1 for a batch that the method did not adapt on, ``source_answered`` for one on probation.
+        """
         with self.method.hold():
             stats = {"only_predicted": 1.0} if self._only_predicts else self.method.stats
-            return {**stats, "guard_alarms": float(len(self.events) + self.dropped_events)}
+            return {**stats, **self._numbers, "guard_alarms": float(len(self.events) + self.dropped_events)}
 
     def unread_stats(self) -> dict[str, Tensor | float]:
         """The same, where it is: nobody waits for the device."""
         with self.method.hold():
             stats = {"only_predicted": 1.0} if self._only_predicts else self.method.unread_stats()
-            return {**stats, "guard_alarms": float(len(self.events) + self.dropped_events)}
+            return {**stats, **self._numbers, "guard_alarms": float(len(self.events) + self.dropped_events)}
 
     def state_dict(self) -> dict[str, Any]:
         """The method's state, and under ``watch`` what was seen; plain data and tensors."""
         with self.method.hold():
-            seen: dict[str, Any] = {name: getattr(self, name) for name in _STATE}
-            seen["events"] = list(self.events)
-            seen |= {name: list(getattr(self, name).batches) for name in _WINDOWS}
-            seen |= {name: list(map(astuple, getattr(self, name))) for name in _HISTORY}
-            return {**self.method.state_dict(), STATE_KEY: {**seen, "settings": asdict(self.settings)}}
+            seen: dict[str, Any] = {name: getattr(self, name) for name in (*_STATE, *_LATER)}
+            seen |= {"events": list(self.events), "settings": asdict(self.settings)}
+            seen["monitors"] = {name: monitor.state_dict() for name, monitor in self.monitors.items()}
+            return {**self.method.state_dict(), STATE_KEY: seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Counterpart of :meth:`state_dict`.
@@ -276,10 +425,8 @@ class Watch:
                 changed.
         """
         mine, seen = asdict(self.settings), copy.deepcopy(state.get(STATE_KEY))
-        seen = (
-            {"dropped_events": 0, "settings": mine, **seen} if isinstance(seen, Mapping) else {}
-        )  # earlier ones lack these
-        if not {*_STATE, *_WINDOWS, *_HISTORY} <= seen.keys():
+        seen = _renewed(seen, mine) if isinstance(seen, Mapping) else {}
+        if not {*_STATE, "monitors"} <= seen.keys():
             raise ConfigError(
                 "This is no state of a watch, but perhaps of a method alone: load it before the method is watched, "
                 "method.load_state_dict(state). A watch loads what its own state_dict() gave."
@@ -292,14 +439,11 @@ class Watch:
             raise ConfigError(f"This state is of a watch with other settings: {'; '.join(others)}. Use the same.")
         with self.method.hold():
             self.method.load_state_dict({name: value for name, value in state.items() if name != STATE_KEY})
-            self._forget()
-            self._past.clear()
-            for name in _STATE:
-                setattr(self, name, seen[name])
-            for name in _WINDOWS:
-                getattr(self, name).batches.extend(map(tuple, seen[name]))
-            for name in _HISTORY:
-                getattr(self, name).extend(WindowMeasures(*measures) for measures in seen[name])
+            for name in (*_STATE, *_LATER):
+                setattr(self._sight if name == "forwards" else self, name, seen[name])
+            for name, monitor in self.monitors.items():
+                monitor.load_state_dict(seen["monitors"][name])
+            self._numbers = {}
             self._revision = self.method.revision
 
     # What was seen
@@ -308,7 +452,11 @@ class Watch:
         """For the run's report."""
         names = ("events", "dropped_events", "stopped", "on_probation", "forwards")
         seen = {name: copy.deepcopy(getattr(self, name)) for name in names}
-        return {"settings": asdict(self.settings), **seen}
+        monitors = {
+            name: {"acts": self.settings.acts(name), "values": monitor.values(), "estimate": monitor.estimate()}
+            for name, monitor in self.monitors.items()
+        }
+        return {"settings": asdict(self.settings), **seen, "monitors": monitors}
 
     def sizes(self) -> dict[str, int]:
         """Bytes kept: the two snapshots."""
@@ -316,112 +464,114 @@ class Watch:
 
     # Internals
 
-    def _review(self, images: Tensor, logits: Tensor) -> Tensor:
-        """Look at a batch that the method has just adapted on, and act."""
+    def _check_prepared(self) -> None:
+        if not self._monitors_prepared:
+            names = ", ".join(repr(name) for name, monitor in self.monitors.items() if monitor.needs_source)
+            raise NotPreparedError(
+                f"Monitor {names} must see source images before the stream: call watch.prepare(source_batches) with "
+                "batches {'image': (B, C, H, W) in [0, 1]}, best of images that the source was not trained on."
+            )
+
+    def _looking(self) -> list[Monitor]:
+        """The monitors that see the next batch; once stopped, the method is its source, or what proved healthy."""
+        monitors = self.monitors.values()
+        return [monitor for monitor in monitors if not (self.stopped and "same_source" in monitor.wants)]
+
+    def _estimates(self) -> dict[str, float]:
+        values = {name: monitor.estimate() for name, monitor in self.monitors.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _predict_as_stopped(self, images: Tensor) -> Tensor:
+        return self.method.predict(images, statistics="batch")
+
+    def _review(self, images: Tensor, logits: Tensor, calls: Sequence[HeadCall], index: Sequence[int | str]) -> Tensor:
+        """Show a batch that was just answered to the monitors, and act."""
         self.next_batch += 1
+        if self.stopped and not self._sight.monitors:
+            return logits
         mask = (logits != 0).any(1)  # rows of zeros: images left out
         tensors = (logits[mask], *self.method.adaptable.values())
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            return self._act(images, logits, "non_finite")
+            return logits if self.stopped else self._act(images, logits, [(WATCH, "non_finite", {})])
         if not mask.any():
             return logits
-        self._recent.add(logits[mask])
-        source = None
-        if self.settings.compare == "source":
-            source = self._predict_source(images)
-            self.forwards += 1
-            self._source.add(source[mask])
-        measures, reference = self._recent.measures(), self._reference()
-        reason = None if reference is None else self._judge(measures, reference)
-        if reason is not None:
-            return self._act(images, logits, reason, measures, reference)
-        self._accept(measures)
-        if source is None or not self._is_on_probation():
+        source, length = None, self._probation()
+        if self._proven < length or "same_source" in self._sight.wants:
+            source = self._sight.same_source(images)
+            self._sight.forwards += 1
+        rows: Callable[[Tensor], Tensor] = (lambda tensor: tensor) if mask.all() else (lambda tensor: tensor[mask])
+        names = [name for name, usable in zip(index, mask.tolist(), strict=True) if usable]
+        same = None if source is None else rows(source)
+        seen = self._sight.seen(rows(images), rows(logits).detach(), calls, names, same)
+        alarms: list[Alarm] = []
+        for monitor in self._sight.monitors:
+            monitor.see(seen)
+            self._numbers |= monitor.values()
+            if reason := monitor.alarm():
+                alarms.append((monitor.name, reason, monitor.evidence()))
+        acting = [alarm for alarm in alarms if self.settings.acts(alarm[0]) and not self.stopped]
+        for alarm in alarms:
+            if alarm not in acting:
+                self._note(alarm, "inform", stacklevel=4)
+        if acting:
+            return self._act(images, logits, acting)
+        self._numbers |= {f"{name}_estimate": value for name, value in self._estimates().items()}
+        if self.stopped:
+            return logits
+        self._accept()
+        if source is None or self._proven > length:
             return logits
         self.on_probation += 1
+        self._numbers["source_answered"] = 1.0
         return source
 
-    @torch.no_grad()
-    def _predict_source(self, images: Tensor, statistics: PredictWith = "batch") -> Tensor:
-        with self.method.at_source():
-            return self.method.predict(images, statistics=statistics)
+    def _probation(self) -> int:
+        """Batches without alarm for which the source predicts, as things are."""
+        return 0 if self.stopped else self._first_probation * int(2 ** self._recent_alarms())
 
     def _is_on_probation(self) -> bool:
-        length = self.settings.first_probation * 2 ** self._recent_alarms()
-        return length > 0 and not self.stopped and self._proven <= length
+        return 0 < self._probation() >= self._proven
 
     def _recent_alarms(self) -> int:
-        return sum(self.next_batch - 1 - event["batch"] < self.settings.history for event in self.events)
+        """Of the last batches before this one, those with an alarm that acted."""
+        last = self.next_batch - 1
+        acted = {event["batch"] for event in self.events if event["action"] != "inform"}
+        return sum(last - batch < self.settings.history for batch in acted)
 
-    def _reference(self) -> WindowMeasures | None:
-        """What to compare with; ``None`` while there is too little to go by."""
-        if self.settings.compare == "source":
-            return self._source.measures() if 2 * len(self._source.batches) >= self.settings.window else None
-        if len(self._recent.batches) < self.settings.window or not self._past:
-            return None
-        shares, entropies, norms = zip(*map(astuple, self._past), strict=True)
-        return WindowMeasures(max(shares), median(entropies), median(norms))
-
-    def _judge(self, now: WindowMeasures, reference: WindowMeasures) -> str | None:
-        """Which signal there is; the class's documentation has the rules."""
-        share, usual_share = now.largest_class_share, reference.largest_class_share
-        entropy, usual_entropy = now.entropy_of_log_k, reference.entropy_of_log_k
-        if self.settings.compare == "source":
-            gained = float((self._recent.shares - self._source.shares).max())
-            one_class, few_classes = min(gained, 3 * (share - usual_share)) > self.settings.share_excess, True
-        else:
-            one_class = share > usual_share + self.settings.share_excess and entropy < usual_entropy / 2
-            few_classes = share >= 0.9 or share > usual_share + self.settings.share_excess / 3
-        if now.logit_norm > self.settings.norm_ratio * reference.logit_norm:
-            return "logit_norm"
-        if one_class:
-            return "one_class"
-        no_entropy = entropy < min(self.settings.entropy_floor, usual_entropy / 4)
-        return "no_entropy" if no_entropy and few_classes else None
-
-    def _accept(self, measures: WindowMeasures) -> None:
-        """A healthy batch: a window of history, perhaps a snapshot."""
+    def _accept(self) -> None:
+        """A healthy batch: perhaps a snapshot."""
         window = self.settings.window
         self._proven += 1
-        if len(self._recent.batches) == window:
-            self._pending.append(measures)
-            if len(self._pending) > window:
-                self._past.append(self._pending.pop(0))
         self._since += 1
         if self._since == window:
             self._healthy = self._candidate
         if self._since >= max(window, self.settings.snapshot_every):
             self._candidate, self._since = take(self.method), 0
 
-    def _act(
-        self,
-        images: Tensor,
-        logits: Tensor,
-        reason: str,
-        values: WindowMeasures | None = None,
-        reference: WindowMeasures | None = None,
-    ) -> Tensor:
-        """Note an alarm, carry out the action, and predict the batch again where that changed the method."""
-        batch, action, retries = self.next_batch - 1, self.settings.action, self.settings.retries or math.inf
-        gives_up = action in ("reset", "rollback") and self._recent_alarms() + 1 >= retries
-        event = {
-            "batch": batch,
-            "reason": reason,
-            "values": None if values is None else asdict(values),
-            "reference": None if reference is None else asdict(reference),
-            "action": "reset and stop" if gives_up else action,
-        }
+    def _note(self, alarm: Alarm, action: str, stacklevel: int) -> None:
+        """Remember an alarm, warn and tell of it."""
+        monitor, reason, evidence = alarm
+        event = {"batch": self.next_batch - 1, "monitor": monitor, "reason": reason}
+        event |= {"values": None, "reference": None, **evidence, "action": action}
         self.events.append(event)
-        excess = len(self.events) - max(EVENTS, self.settings.history)
+        excess = len(self.events) - max(EVENTS, self.settings.history) * max(1, len(self.monitors))
         if excess > 0:
             del self.events[:excess]
             self.dropped_events += excess
-        self._proven = 0
-        warnings.warn(f"Guard: {reason} at batch {batch}: {event['action']}.", stacklevel=4)
+        warnings.warn(f"Guard: {reason} at batch {event['batch']}: {action}.", stacklevel=stacklevel)
         if self.on_event is not None:
             self.on_event(event)
+
+    def _act(self, images: Tensor, logits: Tensor, alarms: Sequence[Alarm]) -> Tensor:
+        """Note alarms, carry out the action, and predict the batch again where that changed the method."""
+        action, retries = self.settings.action, self.settings.retries or math.inf
+        gives_up = action in ("reset", "rollback") and self._recent_alarms() + 1 >= retries
+        for alarm in alarms:
+            self._note(alarm, "reset and stop" if gives_up else action, stacklevel=5)
+        self._proven = 0
         if action == "warn":
-            self._forget()
+            if alarms[0][0] == WATCH:
+                self._forget()
             return logits
         if action == "reset" or gives_up:
             self.method.reset()
@@ -433,9 +583,8 @@ class Watch:
         return self.method.predict(images, statistics="batch")
 
     def _forget(self) -> None:
-        self._recent.batches.clear()
-        self._source.batches.clear()
-        self._pending.clear()
+        for monitor in self.monitors.values():
+            monitor.forget()
 
     def _begin_if_changed(self) -> None:
         """At the first batch, and after changes that the watch did not see."""
@@ -456,3 +605,11 @@ class Watch:
         self._healthy = self._candidate = take(self.method)
         self._since = 0
         self._revision = self.method.revision
+
+
+def _renewed(seen: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
+    """What was saved, with what earlier versions lacked; they had one monitor, whose state lay beside the others."""
+    seen = {"dropped_events": 0, "settings": mine, **_LATER, **seen}
+    seen["settings"] = asdict(WatchSettings()) | seen["settings"]
+    of_collapse = {name: seen.pop(name) for name in ("_recent", "_source", "_past", "_pending") if name in seen}
+    return {"monitors": {"collapse": of_collapse}, **seen} if len(of_collapse) == 4 else seen

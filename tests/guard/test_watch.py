@@ -334,7 +334,7 @@ def test_a_second_watch_and_a_call_without_the_watch():
         change(*of)
         with pytest.warns(UserWarning, match="without its watch"):
             watch(stream[3])
-        assert len(watch._recent.batches) == 1  # a new beginning
+        assert len(watch.monitors["collapse"].state_dict()["_recent"]) == 1  # a new beginning
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         method.predict(stream[4])

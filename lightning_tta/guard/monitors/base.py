@@ -76,6 +76,10 @@ class Monitor(ABC):
         """
         return ""
 
+    def evidence(self) -> dict[str, Any]:
+        """What the alarm went by, in plain values, for its line in a file; ``values`` and ``reference`` by custom."""
+        return {"values": self.values(), "reference": None}
+
     def estimate(self) -> float | None:
         """Estimated accuracy of the method's answers by now, in [0, 1]; ``None``: it makes none, or not yet."""
         return None
