@@ -12,6 +12,12 @@ from nets import kinds_of, make_images, make_net
 
 # Options that make a method's updates visible on the small nets, one entry a variant; a method not named: one, {}.
 VARIANTS = {
+    "auto": [  # moves to a candidate at once: the nets are random, and nothing is better than the source
+        {
+            "candidates": [{"method": "tent", "lr": 1e-2}, {"method": "lame"}, {"method": "t3a", "filter_k": 2}],
+            **{"every": 2, "recent": 4, "margin": 0.0, "hysteresis": 0.0},
+        }
+    ],
     "norm": [{}, {"source_weight": 0.5}, {"momentum": 0.3}],
     "tent": [
         {"lr": 1e-2},
