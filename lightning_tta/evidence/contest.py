@@ -33,8 +33,8 @@ class Contest:
     Attributes:
         recent: Images, at least 1. A rival counts once a quarter of them were seen.
         horizon: Images, at least 1.
-        margin: What a rival must be better by than the source, to be preferred, >= 0.
-        hysteresis: What it must be better by than who answers, >= 0.
+        margin: What a rival must be better by than the source, to be preferred, in [-2, 2].
+        hysteresis: What it must be better by than who answers, beside that, >= 0. The source needs none to come back.
         fall: How far below the source it has fallen, so that it is to be reset, > 0.
 
     Raises:
@@ -52,8 +52,8 @@ class Contest:
     def __post_init__(self) -> None:
         for name in ("recent", "horizon"):
             check_range(name, getattr(self, name), 1, integer=True)
-        for name in ("margin", "hysteresis"):
-            check_range(name, getattr(self, name), 0)
+        check_range("margin", self.margin, -2, 2)
+        check_range("hysteresis", self.hysteresis, 0)
         check_range("fall", self.fall, 0, low_open=True)
 
     def take_in(self, evidence: Tensor, logits: Tensor, rivals: Sequence[int]) -> Tensor:
@@ -96,7 +96,8 @@ class Contest:
             return 0, fallen
         preferred = [source + self.margin, *standings[1:]]
         best = max(range(len(preferred)), key=preferred.__getitem__)
-        return best if preferred[best] > preferred[answering] + self.hysteresis else answering, fallen
+        ahead = preferred[best] - preferred[answering]
+        return best if ahead > (self.hysteresis if best else 0) else answering, fallen
 
 
 def _information(recent: Tensor, long: Tensor, unsure: Tensor) -> Tensor:

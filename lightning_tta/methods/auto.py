@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -49,7 +49,8 @@ class Auto(TTAMethod):
             BatchNorm ZeroSiam with the statistics of the batch, and one with ``statistics="auto"`` and
             ``prior="markov"``; with other norm layers ZeroSiam, and one with ``prior="markov"``; else T3A and LAME.
         every: Batches from probe to probe, >= 1. 1 follows soonest; the higher, the cheaper.
-        margin: What a candidate must be better by than the source, in standings, which are at most 1; >= 0.
+        margin: What a candidate must be better by than the source, in standings, which are at most 1; below
+            0 a worse one answers, too. In [-2, 2].
         hysteresis: What it must be better by than who answers, beside that; >= 0.
         fall: How far below the source is fallen, > 0.
         recent: Images, of the probes, that the evidence is of; a quarter of it are needed to judge. >= 1.
@@ -139,8 +140,12 @@ class Auto(TTAMethod):
             awake = [number for number, probes in enumerate(self.value(RESTING).tolist()) if probes == 0]
             logits = {number: logits[number] if number in logits else self._run(number, x) for number in awake}
             if not _finite(logits[0]):
-                return logits[answering]  # the batch is no evidence, and leaves none
-            answering = self._judge(logits, answering)
+                return logits[answering]  # the batch says nothing, and leaves no trace
+        stepped = {number for number in logits if number and not self._skipped(number)}
+        if not stepped and len(logits) > (0 in logits):
+            return logits[answering]  # nor does one on which no candidate could step
+        if 0 in logits:
+            answering = self._judge(logits, {0, *stepped}, answering)
         self.write(TURN, torch.tensor([answering, batches + 1]))
         if answering:
             self.note(**self.candidate(answering).scalars[0])
@@ -150,8 +155,8 @@ class Auto(TTAMethod):
     def _run(self, number: int, x: Tensor) -> Tensor:
         """Logits of a candidate that steps on the batch; its passes are counted."""
         if number == 0:
-            with torch.no_grad():
-                return self.logits(x)
+            source: Tensor = self.replayed("source", torch.no_grad()(self.logits), x)
+            return source
         method = self.candidate(number)
         method.execution = self.execution
         logits: Tensor = method(x)
@@ -159,16 +164,20 @@ class Auto(TTAMethod):
             self.count(name, method.scalars[1][name])
         return logits
 
+    def _skipped(self, number: int) -> bool:
+        return bool(self.candidate(number).scalars[1]["skipped_steps"])
+
     @torch.no_grad()
-    def _judge(self, logits: Mapping[int, Tensor], answering: int) -> int:
+    def _judge(self, logits: Mapping[int, Tensor], counted: Collection[int], answering: int) -> int:
         """Take in a probe; resets who has fallen, and says who answers."""
-        good = {number: values for number, values in logits.items() if _finite(values)}
+        broken = [number for number, values in logits.items() if not _finite(values)]
+        good = {number: logits[number] for number in counted if number not in broken}
         stacked = torch.stack([values.to(torch.promote_types(values.dtype, torch.float32)) for values in good.values()])
         evidence = self.sized(EVIDENCE, stacked.new_empty(len(self.names), 2 * stacked.shape[-1] + 3)).nan_to_num(0)
         evidence = self.contest.take_in(evidence, stacked, list(good))
         standings = self.contest.standings(evidence)
         answering, fallen = self.contest.decide(standings, answering)
-        fallen += [number for number in logits if number not in good]
+        fallen += broken
         resting = (self.value(RESTING) - 1).clamp(min=0)
         for number in fallen:
             self.candidate(number).reset()
@@ -197,6 +206,11 @@ class Auto(TTAMethod):
         """The plain net of the one that answers; raises what its method raises."""
         answering = self._turn()[0]
         return self.candidate(answering).export() if answering else super().export()
+
+    def capture_report(self) -> dict[str, str]:
+        """Of all candidates; the comparison itself is not captured."""
+        reports = {name: self.candidate(number).capture_report() for number, name in enumerate(self.names) if number}
+        return {f"{name}: {part}": said for name, report in reports.items() for part, said in report.items()}
 
     def put_on(self, correction: Correction) -> None:
         """Refused: see :attr:`own_prior`."""

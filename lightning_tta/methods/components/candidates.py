@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -71,16 +70,14 @@ def _made(model: nn.Module, options: Mapping[str, Any], make: Make) -> TTAMethod
 
 
 def _default(model: nn.Module, make: Make) -> list[tuple[str, TTAMethod]]:
-    norms = norm_layers(model)
-    kind = "batch" if batch_norm_layers(model) else "other" if norms else "none"
+    kind = "batch" if batch_norm_layers(model) else "other" if norm_layers(model) else "none"
     for each in dict.fromkeys((kind, "none")):
         methods = []
         for options in DEFAULT[each]:
-            with suppress(UnsupportedModelError):
+            try:
                 methods.append((_label(options), make(model, **options)))
+            except UnsupportedModelError as error:
+                refusal = error
         if methods:
             return methods
-    raise UnsupportedModelError(
-        f"None of the default candidates runs on {type(model).__name__}. Name others with "
-        "candidates=[...], or use 'source'."
-    )
+    raise refusal
