@@ -43,9 +43,9 @@ class Contest:
     Own work; the mutual information is that of :func:`~lightning_tta.evidence.scores.infomax`.
     """
 
-    recent: int = 256
+    recent: int = 128
     horizon: int = 1024
-    margin: float = 0.1
+    margin: float = 0.05
     hysteresis: float = 0.03
     fall: float = 0.3
 

@@ -45,9 +45,9 @@ class Auto(TTAMethod):
     Args:
         model: A classifier.
         candidates: Names of methods, or dicts of ``method`` and options of :func:`lightning_tta.adapt`, such as
-            ``{"method": "tent", "lr": 1e-3, "statistics": "auto"}``; the source is always there. ``default``: with
-            BatchNorm ZeroSiam with the statistics of the batch, and one with ``statistics="auto"`` and
-            ``prior="markov"``; with other norm layers ZeroSiam, and one with ``prior="markov"``; else T3A and LAME.
+            ``{"method": "tent", "lr": 1e-3, "statistics": "auto"}``; the source is always there. ``default``: ZeroSiam;
+            ZeroSiam with ``prior="markov"``; the source with that and ``refine="lame"``; with BatchNorm the latter two
+            with ``statistics="auto"``; without norm layers T3A and LAME in the place of ZeroSiam.
         every: Batches from probe to probe, >= 1. 1 follows soonest; the higher, the cheaper.
         margin: What a candidate must be better by than the source, in standings, which are at most 1; below
             0 a worse one answers, too. In [-2, 2].
@@ -88,7 +88,7 @@ class Auto(TTAMethod):
         *,
         candidates: Wanted | Sequence[Wanted] = "default",
         every: int = 2,
-        margin: float = 0.1,
+        margin: float = 0.05,
         hysteresis: float = 0.03,
         fall: float = 0.3,
         recent: int = 128,

@@ -15,13 +15,17 @@ from lightning_tta.methods.components.wanted import Wanted, listed
 Make = Callable[..., TTAMethod]
 """Called with a net, the name of a method, and its options."""
 
-MARKOV = {"prior": "markov"}
+MARKOV, BOTH = {"prior": "markov"}, {"prior": "markov", "refine": "lame"}
 DEFAULT: dict[str, list[dict[str, Any]]] = {
-    "batch": [{"method": "zerosiam"}, {"method": "zerosiam", "statistics": "auto", **MARKOV}],
-    "other": [{"method": "zerosiam"}, {"method": "zerosiam", **MARKOV}],
-    "none": [{"method": "t3a"}, {"method": "lame"}],
+    "batch": [
+        {"method": "zerosiam"},
+        {"method": "zerosiam", "statistics": "auto", **MARKOV},
+        {"method": "norm", "statistics": "auto", **BOTH},
+    ],
+    "other": [{"method": "zerosiam"}, {"method": "zerosiam", **MARKOV}, {"method": "source", **BOTH}],
+    "none": [{"method": "t3a"}, {"method": "lame"}, {"method": "source", **BOTH}],
 }
-"""By the kind of the net's norm layers: two that differ in what they suit, of which each alone is a sound choice."""
+"""By the kind of the net's norm layers: three that differ in what they suit: shuffled streams, any, sorted by class."""
 
 
 def make_candidates(model: nn.Module, wanted: Wanted | Sequence[Wanted], make: Make) -> list[tuple[str, TTAMethod]]:
