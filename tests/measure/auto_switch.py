@@ -29,7 +29,8 @@ from lightning_tta.methods.components.candidates import make_candidates
 from lightning_tta.modules import TestTimeAdaptation
 from plumbing import arguments, digits_or_folder, header, row
 
-FOUR = ["gaussian_noise", "defocus_blur", "fog", "jpeg_compression"]
+FOUR = {"digits": ["gaussian_noise", "defocus_blur", "haze", "jpeg"]}
+FOUR["folder"] = ["gaussian_noise", "defocus_blur", "fog", "jpeg_compression"]
 Batches = list[tuple[int, Tensor, Tensor]]
 
 
@@ -72,12 +73,13 @@ def main(args: list[str] | None = None) -> dict[str, list[float]]:
         source_ckpt=str,
         net="",
         root="",
-        domains=FOUR,
+        domains=([""], f"corruptions, each a stream of its own; by default {FOUR['digits']}, or {FOUR['folder']}"),
         parts=["iid", "correlated", "clean"],
         every=["1", "2", "4"],
         images=(0, "of each part; 0: all digits, or all images of the folder"),
         batch=(0, "images; 0: 16 of digits, 64 of a folder"),
     )
+    domains = list(filter(None, options.domains)) or FOUR["folder" if options.root else "digits"]
     torch.set_num_threads(1)
     module = TestTimeAdaptation(
         partial(Source), source_ckpt=options.source_ckpt, backbone=options.net or None, num_classes=10
@@ -90,19 +92,19 @@ def main(args: list[str] | None = None) -> dict[str, list[float]]:
         sums: dict[str, list[float]] = {name: [] for name in names}
         times, passes = Counter[str](), {name: torch.zeros(2) for name in names}
         answered = {name: Counter[str]() for name in names}
-        for domain in options.domains:
+        for domain in domains:
             batches = stream(options, domain)
             for name in names:
                 method = made(net, name)
                 errors, seconds, counts, who = run(method, batches)
                 sums[name] = [a + b for a, b in zip(sums[name] or [0.0] * len(errors), errors, strict=True)]
                 times[name] += seconds
-                passes[name] += torch.tensor(counts) / len(options.domains)
+                passes[name] += torch.tensor(counts) / len(domains)
                 answered[name] += who
     results: dict[str, list[float]] = {}
     header("method", *options.parts, "mean", "time", "passes", "answered")
     for name, errors in sums.items():
-        parts = [error / len(options.domains) for error in errors]
+        parts = [error / len(domains) for error in errors]
         results[name] = [*parts, sum(parts) / len(parts)]
         total = answered[name].total()
         who = "; ".join(f"{key} {100 * count / total:.0f}" for key, count in answered[name].most_common() if key)
