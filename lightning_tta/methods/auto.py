@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_tta.errors import ConfigError, check_range
 from lightning_tta.evidence.contest import Contest
+from lightning_tta.losses import at_least_float32
 from lightning_tta.methods import adapt
 from lightning_tta.methods.base.correction import Correction
 from lightning_tta.methods.base.description import About
@@ -33,9 +34,10 @@ class Auto(TTAMethod):
 
     with H over log K: the mutual information of image and class, less the share of predictions that the others outvote.
     Another one answers, from the probe's own batch on, if it is better by more than ``hysteresis``; the source counts
-    ``margin`` more than it has. **Alarm**: a candidate ``fall`` below the source, or with logits that are not finite
-    where the source's are, is reset to the source and rests for ``rest`` probes; if it has answered, the source answers
-    again. So a candidate that collapses, or that suits the stream no longer, begins anew later.
+    ``margin`` more than it has. **Alarm**: a candidate is reset to the source, and rests for ``rest`` probes, if it is
+    ``fall`` below the source, if its logits are not finite where the source's are, or if its parameters are farther
+    from the source than those are long; if it has answered, the source answers again. So a candidate that collapses, or
+    that suits the stream no longer, begins anew later.
 
     Touched: what the candidates touch, each in its own copy. State: theirs, and 2 K + 3 numbers for each. ``stats`` has
     ``answers``, the number of who answered; ``lead``, its standing less the source's; ``fallen``, how many fell in this
@@ -133,19 +135,22 @@ class Auto(TTAMethod):
     def step(self, x: Tensor) -> Tensor:
         """A probe, or a step of the one that answers."""
         answering, batches = self._turn()
-        logits: dict[int, Tensor] = {}
-        if batches % self.every:
+        probes, logits = batches % self.every == 0, dict[int, Tensor]()
+        if not probes:
             logits[answering] = self._run(answering, x)
-        if not logits or not _finite(logits[answering]):
-            awake = [number for number, probes in enumerate(self.value(RESTING).tolist()) if probes == 0]
+            probes = not _finite(logits[answering])
+        if probes:
+            awake = [number for number, pause in enumerate(self.value(RESTING).tolist()) if pause == 0]
             logits = {number: logits[number] if number in logits else self._run(number, x) for number in awake}
             if not _finite(logits[0]):
                 return logits[answering]  # the batch says nothing, and leaves no trace
-        stepped = {number for number in logits if number and not self._skipped(number)}
-        if not stepped and len(logits) > (0 in logits):
+        broken = [number for number, values in logits.items() if not _finite(values)]
+        stepped = [number for number in logits if number and not self._skipped(number)]
+        if not stepped and not broken and logits.keys() - {0}:
             return logits[answering]  # nor does one on which no candidate could step
-        if 0 in logits:
-            answering = self._judge(logits, {0, *stepped}, answering)
+        if probes:
+            good = {number: logits[number] for number in (0, *stepped) if number not in broken}
+            answering = self._judge(good, broken, answering)
         self.write(TURN, torch.tensor([answering, batches + 1]))
         if answering:
             self.note(**self.candidate(answering).scalars[0])
@@ -168,16 +173,14 @@ class Auto(TTAMethod):
         return bool(self.candidate(number).scalars[1]["skipped_steps"])
 
     @torch.no_grad()
-    def _judge(self, logits: Mapping[int, Tensor], counted: Collection[int], answering: int) -> int:
+    def _judge(self, logits: Mapping[int, Tensor], broken: Collection[int], answering: int) -> int:
         """Take in a probe; resets who has fallen, and says who answers."""
-        broken = [number for number, values in logits.items() if not _finite(values)]
-        good = {number: logits[number] for number in counted if number not in broken}
-        stacked = torch.stack([values.to(torch.promote_types(values.dtype, torch.float32)) for values in good.values()])
+        stacked = torch.stack([at_least_float32(values) for values in logits.values()])
         evidence = self.sized(EVIDENCE, stacked.new_empty(len(self.names), 2 * stacked.shape[-1] + 3)).nan_to_num(0)
-        evidence = self.contest.take_in(evidence, stacked, list(good))
+        evidence = self.contest.take_in(evidence, stacked, list(logits))
         standings = self.contest.standings(evidence)
         answering, fallen = self.contest.decide(standings, answering)
-        fallen += broken
+        fallen = sorted({*fallen, *broken, *(number for number in logits if number and self._has_strayed(number))})
         resting = (self.value(RESTING) - 1).clamp(min=0)
         for number in fallen:
             self.candidate(number).reset()
@@ -189,6 +192,14 @@ class Auto(TTAMethod):
             lead=evidence.new_tensor(standings[answering] - standings[0]), fallen=evidence.new_tensor(len(fallen))
         )
         return answering
+
+    def _has_strayed(self, number: int) -> bool:
+        """Whether what a candidate learns is farther from the source than that is long."""
+        method = self.candidate(number)
+        learned = {name: t for name, t in method.adaptable.items() if isinstance(t, nn.Parameter)}
+        moved = [(tensor - method.source_value(name)).norm() for name, tensor in learned.items()]
+        length = [method.source_value(name).expand_as(tensor).norm() for name, tensor in learned.items()]
+        return bool(learned) and bool(torch.stack(moved).norm() > torch.stack(length).norm() > 0)
 
     def infer(self, x: Tensor) -> Tensor:
         """As the one that answers predicts, with the statistics of the batch where it takes those."""

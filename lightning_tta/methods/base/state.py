@@ -136,11 +136,15 @@ class State(nn.Module):
 
     def value(self, name: str) -> Tensor:
         """A state as it is now."""
+        place, _, inner = name.partition(".")
+        if place in self._nested:
+            return self._nested[place].value(inner)
         return self._rest[name] if name in self._rest else self._adaptable[name]
 
     def source_value(self, name: str) -> Tensor:
         """What a state is at the source; may be of fewer dimensions, and broadcasts. Not to be written to."""
-        return self._sources[name]
+        place, _, inner = name.partition(".")
+        return self._nested[place].source_value(inner) if place in self._nested else self._sources[name]
 
     def renew_source(self, name: str) -> None:
         """What the state is now is its source from here on; for what is prepared before a stream."""
