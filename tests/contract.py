@@ -12,6 +12,15 @@ from nets import kinds_of, make_images, make_net
 
 # Options that make a method's updates visible on the small nets, one entry a variant; a method not named: one, {}.
 VARIANTS = {
+    "auto": [  # the nets are random, and no method is better than their source: it moves all the same
+        {
+            "candidates": [
+                {"method": "tent", "lr": 0.1, "optimizer": "sgd"},
+                {"method": "zerosiam", "lr": 0.5, "predictor_lr": 0.5},
+            ],
+            **{"every": 2, "recent": 4, "margin": -1.0, "hysteresis": 0.0, "fall": 1.0},
+        }
+    ],
     "norm": [{}, {"source_weight": 0.5}, {"momentum": 0.3}],
     "tent": [
         {"lr": 1e-2},

@@ -5,8 +5,8 @@ From the one declaration follow reset, saving, loading, conversion, copies and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -47,6 +47,7 @@ class State(nn.Module):
         self.layout = 0  # of which tensors hold the state; another number, other tensors
         self._lent: Lent = []  # tensors with the values that they get back
         self._collected: set[str] = set()  # buffers whose shape is known once they hold something
+        self._nested: dict[str, State] = {}  # methods inside this one
 
     # What a method uses ----------------------------------------------------------------------------------------------
 
@@ -77,6 +78,11 @@ class State(nn.Module):
             source = torch.tensor(source, dtype=tensor.dtype, device=tensor.device)
         self._sources[name] = source
         return tensor
+
+    def nest(self, name: str, method: State) -> None:
+        """Hold another method, which has a net of its own: its state is a part of this one's, under ``name``."""
+        self.add_module(name, method)
+        self._nested[name] = method
 
     def keep_wide(self, *names: str) -> None:
         """Let states stay in float32 at least, with their values, where the method goes to half precision."""
@@ -132,11 +138,15 @@ class State(nn.Module):
 
     def value(self, name: str) -> Tensor:
         """A state as it is now."""
+        place, _, inner = name.partition(".")
+        if place in self._nested:
+            return self._nested[place].value(inner)
         return self._rest[name] if name in self._rest else self._adaptable[name]
 
     def source_value(self, name: str) -> Tensor:
         """What a state is at the source; may be of fewer dimensions, and broadcasts. Not to be written to."""
-        return self._sources[name]
+        place, _, inner = name.partition(".")
+        return self._nested[place].source_value(inner) if place in self._nested else self._sources[name]
 
     def renew_source(self, name: str) -> None:
         """What the state is now is its source from here on; for what is prepared before a stream."""
@@ -145,12 +155,16 @@ class State(nn.Module):
     @property
     def adaptable(self) -> dict[str, Tensor]:
         """The parameters and buffers that the method may change, by their name in ``state_dict()``."""
-        return dict(self._adaptable)
+        return self._with_nested(self._adaptable, "adaptable")
 
     @property
     def rest(self) -> dict[str, Tensor]:
         """All other states, by name."""
-        return dict(self._rest)
+        return self._with_nested(self._rest, "rest")
+
+    def _with_nested(self, tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
+        nested = ((f"{place}.{name}", t) for place, m in self._nested.items() for name, t in getattr(m, group).items())
+        return {**tensors, **dict(nested)}
 
     @property
     def memory(self) -> dict[str, Tensor | None]:
@@ -177,8 +191,10 @@ class State(nn.Module):
     def at_source(self) -> Iterator[None]:
         """While active, :attr:`adaptable` has its source values. Not while a graph still needs the others."""
         tensors = [tensor.detach() for tensor in self._adaptable.values()]
-        with self.hold(), self.lend(tensors):
+        with self.hold(), self.lend(tensors), ExitStack() as nested:
             self._copy(tensors, [self._sources[name].expand_as(tensor) for name, tensor in self._adaptable.items()])
+            for method in self._nested.values():
+                nested.enter_context(method.at_source())
             yield
 
     @contextmanager
@@ -187,7 +203,7 @@ class State(nn.Module):
 
         For buffers and states of this object alone, not for parameters.
         """
-        states, rest = self.adaptable, self.rest
+        states, rest = dict(self._adaptable), dict(self._rest)
         owned = [name for name in values if name in states]
         try:
             for name in owned:
@@ -217,10 +233,14 @@ class State(nn.Module):
         states = {**self._adaptable, **self._rest}
         if condition is not None:  # of its own accord, in the middle of a stream, whose images stay what they are
             states = {name: tensor for name, tensor in states.items() if not name.startswith((INPUTS, OTHERS, GATES))}
+            for method in self._nested.values():
+                method.reset_where(condition)
         with outside_inference_mode(), torch.no_grad():
             if condition is None:
                 for name, tensor in states.items():
                     tensor.copy_(self._sources[name])
+                for method in self._nested.values():
+                    method.reset()
                 return
             for dtype in {tensor.dtype for tensor in states.values()}:  # all of a kind at once: a few kernels
                 names = [name for name, tensor in states.items() if tensor.dtype == dtype]
@@ -271,6 +291,9 @@ class State(nn.Module):
 
     def _check_fits(self, given: Mapping[str, Any]) -> None:
         """Refuse a state of another method, net or options, or a part of one, before anything of it is written."""
+        for place, method in self._nested.items():
+            method._check_fits(_part(given, place))
+        given, here = _without(given, self._nested), _without(nn.Module.state_dict(self), self._nested)
         state = given.get("_extra_state")
         if not isinstance(state, Mapping) or not {"memory", "source"} <= state.keys():
             raise ConfigError(
@@ -281,7 +304,7 @@ class State(nn.Module):
         memory = {name: value for name, value in saved.items() if not self._resizes(name, value)}
         mine = {name: value for name, value in self._rest.items() if name in memory or name not in saved}
         collected = {name: None for name in self._collected if isinstance(given.get(name), Tensor)}  # of any shape
-        tensors = [{**values, **collected} for values in (given, nn.Module.state_dict(self))]
+        tensors = [{**values, **collected} for values in (given, here)]
         kinds: tuple[tuple[str, set[str], set[str]], ...] = (
             ("memory", _shapes(memory, "", "optimizers."), _shapes(mine, "", "optimizers.")),
             ("optimizers' settings", _shapes(memory, "optimizers."), _shapes(mine, "optimizers.")),
@@ -352,18 +375,32 @@ def _shapes(tensors: Mapping[str, Any], prefix: str = "", without: str | None = 
     }
 
 
+def _part(tensors: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What is of a nested method, under the names that it has there."""
+    prefix = f"{place}."
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _without(tensors: Mapping[str, Any], places: Iterable[str]) -> dict[str, Any]:
+    """What is of no nested method."""
+    prefixes = tuple(f"{place}." for place in places)
+    return {name: value for name, value in tensors.items() if not name.startswith(prefixes)}
+
+
 def take(method: State) -> Moment:
     """The state as it is now, copied."""
-    groups = {"tensors": method.adaptable, "rest": method._rest}
+    groups = {"tensors": method.adaptable, "rest": method.rest}
     return {group: {name: tensor.detach().clone() for name, tensor in t.items()} for group, t in groups.items()}
 
 
 def put_back(method: State, moment: Moment) -> None:
     """Bring ``method`` to where it was, exactly."""
     with method.hold(), outside_inference_mode(), torch.no_grad():
-        for name, tensor in method.adaptable.items():
+        for place, nested in method._nested.items():
+            put_back(nested, {group: _part(tensors, place) for group, tensors in moment.items()})
+        for name, tensor in method._adaptable.items():
             tensor.copy_(moment["tensors"][name])
-        method.set_extra_state({"source": {}, "memory": moment["rest"]})
+        method.set_extra_state({"source": {}, "memory": _without(moment["rest"], method._nested)})
 
 
 def size(value: Any) -> int:
