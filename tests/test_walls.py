@@ -32,7 +32,11 @@ FLOORS: tuple[dict[str, str], ...] = (  # a floor: room -> its modules; rooms of
     {"auxiliary": "auxiliary"},  # losses that source training and its test time share, and the base of such methods
     {"methods": "methods"},  # a method may build on another one; `methods/__init__` finds them by their files
     {"guard.monitors": "guard.monitors"},  # see what a method answers
-    {"diagnosis": "diagnosis", "guard.watch": "guard.watch"},  # wrap or try any method, and know no trainer
+    {
+        "diagnosis": "diagnosis",
+        "guard.watch": "guard.watch",
+        "choosing": "choosing",
+    },  # wrap or try any method, and know no trainer
     {"report": "report"},  # reads the files of finished runs, so it stands below what writes them
     {"run": "run"},  # ends with a report
     {"guard.callback": "guard guard.callback"},  # puts a Watch into a run
