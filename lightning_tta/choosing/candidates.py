@@ -82,9 +82,9 @@ def _read(wanted: Wanted) -> Candidate:
 def default_candidates(net: nn.Module, batch_size: int) -> list[Candidate]:
     """A small grid of method, rate, statistics and reset; the first ones are those to keep where passes are few.
 
-    With BatchNorm: the batch's statistics and ``auto``, alone and under Tent, ZeroSiam and ETA. Of batches below
-    :data:`FEW` images only those that do not depend on the batch. With other norm layers: entropy methods at two rates,
-    with resets, and those that guard themselves. Without: what corrects features or predictions.
+    With BatchNorm: the batch's statistics and ``auto``, alone and under entropy methods. Of batches below :data:`FEW`
+    images only what does not depend on the batch. With other norm layers: entropy methods. Tent, at its published rate,
+    is reset every 50 batches. Without norm layers: what corrects features or predictions.
     """
     if batch_norm_layers(net):
         auto = {"statistics": "auto"}
@@ -96,20 +96,16 @@ def default_candidates(net: nn.Module, batch_size: int) -> list[Candidate]:
             Candidate("norm"),
             Candidate("zerosiam", auto),
             Candidate("zerosiam"),
-            Candidate("tent", {"lr": 1e-3, **auto}),
-            Candidate("tent", {"lr": 1e-3}),
             Candidate("eta", auto),
-            Candidate("tent", {"lr": 4e-3, **auto}, 10),
+            Candidate("tent", {"lr": 1e-3, **auto}, 50),
             Candidate("lame"),
         ]
     if any(True for layer in norm_layers(net).values() for _ in layer.parameters()):
         return [
             Candidate("zerosiam"),
-            Candidate("tent", {"lr": 2.5e-4}),
             Candidate("ostta"),
             Candidate("eta"),
-            Candidate("tent", {"lr": 1e-3}),
-            Candidate("tent", {"lr": 1e-3}, 10),
+            Candidate("tent", {"lr": 1e-3}, 50),
             Candidate("lame"),
             Candidate("t3a"),
         ]

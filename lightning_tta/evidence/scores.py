@@ -93,9 +93,8 @@ def nuclear_norm(logits: Tensor) -> Tensor:
     arXiv 2302.01094.
     """
     p = at_least_float32(logits).softmax(-1)
-    gram = p.T @ p if p.shape[0] >= p.shape[1] else p @ p.T  # K x K or N x N: its eigenvalues are squared singular ones
-    singular = torch.linalg.eigvalsh(gram.double()).clamp_min(0).sqrt().sum()
-    return (singular / math.sqrt(p.shape[0] * min(p.shape))).to(p.dtype)
+    norm: Tensor = torch.linalg.matrix_norm(p, "nuc") / math.sqrt(p.shape[0] * min(p.shape))
+    return norm
 
 
 def source_weighted_infomax(logits: Tensor, source_logits: Tensor) -> Tensor:
