@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_tta.choosing.candidates import SOURCE, Candidate, Wanted, read_candidates
 from lightning_tta.choosing.rule import decide
 from lightning_tta.choosing.scores import score
-from lightning_tta.choosing.trial import LEAST, Runner, finish
+from lightning_tta.choosing.trial import LEAST, Runner, answered, finish
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.errors import ConfigError, DataError, InputError, check_range
 from lightning_tta.files import write_json, write_whole
@@ -160,11 +161,13 @@ def choose(
     check_range("batch_size", batch_size, 1, integer=True)
     if budget is not None:
         check_range("budget", budget, 1, integer=True)
+    device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
     if isinstance(data, ShiftedDataModule):
         data.prepare_data()
         data.setup("predict")
-        source_batches = _TrainingImages(data) if source_batches is None else source_batches
-    taken = _take(data, batches, batch_size)
+        data.marks_damaged = True  # an image that cannot be read is left out
+        source_batches = _TrainingImages(data, device) if source_batches is None else source_batches
+    taken = _take(data, batches, batch_size, device)
     runners = [Runner(each, net) for each in read_candidates(candidates, net, len(taken[0].images))]
     source, *others = runners
     if source(taken[0].images) is None:
@@ -190,14 +193,15 @@ class _Batch:
 class _TrainingImages(Iterable[Mapping[str, Tensor]]):
     """Of a data module, read when a candidate asks for them."""
 
-    def __init__(self, data: ShiftedDataModule) -> None:
-        self.data = data
+    def __init__(self, data: ShiftedDataModule, device: torch.device) -> None:
+        self.data, self.device = data, device
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
-        return iter(self.data.source_batches(SOURCE_IMAGES, batch_size=64))
+        for batch in self.data.source_batches(SOURCE_IMAGES, batch_size=64):
+            yield {name: value.to(self.device) for name, value in batch.items()}
 
 
-def _take(data: Any, number: int, size: int) -> list[_Batch]:
+def _take(data: Any, number: int, size: int, device: torch.device) -> list[_Batch]:
     """The first batches."""
     if isinstance(data, Tensor):
         data = data.split(size) if data.ndim == 4 else [data]
@@ -221,7 +225,7 @@ def _take(data: Any, number: int, size: int) -> list[_Batch]:
         index, truth = given.get("index"), given.get("label")
         taken.append(
             _Batch(
-                images,
+                images.to(device),
                 list(range(seen, seen + len(images))) if index is None else _plain(index),
                 [-1] * len(images) if truth is None else _plain(truth),
             )
@@ -263,8 +267,9 @@ def _judge(
     seed: int,
 ) -> Choice:
     records = finish(runners, [batch.images for batch in taken], seed)
-    known = _known(labels, taken)
     source = records[SOURCE]
+    usable = answered(source.answers)
+    known = {place: label for place, label in _known(labels, taken).items() if usable[place]}
     scores = {name: score(record, source, known) for name, record in records.items()}
     decision = decide(scores, len(known))
     chosen = next(runner.candidate for runner in runners if runner.candidate.name == decision.name)

@@ -85,6 +85,8 @@ def gains(scores: Mapping[str, Scores], labels: int = 0) -> dict[str, Gain]:
 def decide(scores: Mapping[str, Scores], labels: int = 0) -> Decision:
     """The candidate of the largest estimated gain among those whose gain is clear; else the source.
 
+    Of several that are level, within :data:`LEAST_GAIN`, the first.
+
     Args:
         scores: By candidate, those of the source among them; of a candidate that could not run, nothing.
         labels: Images with labels.
@@ -103,7 +105,8 @@ def decide(scores: Mapping[str, Scores], labels: int = 0) -> Decision:
             f"None: stay with the source, as {evidence} are clear for no candidate; {best} is the nearest, with an "
             f"estimated probability of {chance:.2f} to be better.",
         )
-    best = max(clear, key=lambda name: clear[name].mean)
+    most = max(gain.mean for gain in clear.values())
+    best = next(name for name, gain in clear.items() if gain.mean >= most - LEAST_GAIN)
     return Decision(
         best,
         clear[best].probability,

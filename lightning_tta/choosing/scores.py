@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_tta.choosing.trial import Record
+from lightning_tta.choosing.trial import Record, answered
 from lightning_tta.evidence.accuracy import aetta
 from lightning_tta.evidence.scores import agreement, infomax, negative_mean_entropy, snd
 
@@ -30,7 +30,7 @@ def score(record: Record, source: Record, labels: Mapping[int, int] | None = Non
         source: Of the source, over the same images.
         labels: Label by position among the images of the trial.
     """
-    known = _answered(record) & _answered(source)
+    known = _known(record) & _known(source)
     answers, final, view = record.answers[known], record.final[known], record.view[known]
     scores = {
         "infomax": infomax(final),
@@ -44,15 +44,17 @@ def score(record: Record, source: Record, labels: Mapping[int, int] | None = Non
     found = {name: float(value) for name, value in scores.items()}
     head = _head(record)
     if head is not None and record.features is not None:
-        errors, start = [], 0
+        errors, start = 0.0, 0
         for number, size in enumerate(record.sizes):
-            rows = slice(start, start + size)
-            key = torch.tensor([0, number])
-            errors.append(aetta(record.features[rows], head, record.answers[rows], key=key)[0] * size)
+            rows = torch.arange(start, start + size)[known[start : start + size]]
             start += size
-        found["aetta"] = 1 - sum(errors) / start
+            if len(rows):
+                key = torch.tensor([0, number])
+                errors += aetta(record.features[rows], head, record.answers[rows], key=key)[0] * len(rows)
+        found["aetta"] = 1 - errors / max(1, len(answers))
         if record.final_features is not None:
-            found["aetta_end"] = 1 - aetta(record.final_features, head, record.final)[0]
+            found["aetta_end"] = 1 - aetta(record.final_features[known], head, final)[0]
+    labels = {place: label for place, label in (labels or {}).items() if known[place]}
     if labels:
         positions, truth = torch.tensor(list(labels)), torch.tensor(list(labels.values()))
         right, source_right = (r.answers[positions].argmax(-1) == truth for r in (record, source))
@@ -67,9 +69,9 @@ def evenness(logits: Tensor) -> Tensor:
     return torch.special.entr(counts / counts.sum()).sum()
 
 
-def _answered(record: Record) -> Tensor:
-    """Which images were not left out: a row of zeros is no answer."""
-    return (record.answers != 0).any(-1) & (record.final != 0).any(-1) & (record.view != 0).any(-1)
+def _known(record: Record) -> Tensor:
+    """Which images were not left out."""
+    return answered(record.answers) & answered(record.final) & answered(record.view)
 
 
 def _head(record: Record) -> nn.Linear | None:

@@ -103,7 +103,7 @@ class Runner:
                 self.problem = f"gave logits that are not finite at batch {self.batches - 1}"
                 return None
             self.answers.append(logits.detach().float().cpu())
-            self.features.append(_last_features(calls, len(images)))
+            self.features.append(_last_features(calls, logits))
             return logits
         return None
 
@@ -116,7 +116,7 @@ class Runner:
                 logits = self.method.predict(images, statistics="batch")
             self.passes += max(1, len(calls))
             if bool(logits.isfinite().all()):
-                return logits.float().cpu(), _last_features(calls, len(images))
+                return logits.float().cpu(), _last_features(calls, logits)
             self.problem = "predicts logits that are not finite at the end of the trial"
         return None
 
@@ -156,12 +156,19 @@ class Runner:
             yield calls
 
 
-def _last_features(calls: Sequence[tuple[str, Any, Any]], images: int) -> Tensor | None:
-    """Inputs of the head in the last pass over the batch, (B, D)."""
+def _last_features(calls: Sequence[tuple[str, Any, Any]], logits: Tensor) -> Tensor | None:
+    """Inputs of the head in the last pass over the batch, (B, D); zeros for images that were left out."""
+    usable = answered(logits)
     for _, inputs, _ in reversed(calls):
-        if isinstance(inputs[0], Tensor) and inputs[0].ndim == 2 and len(inputs[0]) == images:
-            return inputs[0].detach().float().cpu()
+        if isinstance(inputs[0], Tensor) and inputs[0].ndim == 2 and len(inputs[0]) == int(usable.sum()):
+            features = inputs[0].detach().float()
+            return features.new_zeros(len(logits), features.shape[1]).index_put((usable,), features).cpu()
     return None
+
+
+def answered(logits: Tensor) -> Tensor:
+    """Which images have an answer, bool (B,): a row of zeros is none."""
+    return (logits != 0).any(-1)
 
 
 def finish(runners: Sequence[Runner], batches: Sequence[Tensor], seed: int = 0) -> dict[str, Record]:

@@ -62,6 +62,12 @@ def test_a_candidate_for_which_everything_speaks_is_taken():
     assert decision.why.startswith("norm: ")
 
 
+def test_of_those_that_are_level_the_first_is_taken():
+    given = {"source": scores(), "norm": better(), "tent": better(aetta=0.9 + 1e-4)}
+    assert decide(given).name == "norm"
+    assert decide({**given, "tent": better(aetta=1.0)}).name == "tent"
+
+
 def test_who_never_differs_from_the_source_is_not_taken():
     assert decide({"source": scores(), "norm": better(agreement_source=1.0)}).name == "source"
 

@@ -64,8 +64,14 @@ def test_images_that_were_left_out_do_not_count():
         for name in ("answers", "final", "view"):
             tensor = getattr(each, name)
             setattr(each, name, torch.cat([tensor, torch.zeros(5, 4)]))
-    after = score(Record(**{**vars(own), "features": None}), source)
-    assert {name: after[name] for name in after} == pytest.approx({name: before[name] for name in after})
+        each.features = each.final_features = torch.cat([each.features, torch.full((5, 6), torch.nan)])
+        each.sizes = [20, 15]
+    assert score(own, source, {3: 1, 31: 0}) == pytest.approx({**before, **_labels_of_one(own, source, 3, 1)})
+
+
+def _labels_of_one(own, source, place, label):
+    right, source_right = (float(each.answers[place].argmax() == label) for each in (own, source))
+    return {"labels": right, "labels_gain": right - source_right}
 
 
 def test_the_source_agrees_with_itself():
