@@ -26,6 +26,7 @@ from lightning_tta.errors import (
 
 if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first use
     from lightning_tta.backbones import Backbone, create_backbone
+    from lightning_tta.choosing.choice import Choice, choose
     from lightning_tta.data import (
         ArrayData,
         CIFARData,
@@ -53,6 +54,7 @@ __all__ = [
     "ArrayData",
     "Backbone",
     "CIFARData",
+    "Choice",
     "ConfigError",
     "DataError",
     "Diagnosis",
@@ -83,6 +85,7 @@ __all__ = [
     "__version__",
     "adapt",
     "available_methods",
+    "choose",
     "create_backbone",
     "doctor",
     "export",
@@ -90,6 +93,7 @@ __all__ = [
 ]
 _HOMES = {
     "backbones": ("Backbone", "create_backbone"),
+    "choosing.choice": ("Choice", "choose"),
     "data": (
         *("ArrayData", "CIFARData", "DigitsData", "DomainFolderData", "FolderData", "ImageNetData"),
         *("ImageFolderData", "Protocol", "ShiftedDataModule"),

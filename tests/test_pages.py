@@ -21,6 +21,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from lightning_tta.cli import choose
 from lightning_tta.cli.commands import COMMANDS, call, make_parser
 from lightning_tta.cli.main import main
 from lightning_tta.launch.lightning import run_lightning
@@ -93,6 +94,9 @@ def check(words, monkeypatch):
         run_lightning([name, *args], parse_only=True)
     elif name == "stream":
         run_lightning(["predict", "--model.method=source", *args], parse_only=True)
+    elif name == "choose" and args:
+        _, rest = choose.make_parser().parse_known_args(args)
+        run_lightning(["predict", "--model.method=source", *rest], parse_only=True)
     elif name == "doctor" and args:
         _, rest = argparse_of_doctor().parse_known_args(args)
         run_lightning(["predict", "--model.method=source", *rest], parse_only=True)

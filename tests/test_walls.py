@@ -35,6 +35,7 @@ FLOORS: tuple[dict[str, str], ...] = (  # a floor: room -> its modules; rooms of
     {
         "diagnosis": "diagnosis",
         "guard.watch": "guard.watch guard.seeing",
+        "choosing": "choosing",
     },  # wrap or try any method, and know no trainer
     {"report": "report"},  # reads the files of finished runs, so it stands below what writes them
     {"run": "run"},  # ends with a report

@@ -137,6 +137,13 @@ def _run_doctor(args: list[str]) -> None:
     run_doctor(args)
 
 
+def _run_choose(args: list[str]) -> None:
+    with _importing():
+        from lightning_tta.cli.choose import run_choose
+
+    run_choose(args)
+
+
 def _list_streams(args: list[str]) -> None:
     if args:
         raise ConfigError(f"streams takes no argument; got {args[0]!r}. It lists all kinds of stream.")
@@ -169,6 +176,11 @@ COMMANDS = {
         "look at a net and its images; say which methods suit; write a configuration",
         "--config configs/digits/predict.yaml --model.source_ckpt runs/digits/source",
         _run_doctor,
+    ),
+    "choose": Command(
+        "try methods on the first batches without labels; say which suits the stream, or none",
+        "--config configs/digits/predict.yaml --model.source_ckpt runs/digits/source",
+        _run_choose,
     ),
     "benchmark": Command(
         "methods x streams x nets, in one table",

@@ -1,0 +1,85 @@
+"""Every score of a candidate after a trial, from what it answered; none but ``labels`` has seen a label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tta.choosing.trial import Record, answered
+from lightning_tta.evidence.accuracy import aetta
+from lightning_tta.evidence.scores import agreement, infomax, negative_mean_entropy, snd
+
+Scores = dict[str, float]
+
+
+def score(record: Record, source: Record, labels: Mapping[int, int] | None = None) -> Scores:
+    """Scores by name; the larger, the better, of all but ``shift_of_classes``.
+
+    - ``aetta``: accuracy as AETTA estimates it, mean over the batches; ``aetta_end``: of the net at the end. Only where
+      the net ends in a linear layer.
+    - ``infomax``, ``snd``, ``entropy`` (minus the mean entropy over log K): of the net at the end.
+    - ``agreement_view``: with its own predictions for shifted views; ``agreement_company``: of its answers with its
+      predictions for the same images in shuffled batches; ``agreement_source``: with the source.
+    - ``evenness``: entropy of how often each class is predicted, over that of the source, at most 2.
+    - ``labels``: accuracy on the images with labels, where there are some; ``labels_gain``: less that of the source.
+
+    Args:
+        record: Of the candidate.
+        source: Of the source, over the same images.
+        labels: Label by position among the images of the trial.
+    """
+    known = _known(record) & _known(source)
+    answers, final, view = record.answers[known], record.final[known], record.view[known]
+    scores = {
+        "infomax": infomax(final),
+        "snd": snd(final.softmax(-1)),
+        "entropy": negative_mean_entropy(final),
+        "agreement_view": agreement(final, view),
+        "agreement_company": agreement(answers, final),
+        "agreement_source": agreement(answers, source.answers[known]),
+        "evenness": (evenness(answers) / evenness(source.answers[known]).clamp_min(1e-6)).clamp(max=2),
+    }
+    found = {name: float(value) for name, value in scores.items()}
+    head = _head(record)
+    if head is not None and record.features is not None:
+        errors, start = 0.0, 0
+        for number, size in enumerate(record.sizes):
+            rows = torch.arange(start, start + size)[known[start : start + size]]
+            start += size
+            if len(rows):
+                key = torch.tensor([0, number])
+                errors += aetta(record.features[rows], head, record.answers[rows], key=key)[0] * len(rows)
+        found["aetta"] = 1 - errors / max(1, len(answers))
+        if record.final_features is not None:
+            found["aetta_end"] = 1 - aetta(record.final_features[known], head, final)[0]
+    labels = {place: label for place, label in (labels or {}).items() if known[place]}
+    if labels:
+        positions, truth = torch.tensor(list(labels)), torch.tensor(list(labels.values()))
+        right, source_right = (r.answers[positions].argmax(-1) == truth for r in (record, source))
+        found["labels"] = float(right.double().mean())
+        found["labels_gain"] = found["labels"] - float(source_right.double().mean())
+    return found
+
+
+def evenness(logits: Tensor) -> Tensor:
+    """Entropy in nats of how often each class is predicted, for logits (N, K)."""
+    counts = torch.bincount(logits.argmax(-1), minlength=logits.shape[-1])
+    return torch.special.entr(counts / counts.sum()).sum()
+
+
+def _known(record: Record) -> Tensor:
+    """Which images were not left out."""
+    return answered(record.answers) & answered(record.final) & answered(record.view)
+
+
+def _head(record: Record) -> nn.Linear | None:
+    if record.weight is None:
+        return None
+    head = nn.Linear(record.weight.shape[1], record.weight.shape[0], bias=record.bias is not None)
+    with torch.no_grad():
+        head.weight.copy_(record.weight)
+        if record.bias is not None:
+            head.bias.copy_(record.bias)
+    return head

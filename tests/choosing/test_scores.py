@@ -1,0 +1,85 @@
+"""Scores, counted by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_tta.choosing.scores import evenness, score
+from lightning_tta.choosing.trial import Record
+from lightning_tta.evidence.accuracy import aetta
+
+
+def record(seed, images=30, classes=4, width=6):
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias = torch.randn(classes, width, generator=generator), torch.randn(classes, generator=generator)
+    features = torch.randn(images, width, generator=generator)
+    answers = features @ weight.T + bias
+    final, view = (answers + torch.randn(answers.shape, generator=generator) for _ in range(2))
+    return Record(answers, final, view, features, features, weight, bias, [20, 10])
+
+
+def classes_of(logits):
+    return np.array(logits.tolist()).argmax(1)
+
+
+def test_against_counts():
+    own, source = record(0), record(1)
+    labels = {3: 1, 7: 0, 29: 2}
+    found = score(own, source, labels)
+    answers, final, view = (classes_of(x) for x in (own.answers, own.final, own.view))
+    source_answers = classes_of(source.answers)
+    assert found["agreement_view"] == pytest.approx(np.mean(final == view))
+    assert found["agreement_company"] == pytest.approx(np.mean(answers == final))
+    assert found["agreement_source"] == pytest.approx(np.mean(answers == source_answers))
+    right = np.mean([answers[n] == label for n, label in labels.items()])
+    source_right = np.mean([source_answers[n] == label for n, label in labels.items()])
+    assert found["labels"] == pytest.approx(right)
+    assert found["labels_gain"] == pytest.approx(right - source_right)
+
+    def spread(classes):
+        shares = np.unique(classes, return_counts=True)[1] / len(classes)
+        return -(shares * np.log(shares)).sum()
+
+    assert found["evenness"] == pytest.approx(min(2, spread(answers) / spread(source_answers)), rel=1e-5)
+    assert not {"labels", "labels_gain"} & set(score(own, source))
+
+
+def test_aetta_is_a_mean_over_the_batches_weighted_by_their_images():
+    own = record(0)
+    head = torch.nn.Linear(6, 4)
+    head.load_state_dict({"weight": own.weight, "bias": own.bias})
+    errors = [
+        aetta(own.features[rows], head, own.answers[rows], key=torch.tensor([0, number]))[0]
+        for number, rows in enumerate((slice(0, 20), slice(20, 30)))
+    ]
+    assert score(own, own)["aetta"] == pytest.approx(1 - (2 * errors[0] + errors[1]) / 3)
+    for lost in ({"features": None}, {"weight": None}):
+        assert "aetta" not in score(Record(**{**vars(own), **lost}), own)
+
+
+def test_images_that_were_left_out_do_not_count():
+    own, source = record(0), record(1)
+    before = score(own, source)
+    for each in (own, source):
+        for name in ("answers", "final", "view"):
+            tensor = getattr(each, name)
+            setattr(each, name, torch.cat([tensor, torch.zeros(5, 4)]))
+        each.features = each.final_features = torch.cat([each.features, torch.full((5, 6), torch.nan)])
+        each.sizes = [20, 15]
+    assert score(own, source, {3: 1, 31: 0}) == pytest.approx({**before, **_labels_of_one(own, source, 3, 1)})
+
+
+def _labels_of_one(own, source, place, label):
+    right, source_right = (float(each.answers[place].argmax() == label) for each in (own, source))
+    return {"labels": right, "labels_gain": right - source_right}
+
+
+def test_the_source_agrees_with_itself():
+    own = record(0)
+    found = score(own, own)
+    assert found["agreement_source"] == found["evenness"] == 1
+
+
+def test_evenness_is_that_of_the_predicted_classes():
+    assert float(evenness(torch.eye(4))) == pytest.approx(np.log(4))
+    assert float(evenness(torch.ones(5, 4))) == 0

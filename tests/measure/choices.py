@@ -1,0 +1,269 @@
+"""How well the chooser chooses: every candidate to the end of each of a grid of streams, then rules replayed on them.
+
+    python tests/measure/choices.py --root ROOT --bn resnet20.safetensors --gn resnet26_gn.safetensors \
+        --mnist mnist_uint8.npz --keep FOLDER
+    python tests/measure/choices.py --keep FOLDER      # the digits alone
+
+Two data sets (MNIST or the digits; CIFAR-10 images), two nets each (BatchNorm, GroupNorm), four streams (iid,
+continual, correlated, mixed), five settings: for iid and correlated one held-out corruption or clean images, for
+continual and mixed four of these five in another order. The rule was designed on MNIST; CIFAR-10 only tests it. What
+was run is in FOLDER, one file a stream; a second call goes on, and replays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_tta import ArrayData, DigitsData, FolderData, ShiftedDataModule, create_backbone
+from lightning_tta.choosing.candidates import SOURCE, read_candidates
+from lightning_tta.choosing.rule import decide
+from lightning_tta.choosing.scores import score
+from lightning_tta.choosing.trial import Record, Runner, finish
+from plumbing import arguments, header, row
+
+STREAMS = ["iid", "continual", "correlated", "mixed"]
+CIFAR = ["clean", "speckle_noise", "gaussian_blur", "spatter", "saturate"]
+DIGITS = ["clean", "speckle_noise", "gaussian_blur", "shear", "occlusion"]
+SMALL_NETS = {"bn": "timm/test_resnet", "gn": "timm/test_efficientnet_gn"}
+CIFAR_NETS = {"bn": "cifar/resnet20", "gn": "cifar/resnet26_gn"}
+
+
+class Case(NamedTuple):
+    """A stream for a net."""
+
+    data: str
+    net: str
+    stream: str
+    setting: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return "-".join(map(str, self))
+
+
+def cases(options: Any) -> Iterator[Case]:
+    """All of the grid: first the half in which settings and streams go by turns, 40 of the whole; then the other."""
+    for half in (0, 1):
+        for setting in range(options.settings):
+            for data in options.data:
+                for number, stream in enumerate(options.streams):
+                    if (number + setting) % 2 == half:
+                        yield from (Case(data, net, stream, setting) for net in options.nets)
+
+
+def make_data(case: Case, options: Any) -> ShiftedDataModule:
+    """The stream's data module."""
+    names = CIFAR if case.data == "cifar" else DIGITS
+    single = case.stream in ("iid", "correlated")
+    turned = [*names[case.setting :], *names[: case.setting]]
+    common: dict[str, Any] = {
+        "domains": turned[:1] if single else turned[1:],
+        "stream": case.stream,
+        "order_seed": case.setting,
+        "num_images": options.images if single else options.images * 5 // 16,
+        "batch_size": options.batch,
+        "cache_dir": str(Path(options.keep) / "images"),
+    }
+    data: ShiftedDataModule
+    if case.data == "cifar":
+        data = FolderData(options.root, function_set="imagenet_c", severity=1, **common)
+    elif options.mnist:
+        data = ArrayData(options.mnist, num_train=options.train, severity=5, **common)
+    else:
+        data = DigitsData(severity=5, **common)
+    data.prepare_data()
+    data.setup("predict")
+    return data
+
+
+def make_net(case: Case, options: Any) -> nn.Module:
+    """The source net: of a file, or trained here on clean images and kept."""
+    if case.data == "cifar":
+        return create_backbone(CIFAR_NETS[case.net], 10, weights=getattr(options, case.net)).eval()
+    path = Path(options.keep) / f"{case.data}-{case.net}.pt"
+    torch.manual_seed(0)
+    net = create_backbone(SMALL_NETS[case.net], 10)
+    if path.exists():
+        net.load_state_dict(torch.load(path, weights_only=True))
+        return net.eval()
+    data = make_data(case, options)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.epochs)
+    net.train()
+    for _ in range(options.epochs):
+        for batch in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(net(batch["image"]), batch["label"]).backward()
+            optimizer.step()
+        schedule.step()
+    torch.save(net.state_dict(), path)
+    return net.eval()
+
+
+def run(case: Case, options: Any) -> dict[str, Any]:
+    """Every candidate: its record after the trial, and its logits to the end."""
+    data, net = make_data(case, options), make_net(case, options)
+    batches = list(data.predict_dataloader())
+    trial = [batch["image"] for batch in batches[: options.trial]]
+    found: dict[str, Any] = {}
+    runners = [Runner(candidate, net) for candidate in read_candidates("default", net, options.batch)]
+    for images in trial:
+        for runner in runners:
+            runner(images)
+    records = finish(runners, trial)
+    passes = {runner.candidate.name: runner.passes for runner in runners}
+    for runner in runners:
+        start = time.perf_counter()
+        for batch in batches[options.trial :]:
+            runner(batch["image"])
+        record = records.get(runner.candidate.name)
+        found[runner.candidate.name] = {
+            "problem": runner.problem,
+            "passes": passes[runner.candidate.name],
+            "seconds": time.perf_counter() - start,
+            "record": None if record is None else vars(record),
+            "logits": torch.cat(runner.answers) if not runner.problem else None,
+        }
+        runner.release()
+    return {"labels": torch.cat([batch["label"] for batch in batches]), "candidates": found}
+
+
+def scored(found: dict[str, Any], labels: dict[int, int] | None = None) -> dict[str, dict[str, float]]:
+    """Scores of every candidate that could run, by name."""
+    records = {name: Record(**each["record"]) for name, each in found["candidates"].items() if each["record"]}
+    return {name: score(record, records[SOURCE], labels) for name, record in records.items()}
+
+
+def accuracies(found: dict[str, Any]) -> dict[str, float]:
+    """Percent right of each candidate over the whole stream."""
+    return {
+        name: 100 * float((each["logits"].argmax(1) == found["labels"]).float().mean())
+        for name, each in found["candidates"].items()
+        if each["logits"] is not None
+    }
+
+
+def with_gains(
+    scores: dict[str, dict[str, float]], found: dict[str, Any], chosen: Tensor
+) -> dict[str, dict[str, float]]:
+    """The scores, with what the labels of some images of the trial say."""
+    truth = found["labels"][chosen]
+    right = {
+        name: float((found["candidates"][name]["record"]["answers"][chosen].argmax(1) == truth).double().mean())
+        for name in scores
+    }
+    return {name: {**own, "labels_gain": right[name] - right[SOURCE]} for name, own in scores.items()}
+
+
+def picks(found: dict[str, Any], counts: list[int], draws: int) -> dict[str, list[str]]:
+    """What each policy takes on a stream: with so many labels, once a draw of the labels."""
+    scores = scored(found)
+    taken = {"chooser, no label": [decide(scores).name]}
+    images = len(found["candidates"][SOURCE]["record"]["answers"])
+    for count in counts:
+        names = []
+        for seed in range(draws):
+            chosen = torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:count]
+            names.append(decide(with_gains(scores, found, chosen), count).name)
+        taken[f"chooser, {count} labels"] = names
+    for name in ("aetta", "infomax", "snd", "entropy", "agreement_view"):
+        taken[f"highest {name}"] = [max(scores, key=lambda each: scores[each].get(name, 0))]
+    zerosiam = "zerosiam" if "zerosiam" in scores else SOURCE
+    return {**taken, "always zerosiam": [zerosiam], "always source": [SOURCE], "random": list(scores)}
+
+
+def replay(folder: Path, options: Any) -> dict[str, dict[str, dict[str, float]]]:
+    """The table of each data set: policies by mean accuracy, regret, and how often they lose to the source."""
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for data in options.data:
+        kept = [case for case in cases(options) if case.data == data and (folder / f"{case.name}.pt").exists()]
+        rows: dict[str, list[tuple[float, ...]]] = {}
+        for case in kept:
+            found = torch.load(folder / f"{case.name}.pt", weights_only=True)
+            right = accuracies(found)
+            for policy, names in picks(found, options.labels, options.draws).items():
+                mine = torch.tensor([right[name] for name in names], dtype=torch.float64)
+                lost = right[SOURCE] - mine
+                rows.setdefault(policy, []).append(
+                    (
+                        float(mine.mean()),
+                        max(right.values()) - float(mine.mean()),
+                        100 * float((lost > 1e-6).double().mean()),
+                        100 * float((lost > 1).double().mean()),
+                        100 * sum(name == SOURCE for name in names) / len(names),
+                    )
+                )
+        if not rows:
+            continue
+        print(f"\n{data}: {len(kept)} streams\n")
+        header(
+            "policy",
+            "accuracy",
+            "mean regret",
+            "largest regret",
+            "worse than source, %",
+            "by over a point, %",
+            "source, %",
+        )
+        results[data] = {}
+        for policy, each in rows.items():
+            means = [sum(column) / len(each) for column in zip(*each, strict=True)]
+            largest = max(regret for _, regret, *_ in each)
+            names = ("accuracy", "regret", "largest", "worse", "worse_by_a_point", "source")
+            results[data][policy] = dict(zip(names, (*means[:2], largest, *means[2:]), strict=True))
+            row(policy, *(f"{value:.1f}" for value in results[data][policy].values()))
+    return results
+
+
+def main(args: list[str] | None = None) -> dict[str, dict[str, dict[str, float]]]:
+    """Run what is missing, and print the tables; returns them, by data set and policy."""
+    options = arguments(
+        __doc__,
+        args,
+        keep=("runs/choices", "folder of what was run"),
+        root=("", "of CIFAR-10 images, ROOT/test/<class>/*"),
+        bn=("", "weights of cifar/resnet20"),
+        gn=("", "weights of cifar/resnet26_gn"),
+        mnist=("", "npz file of MNIST; without: the digits"),
+        data=["digits", "cifar"],
+        nets=["bn", "gn"],
+        streams=STREAMS,
+        settings=5,
+        images=(400, "of a stream of one domain; of four domains 5/16 of it each"),
+        batch=50,
+        trial=(4, "batches that the chooser sees"),
+        train=(3000, "training images of MNIST"),
+        epochs=8,
+        labels=["10", "50", "100"],
+        draws=(20, "of the labels"),
+        replay=(False, "run nothing"),
+    )
+    options.labels = [int(count) for count in options.labels]
+    torch.set_num_threads(1)
+    Path(options.keep).mkdir(parents=True, exist_ok=True)
+    for case in cases(options):
+        path = Path(options.keep) / f"{case.name}.pt"
+        if options.replay or path.exists() or (case.data == "cifar" and not options.root):
+            continue
+        start = time.perf_counter()
+        found = run(case, options)
+        torch.save(found, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+        right = {name: round(value, 1) for name, value in accuracies(found).items()}
+        problems = {name: each["problem"] for name, each in found["candidates"].items() if each["problem"]}
+        print(f"{case.name} {time.perf_counter() - start:.0f} s", right, problems or "", flush=True)
+    return replay(Path(options.keep), options)
+
+
+if __name__ == "__main__":
+    main()
