@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
     from lightning_tta.run.board import StreamBoard
     from lightning_tta.run.outputs import StreamReport
     from lightning_tta.run.resume import StateKeeper
+    from lightning_tta.serving.shadow import Shadow
 
 __all__ = [
     "ArrayData",
@@ -69,6 +70,7 @@ __all__ = [
     "NotPreparedError",
     "OnnxAdapter",
     "Protocol",
+    "Shadow",
     "ShiftedDataModule",
     "SourceClassifier",
     "StateKeeper",
@@ -103,6 +105,7 @@ _HOMES = {
     "run.batches": ("StreamInput",),
     "run.outputs": ("StreamReport",),
     "run.resume": ("StateKeeper",),
+    "serving.shadow": ("Shadow",),
     "methods": ("TTAMethod", "adapt", "available_methods"),
     "modules": ("MetaTTT", "SourceClassifier", "TestTimeAdaptation"),
 }
