@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_tta._version import __version__
 from lightning_tta.errors import (
+    AnswerTimeoutError,
+    ClosedError,
     ConfigError,
     DataError,
     FinishedError,
     InputError,
     LightningTTAError,
     NotPreparedError,
+    QueueFullError,
     UnsupportedModelError,
     WeightsError,
 )
@@ -51,9 +54,11 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
     from lightning_tta.serving.shadow import Shadow
 
 __all__ = [
+    "AnswerTimeoutError",
     "ArrayData",
     "Backbone",
     "CIFARData",
+    "ClosedError",
     "ConfigError",
     "DataError",
     "Diagnosis",
@@ -70,6 +75,7 @@ __all__ = [
     "NotPreparedError",
     "OnnxAdapter",
     "Protocol",
+    "QueueFullError",
     "Shadow",
     "ShiftedDataModule",
     "SourceClassifier",

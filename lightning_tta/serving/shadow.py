@@ -534,8 +534,8 @@ class Shadow:
     def _note(self, evidence: Evidence) -> None:
         """For the log and Prometheus."""
         for of, estimates in (("source", evidence.source), ("method", evidence.method)):
-            for monitor, estimate in estimates.items():
-                self._metrics.set("estimated_accuracy", estimate, of=of, monitor=monitor)
+            for name, estimate in estimates.items():
+                self._metrics.set("estimated_accuracy", estimate, of=of, monitor=name)
         for monitor in self.monitors:
             for name, value in monitor.values().items():
                 self._metrics.set("monitor", value, value=name)
@@ -733,7 +733,7 @@ def _method(net: nn.Module, method: str | TTAMethod, options: Mapping[str, Any])
 
 def _monitors(monitors: Wanted | Monitor | Sequence[Wanted | Monitor]) -> list[Monitor]:
     single = isinstance(monitors, (str, Mapping, Monitor))
-    items: list[Any] = [monitors] if single else list(monitors)  # type: ignore[arg-type, list-item]
+    items: list[Any] = [monitors] if single else list(monitors)  # type: ignore[arg-type]
     made = [item if isinstance(item, Monitor) else make_monitors(listed(item))[0] for item in items]
     names = [monitor.name for monitor in made]
     if len(set(names)) < len(names):

@@ -64,7 +64,7 @@ class Snapshots:
         Raises:
             DataError: If all are damaged.
         """
-        damaged = []
+        damaged: list[str] = []
         for path in reversed(self._paths()):
             state = _read(path)
             if state is not None:
