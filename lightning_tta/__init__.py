@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_tta._version import __version__
 from lightning_tta.errors import (
+    AnswerTimeoutError,
+    ClosedError,
     ConfigError,
     DataError,
     FinishedError,
     InputError,
     LightningTTAError,
     NotPreparedError,
+    QueueFullError,
     UnsupportedModelError,
     WeightsError,
 )
@@ -49,12 +52,15 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
     from lightning_tta.run.board import StreamBoard
     from lightning_tta.run.outputs import StreamReport
     from lightning_tta.run.resume import StateKeeper
+    from lightning_tta.serving.shadow import Shadow
 
 __all__ = [
+    "AnswerTimeoutError",
     "ArrayData",
     "Backbone",
     "CIFARData",
     "Choice",
+    "ClosedError",
     "ConfigError",
     "DataError",
     "Diagnosis",
@@ -71,6 +77,8 @@ __all__ = [
     "NotPreparedError",
     "OnnxAdapter",
     "Protocol",
+    "QueueFullError",
+    "Shadow",
     "ShiftedDataModule",
     "SourceClassifier",
     "StateKeeper",
@@ -107,6 +115,7 @@ _HOMES = {
     "run.batches": ("StreamInput",),
     "run.outputs": ("StreamReport",),
     "run.resume": ("StateKeeper",),
+    "serving.shadow": ("Shadow",),
     "methods": ("TTAMethod", "adapt", "available_methods"),
     "modules": ("MetaTTT", "SourceClassifier", "TestTimeAdaptation"),
 }

@@ -33,6 +33,18 @@ class DataError(LightningTTAError, ValueError):
     """A data set is missing, damaged or not what the configuration says."""
 
 
+class QueueFullError(LightningTTAError, RuntimeError):
+    """A server has more requests than it can answer: try again later."""
+
+
+class ClosedError(LightningTTAError, RuntimeError):
+    """A server was closed, and answers no more."""
+
+
+class AnswerTimeoutError(LightningTTAError, TimeoutError):
+    """A server did not answer in time."""
+
+
 class FinishedError(LightningTTAError):
     """A run that was to be continued is finished: there is nothing to do. The command line ends with success."""
 

@@ -41,6 +41,7 @@ FLOORS: tuple[dict[str, str], ...] = (  # a floor: room -> its modules; rooms of
     {"run": "run"},  # ends with a report
     {"guard.callback": "guard guard.callback"},  # puts a Watch into a run
     {"modules": "modules"},  # make the run and hold it
+    {"serving": "serving"},  # answers requests by a method and its source; its example server loads nets as a run does
     {"exporting": "exporting exported_step"},  # reads what a run saved
     {"launch": "launch"},
     {"benchmark": "benchmark"},  # launches runs, and knows no command line
