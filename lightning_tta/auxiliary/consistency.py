@@ -36,7 +36,7 @@ class Consistency(Auxiliary):
         weight: See :class:`~lightning_tta.auxiliary.base.Auxiliary`; authors 1.
         depth: Scales and shifts in f, >= 1; authors 10.
         align: >= 0; authors 0.1, of a squared distance.
-        styles: Styles of training images that are kept, for a batch of one at test time, >= 1; our addition.
+        styles: Styles of the last training images that are kept, for a batch of one at test time, >= 1; our addition.
 
     Raises:
         UnsupportedModelError: If no stage gives maps or tokens.
@@ -108,18 +108,17 @@ class Consistency(Auxiliary):
 
     @torch.no_grad()
     def keep_styles(self, number: int, x: Tensor) -> None:
-        """Keep the styles of the first images after a stage, as far as there is room."""
+        """Keep the styles of the last images after a stage: the first were seen by a net that had learned nothing."""
         kept = self.get_buffer(f"styles_{number}")
         mean, deviation = (value.flatten(1) for value in _style(x))
-        rows = torch.cat([kept[: int(self.seen)], torch.stack([mean, deviation], 1).to(kept)])[: len(kept)]
-        kept[: len(rows)].copy_(rows)
+        kept.copy_(torch.cat([torch.stack([mean, deviation], 1).to(kept), kept])[: len(kept)])
 
     def loss(self, net: nn.Module, images: Tensor, labels: Tensor, key: Tensor) -> Tensor:
         """The mean over the batch."""
         split, mix = HeadSplit(net), self.mixing(key, False)
 
         def change(number: int, x: Tensor) -> Tensor:
-            if number < 2 and int(self.seen) < len(self.get_buffer("styles_0")):
+            if number < 2:
                 self.keep_styles(number, x.chunk(2)[0])
             return mix(number, x)
 

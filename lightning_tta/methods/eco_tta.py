@@ -21,6 +21,9 @@ from lightning_tta.methods.base.optimizers import OptimizerName
 from lightning_tta.methods.components.source_images import see_source_images
 from lightning_tta.methods.components.source_training import all_or_nothing
 
+FEW = 8
+"""Images whose statistics are enough for the BatchNorm of the meta parts."""
+
 
 class EcoTTA(AuxiliaryMethod[MetaParts]):
     """Minimises the entropy of sure samples, plus how far meta parts move the outputs of the net's parts.
@@ -148,6 +151,17 @@ class EcoTTA(AuxiliaryMethod[MetaParts]):
             super().prepare(source_batches)
         for name in self.adaptable:
             self.renew_source(name)
+
+    def of_batches(self, images: int) -> str:
+        """What so few images mean for the meta parts, which have BatchNorm on any net."""
+        if images >= FEW or self._window is not None:
+            return super().of_batches(images)
+        return (
+            f"'{self.name}' normalises BatchNorm layers with the statistics of each batch, those of its meta parts, "
+            f"which are noise below about {FEW} images; batches of {images} image{'s' if images > 1 else ''} are too "
+            "small for that. Give larger batches; or window=64, which adapts on the last 64 images together; or use a "
+            "method that takes images one by one ('memo', 'itta', 'neo')."
+        )
 
     def step(self, x: Tensor) -> Tensor:
         """One step of the meta parts."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -146,3 +147,15 @@ def test_what_it_refuses():
         adapt(make_net("gn"), "eco_tta", parts=2).prepare([{"image": make_images(4)}])
     with pytest.raises(DataError, match="no image"):
         adapt(make_net("gn"), "eco_tta", parts=2, warmup_epochs=0).prepare([])
+
+
+@pytest.mark.parametrize("kind", ["bn", "gn"])
+def test_few_images_are_warned_of_on_any_net(kind):
+    """The BatchNorm is that of the meta parts."""
+    for images, more, told in ((1, {}, True), (7, {}, True), (8, {}, False), (1, {"window": 8}, False)):
+        method = adapt(make_net(kind), "eco_tta", parts=2, warmup_epochs=0, **more)
+        method.prepare(source())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            method(make_images(images))
+        assert [f"batches of {images} image" in str(text.message) for text in caught] == [True] * told

@@ -163,6 +163,21 @@ def test_f_learns_from_the_alignment_alone_and_the_net_from_the_rest(known):
     assert max_difference(measure.styles_0[:6, 0], mean.detach()) < TOLERANCE
 
 
+@pytest.mark.parametrize("styles", [4, 20])
+def test_the_styles_of_the_last_images_are_kept(styles):
+    """Those of the first batches are of a net that has learned nothing yet."""
+    net = make_net("gn").double().requires_grad_(True)
+    measure = Consistency(net, styles=styles).double()
+    seen = []
+    for images in make_stream(4, batch=6, dtype=torch.float64):
+        seen.insert(0, net.conv1(images).mean((2, 3)).detach())
+        measure.loss(net, images, torch.arange(6) % 5, KEY)
+        with torch.no_grad():
+            net.conv1.weight.mul_(1.5)
+    assert measure.seen == styles
+    assert max_difference(measure.styles_0[:, 0], torch.cat(seen)[:styles]) < TOLERANCE
+
+
 def test_prepare_and_refusals():
     method = adapt(make_net("gn"), "itta", head_from="prepare", head_lr=0.01)
     with pytest.raises(DataError, match="label"):
