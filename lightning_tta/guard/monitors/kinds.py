@@ -9,6 +9,7 @@ from lightning_tta.guard.monitors.aetta import AettaMonitor
 from lightning_tta.guard.monitors.agreement import SourceAgreement, ViewAgreement
 from lightning_tta.guard.monitors.base import Monitor
 from lightning_tta.guard.monitors.confidence import ATC, Confidence, DifferenceOfConfidences
+from lightning_tta.guard.monitors.consensus import Consensus
 from lightning_tta.guard.monitors.labels import LabelsMonitor
 from lightning_tta.methods.components.wanted import Wanted, listed, read
 
@@ -16,6 +17,7 @@ MONITORS: dict[str, type[Monitor]] = {
     "aetta": AettaMonitor,
     "atc": ATC,
     "confidence": Confidence,
+    "consensus": Consensus,
     "doc": DifferenceOfConfidences,
     "labels": LabelsMonitor,
     "source_agreement": SourceAgreement,
