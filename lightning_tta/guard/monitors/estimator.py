@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_tta.errors import DataError, check_range
 from lightning_tta.guard.monitors.base import Monitor, Seen
 
-HALF_LIFE = 256
+HALF_LIFE = 128
 """Images after which a rating counts half."""
 LOW_ACCURACY = "low_accuracy"
 

@@ -10,6 +10,7 @@ from lightning_tta.guard.monitors.agreement import SourceAgreement, ViewAgreemen
 from lightning_tta.guard.monitors.base import Monitor
 from lightning_tta.guard.monitors.collapse import Collapse
 from lightning_tta.guard.monitors.confidence import ATC, Confidence, DifferenceOfConfidences
+from lightning_tta.guard.monitors.consensus import Consensus
 from lightning_tta.guard.monitors.drift import Drift
 from lightning_tta.guard.monitors.labels import LabelsMonitor
 from lightning_tta.guard.monitors.poem import Poem
@@ -20,6 +21,7 @@ MONITORS: dict[str, type[Monitor]] = {
     "atc": ATC,
     "collapse": Collapse,
     "confidence": Confidence,
+    "consensus": Consensus,
     "doc": DifferenceOfConfidences,
     "drift": Drift,
     "labels": LabelsMonitor,
