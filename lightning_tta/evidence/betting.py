@@ -225,14 +225,15 @@ class Martingale:
             setattr(self, name, float(state[name]))
 
 
-def wagers(like: Tensor, margin: float = 0.0) -> tuple[Tensor, Tensor]:
+def wagers(like: Tensor, margin: float = 0.0, idle: float = 0.25) -> tuple[Tensor, Tensor]:
     """The fixed bets that a mixture is of, (J,), and the logarithms of their shares at the start.
 
-    0, with a quarter of the wealth, and 0.05, 0.1, 0.2, 0.4, 0.8, 1.6 of both signs; without those that could lose all.
+    0, with a share ``idle`` of the wealth, and 0.05, 0.1, 0.2, 0.4, 0.8, 1.6 of both signs, without those that could
+    lose all.
     """
     sizes = [size for size in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6) if size * (0.5 + margin) < 1]
     bets = [0.0, *sizes, *(-size for size in sizes)]
-    shares = [0.25, *(0.75 / (len(bets) - 1) for _ in bets[1:])]
+    shares = [idle, *((1 - idle) / (len(bets) - 1) for _ in bets[1:])]
     grid, start = (torch.stack([torch.full_like(like, each) for each in values]) for values in (bets, shares))
     return grid, start.log()
 
@@ -264,10 +265,10 @@ def share(log_wealths: Tensor, rate: Tensor | float, start: Tensor) -> Tensor:
 class MixtureMartingale:
     """A mixture of fixed bets: M = sum_j m_j, m_j <- m_j (1 + e_j v - margin |e_j|), part of it dealt out anew.
 
-    The bets e_j are those of :func:`wagers`. After each 50 samples a share 1 / (k + 1) of the wealth, k the number of
-    such blocks so far, goes back to the shares of the start: a shift that begins after t samples costs ``log(t / 50)``
-    of log wealth, and not what bets have lost in the time before it. The bet epsilon is the mean of the e_j, weighted
-    by m_j.
+    The bets e_j are those of :func:`wagers`, a quarter of the wealth idle. After each 50 samples a share 1 / (k + 1) of
+    the wealth, k the number of such blocks so far, goes back to the shares of the start: a shift that begins after t
+    samples costs ``log(t / 50)`` of log wealth, and not what bets have lost in the time before it. The bet epsilon is
+    the mean of the e_j, weighted by m_j.
 
     Args:
         margin: As of :class:`Martingale`.

@@ -165,6 +165,18 @@ def test_a_reservoir_goes_on_bit_by_bit(tmp_path, more):
         assert not isinstance(tensor, torch.Tensor) or torch.equal(tensor.nan_to_num(), state[key].nan_to_num()), key
 
 
+def test_a_gate_goes_on_bit_by_bit(tmp_path):
+    """Its calibration is of validation images, and the digits' corruptions open it."""
+    more = {"gate": {"kind": "poem", "patience": 24}}
+    whole = run(tmp_path / "whole", save_every=None, **more)
+    for crash in (3, 5):
+        run(tmp_path / "a", crash=crash, save_every=1, **more)
+    resumed = run(tmp_path / "a", save_every=1, **more)
+    assert results(tmp_path / "a") == results(tmp_path / "whole")
+    assert torch.equal(whole.method.value("gate.state"), resumed.method.value("gate.state"))
+    assert len(whole.method.get_buffer("gate_calibration")) == len(make_data().clean("val"))
+
+
 def test_images_that_are_done_are_not_read(tmp_path, monkeypatch):
     run(tmp_path, crash=5)
     read = []
