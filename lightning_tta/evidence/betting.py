@@ -129,7 +129,7 @@ class ConformalRanks:
 
     def ranks(self, entropies: Tensor, draws: Tensor) -> Tensor:
         """Ranks (B,) of samples in their order, float64; they belong to the earlier ones from then on."""
-        parts = zip(self._steps(entropies).split(256), draws.split(256), strict=True)
+        parts = zip(torch.split(self._steps(entropies), 256), torch.split(draws, 256), strict=True)
         return torch.cat([self._ranks(steps, part) for steps, part in parts])
 
     def _ranks(self, steps: Tensor, draws: Tensor) -> Tensor:
@@ -147,17 +147,19 @@ class ConformalRanks:
 
 
 class Bettor(Protocol):
-    """Bets on ranks; its wealth starts at 1.
+    """Bets on ranks; its wealth starts at 1."""
 
-    Attributes:
-        log_wealth: Logarithm of the wealth by now.
-        largest: The largest log wealth so far, the start included.
-        epsilon: The next bet, in [-1.8, 1.8]: by what the wealth grows for u - 1/2; above 0 for larger entropies.
-    """
+    @property
+    def log_wealth(self) -> float:
+        """Logarithm of the wealth by now."""
 
-    log_wealth: float
-    largest: float
-    epsilon: float
+    @property
+    def largest(self) -> float:
+        """The largest log wealth so far, the start included."""
+
+    @property
+    def epsilon(self) -> float:
+        """The next bet, in [-1.8, 1.8]: by what the wealth grows for u - 1/2; above 0 for larger entropies."""
 
     def bet(self, u: Tensor | Iterable[float]) -> None:
         """Take samples one after another, (B,) in [0, 1]."""
@@ -398,7 +400,8 @@ class ShiftTest:
     def unpack(self, packed: Tensor) -> None:
         """Counterpart of :meth:`pack`."""
         sizes = {name: torch.as_tensor(value).numel() for name, value in self.bettor.state_dict().items()}
-        drawn, *parts = packed.detach().cpu().split([1, *sizes.values(), len(packed) - 1 - sum(sizes.values())])
+        lengths = [1, *sizes.values(), len(packed) - 1 - sum(sizes.values())]
+        drawn, *parts = torch.split(packed.detach().cpu(), lengths)
         self.drawn = int(drawn)
         if self._past is not None:
             self._past.counts = parts.pop().long()

@@ -214,8 +214,9 @@ def show_source(method: TTAMethod, data: Any, count: int, device: torch.device) 
             f"{type(method).__name__} must see source data before the stream. Predict with a data module that has "
             "training images, or call method.prepare(source_batches) first."
         )
-    split = {"split": "val"} if method.needs_held_out else {}
-    batches = data.source_batches(count, batch_size=64, **split)  # EATA's Fisher depends on the size
+    batches = data.source_batches(  # EATA's Fisher depends on the size
+        count, batch_size=64, split="val" if method.needs_held_out else "train"
+    )
     with torch.inference_mode(False), torch.enable_grad():
         method.prepare(_OnDevice(batches, device))
 
