@@ -83,8 +83,8 @@ class POEM(ETA):
         check_range("watched", watched, 0, integer=True)
         self.watched = watched
         zero = next(model.parameters()).detach().new_zeros((), dtype=torch.float64)
-        self.grid, self.start = wagers(zero, idle=0.9)
-        self.state("bets", self.start.clone(), fixed_dtype=True)
+        for name, tensor in zip(("wagers", "bets"), wagers(zero, idle=0.9), strict=True):
+            self.state(name, tensor, fixed_dtype=True)
         self.state("samples", torch.zeros((), dtype=torch.int64, device=zero.device))
         self.collect(KNOTS, torch.empty(0, dtype=torch.int64, device=zero.device))
 
@@ -132,7 +132,7 @@ class POEM(ETA):
         cdf = SourceCDF.from_knots(self.get_buffer(KNOTS).view(torch.float64))
         wide, seen = entropies.double(), self.value("samples")
         ranks = cdf.ranks(wide)
-        grid, start = (tensor.to(ranks.device) for tensor in (self.grid, self.start))
+        grid, start = self.value("wagers"), self.source_value("bets")
         margin = min(1.96 / math.sqrt(12 * cdf.size), 0.12)
         bets, wealths, epsilon = mix(self.value("bets"), ranks, grid, margin)
         ready = seen + torch.arange(len(ranks), device=ranks.device) >= self.watched

@@ -215,7 +215,7 @@ def show_source(method: TTAMethod, data: Any, count: int, device: torch.device) 
             "training images, or call method.prepare(source_batches) first."
         )
     batches = data.source_batches(  # EATA's Fisher depends on the size
-        count, batch_size=64, split="val" if method.needs_held_out else "train"
+        count, batch_size=64, split="val" if getattr(method, "needs_held_out", False) else "train"
     )
     with torch.inference_mode(False), torch.enable_grad():
         method.prepare(_OnDevice(batches, device))

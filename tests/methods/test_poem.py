@@ -110,7 +110,7 @@ def test_a_bet_of_zero_changes_nothing_to_the_last_bit():
     net = make_net("gn")
     method = adapt(net, "poem", optimizer="adam", lr=0.1, watched=0, entropy_margin=None, diversity_margin=None)
     method.prepare(source(dtype=torch.float32))
-    method.grid.zero_()
+    method.value("wagers").zero_()
     before = {name: tensor.clone() for name, tensor in method.adaptable.items()}
     for images in make_stream(3, batch=8):
         method(reddened(images))
