@@ -5,7 +5,7 @@
 
 Error in percent on shuffled streams, reset at each domain: clean held-out images, and corruptions. The calibration is
 other clean images: the validation images of the digits, or test images of a folder that are in no stream. Of a gated
-method also the share of batches that it adapted on.
+method also the share of batches that it adapted on. Then one stream of clean images, the last corruption, clean images.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from torch import Tensor
 
 from lightning_tta import adapt
 from lightning_tta.modules.loading import load_source
-from plumbing import arguments, digits_or_folder, header, row
+from plumbing import arguments, digits_or_folder, header, positions_of, row
 
 DIGITS = ["gaussian_noise", "defocus_blur", "haze", "contrast", "pixelate", "jpeg"]
 FOLDER = ["gaussian_noise", "defocus_blur", "fog", "contrast", "pixelate", "jpeg_compression"]
-RATES = {"digits": {"lr": 2e-2, "optimizer": "sgd"}, "folder": {}}  # of configs/digits/benchmark.yaml
+RATES: dict[str, dict[str, Any]] = {
+    "digits": {"lr": 2e-2, "optimizer": "sgd"},
+    "folder": {},
+}  # of configs/digits/benchmark.yaml
 
 
-def gather(data: Any) -> dict[str, tuple[Tensor, Tensor, list[str]]]:
-    """Images, labels and what the data call the images, by domain, in the stream's order."""
+def gather(data: Any) -> dict[str, tuple[Tensor, Tensor, list[int]]]:
+    """Images, labels and their places among all test images, by domain, in the stream's order."""
     parts: dict[str, list[dict[str, Any]]] = {}
     for batch in data.predict_dataloader():
         parts.setdefault(data.domain_names[int(batch["domain"][0])], []).append(batch)
@@ -33,7 +36,7 @@ def gather(data: Any) -> dict[str, tuple[Tensor, Tensor, list[str]]]:
         name: (
             torch.cat([batch["image"] for batch in batches]),
             torch.cat([torch.as_tensor(batch["label"]) for batch in batches]),
-            [str(int(index)) for batch in batches for index in batch["index"]],
+            [place for batch in batches for place in positions_of(data, batch)],
         )
         for name, batches in parts.items()
     }
@@ -54,7 +57,6 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
         domains=([], "corruptions; by default six of the reported ones"),
         methods=["source", "tent", "eata", "poem", "tent+gate", "eata+gate"],
     )
-    kind = "folder" if options.root else "digits"
     both = {"batch_size": options.batch, "num_workers": 0, "stream": "iid"}
     size = options.images or (1000 if options.root else None)
     named = {"domains": options.domains or (FOLDER if options.root else DIGITS), "num_images": size}
@@ -64,37 +66,71 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
     streams = {**gather(digits_or_folder(options.root, clean, clean, **both)), **streams}
     if options.root:
         every = {"domains": ["clean"], "num_images": None}
-        images, _, names = gather(digits_or_folder(options.root, every, every, **both))["clean"]
-        used = {name for _, _, indices in streams.values() for name in indices}
-        calibration = images[[position for position, name in enumerate(names) if name not in used]]
+        images, _, places = gather(digits_or_folder(options.root, every, every, **both))["clean"]
+        used = {place for _, _, taken in streams.values() for place in taken}
+        calibration = images[[position for position, place in enumerate(places) if place not in used]]
     else:
         data = digits_or_folder("", named, named, **both)
         calibration = torch.cat([batch["image"] for batch in data.val_dataloader()])
     source = [{"image": part} for part in calibration[: options.calibration].split(options.batch)]
     print(f"Calibration {sum(len(part['image']) for part in source)}, batches of {options.batch}\n")
     header("", *(f"{name} ({len(labels)})" for name, (_, labels, _) in streams.items()))
-    errors: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[str, float]] = {word: {} for word in options.methods}
     for word in options.methods:
-        name, _, gate = word.partition("+")
-        settings = {"gate": "poem"} if gate else {}
-        if name not in ("source", "poem"):
-            settings |= RATES[kind]
-        net = load_source(options.source_ckpt, options.net or None, 10 if options.net else None).eval()
-        method = adapt(net, name, in_place=True, **settings)
-        if not method.prepared:
-            method.prepare(source)
-        cells, errors[word] = [], {}
+        method, cells = make(word, options, source), []
         for domain, (images, labels, _) in streams.items():
             method.reset()
-            wrong, opened = 0, []
-            for part, truth in zip(images.split(options.batch), labels.split(options.batch), strict=True):
-                wrong += int((method(part).argmax(1) != truth).sum())
-                opened.append(method.stats.get("gate_open", 1.0))
-            errors[word][domain] = 100 * wrong / len(labels)
-            share = f" ({100 * sum(opened) / len(opened):.0f} %)" if gate else ""
-            cells.append(f"{errors[word][domain]:.1f}{share}")
+            errors[word][domain], opened = run(method, images, labels, options.batch)
+            cells.append(cell(errors[word][domain], opened, word))
         row(word, *cells)
+    (clean_images, clean_labels, _), (images, labels, _) = streams["clean"], next(reversed(streams.values()))
+    quarter, last = len(clean_labels) // 4, next(reversed(streams))
+    parts = {
+        f"clean ({quarter})": (clean_images[:quarter], clean_labels[:quarter]),
+        f"{last} ({len(labels)})": (images, labels),
+        f"clean ({len(clean_labels) - quarter})": (clean_images[quarter:], clean_labels[quarter:]),
+    }
+    print("\nOne stream of three parts, without a reset\n")
+    header("", *parts, "forward passes a batch")
+    for word in options.methods:
+        method, cells, passes = make(word, options, source), [], []
+        for images, labels in parts.values():
+            error, opened = run(method, images, labels, options.batch, passes)
+            cells.append(cell(error, opened, word))
+        row(word, *cells, f"{sum(passes) / len(passes):.2f}")
     return errors
+
+
+def make(word: str, options: Any, source: list[dict[str, Tensor]]) -> Any:
+    """A method by its word, prepared; ``+gate`` behind it: with a gate before it."""
+    name, _, gate = word.partition("+")
+    settings = {"gate": "poem"} if gate else {}
+    if name not in ("source", "poem"):
+        settings |= RATES["folder" if options.root else "digits"]
+    net = load_source(options.source_ckpt, options.net or None, 10 if options.net else None).eval()
+    method = adapt(net, name, in_place=True, **settings)
+    if not method.prepared:
+        method.prepare(source)
+    return method
+
+
+def run(
+    method: Any, images: Tensor, labels: Tensor, batch: int, passes: list[float] | None = None
+) -> tuple[float, list[float]]:
+    """Error in percent, and for each batch whether a gate was open; ``passes`` gets the forward passes of each."""
+    wrong, opened = 0, []
+    for part, truth in zip(images.split(batch), labels.split(batch), strict=True):
+        wrong += int((method(part).argmax(1) != truth).sum())
+        stats = method.stats
+        opened.append(stats.get("gate_open", 1.0))
+        if passes is not None:
+            passes.append(stats["forwards"])
+    return 100 * wrong / len(labels), opened
+
+
+def cell(error: float, opened: list[float], word: str) -> str:
+    """The error, with the share of batches that a gate let through."""
+    return f"{error:.2f}{f' ({100 * sum(opened) / len(opened):.0f} %)' if '+' in word else ''}"
 
 
 if __name__ == "__main__":
