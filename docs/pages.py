@@ -123,7 +123,8 @@ def method_page(name: str) -> str:
         f"Of the options that several methods share: {' '.join(rest[1].split())}" if rest else "",
         "Every method takes more options: ``statistics`` and ``window``, :doc:`/guides/statistics`; ``prior`` and "
         "``refine``, :doc:`/guides/corrections`; ``reservoir``, "
-        ":class:`~lightning_tta.methods.components.reservoir.Reservoir`; ``select``, where it learns by gradients, "
+        ":class:`~lightning_tta.methods.components.reservoir.Reservoir`; ``gate``, "
+        ":class:`~lightning_tta.methods.components.gates.PoemGate`; ``select``, where it learns by gradients, "
         ":doc:`/guides/adapters`; and what :doc:`/guides/gpu` lists.",
         title("Configuration files", "-") if shipped else "",
         *(literal_include(path) for path in shipped),

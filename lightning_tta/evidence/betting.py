@@ -129,7 +129,7 @@ class ConformalRanks:
 
     def ranks(self, entropies: Tensor, draws: Tensor) -> Tensor:
         """Ranks (B,) of samples in their order, float64; they belong to the earlier ones from then on."""
-        parts = zip(self._steps(entropies).split(256), draws.split(256), strict=True)
+        parts = zip(torch.split(self._steps(entropies), 256), torch.split(draws, 256), strict=True)
         return torch.cat([self._ranks(steps, part) for steps, part in parts])
 
     def _ranks(self, steps: Tensor, draws: Tensor) -> Tensor:
@@ -147,17 +147,19 @@ class ConformalRanks:
 
 
 class Bettor(Protocol):
-    """Bets on ranks; its wealth starts at 1.
+    """Bets on ranks; its wealth starts at 1."""
 
-    Attributes:
-        log_wealth: Logarithm of the wealth by now.
-        largest: The largest log wealth so far, the start included.
-        epsilon: The next bet, in [-1.8, 1.8]: by what the wealth grows for u - 1/2; above 0 for larger entropies.
-    """
+    @property
+    def log_wealth(self) -> float:
+        """Logarithm of the wealth by now."""
 
-    log_wealth: float
-    largest: float
-    epsilon: float
+    @property
+    def largest(self) -> float:
+        """The largest log wealth so far, the start included."""
+
+    @property
+    def epsilon(self) -> float:
+        """The next bet, in [-1.8, 1.8]: by what the wealth grows for u - 1/2; above 0 for larger entropies."""
 
     def bet(self, u: Tensor | Iterable[float]) -> None:
         """Take samples one after another, (B,) in [0, 1]."""
@@ -225,14 +227,15 @@ class Martingale:
             setattr(self, name, float(state[name]))
 
 
-def wagers(like: Tensor, margin: float = 0.0) -> tuple[Tensor, Tensor]:
+def wagers(like: Tensor, margin: float = 0.0, idle: float = 0.25) -> tuple[Tensor, Tensor]:
     """The fixed bets that a mixture is of, (J,), and the logarithms of their shares at the start.
 
-    0, with a quarter of the wealth, and 0.05, 0.1, 0.2, 0.4, 0.8, 1.6 of both signs; without those that could lose all.
+    0, with a share ``idle`` of the wealth, and 0.05, 0.1, 0.2, 0.4, 0.8, 1.6 of both signs, without those that could
+    lose all.
     """
     sizes = [size for size in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6) if size * (0.5 + margin) < 1]
     bets = [0.0, *sizes, *(-size for size in sizes)]
-    shares = [0.25, *(0.75 / (len(bets) - 1) for _ in bets[1:])]
+    shares = [idle, *((1 - idle) / (len(bets) - 1) for _ in bets[1:])]
     grid, start = (torch.stack([torch.full_like(like, each) for each in values]) for values in (bets, shares))
     return grid, start.log()
 
@@ -264,10 +267,10 @@ def share(log_wealths: Tensor, rate: Tensor | float, start: Tensor) -> Tensor:
 class MixtureMartingale:
     """A mixture of fixed bets: M = sum_j m_j, m_j <- m_j (1 + e_j v - margin |e_j|), part of it dealt out anew.
 
-    The bets e_j are those of :func:`wagers`. After each 50 samples a share 1 / (k + 1) of the wealth, k the number of
-    such blocks so far, goes back to the shares of the start: a shift that begins after t samples costs ``log(t / 50)``
-    of log wealth, and not what bets have lost in the time before it. The bet epsilon is the mean of the e_j, weighted
-    by m_j.
+    The bets e_j are those of :func:`wagers`, a quarter of the wealth idle. After each 50 samples a share 1 / (k + 1) of
+    the wealth, k the number of such blocks so far, goes back to the shares of the start: a shift that begins after t
+    samples costs ``log(t / 50)`` of log wealth, and not what bets have lost in the time before it. The bet epsilon is
+    the mean of the e_j, weighted by m_j.
 
     Args:
         margin: As of :class:`Martingale`.
@@ -397,7 +400,8 @@ class ShiftTest:
     def unpack(self, packed: Tensor) -> None:
         """Counterpart of :meth:`pack`."""
         sizes = {name: torch.as_tensor(value).numel() for name, value in self.bettor.state_dict().items()}
-        drawn, *parts = packed.detach().cpu().split([1, *sizes.values(), len(packed) - 1 - sum(sizes.values())])
+        lengths = [1, *sizes.values(), len(packed) - 1 - sum(sizes.values())]
+        drawn, *parts = torch.split(packed.detach().cpu(), lengths)
         self.drawn = int(drawn)
         if self._past is not None:
             self._past.counts = parts.pop().long()

@@ -74,7 +74,7 @@ class LabelDriftTest:
     def see(self, labels: Tensor) -> None:
         """Take in predicted labels (B,) in their order; those below 0 are none."""
         labels = labels.detach().cpu()
-        for part in labels[labels >= 0].split(256):
+        for part in torch.split(labels[labels >= 0], 256):
             self._see(part)
 
     def _see(self, labels: Tensor) -> None:

@@ -136,7 +136,8 @@ def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False,
         in_place: Adapt ``model`` itself, which saves the memory of a copy. It is in the method's hands then: one method
             at a time, and no weights may be loaded into it any more.
         **options: Arguments of the method's class, such as ``lr``; what every method takes beside them, ``statistics``,
-            ``prior``, ``refine``, ``window``, ``reservoir``: :mod:`~lightning_tta.methods.components.additions`;
+            ``prior``, ``refine``, ``window``, ``reservoir``, ``gate``:
+            :mod:`~lightning_tta.methods.components.additions`;
             ``select``, what learns: :mod:`~lightning_tta.methods.components.adapters`; and
             how it computes, see :class:`~lightning_tta.methods.base.execution.Execution`: ``capture``, ``compile``,
             ``deterministic``, ``precision``, ``lean``.

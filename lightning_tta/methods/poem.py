@@ -25,7 +25,8 @@ class POEM(ETA):
     F is the distribution of the source's entropies on held-out source images, from :meth:`prepare`. A sample of entropy
     H has the rank u = F(H). A martingale bets ``epsilon`` on ``u - 1/2``, see
     :class:`~lightning_tta.evidence.betting.MixtureMartingale`; each bet is made before its sample is seen. Its margin
-    is ``1.96 / sqrt(12 n)``, n the number of held-out images: what their mean rank may be wrong by is no evidence. ::
+    is ``1.96 / sqrt(12 n)``, n the number of held-out images: what their mean rank may be wrong by is no evidence.
+    Nine tenths of its wealth are idle until the others have won. ::
 
         u' = epsilon u^2 / 2 + (1 - epsilon / 2) u
         H' = H + F^-1(u') - F^-1(u)
@@ -73,6 +74,7 @@ class POEM(ETA):
     uses_batch_statistics = False
     synchronized = False  # a bet is on one sample after another
     needs_source = True
+    needs_held_out = True
 
     def __init__(self, model: nn.Module, *, lr: float = 5e-3, watched: int = 100, **options: Any) -> None:
         if options.get("steps", 1) != 1:
@@ -81,8 +83,8 @@ class POEM(ETA):
         check_range("watched", watched, 0, integer=True)
         self.watched = watched
         zero = next(model.parameters()).detach().new_zeros((), dtype=torch.float64)
-        self.grid, self.start = wagers(zero)
-        self.state("bets", self.start.clone(), fixed_dtype=True)
+        for name, tensor in zip(("wagers", "bets"), wagers(zero, idle=0.9), strict=True):
+            self.state(name, tensor, fixed_dtype=True)
         self.state("samples", torch.zeros((), dtype=torch.int64, device=zero.device))
         self.collect(KNOTS, torch.empty(0, dtype=torch.int64, device=zero.device))
 
@@ -130,7 +132,7 @@ class POEM(ETA):
         cdf = SourceCDF.from_knots(self.get_buffer(KNOTS).view(torch.float64))
         wide, seen = entropies.double(), self.value("samples")
         ranks = cdf.ranks(wide)
-        grid, start = (tensor.to(ranks.device) for tensor in (self.grid, self.start))
+        grid, start = self.value("wagers"), self.source_value("bets")
         margin = min(1.96 / math.sqrt(12 * cdf.size), 0.12)
         bets, wealths, epsilon = mix(self.value("bets"), ranks, grid, margin)
         ready = seen + torch.arange(len(ranks), device=ranks.device) >= self.watched

@@ -204,7 +204,7 @@ def warn_of_size(
 
 
 def show_source(method: TTAMethod, data: Any, count: int, device: torch.device) -> None:
-    """Show ``count`` training images to a method that needs source data.
+    """Show ``count`` training images, or validation images, to a method that needs source data.
 
     Raises:
         NotPreparedError: If ``data`` has none to show.
@@ -214,7 +214,9 @@ def show_source(method: TTAMethod, data: Any, count: int, device: torch.device) 
             f"{type(method).__name__} must see source data before the stream. Predict with a data module that has "
             "training images, or call method.prepare(source_batches) first."
         )
-    batches = data.source_batches(count, batch_size=64)  # EATA's Fisher depends on it
+    batches = data.source_batches(  # EATA's Fisher depends on the size
+        count, batch_size=64, split="val" if getattr(method, "needs_held_out", False) else "train"
+    )
     with torch.inference_mode(False), torch.enable_grad():
         method.prepare(_OnDevice(batches, device))
 

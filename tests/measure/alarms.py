@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tta.data import ShiftedDataModule
 from lightning_tta.evidence.betting import ShiftTest
 from lightning_tta.evidence.drift import LabelDriftTest
 from lightning_tta.losses import entropy
 from lightning_tta.modules.loading import load_source
-from plumbing import arguments, digits_or_folder, header, row
+from plumbing import arguments, digits_or_folder, header, positions_of, row
 
-Answers = tuple[Tensor, Tensor, list[str]]
-"""Logits (N, K), float64, labels (N,), and what the data call the images."""
+Answers = tuple[Tensor, Tensor, list[int]]
+"""Logits (N, K), float64, labels (N,), and where the images stand among all test images; -1: they are none."""
 FORMS: dict[str, dict[str, Any]] = {
     "conformal, mixture (default)": {"ranks": "conformal", "bets": "mixture"},
     "conformal, SF-OGD": {"ranks": "conformal", "bets": "sf_ogd"},
@@ -39,16 +40,13 @@ FORMS: dict[str, dict[str, Any]] = {
 SHOWN = ["conformal, mixture (default)", "margin, mixture", "fixed, SF-OGD (the paper's)"]
 
 
-@torch.no_grad()
-def answers(net: torch.nn.Module, batches: Any, names: list[str]) -> dict[str, Answers]:
-    """What the net says of all images, by domain; batches are of one domain each, of the first where they say none."""
+def answers(net: torch.nn.Module, data: ShiftedDataModule) -> dict[str, Answers]:
+    """What the net says of all images of a stream whose batches are of one domain each, by domain."""
     parts: dict[str, list[Answers]] = {}
-    for batch in batches:
-        name = names[int(batch["domain"][0])] if "domain" in batch else names[0]
+    for batch in data.predict_dataloader():
+        name = data.domain_names[int(batch["domain"][0])]
         logits = net(batch["image"]).double()
-        parts.setdefault(name, []).append(
-            (logits, torch.as_tensor(batch["label"]), [str(int(i)) for i in batch.get("index", [])])
-        )
+        parts.setdefault(name, []).append((logits, torch.as_tensor(batch["label"]), positions_of(data, batch)))
     return {
         name: (torch.cat([p[0] for p in rows]), torch.cat([p[1] for p in rows]), [i for p in rows for i in p[2]])
         for name, rows in parts.items()
@@ -105,7 +103,7 @@ def false_alarms(pool: Answers, calibration: int, streams: int, alphas: list[flo
 
 def delays(pool: Answers, shifted: dict[str, Answers], calibration: int, before: int, streams: int) -> None:
     """A table of the shifted samples until the alarm at alpha 0.05, median and largest, beside the accuracy lost."""
-    logits, labels, names = pool
+    logits, labels, places = pool
     accuracy = 100 * (logits.argmax(1) == labels).double().mean()
     shown: dict[str, Callable[[Tensor, int], Any]] = {
         name: lambda values, seed, form=FORMS[name]: ShiftTest(values, 0.05, seed=seed, **form) for name in SHOWN
@@ -117,9 +115,9 @@ def delays(pool: Answers, shifted: dict[str, Answers], calibration: int, before:
         if name == "clean":
             continue
         taken = set(used)
-        free = torch.tensor([position for position, each in enumerate(names) if each not in taken])
+        free = torch.tensor([position for position, each in enumerate(places) if each not in taken])
         if len(free) < calibration + before:
-            free = torch.arange(len(names))  # the same images, with and without the corruption: few that there are
+            free = torch.arange(len(places))  # the same images, with and without the corruption: few that there are
         numbers: dict[str, list[int | None]] = {column: [] for column in columns}
         ranks = []
         for seed in range(streams):
@@ -163,6 +161,7 @@ def speed(pool: Answers, calibration: int, batch: int = 200, rounds: int = 30) -
         row(name, f"{1e6 * median(times):.0f}")
 
 
+@torch.no_grad()
 def main(args: list[str] | None = None) -> None:
     """Print the tables."""
     options = arguments(
@@ -188,16 +187,11 @@ def main(args: list[str] | None = None) -> None:
         both = {"batch_size": 200, "num_workers": 0, "stream": "iid"}
         clean = {"num_images": options.clean or None, "domains": ["clean"]}
         data = digits_or_folder(options.root, clean, clean, **both)
-        pool = answers(net, data.predict_dataloader(), ["clean"])["clean"]
-        if not options.root:
-            more = answers(net, data.val_dataloader(), ["clean"])[
-                "clean"
-            ]  # the net has not been trained on them either
-            pool = (
-                torch.cat([pool[0], more[0]]),
-                torch.cat([pool[1], more[1]]),
-                [*pool[2], *("validation" for _ in more[1])],
-            )
+        pool = answers(net, data)["clean"]
+        if not options.root:  # the net has not been trained on the validation images either
+            for batch in data.val_dataloader():
+                more = net(batch["image"]).double(), torch.as_tensor(batch["label"]), [-1] * len(batch["label"])
+                pool = torch.cat([pool[0], more[0]]), torch.cat([pool[1], more[1]]), pool[2] + more[2]
         some = {"domains": options.domains}
         data = digits_or_folder(
             options.root,
@@ -205,7 +199,7 @@ def main(args: list[str] | None = None) -> None:
             {**some, "num_images": options.images or 2000},
             **both,
         )
-        shifted = answers(net, data.predict_dataloader(), data.domain_names)
+        shifted = answers(net, data)
         if path is not None:
             torch.save((pool, shifted), path)
     calibration = options.calibration or (2000 if options.root else len(pool[1]) // 2)

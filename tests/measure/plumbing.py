@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from lightning_tta.data import DigitsData, FolderData, ShiftedDataModule
+from lightning_tta.data.splits import subset
 from lightning_tta.modules import TestTimeAdaptation
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -41,6 +42,7 @@ __all__ = [
     "medians",
     "norm_weights",
     "on_device",
+    "positions_of",
     "predict",
     "resident",
     "row",
@@ -130,6 +132,12 @@ def digits_or_folder(root: str, digits: dict[str, Any], folder: dict[str, Any], 
         data = DigitsData(**{"severity": 5, **digits, **both})
     data.setup("predict")
     return data
+
+
+def positions_of(data: ShiftedDataModule, batch: Mapping[str, Any]) -> list[int]:
+    """Where the images of a batch stand among all test images: its ``index`` counts those in use, domain by domain."""
+    used = subset(len(data.clean("test")), data.num_images)
+    return used[torch.as_tensor(batch["index"]) % len(used)].tolist()
 
 
 def predict(

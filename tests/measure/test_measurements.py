@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
+import alarms
 import bn_statistics
 import by_hand
 import come_mass
@@ -29,6 +30,7 @@ import memo_speed
 import memory
 import meta_step
 import overhead
+import protected
 import reasons
 import startup
 import stream_memory
@@ -228,6 +230,29 @@ def test_guard_on_digits(capsys, tmp_path):
     assert set(found) >= {"source", "tent at 20x", "zerosiam"}
     assert all(0 <= accuracy <= 100 for accuracy, _ in found.values())
     assert {alarms is None for name, (_, alarms) in found.items() if "window" not in name} == {True}
+
+
+def test_alarms(capsys, places, tmp_path):
+    kept = tmp_path / "logits.pt"
+    small = [f"--source-ckpt={places[1]}", "--net=cifar/resnet20", "--images=12", "--clean=60", f"--logits={kept}"]
+    alarms.main([*small, "--streams=10", "--repeats=2", "--domains", "contrast"])
+    text = capsys.readouterr().out
+    assert kept.exists()
+    for name in alarms.FORMS:
+        assert text.count(f"\n| {name} |") == 3  # false alarms, shuffled and sorted, and microseconds
+    assert text.count("| contrast |") == 1
+    rates = [float(rate) for rate in re.findall(r"\| label drift \| (\S+) \|", text)]
+    assert len(rates) == 3
+    assert all(0 <= rate <= 100 for rate in rates[:2])
+
+
+def test_protected(capsys, places):
+    small = [f"--source-ckpt={places[1]}", "--net=cifar/resnet20", "--images=12", "--clean=20", "--batch=8"]
+    found = protected.main([*small, "--domains", "contrast", "--methods", "source", "poem", "tent+gate"])
+    assert set(found) == {"source", "poem", "tent+gate"}
+    assert all(set(errors) == {"clean", "contrast"} for errors in found.values())
+    assert found["poem"] == found["source"]  # 12 and 20 images are fewer than are watched at first
+    assert "%)" in capsys.readouterr().out
 
 
 def test_export(capsys, places):

@@ -10,12 +10,13 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from contract import VARIANTS
-from lightning_tta import DigitsData, TestTimeAdaptation, available_methods
+from lightning_tta import DigitsData, TestTimeAdaptation, adapt, available_methods
 from lightning_tta.cli.main import main
 from lightning_tta.data.images import StreamBatches
 from lightning_tta.methods import Source, Tent
 from lightning_tta.methods.base.capture import Capture
 from lightning_tta.methods.base.host import recording
+from lightning_tta.run.batches import show_source
 from nets import kind_for, make_net
 from replay import use_tape
 from runs import callbacks_of, directory_of
@@ -163,6 +164,29 @@ def test_a_reservoir_goes_on_bit_by_bit(tmp_path, more):
     state = resumed.method.state_dict()
     for key, tensor in whole.method.state_dict().items():
         assert not isinstance(tensor, torch.Tensor) or torch.equal(tensor.nan_to_num(), state[key].nan_to_num()), key
+
+
+def test_a_gate_goes_on_bit_by_bit(tmp_path):
+    more = {"gate": {"kind": "poem", "patience": 24}}
+    whole = run(tmp_path / "whole", save_every=None, **more)
+    for crash in (3, 5):
+        run(tmp_path / "a", crash=crash, save_every=1, **more)
+    resumed = run(tmp_path / "a", save_every=1, **more)
+    assert results(tmp_path / "a") == results(tmp_path / "whole")
+    assert torch.equal(whole.method.value("gate.state"), resumed.method.value("gate.state"))
+
+
+def test_what_needs_held_out_images_sees_validation_images():
+    net, data = make_net("gn", 10), make_data()
+    for name, more, split in (("poem", {}, "val"), ("tent", {"gate": "poem"}, "val"), ("eata", {}, "train")):
+        seen = []
+        method = adapt(net, name, **more)
+        method.prepare = lambda batches, seen=seen: seen.extend(batch["image"] for batch in batches)
+        show_source(method, data, 40, torch.device("cpu"))
+        (expected,) = data.source_batches(40, batch_size=64, split=split)
+        (other,) = data.source_batches(40, batch_size=64, split={"val": "train", "train": "val"}[split])
+        assert torch.equal(torch.cat(seen), expected["image"])
+        assert not torch.equal(expected["image"], other["image"])
 
 
 def test_images_that_are_done_are_not_read(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ class Gate(ABC):
         """Whether it is open now."""
 
     @abstractmethod
-    def notes(self, method: State) -> dict[str, Tensor | float]:
+    def notes(self, method: State) -> dict[str, Tensor]:
         """Numbers for ``stats``, of the last batch."""
 
     @abstractmethod

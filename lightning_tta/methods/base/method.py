@@ -92,6 +92,7 @@ class TTAMethod(Described, Replayable, ABC):
     Attributes:
         returns: Whether the logits come from before or after the batch's own update.
         needs_source: Whether :meth:`prepare` must run before the stream; may depend on the options.
+        needs_held_out: Whether the images that :meth:`prepare` sees must be such as the net was not trained on.
         prepared: Whether it has.
         image_shape: That of an image of the last batch, (C, H, W).
         required: Names of the net's parameters that required gradients when the method was made.
@@ -117,6 +118,7 @@ class TTAMethod(Described, Replayable, ABC):
 
     returns: Literal["before the step", "after the step"] = "before the step"
     needs_source: bool = False
+    needs_held_out: bool = False
     task: Task = Images()
     skips_when_empty: bool = True
     images_apart: ClassVar[bool] = False
@@ -273,7 +275,7 @@ class TTAMethod(Described, Replayable, ABC):
             gate: Its constructor has declared its state on this method.
         """
         self._gate = gate
-        self.needs_source, self.prepared = True, False
+        self.needs_source, self.needs_held_out, self.prepared = True, True, False
         self.parallel = frozenset({"replicas"})  # type: ignore[misc]
 
     def slide(self, images: int) -> None:

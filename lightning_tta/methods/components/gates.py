@@ -19,7 +19,7 @@ from lightning_tta.methods.components.source_images import see_source_images
 from lightning_tta.methods.components.wanted import Wanted, read
 
 STATE, CALIBRATION = f"{GATES}state", "gate_calibration"
-_OPEN, _SINCE = 0, 1
+_OPEN = 0
 
 
 class PoemGate(Gate):
@@ -123,9 +123,10 @@ class PoemGate(Gate):
         self._look(method)
         return bool(self._values[_OPEN])
 
-    def notes(self, method: State) -> dict[str, Tensor | float]:
+    def notes(self, method: State) -> dict[str, Tensor]:
         """``gate_open`` and ``gate_log_wealth``."""
-        return {"gate_open": self._values[_OPEN], "gate_log_wealth": self._look(method).log_wealth}
+        numbers = {"gate_open": self._values[_OPEN], "gate_log_wealth": self._look(method).log_wealth}
+        return {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
 
     def look_again(self) -> None:
         """Read the state at the next use."""
