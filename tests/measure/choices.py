@@ -158,11 +158,16 @@ def with_gains(
 ) -> dict[str, dict[str, float]]:
     """The scores, with what the labels of some images of the trial say."""
     truth = found["labels"][chosen]
-    right = {
-        name: float((found["candidates"][name]["record"]["answers"][chosen].argmax(1) == truth).double().mean())
-        for name in scores
+    answers = {name: found["candidates"][name]["record"]["answers"][chosen].argmax(1) for name in scores}
+    right = {name: each == truth for name, each in answers.items()}
+    return {
+        name: {
+            **own,
+            "labels_won": float((right[name] & ~right[SOURCE]).double().mean()),
+            "labels_lost": float((right[SOURCE] & ~right[name]).double().mean()),
+        }
+        for name, own in scores.items()
     }
-    return {name: {**own, "labels_gain": right[name] - right[SOURCE]} for name, own in scores.items()}
 
 
 def picks(found: dict[str, Any], counts: list[int], draws: int) -> dict[str, list[str]]:
