@@ -13,10 +13,10 @@ UNSTEADY, STEADY, UNEVEN = 0.3, 0.5, 0.8
 """Price of an answer of its own that is another in other company; the least steadiness; the least evenness."""
 NOISE, NOISE_OF_DIFFERING = 0.01, 0.03
 """Standard deviation of the evidence where there is no gain, and what an image on which both differ adds to it."""
-MOST = 0.98
-"""What scores alone can make of a probability, so that labels can outweigh them."""
-CLEAR, LEAST_GAIN = 0.95, 0.005
-"""What the probability of a gain must be at least, and the estimated gain in accuracy."""
+LEAST, MOST = 0.25, 0.98
+"""What scores alone can make of a probability, so that labels can outweigh them: they overlook more than they invent."""
+CLEAR, CLEAR_WITH_LABELS, LEAST_GAIN = 0.95, 0.9, 0.005
+"""What the probability of a gain must be at least, and the estimated gain in accuracy. Labels cannot be fooled."""
 WORTH = 20
 """So many labels weigh as much as the scores do in the estimated gain."""
 
@@ -58,7 +58,7 @@ def evidence(own: Scores, source: Scores) -> float:
 def probability_of_scores(gain: float, differ: float) -> float:
     """That a candidate is better, from :func:`evidence` and the share of images on which it differs from the source."""
     z = gain / (NOISE + NOISE_OF_DIFFERING * differ)
-    return min(max(0.5 * (1 + math.erf(z / math.sqrt(2))), 1 - MOST), MOST)
+    return min(max(0.5 * (1 + math.erf(z / math.sqrt(2))), LEAST), MOST)
 
 
 def odds_of_labels(won: int, lost: int) -> float:
@@ -108,7 +108,8 @@ def decide(scores: Mapping[str, Scores], labels: int = 0) -> Decision:
     found = gains(scores, labels)
     if not found:
         return Decision(SOURCE, 1.0, "None: stay with the source, for no candidate could run.")
-    clear = {n: g for n, g in found.items() if g.probability >= CLEAR and g.estimate >= LEAST_GAIN}
+    least = CLEAR_WITH_LABELS if labels else CLEAR
+    clear = {n: g for n, g in found.items() if g.probability >= least and g.estimate >= LEAST_GAIN}
     heard = f"the scores and {labels} labels" if labels else "the scores, without labels,"
     if not clear:
         best = max(found, key=lambda name: found[name].probability)

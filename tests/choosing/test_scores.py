@@ -15,7 +15,7 @@ def record(seed, images=30, classes=4, width=6):
     features = torch.randn(images, width, generator=generator)
     answers = features @ weight.T + bias
     final, view = (answers + torch.randn(answers.shape, generator=generator) for _ in range(2))
-    return Record(answers, final, view, features, features, weight, bias, [20, 10])
+    return Record(answers, final, view, features, features, weight, bias)
 
 
 def classes_of(logits):
@@ -67,7 +67,6 @@ def test_images_that_were_left_out_do_not_count():
             tensor = getattr(each, name)
             setattr(each, name, torch.cat([tensor, torch.zeros(5, 4)]))
         each.features = each.final_features = torch.cat([each.features, torch.full((5, 6), torch.nan)])
-        each.sizes = [20, 15]
     assert score(own, source, {3: 1, 31: 0}) == pytest.approx({**before, **_labels_of_one(own, source, 3, 1)})
 
 
