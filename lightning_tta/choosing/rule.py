@@ -14,7 +14,7 @@ UNSTEADY, STEADY, UNEVEN = 0.3, 0.5, 0.8
 NOISE, NOISE_OF_DIFFERING = 0.01, 0.03
 """Standard deviation of the evidence where there is no gain, and what an image on which both differ adds to it."""
 LEAST, MOST = 0.25, 0.98
-"""What scores alone can make of a probability, so that labels can outweigh them: they overlook more than they invent."""
+"""What scores alone can make of a probability, so that labels can outweigh them; against a method they know less."""
 CLEAR, CLEAR_WITH_LABELS, LEAST_GAIN = 0.95, 0.9, 0.005
 """What the probability of a gain must be at least, and the estimated gain in accuracy. Labels cannot be fooled."""
 WORTH = 20
