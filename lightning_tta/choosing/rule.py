@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from lightning_tta.choosing.candidates import SOURCE
 from lightning_tta.choosing.scores import Scores
 
-WEIGHTS = {"aetta": 0.3, "infomax": 0.3, "agreement_view": 0.3, "agreement_company": 0.5}
-"""Of the differences to the source in the estimated gain, designed on MNIST, see tests/measure/choices.py."""
-SPREAD = 0.5
-"""Standard deviation of the estimate, as a share of the images on which a candidate and the source differ."""
-CLEAR = 0.95
-"""What the probability of a gain must be at least."""
-LEAST_GAIN = 0.005
-"""And the estimated gain in accuracy."""
+UNSTEADY, STEADY, UNEVEN = 0.3, 0.5, 0.8
+"""Price of an answer of its own that is another in other company; the least steadiness; the least evenness."""
+NOISE, NOISE_OF_DIFFERING = 0.01, 0.03
+"""Standard deviation of the evidence where there is no gain, and what an image on which both differ adds to it."""
+LEAST, MOST = 0.25, 0.98
+"""What scores alone can make of a probability, so that labels can outweigh them; against a method they know less."""
+CLEAR, CLEAR_WITH_LABELS, LEAST_GAIN = 0.95, 0.9, 0.005
+"""What the probability of a gain must be at least, and the estimated gain in accuracy. Labels cannot be fooled."""
+WORTH = 20
+"""So many labels weigh as much as the scores do in the estimated gain."""
 
 
 @dataclass(frozen=True)
@@ -30,55 +32,67 @@ class Decision:
 
 @dataclass(frozen=True)
 class Gain:
-    """Accuracy of a candidate less that of the source: a normal distribution."""
+    """What is known of the accuracy of a candidate, less that of the source: an estimate, and whether it is above 0."""
 
-    mean: float
-    spread: float
-
-    @property
-    def probability(self) -> float:
-        """That it is above 0."""
-        return 0.5 * (1 + math.erf(self.mean / max(self.spread, 1e-9) / math.sqrt(2)))
+    estimate: float
+    probability: float
 
 
-def gain_without_labels(scores: Scores, source: Scores) -> Gain:
-    """What the scores say of the gain.
+def evidence(own: Scores, source: Scores) -> float:
+    """What the scores say of the gain in accuracy, without labels; conservative.
 
-    A weighted sum of the differences to the source; it is at most the share d of images on which both differ, and its
-    spread is a share of d, too: who agrees with the source cannot be far from its accuracy.
+    ``(aetta + infomax) / 2``, as differences to the source, less ``0.3 d (1 - steadiness)`` and less what evenness
+    lacks to 0.8. d is the share of images on which both differ, and bounds it. It is 0 at most where less than half of
+    its own answers stay the same in other company; and without AETTA, as whatever makes predictions sharper raises
+    InfoMax.
     """
-    differ = 1 - scores["agreement_source"]
-    mean = sum(weight * (scores[name] - source[name]) for name, weight in WEIGHTS.items() if name in scores)
-    return Gain(min(max(mean, -differ), differ), SPREAD * differ)
+    differ = 1 - own["agreement_source"]
+    estimated = "aetta" in own and "aetta" in source
+    may_gain = estimated and own["steadiness"] >= STEADY
+    aetta = own["aetta"] - source["aetta"] if estimated else 0.0
+    gain = (aetta + own["infomax"] - source["infomax"]) / 2
+    gain -= UNSTEADY * differ * (1 - own["steadiness"]) + max(0.0, UNEVEN - own["evenness"])
+    return max(-differ, min(gain, differ if may_gain else 0.0))
 
 
-def with_labels(gain: Gain, paired: float, labels: int, differ: float) -> Gain:
-    """The posterior after n labels, of which the mean paired difference to the source is known.
+def probability_of_scores(gain: float, differ: float) -> float:
+    """That a candidate is better, from :func:`evidence` and the share of images on which it differs from the source."""
+    z = gain / (NOISE + NOISE_OF_DIFFERING * differ)
+    return min(max(0.5 * (1 + math.erf(z / math.sqrt(2))), LEAST), MOST)
 
-    Each label gives 1 where the candidate alone is right, -1 where the source alone is, else 0; so its variance is at
-    most the share d of images on which both differ. Normal prior, normal likelihood.
+
+def odds_of_labels(won: int, lost: int) -> float:
+    """Odds that a candidate is better, from labels: it alone was right ``won`` times, the source alone ``lost`` times.
+
+    The chance t of a win among these has a uniform prior, so its posterior is Beta(won + 1, lost + 1), of which
+    ``P(t < 1/2)`` is a binomial sum. Images on which both are right, or both wrong, say nothing.
     """
-    variance = max(differ, 1 / (labels + 2)) / labels
-    prior = max(gain.spread, 1e-6) ** 2
-    weight = prior / (prior + variance)
-    return Gain((1 - weight) * gain.mean + weight * paired, math.sqrt(weight * variance))
+    number = won + lost + 1
+    below = sum(math.comb(number, wins) for wins in range(won + 1, number + 1)) / 2**number
+    return (1 - below) / below
 
 
 def gains(scores: Mapping[str, Scores], labels: int = 0) -> dict[str, Gain]:
     """The gain of each candidate but the source, by name.
 
+    The odds of the scores times those of the labels; the estimate is a weighted mean of both.
+
     Args:
         scores: By candidate, those of the source among them.
         labels: Images with labels.
     """
-    source = scores[SOURCE]
     found = {}
     for name, own in scores.items():
         if name == SOURCE:
             continue
-        found[name] = gain_without_labels(own, source)
+        estimate = evidence(own, scores[SOURCE])
+        probability = probability_of_scores(estimate, 1 - own["agreement_source"])
         if labels:
-            found[name] = with_labels(found[name], own["labels_gain"], labels, 1 - own["agreement_source"])
+            won, lost = (round(own[f"labels_{which}"] * labels) for which in ("won", "lost"))
+            odds = probability / (1 - probability) * odds_of_labels(won, lost)
+            estimate = (WORTH * estimate + won - lost) / (WORTH + labels)
+            probability = odds / (1 + odds)
+        found[name] = Gain(estimate, probability)
     return found
 
 
@@ -93,23 +107,24 @@ def decide(scores: Mapping[str, Scores], labels: int = 0) -> Decision:
     """
     found = gains(scores, labels)
     if not found:
-        return Decision(SOURCE, 1.0, "No candidate could run: stay with the source.")
-    clear = {n: g for n, g in found.items() if g.probability >= CLEAR and g.mean >= LEAST_GAIN}
-    evidence = f"{labels} labels and the scores" if labels else "the scores without labels"
+        return Decision(SOURCE, 1.0, "None: stay with the source, for no candidate could run.")
+    least = CLEAR_WITH_LABELS if labels else CLEAR
+    clear = {n: g for n, g in found.items() if g.probability >= least and g.estimate >= LEAST_GAIN}
+    heard = f"the scores and {labels} labels" if labels else "the scores, without labels,"
     if not clear:
         best = max(found, key=lambda name: found[name].probability)
         chance = found[best].probability
         return Decision(
             SOURCE,
             1 - chance,
-            f"None: stay with the source, as {evidence} are clear for no candidate; {best} is the nearest, with an "
-            f"estimated probability of {chance:.2f} to be better.",
+            f"None: stay with the source, for {heard} are clear for no candidate; the nearest is {best}, better with "
+            f"an estimated probability of {chance:.2f}.",
         )
-    most = max(gain.mean for gain in clear.values())
-    best = next(name for name, gain in clear.items() if gain.mean >= most - LEAST_GAIN)
+    most = max(gain.estimate for gain in clear.values())
+    best = next(name for name, gain in clear.items() if gain.estimate >= most - LEAST_GAIN)
     return Decision(
         best,
         clear[best].probability,
-        f"{best}: by {evidence} it gains about {100 * clear[best].mean:.0f} points on the source, and is better with "
-        f"an estimated probability of {clear[best].probability:.2f}.",
+        f"{best}: {heard} speak for a gain on the source, with an estimated probability of "
+        f"{clear[best].probability:.2f}.",
     )

@@ -17,13 +17,15 @@ Scores = dict[str, float]
 def score(record: Record, source: Record, labels: Mapping[int, int] | None = None) -> Scores:
     """Scores by name; the larger, the better, of all but ``shift_of_classes``.
 
-    - ``aetta``: accuracy as AETTA estimates it, mean over the batches; ``aetta_end``: of the net at the end. Only where
-      the net ends in a linear layer.
+    - ``aetta``: accuracy as AETTA estimates it, of all answers together: of one batch of a class-sorted stream it takes
+      few classes for a collapse; ``aetta_end``: of the net at the end. Only where the net ends in a linear layer.
     - ``infomax``, ``snd``, ``entropy`` (minus the mean entropy over log K): of the net at the end.
     - ``agreement_view``: with its own predictions for shifted views; ``agreement_company``: of its answers with its
       predictions for the same images in shuffled batches; ``agreement_source``: with the source.
+    - ``steadiness``: as ``agreement_company``, of the images on which it differs from the source; 1 without any.
     - ``evenness``: entropy of how often each class is predicted, over that of the source, at most 2.
-    - ``labels``: accuracy on the images with labels, where there are some; ``labels_gain``: less that of the source.
+    - ``labels``: accuracy on the images with labels, where there are some; ``labels_won``, ``labels_lost``: share of
+      them on which it alone is right, or the source alone.
 
     Args:
         record: Of the candidate.
@@ -41,17 +43,12 @@ def score(record: Record, source: Record, labels: Mapping[int, int] | None = Non
         "agreement_source": agreement(answers, source.answers[known]),
         "evenness": (evenness(answers) / evenness(source.answers[known]).clamp_min(1e-6)).clamp(max=2),
     }
+    steady, differs = (answers.argmax(-1) == final.argmax(-1)), answers.argmax(-1) != source.answers[known].argmax(-1)
+    scores["steadiness"] = 1 - (differs & ~steady).sum() / differs.sum().clamp_min(1)
     found = {name: float(value) for name, value in scores.items()}
     head = _head(record)
     if head is not None and record.features is not None:
-        errors, start = 0.0, 0
-        for number, size in enumerate(record.sizes):
-            rows = torch.arange(start, start + size)[known[start : start + size]]
-            start += size
-            if len(rows):
-                key = torch.tensor([0, number])
-                errors += aetta(record.features[rows], head, record.answers[rows], key=key)[0] * len(rows)
-        found["aetta"] = 1 - errors / max(1, len(answers))
+        found["aetta"] = 1 - aetta(record.features[known], head, answers)[0]
         if record.final_features is not None:
             found["aetta_end"] = 1 - aetta(record.final_features[known], head, final)[0]
     labels = {place: label for place, label in (labels or {}).items() if known[place]}
@@ -59,7 +56,8 @@ def score(record: Record, source: Record, labels: Mapping[int, int] | None = Non
         positions, truth = torch.tensor(list(labels)), torch.tensor(list(labels.values()))
         right, source_right = (r.answers[positions].argmax(-1) == truth for r in (record, source))
         found["labels"] = float(right.double().mean())
-        found["labels_gain"] = found["labels"] - float(source_right.double().mean())
+        found["labels_won"] = float((right & ~source_right).double().mean())
+        found["labels_lost"] = float((source_right & ~right).double().mean())
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ class Record:
         final_features: As ``features``, of the passes that gave ``final``.
         weight: Weight (K, D) of the last linear layer.
         bias: Its bias (K,), or ``None``.
-        sizes: Images of each batch.
     """
 
     answers: Tensor
@@ -46,7 +45,6 @@ class Record:
     final_features: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
-    sizes: list[int] = field(default_factory=list)
 
 
 class Runner:
@@ -184,13 +182,13 @@ def finish(runners: Sequence[Runner], batches: Sequence[Tensor], seed: int = 0) 
     """
     images = torch.cat(list(batches))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.device)
-    back, sizes = order.argsort().cpu(), [len(batch) for batch in batches]
+    back, size = order.argsort().cpu(), max(len(batch) for batch in batches)
     records = {}
     for runner in runners:
         if runner.problem:
             continue
         passes: list[list[tuple[Tensor, Tensor | None]]] = [[], []]
-        for number, chosen in enumerate(order.split(max(sizes))):
+        for number, chosen in enumerate(order.split(size)):
             key = torch.tensor([seed, number], device=images.device)
             batch = images[chosen]
             for place, shown in enumerate((batch, crop_images(batch, "crop", key))):
@@ -217,7 +215,6 @@ def finish(runners: Sequence[Runner], batches: Sequence[Tensor], seed: int = 0) 
             final_features,
             weight,
             bias,
-            sizes,
         )
     return records
 

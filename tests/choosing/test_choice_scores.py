@@ -15,7 +15,7 @@ def record(seed, images=30, classes=4, width=6):
     features = torch.randn(images, width, generator=generator)
     answers = features @ weight.T + bias
     final, view = (answers + torch.randn(answers.shape, generator=generator) for _ in range(2))
-    return Record(answers, final, view, features, features, weight, bias, [20, 10])
+    return Record(answers, final, view, features, features, weight, bias)
 
 
 def classes_of(logits):
@@ -34,25 +34,27 @@ def test_against_counts():
     right = np.mean([answers[n] == label for n, label in labels.items()])
     source_right = np.mean([source_answers[n] == label for n, label in labels.items()])
     assert found["labels"] == pytest.approx(right)
-    assert found["labels_gain"] == pytest.approx(right - source_right)
+    assert found["labels_won"] - found["labels_lost"] == pytest.approx(right - source_right)
+    won = np.mean([answers[n] == label != source_answers[n] for n, label in labels.items()])
+    assert found["labels_won"] == pytest.approx(won)
+    differs = answers != source_answers
+    assert found["steadiness"] == pytest.approx(np.mean((answers == final)[differs]))
 
     def spread(classes):
         shares = np.unique(classes, return_counts=True)[1] / len(classes)
         return -(shares * np.log(shares)).sum()
 
     assert found["evenness"] == pytest.approx(min(2, spread(answers) / spread(source_answers)), rel=1e-5)
-    assert not {"labels", "labels_gain"} & set(score(own, source))
+    assert not {name for name in score(own, source) if name.startswith("labels")}
 
 
-def test_aetta_is_a_mean_over_the_batches_weighted_by_their_images():
+def test_aetta_is_of_all_answers_together():
     own = record(0)
     head = torch.nn.Linear(6, 4)
     head.load_state_dict({"weight": own.weight, "bias": own.bias})
-    errors = [
-        aetta(own.features[rows], head, own.answers[rows], key=torch.tensor([0, number]))[0]
-        for number, rows in enumerate((slice(0, 20), slice(20, 30)))
-    ]
-    assert score(own, own)["aetta"] == pytest.approx(1 - (2 * errors[0] + errors[1]) / 3)
+    expected = 1 - aetta(own.features, head, own.answers)[0]
+    assert score(own, own)["aetta"] == pytest.approx(expected)
+    assert score(own, own)["aetta_end"] == pytest.approx(1 - aetta(own.features, head, own.final)[0])
     for lost in ({"features": None}, {"weight": None}):
         assert "aetta" not in score(Record(**{**vars(own), **lost}), own)
 
@@ -65,19 +67,22 @@ def test_images_that_were_left_out_do_not_count():
             tensor = getattr(each, name)
             setattr(each, name, torch.cat([tensor, torch.zeros(5, 4)]))
         each.features = each.final_features = torch.cat([each.features, torch.full((5, 6), torch.nan)])
-        each.sizes = [20, 15]
     assert score(own, source, {3: 1, 31: 0}) == pytest.approx({**before, **_labels_of_one(own, source, 3, 1)})
 
 
 def _labels_of_one(own, source, place, label):
     right, source_right = (float(each.answers[place].argmax() == label) for each in (own, source))
-    return {"labels": right, "labels_gain": right - source_right}
+    return {
+        "labels": right,
+        "labels_won": float(right > source_right),
+        "labels_lost": float(source_right > right),
+    }
 
 
 def test_the_source_agrees_with_itself():
     own = record(0)
     found = score(own, own)
-    assert found["agreement_source"] == found["evenness"] == 1
+    assert found["agreement_source"] == found["evenness"] == found["steadiness"] == 1
 
 
 def test_evenness_is_that_of_the_predicted_classes():

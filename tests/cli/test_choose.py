@@ -34,7 +34,7 @@ def test_writes_what_predict_takes(digits_source, tmp_path, capsys):
     names = [each["name"] for each in content["candidates"]]
     assert names == ["source", "tent (lr 0.001, statistics auto, reset_every 5)", "eata"]
     assert not any(each["problem"] for each in content["candidates"])  # EATA was shown the data's training images
-    assert all("labels_gain" in each["scores"] for each in content["candidates"])
+    assert all("labels_won" in each["scores"] for each in content["candidates"])
     written = yaml.safe_load((output / "predict.yaml").read_text())
     method = written["model"]["init_args"]["method"]
     assert method == yaml.safe_load((output / "method.yaml").read_text())

@@ -31,6 +31,9 @@ from plumbing import arguments, header, row
 STREAMS = ["iid", "continual", "correlated", "mixed"]
 CIFAR = ["clean", "speckle_noise", "gaussian_blur", "spatter", "saturate"]
 DIGITS = ["clean", "speckle_noise", "gaussian_blur", "shear", "occlusion"]
+NO_LABELS = "no label"
+Results = dict[str, dict[str, dict[str, float]]]
+"""By data set and policy: accuracy, regret, and the other columns."""
 SMALL_NETS = {"bn": "timm/test_resnet", "gn": "timm/test_efficientnet_gn"}
 CIFAR_NETS = {"bn": "cifar/resnet20", "gn": "cifar/resnet26_gn"}
 
@@ -138,10 +141,10 @@ def run(case: Case, options: Any) -> dict[str, Any]:
     return {"labels": torch.cat([batch["label"] for batch in batches]), "candidates": found}
 
 
-def scored(found: dict[str, Any], labels: dict[int, int] | None = None) -> dict[str, dict[str, float]]:
+def scored(found: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Scores of every candidate that could run, by name."""
     records = {name: Record(**each["record"]) for name, each in found["candidates"].items() if each["record"]}
-    return {name: score(record, records[SOURCE], labels) for name, record in records.items()}
+    return {name: score(record, records[SOURCE]) for name, record in records.items()}
 
 
 def accuracies(found: dict[str, Any]) -> dict[str, float]:
@@ -153,79 +156,90 @@ def accuracies(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def with_gains(
+def with_labels(
     scores: dict[str, dict[str, float]], found: dict[str, Any], chosen: Tensor
 ) -> dict[str, dict[str, float]]:
     """The scores, with what the labels of some images of the trial say."""
     truth = found["labels"][chosen]
-    right = {
-        name: float((found["candidates"][name]["record"]["answers"][chosen].argmax(1) == truth).double().mean())
-        for name in scores
+    answers = {name: found["candidates"][name]["record"]["answers"][chosen].argmax(1) for name in scores}
+    right = {name: each == truth for name, each in answers.items()}
+    return {
+        name: {
+            **own,
+            "labels": float(right[name].double().mean()),
+            "labels_won": float((right[name] & ~right[SOURCE]).double().mean()),
+            "labels_lost": float((right[SOURCE] & ~right[name]).double().mean()),
+        }
+        for name, own in scores.items()
     }
-    return {name: {**own, "labels_gain": right[name] - right[SOURCE]} for name, own in scores.items()}
+
+
+def highest(scores: dict[str, dict[str, float]], name: str) -> str:
+    """The candidate with the highest of one score, the first of several."""
+    return max(scores, key=lambda each: scores[each].get(name, 0))
 
 
 def picks(found: dict[str, Any], counts: list[int], draws: int) -> dict[str, list[str]]:
     """What each policy takes on a stream: with so many labels, once a draw of the labels."""
     scores = scored(found)
-    taken = {"chooser, no label": [decide(scores).name]}
+    taken = {f"chooser, {NO_LABELS}": [decide(scores).name]}
     images = len(found["candidates"][SOURCE]["record"]["answers"])
     for count in counts:
-        names = []
-        for seed in range(draws):
-            chosen = torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:count]
-            names.append(decide(with_gains(scores, found, chosen), count).name)
-        taken[f"chooser, {count} labels"] = names
+        orders = [torch.randperm(images, generator=torch.Generator().manual_seed(seed)) for seed in range(draws)]
+        told = [with_labels(scores, found, order[:count]) for order in orders]
+        taken[f"chooser, {count} labels"] = [decide(each, count).name for each in told]
+        taken[f"most right of {count} labels"] = [highest(each, "labels") for each in told]
     for name in ("aetta", "infomax", "snd", "entropy", "agreement_view"):
-        taken[f"highest {name}"] = [max(scores, key=lambda each: scores[each].get(name, 0))]
-    zerosiam = "zerosiam" if "zerosiam" in scores else SOURCE
-    return {**taken, "always zerosiam": [zerosiam], "always source": [SOURCE], "random": list(scores)}
+        taken[f"highest {name}"] = [highest(scores, name)]
+    return {**taken, "always zerosiam": ["zerosiam"], "always source": [SOURCE], "random": list(scores)}
 
 
-def replay(folder: Path, options: Any) -> dict[str, dict[str, dict[str, float]]]:
-    """The table of each data set: policies by mean accuracy, regret, and how often they lose to the source."""
-    results: dict[str, dict[str, dict[str, float]]] = {}
+def outcome(right: dict[str, float], names: list[str]) -> dict[str, float]:
+    """Of what a policy takes on a stream, the means over its draws; numbers in percent or points."""
+    mine = torch.tensor([right[name] for name in names], dtype=torch.float64)
+    lost = right[SOURCE] - mine
+    return {
+        "accuracy": float(mine.mean()),
+        "regret": max(right.values()) - float(mine.mean()),
+        "worse": 100 * float((lost > 1e-6).double().mean()),
+        "worse_by_a_point": 100 * float((lost > 1).double().mean()),
+        "source": 100 * sum(name == SOURCE for name in names) / len(names),
+    }
+
+
+def replay(folder: Path, options: Any) -> Results:
+    """Tables of each data set: policies by accuracy, regret, and how often they lose to the source; each stream."""
+    results: Results = {}
     for data in options.data:
         kept = [case for case in cases(options) if case.data == data and (folder / f"{case.name}.pt").exists()]
-        rows: dict[str, list[tuple[float, ...]]] = {}
-        for case in kept:
+        outcomes: dict[str, list[dict[str, float]]] = {}
+        streams: list[tuple[object, ...]] = []
+        for case in sorted(kept):
             found = torch.load(folder / f"{case.name}.pt", weights_only=True)
-            right = accuracies(found)
-            for policy, names in picks(found, options.labels, options.draws).items():
-                mine = torch.tensor([right[name] for name in names], dtype=torch.float64)
-                lost = right[SOURCE] - mine
-                rows.setdefault(policy, []).append(
-                    (
-                        float(mine.mean()),
-                        max(right.values()) - float(mine.mean()),
-                        100 * float((lost > 1e-6).double().mean()),
-                        100 * float((lost > 1).double().mean()),
-                        100 * sum(name == SOURCE for name in names) / len(names),
-                    )
-                )
-        if not rows:
+            right, taken = accuracies(found), picks(found, options.labels, options.draws)
+            for policy, names in taken.items():
+                outcomes.setdefault(policy, []).append(outcome(right, names))
+            (mine,), best = taken[f"chooser, {NO_LABELS}"], max(right, key=lambda name: right[name])
+            numbers = [f"{right[name]:.1f}" for name in (SOURCE, "zerosiam", best, mine)]
+            streams.append((case.name, *numbers, best, mine))
+        if not kept:
             continue
         print(f"\n{data}: {len(kept)} streams\n")
-        header(
-            "policy",
-            "accuracy",
-            "mean regret",
-            "largest regret",
-            "worse than source, %",
-            "by over a point, %",
-            "source, %",
-        )
+        header("policy", "accuracy", "regret", "largest", "worse than source, %", "by over a point, %", "source, %")
         results[data] = {}
-        for policy, each in rows.items():
-            means = [sum(column) / len(each) for column in zip(*each, strict=True)]
-            largest = max(regret for _, regret, *_ in each)
-            names = ("accuracy", "regret", "largest", "worse", "worse_by_a_point", "source")
-            results[data][policy] = dict(zip(names, (*means[:2], largest, *means[2:]), strict=True))
-            row(policy, *(f"{value:.1f}" for value in results[data][policy].values()))
+        for policy, each in outcomes.items():
+            means = {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+            results[data][policy] = {**means, "largest": max(one["regret"] for one in each)}
+            order = ("accuracy", "regret", "largest", "worse", "worse_by_a_point", "source")
+            row(policy, *(f"{results[data][policy][name]:.1f}" for name in order))
+        print()
+        header("stream", "source", "zerosiam", "best", "chosen", "which is best", "which is chosen")
+        for each_stream in streams:
+            row(*each_stream)
     return results
 
 
-def main(args: list[str] | None = None) -> dict[str, dict[str, dict[str, float]]]:
+def main(args: list[str] | None = None) -> Results:
     """Run what is missing, and print the tables; returns them, by data set and policy."""
     options = arguments(
         __doc__,

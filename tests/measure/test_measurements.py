@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 import alarms
 import bn_statistics
 import by_hand
+import choices
 import come_mass
 import cost
 import export
@@ -253,6 +254,21 @@ def test_protected(capsys, places):
     assert all(set(errors) == {"clean", "contrast"} for errors in found.values())
     assert found["poem"] == found["source"]  # 12 and 20 images are fewer than are watched at first
     assert "%)" in capsys.readouterr().out
+
+
+def test_choices_on_digits(capsys, tmp_path):
+    small = ["--settings=1", "--streams", "iid", "--nets", "gn", "--images=40", "--batch=10", "--epochs=1"]
+    small += [f"--keep={tmp_path}", "--labels", "5", "--draws=2"]
+    (found,) = choices.main(small).values()
+    assert found["always source"]["worse"] == 0
+    assert found["always source"]["source"] == 100
+    assert min(each["regret"] for each in found.values()) >= 0
+    assert found["chooser, 5 labels"]["accuracy"] <= 100
+    (kept,) = tmp_path.glob("digits-gn-iid-0.pt")
+    written = kept.stat().st_mtime_ns
+    assert choices.main([*small, "--replay"]) == {"digits": found}
+    assert kept.stat().st_mtime_ns == written
+    assert "| chooser, no label |" in capsys.readouterr().out
 
 
 def test_export(capsys, places):
