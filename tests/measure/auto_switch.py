@@ -5,9 +5,10 @@
 
 A stream is a corruption shuffled, then the same corruption with correlated labels (Dirichlet), then clean images; other
 ``--parts`` make others. No method is reset between the parts; each corruption is a stream of its own, and errors are
-means over them; stderr has each. Digits: severity 5, batches of 16; a folder of CIFAR-10 images: ImageNet-C's functions at severity 1,
-batches of 64. ``time`` is this thread's processor time over that of the source; ``passes`` are forward and backward
-passes a batch; ``answered`` says of each method of ``auto`` for how many percent of the batches it answered.
+means over them; stderr has each. Digits: severity 5, batches of 16; a folder of CIFAR-10 images: ImageNet-C's functions
+at severity 1, batches of 64. ``time`` is this thread's processor time over that of the source; ``passes`` are forward
+and backward passes a batch; ``answered`` says of each method of ``auto`` for how many percent of the batches it
+answered.
 """
 
 from __future__ import annotations
