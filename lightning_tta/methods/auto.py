@@ -17,7 +17,7 @@ from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.memory import DomainMemory
 from lightning_tta.methods.base.method import PredictWith, TTAMethod
 from lightning_tta.methods.base.state import NOT_YET
-from lightning_tta.methods.components.candidates import make_candidates
+from lightning_tta.methods.components.candidates import has_strayed, make_candidates
 from lightning_tta.methods.components.wanted import Wanted
 
 EVIDENCE, TURN, RESTING = "evidence", "turn", "resting"
@@ -180,7 +180,8 @@ class Auto(TTAMethod):
         evidence = self.contest.take_in(evidence, stacked, list(logits))
         standings = self.contest.standings(evidence)
         answering, fallen = self.contest.decide(standings, answering)
-        fallen = sorted({*fallen, *broken, *(number for number in logits if number and self._has_strayed(number))})
+        strayed = [number for number in logits if number and has_strayed(self.candidate(number))]
+        fallen = sorted({*fallen, *broken, *strayed})
         resting = (self.value(RESTING) - 1).clamp(min=0)
         for number in fallen:
             self.candidate(number).reset()
@@ -192,14 +193,6 @@ class Auto(TTAMethod):
             lead=evidence.new_tensor(standings[answering] - standings[0]), fallen=evidence.new_tensor(len(fallen))
         )
         return answering
-
-    def _has_strayed(self, number: int) -> bool:
-        """Whether what a candidate learns is farther from the source than that is long."""
-        method = self.candidate(number)
-        learned = {name: t for name, t in method.adaptable.items() if isinstance(t, nn.Parameter)}
-        moved = [(tensor - method.source_value(name)).norm() for name, tensor in learned.items()]
-        length = [method.source_value(name).expand_as(tensor).norm() for name, tensor in learned.items()]
-        return bool(learned) and bool(torch.stack(moved).norm() > torch.stack(length).norm() > 0)
 
     def infer(self, x: Tensor) -> Tensor:
         """As the one that answers predicts, with the statistics of the batch where it takes those."""

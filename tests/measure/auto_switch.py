@@ -5,13 +5,15 @@
 
 A stream is a corruption shuffled, then the same corruption with correlated labels (Dirichlet), then clean images; other
 ``--parts`` make others. No method is reset between the parts; each corruption is a stream of its own, and errors are
-means over them. Digits: severity 5, batches of 16; a folder of CIFAR-10 images: ImageNet-C's functions at severity 1,
-batches of 64. ``time`` is this thread's processor time over that of the source; ``passes`` are forward and backward
-passes a batch; ``answered`` says of each method of ``auto`` for how many percent of the batches it answered.
+means over them; stderr has each. Digits: severity 5, batches of 16; a folder of CIFAR-10 images: ImageNet-C's functions
+at severity 1, batches of 64. ``time`` is this thread's processor time over that of the source; ``passes`` are forward
+and backward passes a batch; ``answered`` says of each method of ``auto`` for how many percent of the batches it
+answered.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections import Counter
@@ -97,6 +99,8 @@ def main(args: list[str] | None = None) -> dict[str, list[float]]:
             for name in names:
                 method = made(net, name)
                 errors, seconds, counts, who = run(method, batches)
+                shown = " ".join(f"{error:.1f}" for error in errors)
+                print(f"{domain}, {name}: {shown}; {seconds:.1f} s", file=sys.stderr, flush=True)
                 sums[name] = [a + b for a, b in zip(sums[name] or [0.0] * len(errors), errors, strict=True)]
                 times[name] += seconds
                 passes[name] += torch.tensor(counts) / len(domains)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
 import alarms
+import auto_switch
 import bn_statistics
 import by_hand
 import choices
@@ -360,6 +361,17 @@ def test_the_branches_for_a_gpu(monkeypatch, tmp_path):
     assert {"floor, ms", "captured, ms", "captured / floor"} <= account.rows["tent"]["tiny BN exact b4"].keys()
     assert account.rows["correct"]["tent"]["recorded"] == 6
     assert account.rows["correct"]["tent"]["captured - plain, fp32"] < 1e-6
+
+
+def test_auto_switch(capsys, places):
+    place = [f"--root={places[0]}", f"--source-ckpt={places[1]}", "--net=cifar/resnet20"]
+    found = auto_switch.main([*place, "--domains", "fog", "--images=8", "--batch=4", "--every", "1"])
+    assert len(found) == 5  # the source, three candidates, auto
+    assert {len(errors) for errors in found.values()} == {4}  # of the parts and of all
+    assert found["auto, every=1"][:1] == found["source"][:1]  # which answers as long as little was seen
+    assert "| 4.0 / 2.0 |" not in (text := capsys.readouterr().out)
+    assert "| auto, every=1 | " in text
+    assert "source 100" in text
 
 
 def test_bn_statistics(capsys):

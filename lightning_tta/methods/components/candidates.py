@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_tta.backbones.norms import batch_norm_layers, norm_layers
@@ -52,6 +53,22 @@ def make_candidates(model: nn.Module, wanted: Wanted | Sequence[Wanted], make: M
 def _label(options: Mapping[str, Any]) -> str:
     words = ", ".join(f"{name} {value}" for name, value in options.items() if name != "method")
     return f"{options['method']} ({words})" if words else str(options["method"])
+
+
+@torch.no_grad()
+def has_strayed(method: TTAMethod) -> bool:
+    """Whether the parameters that a method learns are farther from the source than those are long. Asks the device.
+
+    Norm parameters under a usual rate move by a few percent. That says so of a method alone, whatever it predicts: with
+    an absurd rate it may be sure of all classes alike, and nobody but the source is there to outvote it.
+    """
+    learned = {name: tensor for name, tensor in method.adaptable.items() if isinstance(tensor, nn.Parameter)}
+    if not learned:
+        return False
+    sources = [method.source_value(name).expand_as(tensor) for name, tensor in learned.items()]
+    moved = torch.stack([(now - source).norm() for now, source in zip(learned.values(), sources, strict=True)]).norm()
+    length = torch.stack([source.norm() for source in sources]).norm()
+    return bool((moved > length) & (length > 0))
 
 
 def _read(wanted: Wanted) -> dict[str, Any]:
