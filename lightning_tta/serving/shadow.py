@@ -99,11 +99,11 @@ class Shadow:
     thread that works. Each gets its own rows. A request that cannot be answered fails alone.
 
     **Order of work.** While the source answers: the source's pass, the answers, then the method's step on the same
-    images, the monitors and the policy. Requests that wait come before these steps, up to ``max_lag`` micro-batches;
-    then ``when_behind`` says whether steps are left out or answers wait. While the method answers: its step, whose
-    logits are the answers, then the source's pass, the monitors and the policy, before the next micro-batch. So an
-    alarm changes the answers from the next micro-batch on. Logits that are not finite never go out: the source answers
-    in their place.
+    images, the monitors and the policy. Requests that wait, or come within ``max_wait_ms``, are answered before these
+    steps, up to ``max_lag`` micro-batches; then ``when_behind`` says whether steps are left out or answers wait. While
+    the method answers: its step, whose logits are the answers, then the source's pass, the monitors and the policy,
+    before the next micro-batch. So an alarm changes the answers from the next micro-batch on. Logits that are not
+    finite never go out: the source answers in their place.
 
     **Failures.** Where the method, a monitor or the policy raises an error, the source goes on answering, and the
     method begins anew at the source. After three such micro-batches in a row the source answers alone
@@ -368,9 +368,8 @@ class Shadow:
 
     def _work(self) -> None:
         while True:
-            if self._lagging and (
-                self.answering == "method" or not self._requests or len(self._lagging) >= self.max_lag
-            ):
+            late = self.answering == "method" or len(self._lagging) >= self.max_lag
+            if self._lagging and (late or not self._requests.wait()):
                 self._catch_up()
             elif requests := self._requests.take():
                 with self._lock:
