@@ -37,6 +37,10 @@ from lightning_tta.serving.shadow import Shadow
 from plumbing import arguments, header, make_images, make_net, row
 
 
+LOOKED = 'pass_seconds_count{part="monitors"}'
+"""How many micro-batches the monitors and the policy have seen."""
+
+
 class Fixed(Policy):
     """The same answers for ever."""
 
@@ -265,7 +269,7 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
             idle = []
             for number in range(options.idle):
                 idle.append(_timed(lambda n=number: server.predict(images[n % len(images)][None])))
-                while name != "bare net" and server.batches <= number:  # until the step is done
+                while name != "bare net" and metrics(server)[LOOKED] <= number:  # until it is idle again
                     time.sleep(0.005)
             times, logits, rate = load(server.predict, images, options.clients)
         error = float((logits - expected).abs().max())
