@@ -36,7 +36,6 @@ from lightning_tta.serving.server import Server
 from lightning_tta.serving.shadow import Shadow
 from plumbing import arguments, header, make_images, make_net, row
 
-
 LOOKED = 'pass_seconds_count{part="monitors"}'
 """How many micro-batches the monitors and the policy have seen."""
 
@@ -269,7 +268,7 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
             idle = []
             for number in range(options.idle):
                 idle.append(_timed(lambda n=number: server.predict(images[n % len(images)][None])))
-                while name != "bare net" and metrics(server)[LOOKED] <= number:  # until it is idle again
+                while name != "bare net" and metrics(server).get(LOOKED, 0) <= number:  # until it is idle again
                     time.sleep(0.005)
             times, logits, rate = load(server.predict, images, options.clients)
         error = float((logits - expected).abs().max())
