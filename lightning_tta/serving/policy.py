@@ -12,8 +12,9 @@ from lightning_tta.serving.labels import Better, Counts
 
 Answering = Literal["source", "method"]
 Restore = Literal["", "reset", "rollback"]
-STREAM_ALARMS = ("shift", "label_drift")
-"""Alarms that say that the stream is another, not that the method is ill."""
+STREAM_ALARMS = ("shift", "label_drift", "low_accuracy")
+"""Alarms that say that the stream is another, or harder, than before: the source may have fallen as far as the method.
+Estimates of both are compared instead."""
 
 
 @dataclass(frozen=True)

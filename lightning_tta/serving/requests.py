@@ -123,6 +123,12 @@ class Requests(Generic[T]):
         self._waiting = others
         return taken
 
+    def wait(self) -> bool:
+        """Whether one is there, or comes within ``max_wait``."""
+        with self._change:
+            self._change.wait_for(lambda: self._waiting or self._closed, self.max_wait)
+            return bool(self._waiting)
+
     def close(self) -> None:
         """Take no more; what waits is still given out."""
         with self._change:

@@ -31,6 +31,7 @@ from lightning_tta.data.reading import read_image
 from lightning_tta.errors import (
     AnswerTimeoutError,
     ClosedError,
+    DataError,
     InputError,
     LightningTTAError,
     NotPreparedError,
@@ -54,14 +55,16 @@ def decode(body: bytes, channels: int = 3) -> Tensor:
     """Images (B, C, H, W) in [0, 1] from the body of a request.
 
     Raises:
-        InputError: If it is neither an array nor an image file.
-        DataError: If the image file is damaged.
+        InputError: If it is neither an array nor an image file, or is damaged.
     """
     if not body.startswith(b"\x93NUMPY"):
         with tempfile.NamedTemporaryFile(suffix=".image") as file:
             file.write(body)
             file.flush()
-            return read_image(Path(file.name), channels)[None].float() / 255
+            try:
+                return read_image(Path(file.name), channels)[None].float() / 255
+            except DataError as error:
+                raise InputError(str(error).replace(f" {file.name}", "")) from None
     try:
         array = np.load(io.BytesIO(body), allow_pickle=False)
         images = torch.from_numpy(array)

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,14 @@ FAILURES = 3
 """Failures of the method or of a monitor in a row, after which the source answers alone."""
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@runtime_checkable
+class TakesLabels(Protocol):
+    """A monitor that takes labels that come late, such as ``labels``."""
+
+    def tell(self, index: Sequence[int | str], labels: Sequence[int]) -> object:
+        """Take labels of samples that it has seen."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +107,11 @@ class Shadow:
     thread that works. Each gets its own rows. A request that cannot be answered fails alone.
 
     **Order of work.** While the source answers: the source's pass, the answers, then the method's step on the same
-    images, the monitors and the policy. Requests that wait come before these steps, up to ``max_lag`` micro-batches;
-    then ``when_behind`` says whether steps are left out or answers wait. While the method answers: its step, whose
-    logits are the answers, then the source's pass, the monitors and the policy, before the next micro-batch. So an
-    alarm changes the answers from the next micro-batch on. Logits that are not finite never go out: the source answers
-    in their place.
+    images, the monitors and the policy. Requests that wait, or come within ``max_wait_ms``, are answered before these
+    steps, up to ``max_lag`` micro-batches; then ``when_behind`` says whether steps are left out or answers wait. While
+    the method answers: its step, whose logits are the answers, then the source's pass, the monitors and the policy,
+    before the next micro-batch. So an alarm changes the answers from the next micro-batch on. Logits that are not
+    finite never go out: the source answers in their place.
 
     **Failures.** Where the method, a monitor or the policy raises an error, the source goes on answering, and the
     method begins anew at the source. After three such micro-batches in a row the source answers alone
@@ -187,6 +195,7 @@ class Shadow:
         self._sight.wants -= {"source"}  # of a pass that is there anyway
         self._prepared = not any(monitor.needs_source for monitor in self.monitors)
         self._labels = PairedLabels(keep_answers)
+        self._told: deque[tuple[list[str], list[int]]] = deque(maxlen=1000)  # for monitors, by the thread that works
         like = next(self._source.parameters(), torch.zeros(()))
         self._device, self._dtype, self._task = like.device, float_dtype(self._source.model), Images()
 
@@ -292,7 +301,9 @@ class Shadow:
         Raises:
             InputError: If they are not as many, or no whole numbers.
         """
-        known = self._labels.tell(ids, labels.tolist() if isinstance(labels, Tensor) else labels)
+        numbers = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+        known = self._labels.tell(ids, numbers)
+        self._told.append((list(ids), numbers))
         self._metrics.add("labels_total", known)
         return known
 
@@ -368,9 +379,8 @@ class Shadow:
 
     def _work(self) -> None:
         while True:
-            if self._lagging and (
-                self.answering == "method" or not self._requests or len(self._lagging) >= self.max_lag
-            ):
+            late = self.answering == "method" or len(self._lagging) >= self.max_lag
+            if self._lagging and (late or not self._requests.wait()):
                 self._catch_up()
             elif requests := self._requests.take():
                 with self._lock:
@@ -520,6 +530,11 @@ class Shadow:
         if self._twins:
             seen = self._source_sight.seen(batch.images, source, batch.source_calls, batch.ids, source)
             _show(self._twins, replace(seen, source=source))
+        while self._told:
+            ids, labels = self._told.popleft()
+            for monitor in (*self.monitors, *self._twins):
+                if isinstance(monitor, TakesLabels):
+                    monitor.tell(ids, labels)
         return Evidence(
             self.batches,
             len(logits),

@@ -62,7 +62,10 @@ def test_an_alarm_brings_the_source_back_at_once_and_the_method_too(on_alarm):
 
 
 def test_an_alarm_of_the_stream_is_none_of_the_method():
-    assert feed(Patience(5), 1, answering="method", alarms=["shift", "label_drift"])[0].answering == "method"
+    assert (
+        feed(Patience(5), 1, answering="method", alarms=["shift", "label_drift", "low_accuracy"])[0].answering
+        == "method"
+    )
     assert feed(Patience(5, ignore=()), 1, answering="method", alarms=["shift"])[0].answering == "source"
 
 

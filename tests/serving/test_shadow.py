@@ -208,6 +208,19 @@ def answers_of(net, seeds):
     return torch.cat([net(make_images(4, seed=seed)) for seed in seeds]).argmax(1)
 
 
+def test_monitors_get_late_labels_too():
+    class Told(Counting):
+        def tell(self, index, labels):
+            self.told = [*getattr(self, "told", []), *zip(index, labels, strict=True)]
+
+    with made(monitors=[Told()]) as shadow:
+        answers = serve(shadow, 2)
+        shadow.tell(answers[0].ids, torch.arange(4))
+        shadow.predict(make_images(4))
+    expected = list(zip(answers[0].ids, range(4), strict=True))
+    assert shadow.monitors[0].told == shadow._twins[0].told == expected
+
+
 @pytest.mark.parametrize("answering", ["source", "method"])
 def test_every_request_of_many_threads_gets_its_own_answer(answering):
     """Requests of one to three images from 16 threads; the method is the source again, so that answers are known."""

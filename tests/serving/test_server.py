@@ -1,0 +1,154 @@
+"""The example server: concurrent clients on the loopback, all its pages, its errors, and its command."""
+
+import io
+import json
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_prometheus import parse
+
+from lightning_tta import Backbone, Shadow
+from lightning_tta.serving import server as module
+from lightning_tta.serving.server import Server, decode
+from nets import make_images, make_net
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@contextmanager
+def serving(**options):
+    with Shadow(make_net("gn"), "tent", monitors=[], **{"max_wait_ms": 1, **options}) as shadow:
+        with Server(shadow, class_names=[*"abcde"]) as server:
+            thread = Thread(target=server.serve_forever, args=(0.01,))
+            thread.start()
+            try:
+                yield server
+            finally:
+                server.shutdown()
+                thread.join()
+
+
+def ask(server, path, body=None, connection=None, **headers):
+    """Status, type and content of an answer."""
+    connection = connection or HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection.request("GET" if body is None else "POST", path, body, headers)
+    response = connection.getresponse()
+    content, kind = response.read(), response.getheader("Content-Type")
+    return response.status, json.loads(content) if kind == "application/json" else content.decode()
+
+
+def as_array(images):
+    body = io.BytesIO()
+    np.save(body, np.asarray(images))
+    return body.getvalue()
+
+
+def as_file(image, kind="PNG"):
+    body = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(body, kind)
+    return body.getvalue()
+
+
+def test_concurrent_clients_each_get_their_own_answer():
+    net, images = make_net("gn"), make_images(64)
+    expected = net(images).softmax(1)
+    with serving() as server:
+
+        def client(first):
+            connection = HTTPConnection("127.0.0.1", server.server_port, timeout=20)  # kept open
+            return [ask(server, "/predict", as_array(images[n]), connection) for n in range(first, 64, 8)]
+
+        with ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(client, range(8)))
+        ids = set()
+        for first, of_client in enumerate(answers):
+            for (status, content), n in zip(of_client, range(first, 64, 8), strict=True):
+                assert status == 200
+                assert torch.allclose(torch.tensor(content["probabilities"]), expected[n : n + 1], atol=1e-5)
+                assert content["classes"] == [int(expected[n].argmax())]
+                assert content["names"] == ["abcde"[int(expected[n].argmax())]]
+                assert content["by"] == "source"
+                ids.update(content["ids"])
+        assert len(ids) == 64
+        status, told = ask(server, "/labels", json.dumps({"ids": [*ids][:5], "labels": [0] * 5}))
+        assert (status, told) == (200, {"known": 5})
+        status, text = ask(server, "/metrics")
+        families = parse(text)
+        assert families["lightning_tta_images_total"][2]["lightning_tta_images_total", (("by", "source"),)] == 64
+        assert families["lightning_tta_labels_total"][2]["lightning_tta_labels_total", ()] == 5
+        healthy = {"answering": "source", "stopped": False, "closed": False}
+        assert ask(server, "/healthz") == (200, healthy)
+
+
+def test_images_come_as_files_and_arrays():
+    pixels = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    expected = make_net("gn")(pixels[None] / 255).softmax(1)
+    with serving() as server:
+        for body in (as_file(pixels), as_array(pixels), as_array(pixels[None] / 255), as_array(pixels / 255)):
+            status, content = ask(server, "/predict", body)
+            assert status == 200
+            assert torch.allclose(torch.tensor(content["probabilities"]), expected, atol=1e-5)
+        assert ask(server, "/predict", as_file(pixels, "JPEG"))[0] == 200
+    assert decode(as_file(pixels), channels=1).shape == (1, 1, 16, 16)
+
+
+def test_errors():
+    with serving(max_batch=4) as server:
+        for body, words in (
+            (b"no image", "Cannot read the image"),
+            (as_file(torch.zeros(3, 16, 16, dtype=torch.uint8))[:45], "Cannot read the image"),
+            (as_array(np.array([{}], dtype=object)), "The array cannot be read"),
+            (as_array(np.array(["text"])), "The array cannot be read"),
+            (as_array(make_images(1))[:90], "The array cannot be read"),
+            (as_array(np.full((3, 16, 16), np.nan, dtype=np.float32)), "not finite"),
+            (as_array(np.full((3, 16, 16), 200.0, dtype=np.float32)), "must be in [0, 1]"),
+            (as_array(make_images(5)), "max_batch=4"),
+            (as_array(make_images(1)[:, :1]), "cannot take"),
+            (b"", "Cannot read the image"),
+        ):
+            status, content = ask(server, "/predict", body)
+            assert status == 400, content
+            assert words in content["error"]
+            assert "/tmp" not in content["error"]
+        for body in (b"{", b"[]", b'{"ids": ["a"]}', b'{"ids": ["a"], "labels": [0.5]}', b'{"ids": 3, "labels": [0]}'):
+            assert ask(server, "/labels", body)[0] == 400
+        assert ask(server, "/none")[0] == ask(server, "/none", b"")[0] == 404
+        assert ask(server, "/predict", b"", **{"Content-Length": str(2**40)})[0] == 413
+        assert ask(server, "/predict", b"", **{"Content-Length": "-3"})[0] == 411
+        assert ask(server, "/predict", as_array(make_images(1)))[0] == 200
+        server.shadow.close()
+        assert ask(server, "/healthz")[0] == ask(server, "/predict", as_array(make_images(1)))[0] == 503
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_command(tmp_path, monkeypatch, capfd):
+    """It serves until SIGTERM, then writes its state."""
+    net = Backbone(make_net("gn"), [0.0], [1.0], in_chans=3, class_names=[*"abcde"])
+    monkeypatch.setattr(module, "load_source", lambda *given: (print(given), net)[1])
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            args = ["--net=tiny", "--num-classes=5", "--method=tent", f"--directory={tmp_path}", "--port=0"]
+            options = ["--options", '{"lr": 0.5, "monitors": []}']
+            module.main([*args, *options], ready=lambda server: os.write(write, f"{server.server_port}\n".encode()))
+        finally:
+            os._exit(0)
+    port = int(os.read(read, 20))
+    connection = HTTPConnection("127.0.0.1", port, timeout=20)
+    status, content = ask(None, "/predict", as_array(make_images(2)), connection)
+    assert (status, len(content["names"])) == (200, 2)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert capfd.readouterr().out.startswith("(None, 'tiny', 5)\nhttp://127.0.0.1:")
+    assert (tmp_path / "snapshot-000000001.pt").exists()
+    with Shadow(make_net("gn"), "tent", monitors=[]) as fresh:  # no directory: nothing of it
+        assert fresh.batches == 0
