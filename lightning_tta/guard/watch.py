@@ -515,7 +515,7 @@ class Watch:
                 self._note(alarm, "inform", stacklevel=4)
         if acting:
             return self._act(images, logits, acting)
-        self._numbers |= {f"{name}_estimate": value for name, value in self._estimates().items()}
+        self._numbers |= {f"{name}_accuracy": value for name, value in self._estimates().items()}
         if self.stopped:
             return logits
         self._accept()

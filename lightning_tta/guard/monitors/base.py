@@ -28,6 +28,7 @@ class Seen:
         predict: Logits (B, K) of the method for other images (B, C, H, W), without adapting; each call is a pass.
         images: The images (B, C, H, W) in [0, 1]; there where ``predict`` is.
         index: What the stream calls each sample, of length B.
+        labels: Classes (B,), int64, of held-out source images, in :meth:`Monitor.prepare` alone; below 0: not known.
     """
 
     logits: Tensor
@@ -38,6 +39,7 @@ class Seen:
     predict: Callable[[Tensor], Tensor] | None = None
     images: Tensor | None = None
     index: Sequence[int | str] | None = None
+    labels: Tensor | None = None
 
 
 class Monitor(ABC):
