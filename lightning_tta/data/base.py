@@ -463,13 +463,20 @@ class ShiftedDataModule(LightningDataModule, ABC):
         """Clean test images."""
         return self._clean_loader("test")
 
-    def source_batches(self, num_images: int | None = None, batch_size: int = 128, seed: int = 0) -> DataLoader[Batch]:
-        """Training images without augmentation, for a method's ``prepare``; can be iterated more than once.
+    def source_batches(
+        self,
+        num_images: int | None = None,
+        batch_size: int = 128,
+        seed: int = 0,
+        split: Literal["train", "val"] = "train",
+    ) -> DataLoader[Batch]:
+        """Source images without augmentation, for a method's ``prepare``; can be iterated more than once.
 
         Args:
             num_images: At most this many, a random choice; by default all.
             batch_size: Samples in a batch.
             seed: Seed of the choice and the order.
+            split: ``train``; or ``val``, which were held out of the training, for monitors. These may be none.
 
         Returns:
             Batches {image, label, index}, the same in each iteration.
@@ -477,7 +484,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
         if num_images is not None:
             check_range("num_images", num_images, 1, integer=True)
         check_range("batch_size", batch_size, 1, integer=True)
-        images = self._split("train") if num_images is None else self.clean("train")  # a few: read when asked for
+        images = self._split(split) if num_images is None else self.clean(split)  # a few: read when asked for
         order = torch.from_numpy(streams.permutation(len(images), seed)[:num_images])
         batches = [batch.tolist() for batch in torch.split(order, batch_size)]
         return self._loader(LabelledBatches(images), batch_sampler=StreamSampler(batches))
