@@ -470,13 +470,13 @@ class ShiftedDataModule(LightningDataModule, ABC):
         seed: int = 0,
         split: Literal["train", "val"] = "train",
     ) -> DataLoader[Batch]:
-        """Training images without augmentation, for a method's ``prepare``; can be iterated more than once.
+        """Source images without augmentation, for a method's ``prepare``; can be iterated more than once.
 
         Args:
             num_images: At most this many, a random choice; by default all.
             batch_size: Samples in a batch.
             seed: Seed of the choice and the order.
-            split: ``val``: validation images, on which a source that was trained here was not trained.
+            split: ``train``; or ``val``, which were held out of the training. These may be none.
 
         Returns:
             Batches {image, label, index}, the same in each iteration.

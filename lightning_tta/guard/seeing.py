@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,9 +45,10 @@ class Sight:
 
     ``features`` are those of the pass whose output is the answer, as the last linear layer of the net has seen them;
     where a batch was answered in parts, of all of them together. Where the answer is no output of the net (prototypes,
-    a correction), they are those of the one pass over the batch. Where there is no such pass, or several (views of the
-    images, episodes with other weights for each image), or where nothing inside a pass can be watched without making it
-    slower (steps that are recorded on CUDA; the graph of an exported net), the method predicts the batch once more.
+    a correction, a mean of two nets), they are those of the pass over the batch whose output is nearest to it. Where
+    there is no such pass (views of the images; episodes with other last layers for each image), or where nothing inside
+    a pass can be watched without making it slower (steps that are recorded on CUDA; the graph of an exported net), the
+    method predicts the batch once more.
 
     Args:
         method: The method.
@@ -133,20 +135,30 @@ class Sight:
     def prepared(self, batches: Iterable[Mapping[str, Tensor]]) -> list[Seen]:
         """Source batches {image (B, C, H, W)} as monitors see them: answered by the source, without images."""
         seen: list[Seen] = []
+        has_features, has_same = "features" in self.wants, "same_source" in self.wants
 
-        def see(images: Tensor) -> None:
+        def see(labels: Tensor | None, images: Tensor) -> None:
             with self._calls(images) as calls:
                 logits = self.source(images)
-            has_features = "features" in self.wants
             features, head = self._chosen(calls, logits) or self._bare(images) if has_features else (None, None)
-            same = None
-            if "same_source" in self.wants:
-                same = logits if self.is_alike else self.same_source(images)
-            seen.append(Seen(logits, source=logits, same_source=same, features=features, head=head))
+            same = None if not has_same else logits if self.is_alike else self.same_source(images)
+            rest = {"source": logits, "same_source": same, "features": features, "head": head, "labels": labels}
+            seen.append(Seen(logits, **rest))
 
+        several = not isinstance(batches, Mapping) and hasattr(batches, "__iter__")
         with self.method.at_source():
-            see_source_images(self.method, batches, see, running=_nothing)
+            for batch in batches if several else ():
+                see_source_images(self.method, [batch], partial(see, self._labels(batch)), running=nullcontext)
+            if not several:
+                see_source_images(self.method, batches, see)  # refuses them
         return seen
+
+    def _labels(self, batch: object) -> Tensor | None:
+        """The labels (B,) of the usable images of a batch of the source, where it has them, on the host."""
+        labels, images = (batch.get(name) if isinstance(batch, Mapping) else None for name in ("label", "image"))
+        if not isinstance(labels, Tensor) or not isinstance(images, Tensor) or labels.shape != images.shape[:1]:
+            return None
+        return labels.cpu()[self.method.task.usable(images).cpu()].long()
 
     @property
     def is_alike(self) -> bool:
@@ -225,7 +237,7 @@ class Sight:
 
     @staticmethod
     def _chosen(calls: Sequence[HeadCall], logits: Tensor) -> tuple[Tensor, nn.Linear] | None:
-        """Of the calls, those whose outputs are the answer; else the only one over the images, if there is one."""
+        """Of the calls, those whose outputs are the answer; else the one over the images that is nearest to it."""
         parts: list[HeadCall] = []
         done = 0
         for call in calls:
@@ -236,8 +248,9 @@ class Sight:
                 if done == len(logits):
                     break
         if done < len(logits):
-            parts = [call for call in calls if call.of_images]
-            parts = parts if len(parts) == 1 and len(parts[0].features) == len(logits) else []
+            whole = [call for call in calls if call.of_images and call.output.shape == logits.shape]
+            p = logits.softmax(1)
+            parts = sorted(whole, key=lambda call: float((call.output.softmax(1) - p).abs().sum()))[:1]
         if not parts or any(p.features.ndim != 2 or not _same_weights(p.head, parts[0].head) for p in parts):
             return None
         return torch.cat([part.features for part in parts]), parts[0].head
@@ -249,11 +262,6 @@ class Sight:
         with outside_inference_mode(), torch.no_grad(), method.hold(), method.computing(images.device):
             features, _ = method.split(self._as_net_takes(images))
         return features, method.split.head
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _equal(first: Tensor, other: Tensor) -> bool:

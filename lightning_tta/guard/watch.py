@@ -193,6 +193,7 @@ class Watch:
             entropy, share, norm), ``action`` as carried out. The latest 256, or as many as ``history`` has batches,
             for each monitor.
         dropped_events: How many alarms there were before them.
+        numbers: What monitors say of the last batch, by name, and under ``<monitor>_accuracy`` their estimates.
         on_event: If set, called with each of them.
         stopped: Whether the method only predicts by now.
         on_probation: Batches so far for which the source predicted.
@@ -232,7 +233,7 @@ class Watch:
         self._proven = 0  # batches without alarm
         self._first_probation = self.settings.first_probation
         self._monitors_prepared = not any(monitor.needs_source for monitor in self.monitors.values())
-        self._numbers: dict[str, float] = {}  # of the last batch, for stats
+        self.numbers: dict[str, float] = {}
         self._healthy: dict[str, Any] | None = None
         self._candidate: dict[str, Any] | None = None  # taken at the first batch, when the method is prepared
         self._since = 0  # batches since the candidate was taken
@@ -285,7 +286,7 @@ class Watch:
             if index is not None and len(index) != len(images):
                 raise InputError(f"index must name each of the {len(images)} images; it has {len(index)} entries.")
             self._only_predicts = self.stopped
-            self._numbers = {}
+            self.numbers = {}
             if not self.stopped:
                 self._begin_if_changed()
             self._sight.look(self._looking())
@@ -401,13 +402,13 @@ class Watch:
         """
         with self.method.hold():
             stats = {"only_predicted": 1.0} if self._only_predicts else self.method.stats
-            return {**stats, **self._numbers, "guard_alarms": float(len(self.events) + self.dropped_events)}
+            return {**stats, **self.numbers, "guard_alarms": float(len(self.events) + self.dropped_events)}
 
     def unread_stats(self) -> dict[str, Tensor | float]:
         """The same, where it is: nobody waits for the device."""
         with self.method.hold():
             stats = {"only_predicted": 1.0} if self._only_predicts else self.method.unread_stats()
-            return {**stats, **self._numbers, "guard_alarms": float(len(self.events) + self.dropped_events)}
+            return {**stats, **self.numbers, "guard_alarms": float(len(self.events) + self.dropped_events)}
 
     def state_dict(self) -> dict[str, Any]:
         """The method's state, and under ``watch`` what was seen; plain data and tensors."""
@@ -443,7 +444,7 @@ class Watch:
                 setattr(self._sight if name == "forwards" else self, name, seen[name])
             for name, monitor in self.monitors.items():
                 monitor.load_state_dict(seen["monitors"][name])
-            self._numbers = {}
+            self.numbers = {}
             self._revision = self.method.revision
 
     # What was seen
@@ -506,7 +507,7 @@ class Watch:
         alarms: list[Alarm] = []
         for monitor in self._sight.monitors:
             monitor.see(seen)
-            self._numbers |= monitor.values()
+            self.numbers |= monitor.values()
             if reason := monitor.alarm():
                 alarms.append((monitor.name, reason, monitor.evidence()))
         acting = [alarm for alarm in alarms if self.settings.acts(alarm[0]) and not self.stopped]
@@ -515,14 +516,14 @@ class Watch:
                 self._note(alarm, "inform", stacklevel=4)
         if acting:
             return self._act(images, logits, acting)
-        self._numbers |= {f"{name}_estimate": value for name, value in self._estimates().items()}
+        self.numbers |= {f"{name}_accuracy": value for name, value in self._estimates().items()}
         if self.stopped:
             return logits
         self._accept()
         if source is None or self._proven > length:
             return logits
         self.on_probation += 1
-        self._numbers["source_answered"] = 1.0
+        self.numbers["source_answered"] = 1.0
         return source
 
     def _probation(self) -> int:

@@ -261,12 +261,12 @@ class TestTimeAdaptation(LightningModule):
         )
 
     def on_predict_start(self) -> None:
-        """Take up what was saved, or show the source to a method that must see it."""
+        """Take up what was saved, or show the source to a method, or monitors, that must see it."""
         run = run_of(self)
         run.restore()
         run.defers = run.may_defer(self)
-        if not self.method.prepared:
-            batches.show_source(self.method, run.data, self._input.source_images, self.device)
+        if not run.method.prepared:
+            batches.show_source(run.method, run.data, self._input.source_images, self.device)
 
     # Along the stream
 

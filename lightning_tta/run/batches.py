@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.images import Batch
 from lightning_tta.errors import DataError, InputError, NotPreparedError, check_choice, check_range
+from lightning_tta.guard.watch import Watch
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.progress import with_progress
 from lightning_tta.run import own_loader
@@ -33,7 +34,8 @@ class StreamInput(RunCallback):
             the others of its batch go on. Images with NaN are no bad batch: see the methods.
         channels_last: Lay images out in memory with their channels last: the same predictions up to rounding;
             convolutions are often faster, but a net that takes ``view`` of its activations refuses.
-        source_images: How many training images a method that needs source data sees before the stream.
+        source_images: How many training images a method that needs source data sees before the stream; and how many
+            validation images, at most, the monitors of a guard.
     """
 
     def __init__(
@@ -204,21 +206,41 @@ def warn_of_size(
 
 
 def show_source(method: TTAMethod, data: Any, count: int, device: torch.device) -> None:
-    """Show ``count`` training images, or validation images, to a method that needs source data.
+    """Show ``count`` images of the source to a method that needs them, and as many to monitors.
+
+    They are training images; validation images for monitors, and for a method that needs images on which the net was
+    not trained. Where the data module has none of these, training images take their place, and a warning says so.
 
     Raises:
         NotPreparedError: If ``data`` has none to show.
     """
+    watch: Any = method if isinstance(method, Watch) else None
+    for_monitors = watch is not None and any(monitor.needs_source for monitor in watch.monitors.values())
     if not isinstance(data, ShiftedDataModule):
+        who = type(method if watch is None else watch.method).__name__
+        who += " with its monitors" * for_monitors
         raise NotPreparedError(
-            f"{type(method).__name__} must see source data before the stream. Predict with a data module that has "
+            f"{who} must see source data before the stream. Predict with a data module that has "
             "training images, or call method.prepare(source_batches) first."
         )
-    batches = data.source_batches(  # EATA's Fisher depends on the size
-        count, batch_size=64, split="val" if getattr(method, "needs_held_out", False) else "train"
-    )
+    held_out: _OnDevice | None = None
+    if for_monitors or method.needs_held_out:
+        held_out = _OnDevice(data.source_batches(count, batch_size=64, split="val"), device)
+        if not len(held_out):
+            held_out = None
+            warnings.warn(
+                "The data have no validation images, so what needs images that the net was not trained on (monitors, "
+                "poem, gate) sees training images. The net is surer of those than of any others: an alarm of a shift "
+                "may be false. Hold some out (num_val).",
+                stacklevel=2,
+            )
+    if held_out is not None and method.needs_held_out:
+        source = held_out
+    else:  # EATA's Fisher depends on the size
+        source = _OnDevice(data.source_batches(count, batch_size=64), device)
+    more = (held_out,) if for_monitors and held_out is not None else ()
     with torch.inference_mode(False), torch.enable_grad():
-        method.prepare(_OnDevice(batches, device))
+        method.prepare(source, *more)
 
 
 class _OnDevice(Iterable[Batch]):
