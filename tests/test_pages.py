@@ -202,9 +202,8 @@ def test_short_ones_run_in_this_order(reader, capsys, digits_source):
             continue
         if " ".join(words) in (TRAINED, "lightning-tta init", "lightning-tta doctor"):  # configs/ is there; no data
             continue
-        shorter = (
-            [*QUIET, *(SHORTER if "configs/digits/predict.yaml" in words else [])] if words[1] == "predict" else []
-        )
+        shorter = {"fit": [*QUIET, "--trainer.max_epochs=1"], "predict": QUIET}.get(words[1], [])
+        shorter = [*shorter, *(SHORTER if words[1] == "predict" and "configs/digits/predict.yaml" in words else [])]
         try:
             main([*words[1:], *([] if asks(words) else shorter)])
         except SystemExit as ended:

@@ -15,13 +15,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 OTHER = {"lr_batch_size": 2, "steps": 3, "weight_decay": 0.5, "momentum": 0.3}
 NO_EFFECT = {("memo", "momentum")}  # of one step from nothing
-USED = [
-    (case, option)
-    for case in FIRST
+USED = {  # in one setting of each method
+    (case[0], option): (case, option)
+    for case in reversed(FIRST)
     for option in OTHER
     if {option, "steps"} <= set(options_of(case[0])) and (case[0], option) not in NO_EFFECT
     if not case[1].get("source_filter")  # which may keep nothing
-]
+}.values()
 
 
 @pytest.mark.parametrize(("case", "option"), USED, ids=[f"{case_id(*case)}-{option}" for case, option in USED])
