@@ -184,6 +184,8 @@ class AETTA:
         differ, mean = dropout_votes(features, head, predictions, key, passes=self.passes, rate=rate)
         self.batches += 1
         sums = torch.cat([differ.sum()[None], mean.sum(0)]).double().cpu()
+        if not sums.isfinite().all():  # features that overflowed
+            return False
         sums = torch.cat([torch.full((1,), float(len(features)), dtype=torch.float64), sums])
         waiting = sums if self._waiting is None else self._waiting + sums
         if waiting[0] < self.images:

@@ -106,6 +106,17 @@ def test_one_image_none_and_logits_all_alike(name):
     assert 0 <= monitor.estimate() <= 1
 
 
+@pytest.mark.parametrize("name", ["aetta", "consensus"])
+def test_features_that_overflowed_leave_no_trace(name):
+    monitor = made(name)
+    monitor.see(seen_batch(64))
+    before = monitor.estimate()
+    seen = seen_batch(64, seed=1)
+    seen.features[3] = float("inf")
+    monitor.see(seen)
+    assert monitor.estimate() == before
+
+
 @pytest.mark.parametrize("name", [n for n in ESTIMATORS if n not in ("confidence", "doc", "atc")])
 def test_without_what_it_wants_nothing_is_known(name):
     monitor = made(name)
@@ -242,7 +253,7 @@ def test_labels_of_the_source_are_needed(name):
     for labels in (None, torch.full((32,), -1)):
         with pytest.raises(DataError, match="held-out"):
             monitor.prepare([seen_batch(labels=labels)])
-    monitor.prepare([seen_batch(labels=torch.where(torch.arange(32) < 16, torch.arange(32) % K, -1))])
+    monitor.prepare([seen_batch(0), seen_batch(labels=torch.where(torch.arange(32) < 16, torch.arange(32) % K, -1))])
     monitor.see(seen_batch())
 
 

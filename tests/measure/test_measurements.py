@@ -19,6 +19,7 @@ import by_hand
 import choices
 import come_mass
 import cost
+import estimates
 import export
 import forward_only
 import gpu
@@ -270,6 +271,38 @@ def test_choices_on_digits(capsys, tmp_path):
     assert choices.main([*small, "--replay"]) == {"digits": found}
     assert kept.stat().st_mtime_ns == written
     assert "| chooser, no label |" in capsys.readouterr().out
+
+
+def test_estimates(capsys, tmp_path, places):
+    """A method, the source and a collapse; a second call replays the runs."""
+    for path in (places[0] / "test").rglob("*.png"):  # all different, so that images for the source are left over
+        Image.effect_noise((32, 32), 80).convert("RGB").save(path)
+    small = ["--domains", "contrast", "--function-set=builtin", "--images=8", "--source-images=12", "--batch=4"]
+    small += [
+        f"--root={places[0]}",
+        f"--bn={places[1]}",
+        f"--keep={tmp_path / 'runs'}",
+        "--window=2",
+        "--streams",
+        "iid",
+    ]
+    small += ["--methods", "source", "tent", "tent x30"]
+    table = estimates.main([*small, "--fit"])
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert names == {f"bn.{each}.pt" for each in ("source_images", "iid.source", "iid.tent", "iid.tent x30")}
+    assert set(table) == {*estimates.ESTIMATORS, "constant"}
+    assert list(table["aetta"]) == ["iid", "source", "tent", "BatchNorm", "collapses", "all", "worst run"]
+    assert all(0 <= figure <= 100 for figures in table.values() for figure in figures.values())
+    assert "Weights: source" in capsys.readouterr().out
+    assert estimates.main([*small, "--replay"]) == table
+
+
+def test_weights_of_estimates_are_those_of_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 4, generator=generator, dtype=torch.float64)
+    y = x @ torch.tensor([0.5, 1.0, -1.0, 2.0]).double()
+    weights = estimates.fitted(list(zip(x.tolist(), y.tolist(), strict=True)))
+    assert list(weights.values()) == pytest.approx([0.5, 1.0, -1.0, 2.0], abs=0.01)
 
 
 def test_export(capsys, places):

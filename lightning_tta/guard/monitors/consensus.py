@@ -55,7 +55,8 @@ class Consensus(Monitor):
         Raises:
             DataError: If none has a label, or features are missing.
         """
-        batches = list(batches)
+        batches = [seen for seen in batches if len(seen.logits)]
+        self.anchor = {}
         logits, labels = labelled_logits(self.name, batches)
         temperature = fit_temperature(logits, labels)
         total: Tensor | None = None
@@ -98,7 +99,7 @@ class Consensus(Monitor):
             )
         self._alarm = ""
         sums = self._sums(seen, self.batches, self.anchor["temperature"]) if len(seen.logits) else None
-        if sums is None:
+        if sums is None or not sums.isfinite().all():
             return
         self.batches += 1
         old = 0.5 ** (len(seen.logits) / self.half_life)

@@ -136,9 +136,9 @@ def labelled_logits(name: str, batches: Iterable[Seen]) -> tuple[Tensor, Tensor]
     for seen in batches:
         if seen.labels is None:
             continue
-        known = seen.labels >= 0
-        logits.append(seen.logits[known].float().cpu())
-        labels.append(seen.labels[known].cpu())
+        known = seen.labels.cpu() >= 0
+        logits.append(seen.logits.float().cpu()[known])
+        labels.append(seen.labels.cpu()[known])
     if not sum(map(len, labels)):
         raise DataError(
             f"The monitor '{name}' needs held-out source images with labels, to see how sure the source is where it is "
