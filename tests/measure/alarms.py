@@ -69,17 +69,20 @@ def usual(numbers: list[int | None]) -> str:
     return f"{texts[0]} ({texts[1]})"
 
 
-def false_alarms(pool: Answers, calibration: int, streams: int, alphas: list[float], order: str) -> None:
+def false_alarms(
+    pool: Answers, calibration: int, streams: int, alphas: list[float], order: str, forms: list[str]
+) -> None:
     """A table of the share of clean streams with an alarm, in percent, by form and alpha."""
     logits, labels, _ = pool
     entropies, predictions, classes = entropy(logits), logits.argmax(1), logits.shape[1]
-    counts = {name: dict.fromkeys(alphas, 0) for name in [*FORMS, "label drift"]}
+    counts = {name: dict.fromkeys(alphas, 0) for name in [*forms, "label drift"]}
     for seed in range(streams):
         shuffle = torch.randperm(len(entropies), generator=torch.Generator().manual_seed(seed))
         first, rest = shuffle[:calibration], shuffle[calibration:]
         if order == "sorted by class":
             rest = rest[labels[rest].argsort(stable=True)]
-        for name, form in FORMS.items():
+        for name in forms:
+            form = FORMS[name]
             same = None if form["ranks"] == "margin" else ShiftTest(entropies[first], 0.05, seed=seed, **form)
             if same is not None:
                 same.see(entropies[rest])
@@ -175,6 +178,7 @@ def main(args: list[str] | None = None) -> None:
         calibration=(0, "0: half of the clean digits, 2000 of a folder"),
         before=(0, "clean samples before the shift; 0: as many as the calibration"),
         streams=(200, "clean streams"),
+        forms=(list(FORMS), "by name; by default all"),
         repeats=(12, "streams of a corruption"),
         domains=["reported", "held_out"],
         logits=("", "file to keep the net's answers in"),
@@ -206,8 +210,8 @@ def main(args: list[str] | None = None) -> None:
     before = options.before or min(calibration, len(pool[1]) - calibration)
     print(f"Clean images {len(pool[1])}, accuracy {100 * (pool[0].argmax(1) == pool[1]).double().mean():.1f} %")
     alphas = [0.01, 0.05, 0.1, 0.2]
-    false_alarms(pool, calibration, options.streams, alphas, "shuffled")
-    false_alarms(pool, calibration, max(1, options.streams // 10), alphas, "sorted by class")
+    false_alarms(pool, calibration, options.streams, alphas, "shuffled", options.forms)
+    false_alarms(pool, calibration, max(1, options.streams // 10), alphas, "sorted by class", options.forms)
     delays(pool, shifted, calibration, before, options.repeats)
     speed(pool, calibration)
 
