@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -295,3 +295,79 @@ def fit_temperature(logits: Tensor, labels: Tensor, *, steps: int = 60) -> float
             right = low + ratio * (high - low)
             at_right = loss(right)
     return math.exp((low + high) / 2)
+
+
+CONSENSUS = {"source": 0.2, "same_source": 0.65, "dropout": 1.0, "evenness": 1.25}
+"""Weights of :func:`consensus_accuracy`, in log odds. Fitted on held-out corruptions; docs/results/estimates.md."""
+_LEAST_SHARE = 0.02  # whose log odds count; beyond, a share of few samples says no more
+
+
+def log_odds(share: float) -> float:
+    """Of a share, which is first clipped to [0.02, 0.98]."""
+    share = min(1 - _LEAST_SHARE, max(_LEAST_SHARE, share))
+    return math.log(share / (1 - share))
+
+
+def consensus_sums(
+    logits: Tensor,
+    source: Tensor,
+    same_source: Tensor,
+    features: Tensor,
+    head: nn.Linear,
+    key: Tensor,
+    *,
+    temperature: float,
+) -> Tensor:
+    """What :func:`consensus_accuracy` needs of a batch, as sums over samples, (3 + 2K,), float64.
+
+    Three numbers: the probability that the source gives to the predicted class, that the source with the batch's
+    statistics gives to it (both at a temperature), and the share of dropout passes that repeat it. Then two
+    distributions (K,): what the dropout passes predict, and the source.
+
+    Args:
+        logits: (B, K), whose classes are rated.
+        source: (B, K), of the source net.
+        same_source: (B, K), of the source weights with the method's statistics.
+        features: (B, D), inputs of the head in the pass that gave ``logits``.
+        head: (D -> K).
+        key: Of the draws, as of :func:`dropout_votes`.
+        temperature: By which the source's logits are divided.
+    """
+    predictions = logits.argmax(-1)
+    differ, mean = dropout_votes(features, head, predictions, key, rate=dropout_rate(logits.shape[-1]))
+    p, q = ((at_least_float32(u) / temperature).softmax(-1) for u in (source, same_source))
+    trust = torch.stack([each.gather(1, predictions[:, None]).sum() for each in (p, q)])
+    return torch.cat([trust, (1 - differ).sum()[None], mean.sum(0), p.sum(0)]).double()
+
+
+def consensus_accuracy(means: Sequence[float], anchor: Mapping[str, float]) -> float:
+    """Accuracy from what the source, the source with other statistics, and dropout think of the predictions.
+
+    ::
+
+        logit(accuracy) = logit(a) + sum_i w_i (logit(s_i) - logit(t_i)) + w_e log(E / E_source)
+
+    with s the three means of :func:`consensus_sums` and t the same of the source on its own held-out images, where its
+    accuracy is a; E and E_source are the entropies of the mean predictions of dropout and of the source, so that a
+    stream that is sorted by class is no collapse, and a net that gives up classes which the source sees is one. On the
+    source's own data the estimate is a.
+
+    Args:
+        means: Of :func:`consensus_sums`, over samples, (3 + 2K,).
+        anchor: ``accuracy``, ``source``, ``same_source``, ``dropout`` of the source on held-out images.
+
+    Returns:
+        In (0, 1).
+
+    The weights w are :data:`CONSENSUS`, fitted by least squares. The estimate is ours; that the source rates the
+    predictions is an idea of agreement-based estimates (Jiang et al., ICLR 2022, arXiv 2106.13799), dropout and entropy
+    are AETTA's.
+    """
+    classes = (len(means) - 3) // 2
+    total = log_odds(anchor["accuracy"])
+    for name, mean in zip(("source", "same_source", "dropout"), means, strict=False):
+        total += CONSENSUS[name] * (log_odds(mean) - log_odds(anchor[name]))
+    parts = (means[3 : 3 + classes], means[3 + classes :])
+    passes, source = (-sum(p * math.log(max(p, 1e-12)) for p in part) / math.log(classes) for part in parts)
+    total += CONSENSUS["evenness"] * math.log(max(passes, _LEAST_SHARE) / max(source, _LEAST_SHARE))
+    return 1 / (1 + math.exp(-total))
