@@ -68,7 +68,7 @@ def odds_of_labels(won: int, lost: int) -> float:
     ``P(t < 1/2)`` is a binomial sum. Images on which both are right, or both wrong, say nothing.
     """
     number = won + lost + 1
-    below = sum(math.comb(number, wins) for wins in range(won + 1, number + 1)) / 2**number
+    below: float = sum(math.comb(number, wins) for wins in range(won + 1, number + 1)) / 2**number
     return (1 - below) / below
 
 
