@@ -204,7 +204,7 @@ class _TrainingImages(Iterable[Mapping[str, Tensor]]):
 def _take(data: Any, number: int, size: int, device: torch.device) -> list[_Batch]:
     """The first batches."""
     if isinstance(data, Tensor):
-        data = data.split(size) if data.ndim == 4 else [data]
+        data = torch.split(data, size) if data.ndim == 4 else [data]
     loader = data.predict_dataloader() if isinstance(data, ShiftedDataModule) else data
     if not isinstance(loader, Iterable) or isinstance(loader, (str, Mapping)):
         raise ConfigError(

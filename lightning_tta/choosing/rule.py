@@ -15,8 +15,8 @@ NOISE, NOISE_OF_DIFFERING = 0.01, 0.03
 """Standard deviation of the evidence where there is no gain, and what an image on which both differ adds to it."""
 LEAST, MOST = 0.25, 0.98
 """What scores alone can make of a probability, so that labels can outweigh them; against a method they know less."""
-CLEAR, CLEAR_WITH_LABELS, LEAST_GAIN = 0.95, 0.9, 0.005
-"""What the probability of a gain must be at least, and the estimated gain in accuracy. Labels cannot be fooled."""
+CLEAR, LEAST_GAIN = 0.95, 0.005
+"""What the probability of a gain must be at least, and the estimated gain in accuracy."""
 WORTH = 20
 """So many labels weigh as much as the scores do in the estimated gain."""
 
@@ -68,7 +68,7 @@ def odds_of_labels(won: int, lost: int) -> float:
     ``P(t < 1/2)`` is a binomial sum. Images on which both are right, or both wrong, say nothing.
     """
     number = won + lost + 1
-    below = sum(math.comb(number, wins) for wins in range(won + 1, number + 1)) / 2**number
+    below: float = sum(math.comb(number, wins) for wins in range(won + 1, number + 1)) / 2**number
     return (1 - below) / below
 
 
@@ -108,8 +108,7 @@ def decide(scores: Mapping[str, Scores], labels: int = 0) -> Decision:
     found = gains(scores, labels)
     if not found:
         return Decision(SOURCE, 1.0, "None: stay with the source, for no candidate could run.")
-    least = CLEAR_WITH_LABELS if labels else CLEAR
-    clear = {n: g for n, g in found.items() if g.probability >= least and g.estimate >= LEAST_GAIN}
+    clear = {n: g for n, g in found.items() if g.probability >= CLEAR and g.estimate >= LEAST_GAIN}
     heard = f"the scores and {labels} labels" if labels else "the scores, without labels,"
     if not clear:
         best = max(found, key=lambda name: found[name].probability)

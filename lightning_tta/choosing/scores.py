@@ -64,7 +64,8 @@ def score(record: Record, source: Record, labels: Mapping[int, int] | None = Non
 def evenness(logits: Tensor) -> Tensor:
     """Entropy in nats of how often each class is predicted, for logits (N, K)."""
     counts = torch.bincount(logits.argmax(-1), minlength=logits.shape[-1])
-    return torch.special.entr(counts / counts.sum()).sum()
+    entropy: Tensor = torch.special.entr(counts / counts.sum()).sum()
+    return entropy
 
 
 def _known(record: Record) -> Tensor:

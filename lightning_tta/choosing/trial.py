@@ -93,7 +93,7 @@ class Runner:
                 self.method.reset()
             self.batches += 1
             with self._calls() as calls:
-                logits = self.method(images)
+                logits: Tensor = self.method(images)
             stats = self.method.stats
             self.batch_passes = round(stats["forwards"] + stats["backwards"])
             self.passes += self.batch_passes
@@ -188,7 +188,7 @@ def finish(runners: Sequence[Runner], batches: Sequence[Tensor], seed: int = 0) 
         if runner.problem:
             continue
         passes: list[list[tuple[Tensor, Tensor | None]]] = [[], []]
-        for number, chosen in enumerate(order.split(size)):
+        for number, chosen in enumerate(torch.split(order, size)):
             key = torch.tensor([seed, number], device=images.device)
             batch = images[chosen]
             for place, shown in enumerate((batch, crop_images(batch, "crop", key))):
@@ -200,16 +200,15 @@ def finish(runners: Sequence[Runner], batches: Sequence[Tensor], seed: int = 0) 
         if runner.problem:
             continue
         answers, features = torch.cat(runner.answers), _joined(runner.features)
-        logits, final_features = zip(*passes[0], strict=True) if passes[0] else ([answers[order.cpu()]], [None])
-        final_features = _joined(final_features)
-        if not passes[0]:
-            final_features = features
-        elif final_features is not None:
-            final_features = final_features[back]
+        final, final_features = answers, features
+        if passes[0]:
+            final = torch.cat([logits for logits, _ in passes[0]])[back]
+            shuffled = _joined([each for _, each in passes[0]])
+            final_features = None if shuffled is None else shuffled[back]
         weight, bias = runner.head
         records[runner.candidate.name] = Record(
             answers,
-            torch.cat(list(logits))[back],
+            final,
             torch.cat([logits for logits, _ in passes[1]])[back],
             features,
             final_features,

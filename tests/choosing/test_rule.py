@@ -86,6 +86,14 @@ def test_a_sign_of_harm_outweighs_the_rest(bad):
     assert decide({"source": scores(), "norm": better(**bad)}).name == "source"
 
 
+def test_labels_that_tell_nothing_apart_change_nothing():
+    for level in np.linspace(0.5, 0.6, 21):
+        given = {"source": scores(), "norm": scores(level, 0.8, labels_won=0.0, labels_lost=0.0)}
+        alone, told = (gains(given, count)["norm"].probability for count in (0, 10))
+        assert told == pytest.approx(alone)
+        assert decide(given, 10).name in ("source", decide(given).name)
+
+
 def test_labels_decide_where_scores_do_not():
     given = {"source": scores(), "norm": scores(agreement=0.6, labels_won=0.3, labels_lost=0.1)}
     assert decide(given).name == "source"
