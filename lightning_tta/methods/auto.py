@@ -63,9 +63,10 @@ class Auto(TTAMethod):
         ConfigError: If a candidate or a value is none of those allowed.
         UnsupportedModelError: If a candidate cannot run on the net; of the default ones, if none can.
 
-    Own work, without a paper. It is a judge of a few methods, not of how good one is: of candidates that are wrong in
-    the same way none is outvoted. The entropy method among them with a rate of its own choosing gains information by
-    growing sure; the votes of the others and ``fall`` bound that.
+    Own work, without a paper. It compares methods, and estimates no accuracy. Candidates that are wrong in the same way
+    do not outvote each other, so name different ones. A method can gain information by growing sure without being
+    right; only the votes of the others, and the alarm, bound that. AETTA's estimate is no part of the evidence: it
+    takes the entropy of the batch's mean prediction for a sign of collapse, which a stream sorted by class lowers, too.
     """
 
     about = About(
@@ -109,11 +110,11 @@ class Auto(TTAMethod):
             self.nest(f"candidate{number}", method)
             method.task, method.told_of_batches = self.task, True  # warnings of this one are enough
         like = next(iter(self.model.parameters()), torch.zeros(()))
-        counters = {"dtype": torch.int64, "device": like.device}
+        counters = torch.zeros(len(self.names), dtype=torch.int64, device=like.device)
         self.state(EVIDENCE, like.new_full((len(self.names), 0), NOT_YET, dtype=torch.float32), source=NOT_YET)
         self.keep_wide(EVIDENCE)
-        self.state(TURN, torch.zeros(2, **counters), source=0)  # who answers, and batches so far
-        self.state(RESTING, torch.zeros(len(self.names), **counters), source=0)  # probes to leave out
+        self.state(TURN, counters[:2].clone(), source=0)  # who answers, and batches so far
+        self.state(RESTING, counters, source=0)  # probes to leave out
 
     @property
     def answering(self) -> str:
