@@ -156,7 +156,7 @@ def post(port: int, image: Tensor, patience: float = 60.0) -> tuple[dict[str, An
             if time.monotonic() > end:
                 raise
             again += 1
-            time.sleep(0.01)
+            time.sleep(0.03)
         finally:
             connection.close()
 
