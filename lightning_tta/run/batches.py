@@ -222,7 +222,8 @@ def show_source(method: TTAMethod, data: Any, count: int, device: torch.device) 
             f"{who} must see source data before the stream. Predict with a data module that has "
             "training images, or call method.prepare(source_batches) first."
         )
-    source = _OnDevice(data.source_batches(count, batch_size=64), device)  # EATA's Fisher depends on it
+    split: Literal["train", "val"] = "val" if getattr(method, "needs_held_out", False) else "train"
+    source = _OnDevice(data.source_batches(count, batch_size=64, split=split), device)  # EATA's Fisher depends on it
     more = ()
     if for_monitors:
         held_out = _OnDevice(data.source_batches(count, batch_size=64, split="val"), device)
