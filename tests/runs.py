@@ -68,7 +68,7 @@ def write_run(directory, method, right, *, seed=0, protocol_changes=None, **more
             rows.writerow([index, DOMAINS[index >= half], 1, 1 if hit else 0, 0.5, 0.5])
     with (directory / "batches.jsonl").open("w") as file:
         for start in range(0, len(right), 10):
-            batch = {"domain": DOMAINS[start >= half], "images": 10, "images_seen": start + 10}
+            batch = {"batch": start // 10, "domain": DOMAINS[start >= half], "images": 10, "images_seen": start + 10}
             shares = {"recent_class_share": 0.3, "recent_label_share": 0.2}
             file.write(json.dumps({**batch, "accuracy": float(right[start : start + 10].mean()), **shares}) + "\n")
     return directory

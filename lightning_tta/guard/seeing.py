@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.graphs import GraphHead
+from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.quantized import dequantized, is_quantized
 from lightning_tta.backbones.split import as_logits
@@ -163,7 +164,9 @@ class Sight:
     @property
     def is_alike(self) -> bool:
         """Whether a method at its source predicts as the plain net does."""
-        return type(self.method).infer is TTAMethod.infer and not self.method.replaces_statistics
+        method, kind = self.method, type(self.method)
+        runs_plain = kind.running is TTAMethod.running and not batch_norm_layers(method.model)
+        return kind.infer is TTAMethod.infer and (runs_plain or not method.replaces_statistics)
 
     @torch.no_grad()
     def source(self, images: Tensor) -> Tensor:

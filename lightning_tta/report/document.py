@@ -86,6 +86,11 @@ def _group_sections(group: Group, looks: Looks) -> list[Section]:
     stream = Section("Along the stream")
     calibration = Section("Calibration", [tables.calibration(group)])
     cost = Section("Cost", [tables.cost(group)])
+    guard = Section("Guard events", [tables.guard(group), tables.estimates(group)])
+    if estimated := figures.estimates_figure(group, looks):
+        described = [("accuracy as monitors estimate it along the stream", estimated)]
+        guard.galleries.append(Gallery(described, figures.estimates_caption(group), wide=True))
+    verdicts = dict.fromkeys(tables.choice_text(run.choice) for run in group.runs if run.choice)
     gains = tables.differences(group)
     if gains := {method: gains[method] for method in tables.ranked(group) if method in gains}:
         caption = "Differences to the source with their 95 % intervals; filled: the interval leaves out zero."
@@ -113,12 +118,13 @@ def _group_sections(group: Group, looks: Looks) -> list[Section]:
         cost.galleries.append(Gallery(drawn, caption))
     return [
         head,
+        Section("Choice", tables.choices(group), list(verdicts)),
         Section("By domain", tables.by_domain(group) if len(group.parts) > 1 else []),
         stream,
         calibration,
         cost,
         Section("Forgetting", [tables.forgetting(group)]),
-        Section("Guard events", [tables.guard(group)]),
+        guard,
         Section("Protocol", [tables.protocol(group)]),
     ]
 

@@ -234,6 +234,8 @@ def curves_caption(group: Group) -> str:
         f"{accuracy}, and share of the most predicted class over the last {run.window} of all; mean and range over "
         f"seeds. {'Grey area: the largest share among the labels. ' * group.labelled}Vertical lines: a new domain."
     )
+    if any(run.alarms for runs in shown.values() for run in runs):
+        text += " Triangles: alarms of the guard; hollow ones changed nothing."
     if len(shown) > TOGETHER:
         text += " Grey line: source." * (group.source in shown)
         text += f" The domains, in turn: {', '.join(name for name, _, _ in domain_spans(run.batches))}."
@@ -264,6 +266,8 @@ def _draw(
             lines += panel.plot(seen, mean, lw=1.5, markersize=4, markevery=marks, **line)
             if len(runs) > 1:
                 panel.fill_between(seen, low, high, color=look.color, alpha=0.1, lw=0)
+            for run in runs if panel is axes[0] else ():
+                _mark_alarms(panel, run, look.color, 0.97 - 0.05 * turn)
         panel.grid(axis="y")  # a vertical line is a new domain
     seen, share, *_ = _curve([first], "recent_label_share")
     axes[1].fill_between(seen, share, color=GRID, alpha=0.7, lw=0, zorder=0)
@@ -279,6 +283,67 @@ def _draw(
     axes[0].set(xlim=(0, batches[-1]["images_seen"]))
     axes[1].set(ylabel="largest class %", ylim=(0, 102), xlabel="images seen")
     return lines
+
+
+def _mark_alarms(panel: Any, run: Run, color: str, height: float) -> None:
+    """Triangles at a share of the panel's height: filled where something was done."""
+    for acted in (True, False):
+        wanted = [
+            alarm.get("batch") for alarm in run.alarms if (alarm.get("action") not in ("inform", "warn")) == acted
+        ]
+        places = {b["batch"]: b["images_seen"] for b in run.batches if "batch" in b and "images_seen" in b}
+        seen = [places[batch] for batch in wanted if batch in places]
+        style = {"color": color, "marker": "v", "ls": "", "markersize": 6, "mfc": color if acted else "none"}
+        if seen:
+            at = panel.get_xaxis_transform()
+            (marks,) = panel.plot(seen, [height] * len(seen), transform=at, clip_on=False, zorder=5, **style)
+            marks.set_in_layout(False)  # the panel keeps its size
+
+
+def estimates_figure(group: Group, looks: Looks) -> Figure | None:
+    """Accuracy along the stream as monitors estimate it, beside the truth, and alarms; a panel for each method.
+
+    Of the first seed. ``None`` where no run with its batches has estimates.
+    """
+    shown = {m: [r for r in runs if r.estimates][:1] for m, runs in with_batches(group).items()}
+    shown = {method: runs for method, runs in shown.items() if runs}
+    if not shown:
+        return None
+    names = list(dict.fromkeys(name for (run,) in shown.values() for name in run.estimates))
+    figure = _figure(WIDTH, 0.8 + 2.2 * len(shown))
+    all_axes: Any = figure.subplots(len(shown), 1, sharex=True, squeeze=False)
+    handles: dict[str, Any] = {}
+    for axes, (method, (run,)) in zip(all_axes[:, 0], shown.items(), strict=True):
+        answered = [not batch.get("source_answered") for batch in run.batches]
+        seen = np.array([batch["images_seen"] for batch in run.batches], dtype=float)
+        if run.accuracy() is not None:
+            truth = np.array(rolling_accuracy(run.batches, run.window), dtype=float)
+            (handles["accuracy"],) = axes.plot(seen, np.where(answered, truth, np.nan), color="#000000", lw=1.5)
+        for place, name in enumerate(names):
+            values = np.array([batch.get(f"{name}_accuracy") for batch in run.batches], dtype=float)
+            style = {"color": COLORS[place % len(COLORS)], "ls": LINES[place % len(LINES)], "lw": 1.3}
+            (handles[name],) = axes.plot(seen, np.where(answered, 100 * values, np.nan), **style)
+        for _, start, _ in spans if len(spans := domain_spans(run.batches)) > 1 else ():
+            axes.axvline(seen[start] - run.batches[start]["images"], color=GRID, lw=0.9, zorder=0)
+        _mark_alarms(axes, run, looks[method].color, 0.95)
+        axes.set(ylabel="accuracy %", ylim=(0, 102), xlim=(0, seen[-1]), title=method)
+        axes.grid(axis="y")
+    all_axes[-1, 0].set_xlabel("images seen")
+    words = [name if name == "accuracy" else f"estimate of {name}" for name in handles]
+    columns = legend_columns(words, WIDTH)
+    figure.legend(list(handles.values()), words, loc="outside lower center", ncols=columns)
+    return figure
+
+
+def estimates_caption(group: Group) -> str:
+    """What that figure shows."""
+    window = next((run.window for run in group.runs if run.estimates), 8)
+    truth = f"Black: accuracy over the last {window} batches of the domain. " * group.labelled
+    return (
+        f"{truth}Estimates of the monitors, which see no labels, but for 'labels'; where the source answered on "
+        "probation there is no line. Triangles: alarms; hollow ones changed nothing. Vertical lines: a new domain. The "
+        "first seed."
+    )
 
 
 def _curve(runs: Sequence[Run], name: str) -> NDArray[np.float64]:

@@ -49,6 +49,18 @@ def read_result(file: Path) -> dict[str, Any]:
     return dict(content)
 
 
+def read_choice(directory: Path) -> dict[str, Any]:
+    """What the chooser has written beside a run as ``choice.json``; empty where there is none that can be read."""
+    try:
+        content = json.loads((directory / "choice.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    candidates = content.get("candidates") if isinstance(content, dict) else None
+    if not isinstance(candidates, list) or not isinstance(content.get("choice"), str):
+        return {}
+    return {**content, "candidates": [each for each in candidates if isinstance(each, dict)]}
+
+
 def find_results(path: Path) -> tuple[dict[Path, dict[str, Any]], list[str]]:
     """The results of a file, of a run's or benchmark's directory, or of all such directories below one, at any depth.
 

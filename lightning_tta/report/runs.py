@@ -14,7 +14,15 @@ import numpy as np
 
 from lightning_tta.errors import ConfigError, DataError
 from lightning_tta.files import json_digest
-from lightning_tta.report.files import Predictions, Report, find_results, read_batches, read_predictions, read_result
+from lightning_tta.report.files import (
+    Predictions,
+    Report,
+    find_results,
+    read_batches,
+    read_choice,
+    read_predictions,
+    read_result,
+)
 from lightning_tta.report.statistics import MIN_SEEDS
 
 if TYPE_CHECKING:
@@ -106,6 +114,28 @@ class Run:
     def batches(self) -> list[dict[str, Any]]:
         """The lines of ``batches.jsonl``."""
         return read_batches(self.directory)
+
+    @cached_property
+    def choice(self) -> dict[str, Any]:
+        """What the chooser has written beside the run; empty where it has not."""
+        return read_choice(self.directory)
+
+    @property
+    def guard(self) -> Report:
+        """The account of the guard; empty where there was none."""
+        return self.report.get("guard") or {}
+
+    @property
+    def alarms(self) -> list[Report]:
+        """The alarms of the guard's monitors; reports of earlier versions do not name the one that they had."""
+        events = self.guard.get("events") or []
+        return [{"monitor": "collapse", **event} for event in events if isinstance(event, dict)]
+
+    @property
+    def estimates(self) -> dict[str, Report]:
+        """Estimates of accuracy, by monitor."""
+        estimates = self.guard.get("estimates") or {}
+        return {name: each for name, each in estimates.items() if isinstance(each, dict)}
 
     @cached_property
     def _predictions(self) -> tuple[Predictions, str]:

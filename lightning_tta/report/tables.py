@@ -361,21 +361,70 @@ def forgetting(group: Group) -> Table | None:
 
 
 def guard(group: Group) -> Table | None:
-    """Events of the guard; ``None`` where no run had one."""
+    """Alarms of the guard's monitors; ``None`` where no run had one."""
     rows, note = [], ""
-    guarded = [(run, run.report["guard"]) for run in group.runs if run.report.get("guard") is not None]
-    for run, account in guarded:
-        for event in account.get("events", []):
-            rest = {k: v for k, v in event.items() if k not in ("batch", "reason", "action") and v is not None}
-            texts = [str(event.get(key, "-")) for key in ("batch", "reason", "action")]
-            rows.append([run.method, run.seed, *texts, said(rest).replace("_", " ")])
-        if count := account.get("on_probation"):
+    guarded = [run for run in group.runs if run.report.get("guard") is not None]
+    keys = ("batch", "monitor", "reason", "action")
+    for run in guarded:
+        for event in run.alarms:
+            rest = {k: v for k, v in event.items() if k not in keys and v is not None}
+            rows.append([run.method, run.seed, *(str(event.get(key, "-")) for key in keys), said(rest)])
+            rows[-1][-1] = rows[-1][-1].replace("_", " ")
+        if count := run.guard.get("on_probation"):
             note += f" {run.method}, seed {run.seed}: the source predicted {count} batches on probation."
-        if count := account.get("forwards"):
-            note += f" {count} forward passes more, for the source as measure."
+        if count := run.guard.get("forwards"):
+            note += f" {count} forward passes more, for the monitors."
     note = (f"{len(rows)} events of the guard." if rows else "The guard watched and had nothing to do.") + note
-    header = ["method", "seed", "batch", "reason", "action", "more"]
-    return Table("Guard events", header, rows, note, left=6, methods=True) if guarded else None
+    header = ["method", "seed", *keys, "more"]
+    return Table("Guard events", header, rows, note, left=7, methods=True) if guarded else None
+
+
+def estimates(group: Group) -> Table | None:
+    """Accuracy as monitors estimate it, beside the truth where there are labels; ``None`` where none does."""
+    rows = [
+        [
+            *(run.method, run.seed, monitor),
+            *(number(None if (v := each.get(key)) is None else 100 * v) for key in ("estimate", "accuracy")),
+            number(None if (v := each.get("mean_absolute_error")) is None else 100 * v),
+        ]
+        for run in group.runs
+        for monitor, each in run.estimates.items()
+    ]
+    windows = ", ".join(dict.fromkeys(str(run.window) for run in group.runs if run.estimates))
+    note = (
+        "Means over the images of the batches that the method answered and the monitor had an estimate for; the "
+        f"monitors see no labels, but for 'labels'. Error: mean distance, in points, to the accuracy over the last "
+        f"{windows} batches."
+    )
+    header = ["method", "seed", "monitor", "estimate %", "accuracy %", "error"]
+    return Table("Estimated accuracy", header, rows, note, left=3, methods=True) if rows else None
+
+
+def choices(group: Group) -> list[Table]:
+    """What the chooser found, candidate by candidate, where it has written that beside a run."""
+    shown = {json.dumps(run.choice, sort_keys=True): run for run in group.runs if run.choice}
+    tables = []
+    for run in shown.values():
+        candidates = run.choice["candidates"]
+        scores = [each.get("scores") if isinstance(each.get("scores"), Mapping) else {} for each in candidates]
+        names = list(dict.fromkeys(name for each in scores for name in each))
+        rows = []
+        for each, values in zip(candidates, scores, strict=True):
+            known = [v if isinstance(v := values.get(name), (int, float)) else None for name in names]
+            rows.append([str(each.get("name", "-")), *(number(value, ".3f") for value in known)])
+        best = str(run.choice["choice"])
+        title = f"Candidates, {run.method}" if len(shown) > 1 else "Candidates"
+        note = "Scores of the chooser, made without the labels of the stream; larger is better."
+        tables.append(Table(title, ["candidate", *(name.replace("_", " ") for name in names)], rows, note, best=best))
+    return tables
+
+
+def choice_text(choice: Report) -> str:
+    """The chooser's verdict in a sentence or two."""
+    confidence = choice.get("confidence")
+    sure = f" (confidence {100 * confidence:.0f} %)" if isinstance(confidence, (int, float)) else ""
+    why = choice.get("why")
+    return f"The chooser takes {choice['choice']}{sure}." + (f" {why}" if isinstance(why, str) and why else "")
 
 
 def protocol(group: Group) -> Table:

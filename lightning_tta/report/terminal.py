@@ -15,7 +15,7 @@ from rich.text import Text
 from lightning_tta.files import write_json
 from lightning_tta.report import figures, tables, write_report
 from lightning_tta.report.document import markdown, sections
-from lightning_tta.report.runs import Results, Run, protocol_problem, read, repeat_problem
+from lightning_tta.report.runs import Group, Results, Run, protocol_problem, read, repeat_problem
 from lightning_tta.report.tables import Table
 from lightning_tta.report.verdict import verdict
 
@@ -43,7 +43,7 @@ def print_table(console: Console, table: Table) -> None:
 
 def print_report(report: Mapping[str, Any], path: Path) -> None:
     """Print a run's table by domain, and where its files are."""
-    console = Console()
+    console, run = Console(), Run(str(report.get("method", "")), "", report, path.parent)
     print_table(console, tables.one_run(report))
     protocol = report.get("protocol") or {}
     settings = {
@@ -56,7 +56,7 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
         f"{count['forwards']} forward and {count['backwards']} backward passes, "
         f"{1000 * count['seconds_per_batch']:.1f} ms per batch, {count['resets']} resets, "
         f"{count['skipped_steps']} steps skipped, {count['nonfinite_images']} non-finite images",
-        f"options: {tables.options_of(Run(str(report.get('method', '')), '', report, path.parent))}",
+        f"options: {tables.options_of(run)}",
         "protocol: " + ", ".join(f"{name} {value}" for name, value in settings.items()),
     ]
     if 0 < (known := report.get("labelled_images", 0)) < report["images"]:
@@ -74,8 +74,18 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
         lines.append(f"guard ({action}): {len(events) + guard.get('dropped_events', 0)} alarms{stopped}")
         if guard.get("on_probation"):
             lines[-1] += f", {guard['on_probation']} batches predicted by the source on probation"
-        said = [f"batch {event.get('batch')}: {event.get('reason')}, {event.get('action')}" for event in events[:10]]
+        said = [
+            f"batch {event.get('batch')}: {event.get('reason')}, {event.get('action')} ({event.get('monitor')})"
+            for event in run.alarms[:10]
+        ]
         lines += [f"  {text}" for text in said] + [f"  ... and {len(events) - 10} more"] * (len(events) > 10)
+    if (estimated := tables.estimates(Group("", [run]))) is not None:
+        lines += [
+            f"accuracy as '{monitor}' estimates it: {estimate} %, in truth {truth} %, mean error {error} points"
+            for _, _, monitor, estimate, truth, error in estimated.rows
+        ]
+    if run.choice:
+        lines.append(tables.choice_text(run.choice))
     if problem := repeat_problem(report):
         lines.append(problem)
     if str(protocol.get("weights")).endswith("random"):

@@ -14,7 +14,7 @@ from lightning_tta import ConfigError, DataError
 from lightning_tta.cli.main import main
 from lightning_tta.data import Protocol
 from lightning_tta.files import json_digest
-from lightning_tta.report import write_report
+from lightning_tta.report import figures, write_report
 from lightning_tta.report.runs import read
 from lightning_tta.report.terminal import report
 from runs import Page, hits, page_of, protocol, row_of, write_benchmark, write_run
@@ -222,12 +222,70 @@ def test_guard_and_forgetting(tmp_path):
     written = write_report([write_benchmark(tmp_path, {(m, 0): hits(0, 0.5) for m in more}, **more)])
     page = page_of(written)
     values = "values (largest class share 0.9321, logit norm 12)"
-    assert row_of(page, "tent", 6) == ["tent", "0", "7", "class share <0.9>", "reset", values]
+    assert row_of(page, "tent", 7) == ["tent", "0", "7", "collapse", "class share <0.9>", "reset", values]
     assert (
         "1 events of the guard. tent, seed 0: the source predicted 16 batches on probation. 40 forward"
         in written[0].read_text()
     )
     assert row_of(page, "tent", 3) == ["tent", "70.0", "-20.0"]
+
+
+def test_monitors_and_choice(tmp_path, capsys):
+    """Alarms and estimates of a run with monitors, in figures, tables and terminal; the chooser's verdict beside it."""
+    alarms = [
+        {"batch": 1, "monitor": "poem", "reason": "shift", "values": {"poem_log_wealth": 3.5}, "action": "inform"},
+        {"batch": 2, "monitor": "aetta", "reason": "low_accuracy", "values": {}, "action": "rollback"},
+    ]
+    parts = {name: {"estimate": 0.5, "accuracy": 0.75} for name in ("fog", "noise")}
+    estimates = {"aetta": {"estimate": 0.5, "accuracy": 0.75, "mean_absolute_error": 0.25, "domains": parts}}
+    guard = {"settings": {"action": "rollback"}, "events": alarms, "estimates": estimates, "forwards": 4}
+    run = write_run(tmp_path / "run", "tent", hits(0, 0.75), guard=guard)
+    rows = [json.loads(line) for line in (run / "batches.jsonl").read_text().splitlines()]
+    for row in rows[1:]:
+        row["aetta_accuracy"] = 0.5
+    rows[0]["source_answered"] = 1.0
+    (run / "batches.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = [{"infomax": 1.25, "snd": 2.0}, {"infomax": 0.5}]
+    names = ["tent lr=0.001", "source"]
+    candidates = [{"name": n, "method": "m", "options": {}, "scores": s} for n, s in zip(names, scores, strict=True)]
+    why = "It is surer <and> agrees."
+    choice = {"choice": "tent lr=0.001", "confidence": 0.8, "why": why, "candidates": candidates}
+    (run / "choice.json").write_text(json.dumps(choice))
+    report([run])
+    page, printed = page_of([run / "report.html"]), capsys.readouterr().out
+    alarm = ["tent", "", "1", "poem", "shift", "inform", "values (poem log wealth 3.5)"]
+    assert [row for row in page.rows if len(row) == 7 and row[3] in ("poem", "aetta")] == [
+        alarm,
+        ["tent", "", "2", "aetta", "low_accuracy", "rollback", "values (none)"],
+    ]
+    assert row_of(page, "tent", 6) == ["tent", "", "aetta", "50.0", "75.0", "25.0"]
+    assert ["tent lr=0.001", "1.250", "2.000"] in page.rows
+    assert ["source", "0.500", "-"] in page.rows
+    text = (run / "report.md").read_text()
+    verdict = "The chooser takes tent lr=0.001 (confidence 80 %). It is surer"
+    assert verdict in text
+    assert verdict in printed
+    assert "batch 1: shift, inform (poem)" in printed
+    assert "accuracy as 'aetta' estimates it: 50.0 %, in truth 75.0 %, mean error 25.0 points" in printed
+    (run / "choice.json").write_text("{broken")
+    report([run])
+    assert "The chooser" not in capsys.readouterr().out
+    (group,) = read([run]).groups
+    with figures.drawing():
+        figure = figures.estimates_figure(group, figures.looks(group.methods))
+        curves = figures.curves_figure(group, figures.looks(group.methods))
+    lines = {line.get_color(): line for line in figure.axes[0].lines if len(line.get_xdata()) == len(rows)}
+    estimate = lines[figures.COLORS[0]].get_ydata()
+    assert list(estimate[1:]) == [50.0] * (len(rows) - 1)
+    assert estimate[0] != estimate[0]  # the source answered
+    hollow, filled = rows[1]["images_seen"], rows[2]["images_seen"]
+    for drawn in (figure, curves):
+        axes = drawn.axes[0]
+        drawn.draw_without_rendering()
+        assert axes.get_position().height > 0.25  # the marks take no room
+        marks = [line for line in axes.lines if line.get_marker() == "v" and line.get_linestyle() == "None"]
+        assert {tuple(m.get_xdata()) for m in marks if m.get_markerfacecolor() == "none"} == {(hollow,)}
+        assert {tuple(m.get_xdata()) for m in marks if m.get_markerfacecolor() != "none"} == {(filled,)}
 
 
 def labels(runs):
