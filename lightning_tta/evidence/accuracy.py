@@ -119,7 +119,8 @@ def aetta(
 
 def _entropy_of(p: Tensor) -> Tensor:
     """Of distributions (..., K), which need not come from logits."""
-    return torch.special.entr(p).sum(-1)
+    entropies: Tensor = torch.special.entr(p).sum(-1)
+    return entropies
 
 
 class AETTA:

@@ -47,7 +47,10 @@ class Consensus(Monitor):
         self.half_life, self.seed = half_life, seed
         self.rule = Fall(floor, fall)
         self.anchor: dict[str, float] = {}
-        self.begin()
+        self.weight, self.batches = 0.0, 0
+        self.sums: Tensor | None = None
+        self.accuracy: float | None = None
+        self._alarm = ""
 
     def prepare(self, batches: Iterable[Seen]) -> None:
         """See held-out source images with labels.
@@ -132,14 +135,12 @@ class Consensus(Monitor):
 
     def forget(self) -> None:
         """Begin anew: what was averaged is of another method."""
-        self.weight, self.sums = 0.0, None
-        self.accuracy: float | None = None
+        self.weight, self.sums, self.accuracy = 0.0, None, None
         self.rule.last.clear()
         self._alarm = ""
 
     def begin(self) -> None:
         """Begin anew, with the first draws; what was prepared stays."""
-        self.sums: Tensor | None = None
         self.batches = 0
         self.forget()
 

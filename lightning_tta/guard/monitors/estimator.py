@@ -66,7 +66,9 @@ class Estimator(Monitor):
         check_range("half_life", half_life, 1, integer=True)
         self.half_life = half_life
         self.rule = Fall(floor, fall)
-        self._forget()
+        self.weight = self.sum = 0.0
+        self.last: float | None = None
+        self._alarm = ""
 
     @abstractmethod
     def rate(self, seen: Seen) -> Tensor | None:
@@ -111,7 +113,7 @@ class Estimator(Monitor):
 
     def _forget(self) -> None:
         self.weight = self.sum = 0.0
-        self.last: float | None = None
+        self.last = None
         self.rule.last.clear()
         self._alarm = ""
 
