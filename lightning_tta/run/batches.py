@@ -224,7 +224,7 @@ def show_source(method: TTAMethod, data: Any, count: int, device: torch.device) 
         )
     split: Literal["train", "val"] = "val" if getattr(method, "needs_held_out", False) else "train"
     source = _OnDevice(data.source_batches(count, batch_size=64, split=split), device)  # EATA's Fisher depends on it
-    more = ()
+    more: tuple[_OnDevice, ...] = ()
     if for_monitors:
         held_out = _OnDevice(data.source_batches(count, batch_size=64, split="val"), device)
         if len(held_out):
