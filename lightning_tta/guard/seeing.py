@@ -143,8 +143,8 @@ class Sight:
                 logits = self.source(images)
             features, head = self._chosen(calls, logits) or self._bare(images) if has_features else (None, None)
             same = None if not has_same else logits if self.is_alike else self.same_source(images)
-            rest = {"source": logits, "same_source": same, "features": features, "head": head, "labels": labels}
-            seen.append(Seen(logits, **rest))
+            one = Seen(logits, source=logits, same_source=same, features=features, head=head, labels=labels)
+            seen.append(one)
 
         several = not isinstance(batches, Mapping) and hasattr(batches, "__iter__")
         with self.method.at_source():

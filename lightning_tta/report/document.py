@@ -88,8 +88,8 @@ def _group_sections(group: Group, looks: Looks) -> list[Section]:
     cost = Section("Cost", [tables.cost(group)])
     guard = Section("Guard events", [tables.guard(group), tables.estimates(group)])
     if estimated := figures.estimates_figure(group, looks):
-        described = [("accuracy as monitors estimate it along the stream", estimated)]
-        guard.galleries.append(Gallery(described, figures.estimates_caption(group), wide=True))
+        pictures = [("accuracy as monitors estimate it along the stream", estimated)]
+        guard.galleries.append(Gallery(pictures, figures.estimates_caption(group), wide=True))
     verdicts = dict.fromkeys(tables.choice_text(run.choice) for run in group.runs if run.choice)
     gains = tables.differences(group)
     if gains := {method: gains[method] for method in tables.ranked(group) if method in gains}:

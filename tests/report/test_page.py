@@ -222,7 +222,7 @@ def test_guard_and_forgetting(tmp_path):
     written = write_report([write_benchmark(tmp_path, {(m, 0): hits(0, 0.5) for m in more}, **more)])
     page = page_of(written)
     values = "values (largest class share 0.9321, logit norm 12)"
-    assert row_of(page, "tent", 7) == ["tent", "0", "7", "collapse", "class share <0.9>", "reset", values]
+    assert row_of(page, "tent", 7, 2) == ["tent", "0", "7", "collapse", "class share <0.9>", "reset", values]
     assert (
         "1 events of the guard. tent, seed 0: the source predicted 16 batches on probation. 40 forward"
         in written[0].read_text()
@@ -253,12 +253,12 @@ def test_monitors_and_choice(tmp_path, capsys):
     (run / "choice.json").write_text(json.dumps(choice))
     report([run])
     page, printed = page_of([run / "report.html"]), capsys.readouterr().out
-    alarm = ["tent", "", "1", "poem", "shift", "inform", "values (poem log wealth 3.5)"]
+    alarm = ["tent", "0 (abc)", "1", "poem", "shift", "inform", "values (poem log wealth 3.5)"]
     assert [row for row in page.rows if len(row) == 7 and row[3] in ("poem", "aetta")] == [
         alarm,
-        ["tent", "", "2", "aetta", "low_accuracy", "rollback", "values (none)"],
+        ["tent", "0 (abc)", "2", "aetta", "low_accuracy", "rollback", "values (-)"],
     ]
-    assert row_of(page, "tent", 6) == ["tent", "", "aetta", "50.0", "75.0", "25.0"]
+    assert row_of(page, "tent", 6) == ["tent", "0 (abc)", "aetta", "50.0", "75.0", "25.0"]
     assert ["tent lr=0.001", "1.250", "2.000"] in page.rows
     assert ["source", "0.500", "-"] in page.rows
     text = (run / "report.md").read_text()
