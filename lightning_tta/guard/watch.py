@@ -27,8 +27,11 @@ Alarm = tuple[str, str, dict[str, Any]]
 Action = Literal["warn", "reset", "rollback", "stop"]
 EVENTS = 256
 """Alarms that a watch remembers, at most, or as many as its history has batches, for each monitor."""
-INFORMING = ("poem", "drift")
-"""Monitors whose alarms are noted and change nothing, unless ``act_on`` says otherwise: they speak of the stream."""
+INFORMING = ("poem", "drift", "aetta")
+"""Monitors whose alarms are noted and change nothing, unless ``act_on`` says otherwise.
+
+The first two speak of the stream, not of the method. AETTA's rule alarms on many healthy runs where the stream changes.
+"""
 WATCH = "watch"
 """Of an alarm of the watch itself: the name in the place of a monitor's."""
 STATE_KEY = "watch"
@@ -82,7 +85,8 @@ class WatchSettings:
         monitors: Names, or dicts of ``kind`` and its options, one of each kind; options of ``collapse`` are by default
             the ones above.
         act_on: Names of the monitors whose alarms act; those of the others are noted. ``None``: all but ``poem`` and
-            ``drift``, whose alarms say that the stream has changed, not that the method is worse.
+            ``drift``, whose alarms say that the stream has changed, not that the method is worse, and ``aetta``, whose
+            estimate falls with the stream, too.
 
     Raises:
         ConfigError: If one is out of range, or there is no such monitor.
