@@ -119,7 +119,8 @@ def aetta(
 
 def _entropy_of(p: Tensor) -> Tensor:
     """Of distributions (..., K), which need not come from logits."""
-    return torch.special.entr(p).sum(-1)
+    entropies: Tensor = torch.special.entr(p).sum(-1)
+    return entropies
 
 
 class AETTA:
@@ -184,6 +185,8 @@ class AETTA:
         differ, mean = dropout_votes(features, head, predictions, key, passes=self.passes, rate=rate)
         self.batches += 1
         sums = torch.cat([differ.sum()[None], mean.sum(0)]).double().cpu()
+        if not sums.isfinite().all():  # features that overflowed
+            return False
         sums = torch.cat([torch.full((1,), float(len(features)), dtype=torch.float64), sums])
         waiting = sums if self._waiting is None else self._waiting + sums
         if waiting[0] < self.images:

@@ -38,7 +38,8 @@ def infomax(logits: Tensor, weight: float = 1.0) -> Tensor:
     """
     p = at_least_float32(logits).softmax(-1)
     marginal = torch.special.entr(p.mean(0)).sum()
-    return (weight * marginal - entropy(logits).mean()) / math.log(logits.shape[-1])
+    information: Tensor = (weight * marginal - entropy(logits).mean()) / math.log(logits.shape[-1])
+    return information
 
 
 def snd(features_or_probabilities: Tensor, temperature: float = 0.05) -> Tensor:
