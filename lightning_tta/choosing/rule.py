@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lightning_tta.choosing.candidates import SOURCE
 from lightning_tta.choosing.scores import Scores
 
-UNSTEADY, STEADY, UNEVEN = 0.3, 0.5, 0.8
+UNSTEADY, STEADY, UNEVEN = 0.2, 0.5, 0.8
 """Price of an answer of its own that is another in other company; the least steadiness; the least evenness."""
 NOISE, NOISE_OF_DIFFERING = 0.01, 0.03
 """Standard deviation of the evidence where there is no gain, and what an image on which both differ adds to it."""
@@ -41,7 +41,7 @@ class Gain:
 def evidence(own: Scores, source: Scores) -> float:
     """What the scores say of the gain in accuracy, without labels; conservative.
 
-    ``(aetta + infomax) / 2``, as differences to the source, less ``0.3 d (1 - steadiness)`` and less what evenness
+    ``(aetta + infomax) / 2``, as differences to the source, less ``0.2 d (1 - steadiness)`` and less what evenness
     lacks to 0.8. d is the share of images on which both differ, and bounds it. It is 0 at most where less than half of
     its own answers stay the same in other company; and without AETTA, as whatever makes predictions sharper raises
     InfoMax.

@@ -22,7 +22,7 @@ from lightning_tta.modules import TestTimeAdaptation
 
 OF_THE_MODULE = ("reset_every", *OPTIONS)
 """Options of a candidate that are no options of its method: ``--model.statistics`` and so on."""
-SHOWN = ("aetta", "infomax", "agreement_view", "agreement_company", "agreement_source", "labels")
+SHOWN = ("aetta", "infomax", "steadiness", "evenness", "agreement_source", "labels")
 
 
 def make_parser() -> argparse.ArgumentParser:

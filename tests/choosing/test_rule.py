@@ -36,7 +36,7 @@ def test_labels_are_odds_of_a_beta_distribution(won, lost):
 def test_evidence_by_hand():
     own = {"aetta": 0.7, "infomax": 0.6, "agreement_source": 0.6, "steadiness": 0.75, "evenness": 0.7}
     source = {"aetta": 0.5, "infomax": 0.5, "agreement_source": 1.0, "steadiness": 1.0, "evenness": 1.0}
-    assert evidence(own, source) == pytest.approx((0.2 + 0.1) / 2 - 0.3 * 0.4 * 0.25 - 0.1)
+    assert evidence(own, source) == pytest.approx((0.2 + 0.1) / 2 - 0.2 * 0.4 * 0.25 - 0.1)
     assert probability_of_scores(0.02, 0.4) == pytest.approx(0.8183, abs=1e-4)  # z = 0.02 / 0.022
     del own["aetta"]
     assert evidence(own | {"infomax": 1.0}, source) == 0
