@@ -224,6 +224,7 @@ def test_python_blocks_run(page):
         *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 10)),
     ).eval()
     names = {"__name__": "reader", "model": net, "digits_net": net, "images": torch.rand(4, 3, 32, 32)}
+    names["batches"] = list(torch.rand(4, 8, 3, 32, 32))
     for block in blocks_of(PAGES[page], "python"):
         exec(compile(block, page, "exec"), names)
 
