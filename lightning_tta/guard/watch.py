@@ -84,9 +84,9 @@ class WatchSettings:
             ``warn``.
         monitors: Names, or dicts of ``kind`` and its options, one of each kind; options of ``collapse`` are by default
             the ones above.
-        act_on: Names of the monitors whose alarms act; those of the others are noted. ``None``: all but ``poem`` and
-            ``drift``, whose alarms say that the stream has changed, not that the method is worse, and ``aetta``, whose
-            estimate falls with the stream, too.
+        act_on: Names of the monitors whose alarms act, or one name; those of the others are noted. ``None``: all but
+            ``poem`` and ``drift``, whose alarms say that the stream has changed, not that the method is worse, and
+            ``aetta``, whose estimate falls with the stream, too.
 
     Raises:
         ConfigError: If one is out of range, or there is no such monitor.
@@ -103,7 +103,7 @@ class WatchSettings:
     retries: int | None = 3
     probation: int | None = None
     monitors: MonitorsWanted = field(default_factory=_collapse_alone)
-    act_on: list[str] | None = None
+    act_on: str | list[str] | None = None
 
     def __post_init__(self) -> None:
         check_choice("action", self.action, get_args(Action))
@@ -114,7 +114,7 @@ class WatchSettings:
         if self.probation and self.compare == "history":
             raise ConfigError("During probation the source predicts: use compare='source', or leave out probation.")
         monitors = self.make_monitors()
-        for name in self.act_on or ():
+        for name in listed(self.act_on):
             check_choice("act_on", name, (*monitors,))
         defaults = {each.name: each.default for each in fields(self)}
         idle = [] if "collapse" in monitors else [n for n in _OF_COLLAPSE if n not in ("window", "history")]
@@ -145,7 +145,7 @@ class WatchSettings:
 
     def acts(self, monitor: str) -> bool:
         """Whether alarms of a monitor act."""
-        return monitor not in INFORMING if self.act_on is None else monitor in self.act_on
+        return monitor not in INFORMING if self.act_on is None else monitor in listed(self.act_on)
 
     @property
     def first_probation(self) -> int:
@@ -266,8 +266,16 @@ class Watch:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         with self.method.hold():  # not in the middle of a batch
-            vars(twin).update(copy.deepcopy(vars(self), memo))
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_revision": self._revision - self.method.revision}  # a copy of the method counts anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        vars(self)["_revision"] += self.method.revision
+        _WATCHES[self.method] = weakref.ref(self)
 
     # The method's interface
 
@@ -440,6 +448,8 @@ class Watch:
         others = [
             f"{name}={value!r}, here {mine.get(name)!r}" for name, value in theirs.items() if mine.get(name) != value
         ]
+        if seen["monitors"].keys() != self.monitors.keys():  # of an early version, which did not say its settings
+            others.append(f"monitors={[*seen['monitors']]}, here {[*self.monitors]}")
         if others:
             raise ConfigError(f"This state is of a watch with other settings: {'; '.join(others)}. Use the same.")
         with self.method.hold():
