@@ -53,8 +53,8 @@ class Guard(RunCallback):
         check_range("labels_delay", labels_delay, 0, integer=True)
         if labels_delay and labels_every is None:
             raise ConfigError(
-                f"labels_delay={labels_delay} says when labels become known, and none does: set labels_every, too, such "
-                "as labels_every=20, or leave labels_delay out."
+                f"labels_delay={labels_delay} says when labels become known, and none does: set labels_every, too, as "
+                "labels_every=20, or leave labels_delay out."
             )
         self.labels_every, self.labels_delay = labels_every, labels_delay
         self.settings = WatchSettings(action, **settings)

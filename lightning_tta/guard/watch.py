@@ -8,6 +8,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import wraps
+from inspect import ismethod
 from typing import Any, Literal, get_args
 
 import torch
@@ -260,7 +262,16 @@ class Watch:
     def __getattr__(self, name: str) -> Any:
         if name == "method":  # not yet there, while a copy is made
             raise AttributeError(name)
-        return getattr(self.method, name)
+        value = getattr(self.method, name)
+        if not ismethod(value) or value.__self__ is not self.method:
+            return value
+
+        @wraps(value)
+        def call(*args: Any, **options: Any) -> Any:
+            result = value(*args, **options)
+            return self if result is self.method else result  # as of watch.to(device), watch.eval()
+
+        return call
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         twin = object.__new__(type(self))
@@ -279,7 +290,7 @@ class Watch:
 
     # The method's interface
 
-    def __call__(self, images: Tensor, index: Sequence[int | str] | None = None) -> Tensor:
+    def __call__(self, images: Tensor, index: Sequence[int | str] | Tensor | None = None) -> Tensor:
         """Logits (B, K) for images (B, C, H, W): adapted on and looked at, or predicted once stopped.
 
         They are those of the method, or of the source on probation, or those after an action.
@@ -294,8 +305,11 @@ class Watch:
         """
         with self.method.hold():
             self._check_prepared()
-            index, self.next_index = self.next_index if index is None else index, None
-            if index is not None and len(index) != len(images):
+            if not isinstance(images, Tensor):
+                return self.method(images)  # it refuses them
+            given, self.next_index = self.next_index if index is None else index, None
+            index = given if given is None else given.tolist() if isinstance(given, Tensor) else list(given)
+            if index is not None and images.ndim and len(index) != len(images):
                 raise InputError(f"index must name each of the {len(images)} images; it has {len(index)} entries.")
             self._only_predicts = self.stopped
             self.numbers = {}
@@ -362,6 +376,7 @@ class Watch:
             if shows_method:
                 self.method.prepare(source_batches)
             if wanting:
+                self._monitors_prepared = False  # if one refuses, others have begun anew
                 self._sight.look(wanting)
                 seen = self._sight.prepared(source_batches if held_out_batches is None else held_out_batches)
                 for monitor in wanting:
@@ -394,7 +409,12 @@ class Watch:
                 "monitors=[..., 'labels']."
             )
         names = index.tolist() if isinstance(index, Tensor) else list(index)
-        classes = torch.as_tensor(labels).cpu()
+        try:
+            classes = torch.as_tensor(labels).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(
+                f"Labels must be whole numbers, one for each image; got {type(labels).__name__} {labels!r:.60}."
+            ) from None
         if classes.shape != (len(names),):
             raise InputError(f"Give one label for each image; got {tuple(classes.shape)} for {len(names)} images.")
         with self.method.hold():
@@ -448,10 +468,18 @@ class Watch:
         others = [
             f"{name}={value!r}, here {mine.get(name)!r}" for name, value in theirs.items() if mine.get(name) != value
         ]
-        if seen["monitors"].keys() != self.monitors.keys():  # of an early version, which did not say its settings
+        if not others and seen["monitors"].keys() != self.monitors.keys():  # early versions did not say their settings
             others.append(f"monitors={[*seen['monitors']]}, here {[*self.monitors]}")
         if others:
             raise ConfigError(f"This state is of a watch with other settings: {'; '.join(others)}. Use the same.")
+        for name, monitor in self.settings.make_monitors().items():  # others first: all or nothing
+            try:
+                monitor.load_state_dict(seen["monitors"][name])
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise ConfigError(
+                    f"What this state has of monitor '{name}' is none of it ({type(error).__name__}: {error}). A watch "
+                    "loads what its own state_dict() gave."
+                ) from error
         with self.method.hold():
             self.method.load_state_dict({name: value for name, value in state.items() if name != STATE_KEY})
             for name in (*_STATE, *_LATER):

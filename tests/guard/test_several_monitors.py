@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_tta import ConfigError, Guard, Watch, adapt
+from lightning_tta import ConfigError, DataError, Guard, InputError, NotPreparedError, Watch, adapt
 from lightning_tta.cli.main import main
 from lightning_tta.guard.monitors import kinds
 from lightning_tta.guard.monitors.base import Monitor
@@ -93,7 +93,12 @@ def test_an_informing_beside_an_acting_alarm():
     """In one batch: both are noted, one acts; informing ones are neither counted for retries nor end a probation."""
     monitors = [{"kind": "acting", "at": [3]}, {"kind": "aetta", "at": [1, 3, 4, 5]}]
     watch = spoken("reset", monitors, batches=5, retries=2)
-    assert lines(watch) == [(1, "aetta", "inform"), (3, "aetta", "inform"), (3, "acting", "reset"), (4, "aetta", "inform")]
+    assert lines(watch) == [
+        (1, "aetta", "inform"),
+        (3, "aetta", "inform"),
+        (3, "acting", "reset"),
+        (4, "aetta", "inform"),
+    ]
     assert not watch.stopped
     alone = adapt(make_net("gn"), "tent", lr=0.1)
     alone(make_stream(5)[4])  # what has come since the reset
@@ -219,6 +224,100 @@ def test_states_of_earlier_versions():
         assert same(other.state_dict(), before)
 
 
+@pytest.mark.parametrize("name", ["poem", "consensus", "collapse", "labels"])
+def test_a_broken_state_of_one_monitor_changes_nothing(name):
+    watch, other = (Watch(adapt(make_net("gn"), "tent"), monitors=["aetta", name]) for _ in range(2))
+    for each in (watch, other):
+        each.prepare(source_batches())
+    watch(make_images(4))
+    state = watch.state_dict()
+    before = copy.deepcopy(other.state_dict())
+    for broken in ({}, None, {"test": 3, "late": {}, "_recent": 1}):
+        state["watch"]["monitors"][name] = broken
+        with pytest.raises(ConfigError, match=f"of monitor '{name}' is none of it"):
+            other.load_state_dict(state)
+        assert same(other.state_dict(), before)
+
+
+# What users give
+
+
+@pytest.mark.parametrize(
+    "given", [None, [[1.0]], torch.zeros(3, 16, 16), torch.zeros(()), torch.zeros(2, 3, 16, 16, dtype=torch.uint8)]
+)
+def test_what_is_no_batch(given):
+    watch = Watch(adapt(make_net("gn"), "tent"), monitors=["labels", "aetta", "collapse"])
+    for options in ({}, {"index": [5]}):
+        with pytest.raises(InputError):
+            watch(given, **options)
+    assert watch.next_image == watch.next_batch == 0
+
+
+LABELS = {
+    "1 to 5": (torch.arange(8) % 5 + 1, "from 0 to 4; got 5"),
+    "floats": (torch.arange(8) % 5 + 0.5, "whole numbers in a tensor"),
+    "one-hot": (torch.eye(5)[torch.arange(8) % 5].long(), r"got torch.int64 \(8, 5\)"),
+    "list": ([0, 1] * 4, "got list"),
+    "too short": (torch.arange(5), r"one for each image"),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+@pytest.mark.parametrize("name", ["doc", "consensus"])
+def test_labels_of_the_source_that_are_no_classes(name, case):
+    labels, message = LABELS[case]
+    watch = Watch(adapt(make_net("gn"), "source"), monitors=[name])
+    with pytest.raises(DataError, match=message):
+        watch.prepare([{"image": images, "label": labels} for images in make_stream(2, 8)])
+
+
+@pytest.mark.parametrize("name", ["doc", "atc", "consensus"])
+def test_too_few_source_images_with_labels(name):
+    watch = Watch(adapt(make_net("gn"), "source"), monitors=[name, "poem"])
+    watch.prepare(source_batches())
+    watch(make_images(4))
+    with pytest.raises(DataError, match=r"10 at least.*got 9"):
+        watch.prepare(
+            [{"image": make_images(30), "label": torch.arange(30).remainder(5).where(torch.arange(30) < 9, -1)}]
+        )
+    assert not watch.prepared  # what others have seen of the new images fits nothing
+    with pytest.raises(NotPreparedError, match=r"call watch\.prepare"):
+        watch(make_images(4))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([0, 5], "from 0 to 4; got 5"), (["a", "b"], "whole numbers"), (None, "whole numbers"), ([0.5, 1], "classes")],
+)
+def test_late_labels_that_are_no_classes(labels, message):
+    watch = Watch(adapt(make_net("gn"), "source"), monitors=["labels"])
+    watch(make_images(2))
+    with pytest.raises(InputError, match=message):
+        watch.tell([0, 1], labels)
+    watch.tell([0, 1], [-1, 4])
+    assert watch.monitors["labels"].late.number == 1
+
+
+@pytest.mark.parametrize("made", [torch.tensor, tuple, iter])
+def test_names_of_images_may_be_a_tensor(made):
+    watch = Watch(adapt(make_net("gn"), "source"), monitors=["labels"])
+    watch(make_images(2), index=made([7, 9]))
+    watch.tell([9, 7], [0, 1])
+    assert watch.monitors["labels"].late.number == 2
+
+
+@pytest.mark.parametrize("call", ["eval", "train", "double", "bfloat16", "cpu", "share_memory"])
+def test_what_returns_the_method_returns_its_watch(call):
+    """``watch = watch.to(device)`` must not take the guard off."""
+    watch = Watch(adapt(make_net("gn"), "tent"), monitors=["collapse"])
+    stream = make_stream(3)
+    watch(stream[0])
+    assert getattr(watch, call)() is watch
+    assert watch.to("cpu") is watch
+    watch(stream[1])
+    assert watch.next_image == 8
+
+
 # In runs
 
 ROBUST = ["collapse", {"kind": "poem", "alpha": 0.5}, "aetta", "labels"]
@@ -248,7 +347,9 @@ def test_a_run_with_several_monitors_goes_on(tmp_path):
 def test_labels_become_known_every_so_many_images_and_so_many_batches_later(tmp_path, monkeypatch):
     told = []
     tell = Watch.tell
-    monkeypatch.setattr(Watch, "tell", lambda self, *args: (told.append((self.next_batch, *args)), tell(self, *args))[1])
+    monkeypatch.setattr(
+        Watch, "tell", lambda self, *args: (told.append((self.next_batch, *args)), tell(self, *args))[1]
+    )
     data = make_data(batch_size=8, domains=["contrast"])
     guarded(tmp_path, data=data, labels_delay=2, share_excess=1.0, norm_ratio=1e9, probation=0)
     (first, index, _), *told = told
