@@ -182,7 +182,7 @@ class Watch:
     healthy once ``window`` further batches went by without alarm: two are kept, in memory. If alarms came in
     ``retries`` of the last ``history`` batches, reset and rollback stop adapting as well, at the source. An alarm of a
     monitor that is not to act (``act_on``) is noted as ``inform``, as are all once the method has stopped: only
-    monitors that compare it with its source (``collapse``) see nothing then.
+    monitors that compare it with its source (``collapse``, ``consensus``) see nothing then.
 
     **Threads.** As of the method, one call runs at a time; ``with watch.hold()`` makes several one. Calls that change
     the method should all go through the watch: after one that did not, it warns, and what it has seen begins anew.
