@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import deque
 from dataclasses import asdict
 from typing import Any, cast
@@ -86,6 +87,12 @@ class Guard(RunCallback):
         self._begin()
         if self.labels_every:
             self.watch.tell([], [])  # refuses if nobody listens
+        elif silent := [name for name, monitor in self.watch.monitors.items() if hasattr(monitor, "tell")]:
+            warnings.warn(
+                f"Monitor {', '.join(map(repr, silent))} gets no label from this run, and so estimates nothing: set "
+                "labels_every, as labels_every=20, or call watch.tell(index, labels) yourself.",
+                stacklevel=2,
+            )
         return cast(TTAMethod, self.watch)  # has all of its interface
 
     def results(self, run: StreamRun) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 from functools import partial
 
 import pytest
@@ -375,6 +376,16 @@ def test_options_for_labels_are_checked():
             Guard(monitors=["labels"], **wrong)
     with pytest.raises(ConfigError, match=r"labels_delay=3.*labels_every"):
         Guard(monitors=["labels"], labels_delay=3)
+
+
+def test_a_monitor_of_labels_that_gets_none_is_warned_of():
+    method = adapt(make_net("gn"), "tent")
+    with pytest.warns(UserWarning, match="'labels' gets no label from this run"):
+        Guard(monitors=["labels"]).wrap(method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Guard(monitors=["labels"], labels_every=20).wrap(method)
+        Guard(monitors=["aetta"]).wrap(method)
 
 
 def test_labels_that_nobody_takes_are_refused_before_the_stream(tmp_path):
