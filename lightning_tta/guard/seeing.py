@@ -170,7 +170,8 @@ class Sight:
                 f"Labels of source images must be whole numbers in a tensor ({len(images)},), one for each image of "
                 f"the batch, -1 where it is not known; got {kind}."
             )
-        return labels.cpu()[self.method.task.usable(images).cpu()].long()
+        usable: Tensor = labels.cpu()[self.method.task.usable(images).cpu()].long()
+        return usable
 
     @property
     def is_alike(self) -> bool:

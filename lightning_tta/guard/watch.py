@@ -116,8 +116,8 @@ class WatchSettings:
         if self.probation and self.compare == "history":
             raise ConfigError("During probation the source predicts: use compare='source', or leave out probation.")
         monitors = self.make_monitors()
-        for name in listed(self.act_on):
-            check_choice("act_on", name, (*monitors,))
+        for acting in listed(self.act_on):
+            check_choice("act_on", acting, (*monitors,))
         defaults = {each.name: each.default for each in fields(self)}
         idle = [] if "collapse" in monitors else [n for n in _OF_COLLAPSE if n not in ("window", "history")]
         for name in idle:
