@@ -98,7 +98,8 @@ class LateLabels:
     Memory is bounded: the predictions of the last ``waiting`` samples wait for their labels, and two counts.
 
     - A label of a sample that was never seen, or so long ago that its prediction was dropped, is left out and counted
-      in ``unknown``. If all labels of a call are, it warns: perhaps indices are written in another way.
+      in ``unknown``. If no label has counted, and more are unknown than samples waited at a :meth:`begin`, it warns:
+      perhaps indices are written in another way.
     - A second label of a sample is left out and counted in ``repeated``.
     - A sample that is seen again has a new prediction; one that still waited for its label is replaced, and counted in
       ``replaced``.
@@ -137,11 +138,14 @@ class LateLabels:
         check_range("level", level, 0.5, 0.9999)
         self.waiting, self.window, self.level = waiting, window, level
         self.interval: Interval = interval or ("anytime" if window is None else "clopper_pearson")
+        self._waiting: OrderedDict[Index, int] = OrderedDict()  # the prediction; -1 once its label came
+        self._forgotten = 0  # samples that waited for a label when all was forgotten
         self.begin()
 
     def begin(self) -> None:
         """Forget all: labels of what was answered before are unknown from here on."""
-        self._waiting: OrderedDict[Index, int] = OrderedDict()  # the prediction; -1 once its label came
+        self._forgotten += sum(prediction >= 0 for prediction in self._waiting.values())
+        self._waiting.clear()
         self._last: deque[bool] = deque(maxlen=self.window or 1)
         self.right = self.number = self.unknown = self.repeated = self.replaced = 0
 
@@ -186,7 +190,7 @@ class LateLabels:
                 self._waiting[name] = -1
                 counted += 1
                 self._count(prediction == label)
-        if told and not counted and self.unknown and not self.number:
+        if told and not counted and self.unknown > self._forgotten and not self.number:
             warnings.warn(
                 f"None of {told} labels is of a sample that waits for one, and none has been so far: {self.unknown} "
                 f"unknown. Give the indices that were seen with the predictions, of the same type (an int is no "
@@ -217,6 +221,7 @@ class LateLabels:
         """All that it knows, in plain values."""
         names = ("right", "number", "unknown", "repeated", "replaced")
         state: dict[str, Any] = {name: getattr(self, name) for name in names}
+        state["forgotten"] = self._forgotten
         return {**state, "waiting": list(self._waiting.items()), "last": list(self._last)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -224,6 +229,7 @@ class LateLabels:
         self.begin()
         for name in ("right", "number", "unknown", "repeated", "replaced"):
             setattr(self, name, state[name])
+        self._forgotten = state.get("forgotten", 0)  # early states have none
         self._waiting.update((name, prediction) for name, prediction in state["waiting"])
         self._last.extend(state["last"])
 

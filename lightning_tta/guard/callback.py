@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import deque
 from dataclasses import asdict
 from typing import Any, cast
@@ -51,6 +52,11 @@ class Guard(RunCallback):
         if labels_every is not None:
             check_range("labels_every", labels_every, 1, integer=True)
         check_range("labels_delay", labels_delay, 0, integer=True)
+        if labels_delay and labels_every is None:
+            raise ConfigError(
+                f"labels_delay={labels_delay} says when labels become known, and none does: set labels_every, too, as "
+                "labels_every=20, or leave labels_delay out."
+            )
         self.labels_every, self.labels_delay = labels_every, labels_delay
         self.settings = WatchSettings(action, **settings)
         self.watch: Watch | None = None
@@ -81,6 +87,12 @@ class Guard(RunCallback):
         self._begin()
         if self.labels_every:
             self.watch.tell([], [])  # refuses if nobody listens
+        elif silent := [name for name, monitor in self.watch.monitors.items() if hasattr(monitor, "tell")]:
+            warnings.warn(
+                f"Monitor {', '.join(map(repr, silent))} gets no label from this run, and so estimates nothing: set "
+                "labels_every, as labels_every=20, or call watch.tell(index, labels) yourself.",
+                stacklevel=2,
+            )
         return cast(TTAMethod, self.watch)  # has all of its interface
 
     def results(self, run: StreamRun) -> dict[str, Any]:

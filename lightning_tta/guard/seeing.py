@@ -16,7 +16,7 @@ from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.quantized import dequantized, is_quantized
 from lightning_tta.backbones.split import as_logits
-from lightning_tta.errors import UnsupportedModelError
+from lightning_tta.errors import DataError, UnsupportedModelError
 from lightning_tta.guard.monitors.base import Monitor, Seen, Want
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.method import PredictWith, TTAMethod
@@ -155,11 +155,23 @@ class Sight:
         return seen
 
     def _labels(self, batch: object) -> Tensor | None:
-        """The labels (B,) of the usable images of a batch of the source, where it has them, on the host."""
+        """The labels (B,) of the usable images of a batch of the source, where it has them, on the host.
+
+        Raises:
+            DataError: If they are no classes, one for each image.
+        """
         labels, images = (batch.get(name) if isinstance(batch, Mapping) else None for name in ("label", "image"))
-        if not isinstance(labels, Tensor) or not isinstance(images, Tensor) or labels.shape != images.shape[:1]:
+        if labels is None or not isinstance(images, Tensor):
             return None
-        return labels.cpu()[self.method.task.usable(images).cpu()].long()
+        kind = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
+        if not whole or labels.shape != images.shape[:1]:
+            raise DataError(
+                f"Labels of source images must be whole numbers in a tensor ({len(images)},), one for each image of "
+                f"the batch, -1 where it is not known; got {kind}."
+            )
+        usable: Tensor = labels.cpu()[self.method.task.usable(images).cpu()].long()
+        return usable
 
     @property
     def is_alike(self) -> bool:

@@ -8,6 +8,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import wraps
+from inspect import ismethod
 from typing import Any, Literal, get_args
 
 import torch
@@ -84,9 +86,9 @@ class WatchSettings:
             ``warn``.
         monitors: Names, or dicts of ``kind`` and its options, one of each kind; options of ``collapse`` are by default
             the ones above.
-        act_on: Names of the monitors whose alarms act; those of the others are noted. ``None``: all but ``poem`` and
-            ``drift``, whose alarms say that the stream has changed, not that the method is worse, and ``aetta``, whose
-            estimate falls with the stream, too.
+        act_on: Names of the monitors whose alarms act, or one name; those of the others are noted. ``None``: all but
+            ``poem`` and ``drift``, whose alarms say that the stream has changed, not that the method is worse, and
+            ``aetta``, whose estimate falls with the stream, too.
 
     Raises:
         ConfigError: If one is out of range, or there is no such monitor.
@@ -103,7 +105,7 @@ class WatchSettings:
     retries: int | None = 3
     probation: int | None = None
     monitors: MonitorsWanted = field(default_factory=_collapse_alone)
-    act_on: list[str] | None = None
+    act_on: str | list[str] | None = None
 
     def __post_init__(self) -> None:
         check_choice("action", self.action, get_args(Action))
@@ -114,8 +116,8 @@ class WatchSettings:
         if self.probation and self.compare == "history":
             raise ConfigError("During probation the source predicts: use compare='source', or leave out probation.")
         monitors = self.make_monitors()
-        for name in self.act_on or ():
-            check_choice("act_on", name, (*monitors,))
+        for acting in listed(self.act_on):
+            check_choice("act_on", acting, (*monitors,))
         defaults = {each.name: each.default for each in fields(self)}
         idle = [] if "collapse" in monitors else [n for n in _OF_COLLAPSE if n not in ("window", "history")]
         for name in idle:
@@ -145,7 +147,7 @@ class WatchSettings:
 
     def acts(self, monitor: str) -> bool:
         """Whether alarms of a monitor act."""
-        return monitor not in INFORMING if self.act_on is None else monitor in self.act_on
+        return monitor not in INFORMING if self.act_on is None else monitor in listed(self.act_on)
 
     @property
     def first_probation(self) -> int:
@@ -180,7 +182,7 @@ class Watch:
     healthy once ``window`` further batches went by without alarm: two are kept, in memory. If alarms came in
     ``retries`` of the last ``history`` batches, reset and rollback stop adapting as well, at the source. An alarm of a
     monitor that is not to act (``act_on``) is noted as ``inform``, as are all once the method has stopped: only
-    monitors that compare it with its source (``collapse``) see nothing then.
+    monitors that compare it with its source (``collapse``, ``consensus``) see nothing then.
 
     **Threads.** As of the method, one call runs at a time; ``with watch.hold()`` makes several one. Calls that change
     the method should all go through the watch: after one that did not, it warns, and what it has seen begins anew.
@@ -260,18 +262,35 @@ class Watch:
     def __getattr__(self, name: str) -> Any:
         if name == "method":  # not yet there, while a copy is made
             raise AttributeError(name)
-        return getattr(self.method, name)
+        value = getattr(self.method, name)
+        if not ismethod(value) or value.__self__ is not self.method:
+            return value
+
+        @wraps(value)
+        def call(*args: Any, **options: Any) -> Any:
+            result = value(*args, **options)
+            return self if result is self.method else result  # as of watch.to(device), watch.eval()
+
+        return call
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         with self.method.hold():  # not in the middle of a batch
-            vars(twin).update(copy.deepcopy(vars(self), memo))
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_revision": self._revision - self.method.revision}  # a copy of the method counts anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        vars(self)["_revision"] += self.method.revision
+        _WATCHES[self.method] = weakref.ref(self)
 
     # The method's interface
 
-    def __call__(self, images: Tensor, index: Sequence[int | str] | None = None) -> Tensor:
+    def __call__(self, images: Tensor, index: Sequence[int | str] | Tensor | None = None) -> Tensor:
         """Logits (B, K) for images (B, C, H, W): adapted on and looked at, or predicted once stopped.
 
         They are those of the method, or of the source on probation, or those after an action.
@@ -286,8 +305,11 @@ class Watch:
         """
         with self.method.hold():
             self._check_prepared()
-            index, self.next_index = self.next_index if index is None else index, None
-            if index is not None and len(index) != len(images):
+            if not isinstance(images, Tensor):
+                return self.method(images)  # it refuses them
+            given, self.next_index = self.next_index if index is None else index, None
+            index = given if given is None else given.tolist() if isinstance(given, Tensor) else list(given)
+            if index is not None and images.ndim and len(index) != len(images):
                 raise InputError(f"index must name each of the {len(images)} images; it has {len(index)} entries.")
             self._only_predicts = self.stopped
             self.numbers = {}
@@ -354,6 +376,7 @@ class Watch:
             if shows_method:
                 self.method.prepare(source_batches)
             if wanting:
+                self._monitors_prepared = False  # if one refuses, others have begun anew
                 self._sight.look(wanting)
                 seen = self._sight.prepared(source_batches if held_out_batches is None else held_out_batches)
                 for monitor in wanting:
@@ -386,7 +409,12 @@ class Watch:
                 "monitors=[..., 'labels']."
             )
         names = index.tolist() if isinstance(index, Tensor) else list(index)
-        classes = torch.as_tensor(labels).cpu()
+        try:
+            classes = torch.as_tensor(labels).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(
+                f"Labels must be whole numbers, one for each image; got {type(labels).__name__} {labels!r:.60}."
+            ) from None
         if classes.shape != (len(names),):
             raise InputError(f"Give one label for each image; got {tuple(classes.shape)} for {len(names)} images.")
         with self.method.hold():
@@ -440,8 +468,18 @@ class Watch:
         others = [
             f"{name}={value!r}, here {mine.get(name)!r}" for name, value in theirs.items() if mine.get(name) != value
         ]
+        if not others and seen["monitors"].keys() != self.monitors.keys():  # early versions did not say their settings
+            others.append(f"monitors={[*seen['monitors']]}, here {[*self.monitors]}")
         if others:
             raise ConfigError(f"This state is of a watch with other settings: {'; '.join(others)}. Use the same.")
+        for name, monitor in self.settings.make_monitors().items():  # others first: all or nothing
+            try:
+                monitor.load_state_dict(seen["monitors"][name])
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise ConfigError(
+                    f"What this state has of monitor '{name}' is none of it ({type(error).__name__}: {error}). A watch "
+                    "loads what its own state_dict() gave."
+                ) from error
         with self.method.hold():
             self.method.load_state_dict({name: value for name, value in state.items() if name != STATE_KEY})
             for name in (*_STATE, *_LATER):

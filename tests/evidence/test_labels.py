@@ -98,8 +98,9 @@ def test_a_state_goes_on(options):
     assert late.state_dict() == other.state_dict()
     late.begin()
     assert late.number == 0
+    late.tell([9], [0])  # of one that was forgotten, perhaps
     with pytest.warns(UserWarning, match="None of"):
-        late.tell([9], [0])
+        late.tell(range(20, 40), [0] * 20)
 
 
 @pytest.mark.parametrize(

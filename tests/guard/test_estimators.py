@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -317,8 +318,11 @@ def test_labels_come_late():
     assert monitor.values()["labels_high"] < 0.4
     monitor.forget()
     assert monitor.estimate() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert monitor.tell([130], [0]) == 0  # it was answered before
     with pytest.warns(UserWarning, match="None of"):
-        assert monitor.tell([130], [0]) == 0
+        assert monitor.tell(map(str, range(200)), [0] * 200) == 0
 
 
 def test_labels_need_an_index():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_tta.errors import DataError, check_range
+from lightning_tta.evidence.betting import LEAST
 from lightning_tta.guard.monitors.base import Monitor, Seen
 
 HALF_LIFE = 128
@@ -132,7 +133,7 @@ def labelled_logits(name: str, batches: Iterable[Seen]) -> tuple[Tensor, Tensor]
     """Logits (N, K) of the source on held-out source images, and their labels (N,), on the host, of those known.
 
     Raises:
-        DataError: If there is none with a label.
+        DataError: If there are fewer than 10 with a label, or a label is no class of the net.
     """
     logits, labels = [], []
     for seen in batches:
@@ -141,10 +142,17 @@ def labelled_logits(name: str, batches: Iterable[Seen]) -> tuple[Tensor, Tensor]
         known = seen.labels.cpu() >= 0
         logits.append(seen.logits.float().cpu()[known])
         labels.append(seen.labels.cpu()[known])
-    if not sum(map(len, labels)):
+    number = sum(map(len, labels))
+    if number < LEAST:
         raise DataError(
             f"The monitor '{name}' needs held-out source images with labels, to see how sure the source is where it is "
-            "right; got none. Prepare it with labelled images that the net was not trained on, or use 'aetta', which "
-            "needs no labels."
+            f"right: {LEAST} at least, 1,000 are better; got {number or 'none'}. Prepare it with labelled images that "
+            "the net was not trained on, 'label' (B,) in each batch, or use 'aetta', which needs no labels."
         )
-    return torch.cat(logits), torch.cat(labels)
+    z, y = torch.cat(logits), torch.cat(labels)
+    if int(y.max()) >= z.shape[1]:
+        raise DataError(
+            f"The monitor '{name}' needs labels that are classes of the net, from 0 to {z.shape[1] - 1}; got "
+            f"{int(y.max())}. Count them from 0, and give -1 for a label that is not known."
+        )
+    return z, y

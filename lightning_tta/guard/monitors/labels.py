@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from lightning_tta.errors import ConfigError, check_range
+from lightning_tta.errors import ConfigError, InputError, check_range
 from lightning_tta.evidence.labels import Interval, LateLabels
 from lightning_tta.guard.monitors.base import Monitor, Seen
 from lightning_tta.guard.monitors.estimator import LOW_ACCURACY
@@ -50,6 +51,7 @@ class LabelsMonitor(Monitor):
             check_range("floor", floor, 0, 1)
         self.floor = floor
         self.late = LateLabels(waiting=waiting, window=window, interval=interval, level=level)
+        self.classes: int | None = None
         self._was_raised = False
         self._alarm = ""
 
@@ -64,6 +66,7 @@ class LabelsMonitor(Monitor):
                 "The monitor 'labels' needs to know which sample is which. Give the index of each with the images, as "
                 "watch(images, index=...), or use a data module of this package, whose batches have one."
             )
+        self.classes = seen.logits.shape[-1]
         self.late.see(seen.index, seen.logits)
         self._alarm = ""
         if self.floor is not None and not self._was_raised and self.late.estimate()[2] < self.floor:
@@ -73,8 +76,14 @@ class LabelsMonitor(Monitor):
         """Labels (B,) of samples that were answered before; returns how many count.
 
         Raises:
-            InputError: If they are no labels, one for each index.
+            InputError: If they are no labels, one for each index, or no classes of the net.
         """
+        highest = max(torch.as_tensor(labels).flatten().tolist(), default=0)
+        if self.classes is not None and highest >= self.classes:
+            raise InputError(
+                f"Labels must be classes of the net, from 0 to {self.classes - 1}; got {highest}. Count them from 0, "
+                "and give -1 for a label that is not known."
+            )
         return self.late.tell(index, labels)
 
     def alarm(self) -> str:
