@@ -6,7 +6,7 @@
     curl --data-binary @image.png http://127.0.0.1:8000/predict
 
 ``POST /predict``: a PNG or JPEG file, or an array by ``numpy.save``: (C, H, W) or (B, C, H, W), uint8 or floats in
-[0, 1]. No image is resized: send them as the net wants them. ``POST /labels``: JSON ``{"ids": [...], "labels": [...]}``.
+[0, 1]. No image is resized: send the size of the net. ``POST /labels``: JSON ``{"ids": [...], "labels": [...]}``.
 ``GET /metrics``, ``GET /healthz``.
 """
 

@@ -5,7 +5,9 @@ import json
 import os
 import signal
 import socket
+import struct
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -58,6 +60,13 @@ def as_file(image, kind="PNG"):
     body = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(body, kind)
     return body.getvalue()
+
+
+def that_claims(side):
+    """A PNG file of few bytes whose header says that it is large."""
+    body = as_file(torch.zeros(3, 1, 1, dtype=torch.uint8))
+    header = b"IHDR" + struct.pack(">II", side, side) + body[24:29]
+    return body[:12] + header + struct.pack(">I", zlib.crc32(header)) + body[33:]
 
 
 def test_concurrent_clients_each_get_their_own_answer():
@@ -116,7 +125,7 @@ def test_errors():
             (b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr'".ljust(118), "The array cannot be read"),
             (as_array(np.zeros((3, 16, 16), np.uint16)), "An array of uint16"),
             (as_array(np.zeros((3, 16, 16), np.int64)), "An array of int64"),
-            (as_file(torch.zeros(3, 9500, 9500, dtype=torch.uint8)), "The image has 9500x9500 pixels"),
+            (that_claims(9500), "The image has 9500x9500 pixels"),
             (as_array(np.full((3, 16, 16), np.nan, dtype=np.float32)), "not finite"),
             (as_array(np.full((3, 16, 16), 200.0, dtype=np.float32)), "must be in [0, 1]"),
             (as_array(make_images(5)), "max_batch=4"),
