@@ -113,7 +113,8 @@ class PairedLabels:
                 f"A list of ids, as answers have them, and a label for each, a whole number from 0 {most}: got "
                 f"{number_of_ids} ids and {len(numbers)} labels, such as {(wrong or numbers)[:3]}."
             )
-        return numbers
+        checked: list[int] = numbers
+        return checked
 
     def tell(self, ids: Sequence[str], labels: Tensor | Iterable[int]) -> int:
         """Take labels; returns of how many an answer is known. A label counts once.
