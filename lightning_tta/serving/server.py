@@ -91,6 +91,8 @@ def source_batches(path: str, size: int = 32) -> list[dict[str, Tensor]]:
     try:
         with np.load(path) as file:
             images, labels = torch.from_numpy(file["image"]), torch.from_numpy(file["label"]).long()
+        if len(images) != len(labels):
+            raise ValueError(f"{len(images)} images and {len(labels)} labels")
     except Exception as error:
         raise DataError(
             f"{path}: {in_one_line(error)}. Write it by numpy.savez(path, image=images, label=labels), with images "
@@ -106,7 +108,6 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else small answers wait for the client's acknowledgement, 40 ms
     server: Server
-
     timeout = PATIENCE
 
     def do_GET(self) -> None:
@@ -237,6 +238,8 @@ def main(args: Sequence[str] | None = None, ready: Callable[[Server], object] = 
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines")
     parser.add_argument("--port", type=int, default=8000)
     given = parser.parse_args(args)
+    if not isinstance(given.options, dict):
+        parser.error(f"--options takes a JSON object, such as {{}}; got {given.options!r}")
     try:
         net = load_source(given.source_ckpt, given.net, given.num_classes).eval()
         channels, names = (net.mean.numel(), net.class_names) if isinstance(net, Backbone) else (3, None)

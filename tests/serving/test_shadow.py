@@ -93,7 +93,7 @@ def made(method="tent", decisions=(), monitors=(), net=None, **options):
 
 def settled(shadow, batches):
     """Wait until both have predicted so many micro-batches."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while shadow.batches < batches and time.monotonic() < end:
         time.sleep(0.001)
     with shadow._lock:
@@ -309,34 +309,30 @@ def test_a_request_that_the_net_fails_on_does_not_take_others_with_it():
         assert futures[0].result(10).logits.shape == (1, 5)
 
 
-class Slow(Source):
-    """Takes its time."""
-
-    synchronized = False
-
-    def __init__(self, model, seconds):
-        super().__init__(model)
-        self.seconds = seconds
-
-    def step(self, x):
-        time.sleep(self.seconds)
-        return super().step(x)
-
-
-class Sleepy(nn.Module):
-    """A net that takes its time."""
+class Gate(nn.Module):
+    """A net that waits until it is let on: no test looks at a clock."""
 
     def __init__(self):
         super().__init__()
         self.net = make_net("gn")
+        self.opened = [threading.Event()]
+
+    def __deepcopy__(self, memo):  # the copy has the same event
+        other = type(self)()
+        other.opened = self.opened
+        return other
 
     def forward(self, x):
-        time.sleep(0.2)
+        self.opened[0].wait(60)
         return self.net(x)
+
+    def open(self):
+        self.opened[0].set()
 
 
 def test_full_late_closed():
-    with made("source", net=Sleepy(), max_queue=3, max_batch=2) as shadow:
+    gate = Gate()
+    with made("source", net=gate, max_queue=3, max_batch=2) as shadow:
         waiting = [shadow.submit(make_images(1))]
         while shadow._requests:
             time.sleep(0.001)
@@ -345,6 +341,7 @@ def test_full_late_closed():
             shadow.predict(make_images(1), timeout=0.01)
         with pytest.raises(QueueFullError, match="3 images wait"):
             shadow.predict(make_images(1))
+        gate.open()
     expected = make_net("gn")(make_images(1))
     assert all(torch.allclose(each.result(0).logits, expected, atol=1e-6) for each in waiting)  # answered at the end
     with pytest.raises(ClosedError):
@@ -354,21 +351,24 @@ def test_full_late_closed():
     assert shadow._metrics.value("requests_total", result="answered") == 3
 
 
-def test_the_steps_of_the_method_come_after_the_answers():
-    """The first answer does not wait for its step; with many waiting, steps are left out, or all are done."""
-    with made(Slow(make_net("gn"), 0.2), max_lag=8) as shadow:
-        start = time.monotonic()
-        shadow.predict(make_images(1))
-        assert time.monotonic() - start < 0.15
-    with made(Slow(make_net("gn"), 0.05), max_lag=2, when_behind="skip", max_batch=1) as shadow:
-        futures = [shadow.submit(make_images(1)) for _ in range(12)]
-        assert all(future.result(10).by == "source" for future in futures)
-    skipped = int(shadow._metrics.value("skipped_images_total"))
-    assert skipped >= 4
+def test_an_answer_does_not_wait_for_its_step():
+    gate = Gate()
+    with made(Source(gate)) as shadow:
+        assert shadow.answer(make_images(1), timeout=30).by == "source"
+        assert shadow.batches == 0
+        gate.open()
+    assert shadow.batches == 1
+
+
+@pytest.mark.parametrize(("when_behind", "skipped"), [("skip", 6), ("wait", 0)])
+def test_steps_where_many_wait(when_behind, skipped):
+    """With two behind, one is left out and one is done; or both are done."""
+    with made("source", max_lag=2, when_behind=when_behind, max_batch=1) as shadow:
+        with shadow._lock:  # until all are there
+            futures = [shadow.submit(make_images(1)) for _ in range(12)]
+        assert all(future.result(30).by == "source" for future in futures)
+    assert int(shadow._metrics.value("skipped_images_total")) == skipped
     assert shadow.batches == 12 - skipped
-    with made(Slow(make_net("gn"), 0.0), max_lag=2, when_behind="wait", max_batch=1) as shadow:
-        [shadow.submit(make_images(1)) for _ in range(12)]
-    assert (shadow.batches, shadow._metrics.value("skipped_images_total")) == (12, 0)
 
 
 class Sick(Tent):
@@ -531,7 +531,7 @@ def test_an_answer_that_comes_at_the_last_moment_counts():
 
 
 def test_the_thread_that_answers_does_not_wait_for_itself():
-    caught = []
+    caught, gate = [], Gate()
 
     def call(shadow):
         for action in (shadow.close, lambda: shadow.predict(make_images(1))):
@@ -540,8 +540,9 @@ def test_the_thread_that_answers_does_not_wait_for_itself():
             except ConfigError as error:
                 caught.append(str(error))
 
-    with made(net=Sleepy()) as shadow:
+    with made(net=gate) as shadow:
         shadow.submit(make_images(1)).add_done_callback(lambda future: call(shadow))
+        gate.open()
     assert len(caught) == 2
     assert all("wait for it" in words for words in caught)
 
