@@ -99,7 +99,7 @@ def source_batches(path: str, size: int = 32) -> list[dict[str, Tensor]]:
             "(N, C, H, W), uint8 or in [0, 1], and labels (N,)."
         ) from None
     images = images / 255 if images.dtype == torch.uint8 else images.float()
-    return [{"image": x, "label": y} for x, y in zip(images.split(size), labels.split(size), strict=True)]
+    return [{"image": x, "label": y} for x, y in zip(torch.split(images, size), torch.split(labels, size), strict=True)]
 
 
 class Handler(BaseHTTPRequestHandler):
