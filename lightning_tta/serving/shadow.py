@@ -553,17 +553,18 @@ class Shadow:
         self._next_id += len(logits)
         self._labels.answer(batch.ids, logits.argmax(1).tolist(), logits.shape[1])
         first, now = 0, time.monotonic()
-        for request in requests:
-            last = first + len(request.images)
-            rows = logits[first:last].clone()  # what a caller writes to it stays there
-            request.future.set_result(Answer(rows, batch.ids[first:last], batch.by, self._answered))
-            first = last
+        # Counted first: who has an answer finds it in the numbers
         for request in requests:
             self._metrics.observe("latency_seconds", now - request.since)
         self._metrics.add("requests_total", len(requests), result="answered")
         self._metrics.add("images_total", len(logits), by=batch.by)
         self._metrics.observe("batch_images", len(logits))
         self._metrics.set("queue_images", self._requests.images)
+        for request in requests:
+            last = first + len(request.images)
+            rows = logits[first:last].clone()  # what a caller writes to it stays there
+            request.future.set_result(Answer(rows, batch.ids[first:last], batch.by, self._answered))
+            first = last
 
     # What is not seen from outside
 

@@ -183,10 +183,12 @@ def kill_in_the_middle(
         stack.callback(lambda: [os.kill(child, signal.SIGKILL) for child, _ in children[1:]])
         os.write(children[0][1], b"1")
         answers: list[tuple[dict[str, Any], int]] = [({}, 0)] * len(images)
-        done = threading.Semaphore(0)
+        done, saved = threading.Semaphore(0), threading.Event()
 
         def client(first: int) -> None:
             for number in range(first, len(images), clients):
+                if number >= len(images) // 2:
+                    saved.wait()
                 answers[number] = post(port, images[number : number + 1])
                 done.release()
 
@@ -194,6 +196,11 @@ def kill_in_the_middle(
             work = [threads.submit(client, first) for first in range(clients)]
             for _ in range(len(images) // 2):
                 done.acquire()
+            end = time.monotonic() + 30  # a fast server has answered before it has adapted
+            while not any(Path(directory).glob("snapshot-*.pt")) and time.monotonic() < end:
+                time.sleep(0.01)
+            saved.set()
+            done.acquire()
             os.kill(children[0][0], signal.SIGKILL)
             os.waitpid(children[0][0], 0)
             os.write(children[1][1], b"1")
