@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lightning_tta.errors import InputError, check_range
 
@@ -67,13 +68,15 @@ class PairedLabels:
         check_range("alpha", alpha, 0, 1, low_open=True)
         self.keep, self.alpha = keep, alpha
         self.counts = Counts()
+        self.classes = 0  # of the answers; 0: not known yet
         self._waiting: dict[str, list[int]] = {}  # id -> prediction that went out, source's, method's (-1: none yet)
         self._early: dict[str, int] = {}  # labels that came before the method had predicted
         self._lock = threading.Lock()
 
-    def answer(self, ids: Sequence[str], predictions: Sequence[int]) -> None:
-        """Keep what goes out."""
+    def answer(self, ids: Sequence[str], predictions: Sequence[int], classes: int = 0) -> None:
+        """Keep what goes out: predictions of so many classes."""
         with self._lock:
+            self.classes = classes
             for id, prediction in zip(ids, predictions, strict=True):
                 self._waiting[id] = [prediction, -1, -1]
             while len(self._waiting) > self.keep:
@@ -90,19 +93,36 @@ class PairedLabels:
                     if id in self._early:
                         self._count(self._waiting.pop(id), self._early.pop(id))
 
-    def tell(self, ids: Sequence[str], labels: Iterable[int]) -> int:
+    def checked(self, ids: Sequence[str], labels: Tensor | Iterable[int]) -> list[int]:
+        """Labels as plain numbers.
+
+        Raises:
+            InputError: If there are not as many labels as ids, or one is no class number.
+        """
+        numbers: Any = labels
+        if hasattr(labels, "tolist"):  # of torch and NumPy
+            numbers = labels.tolist()
+        several = all(isinstance(each, Iterable) and not isinstance(each, str) for each in (ids, numbers))
+        numbers = [n.item() if hasattr(n, "item") else n for n in numbers] if several else [numbers]
+        number_of_ids = len(list(ids)) if several else 1
+        wrong = [n for n in numbers if isinstance(n, bool) or not isinstance(n, int) or n < 0]
+        wrong = wrong or [n for n in numbers if self.classes and n >= self.classes]
+        if not several or number_of_ids != len(numbers) or wrong or not all(isinstance(id, str) for id in ids):
+            most = f"to {self.classes - 1}" if self.classes else "on"
+            raise InputError(
+                f"A list of ids, as answers have them, and a label for each, a whole number from 0 {most}: got "
+                f"{number_of_ids} ids and {len(numbers)} labels, such as {(wrong or numbers)[:3]}."
+            )
+        checked: list[int] = numbers
+        return checked
+
+    def tell(self, ids: Sequence[str], labels: Tensor | Iterable[int]) -> int:
         """Take labels; returns of how many an answer is known. A label counts once.
 
         Raises:
-            InputError: If there are not as many labels as ids, or one is no whole number.
+            InputError: As :meth:`checked`.
         """
-        numbers = list(labels)
-        whole = all(isinstance(label, int) and not isinstance(label, bool) for label in numbers)
-        if isinstance(ids, str) or len(ids) != len(numbers) or not whole:
-            raise InputError(
-                f"A label, a whole number, for each id: got {1 if isinstance(ids, str) else len(ids)} ids and "
-                f"{len(numbers)} labels, such as {numbers[:3]}."
-            )
+        numbers = self.checked(ids, labels)
         known = 0
         with self._lock:
             for id, label in zip(ids, numbers, strict=True):
@@ -146,7 +166,14 @@ class PairedLabels:
         with self._lock:
             predictions = torch.tensor(list(self._waiting.values()), dtype=torch.int32).reshape(-1, 3)
             early = dict(self._early)
-            return {"counts": asdict(self.counts), "ids": list(self._waiting), "waiting": predictions, "early": early}
+            counts, classes = asdict(self.counts), self.classes
+            return {
+                "counts": counts,
+                "ids": list(self._waiting),
+                "waiting": predictions,
+                "early": early,
+                "classes": classes,
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Counterpart of :meth:`state_dict`."""
@@ -154,3 +181,4 @@ class PairedLabels:
             self.counts = Counts(**state["counts"])
             self._waiting = dict(zip(state["ids"], state["waiting"].tolist(), strict=True))
             self._early = dict(state["early"])
+            self.classes = int(state.get("classes", 0))

@@ -6,7 +6,8 @@
     curl --data-binary @image.png http://127.0.0.1:8000/predict
 
 ``POST /predict``: a PNG or JPEG file, or an array by ``numpy.save``: (C, H, W) or (B, C, H, W), uint8 or floats in
-[0, 1]. ``POST /labels``: JSON ``{"ids": [...], "labels": [...]}``. ``GET /metrics``, ``GET /healthz``.
+[0, 1]. No image is resized: send the size of the net. ``POST /labels``: JSON ``{"ids": [...], "labels": [...]}``.
+``GET /metrics``, ``GET /healthz``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import argparse
 import io
 import json
 import signal
+import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ from lightning_tta.errors import (
     LightningTTAError,
     NotPreparedError,
     QueueFullError,
+    in_one_line,
 )
 from lightning_tta.modules.loading import load_source
 from lightning_tta.serving.prometheus import CONTENT_TYPE
@@ -49,6 +53,8 @@ STATUS: dict[type[Exception], int] = {
 """By the first class that an error is of; any other is 500."""
 MAX_BYTES = 64 * 2**20
 """Of a request's body."""
+PATIENCE = 30.0
+"""Seconds that a client may be silent in the middle of a request; and that the server waits for clients at its end."""
 
 
 def decode(body: bytes, channels: int = 3) -> Tensor:
@@ -64,14 +70,36 @@ def decode(body: bytes, channels: int = 3) -> Tensor:
             try:
                 return read_image(Path(file.name), channels)[None].float() / 255
             except DataError as error:
-                raise InputError(str(error).replace(f" {file.name}", "")) from None
+                raise InputError(str(error).replace(f" {file.name}", "").replace(file.name, "The image")) from None
     try:
         array = np.load(io.BytesIO(body), allow_pickle=False)
-        images = torch.from_numpy(array)
-    except (ValueError, TypeError, EOFError) as error:
-        raise InputError(f"The array cannot be read: {error}. Send what numpy.save has written.") from None
+        images = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    except Exception as error:  # a damaged header makes NumPy raise what it likes
+        raise InputError(f"The array cannot be read: {in_one_line(error)}. Send what numpy.save has written.") from None
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise InputError(f"An array of {array.dtype}: send uint8 from 0 to 255, or floats from 0 to 1.")
     images = images / 255 if images.dtype == torch.uint8 else images
     return images[None] if images.ndim == 3 else images
+
+
+def source_batches(path: str, size: int = 32) -> list[dict[str, Tensor]]:
+    """Batches from a file of ``numpy.savez(path, image=..., label=...)``.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        with np.load(path) as file:
+            images, labels = torch.from_numpy(file["image"]), torch.from_numpy(file["label"]).long()
+        if len(images) != len(labels):
+            raise ValueError(f"{len(images)} images and {len(labels)} labels")
+    except Exception as error:
+        raise DataError(
+            f"{path}: {in_one_line(error)}. Write it by numpy.savez(path, image=images, label=labels), with images "
+            "(N, C, H, W), uint8 or in [0, 1], and labels (N,)."
+        ) from None
+    images = images / 255 if images.dtype == torch.uint8 else images.float()
+    return [{"image": x, "label": y} for x, y in zip(torch.split(images, size), torch.split(labels, size), strict=True)]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -80,37 +108,38 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else small answers wait for the client's acknowledgement, 40 ms
     server: Server
+    timeout = PATIENCE
 
     def do_GET(self) -> None:
         """``/metrics`` and ``/healthz``."""
-        shadow = self.server.shadow
-        if self.path == "/metrics":
+        shadow, path = self.server.shadow, self.path.partition("?")[0]
+        if path == "/metrics":
             self._send(200, shadow.metrics().encode(), CONTENT_TYPE)
-        elif self.path == "/healthz":
+        elif path == "/healthz":
             state = {"answering": shadow.answering, "stopped": shadow.stopped, "closed": shadow.closed}
             self._send_json(503 if shadow.closed else 200, state)
         else:
-            self._send_json(
-                404, {"error": f"{self.path} is not there. GET /metrics, /healthz; POST /predict, /labels."}
-            )
+            self._send_json(404, {"error": f"{path} is not there. GET /metrics, /healthz; POST /predict, /labels."})
 
     def do_POST(self) -> None:
         """``/predict`` and ``/labels``."""
-        act = {"/predict": self._predict, "/labels": self._tell}.get(self.path)
+        act = {"/predict": self._predict, "/labels": self._tell}.get(self.path.partition("?")[0])
         length = self.headers.get("Content-Length", "")
-        if act is None or not length.isdigit() or int(length) > MAX_BYTES:
+        if act is None or not length.isdecimal() or int(length) > MAX_BYTES:
             self.close_connection = True  # the body was not read
-            status = 404 if act is None else 413 if length.isdigit() else 411
+            status = 404 if act is None else 413 if length.isdecimal() else 411
             self._send_json(status, {"error": f"POST /predict or /labels, with a Content-Length up to {MAX_BYTES}."})
             return
-        body = self.rfile.read(int(length))
-        try:
-            self._send_json(200, act(body))
-        except ConnectionError:  # the client has gone
-            self.close_connection = True
-        except Exception as error:
-            status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
-            self._send_json(status, {"error": str(error) if status != 500 else type(error).__name__})
+        with self.server.busy():
+            body = self.rfile.read(int(length))
+            if len(body) < int(length):
+                raise ConnectionResetError("the client has gone in the middle of its request")
+            try:
+                status, content = 200, act(body)
+            except Exception as error:
+                status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
+                content = {"error": str(error) if status != 500 else type(error).__name__}
+            self._send_json(status, content)
 
     def _predict(self, body: bytes) -> dict[str, Any]:
         answer = self.server.shadow.answer(decode(body, self.server.channels))
@@ -122,8 +151,8 @@ class Handler(BaseHTTPRequestHandler):
     def _tell(self, body: bytes) -> dict[str, Any]:
         try:
             told = json.loads(body)
-            ids, labels = list(map(str, told["ids"])), list(told["labels"])
-        except (ValueError, KeyError, TypeError):
+            ids, labels = told["ids"], told["labels"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError('Send JSON such as {"ids": ["..."], "labels": [3]}.') from None
         return {"known": self.server.shadow.tell(ids, labels)}
 
@@ -165,6 +194,30 @@ class Server(ThreadingHTTPServer):
     ) -> None:
         super().__init__(address, Handler)
         self.shadow, self.channels, self.class_names = shadow, channels, class_names
+        self._requests, self._change = 0, threading.Condition()
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """While active, :meth:`finish` waits."""
+        with self._change:
+            self._requests += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._requests -= 1
+                self._change.notify_all()
+
+    def finish(self) -> None:
+        """Answer what was asked, after ``shutdown``: a thread that is still sending would end with the process."""
+        self.shadow.close()
+        with self._change:
+            self._change.wait_for(lambda: not self._requests, PATIENCE)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing for a client that has gone: its connection is closed."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
 
 
 def main(args: Sequence[str] | None = None, ready: Callable[[Server], object] = lambda server: None) -> None:
@@ -181,20 +234,37 @@ def main(args: Sequence[str] | None = None, ready: Callable[[Server], object] = 
     parser.add_argument("--method", default="zerosiam")
     parser.add_argument("--options", type=json.loads, default={}, help='of Shadow and the method, JSON: {"lr": 0.001}')
     parser.add_argument("--directory", help="for the log and snapshots; a new start goes on from there")
+    parser.add_argument("--source-images", help="images and labels by numpy.savez, for methods that need some first")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from other machines")
     parser.add_argument("--port", type=int, default=8000)
     given = parser.parse_args(args)
-    net = load_source(given.source_ckpt, given.net, given.num_classes).eval()
-    channels, names = (net.mean.numel(), net.class_names) if isinstance(net, Backbone) else (3, None)
-    with Shadow(net, given.method, directory=given.directory, **given.options) as shadow:
-        with Server(shadow, (given.host, given.port), channels, names) as server:
+    if not isinstance(given.options, dict):
+        parser.error(f"--options takes a JSON object, such as {{}}; got {given.options!r}")
+    try:
+        net = load_source(given.source_ckpt, given.net, given.num_classes).eval()
+        channels, names = (net.mean.numel(), net.class_names) if isinstance(net, Backbone) else (3, None)
+        shadow = Shadow(net, given.method, directory=given.directory, **given.options)
+    except LightningTTAError as error:
+        parser.error(str(error))
+    with shadow:
+        try:
+            if given.source_images:
+                shadow.prepare(source_batches(given.source_images))
+            shadow.check_prepared()
+            server = Server(shadow, (given.host, given.port), channels, names)
+        except NotPreparedError as error:
+            parser.error(f"{error} Here: --source-images FILE.npz.")
+        except (LightningTTAError, OSError) as error:
+            parser.error(
+                f"--host {given.host} --port {given.port}: {error}" if isinstance(error, OSError) else str(error)
+            )
+        with server:
             signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
             print(f"http://{given.host}:{server.server_port}", flush=True)
             ready(server)
-            try:
+            with suppress(KeyboardInterrupt):
                 server.serve_forever()
-            except KeyboardInterrupt:
-                pass
+            server.finish()
 
 
 if __name__ == "__main__":

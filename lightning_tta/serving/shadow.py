@@ -50,6 +50,7 @@ WhenBehind = Literal["skip", "wait"]
 DEFAULT_MONITORS = ("collapse", "aetta")
 FAILURES = 3
 """Failures of the method or of a monitor in a row, after which the source answers alone."""
+_ENDED = "The thread that answers has ended; its log says why. Make a new shadow."
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -195,7 +196,8 @@ class Shadow:
         self._sight.wants -= {"source"}  # of a pass that is there anyway
         self._prepared = not any(monitor.needs_source for monitor in self.monitors)
         self._labels = PairedLabels(keep_answers)
-        self._told: deque[tuple[list[str], list[int]]] = deque(maxlen=1000)  # for monitors, by the thread that works
+        # for monitors, by the thread that works
+        self._told: deque[tuple[list[str], list[int]]] = deque(maxlen=keep_answers)
         like = next(self._source.parameters(), torch.zeros(()))
         self._device, self._dtype, self._task = like.device, float_dtype(self._source.model), Images()
 
@@ -213,18 +215,24 @@ class Shadow:
         self._rolled_back_to: Any = None
 
         path = None if directory is None else Path(directory)
+        self._process = os.getpid()
         self._snapshots: Snapshots | None = None
-        if path is not None:
-            self._snapshots = Snapshots(path, keep_snapshots, self._note_written, self._note_unwritten)
         try:
+            if path is not None:
+                self._snapshots = Snapshots(path, keep_snapshots, self._note_written, self._note_unwritten)
             self._log = EventLog(None if path is None else path / "shadow.jsonl")
             self._identity = {"method": self.method.name, "net": state_digest(self._source.model)}
             saved = None if self._snapshots is None else self._snapshots.read()
             if saved is not None:
                 self._load(saved[1])
-        except BaseException:
+        except BaseException as error:
             if self._snapshots is not None:
                 self._snapshots.close()
+            if isinstance(error, OSError):
+                raise ConfigError(
+                    f"directory={str(path)!r} cannot be used: {in_one_line(error)}. Give a directory that this process "
+                    "may make, read and write; or None, to keep nothing."
+                ) from None
             raise
         self._note_answering()
         self._log(
@@ -254,14 +262,18 @@ class Shadow:
 
     def answer(self, images: Tensor, timeout: float | None = None) -> Answer:
         """As :meth:`predict`, with the ids of the images and who answered."""
+        if threading.current_thread() is self._worker:
+            raise ConfigError(
+                "predict() or answer() was called by the thread that answers, as from a callback of a future: it would "
+                "wait for itself. Use submit() there."
+            )
         future = self.submit(images)
         timeout = self.timeout if timeout is None else timeout
         try:
             return future.result(timeout)
         except TimeoutError:
-            if future.done():  # the error came from the pass itself
-                raise
-            future.cancel()
+            if not future.cancel() and future.done():  # it has come just now, or the error is that of the pass itself
+                return future.result()
             self._metrics.add("requests_total", result="timeout")
             raise AnswerTimeoutError(
                 f"No answer within {timeout:g} s; {self._requests.images} images wait. Try again later, or give a "
@@ -270,7 +282,8 @@ class Shadow:
 
     def submit(self, images: Tensor) -> Future[Answer]:
         """As :meth:`answer`, without waiting. The images must stay as they are until there is an answer."""
-        self._check_prepared()
+        self._check_process()
+        self.check_prepared()
         try:
             if isinstance(images, Tensor) and images.ndim == 3:
                 images = images[None]
@@ -299,11 +312,13 @@ class Shadow:
             Of how many the answer is still known; a label counts once.
 
         Raises:
-            InputError: If they are not as many, or no whole numbers.
+            InputError: If they are not as many, or no class numbers. Then none of them counts.
         """
-        numbers = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+        self._check_process()
+        numbers = self._labels.checked(ids, labels)
         known = self._labels.tell(ids, numbers)
-        self._told.append((list(ids), numbers))
+        if known:
+            self._told.append((list(ids), numbers))
         self._metrics.add("labels_total", known)
         return known
 
@@ -328,6 +343,20 @@ class Shadow:
                         monitor.prepare(seen)
                 self._prepared = True
 
+    def check_prepared(self) -> None:
+        """Whether requests can come.
+
+        Raises:
+            NotPreparedError: If the method or a monitor needs source images first: :meth:`prepare`.
+        """
+        if not (self._prepared and self.method.prepared):
+            names = [self.method.name] * (not self.method.prepared)
+            names += [monitor.name for monitor in self.monitors if monitor.needs_source and not self._prepared]
+            raise NotPreparedError(
+                f"{', '.join(map(repr, names))} must see source images before the first request: call "
+                "shadow.prepare(source_batches) with batches {'image': (B, C, H, W) in [0, 1], 'label': (B,)}."
+            )
+
     def metrics(self) -> str:
         """Numbers for Prometheus, to be sent as :data:`~lightning_tta.serving.prometheus.CONTENT_TYPE`."""
         self._metrics.set("queue_images", self._requests.images)
@@ -341,7 +370,7 @@ class Shadow:
     @property
     def closed(self) -> bool:
         """Whether no more requests are taken."""
-        return self._requests.closed
+        return self._requests.closed or os.getpid() != self._process
 
     def reset(self) -> None:
         """Return the method to the source, and let the source answer; also after :attr:`stopped`."""
@@ -359,7 +388,17 @@ class Shadow:
 
         Args:
             timeout: Seconds for that; what still waits then gets a ClosedError. ``None``: as long as it takes.
+
+        Warns:
+            UserWarning: If the last snapshot could not be written.
         """
+        if os.getpid() != self._process:  # in a fork: all of it is the parent's
+            return
+        if threading.current_thread() is self._worker:
+            raise ConfigError(
+                "close() was called by the thread that answers, as from a callback of a future: it would wait for its "
+                "own end. Call it from another thread."
+            )
         atexit.unregister(self.close)
         self._requests.close()
         self._worker.join(timeout)
@@ -367,7 +406,25 @@ class Shadow:
             self._requests.refuse(ClosedError("This shadow was closed before it came to this request. Send it again."))
             self._worker.join()
         if self._snapshots is not None:
+            first = not self._snapshots.ended
             self._snapshots.close()
+            if first and self._snapshots.error is not None:
+                warnings.warn(
+                    f"The last snapshot could not be written to {self._snapshots.directory}: "
+                    f"{in_one_line(self._snapshots.error)}. A new shadow goes on from an earlier one, if there is one.",
+                    stacklevel=2,
+                )
+
+    def __getstate__(self) -> Any:
+        """No copy and no pickle: threads, locks and the directory belong to one object.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "A Shadow cannot be copied or pickled: it has threads, and its directory for itself. Make another one, in "
+            "the process that needs it; with the same directory it goes on from the last snapshot once this is closed."
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -378,6 +435,16 @@ class Shadow:
     # The thread that works
 
     def _work(self) -> None:
+        try:
+            self._work_on()
+        except BaseException as error:  # such as SystemExit of a net
+            self._note_failure(error)
+            raise
+        finally:  # nobody waits for a thread that has ended
+            self._requests.close()
+            self._requests.refuse(ClosedError(_ENDED))
+
+    def _work_on(self) -> None:
         while True:
             late = self.answering == "method" or len(self._lagging) >= self.max_lag
             if self._lagging and (late or not self._requests.wait()):
@@ -387,9 +454,8 @@ class Shadow:
                     self._answer_surely(requests)
             elif not self._lagging:
                 break
-        if self._snapshots is not None:
-            with self._lock:
-                self._snapshot()
+        with self._lock:
+            self._snapshot()
 
     def _catch_up(self) -> None:
         """Let the method adapt on a micro-batch that was answered."""
@@ -398,18 +464,23 @@ class Shadow:
                 self._metrics.add("skipped_images_total", len(batch.ids))
             self._lagging = deque([self._lagging[-1]])
         with self._lock:
-            self._shadow(self._lagging.popleft())
+            try:
+                self._shadow(self._lagging.popleft())
+            except Exception as error:  # even of what is done on failures, such as a warning that is made an error
+                self._note_failure(error)
 
     def _answer_surely(self, requests: list[Request[Answer]]) -> None:
         """Answer a micro-batch; whatever happens, nobody waits for ever."""
         try:
             self._answer(requests)
-        except Exception as error:
-            self._metrics.add("failures_total")
-            self._log("failure", batch=self.batches, error=in_one_line(error))
+        except BaseException as error:
+            ends = not isinstance(error, Exception)  # such as SystemExit: the end of this thread, not of the caller's
             for request in requests:
                 if not request.future.done():
-                    request.future.set_exception(error)
+                    request.future.set_exception(ClosedError(_ENDED) if ends else error)
+            if ends:
+                raise
+            self._note_failure(error)
 
     def _answer(self, requests: list[Request[Answer]]) -> None:
         """Answer a micro-batch, and let the method adapt on it now or later."""
@@ -452,6 +523,12 @@ class Shadow:
             except Exception as caught:
                 error = caught
         self._ask_source(batch)
+        assert batch.source is not None
+        if not bool(batch.source.isfinite().all()):
+            raise InputError(
+                "The net's logits for these images are not finite, so they are no answer. Look at the images, and at "
+                "the net's weights and precision."
+            )
         return batch, error
 
     def _ask_source(self, batch: _Batch) -> None:
@@ -474,19 +551,20 @@ class Shadow:
         self._answered += 1
         batch.ids = [f"{self._session}-{number}" for number in range(self._next_id, self._next_id + len(logits))]
         self._next_id += len(logits)
-        self._labels.answer(batch.ids, logits.argmax(1).tolist())
+        self._labels.answer(batch.ids, logits.argmax(1).tolist(), logits.shape[1])
         first, now = 0, time.monotonic()
-        for request in requests:
-            last = first + len(request.images)
-            rows = logits[first:last].clone()  # what a caller writes to it stays there
-            request.future.set_result(Answer(rows, batch.ids[first:last], batch.by, self._answered))
-            first = last
+        # Counted first: who has an answer finds it in the numbers
         for request in requests:
             self._metrics.observe("latency_seconds", now - request.since)
         self._metrics.add("requests_total", len(requests), result="answered")
         self._metrics.add("images_total", len(logits), by=batch.by)
         self._metrics.observe("batch_images", len(logits))
         self._metrics.set("queue_images", self._requests.images)
+        for request in requests:
+            last = first + len(request.images)
+            rows = logits[first:last].clone()  # what a caller writes to it stays there
+            request.future.set_result(Answer(rows, batch.ids[first:last], batch.by, self._answered))
+            first = last
 
     # What is not seen from outside
 
@@ -508,7 +586,7 @@ class Shadow:
             self._failures = 0
         except Exception as error:
             self._recover(error)
-        if self.batches % self.snapshot_every == 0 and self._snapshots is not None:
+        if self.batches % self.snapshot_every == 0:
             self._snapshot()
 
     def _look(self, batch: _Batch) -> Evidence:
@@ -616,13 +694,12 @@ class Shadow:
     def _recover(self, error: Exception) -> None:
         """After a failure of the method, a monitor or the policy: the source answers, the method begins anew."""
         self._failures += 1
-        self._metrics.add("failures_total")
-        self._log("failure", batch=self.batches, error=in_one_line(error), in_a_row=self._failures)
+        self._note_failure(error, in_a_row=self._failures)
         try:
             self._carry_out(Decision("source", "reset", f"failure: {in_one_line(error)}"))
         except Exception as second:
             self._failures = FAILURES
-            self._log("failure", batch=self.batches, error=in_one_line(second), in_a_row=self._failures)
+            self._note_failure(second, in_a_row=self._failures)
         if self._failures >= FAILURES:
             self.stopped, self.answering = True, "source"
             self._lagging.clear()
@@ -641,40 +718,44 @@ class Shadow:
 
     # State
 
-    def _check_prepared(self) -> None:
-        if not (self._prepared and self.method.prepared):
-            names = [self.method.name] * (not self.method.prepared)
-            names += [monitor.name for monitor in self.monitors if monitor.needs_source and not self._prepared]
-            raise NotPreparedError(
-                f"{', '.join(map(repr, names))} must see source images before the first request: call "
-                "shadow.prepare(source_batches) with batches {'image': (B, C, H, W) in [0, 1], 'label': (B,)}."
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise ClosedError(
+                f"This shadow belongs to process {self._process}, of which this one is a fork: here it has no thread "
+                "that answers. Make a shadow in each process, after the fork."
             )
 
     def _snapshot(self) -> None:
-        """Have all that is known written, as it is now."""
-        assert self._snapshots is not None
+        """Have all that is known written, as it is now; a failure is noted, and the next one is tried."""
+        if self._snapshots is None:
+            return
+        try:
+            self._snapshots.write(self.batches, self._state())
+        except Exception as error:  # of a monitor or policy whose state cannot be had
+            self._snapshots.error = error
+            self._note_failure(error)
+
+    def _state(self) -> dict[str, Any]:
+        """What may change later is copied."""
         full = self.method.state_dict()
         kept = {name: value for name, value in full.items() if not self._is_of_source(name)}
-        self._snapshots.write(
-            self.batches,
-            {  # what may change later is copied
-                "version": __version__,
-                "identity": self._identity,
-                "batches": self.batches,
-                "answering": self.answering,
-                "stopped": self.stopped,
-                "prepared": self._prepared,
-                "method": kept,
-                "healthy": self._healthy,
-                "candidate": self._candidate,
-                "since": self._since,
-                "rolled_back": self._rolled_back_to is self._healthy,
-                "monitors": {monitor.name: copy.deepcopy(monitor.state_dict()) for monitor in self.monitors},
-                "twins": {monitor.name: copy.deepcopy(monitor.state_dict()) for monitor in self._twins},
-                "policy": {"kind": type(self.policy).__name__, "state": copy.deepcopy(self.policy.state_dict())},
-                "labels": self._labels.state_dict(),
-            },
-        )
+        return {
+            "version": __version__,
+            "identity": self._identity,
+            "batches": self.batches,
+            "answering": self.answering,
+            "stopped": self.stopped,
+            "prepared": self._prepared,
+            "method": kept,
+            "healthy": self._healthy,
+            "candidate": self._candidate,
+            "since": self._since,
+            "rolled_back": self._rolled_back_to is self._healthy,
+            "monitors": {monitor.name: copy.deepcopy(monitor.state_dict()) for monitor in self.monitors},
+            "twins": {monitor.name: copy.deepcopy(monitor.state_dict()) for monitor in self._twins},
+            "policy": {"kind": type(self.policy).__name__, "state": copy.deepcopy(self.policy.state_dict())},
+            "labels": self._labels.state_dict(),
+        }
 
     def _is_of_source(self, name: str) -> bool:
         """Whether a tensor of the method's state is one of the net's that it never changes."""
@@ -714,9 +795,12 @@ class Shadow:
         self._metrics.add("snapshots_total")
         self._metrics.set("last_snapshot_seconds", time.time())
 
-    def _note_unwritten(self, error: OSError) -> None:
+    def _note_unwritten(self, error: Exception) -> None:
+        self._note_failure(error)
+
+    def _note_failure(self, error: BaseException, **values: Any) -> None:
         self._metrics.add("failures_total")
-        self._log("failure", batch=self.batches, error=in_one_line(error))
+        self._log("failure", batch=self.batches, error=in_one_line(error), **values)
 
 
 def _policy(policy: Policy | Mapping[str, Any] | None) -> Policy:

@@ -29,7 +29,11 @@ class Snapshots:
         directory: Made if it does not exist.
         keep: Files to keep, at least 1.
         on_written: Called with the number after each that was written, in the thread that writes.
-        on_error: Called with an error of the operating system, such as a full disk; the next one is tried again.
+        on_error: Called with the error of one that could not be written, as on a full disk; the next one is tried.
+
+    Attributes:
+        error: Why the latest could not be written; ``None``: it was.
+        ended: Whether :meth:`close` was called.
 
     Raises:
         ConfigError: If another process has the directory.
@@ -40,7 +44,7 @@ class Snapshots:
         directory: Path,
         keep: int = 3,
         on_written: Callable[[int], None] = lambda number: None,
-        on_error: Callable[[OSError], None] = lambda error: None,
+        on_error: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         check_range("keep_snapshots", keep, 1, integer=True)
         self.directory, self.keep, self._on_written, self._on_error = directory, keep, on_written, on_error
@@ -53,7 +57,8 @@ class Snapshots:
         for temporary in directory.glob(".snapshot-*.tmp"):  # of a process that was killed while it wrote
             temporary.unlink()
         self._next: tuple[int, Mapping[str, Any]] | None = None
-        self._ended = False
+        self.ended = False
+        self.error: Exception | None = None
         self._change = threading.Condition()
         self._thread = threading.Thread(target=self._write_all, name="lightning_tta snapshots", daemon=True)
         self._thread.start()
@@ -99,7 +104,7 @@ class Snapshots:
     def close(self) -> None:
         """Write what waits, and let others have the directory."""
         with self._change:
-            self._ended = True
+            self.ended = True
             self._change.notify()
         self._thread.join()
         self._lock.release()
@@ -107,7 +112,7 @@ class Snapshots:
     def _write_all(self) -> None:
         while True:
             with self._change:
-                while self._next is None and not self._ended:
+                while self._next is None and not self.ended:
                     self._change.wait()
                 if self._next is None:
                     return
@@ -117,9 +122,11 @@ class Snapshots:
                 write_whole(self.directory / f"snapshot-{number:09d}.pt", lambda file: save_summed(content, file))  # noqa: B023
                 for path in self._paths()[: -self.keep]:
                     path.unlink(missing_ok=True)
-            except OSError as error:
+            except Exception as error:  # of the disk, or a state that cannot be saved
+                self.error = error
                 self._on_error(error)
             else:
+                self.error = None
                 self._on_written(number)
 
     def _paths(self) -> list[Path]:

@@ -1,10 +1,15 @@
 """What a shadow costs and keeps: latency beside the bare net, a kill in the middle of a load, monitors per micro-batch.
 
     python tests/measure/serving.py --net cifar/resnet26_gn --method zerosiam
+    python tests/measure/serving.py --corruptions reported --source runs/digits/source
 
 Random weights and images of noise: neither changes the time. Each client sends one image, waits for the answer, sends
 the next. The bare net is served the same way: by the same queue and one thread. ``off by`` is the largest difference
 from the logits of the bare net, image by image; that of a method that answers is what it has learned.
+
+With ``--corruptions``: who answers, and how well. Clean digits, corrupted ones twice, clean ones again, each image a
+request of its own; the error of what was answered beside those of the source and of the method alone on the same
+micro-batches.
 """
 
 from __future__ import annotations
@@ -29,7 +34,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_tta import adapt
 from lightning_tta.backbones import create_backbone
+from lightning_tta.data import DigitsData
+from lightning_tta.modules.loading import load_source
 from lightning_tta.serving.policy import Answering, Decision, Evidence, Policy
 from lightning_tta.serving.requests import Requests, joined
 from lightning_tta.serving.server import Server
@@ -175,10 +183,12 @@ def kill_in_the_middle(
         stack.callback(lambda: [os.kill(child, signal.SIGKILL) for child, _ in children[1:]])
         os.write(children[0][1], b"1")
         answers: list[tuple[dict[str, Any], int]] = [({}, 0)] * len(images)
-        done = threading.Semaphore(0)
+        done, saved = threading.Semaphore(0), threading.Event()
 
         def client(first: int) -> None:
             for number in range(first, len(images), clients):
+                if number >= len(images) // 2:
+                    saved.wait()
                 answers[number] = post(port, images[number : number + 1])
                 done.release()
 
@@ -186,6 +196,11 @@ def kill_in_the_middle(
             work = [threads.submit(client, first) for first in range(clients)]
             for _ in range(len(images) // 2):
                 done.acquire()
+            end = time.monotonic() + 30  # a fast server has answered before it has adapted
+            while not any(Path(directory).glob("snapshot-*.pt")) and time.monotonic() < end:
+                time.sleep(0.01)
+            saved.set()
+            done.acquire()
             os.kill(children[0][0], signal.SIGKILL)
             os.waitpid(children[0][0], 0)
             os.write(children[1][1], b"1")
@@ -210,7 +225,86 @@ def kill_in_the_middle(
     }
 
 
-def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
+# Who answers
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tent": ("tent", {"window": 64}),
+    "zerosiam": ("zerosiam", {"window": 64}),
+    "tent x300": ("tent", {"window": 64, "lr": 0.3}),  # collapses
+}
+
+
+def phases(domain: str, images: int, severity: int) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels: clean, corrupted, the same in another order, clean in another order."""
+    parts = {}
+    for name in ("clean", domain):
+        data = DigitsData(severity=severity, domains=[name], num_images=images)
+        data.setup("predict")
+        batches = list(data.predict_dataloader())
+        x, y = (torch.cat([batch[key] for batch in batches]) for key in ("image", "label"))
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        parts[name] = x[order], y[order]
+    again = {name: (x.flip(0), y.flip(0)) for name, (x, y) in parts.items()}
+    return [parts["clean"], parts[domain], again[domain], again["clean"]]
+
+
+def who_answers(
+    net: nn.Module, method: str, stream: list[tuple[Tensor, Tensor]], together: int, policy: dict[str, Any]
+) -> dict[str, Any]:
+    """Errors in % by phase of source, method alone and answers, and where who answers changed, in images."""
+    name, kwargs = METHODS[method]
+    x, y = torch.cat([part[0] for part in stream]), torch.cat([part[1] for part in stream])
+    torch.manual_seed(0)
+    alone = adapt(net, name, **kwargs)
+    with torch.no_grad():
+        logits = {"source": torch.cat([net(part) for part in x.split(together)])}
+    logits["method alone"] = torch.cat([alone(part) for part in x.split(together)])
+    torch.manual_seed(0)
+    answers = []
+    with Shadow(net, name, policy=policy, max_batch=together, max_wait_ms=1000, timeout=None, **kwargs) as shadow:
+        shadow.when_behind, shadow.max_lag = "wait", 1
+        for part in x.split(together):
+            asked = [shadow.submit(image[None]) for image in part]
+            if len(asked) < together:  # else they wait for others
+                shadow._requests.max_wait = 0.0
+            answers += [future.result() for future in asked]
+    logits["answers"] = torch.cat([answer.logits for answer in answers])
+    wrong = {
+        who: (each.argmax(1) != y).double().split([len(part[1]) for part in stream]) for who, each in logits.items()
+    }
+    by = [answer.by for answer in answers]
+    return {
+        **{who: [100 * float(part.mean()) for part in parts] for who, parts in wrong.items()},
+        "method answered": by.count("method"),
+        "switched": [f"{by[n]} from {n}" for n in range(1, len(by)) if by[n] != by[n - 1]],
+        "restores": sum(event["event"] == "decision" and bool(event["restore"]) for event in shadow.events),
+    }
+
+
+def measure_who_answers(options: Any) -> dict[str, dict[str, Any]]:
+    """Print a table, a row for each corruption and method."""
+    net = make_net("bn", 10) if options.net == "tiny" else load_source(options.source).eval()
+    domains = DigitsData(severity=options.severity, domains=options.corruptions)
+    domains.setup("predict")
+    results = {}
+    header(
+        "corruption, method",
+        *(f"{who}, % wrong" for who in ("source", "method alone", "answers")),
+        "switched",
+        "restores",
+    )
+    for domain in [name.split("@")[0] for name in domains.domain_names if not name.startswith("clean")]:
+        stream = phases(domain, options.images, options.severity)
+        for method in options.methods:
+            found = results[f"{domain}, {method}"] = who_answers(
+                net, method, stream, options.together, json.loads(options.policy)
+            )
+            errors = (" / ".join(f"{e:.1f}" for e in found[who]) for who in ("source", "method alone", "answers"))
+            row(f"{domain}, {method}", *errors, "; ".join(found["switched"]) or "-", found["restores"])
+    return results
+
+
+def main(args: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Measure all and print the tables."""
     options = arguments(
         __doc__,
@@ -225,9 +319,18 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
         snapshot_every=10,
         max_batch=16,
         max_wait_ms=5.0,
+        corruptions=([], "measure who answers instead: names of corruptions, or reported, or held_out"),
+        methods=list(METHODS),
+        source=("runs/digits/source", "weights of the digits' source"),
+        severity=5,
+        images=540,
+        together=(16, "single requests that come at a time"),
+        policy=("{}", "options of Patience, as JSON"),
     )
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Guard|.*of each batch")
+    if options.corruptions:
+        return measure_who_answers(options)
     net = make_net("gn", 10) if options.net == "tiny" else create_backbone(options.net, 10).eval()
     images = make_images(options.requests, size=options.pixels)
     with torch.no_grad():
@@ -245,7 +348,7 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
             max_wait_ms=options.max_wait_ms,
         )
 
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, Any]] = {}
     killed = kill_in_the_middle(
         lambda directory: make("source", options.monitors, directory), images, options.clients, expected.argmax(1)
     )

@@ -97,5 +97,5 @@ def test_memory_is_bounded():
 
 @pytest.mark.parametrize(("ids", "told"), [(["0"], [1, 2]), (["0"], [1.5]), (["0"], [True]), ("0", [1])])
 def test_wrong_labels(ids, told):
-    with pytest.raises(InputError, match="A label, a whole number, for each id"):
+    with pytest.raises(InputError, match="a label for each, a whole number from 0"):
         filled()[0].tell(ids, told)

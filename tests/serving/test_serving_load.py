@@ -21,3 +21,20 @@ def test_load_and_kill(capsys):
     assert results["shadow, when_behind=wait"]["skipped"] == 0
     assert set(results["monitors collapse"]) == {"source", "method", "monitors"}
     assert capsys.readouterr().out.count("\n|") == 4 + 5 + 3
+
+
+def test_who_answers(capsys):
+    """Of a net that knows nothing no method is better; the answers are then those of the source."""
+    small = ["--net=tiny", "--images=24", "--together=8", "--methods", "tent", "--corruptions", "gamma"]
+    (found,) = serving.main(small).values()
+    assert [len(found[who]) for who in ("source", "method alone", "answers")] == [4, 4, 4]
+    assert found["answers"] == found["source"]
+    assert (found["method answered"], found["switched"]) == (0, [])
+    soon = '{"patience": 1, "min_images": 1, "margin": 0, "leave": 1}'
+    always = {"a": 0.9}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_tta.serving.shadow._estimates", lambda monitors: always)
+        (found,) = serving.main([*small, "--policy", soon]).values()
+    assert found["switched"] == ["method from 8"]
+    assert found["answers"][1:] == found["method alone"][1:] != found["source"][1:]
+    assert "| gamma, tent |" in capsys.readouterr().out

@@ -1,13 +1,16 @@
 """Shadow: who answers, what comes out, failures of all kinds, snapshots and a kill."""
 
+import copy
 import json
 import os
+import pickle
 import signal
 import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from test_prometheus import parse
@@ -28,6 +31,7 @@ from lightning_tta import (
 )
 from lightning_tta.guard.monitors.base import Monitor
 from lightning_tta.methods import Source, Tent
+from lightning_tta.serving import snapshots
 from lightning_tta.serving.policy import Decision, Policy
 from nets import make_images, make_net, same
 
@@ -89,7 +93,7 @@ def made(method="tent", decisions=(), monitors=(), net=None, **options):
 
 def settled(shadow, batches):
     """Wait until both have predicted so many micro-batches."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while shadow.batches < batches and time.monotonic() < end:
         time.sleep(0.001)
     with shadow._lock:
@@ -305,34 +309,30 @@ def test_a_request_that_the_net_fails_on_does_not_take_others_with_it():
         assert futures[0].result(10).logits.shape == (1, 5)
 
 
-class Slow(Source):
-    """Takes its time."""
-
-    synchronized = False
-
-    def __init__(self, model, seconds):
-        super().__init__(model)
-        self.seconds = seconds
-
-    def step(self, x):
-        time.sleep(self.seconds)
-        return super().step(x)
-
-
-class Sleepy(nn.Module):
-    """A net that takes its time."""
+class Gate(nn.Module):
+    """A net that waits until it is let on: no test looks at a clock."""
 
     def __init__(self):
         super().__init__()
         self.net = make_net("gn")
+        self.opened = [threading.Event()]
+
+    def __deepcopy__(self, memo):  # the copy has the same event
+        other = type(self)()
+        other.opened = self.opened
+        return other
 
     def forward(self, x):
-        time.sleep(0.2)
+        self.opened[0].wait(60)
         return self.net(x)
+
+    def open(self):
+        self.opened[0].set()
 
 
 def test_full_late_closed():
-    with made("source", net=Sleepy(), max_queue=3, max_batch=2) as shadow:
+    gate = Gate()
+    with made("source", net=gate, max_queue=3, max_batch=2) as shadow:
         waiting = [shadow.submit(make_images(1))]
         while shadow._requests:
             time.sleep(0.001)
@@ -341,6 +341,7 @@ def test_full_late_closed():
             shadow.predict(make_images(1), timeout=0.01)
         with pytest.raises(QueueFullError, match="3 images wait"):
             shadow.predict(make_images(1))
+        gate.open()
     expected = make_net("gn")(make_images(1))
     assert all(torch.allclose(each.result(0).logits, expected, atol=1e-6) for each in waiting)  # answered at the end
     with pytest.raises(ClosedError):
@@ -350,21 +351,24 @@ def test_full_late_closed():
     assert shadow._metrics.value("requests_total", result="answered") == 3
 
 
-def test_the_steps_of_the_method_come_after_the_answers():
-    """The first answer does not wait for its step; with many waiting, steps are left out, or all are done."""
-    with made(Slow(make_net("gn"), 0.2), max_lag=8) as shadow:
-        start = time.monotonic()
-        shadow.predict(make_images(1))
-        assert time.monotonic() - start < 0.15
-    with made(Slow(make_net("gn"), 0.05), max_lag=2, when_behind="skip", max_batch=1) as shadow:
-        futures = [shadow.submit(make_images(1)) for _ in range(12)]
-        assert all(future.result(10).by == "source" for future in futures)
-    skipped = int(shadow._metrics.value("skipped_images_total"))
-    assert skipped >= 4
+def test_an_answer_does_not_wait_for_its_step():
+    gate = Gate()
+    with made(Source(gate)) as shadow:
+        assert shadow.answer(make_images(1), timeout=30).by == "source"
+        assert shadow.batches == 0
+        gate.open()
+    assert shadow.batches == 1
+
+
+@pytest.mark.parametrize(("when_behind", "skipped"), [("skip", 6), ("wait", 0)])
+def test_steps_where_many_wait(when_behind, skipped):
+    """With two behind, one is left out and one is done; or both are done."""
+    with made("source", max_lag=2, when_behind=when_behind, max_batch=1) as shadow:
+        with shadow._lock:  # until all are there
+            futures = [shadow.submit(make_images(1)) for _ in range(12)]
+        assert all(future.result(30).by == "source" for future in futures)
+    assert int(shadow._metrics.value("skipped_images_total")) == skipped
     assert shadow.batches == 12 - skipped
-    with made(Slow(make_net("gn"), 0.0), max_lag=2, when_behind="wait", max_batch=1) as shadow:
-        [shadow.submit(make_images(1)) for _ in range(12)]
-    assert (shadow.batches, shadow._metrics.value("skipped_images_total")) == (12, 0)
 
 
 class Sick(Tent):
@@ -420,6 +424,169 @@ def test_a_monitor_or_policy_that_fails_harms_no_answer():
     assert {answer.by for answer in answers} == {"source"}
     assert shadow.stopped
     assert shadow._metrics.value("failures_total") == 3
+
+
+@pytest.mark.parametrize("where", ["monitor", "policy"])
+def test_a_state_that_cannot_be_had_harms_no_answer(where, tmp_path):
+    def broken(self):
+        raise ZeroDivisionError("no state")
+
+    kind = {"monitor": Counting, "policy": Switching}[where]
+    shadow = made(monitors=[Counting()], directory=tmp_path, snapshot_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "state_dict", broken)
+        assert [each.by for each in serve(shadow, 3)] == ["source"] * 3
+        with pytest.warns(UserWarning, match=r"last snapshot could not be written .*no state"):
+            shadow.close()
+    assert shadow._metrics.value("failures_total") == 4
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64")])
+def test_a_snapshot_that_cannot_be_written_is_tried_again(error, tmp_path, monkeypatch):
+    """Whatever kind of error it is, as torch has kinds of its own for a full disk."""
+
+    def full(path, write):
+        raise error
+
+    with made(directory=tmp_path, snapshot_every=1) as shadow:
+        with monkeypatch.context() as patch:
+            patch.setattr(snapshots, "write_whole", full)
+            serve(shadow, 1)
+            shadow._snapshots.close()  # its thread has tried
+            assert shadow._metrics.value("failures_total") == 1
+            assert str(error) in shadow.events[-1]["error"]
+        shadow._snapshots = snapshots.Snapshots(tmp_path, 3, shadow._note_written, shadow._note_unwritten)
+    assert (tmp_path / "snapshot-000000001.pt").exists()
+    monkeypatch.setattr(snapshots, "write_whole", full)
+    with pytest.warns(UserWarning, match="last snapshot could not be written"):
+        made(directory=tmp_path).close()
+
+
+@pytest.mark.filterwarnings("error")
+def test_warnings_that_are_errors_harm_no_answer():
+    class Broken(Counting):
+        def see(self, seen):
+            raise ZeroDivisionError("in a monitor")
+
+    with made(monitors=[Broken()], max_lag=1) as shadow:
+        for number in range(6):
+            assert shadow.answer(make_images(2, seed=number), timeout=10).by == "source"
+    assert shadow.stopped
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("who", ["net", "method"])
+def test_nobody_waits_for_a_thread_that_has_ended(who):
+    """SystemExit of a net or a method is no failure that one goes on from."""
+
+    class Ends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.ends = make_net("gn"), False
+
+        def forward(self, x):
+            if self.ends:
+                raise SystemExit
+            return self.net(x)
+
+    with made(Source(Ends()) if who == "method" else "source", net=Ends()) as shadow:
+        shadow.predict(make_images(1))
+        settled(shadow, 1)
+        (shadow._source if who == "net" else shadow.method).model.ends = True
+        with pytest.raises(ClosedError, match="has ended" if who == "net" else "closed|has ended"):
+            [shadow.predict(make_images(1), timeout=10) for _ in range(1 if who == "net" else 100)]
+        shadow._worker.join(10)
+        assert shadow.closed
+    assert any("SystemExit" in event.get("error", "") for event in shadow.events)
+
+
+@pytest.mark.filterwarnings("ignore:The net's outputs are not all finite")
+def test_logits_of_the_source_that_are_not_finite_are_no_answer():
+    class Sick(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_net("gn")
+
+        def forward(self, x):
+            return self.net(x) * torch.where((x == 1).flatten(1).all(1), float("nan"), 1.0)[:, None]
+
+    with made("source", net=Sick(), max_wait_ms=50, max_batch=2) as shadow:
+        white, other = shadow.submit(torch.ones(1, 3, 16, 16)), shadow.submit(make_images(1))
+        with pytest.raises(InputError, match="not finite"):
+            white.result(10)
+        assert torch.allclose(other.result(10).logits, make_net("gn")(make_images(1)), atol=1e-6)
+
+
+def test_an_answer_that_comes_at_the_last_moment_counts():
+    class Late(Future):
+        def result(self, timeout=None):
+            if timeout is None:
+                return super().result()
+            self.set_result("the answer")
+            raise TimeoutError
+
+    with made() as shadow:
+        shadow.submit = lambda images: Late()
+        assert shadow.answer(make_images(1)) == "the answer"
+
+
+def test_the_thread_that_answers_does_not_wait_for_itself():
+    caught, gate = [], Gate()
+
+    def call(shadow):
+        for action in (shadow.close, lambda: shadow.predict(make_images(1))):
+            try:
+                action()
+            except ConfigError as error:
+                caught.append(str(error))
+
+    with made(net=gate) as shadow:
+        shadow.submit(make_images(1)).add_done_callback(lambda future: call(shadow))
+        gate.open()
+    assert len(caught) == 2
+    assert all("wait for it" in words for words in caught)
+
+
+def test_labels_that_are_none():
+    with made() as shadow:
+        (answer,) = serve(shadow, 1)
+        for labels in ([-1, 0, 0, 0], [0, 0, 0, 5], [0.0] * 4, [True] * 4, torch.tensor(1), [0] * 3, [[0]] * 4):
+            with pytest.raises(InputError, match="from 0 to 4"):
+                shadow.tell(answer.ids, labels)
+        with pytest.raises(InputError, match="list of ids"):
+            shadow.tell("abcd", [0, 0, 0, 0])
+        assert shadow.tell(answer.ids[:2], np.array([0, 4])) == 2
+        assert shadow.tell(answer.ids[2:], [np.int64(1), np.int8(2)]) == 2
+    assert shadow._labels.counts.labels == 4
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_no_copies(way):
+    with made() as shadow, pytest.raises(TypeError, match="Shadow cannot be copied or pickled"):
+        way(shadow)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_in_a_fork(tmp_path):
+    """Its child has no thread that answers: an error at once. Nothing of the parent's is closed."""
+    with made(directory=tmp_path) as shadow:
+        child = os.fork()
+        if child == 0:
+            wrong = 1
+            try:
+                for action in (lambda: shadow.predict(make_images(1)), lambda: shadow.tell(["a"], [0])):
+                    with pytest.raises(ClosedError, match="is a fork"):
+                        action()
+                assert shadow.closed
+                shadow.close()
+                wrong = 0
+            finally:
+                os._exit(wrong)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert not shadow.closed
+        serve(shadow, 1)
+        with pytest.raises(ConfigError, match="in use by another shadow"):
+            made(directory=tmp_path)
 
 
 def test_reset_and_rollback_by_hand():
@@ -517,6 +684,14 @@ def test_whose_directory(tmp_path):
     with pytest.raises(ConfigError, match="does not fit"):
         made(directory=tmp_path, optimizer="sgd")
     made(directory=tmp_path, lr=0.5).close()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "log"])
+def test_a_directory_that_cannot_be_used(place, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "log" / "shadow.jsonl").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"cannot be used: .*Give a directory"):
+        made(directory=tmp_path / place)
 
 
 def test_snapshots_are_small(tmp_path):
