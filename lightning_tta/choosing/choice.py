@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class Choice:
         method: Name of its method.
         options: Options of :func:`lightning_tta.adapt`, and ``reset_every`` where the candidate has it.
         confidence: In [0, 1]: estimated probability that it is more accurate than the source; of ``source``, that none
-            of the others is, as far as the rule can tell. It is calibrated on few small nets: a hint, no guarantee.
+            of the others is, as far as the rule can tell. Compared with what came true on few small nets only
+            (docs/results/choices.md): a hint, no guarantee.
         why: One sentence.
         candidates: One dict a candidate: ``name``, ``method``, ``options``, ``scores`` by name (empty where it could
             not run), ``problem`` (empty where it could), ``passes``.
@@ -57,14 +59,14 @@ class Choice:
     def adapt(self, net: nn.Module) -> TTAMethod:
         """The chosen method on a copy of a net, as :func:`lightning_tta.adapt` makes it.
 
-        With ``reset_every`` it returns to the source before every so many calls. One that needs source images is still
-        to be prepared.
+        With ``reset_every`` it returns to the source before every so many calls; ``state_dict()`` has the count. One
+        that needs source images is still to be prepared.
         """
         options = {name: value for name, value in self.options.items() if name != "reset_every"}
         method = adapt(net, self.method, **options)
         every = self.options.get("reset_every")
         if every:
-            method.register_forward_pre_hook(_ResetEvery(every))
+            _ResetEvery(every, method)
         return method
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,16 +105,30 @@ class Choice:
 
 
 class _ResetEvery:
-    """Before every so many calls of a method, back to the source."""
+    """Before every so many calls of a method, back to the source; the count of calls is in the method's state."""
 
-    def __init__(self, every: int) -> None:
-        self.every, self.calls = every, 0
+    def __init__(self, every: int, method: TTAMethod) -> None:
+        self.every, self.calls, self.loaded = every, 0, 0
+        method.register_forward_pre_hook(self.count)
+        method.register_state_dict_post_hook(partial(self.save))  # type: ignore[no-untyped-call]  # torch marks it
+        method.register_load_state_dict_pre_hook(self.look)  # type: ignore[no-untyped-call]
+        method.register_load_state_dict_post_hook(self.load)  # type: ignore[no-untyped-call]
 
-    def __call__(self, method: nn.Module, args: Any) -> None:
+    def count(self, method: nn.Module, args: Any) -> None:
         assert isinstance(method, TTAMethod)
         if self.calls and not self.calls % self.every:
             method.reset()
         self.calls += 1
+
+    def save(self, method: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state[f"{prefix}_extra_state"]["calls"] = self.calls
+
+    def look(self, method: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        extra = state.get(f"{prefix}_extra_state")
+        self.loaded = extra.get("calls", 0) if isinstance(extra, Mapping) else 0
+
+    def load(self, method: nn.Module, keys: Any) -> None:
+        self.calls = self.loaded  # only now it is sure that the state fits
 
 
 def choose(

@@ -1,5 +1,6 @@
 """``lightning_tta.choose`` as a whole, on a net and a shift for which the right choice is known."""
 
+import copy
 import json
 
 import pytest
@@ -90,11 +91,14 @@ def test_whatever_the_form_of_the_data(trained, shifted):
 def test_a_data_module_gives_its_stream_and_its_source_images():
     net = lightning_tta.create_backbone("timm/test_resnet", 10).eval()
     data = DigitsData(batch_size=8, num_images=32, domains=["gamma"], cache_dir="none")
-    found = choose(net, data, ["norm", "output_shift"])
-    assert [each["problem"] for each in found.candidates] == ["", "", ""]
+    data.prepare_data()
+    data.setup("predict")
     batch = next(iter(data.predict_dataloader()))
     labels = dict(zip(batch["index"].tolist(), batch["label"].tolist(), strict=True))
-    assert choose(net, data, "norm", labels=labels).candidates[0]["scores"]["labels"] <= 1
+    found = choose(net, data, "output_shift", labels=labels)
+    assert [each["problem"] for each in found.candidates] == ["", ""]
+    right = float((net(batch["image"]).argmax(1) == batch["label"]).double().mean())
+    assert found.candidates[0]["scores"]["labels"] == pytest.approx(right)
 
 
 def test_the_budget_holds(trained, shifted):
@@ -142,6 +146,14 @@ def test_what_is_written_can_be_read_and_adapts(trained, shifted, tmp_path):
     fresh.reset()
     assert torch.equal(first[2], fresh(parts[2]))
     assert isinstance(found, Choice)
+    again, plain = copy.deepcopy(found.adapt(trained)), adapt(trained, "tent", lr=0.05)
+    again(parts[0])
+    again.load_state_dict(method.state_dict())  # after three calls: the next reset is before the fifth
+    plain.load_state_dict(method.state_dict())
+    rest = [(method(part), again(part), plain(part)) for part in (parts[3], parts[0])]
+    assert all(torch.equal(mine, other) for mine, other, _ in rest)
+    assert torch.equal(rest[1][0], first[0])
+    assert not torch.equal(rest[1][2], first[0])
 
 
 @pytest.mark.parametrize(
