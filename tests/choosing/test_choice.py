@@ -76,9 +76,10 @@ def test_whatever_the_form_of_the_data(trained, shifted):
     alone = choose(trained, images, SHORT, batch_size=SIZE).as_dict()
     parts = list(zip(images.split(SIZE), labels.split(SIZE), strict=True))
     rows = [{"image": image, "label": label} for image, label in parts]
-    for data in (list(images.split(SIZE)), iter(parts), rows):
+    for data in (list(images.split(SIZE)), iter(parts)):
         assert choose(trained, data, SHORT).as_dict() == alone
     counted = choose(trained, rows, SHORT, labels=20)
+    assert choose(trained, parts, SHORT, labels=20).as_dict() == counted.as_dict()
     by_index = choose(trained, rows, SHORT, labels={8 * n: int(labels[8 * n]) for n in range(20)})
     assert counted.as_dict() == by_index.as_dict()
     names = [
@@ -163,6 +164,17 @@ def test_what_is_written_can_be_read_and_adapts(trained, shifted, tmp_path):
         (lambda x: x, {"budget": 0}, ConfigError, "budget"),
         (lambda x: x, {"labels": {9999: 1}}, ConfigError, "None of the 1 labels"),
         (lambda x: x, {"labels": 5}, ConfigError, "bring no 'label'"),
+        (lambda x: x, {"labels": [1, 2, 3]}, ConfigError, "dict\\(enumerate"),
+        (lambda x: x, {"labels": {0: 1, 1: 5}}, ConfigError, "0 to 4; image 1 of the trial has 5"),
+        (lambda x: x, {"labels": {0: -1}}, ConfigError, "has -1"),
+        (lambda x: x, {"labels": {0: 1.5}}, ConfigError, "has 1.5"),
+        (lambda x: x, {"labels": {0: "cat"}}, ConfigError, "has 'cat'"),
+        (lambda x: [{"image": x[:8], "label": [9] * 8}] * 4, {"labels": 3}, ConfigError, "has 9"),
+        (lambda x: [{"image": x[:8], "label": [1] * 3}] * 4, {}, InputError, "3 values of 'label'"),
+        (lambda x: [{"image": x[:8], "index": [1] * 3}] * 4, {}, InputError, "3 values of 'index'"),
+        (lambda x: [x[:8], x[:8, :, :8]] * 2, {}, InputError, "batch 1"),
+        (lambda x: x.numpy(), {}, InputError, "ndarray"),
+        (lambda x: x, {"candidates": []}, ConfigError, "candidates is empty"),
         (lambda x: x, {"candidates": "tint"}, ConfigError, "tent"),
         (lambda x: x[:40], {}, DataError, "1 batches"),
         (lambda x: x[0], {}, InputError, "B, C, H, W"),
@@ -175,3 +187,8 @@ def test_what_is_written_can_be_read_and_adapts(trained, shifted, tmp_path):
 def test_what_is_wrong_is_said(trained, shifted, data, options, error, words):
     with pytest.raises(error, match=words):
         choose(trained, data(shifted[0]), **{"candidates": SHORT, "batch_size": SIZE, **options})
+
+
+def test_what_is_no_net_is_said(shifted):
+    with pytest.raises(ConfigError, match=r"torch\.nn\.Module"):
+        choose("resnet", shifted[0], SHORT)
