@@ -58,7 +58,10 @@ def read_candidates(wanted: Wanted | Sequence[Wanted], net: nn.Module, batch_siz
         ConfigError: If one is neither, or names no method.
     """
     found = [Candidate(SOURCE)]
-    for each in listed(wanted):
+    all_wanted = listed(wanted)
+    if not all_wanted:
+        raise ConfigError("candidates is empty. Give 'default', or names of methods, or dicts; source is there anyway.")
+    for each in all_wanted:
         new = default_candidates(net, batch_size) if each == "default" else [_read(each)]
         found += [candidate for candidate in new if candidate not in found]
     return found

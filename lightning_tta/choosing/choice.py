@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +37,8 @@ class Choice:
         method: Name of its method.
         options: Options of :func:`lightning_tta.adapt`, and ``reset_every`` where the candidate has it.
         confidence: In [0, 1]: estimated probability that it is more accurate than the source; of ``source``, that none
-            of the others is, as far as the rule can tell. It is calibrated on few small nets: a hint, no guarantee.
+            of the others is, as far as the rule can tell. Compared with what came true on few small nets only
+            (docs/results/choices.md): a hint, no guarantee.
         why: One sentence.
         candidates: One dict a candidate: ``name``, ``method``, ``options``, ``scores`` by name (empty where it could
             not run), ``problem`` (empty where it could), ``passes``.
@@ -57,14 +60,14 @@ class Choice:
     def adapt(self, net: nn.Module) -> TTAMethod:
         """The chosen method on a copy of a net, as :func:`lightning_tta.adapt` makes it.
 
-        With ``reset_every`` it returns to the source before every so many calls. One that needs source images is still
-        to be prepared.
+        With ``reset_every`` it returns to the source before every so many calls; ``state_dict()`` has the count. One
+        that needs source images is still to be prepared.
         """
         options = {name: value for name, value in self.options.items() if name != "reset_every"}
         method = adapt(net, self.method, **options)
         every = self.options.get("reset_every")
         if every:
-            method.register_forward_pre_hook(_ResetEvery(every))
+            _ResetEvery(every, method)
         return method
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,16 +106,30 @@ class Choice:
 
 
 class _ResetEvery:
-    """Before every so many calls of a method, back to the source."""
+    """Before every so many calls of a method, back to the source; the count of calls is in the method's state."""
 
-    def __init__(self, every: int) -> None:
-        self.every, self.calls = every, 0
+    def __init__(self, every: int, method: TTAMethod) -> None:
+        self.every, self.calls, self.loaded = every, 0, 0
+        method.register_forward_pre_hook(self.count)
+        method.register_state_dict_post_hook(partial(self.save))  # type: ignore[no-untyped-call]  # torch marks it
+        method.register_load_state_dict_pre_hook(self.look)  # type: ignore[no-untyped-call]
+        method.register_load_state_dict_post_hook(self.load)  # type: ignore[no-untyped-call]
 
-    def __call__(self, method: nn.Module, args: Any) -> None:
+    def count(self, method: nn.Module, args: Any) -> None:
         assert isinstance(method, TTAMethod)
         if self.calls and not self.calls % self.every:
             method.reset()
         self.calls += 1
+
+    def save(self, method: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state[f"{prefix}_extra_state"]["calls"] = self.calls
+
+    def look(self, method: nn.Module, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        extra = state.get(f"{prefix}_extra_state")
+        self.loaded = extra.get("calls", 0) if isinstance(extra, Mapping) else 0
+
+    def load(self, method: nn.Module, keys: Any) -> None:
+        self.calls = self.loaded  # only now it is sure that the state fits
 
 
 def choose(
@@ -136,9 +153,9 @@ def choose(
 
     Args:
         net: Pixels (B, C, H, W) in [0, 1] -> logits (B, K); is left alone.
-        data: Images (N, C, H, W) in [0, 1], which are cut into batches; or batches: tensors, or dicts with ``image``
-            and perhaps ``index`` and ``label``; or a data module. The batches in the order and of the size in which
-            they will come.
+        data: Images (N, C, H, W) in [0, 1], which are cut into batches; or batches: tensors, tuples of images and
+            labels, or dicts with ``image`` and perhaps ``index`` and ``label``; or a data module. The batches in the
+            order and of the size in which they will come.
         candidates: ``default``: a grid that suits the net
             (:func:`~lightning_tta.choosing.candidates.default_candidates`); or names of methods, or dicts of ``method``
             and options, such as ``{"method": "tent", "lr": 1e-3, "statistics": "auto", "reset_every": 50}``; one, or a
@@ -157,6 +174,8 @@ def choose(
         DataError: If there are fewer than 4 batches.
         InputError: If the net refuses the images.
     """
+    if not isinstance(net, nn.Module):
+        raise ConfigError(f"net must be a torch.nn.Module, the trained net itself; got a {type(net).__name__}.")
     check_range("batches", batches, LEAST, integer=True)
     check_range("batch_size", batch_size, 1, integer=True)
     if budget is not None:
@@ -214,15 +233,23 @@ def _take(data: Any, number: int, size: int, device: torch.device) -> list[_Batc
     taken: list[_Batch] = []
     seen = 0
     for batch in itertools.islice(loader, number):
-        images = batch.get("image") if isinstance(batch, Mapping) else batch
-        images = images[0] if isinstance(images, (list, tuple)) else images
+        given = batch if isinstance(batch, Mapping) else _named(batch)
+        images, index, truth = (given.get(name) for name in ("image", "index", "label"))
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
             raise InputError(
-                "A batch must be images (B, C, H, W), B >= 1, or a dict with them under 'image'; got "
+                "A batch must be images, a tensor (B, C, H, W) with B >= 1, or a dict with them under 'image'; got "
                 f"{tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__}."
             )
-        given: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
-        index, truth = given.get("index"), given.get("label")
+        if taken and images.shape[1:] != taken[0].images.shape[1:]:
+            raise InputError(
+                f"All batches must have images of one size; batch 0 has {tuple(taken[0].images.shape[1:])} (C, H, W), "
+                f"batch {len(taken)} {tuple(images.shape[1:])}. Resize them to the size that the net was trained on."
+            )
+        for name, values in (("index", index), ("label", truth)):
+            if values is not None and len(values) != len(images):
+                raise InputError(
+                    f"A batch of {len(images)} images has {len(values)} values of '{name}'; give one each."
+                )
         taken.append(
             _Batch(
                 images.to(device),
@@ -237,6 +264,15 @@ def _take(data: Any, number: int, size: int, device: torch.device) -> list[_Batc
             "more images, or smaller batches."
         )
     return taken
+
+
+def _named(batch: Any) -> dict[str, Any]:
+    """A batch that is no dict: images, or a tuple of images and perhaps their labels."""
+    if not isinstance(batch, (list, tuple)) or not batch:
+        return {"image": batch}
+    label = batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) and batch[1].ndim == 1 else None
+    whole = label is not None and not label.is_floating_point()
+    return {"image": batch[0], "label": label if whole else None}
 
 
 def _plain(values: Any) -> list[Any]:
@@ -269,7 +305,7 @@ def _judge(
     records = finish(runners, [batch.images for batch in taken], seed)
     source = records[SOURCE]
     usable = answered(source.answers)
-    known = {place: label for place, label in _known(labels, taken).items() if usable[place]}
+    known = {place: label for place, label in _known(labels, taken, source.answers.shape[1]).items() if usable[place]}
     scores = {name: score(record, source, known) for name, record in records.items()}
     decision = decide(scores, len(known))
     chosen = next(runner.candidate for runner in runners if runner.candidate.name == decision.name)
@@ -301,10 +337,27 @@ def _entry(runner: Runner, scores: Mapping[str, dict[str, float]]) -> dict[str, 
     }
 
 
-def _known(labels: Labels | int | None, taken: list[_Batch]) -> dict[int, int]:
+def _known(labels: Labels | int | None, taken: list[_Batch], classes: int) -> dict[int, int]:
     """Labels by position among the images of the trial."""
+    known = _placed(labels, taken)
+    for place, label in known.items():
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label < classes:
+            raise ConfigError(
+                f"Labels must be whole numbers of the net's {classes} classes, 0 to {classes - 1}; image {place} of "
+                f"the trial has {label!r}."
+            )
+    return known
+
+
+def _placed(labels: Labels | int | None, taken: list[_Batch]) -> dict[int, int]:
     if labels is None:
         return {}
+    if not isinstance(labels, (Mapping, int)):
+        raise ConfigError(
+            "labels must be a dict of the label by the image's index, such as {17: 3, 80: 0}, or a number of labels "
+            f"that the batches bring; got a {type(labels).__name__}. Of a list over the first images: "
+            "dict(enumerate(labels))."
+        )
     index = [each for batch in taken for each in batch.index]
     if not isinstance(labels, Mapping):
         check_range("labels", labels, 0, integer=True)
@@ -316,7 +369,7 @@ def _known(labels: Labels | int | None, taken: list[_Batch]) -> dict[int, int]:
         step = max(1.0, len(brought) / max(labels, 1))
         return dict(brought[int(number * step)] for number in range(min(labels, len(brought))))
     places = {each: place for place, each in enumerate(index)}
-    known = {places[each]: int(label) for each, label in labels.items() if each in places and label >= 0}
+    known = {places[each]: label for each, label in labels.items() if each in places}
     if labels and not known:
         raise ConfigError(
             f"None of the {len(labels)} labels is of an image of the trial, whose indices are such as "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +16,7 @@ Scores = dict[str, float]
 
 
 def score(record: Record, source: Record, labels: Mapping[int, int] | None = None) -> Scores:
-    """Scores by name; the larger, the better, of all but ``shift_of_classes``.
+    """Scores by name; the larger, the better, if nothing else is said.
 
     - ``aetta``: accuracy as AETTA estimates it, of all answers together: of one batch of a class-sorted stream it takes
       few classes for a collapse; ``aetta_end``: of the net at the end. Only where the net ends in a linear layer.
@@ -23,7 +24,7 @@ def score(record: Record, source: Record, labels: Mapping[int, int] | None = Non
     - ``agreement_view``: with its own predictions for shifted views; ``agreement_company``: of its answers with its
       predictions for the same images in shuffled batches; ``agreement_source``: with the source.
     - ``steadiness``: as ``agreement_company``, of the images on which it differs from the source; 1 without any.
-    - ``evenness``: entropy of how often each class is predicted, over that of the source, at most 2.
+    - ``evenness``: of the predicted classes, as in :func:`evenness`; ``order``: of their runs, as in :func:`order`.
     - ``labels``: accuracy on the images with labels, where there are some; ``labels_won``, ``labels_lost``: share of
       them on which it alone is right, or the source alone.
 
@@ -41,7 +42,8 @@ def score(record: Record, source: Record, labels: Mapping[int, int] | None = Non
         "agreement_view": agreement(final, view),
         "agreement_company": agreement(answers, final),
         "agreement_source": agreement(answers, source.answers[known]),
-        "evenness": (evenness(answers) / evenness(source.answers[known]).clamp_min(1e-6)).clamp(max=2),
+        "evenness": evenness(answers),
+        "order": order(answers),
     }
     steady, differs = (answers.argmax(-1) == final.argmax(-1)), answers.argmax(-1) != source.answers[known].argmax(-1)
     scores["steadiness"] = 1 - (differs & ~steady).sum() / differs.sum().clamp_min(1)
@@ -62,10 +64,28 @@ def score(record: Record, source: Record, labels: Mapping[int, int] | None = Non
 
 
 def evenness(logits: Tensor) -> Tensor:
-    """Entropy in nats of how often each class is predicted, for logits (N, K)."""
-    counts = torch.bincount(logits.argmax(-1), minlength=logits.shape[-1])
-    entropy: Tensor = torch.special.entr(counts / counts.sum()).sum()
+    """Entropy of how often each class is predicted, for logits (N, K), over its largest value log min(N, K); [0, 1]."""
+    counts = _counts(logits)
+    most = math.log(max(2, min(logits.shape)))
+    entropy: Tensor = torch.special.entr(counts / counts.sum().clamp_min(1)).sum() / most
     return entropy
+
+
+def order(logits: Tensor) -> Tensor:
+    """How much predicted classes come in runs, for logits (N, K) in the order of the stream; in [-1, 1].
+
+    The share of neighbours with the same class, less that of all pairs of images: 0 where classes come at random, or
+    where there is one class alone; near 1 where many classes come sorted.
+    """
+    classes, counts, number = logits.argmax(-1), _counts(logits), len(logits)
+    if number < 2:
+        return counts.new_zeros(())
+    by_chance = (counts * (counts - 1)).sum() / (number * (number - 1))
+    return (classes[1:] == classes[:-1]).double().mean() - by_chance
+
+
+def _counts(logits: Tensor) -> Tensor:
+    return torch.bincount(logits.argmax(-1), minlength=logits.shape[-1]).double()
 
 
 def _known(record: Record) -> Tensor:

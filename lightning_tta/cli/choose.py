@@ -22,7 +22,7 @@ from lightning_tta.modules import TestTimeAdaptation
 
 OF_THE_MODULE = ("reset_every", *OPTIONS)
 """Options of a candidate that are no options of its method: ``--model.statistics`` and so on."""
-SHOWN = ("aetta", "infomax", "steadiness", "evenness", "agreement_source", "labels")
+SHOWN = ("evenness", "steadiness", "order", "agreement_source", "aetta", "infomax", "labels")
 
 
 def make_parser() -> argparse.ArgumentParser:

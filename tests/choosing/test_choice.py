@@ -1,5 +1,6 @@
 """``lightning_tta.choose`` as a whole, on a net and a shift for which the right choice is known."""
 
+import copy
 import json
 
 import pytest
@@ -75,9 +76,10 @@ def test_whatever_the_form_of_the_data(trained, shifted):
     alone = choose(trained, images, SHORT, batch_size=SIZE).as_dict()
     parts = list(zip(images.split(SIZE), labels.split(SIZE), strict=True))
     rows = [{"image": image, "label": label} for image, label in parts]
-    for data in (list(images.split(SIZE)), iter(parts), rows):
+    for data in (list(images.split(SIZE)), iter(parts)):
         assert choose(trained, data, SHORT).as_dict() == alone
     counted = choose(trained, rows, SHORT, labels=20)
+    assert choose(trained, parts, SHORT, labels=20).as_dict() == counted.as_dict()
     by_index = choose(trained, rows, SHORT, labels={8 * n: int(labels[8 * n]) for n in range(20)})
     assert counted.as_dict() == by_index.as_dict()
     names = [
@@ -90,11 +92,14 @@ def test_whatever_the_form_of_the_data(trained, shifted):
 def test_a_data_module_gives_its_stream_and_its_source_images():
     net = lightning_tta.create_backbone("timm/test_resnet", 10).eval()
     data = DigitsData(batch_size=8, num_images=32, domains=["gamma"], cache_dir="none")
-    found = choose(net, data, ["norm", "output_shift"])
-    assert [each["problem"] for each in found.candidates] == ["", "", ""]
+    data.prepare_data()
+    data.setup("predict")
     batch = next(iter(data.predict_dataloader()))
     labels = dict(zip(batch["index"].tolist(), batch["label"].tolist(), strict=True))
-    assert choose(net, data, "norm", labels=labels).candidates[0]["scores"]["labels"] <= 1
+    found = choose(net, data, "output_shift", labels=labels)
+    assert [each["problem"] for each in found.candidates] == ["", ""]
+    right = float((net(batch["image"]).argmax(1) == batch["label"]).double().mean())
+    assert found.candidates[0]["scores"]["labels"] == pytest.approx(right)
 
 
 def test_the_budget_holds(trained, shifted):
@@ -142,6 +147,14 @@ def test_what_is_written_can_be_read_and_adapts(trained, shifted, tmp_path):
     fresh.reset()
     assert torch.equal(first[2], fresh(parts[2]))
     assert isinstance(found, Choice)
+    again, plain = copy.deepcopy(found.adapt(trained)), adapt(trained, "tent", lr=0.05)
+    again(parts[0])
+    again.load_state_dict(method.state_dict())  # after three calls: the next reset is before the fifth
+    plain.load_state_dict(method.state_dict())
+    rest = [(method(part), again(part), plain(part)) for part in (parts[3], parts[0])]
+    assert all(torch.equal(mine, other) for mine, other, _ in rest)
+    assert torch.equal(rest[1][0], first[0])
+    assert not torch.equal(rest[1][2], first[0])
 
 
 @pytest.mark.parametrize(
@@ -151,6 +164,17 @@ def test_what_is_written_can_be_read_and_adapts(trained, shifted, tmp_path):
         (lambda x: x, {"budget": 0}, ConfigError, "budget"),
         (lambda x: x, {"labels": {9999: 1}}, ConfigError, "None of the 1 labels"),
         (lambda x: x, {"labels": 5}, ConfigError, "bring no 'label'"),
+        (lambda x: x, {"labels": [1, 2, 3]}, ConfigError, "dict\\(enumerate"),
+        (lambda x: x, {"labels": {0: 1, 1: 5}}, ConfigError, "0 to 4; image 1 of the trial has 5"),
+        (lambda x: x, {"labels": {0: -1}}, ConfigError, "has -1"),
+        (lambda x: x, {"labels": {0: 1.5}}, ConfigError, "has 1.5"),
+        (lambda x: x, {"labels": {0: "cat"}}, ConfigError, "has 'cat'"),
+        (lambda x: [{"image": x[:8], "label": [9] * 8}] * 4, {"labels": 3}, ConfigError, "has 9"),
+        (lambda x: [{"image": x[:8], "label": [1] * 3}] * 4, {}, InputError, "3 values of 'label'"),
+        (lambda x: [{"image": x[:8], "index": [1] * 3}] * 4, {}, InputError, "3 values of 'index'"),
+        (lambda x: [x[:8], x[:8, :, :8]] * 2, {}, InputError, "batch 1"),
+        (lambda x: x.numpy(), {}, InputError, "ndarray"),
+        (lambda x: x, {"candidates": []}, ConfigError, "candidates is empty"),
         (lambda x: x, {"candidates": "tint"}, ConfigError, "tent"),
         (lambda x: x[:40], {}, DataError, "1 batches"),
         (lambda x: x[0], {}, InputError, "B, C, H, W"),
@@ -163,3 +187,8 @@ def test_what_is_written_can_be_read_and_adapts(trained, shifted, tmp_path):
 def test_what_is_wrong_is_said(trained, shifted, data, options, error, words):
     with pytest.raises(error, match=words):
         choose(trained, data(shifted[0]), **{"candidates": SHORT, "batch_size": SIZE, **options})
+
+
+def test_what_is_no_net_is_said(shifted):
+    with pytest.raises(ConfigError, match=r"torch\.nn\.Module"):
+        choose("resnet", shifted[0], SHORT)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_tta.choosing.scores import evenness, score
+from lightning_tta.choosing.scores import evenness, order, score
 from lightning_tta.choosing.trial import Record
 from lightning_tta.evidence.accuracy import aetta
 
@@ -40,11 +40,11 @@ def test_against_counts():
     differs = answers != source_answers
     assert found["steadiness"] == pytest.approx(np.mean((answers == final)[differs]))
 
-    def spread(classes):
-        shares = np.unique(classes, return_counts=True)[1] / len(classes)
-        return -(shares * np.log(shares)).sum()
-
-    assert found["evenness"] == pytest.approx(min(2, spread(answers) / spread(source_answers)), rel=1e-5)
+    shares = np.unique(answers, return_counts=True)[1] / len(answers)
+    assert found["evenness"] == pytest.approx(-(shares * np.log(shares)).sum() / np.log(4))
+    pairs = [answers[one] == answers[other] for one in range(30) for other in range(one)]
+    neighbours = [answers[place] == answers[place + 1] for place in range(29)]
+    assert found["order"] == pytest.approx(np.mean(neighbours) - np.mean(pairs))
     assert not {name for name in score(own, source) if name.startswith("labels")}
 
 
@@ -82,9 +82,14 @@ def _labels_of_one(own, source, place, label):
 def test_the_source_agrees_with_itself():
     own = record(0)
     found = score(own, own)
-    assert found["agreement_source"] == found["evenness"] == found["steadiness"] == 1
+    assert found["agreement_source"] == found["steadiness"] == 1
 
 
-def test_evenness_is_that_of_the_predicted_classes():
-    assert float(evenness(torch.eye(4))) == pytest.approx(np.log(4))
-    assert float(evenness(torch.ones(5, 4))) == 0
+def test_evenness_and_order_at_their_ends():
+    each_once, sorted_by_class = torch.eye(4), torch.eye(4).repeat_interleave(50, 0)
+    assert float(evenness(each_once)) == pytest.approx(1)
+    assert float(evenness(sorted_by_class)) == pytest.approx(1)
+    assert float(evenness(torch.eye(100)[:5])) == pytest.approx(1)  # no more can be predicted of five images
+    assert float(evenness(torch.ones(5, 4))) == float(order(torch.ones(5, 4))) == 0
+    assert float(order(sorted_by_class)) == pytest.approx(196 / 199 - 49 / 199)
+    assert float(order(torch.eye(4)[:1])) == 0

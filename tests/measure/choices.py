@@ -12,6 +12,7 @@ was run is in FOLDER, one file a stream; a second call goes on, and replays.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,15 +24,20 @@ from torch import Tensor, nn
 
 from lightning_tta import ArrayData, DigitsData, FolderData, ShiftedDataModule, create_backbone
 from lightning_tta.choosing.candidates import SOURCE, read_candidates
-from lightning_tta.choosing.rule import decide
+from lightning_tta.choosing.rule import decide, gains
 from lightning_tta.choosing.scores import score
 from lightning_tta.choosing.trial import Record, Runner, finish
 from plumbing import arguments, header, row
 
-STREAMS = ["iid", "continual", "correlated", "mixed"]
+IMBALANCED = "imbalanced"
+STREAMS = ["iid", "continual", "correlated", "mixed", IMBALANCED]
 CIFAR = ["clean", "speckle_noise", "gaussian_blur", "spatter", "saturate"]
 DIGITS = ["clean", "speckle_noise", "gaussian_blur", "shear", "occlusion"]
 NO_LABELS = "no label"
+FRONTIER = (0.5, 0.6, 0.65, 0.75, 0.8, 0.9)
+"""Probabilities of a gain from which a candidate might be taken, beside the rule's own."""
+SURE = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+"""Bounds of the groups in which probabilities are compared with how often they come true."""
 Results = dict[str, dict[str, dict[str, float]]]
 """By data set and policy: accuracy, regret, and the other columns."""
 SMALL_NETS = {"bn": "timm/test_resnet", "gn": "timm/test_efficientnet_gn"}
@@ -54,7 +60,7 @@ class Case(NamedTuple):
 
 def cases(options: Any) -> Iterator[Case]:
     """All of the grid: first the half in which settings and streams go by turns, 40 of the whole; then the other."""
-    for half in (0, 1):
+    for half in (0, 1) if options.half < 0 else (options.half,):
         for setting in range(options.settings):
             for data in options.data:
                 for number, stream in enumerate(options.streams):
@@ -65,7 +71,7 @@ def cases(options: Any) -> Iterator[Case]:
 def make_data(case: Case, options: Any) -> ShiftedDataModule:
     """The stream's data module."""
     names = CIFAR if case.data == "cifar" else DIGITS
-    single = case.stream in ("iid", "correlated")
+    single = case.stream not in ("continual", "mixed")
     turned = [*names[case.setting :], *names[: case.setting]]
     common: dict[str, Any] = {
         "domains": turned[:1] if single else turned[1:],
@@ -75,6 +81,9 @@ def make_data(case: Case, options: Any) -> ShiftedDataModule:
         "batch_size": options.batch,
         "cache_dir": str(Path(options.keep) / "images"),
     }
+    if case.stream == IMBALANCED:  # ends at the first class that has no image left
+        common |= {"stream": "markov", "class_correlation": 0.0, "class_imbalance": 10.0, "domain_correlation": 1.0}
+        common["num_images"] = options.images * 5 // 2
     data: ShiftedDataModule
     if case.data == "cifar":
         data = FolderData(options.root, function_set="imagenet_c", severity=1, **common)
@@ -183,6 +192,7 @@ def picks(found: dict[str, Any], counts: list[int], draws: int) -> dict[str, lis
     """What each policy takes on a stream: with so many labels, once a draw of the labels."""
     scores = scored(found)
     taken = {f"chooser, {NO_LABELS}": [decide(scores).name]}
+    taken |= {f"chooser at {at}": [decide(scores, clear_at=at).name] for at in FRONTIER}
     images = len(found["candidates"][SOURCE]["record"]["answers"])
     for count in counts:
         orders = [torch.randperm(images, generator=torch.Generator().manual_seed(seed)) for seed in range(draws)]
@@ -207,6 +217,26 @@ def outcome(right: dict[str, float], names: list[str]) -> dict[str, float]:
     }
 
 
+def reliability(kept: list[dict[str, Any]]) -> list[tuple[float, float, int, float, float]]:
+    """Of all candidates that ever differ from the source: probabilities of a gain, and how often there is one.
+
+    Each group's bounds, its number of candidates, its mean probability, and the share that is better than the source.
+    """
+    pairs = []
+    for found in kept:
+        scores, right = scored(found), accuracies(found)
+        for name, gain in gains(scores).items():
+            if scores[name]["agreement_source"] < 1 and right[name] != right[SOURCE]:
+                pairs.append((gain.probability, float(right[name] > right[SOURCE])))
+    groups = []
+    for low, high in itertools.pairwise(SURE):
+        inside = [pair for pair in pairs if low <= pair[0] < high or pair[0] == high == 1]
+        if inside:
+            means = (sum(column) / len(inside) for column in zip(*inside, strict=True))
+            groups.append((low, high, len(inside), *means))
+    return groups
+
+
 def replay(folder: Path, options: Any) -> Results:
     """Tables of each data set: policies by accuracy, regret, and how often they lose to the source; each stream."""
     results: Results = {}
@@ -214,8 +244,10 @@ def replay(folder: Path, options: Any) -> Results:
         kept = [case for case in cases(options) if case.data == data and (folder / f"{case.name}.pt").exists()]
         outcomes: dict[str, list[dict[str, float]]] = {}
         streams: list[tuple[object, ...]] = []
+        whole: list[dict[str, Any]] = []
         for case in sorted(kept):
             found = torch.load(folder / f"{case.name}.pt", weights_only=True)
+            whole.append(found)
             right, taken = accuracies(found), picks(found, options.labels, options.draws)
             for policy, names in taken.items():
                 outcomes.setdefault(policy, []).append(outcome(right, names))
@@ -236,6 +268,10 @@ def replay(folder: Path, options: Any) -> Results:
         header("stream", "source", "zerosiam", "best", "chosen", "which is best", "which is chosen")
         for each_stream in streams:
             row(*each_stream)
+        print()
+        header("probability of a gain", "candidates", "mean probability", "better than the source")
+        for low, high, number, mean, share in reliability(whole):
+            row(f"{low} to {high}", number, f"{mean:.2f}", f"{share:.2f}")
     return results
 
 
@@ -260,6 +296,7 @@ def main(args: list[str] | None = None) -> Results:
         epochs=8,
         labels=["10", "50", "100"],
         draws=(20, "of the labels"),
+        half=(-1, "replay only the first (0) or the second half (1) of the grid"),
         replay=(False, "run nothing"),
     )
     options.labels = [int(count) for count in options.labels]
