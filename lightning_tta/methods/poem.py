@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta import collective
-from lightning_tta.errors import ConfigError, check_range
+from lightning_tta.errors import check_range
 from lightning_tta.evidence.betting import SourceCDF, mix, share, wagers
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.source_images import see_source_images
@@ -49,7 +49,7 @@ class POEM(ETA):
         model: A classifier with normalisation layers (BatchNorm, GroupNorm, LayerNorm, ...).
         lr: Learning rate, >= 0.
         watched: Samples that are only watched at first, >= 0; authors 100.
-        **options: Those of ETA; ``steps`` must be 1, since each sample is bet on once.
+        **options: Those of ETA but ``steps``: each sample is bet on once.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -75,11 +75,10 @@ class POEM(ETA):
     synchronized = False  # a bet is on one sample after another
     needs_source = True
     needs_held_out = True
+    fixed_options = frozenset({"steps"})  # each sample is bet on once
 
     def __init__(self, model: nn.Module, *, lr: float = 5e-3, watched: int = 100, **options: Any) -> None:
-        if options.get("steps", 1) != 1:
-            raise ConfigError(f"steps must be 1, since 'poem' bets on each sample once; got {options['steps']!r}.")
-        super().__init__(model, lr=lr, **options)
+        super().__init__(model, lr=lr, steps=1, **options)
         check_range("watched", watched, 0, integer=True)
         self.watched = watched
         zero = next(model.parameters()).detach().new_zeros((), dtype=torch.float64)
@@ -111,23 +110,28 @@ class POEM(ETA):
         self.look(x)
         logits = self.logits(x)
         entropies = self.entropy(logits)
-        target, ready = self.protect(entropies.detach())
+        target, ready, bet = self.protect(entropies.detach())
         kept = self.keep(logits, entropies)
         assert kept is not None
         kept = kept & ready
         losses = self.reliable.weights(logits, entropies) * (entropies - target) ** 2 / 2
-        self.accept(logits, kept, self.descend(losses, kept))
+        taken = self.descend(losses, kept)
+        self.accept(logits, kept, taken)
+        counted = (taken | ~kept.any()) & entropies.isfinite().all()  # a step that failed leaves no bet, either
+        self.write("samples", self.value("samples") + len(entropies), counted)
+        self.write("bets", bet, counted)
         return logits
 
     @torch.no_grad()
-    def protect(self, entropies: Tensor) -> tuple[Tensor, Tensor]:
-        """Bet on samples in their order.
+    def protect(self, entropies: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bet on samples in their order; writes nothing.
 
         Args:
             entropies: (B,); one that is not finite is not bet on.
 
         Returns:
-            Protected entropies (B,), and which samples come after those that are only watched, (B,), bool.
+            Protected entropies (B,); which samples come after those that are only watched, (B,), bool; and the bets
+            after the batch, as state.
         """
         cdf = SourceCDF.from_knots(self.get_buffer(KNOTS).view(torch.float64))
         wide, seen = entropies.double(), self.value("samples")
@@ -136,9 +140,8 @@ class POEM(ETA):
         margin = min(1.96 / math.sqrt(12 * cdf.size), 0.12)
         bets, wealths, epsilon = mix(self.value("bets"), ranks, grid, margin)
         ready = seen + torch.arange(len(ranks), device=ranks.device) >= self.watched
-        self.write("samples", seen + len(ranks))
-        self.write("bets", share(bets, len(ranks) / (self.value("samples").double() + 50), start))
+        bets = share(bets, len(ranks) / ((seen + len(ranks)).double() + 50), start)
         protected = epsilon * ranks**2 / 2 + (1 - epsilon / 2) * ranks
         target = wide + cdf.entropies(protected) - cdf.entropies(ranks)
         self.note(epsilon=collective.mean(epsilon), log_wealth=wealths[-1])
-        return target.to(entropies), ready
+        return target.to(entropies), ready, bets

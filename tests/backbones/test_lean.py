@@ -387,7 +387,7 @@ def test_every_method_takes_the_same_steps(name, options):
     norm_only(net)
     net.eval()
     plain, lean = (adapt(net, name, lean=flag, **options) for flag in (False, True))
-    source = [{"image": images, "label": torch.arange(4) % 5} for images in make_stream(2, seed=7)]
+    source = [{"image": images, "label": torch.arange(4) % 5} for images in make_stream(3, seed=7)]
     for images in make_stream(3):
         for method in (plain, lean):
             if not method.prepared:

@@ -76,7 +76,7 @@ def test_modes(case, subtests):
         weights, flags = copy.deepcopy(net.state_dict()), [p.requires_grad for p in net.parameters()]
         copied = adapt(net, name, **options)
         if copied.needs_source:
-            copied.prepare([{"image": make_images(8), "label": torch.arange(8) % 5}])
+            copied.prepare([{"image": make_images(10), "label": torch.arange(10) % 5}])
         run(copied, stream)
         assert same(net.state_dict(), weights)
         assert [p.requires_grad for p in net.parameters()] == flags
