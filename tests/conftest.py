@@ -12,6 +12,7 @@ TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs"
 WHOLE_RUNS = (  # left out of each_commit
     "benchmark/",
+    "cli/test_choose.py",
     "cli/test_doctor.py",
     "cli/test_interrupted_commands.py",
     "cli/test_own_net.py",

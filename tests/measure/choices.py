@@ -4,10 +4,10 @@
         --mnist mnist_uint8.npz --keep FOLDER
     python tests/measure/choices.py --keep FOLDER      # the digits alone
 
-Two data sets (MNIST or the digits; CIFAR-10 images), two nets each (BatchNorm, GroupNorm), four streams (iid,
-continual, correlated, mixed), five settings: for iid and correlated one held-out corruption or clean images, for
-continual and mixed four of these five in another order. The rule was designed on MNIST; CIFAR-10 only tests it. What
-was run is in FOLDER, one file a stream; a second call goes on, and replays.
+Two data sets (MNIST or the digits; CIFAR-10 images), two nets each (BatchNorm, GroupNorm), five streams (iid,
+continual, correlated, mixed, imbalanced), five settings: for continual and mixed four of five held-out corruptions and
+clean images in another order, else one of the five. The rule was designed on MNIST; CIFAR-10 tests it. What was run is
+in FOLDER, one file a stream; a second call goes on, and replays.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 
 def cases(options: Any) -> Iterator[Case]:
-    """All of the grid: first the half in which settings and streams go by turns, 40 of the whole; then the other."""
+    """All of the grid: first the half in which settings and streams go by turns; then the other."""
     for half in (0, 1) if options.half < 0 else (options.half,):
         for setting in range(options.settings):
             for data in options.data:
