@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, is stored without outputs, and is what its .py file says."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,6 +8,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import processes
+from processes import NEEDS_FORK, Processes
+
+INLINE = "module://matplotlib_inline.backend_inline"
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -36,10 +41,10 @@ def cells(notebook):
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
-def train_for_two_epochs(notebook):
+def train_for_one_epoch(notebook):
     """Replace the numbers of epochs in the set-up; returns how many there were."""
     code = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    code.source, count = re.subn(r"^(\w*EPOCHS) = \d+$", r"\1 = 2", code.source, flags=re.MULTILINE)
+    code.source, count = re.subn(r"^(\w*EPOCHS) = \d+$", r"\1 = 1", code.source, flags=re.MULTILINE)
     return count
 
 
@@ -54,18 +59,51 @@ lightning_tta.DigitsData.__init__ = few(lightning_tta.DigitsData.__init__)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(path):
+def short(path):
+    """A notebook with little training and few images of each domain."""
     notebook = nbformat.read(path, as_version=4)
-    assert train_for_two_epochs(notebook)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(FEW_IMAGES))  # of each domain, for time
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
-    pictures = [
-        output
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if "image/png" in output.get("data", {})
-    ]
-    assert pictures
+    assert train_for_one_epoch(notebook)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(FEW_IMAGES))
+    return notebook
+
+
+def run_here(notebook, folder):
+    """Run the cells in this process as a kernel would; returns the kinds of what is shown."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+    from matplotlib import pyplot
+    from matplotlib_inline.backend_inline import configure_inline_support
+
+    os.chdir(folder)
+    shell, shown = InteractiveShell.instance(), []
+    pyplot.switch_backend(INLINE)
+    configure_inline_support(shell, INLINE)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            with capture_output() as captured:
+                shell.run_cell(cell.source).raise_error()
+            shown += [kind for output in captured.outputs for kind in output.data]
+    return shown
+
+
+@pytest.mark.slow
+def test_runs_in_a_kernel():
+    notebook = short(NOTEBOOKS[0])
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOKS[0].parent)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@NEEDS_FORK
+@pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
+def test_runs(path, tmp_path, monkeypatch):
+    """In a copy of this process, which has imported what a kernel would have to."""
+    monkeypatch.setattr(processes, "PATIENCE", 300)
+    notebook = short(path)
+
+    def work(rank):
+        assert "image/png" in run_here(notebook, path.parent)
+
+    Processes(work, tmp_path / path.stem, world=1).succeed()

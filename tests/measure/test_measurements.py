@@ -329,10 +329,10 @@ def test_cost(capsys):
 
 
 def test_a_checkout_is_as_fast_as_itself(capsys, monkeypatch):
-    monkeypatch.setenv("BATCHES", "40")
+    monkeypatch.setenv("BATCHES", "16")
     this = f"--against={overhead.ROOT}"
     ratios = overhead.main([this, "--nets", "resnet18", "--methods", "tent", "--repeats=2"])
-    ratios |= overhead.main([this, "--bare", "--repeats=2", "--calls=20"])
+    ratios |= overhead.main([this, "--bare", "--repeats=2", "--calls=10"])
     ratios |= overhead.main([this, "--trainer", "--repeats=2"])
     assert ratios["this checkout, forward"] < 1 < ratios["this checkout, board"]  # these ratios are of processor time
     assert 0.2 < ratios["resnet18, tent"] < 5  # a sign of life: the machine may be busy

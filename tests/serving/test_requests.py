@@ -36,9 +36,11 @@ def test_waits_for_others_but_no_longer_than_said():
     assert len(requests.take()) == 1
     assert 0.03 < time.monotonic() - start < 5
     slow = Requests(3, 60.0, 100)
-    threading.Timer(0.02, lambda: [slow.put(images(1, n)) for n in range(3)]).start()
+    later = threading.Timer(0.02, lambda: [slow.put(images(1, n)) for n in range(3)])
+    later.start()
     slow.put(images(1, 9))
     assert values(slow.take()) == [9, 0, 1]  # at once when full
+    later.join()
     slow.close()
     assert values(slow.take()) == [2]
     assert slow.take() == []
