@@ -172,7 +172,7 @@ class Bettor(Protocol):
 
 
 class Martingale:
-    """POEM's martingale: M <- M (1 + epsilon v - margin |epsilon|), v = u - 1/2, with epsilon by online gradients.
+    """POEM's martingale: ``M <- M (1 + epsilon v - margin |epsilon|)``, ``v = u - 1/2``, by online gradients.
 
     ::
 
@@ -265,7 +265,7 @@ def share(log_wealths: Tensor, rate: Tensor | float, start: Tensor) -> Tensor:
 
 
 class MixtureMartingale:
-    """A mixture of fixed bets: M = sum_j m_j, m_j <- m_j (1 + e_j v - margin |e_j|), part of it dealt out anew.
+    """A mixture of fixed bets: ``m_j <- m_j (1 + e_j v - margin |e_j|)``, M their sum, part of it dealt out anew.
 
     The bets e_j are those of :func:`wagers`, a quarter of the wealth idle. After each 50 samples a share 1 / (k + 1) of
     the wealth, k the number of such blocks so far, goes back to the shares of the start: a shift that begins after t

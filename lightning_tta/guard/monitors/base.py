@@ -16,7 +16,7 @@ Want = Literal["source", "same_source", "features", "predict"]
 class Seen:
     """What there is to see of a batch that was answered. Tensors lie where the net is, and have no graph.
 
-    A monitor gets what its :attr:`Monitor.wants` names, and ``None`` for the rest: each of them may cost a pass.
+    A monitor gets what its ``Monitor.wants`` names, and ``None`` for the rest: each of them may cost a pass.
 
     Attributes:
         logits: What was answered (B, K), finite; images that were left out are left out here, too.

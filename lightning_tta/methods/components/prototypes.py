@@ -56,7 +56,7 @@ class PrototypeMethod(GradientMethod):
                 self.learn(dict(self.projector.named_parameters()), "projector.", optimizer="projector")
 
     def take_prototypes(self, source_batches: Iterable[Mapping[str, Tensor]], **options: Any) -> None:
-        """Take the class means of the source's features, see :func:`class_moments`, of which the options are."""
+        """Take the class means of the source's features, see ``class_moments``, of which the options are."""
         means = class_moments(self, source_batches, **options).means
         assert self.source_prototypes is not None
         with outside_inference_mode(), torch.no_grad():
