@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_tta.losses import entropy
+from lightning_tta.losses import at_least_float32, entropy
 
 
 class LogitMeasures:
@@ -166,3 +166,29 @@ class Calibration:
         # Sums in another order (several processes) differ in the last digits, which say nothing.
         rows = [[round(value, 8) for value in row] for row in self.bins.tolist()]
         return {"ece": round(float(gap), 10), "nll": round(nll, 10), "brier": round(brier, 10), "reliability": rows}
+
+
+@torch.no_grad()
+def row_measures(logits: Tensor, rows: Tensor | None, size: int = 256) -> dict[str, Tensor]:
+    """:func:`collapse_measures` of logits with several predictions a sample, of those that count.
+
+    Args:
+        logits: (B, ..., K).
+        rows: Which predictions count (B, ...), bool; ``None``: all.
+        size: How many rows are looked at at a time.
+
+    Returns:
+        Empty where none counts. ``largest_class_share`` is that of the most predicted class of all rows.
+    """
+    flat = logits.detach().flatten(0, -2)
+    index = torch.arange(len(flat), device=flat.device) if rows is None else rows.flatten().nonzero()[:, 0]
+    if not len(index):
+        return {}
+    parts = [LogitMeasures(at_least_float32(flat[part])) for part in torch.split(index, size)]
+    predictions = torch.cat([part.prediction for part in parts])
+    classes, counts = torch.unique(predictions, return_counts=True)
+    return {
+        "entropy": torch.cat([part.entropy for part in parts]).mean(),
+        "largest_class_share": torch.where(classes >= 0, counts, 0).max() / len(index),
+        "logit_norm": torch.cat([part.norm for part in parts]).mean(),
+    }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.copying import copy_net
+from lightning_tta.backbones.dense import DenseModel
 from lightning_tta.backbones.graphs import GraphHead
 from lightning_tta.backbones.passes import outside_inference_mode, safe_checkpoints
 from lightning_tta.backbones.quantized import dequantized, is_packed, is_quantized
@@ -81,7 +82,8 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
             f"{type(model).__name__} has no linear layer to split features from logits at. Allowed: classifiers that "
             "end in one torch.nn.Linear. Use a method that needs no features ('norm', 'tent') for this net."
         )
-    getters = (getattr(module, "get_classifier", None) for module in model.modules())
+    names = ("get_output_embeddings", "get_classifier") if isinstance(model, DenseModel) else ("get_classifier",)
+    getters = (getattr(module, name, None) for name in names for module in model.modules())
     getter = next(filter(callable, getters), None)
     classifier = getter() if getter else None
     return next((item for item in linear.items() if item[1] is classifier), next(reversed(linear.items())))
@@ -155,7 +157,28 @@ class HeadSplit:
         """
         graph = isinstance(self.layer, GraphHead)
         with self.layer.recorded() if graph else recorded_calls({self.name: self.layer}) as calls:
-            logits = as_logits((run or self.model)(images))
+            output = (run or self.model)(images)
+            logits: Tensor = output if isinstance(self.model, DenseModel) else as_logits(output)  # type: ignore[assignment]
+        return self.check(calls, logits), logits
+
+    def before_head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call, but the logits have no graph: that of the features alone is kept."""
+        layer = self.layer
+
+        def apart(features: Tensor) -> Tensor:
+            with torch.no_grad():
+                output: Tensor = own(features.detach())
+                return output
+
+        own, before = layer.forward, vars(layer).get("forward")
+        vars(layer)["forward"] = apart
+        try:
+            with recorded_calls({self.name: layer}) as calls:
+                logits = self.model(x)
+        finally:
+            vars(layer).pop("forward", None)
+            if before is not None:
+                vars(layer)["forward"] = before
         return self.check(calls, logits), logits
 
     @property
@@ -184,7 +207,8 @@ class HeadSplit:
             same = head_output is logits
             finite = same or bool(torch.isfinite(logits).all())
             same = same or (head_output.shape == logits.shape and torch.equal(head_output, logits))
-            if features.ndim != 2 or (finite and not same):
+            flat = features.ndim == 2 or isinstance(self.model, DenseModel)
+            if not flat or (finite and not same):
                 raise UnsupportedModelError(
                     f"The net's output is not the output of its head '{self.name}' (softmax or another layer after "
                     "it, two heads, or not the last linear layer). Return the raw logits, or pass head='...' to name "
@@ -321,9 +345,7 @@ def try_pass(model: nn.Module, number: int = 1, instead: str = "use another net"
     channels = [width for width in widths if width in (1, 3)] or widths[:3] or [3]
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     reason = ""
-    for size, channel in itertools.product(TRIED, channels):
-        images = torch.zeros(number, channel, size, size, dtype=like.dtype, device=like.device)
-        images[1:] += torch.linspace(0, 1, size, dtype=like.dtype, device=like.device)
+    for images in model.examples(number) if isinstance(model, DenseModel) else _examples(number, channels, like):
         try:
             called = recorded_calls(dict(twin.named_modules()))
             with torch.no_grad(), outside_inference_mode(), safe_checkpoints(), called as calls:
@@ -337,6 +359,13 @@ def try_pass(model: nn.Module, number: int = 1, instead: str = "use another net"
         f"were tried to see what runs in it: {reason}. Wrap it in a module whose forward(images) takes them; or "
         f"{instead}."
     )
+
+
+def _examples(number: int, channels: Sequence[int], like: Tensor) -> Iterator[Tensor]:
+    for size, channel in itertools.product(TRIED, channels):
+        images = torch.zeros(number, channel, size, size, dtype=like.dtype, device=like.device)
+        images[1:] += torch.linspace(0, 1, size, dtype=like.dtype, device=like.device)
+        yield images
 
 
 def keep_classes(model: nn.Module, classes: Sequence[int]) -> None:

@@ -101,13 +101,17 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
     from lightning_tta.backbones.passes import outside_inference_mode
     from lightning_tta.methods.base.execution import split_options
     from lightning_tta.methods.components.additions import ADDITIONS, OPTIONS, add, make_selecting
+    from lightning_tta.methods.components.tasks import as_task, check_additions, default_select, settings_of, task_kind
 
     kind = find(name)
     execution, options = split_options(options)
+    model = as_task(model, options.pop("task", "auto"))
+    options = {**kind.task_defaults.get(task_kind(model), {}), **options}
     own = inspect.signature(kind).parameters
     added = {option: options.pop(option) for option in ADDITIONS if option in options and option not in own}
+    check_additions(model, added)
     select = options.pop("select", None)
-    allowed = [option for option in (*own, *OPTIONS) if option != "model"]
+    allowed = [option for option in (*own, *OPTIONS, "task") if option != "model"]
     unknown = [option for option in options if option not in allowed]
     if unknown:
         raise ConfigError(
@@ -117,9 +121,12 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     with outside_inference_mode():  # what is created under inference_mode could not be adapted
+        select = default_select(kind, model) if select is None else select
         made = make_selecting(functools.partial(kind, **options), model, select)
         add(made, **added)
     made.execution = execution
+    if task_kind(model) != "images":
+        made.options["task"] = {"kind": task_kind(model), **settings_of(model)}
     return made
 
 
@@ -138,7 +145,8 @@ def adapt(model: nn.Module, method: str = "zerosiam", *, in_place: bool = False,
         **options: Arguments of the method's class, such as ``lr``; what every method takes beside them, ``statistics``,
             ``prior``, ``refine``, ``window``, ``reservoir``, ``gate``:
             :mod:`~lightning_tta.methods.components.additions`;
-            ``select``, what learns: :mod:`~lightning_tta.methods.components.adapters`; and
+            ``select``, what learns: :mod:`~lightning_tta.methods.components.adapters`;
+            ``task``, what the net takes, images or tokens: :mod:`~lightning_tta.methods.components.tasks`; and
             how it computes, see :class:`~lightning_tta.methods.base.execution.Execution`: ``capture``, ``compile``,
             ``deterministic``, ``precision``, ``lean``.
 

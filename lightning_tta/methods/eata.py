@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.passes import outside_inference_mode
-from lightning_tta.errors import check_range
+from lightning_tta.errors import ConfigError, check_range
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.fisher import fisher_information
 from lightning_tta.methods.components.pull import PullMethod
@@ -49,9 +49,18 @@ class EATA(PullMethod, ETA):
         paper="ICML 2022, arXiv 2204.02610",
     )
 
+    task_defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "tokens": {**ETA.task_defaults["tokens"], "fisher_alpha": 0.0}
+    }
+
     def __init__(self, model: nn.Module, *, fisher_alpha: float = 1.0, **options: Any) -> None:
         super().__init__(model, **options)
         check_range("fisher_alpha", fisher_alpha, 0)
+        if fisher_alpha and self.task.kind != "images":
+            raise ConfigError(
+                f"The Fisher penalty is one of images, and the net takes {self.task.kind}. Give fisher_alpha=0, which "
+                "is method 'eta'."
+            )
         self.fisher_alpha = fisher_alpha
         self.needs_source = fisher_alpha > 0
         self.prepared = not self.needs_source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ class ETA(EntropyMethod):
         entropy_margin: E0 as a share of ln K, > 0; authors 0.4. ``None``: no such filter, and weights of 1.
         diversity_margin: Largest similarity to pbar, > 0; authors 0.4 (CIFAR-10), 0.05 (ImageNet). ``None``: no filter.
         **options: ``entropy``: H; pbar stays as it is. ``source_filter``, ``momentum``, ``weight_decay``, ``steps``,
-            ``lr_batch_size``.
+            ``lr_batch_size``. Over tokens each token is a sample; AdamW, 5e-5, on LoRA, and no filter by diversity.
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.
@@ -55,6 +55,10 @@ class ETA(EntropyMethod):
     )
 
     synchronized = True
+    tasks = frozenset({"images", "tokens"})
+    task_defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "tokens": {"lr": 5e-5, "optimizer": "adamw", "diversity_margin": None}
+    }
 
     def __init__(
         self,
@@ -69,14 +73,14 @@ class ETA(EntropyMethod):
         super().__init__(model, lr=lr, optimizer=optimizer, **options)
         self.reliable = LowLoss(entropy_margin)
         self.add_filter(self.reliable)
-        self.add_filter(Diverse(diversity_margin))
+        if diversity_margin is not None or not self.task.in_chunks:  # a mean over a large vocabulary has its price
+            self.add_filter(Diverse(diversity_margin))
         self.learn(self.select("norm"))
 
     def step(self, x: Tensor) -> Tensor:
         """One step on the samples that are kept."""
         self.look(x)
-        logits = self.logits(x)
-        entropies = self.entropy(logits)
+        logits, entropies = self.judged(x, self.entropy)
         kept = self.keep(logits, entropies)
         losses = self.reliable.weights(logits, entropies) * entropies
         taken = self.descend(losses, kept, extra=self.penalty())

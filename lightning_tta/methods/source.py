@@ -30,6 +30,7 @@ class Source(TTAMethod):
     )
 
     synchronized = True
+    tasks = frozenset({"images", "tokens"})
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

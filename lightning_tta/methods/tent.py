@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ class Tent(EntropyMethod):
         **options: ``lr``, >= 0; authors: 1e-3 with Adam (CIFAR, batch 200), 2.5e-4 with SGD (ImageNet, batch 64).
             ``optimizer``: ``adam`` (authors, CIFAR) or ``sgd`` (authors, ImageNet). ``weight_decay``: authors 0.
             ``entropy``: ``come`` is :class:`~lightning_tta.methods.come.COME`. ``source_filter``: no step if the filter
-            keeps nothing. And ``momentum``, ``steps``, ``lr_batch_size``.
+            keeps nothing. And ``momentum``, ``steps``, ``lr_batch_size``. Over tokens: AdamW, 5e-5, on LoRA.
 
     Raises:
         UnsupportedModelError: If the net has no affine normalisation layer.
@@ -44,6 +44,8 @@ class Tent(EntropyMethod):
     )
 
     synchronized = True
+    tasks = frozenset({"images", "tokens"})
+    task_defaults: ClassVar[dict[str, dict[str, Any]]] = {"tokens": {"lr": 5e-5, "optimizer": "adamw"}}
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **options)
@@ -52,7 +54,6 @@ class Tent(EntropyMethod):
     def step(self, x: Tensor) -> Tensor:
         """One entropy step on the samples that the filters keep."""
         self.look(x)
-        logits = self.logits(x)
-        entropies = self.entropy(logits)
+        logits, entropies = self.judged(x, self.entropy)
         self.descend(entropies, self.keep(logits, entropies))
         return logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -47,6 +48,9 @@ class Described:
         parallel: Ways to run on several processes: ``replicas``, and ``synchronised`` where ``synchronized``.
         synchronized: Whether several processes can adapt as one: all that is taken over a batch goes through
             :mod:`lightning_tta.collective`. A subclass that overrides ``step`` must say it again.
+        tasks: What it can adapt on: ``images``, ``tokens``; for a subclass that overrides ``step``, and does not say it
+            again, images alone.
+        task_defaults: Options whose defaults are others over some kind of input, by kind and name.
         fixed_options: Options of a base class that this class sets itself, and does not take.
         uses_batch_statistics: Whether its plain pass has BatchNorm normalise with the batch's own statistics.
         no_plain_net: Why no plain net predicts as the method does, and what to do; empty where one can, see ``export``.
@@ -55,6 +59,8 @@ class Described:
     about: ClassVar[About | None] = None
     parallel: ClassVar[frozenset[str]] = frozenset({"replicas"})
     synchronized: ClassVar[bool] = False
+    tasks: ClassVar[frozenset[str]] = frozenset({"images"})
+    task_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     fixed_options: ClassVar[frozenset[str]] = frozenset()
     uses_batch_statistics: bool = False
     no_plain_net: str = ""
@@ -69,6 +75,8 @@ class Described:
                 "still holds: `synchronized = True` if all that is taken over a batch goes through "
                 "lightning_tta.collective, as self.descend() does, else `synchronized = False`."
             )
+        if "step" in cls.__dict__ and "tasks" not in cls.__dict__:
+            cls.tasks = frozenset({"images"})
         cls.parallel = frozenset({"replicas", "synchronised"} if cls.synchronized else {"replicas"})
         cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]  # what inspect.signature(cls) gives
 

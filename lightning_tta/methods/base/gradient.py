@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,12 @@ class GradientMethod(TTAMethod):
         weight_decay: >= 0.
         steps: Steps per batch, >= 1.
         lr_batch_size: If given, the learning rate is multiplied by (batch size / this).
+
+    Attributes:
+        selects: Whether it learns parameters of the net, so that ``select`` may name others.
     """
+
+    selects: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -133,7 +138,7 @@ class GradientMethod(TTAMethod):
 
         Args:
             losses: Of each sample, (B, ...), with a graph; of several positions the mean.
-            weights: (B,), >= 0; ``None``: all 1.
+            weights: (B,), or of each position (B, ...), >= 0; ``None``: 1 for all that count.
             extra: A term that is no mean over samples, 0-dimensional.
 
         Returns:
@@ -146,10 +151,13 @@ class GradientMethod(TTAMethod):
 
     def gradients(self, losses: Tensor, weights: Tensor | None = None, extra: Tensor | float = 0.0) -> Gradients:
         """Gradients of the loss that :meth:`descend` has, by :attr:`learned`."""
+        if weights is None and self.rows is not None and losses.shape == self.rows.shape:
+            weights = self.rows
         if weights is None:
             loss, counts = collective.mean(losses.flatten()), None
         else:
-            each = weights.view(-1, *(1,) * (losses.ndim - 1)).expand_as(losses)
+            each = weights if weights.shape == losses.shape else weights.view(-1, *(1,) * (losses.ndim - 1))
+            each = each.expand_as(losses)
             loss, number = collective.weighted_sums(losses.flatten(), each.flatten())
             counts = number > 0
         if isinstance(extra, Tensor) or extra:

@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from lightning_tta import collective
 from lightning_tta.backbones.casts import FrozenCasts
 from lightning_tta.backbones.copying import copied_whole, holds_parameters_elsewhere
+from lightning_tta.backbones.dense import DenseModel
+from lightning_tta.backbones.language import TokenModel
 from lightning_tta.backbones.layout import wanted_layout
 from lightning_tta.backbones.lean import lean_backward
 from lightning_tta.backbones.norms import (
@@ -39,11 +41,13 @@ from lightning_tta.errors import (
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.account import IMAGES, MOMENTS, Account, Statistics, StreamAccount
 from lightning_tta.methods.base.capture import COUNTS, STEP, Replayable
+from lightning_tta.methods.base.chunks import chunked
 from lightning_tta.methods.base.correction import Correction
 from lightning_tta.methods.base.custody import Custody, exclusive, reading
 from lightning_tta.methods.base.description import Described
 from lightning_tta.methods.base.first_pass import FirstPass
 from lightning_tta.methods.base.gate import Gate
+from lightning_tta.methods.base.generation import Generation, generate, left_padded
 from lightning_tta.methods.base.host import host_has
 from lightning_tta.methods.base.memory import DomainMemory
 from lightning_tta.methods.base.plain import plain_net
@@ -58,8 +62,9 @@ from lightning_tta.methods.base.task import (
     plain_model,
     with_gradients,
 )
+from lightning_tta.methods.base.tokens import Tokens
 from lightning_tta.methods.base.window import Window
-from lightning_tta.metrics import collapse_measures
+from lightning_tta.metrics import collapse_measures, row_measures
 
 Stats = dict[str, float]
 PredictWith = Literal["stream", "batch"]
@@ -99,7 +104,10 @@ class TTAMethod(Described, Replayable, ABC):
         choice: What is to be learned in the place of what the method selects; ``None``: nothing else.
         optimizers: By name; empty for methods without gradients. Their moments are state, and exist from the start.
         told_of_batches: Whether somebody was told what batches of the stream's size mean.
-        task: What the input is: :class:`~lightning_tta.methods.base.task.Images`.
+        task: What the input is: :class:`~lightning_tta.methods.base.task.Images`, or
+            :class:`~lightning_tta.methods.base.tokens.Tokens`.
+        rows: During a step over an input with several predictions a sample, which of these count (B, ...), bool;
+            ``None``: all.
         small_batch: A first batch of fewer images than this, of a net with BatchNorm, is warned of: 8 where the batch's
             own statistics are taken, else 0.
         replaces_statistics: Whether BatchNorm runs with other statistics than the source's.
@@ -120,6 +128,7 @@ class TTAMethod(Described, Replayable, ABC):
     needs_source: bool = False
     needs_held_out: bool = False
     task: Task = Images()
+    rows: Tensor | None = None
     skips_when_empty: bool = True
     images_apart: ClassVar[bool] = False
     joins_images: ClassVar[bool] = False
@@ -137,7 +146,7 @@ class TTAMethod(Described, Replayable, ABC):
         self._flags = read_flags(plain)
         self.choice = take_choice(plain)
         self._holds_parameters_elsewhere = holds_parameters_elsewhere(plain)
-        self.task = copy.copy(self.task)  # it remembers what it has warned of
+        self.task = self._task_of(plain)
         self.small_batch = 8 if self.uses_batch_statistics else 0
         self.replaces_statistics = self.uses_batch_statistics or type(self).running is not TTAMethod.running
         self._first_pass = FirstPass()
@@ -167,6 +176,7 @@ class TTAMethod(Described, Replayable, ABC):
             self.keep_wide(*self._account.float32)
         self.scalars = {}, dict.fromkeys(COUNTS, 0)
         self._logits: Tensor | None = None  # of the last batch
+        self._row_measures: dict[str, Tensor] = {}  # of the last batch, where a sample has several predictions
         self._stats: Stats | None = {}  # None: not computed yet
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -174,6 +184,19 @@ class TTAMethod(Described, Replayable, ABC):
         for name in ("forward", "reset", "prepare"):  # whoever overrides one need not think of threads
             if name in vars(cls):
                 setattr(cls, name, exclusive(vars(cls)[name]))
+
+    def _task_of(self, model: nn.Module) -> Task:
+        kind = model.kind if isinstance(model, DenseModel) else "images"
+        if kind not in self.tasks:
+            net = type(model.net if isinstance(model, DenseModel) else model).__name__
+            raise UnsupportedModelError(
+                f"'{self.name}' adapts on {' or '.join(sorted(self.tasks))}, and {net} takes {kind}. Use a method for "
+                "these: lightning-tta methods lists them."
+            )
+        if isinstance(model, TokenModel):
+            self.step_on_host = "prompts differ in length from one batch to the next"
+            return Tokens(model, **model.settings)
+        return copy.copy(self.task)  # it remembers what it has warned of
 
     # What a method implements ----------------------------------------------------------------------------------------
 
@@ -445,7 +468,42 @@ class TTAMethod(Described, Replayable, ABC):
         """
         return self._accounted(x, True, lambda: self._features(x, at))
 
+    def judged(self, x: Tensor, objective: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """A pass of the net, and the loss of each of its predictions.
+
+        Args:
+            x: Samples, as :meth:`step` gets them.
+            objective: Logits (..., K) -> losses (...).
+
+        Returns:
+            Logits (B, ..., K) and losses (B, ...), these with their graph. Over tokens the logits have none, and the
+            losses are those of the positions that count, 0 elsewhere.
+        """
+        if not self.task.in_chunks:
+            logits = self.logits(x)
+            return logits, objective(logits)
+        features, logits = self.features(x)
+        return logits, self.by_rows(lambda z: objective(self.split.head(z)), features)
+
+    def by_rows(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """``function(*tensors)``; over tokens some rows at a time, computed again in the backward pass.
+
+        Args:
+            function: Of tensors (N, ...), returns a tensor (N,) or a tuple of such, each row by itself.
+            *tensors: (B, ..., D), the rows of the first dimensions.
+
+        Returns:
+            What the function returns; over tokens (B, T), of the positions that count, 0 elsewhere. The host is asked
+            how many these are.
+        """
+        if not self.task.in_chunks:
+            return function(*tensors)
+        assert self.rows is not None
+        return chunked(function, tensors, self.rows, self.task.chunk)  # type: ignore[attr-defined]
+
     def _features(self, x: Tensor, at: float | Sequence[str]) -> tuple[Any, Tensor]:
+        if isinstance(at, str) and self.task.in_chunks:
+            return self.split.before_head(x)
         if isinstance(at, str):
             features, logits = self.split(x)
             return features.clone() if features.is_inference() else features, logits
@@ -587,11 +645,12 @@ class TTAMethod(Described, Replayable, ABC):
             NotPreparedError: If the method needs source data and has not seen any.
         """
         self._check_prepared()
+        x = self.task.take_in(x)
         usable = self.task.usable(x)
         self.image_shape = list(x.shape[1:])
         number = int(usable.sum())
         self.scalars = {}, {**dict.fromkeys(COUNTS, 0), "nonfinite_images": len(usable) - number}
-        self._stats, self._logits = None, None
+        self._stats, self._logits, self._row_measures = None, None, {}
         self._warn_of_small_batch(number)
         if self._gate is None or not number:
             return self._answer(x, usable, number)
@@ -611,7 +670,7 @@ class TTAMethod(Described, Replayable, ABC):
         with seen, outside_inference_mode(), torch.no_grad(), self.computing(x.device), fresh_casts(), self.passes():
             images = x if bool(usable.all()) else x[usable.to(x.device)]
             with nullcontext() if at_source else self.at_source():
-                images = self._laid_out(images.to(float_dtype(self.model)))
+                images = self._laid_out(self.task.cast(images, float_dtype(self.model)))
                 logits: Tensor = self.task.logits(self.model(images))
         return at_least_float32(logits)
 
@@ -640,7 +699,7 @@ class TTAMethod(Described, Replayable, ABC):
         def running() -> Iterator[Tensor]:
             seen = explained(self.model, x, has_run=self.has_run)
             with seen, outside_inference_mode(), self.computing(device), fresh_casts(), self.passes(), torch.no_grad():
-                yield self._laid_out(x.to(float_dtype(self.model)))
+                yield self._laid_out(self.task.cast(x, float_dtype(self.model)))
 
         with running() as images:
             style = memory.style(self, images)
@@ -694,7 +753,7 @@ class TTAMethod(Described, Replayable, ABC):
         statistics = self.stream_statistics() if alone else {}
         seen = explained(self.model, images, has_run=self.has_run)
         with seen, self.computing(images.device), fresh_casts(), self._running(statistics) as infer, self.passes():
-            images = self._laid_out(images.to(float_dtype(self.model)))
+            images = self._laid_out(self.task.cast(images, float_dtype(self.model)))
             logits = infer(images[part]) if alone else infer(images)[part]
         return at_least_float32(logits)
 
@@ -717,12 +776,14 @@ class TTAMethod(Described, Replayable, ABC):
             x = self._laid_out(x if whole else x[usable.to(x.device)])
             steps = self._all_steps
             logits = steps(x) if key is None else self._capture.run(self, STEP, steps, (x,), key)
-        if number:
+        if number and self.task.in_chunks:
+            self._row_measures = row_measures(logits, self.task.rows(x))
+        elif number:
             self._logits = logits.clone()  # for stats; the caller may write to what it gets
         return fill(logits, usable)
 
     def _all_steps(self, x: Tensor) -> Tensor:
-        return at_least_float32(self._adapted(x))
+        return self.task.answer(self._adapted(x))
 
     def _adapted(self, x: Tensor) -> Tensor:
         """All steps on usable samples (B, C, H, W), B >= 0; their logits."""
@@ -734,6 +795,7 @@ class TTAMethod(Described, Replayable, ABC):
             x = x if present else self.task.stand_in(x)
             try:
                 stack.enter_context(self._statistics_apart(x))
+                self.rows = self.task.rows(x)
                 for number in range(self.steps):
                     self.scalars[0].clear()
                     self._unrecorded = x if self._watches_batch and number + 1 == self.steps else None
@@ -745,7 +807,7 @@ class TTAMethod(Described, Replayable, ABC):
                 if self._window is None and self._memory is None:
                     logits = self._corrected(x, logits, learn=True)
             finally:
-                self._unrecorded = self._features_seen = None
+                self._unrecorded = self._features_seen = self.rows = None
                 if self._account is not None:
                     self._account.drop()
         return logits if present else logits[:0]
@@ -766,6 +828,7 @@ class TTAMethod(Described, Replayable, ABC):
         """
         check_choice("statistics", statistics, ("stream", "batch"))
         self._check_prepared()
+        x = self.task.take_in(x)
         usable = self.task.usable(x)
         before, self.scalars = self.scalars, ({}, {})
         try:
@@ -774,13 +837,60 @@ class TTAMethod(Described, Replayable, ABC):
             stream = self.stream_statistics() if statistics == "stream" else {}
             seen = explained(self.model, x, has_run=self.has_run)
             with seen, self.computing(x.device), fresh_casts(), self._running(stream) as infer, self.passes():
-                samples = x.to(float_dtype(self.model))
+                samples = self.task.cast(x, float_dtype(self.model))
                 samples = samples if bool(usable.all()) else samples[usable.to(x.device)]
                 samples = self._laid_out(samples)
                 logits = self._predicted(samples, infer) if len(samples) else self._no_logits(samples, infer)
         finally:
             self.scalars = before
-        return fill(at_least_float32(logits), usable)
+        return fill(self.task.answer(logits), usable)
+
+    @reading
+    @torch.no_grad()
+    def generate(self, batch: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+        """Answer prompts with the net as adapted so far; changes nothing.
+
+        Args:
+            batch: Prompts, as of :meth:`forward`: ``input_ids`` and ``attention_mask`` (B, T), padding on either side.
+            **options: Of :class:`~lightning_tta.methods.base.generation.Generation`: ``max_new_tokens``, ``stop``,
+                ``temperature``, ``seed``, ``pad``.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``generated``, each (B, T + N): the prompts, their padding on the left
+            now, and the answers. It is a batch that :meth:`forward` takes.
+
+        Raises:
+            ConfigError: If the net is no language model, or an option is wrong.
+            InputError: If the batch is none of prompts.
+        """
+        if not isinstance(self.model, TokenModel):
+            raise ConfigError(
+                f"generate() is for language models; {type(self.model).__name__} takes {self.task.kind}. Call the "
+                "method itself: logits = method(batch)."
+            )
+        how = Generation(**options)
+        self._check_prepared()
+        x = self.task.take_in(batch)
+        given = torch.zeros_like(x[:, 0]) if "generated" not in batch else batch["generated"].to(x)
+        ids, attention, before = left_padded(x[:, 0], x[:, 1], given)
+        before_scalars, self.scalars = self.scalars, ({}, {})
+        try:
+            seen = explained(self.model, x, has_run=self.has_run)
+            with seen, outside_inference_mode(), torch.no_grad(), self.computing(x.device), fresh_casts():
+                with self.normalizing(), self.generating():
+                    ids, attention, new = generate(self.model, ids, attention, how, self.decode)
+        finally:
+            self.scalars = before_scalars
+        new[:, : before.shape[1]] |= before.bool()
+        return {"input_ids": ids, "attention_mask": attention, "generated": new}
+
+    def generating(self) -> AbstractContextManager[None]:
+        """While active, passes of the net are those of an answer; by default as they are."""
+        return nullcontext()
+
+    def decode(self, logits: Tensor) -> Tensor:
+        """Logits (B, V) by which the next token of an answer is chosen, of those that the net gives."""
+        return logits
 
     def export(self) -> nn.Module:
         """A plain net that predicts each image as :meth:`predict` does now, up to rounding.
@@ -808,7 +918,7 @@ class TTAMethod(Described, Replayable, ABC):
         net = plain_net(self.model, self.stream_weights(), statistics or {}, self.required, finish)
         if any(each.acts_apart for each in self.corrections) and not self._is_shut:
             self._fold_corrections(net)
-        return net
+        return net.net if isinstance(net, DenseModel) else net
 
     @property
     def stats(self) -> Stats:
@@ -826,7 +936,7 @@ class TTAMethod(Described, Replayable, ABC):
     def unread_stats(self) -> dict[str, Tensor | float]:
         """What :attr:`stats` is made of, where it is, NaN included: nobody waits for the device."""
         with self._custody.lock:
-            measures = {} if self._logits is None else collapse_measures(self._logits)
+            measures = self._row_measures if self._logits is None else collapse_measures(self._logits)
             return {**self.scalars[0], **measures, **self.scalars[1]}
 
     @contextmanager
@@ -846,6 +956,7 @@ class TTAMethod(Described, Replayable, ABC):
         """Back to the source: every declared state exactly as at construction."""
         super().reset()
         self._stats, self._logits, self.scalars = {}, None, ({}, dict.fromkeys(COUNTS, 0))
+        self._row_measures = {}
 
     def reset_where(self, condition: Tensor | None) -> None:
         """As of the state; what was seen of the batch is of another net now."""

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.quantized import is_quantized
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import InputError, LightningTTAError, UnsupportedModelError, WeightsError
+from lightning_tta.losses import at_least_float32
 
 _ADVICE = (
     "Give a float batch (B, C, H, W) with pixels in [0, 1]; normalisation belongs inside the net: "
@@ -27,7 +28,29 @@ OVERSHOOT = 0.2  # of resampling and of noise, beyond [0, 1]: above it there is 
 
 
 class Task(Protocol):
-    """The kind of input: images today; tokens or pixels another day."""
+    """The kind of input: images, or tokens; and what of its predictions counts.
+
+    Attributes:
+        kind: Its word.
+        in_chunks: Whether losses are computed from features, some rows of the logits at a time.
+        additions: What a method over such input takes beside its own options and ``select``.
+    """
+
+    kind: str
+    in_chunks: bool
+    additions: frozenset[str]
+
+    def take_in(self, x: Any) -> Tensor:
+        """The tensor that the net takes, of what a user gives."""
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The input for a net of this dtype."""
+
+    def answer(self, logits: Tensor) -> Tensor:
+        """The logits that the user gets."""
+
+    def rows(self, x: Tensor) -> Tensor | None:
+        """Which of the predictions of a batch count (B, ...), bool; ``None``: one each sample, and all do."""
 
     def usable(self, x: Tensor) -> Tensor:
         """Refuse what is no input; which samples (B,) can be adapted on and predicted, bool, on the host."""
@@ -42,8 +65,27 @@ class Task(Protocol):
 class Images:
     """Pixels (B, C, H, W) in [0, 1]; logits (B, K)."""
 
+    kind = "images"
+    in_chunks = False
+    additions = frozenset({"statistics", "reservoir", "prior", "refine", "window", "gate"})
+
     def __init__(self) -> None:
         self._warned = False
+
+    def take_in(self, x: Any) -> Any:
+        """What was given; :meth:`usable` looks at it."""
+        return x
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """In the net's dtype."""
+        return x.to(dtype)
+
+    def answer(self, logits: Tensor) -> Tensor:
+        """In at least float32."""
+        return at_least_float32(logits)
+
+    def rows(self, x: Tensor) -> None:
+        """One prediction an image."""
 
     def usable(self, x: Tensor) -> Tensor:
         """Whether each image is finite.
@@ -196,9 +238,10 @@ def explained(model: nn.Module, x: Tensor, *, has_run: bool = True) -> Iterator[
         raise
     except Exception as error:
         device = next((p.device for p in model.parameters()), x.device)
+        what = "images" if x.is_floating_point() else "tokens"
         if device != x.device:
             raise InputError(
-                f"The images are on {x.device}, the net on {device}. Move one of them: images.to('{device}'), or "
+                f"The {what} are on {x.device}, the net on {device}. Move one of them: {what}.to('{device}'), or "
                 f"method.to('{x.device}')."
             ) from error
         refusal = _refusal(model, x)
@@ -207,6 +250,11 @@ def explained(model: nn.Module, x: Tensor, *, has_run: bool = True) -> Iterator[
         reason = (str(refusal).strip().splitlines() or [type(refusal).__name__])[0].rstrip(".")
         if not has_run and (isinstance(refusal, _OF_THE_CALL) or _names_an_argument(model, reason)):
             raise _takes_no_image(model, f"{type(refusal).__name__}: {reason}") from error
+        if not x.is_floating_point():
+            raise InputError(
+                f"The net cannot take token ids {(len(x), x.shape[-1])} (B, T): {reason}. Are there more tokens than "
+                "it has positions for, or ids of another tokenizer?"
+            ) from error
         raise InputError(
             f"The net cannot take {tuple(x.shape)} images (B, C, H, W): {reason}. Give the channels and the size "
             "that it was trained on; check both, and resize or drop the frame."
@@ -229,7 +277,7 @@ def _names_an_argument(model: nn.Module, reason: str) -> bool:
 @torch.no_grad()
 def _refusal(model: nn.Module, x: Tensor) -> Exception | None:
     try:
-        model(x.to(float_dtype(model), copy=True))  # it may write to its input
+        model(x.to(float_dtype(model) if x.is_floating_point() else x.dtype, copy=True))  # it may write to its input
     except Exception as error:
         return error
     return None
@@ -240,7 +288,7 @@ def with_gradients(x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Gradients on, whatever the caller's mode; inference tensors cannot be saved for backward, so clone them."""
     with outside_inference_mode(), torch.enable_grad(), fresh_casts():
         x = x.clone() if x.is_inference() else x.detach()
-        yield x.to(dtype)
+        yield x.to(dtype) if x.is_floating_point() else x
 
 
 @contextmanager

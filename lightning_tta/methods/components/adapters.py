@@ -25,6 +25,7 @@ from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.quantized import FORWARD_ONLY, has_quantized
 from lightning_tta.backbones.split import Trial, execution_order, find_head, is_inside, try_pass
 from lightning_tta.errors import ConfigError, InputError, UnsupportedModelError, check_choice, check_range, did_you_mean
+from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.selection import Choice, choice_of, set_choice
 from lightning_tta.methods.components.wanted import Wanted, listed, read
 
@@ -66,15 +67,16 @@ class LowRank(nn.Module):
                 down = (2 * torch.rand(rank, columns, generator=generator) - 1) / math.sqrt(columns)
             else:
                 down = std * torch.randn(rank, columns, generator=generator)
-            self.register_parameter(f"down{number}", nn.Parameter(down.to(weight)))
-            self.register_parameter(f"up{number}", nn.Parameter(weight.new_zeros(rows, rank)))
+            wide = at_least_float32(weight.new_zeros(rows, rank))  # small steps would be rounded away in half precision
+            self.register_parameter(f"down{number}", nn.Parameter(down.to(wide)))
+            self.register_parameter(f"up{number}", nn.Parameter(wide))
         self.register_buffer("scales", weight.new_tensor(list(scales)))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that the layer runs with."""
         for number in range(self.number):
             product = getattr(self, f"up{number}") @ getattr(self, f"down{number}")
-            weight = weight + (self.scales[number] * product).view_as(weight)
+            weight = weight + (self.scales[number] * product).view_as(weight).to(weight.dtype)
         return weight
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta import collective
+from lightning_tta.errors import ConfigError
 from lightning_tta.methods.base.gradient import GradientMethod
 from lightning_tta.methods.components.filters import Filter, SureAsSource
 from lightning_tta.methods.components.objectives import EntropyName, find_objective
@@ -35,6 +36,8 @@ class EntropyMethod(GradientMethod):
     ) -> None:
         super().__init__(model, **options)
         self.entropy = find_objective(entropy)
+        if source_filter and self.task.in_chunks:
+            raise ConfigError(f"source_filter is one of images, and the net takes {self.task.kind}. Leave it out.")
         self.filters: list[Filter] = [SureAsSource()] if source_filter else []
 
     def add_filter(self, new: Filter) -> None:
@@ -48,15 +51,24 @@ class EntropyMethod(GradientMethod):
             each.look(self, x)
 
     def keep(self, logits: Tensor, losses: Tensor) -> Tensor | None:
-        """Which samples all filters keep, (B,) bool; ``None`` without a filter: all. ``stats["kept"]`` is the share."""
+        """Which samples all filters keep, (B,) bool; ``None`` without a filter: all. ``stats["kept"]`` is the share.
+
+        Of several predictions a sample each is kept by itself, (B, ...), those that do not count never.
+        """
         if not self.filters:
-            return None
-        kept = torch.stack([each.keep(self, logits, losses) for each in self.filters]).all(0)
-        self.note(kept=collective.mean(kept.float()))
-        return kept
+            return self.rows
+        flat, values = logits.flatten(0, -2), losses.flatten()
+        kept = torch.stack([each.keep(self, flat, values) for each in self.filters]).all(0)
+        rows = None if self.rows is None else self.rows.flatten()
+        self.note(kept=collective.mean(kept.float(), rows))
+        return (kept if rows is None else kept & rows).view(losses.shape)
 
     def accept(self, logits: Tensor, kept: Tensor | None, taken: Tensor) -> None:
         """Tell the filters what came of the step."""
         if kept is not None:
             for each in self.filters:
-                each.accept(self, logits, kept, taken)
+                each.accept(self, logits.flatten(0, -2), kept.flatten(), taken)
+
+    def mean(self, values: Tensor, kept: Tensor | None) -> Tensor:
+        """Mean of values (B, ...) over what is kept, 0-dimensional, for ``stats``."""
+        return collective.mean(values.flatten(), None if kept is None else kept.flatten())

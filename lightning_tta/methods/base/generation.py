@@ -1,0 +1,89 @@
+"""Answers of a language model, one token after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_tta.backbones.language import TokenModel
+from lightning_tta.errors import ConfigError, check_range
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How tokens are chosen, and when it ends.
+
+    Args:
+        max_new_tokens: At most so many a prompt, at least 1.
+        stop: Ids that end an answer; they belong to it.
+        temperature: Of the draw, >= 0; 0: the likeliest token (greedy).
+        seed: Of the draw.
+        pad: The id that stands after the end of an answer, with ``attention_mask`` 0.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    max_new_tokens: int = 64
+    stop: Collection[int] = ()
+    temperature: float = 0.0
+    seed: int = 0
+    pad: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("max_new_tokens", self.max_new_tokens, 1, integer=True)
+        check_range("temperature", self.temperature, 0)
+        check_range("seed", self.seed, 0, 2**63 - 1, integer=True)
+        check_range("pad", self.pad, 0, integer=True)
+        if isinstance(self.stop, (str, bytes)) or not isinstance(self.stop, Collection):
+            raise ConfigError(f"stop must be a list of token ids; got {self.stop!r}.")
+        for token in self.stop:
+            check_range("stop", token, 0, integer=True)
+
+
+def left_padded(ids: Tensor, attention: Tensor, *others: Tensor) -> list[Tensor]:
+    """Rows (B, T) with their padding moved to the left, the tokens in their order."""
+    order = attention.sort(dim=1, stable=True).indices
+    return [tensor.gather(1, order) for tensor in (ids, attention, *others)]
+
+
+@torch.no_grad()
+def generate(
+    model: TokenModel, ids: Tensor, attention: Tensor, how: Generation, decode: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Continue prompts whose padding is on the left.
+
+    Args:
+        model: The language model.
+        ids: (B, T).
+        attention: (B, T), 0 or 1.
+        how: How tokens are chosen.
+        decode: Logits (B, V) of the next token -> those that the choice is made by.
+
+    Returns:
+        The ids, the attention and which tokens are new (bool), each (B, T + N), N at most ``max_new_tokens``.
+    """
+    generator = torch.Generator(ids.device).manual_seed(how.seed) if how.temperature else None
+    stop = torch.tensor(sorted(how.stop), dtype=torch.int64, device=ids.device)
+    going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    new, cache = torch.zeros_like(ids, dtype=torch.bool), None
+    for _ in range(how.max_new_tokens):
+        given = ids if cache is None else ids[:, -1:]
+        logits, cache = model.run(given, attention, cache, caches=model.can_cache)
+        logits = decode(logits[:, -1])
+        if generator is None:
+            token = logits.argmax(-1)
+        else:
+            p = (logits.float() / how.temperature).softmax(-1)
+            token = p.multinomial(1, generator=generator)[:, 0]
+        token = torch.where(going, token, how.pad)
+        ids = torch.cat([ids, token[:, None]], 1)
+        attention = torch.cat([attention, going[:, None].to(attention)], 1)
+        new = torch.cat([new, going[:, None]], 1)
+        going = going & ~torch.isin(token, stop)
+        if not bool(going.any()):
+            break
+    return ids, attention, new
