@@ -45,7 +45,7 @@ def stream(options: Any, domain: str) -> Batches:
         data = digits_or_folder(
             options.root,
             {"batch_size": options.batch or 16},
-            {"batch_size": options.batch or 64},
+            {"batch_size": options.batch or 64, "function_set": options.function_set},
             **{**both, "stream": kind, "order_seed": number},
         )
         found += [(number, batch["image"], batch["label"]) for batch in data.predict_dataloader()]
@@ -80,6 +80,7 @@ def main(args: list[str] | None = None) -> dict[str, list[float]]:
         every=["1", "2", "4"],
         images=(0, "of each part; 0: all digits, or all images of the folder"),
         batch=(0, "images; 0: 16 of digits, 64 of a folder"),
+        function_set=("imagenet_c", "of a folder; or builtin"),
     )
     domains = list(filter(None, options.domains)) or FOUR["folder" if options.root else "digits"]
     torch.set_num_threads(1)

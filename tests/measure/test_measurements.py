@@ -398,7 +398,9 @@ def test_the_branches_for_a_gpu(monkeypatch, tmp_path):
 
 def test_auto_switch(capsys, places):
     place = [f"--root={places[0]}", f"--source-ckpt={places[1]}", "--net=cifar/resnet20"]
-    found = auto_switch.main([*place, "--domains", "fog", "--images=8", "--batch=4", "--every", "1"])
+    found = auto_switch.main(
+        [*place, "--function-set=builtin", "--domains", "contrast", "--images=8", "--batch=4", "--every", "1"]
+    )
     assert len(found) == 5  # the source, three candidates, auto
     assert {len(errors) for errors in found.values()} == {4}  # of the parts and of all
     assert found["auto, every=1"][:1] == found["source"][:1]  # which answers as long as little was seen
