@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+
+TRIED = (32, 64, 224, 16, 28, 40, 48, 96, 128, 160, 192, 240, 256, 288, 336, 384, 448, 512, 518)
+"""Pixels along a side."""
 
 
 class DenseModel(nn.Module, ABC):
@@ -35,3 +41,20 @@ class DenseModel(nn.Module, ABC):
     @abstractmethod
     def examples(self, number: int) -> list[Tensor]:
         """Inputs of so many samples each, any of which will do to see what runs in the net."""
+
+
+def image_examples(model: nn.Module, number: int, sizes: Sequence[int] = TRIED) -> Iterator[Tensor]:
+    """Black images, from the second on with a gradient to white, of the channels that a net's convolutions take.
+
+    Args:
+        model: The net.
+        number: Images each.
+        sizes: Of their sides.
+    """
+    widths = list(dict.fromkeys(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)))
+    channels = [width for width in widths if width in (1, 3)] or widths[:3] or [3]
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    for size, channel in itertools.product(sizes, channels):
+        images = torch.zeros(number, channel, size, size, dtype=like.dtype, device=like.device)
+        images[1:] += torch.linspace(0, 1, size, dtype=like.dtype, device=like.device)
+        yield images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.copying import copy_net
-from lightning_tta.backbones.dense import DenseModel
+from lightning_tta.backbones.dense import TRIED, DenseModel, image_examples
 from lightning_tta.backbones.graphs import GraphHead
 from lightning_tta.backbones.passes import outside_inference_mode, safe_checkpoints
 from lightning_tta.backbones.quantized import dequantized, is_packed, is_quantized
+from lightning_tta.backbones.values import PixelHead, PixelModel, gives, is_pixel_head, resized
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_range, in_one_line
 
 
@@ -32,7 +32,13 @@ def as_logits(output: object) -> Tensor:
         raise UnsupportedModelError(
             f"The net must return logits (B, K) of K >= 2 classes; got one output an image, {tuple(output.shape)}, "
             "whose softmax is always 1. If it is the logit u of a class against its absence, wrap the net so that it "
-            "returns two logits, (0, u): torch.cat([torch.zeros_like(u), u], 1)."
+            "returns two logits, (0, u): torch.cat([torch.zeros_like(u), u], 1). If it is a value, of a regression, "
+            "say so: task='regression'."
+        )
+    if (isinstance(output, Tensor) and output.ndim == 4) or (isinstance(output, Mapping) and "out" in output):
+        raise UnsupportedModelError(
+            f"The net must return logits (B, K), one class an image; got {_described(output)}. If it gives a class for "
+            "each pixel, say so: task='pixels'."
         )
     raise UnsupportedModelError(
         f"The net must return logits (B, K), as a tensor or as an attribute 'logits'; got {_described(output)}. Wrap "
@@ -65,6 +71,8 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
     Raises:
         UnsupportedModelError: If there is no such layer, or it is not linear.
     """
+    if isinstance(model, PixelModel):
+        return _find_pixel_head(model, head)  # type: ignore[return-value]
     modules = model.named_modules()
     linear: dict[str, Any] = {name: m for name, m in modules if isinstance(m, nn.Linear) or is_packed(m)}
     if head is not None:
@@ -87,6 +95,24 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
     getter = next(filter(callable, getters), None)
     classifier = getter() if getter else None
     return next((item for item in linear.items() if item[1] is classifier), next(reversed(linear.items())))
+
+
+def _find_pixel_head(model: PixelModel, head: str | None) -> tuple[str, nn.Module]:
+    """The last convolution over single pixels whose output, resized, is the net's: found by a pass."""
+    found = {name: module for name, module in model.named_modules() if is_pixel_head(module)}
+    if head is not None and head in found:
+        return head, found[head]
+    calls = try_pass(model, 2).calls
+    logits = calls[-1][2]
+    right = [name for name, _, output in calls if name in found and gives(output, logits)]
+    if head is not None or not right:
+        given = "" if head is None else f"head={head!r} is no convolution over single pixels. "
+        raise UnsupportedModelError(
+            f"{given}{type(model.net).__name__} does not end in such a convolution whose output is that of the net, "
+            "resized bilinearly or not, so features cannot be split from logits. Use a method that needs none ('tent', "
+            f"'eata', 'cotta'). Convolutions over single pixels: {', '.join(found) or 'none'}."
+        )
+    return right[-1], found[right[-1]]
 
 
 def plain_head(head: Any) -> nn.Linear:
@@ -131,12 +157,16 @@ class HeadSplit:
         self.name, layer = find_head(model, head)
         self.layer = layer
         self._plain: nn.Linear | None = None  # of a quantised head
-        self.num_features, self.num_classes = self.layer.in_features, self.layer.out_features
+        self._pixels = PixelHead(self.layer) if isinstance(self.model, PixelModel) else None
+        shape = self.layer if self._pixels is None else self._pixels
+        self.num_features, self.num_classes = shape.in_features, shape.out_features
         self._checked = False
 
     @property
     def head(self) -> nn.Linear:
         """The last linear layer g, callable on any features (..., D), with a plain weight (K, D)."""
+        if self._pixels is not None:
+            return self._pixels  # type: ignore[return-value]
         if isinstance(self.layer, nn.Linear) and not is_quantized(self.layer.weight):
             return self.layer
         device = getattr(self.layer.weight, "device", None)  # packed weights stay where they are
@@ -181,6 +211,10 @@ class HeadSplit:
                 vars(layer)["forward"] = before
         return self.check(calls, logits), logits
 
+    def finished(self, logits: Tensor, shape: torch.Size) -> Tensor:
+        """What the net makes of logits of its head: of pixels they are resized to those of this shape (B, H, W, K)."""
+        return logits if self._pixels is None else resized(logits, (shape[1], shape[2]))
+
     @property
     def is_checked(self) -> bool:
         """Whether a pass has shown that the net's output is that of the head."""
@@ -202,6 +236,15 @@ class HeadSplit:
                 "head='...' to name the last linear layer; or use a method that needs no features ('norm', 'tent')."
             )
         _, (features, *_), head_output = calls[0]
+        if self._pixels is not None:
+            if not self._checked and not gives(head_output, logits):
+                raise UnsupportedModelError(
+                    f"The net's output is not that of its head '{self.name}', resized. Pass head='...' to name the "
+                    "right one; or use a method that needs no features ('tent')."
+                )
+            self._checked = True
+            moved: Tensor = features.movedim(1, -1)
+            return moved
         features, head_output = dequantized(features), dequantized(head_output)
         if not self._checked:  # a net that overflowed cannot be compared: look again at the next pass
             same = head_output is logits
@@ -322,15 +365,11 @@ class Trial(NamedTuple):
     calls: list[tuple[str, Any, Any]]
 
 
-TRIED = (32, 64, 224, 16, 28, 40, 48, 96, 128, 160, 192, 240, 256, 288, 336, 384, 448, 512, 518)
-"""Pixels along a side."""
-
-
 def try_pass(model: nn.Module, number: int = 1, instead: str = "use another net") -> Trial:
     """A pass of black images, the second of two with a gradient from black to white.
 
     It goes through a copy of the net's modules that shares its tensors: the net itself does not run. Tried are the
-    channels of the net's convolutions, and the sizes :data:`TRIED`.
+    channels of the net's convolutions, and the sizes :data:`~lightning_tta.backbones.dense.TRIED`.
 
     Args:
         model: Any net.
@@ -341,11 +380,8 @@ def try_pass(model: nn.Module, number: int = 1, instead: str = "use another net"
         UnsupportedModelError: If the net cannot be copied, or takes none of the images.
     """
     twin = copy_net(model, (*model.parameters(), *model.buffers())).eval()
-    widths = list(dict.fromkeys(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)))
-    channels = [width for width in widths if width in (1, 3)] or widths[:3] or [3]
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     reason = ""
-    for images in model.examples(number) if isinstance(model, DenseModel) else _examples(number, channels, like):
+    for images in model.examples(number) if isinstance(model, DenseModel) else image_examples(model, number):
         try:
             called = recorded_calls(dict(twin.named_modules()))
             with torch.no_grad(), outside_inference_mode(), safe_checkpoints(), called as calls:
@@ -359,13 +395,6 @@ def try_pass(model: nn.Module, number: int = 1, instead: str = "use another net"
         f"were tried to see what runs in it: {reason}. Wrap it in a module whose forward(images) takes them; or "
         f"{instead}."
     )
-
-
-def _examples(number: int, channels: Sequence[int], like: Tensor) -> Iterator[Tensor]:
-    for size, channel in itertools.product(TRIED, channels):
-        images = torch.zeros(number, channel, size, size, dtype=like.dtype, device=like.device)
-        images[1:] += torch.linspace(0, 1, size, dtype=like.dtype, device=like.device)
-        yield images
 
 
 def keep_classes(model: nn.Module, classes: Sequence[int]) -> None:

@@ -75,6 +75,7 @@ class ActMAD(GradientMethod):
 
     needs_source = True
     synchronized = True
+    tasks = frozenset({"images", "pixels", "regression"})
 
     def __init__(
         self,

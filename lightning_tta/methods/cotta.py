@@ -67,6 +67,7 @@ class CoTTA(ViewedMethod):
         paper="CVPR 2022, arXiv 2203.13591",
     )
 
+    tasks = frozenset({"images", "pixels"})
     step_on_host = "it asks whether the anchor is sure, which decides the number of passes"
 
     def __init__(
@@ -124,7 +125,7 @@ class CoTTA(ViewedMethod):
     @torch.no_grad()
     def _anchor_pass(self, x: Tensor) -> Tensor:
         anchor = at_least_float32(self.logits(x, self.source()))
-        confidence = anchor.softmax(1).amax(1).mean()
+        confidence = anchor.softmax(-1).amax(-1).mean()
         self.note(anchor_confidence=confidence)
         return torch.stack([confidence.double(), self.value("steps_taken").double()])
 

@@ -55,7 +55,7 @@ class ETA(EntropyMethod):
     )
 
     synchronized = True
-    tasks = frozenset({"images", "tokens"})
+    tasks = frozenset({"images", "tokens", "pixels"})
     task_defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "tokens": {"lr": 5e-5, "optimizer": "adamw", "diversity_margin": None}
     }

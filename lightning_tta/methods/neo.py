@@ -78,6 +78,7 @@ class NEO(ShiftMethod):
 
     returns = "after the step"
     synchronized = True
+    tasks = frozenset({"images", "pixels"})
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class NEO(ShiftMethod):
         scores = self.scores(features, self.offset)
         if self.center == "raw":
             self._compare(logits, scores, finite)
-        return scores
+        return self.shaped(scores)
 
     def forward(self, x: Tensor) -> Tensor:
         """As of every method; and judge the raw form once."""

@@ -50,6 +50,7 @@ class Norm(TTAMethod):
     )
 
     synchronized = True
+    tasks = frozenset({"images", "pixels", "regression"})
     uses_batch_statistics = True
 
     def __init__(self, model: nn.Module, *, source_weight: float = 0.0, momentum: float | None = None) -> None:

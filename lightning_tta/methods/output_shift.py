@@ -49,6 +49,7 @@ class OutputShift(ShiftMethod):
     )
 
     synchronized = True
+    tasks = frozenset({"images", "regression"})
 
     def __init__(self, model: nn.Module, *, gamma: float = 1.0, momentum: float = 0.1, head: str | None = None) -> None:
         check_range("gamma", gamma, 0)

@@ -68,6 +68,8 @@ class PETAL(PullMethod, CoTTA):
     )
     _values: Sequence[Tensor | None] = ()  # gradients, from the step to the restore
 
+    tasks = frozenset({"images"})
+
     def __init__(
         self,
         model: nn.Module,

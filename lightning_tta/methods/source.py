@@ -30,7 +30,7 @@ class Source(TTAMethod):
     )
 
     synchronized = True
-    tasks = frozenset({"images", "tokens"})
+    tasks = frozenset({"images", "tokens", "pixels", "regression"})
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

@@ -44,7 +44,7 @@ class Tent(EntropyMethod):
     )
 
     synchronized = True
-    tasks = frozenset({"images", "tokens"})
+    tasks = frozenset({"images", "tokens", "pixels"})
     task_defaults: ClassVar[dict[str, dict[str, Any]]] = {"tokens": {"lr": 5e-5, "optimizer": "adamw"}}
 
     def __init__(self, model: nn.Module, **options: Any) -> None:

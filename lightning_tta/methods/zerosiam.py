@@ -99,7 +99,7 @@ class ZeroSiam(EntropyMethod):
     )
 
     synchronized = True
-    tasks = frozenset({"images", "tokens"})
+    tasks = frozenset({"images", "tokens", "pixels"})
     task_defaults: ClassVar[dict[str, dict[str, Any]]] = {
         "tokens": {"lr": 5e-5, "predictor_lr": 2e-4, "optimizer": "adamw", "lr_batch_size": None}
     }
@@ -159,5 +159,5 @@ class ZeroSiam(EntropyMethod):
 
     def _terms(self, features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """Entropy of the online branch, and its divergence from the reference, of each row."""
-        online = self.split.head(self.predictor(features))
+        online = self.split.finished(self.split.head(self.predictor(features)), reference.shape)
         return self.entropy(online), symmetric_kl(reference, online)

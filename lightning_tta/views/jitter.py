@@ -20,7 +20,15 @@ Padding = Literal["edge", "reflect"]
 _DRAWN = 16  # numbers of a view before those of its noise
 
 
-def jitter(images: Tensor, key: Tensor, *, padding: Padding = "edge", blur: bool = True, noise: bool = True) -> Tensor:
+def jitter(
+    images: Tensor,
+    key: Tensor,
+    *,
+    padding: Padding = "edge",
+    blur: bool = True,
+    noise: bool = True,
+    geometry: bool = True,
+) -> Tensor:
     """One random view of each image of a batch; all share the same draw, except of the noise.
 
     Brightness, contrast, saturation, hue and gamma in random order (images of 1 or 3 channels, others keep theirs);
@@ -33,12 +41,13 @@ def jitter(images: Tensor, key: Tensor, *, padding: Padding = "edge", blur: bool
         padding: What is around the image: its border repeated (``edge``), or the image mirrored (``reflect``).
         blur: Whether with the blur.
         noise: Whether with the noise.
+        geometry: Whether with rotation, shift, scaling and flip: what moves pixels.
     """
     with torch.autocast(images.device.type, enabled=False):  # affine of half precision grids rounds pixels to 0 or 1
-        return _view(at_least_float32(images).clamp(0, 1), key, padding, blur, noise).to(images.dtype)
+        return _view(at_least_float32(images).clamp(0, 1), key, padding, blur, noise, geometry).to(images.dtype)
 
 
-def _view(x: Tensor, key: Tensor, padding: Padding, blur: bool, noise: bool) -> Tensor:
+def _view(x: Tensor, key: Tensor, padding: Padding, blur: bool, noise: bool, geometry: bool) -> Tensor:
     from torchvision.transforms.v2 import functional as F  # takes seconds: imported when needed
 
     numbers = iter((random_words(key, _DRAWN).double() * 2**-32 + 0.5).tolist())  # in [0, 1)
@@ -57,12 +66,13 @@ def _view(x: Tensor, key: Tensor, padding: Padding, blur: bool, noise: bool) -> 
     angle, scale = draw(DEGREES), draw(SCALE)
     shift = [round(width * draw(SHIFT)), round(height * draw(SHIFT))]
     x = F.pad(x, [width // 2, height // 2], padding_mode=padding)
-    x = F.affine(x, angle, shift, scale, [0.0, 0.0], interpolation=F.InterpolationMode.BILINEAR)
+    if geometry:
+        x = F.affine(x, angle, shift, scale, [0.0, 0.0], interpolation=F.InterpolationMode.BILINEAR)
     margins = [min(2, height // 2), min(2, width // 2)]  # what the blur sees around the image, and no more
     x = F.center_crop(x, [height + 2 * margins[0], width + 2 * margins[1]])
     sigma = draw(BLUR)
     x = F.center_crop(F.gaussian_blur(x, [5, 5], [sigma]) if blur else x, [height, width])
-    if draw((0, 1)) < FLIP:
+    if draw((0, 1)) < FLIP and geometry:
         x = x.flip(-1)
     if noise:
         x = x + NOISE * random_normals(key, *x.shape, start=_DRAWN, device=x.device)

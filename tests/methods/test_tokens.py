@@ -337,9 +337,9 @@ def test_wrong_tasks_and_methods_are_refused():
         build("tent", task={"kind": "tokens", "loss_on": "half"})
     with pytest.raises(ConfigError, match="chunk"):
         build("tent", task={"kind": "tokens", "chunk": 0})
-    with pytest.raises(UnsupportedModelError, match="'memo' adapts on images, and TinyLM takes tokens"):
+    with pytest.raises(UnsupportedModelError, match="'memo' adapts on images, and the task of TinyLM is tokens"):
         build("memo")
-    with pytest.raises(ConfigError, match="window= is for images"):
+    with pytest.raises(ConfigError, match="window= is for images with one class each"):
         build("tent", window=4)
     with pytest.raises(ConfigError, match="source_filter"):
         build("tent", source_filter=True)

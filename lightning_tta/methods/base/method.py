@@ -63,13 +63,20 @@ from lightning_tta.methods.base.task import (
     with_gradients,
 )
 from lightning_tta.methods.base.tokens import Tokens
+from lightning_tta.methods.base.values import TASKS
 from lightning_tta.methods.base.window import Window
-from lightning_tta.metrics import collapse_measures, row_measures
+from lightning_tta.metrics import collapse_measures
 
 Stats = dict[str, float]
 PredictWith = Literal["stream", "batch"]
 CHOSEN = "statistics."
 """How names of states begin that belong to chosen statistics."""
+_FOR = {
+    "images": "a method for images, or another task",
+    "tokens": "'zerosiam', 'tent', 'come', 'eta', or another one with tokens in its docstring",
+    "pixels": "'tent', 'zerosiam', 'eata', 'cotta', 'neo', 'norm'",
+    "regression": "'actmad', 'norm', 'output_shift', which align statistics",
+}
 _MEMORY_ALONE = (
     "reservoir= goes with neither window= nor a refinement that needs features, as refine='lame'. Leave one of "
     "them out."
@@ -189,13 +196,16 @@ class TTAMethod(Described, Replayable, ABC):
         kind = model.kind if isinstance(model, DenseModel) else "images"
         if kind not in self.tasks:
             net = type(model.net if isinstance(model, DenseModel) else model).__name__
+            reason = "; a regression has no classes, of which it could take entropies" if kind == "regression" else ""
             raise UnsupportedModelError(
-                f"'{self.name}' adapts on {' or '.join(sorted(self.tasks))}, and {net} takes {kind}. Use a method for "
-                "these: lightning-tta methods lists them."
+                f"'{self.name}' adapts on {' or '.join(sorted(self.tasks))}, and the task of {net} is {kind}{reason}. "
+                f"Use {_FOR[kind]}."
             )
         if isinstance(model, TokenModel):
             self.step_on_host = "prompts differ in length from one batch to the next"
             return Tokens(model, **model.settings)
+        if isinstance(model, DenseModel):
+            return TASKS[kind]()
         return copy.copy(self.task)  # it remembers what it has warned of
 
     # What a method implements ----------------------------------------------------------------------------------------
@@ -250,6 +260,8 @@ class TTAMethod(Described, Replayable, ABC):
     def of_batches(self, images: int) -> str:
         """What batches of so many images mean for the method, and what to do; empty where they are enough."""
         if not self.small_batch or images >= self.small_batch or not batch_norm_layers(self.model):
+            return ""
+        if self.task.kind == "pixels":  # an image alone has many positions
             return ""
         return (
             f"'{self.name}' {self._advice}; batches of {images} image{'s' if images > 1 else ''} are too small for "
@@ -776,9 +788,10 @@ class TTAMethod(Described, Replayable, ABC):
             x = self._laid_out(x if whole else x[usable.to(x.device)])
             steps = self._all_steps
             logits = steps(x) if key is None else self._capture.run(self, STEP, steps, (x,), key)
-        if number and self.task.in_chunks:
-            self._row_measures = row_measures(logits, self.task.rows(x))
-        elif number:
+        measures = self.task.measures(logits, x) if number else {}
+        if measures is not None:
+            self._row_measures = measures
+        else:
             self._logits = logits.clone()  # for stats; the caller may write to what it gets
         return fill(logits, usable)
 

@@ -49,6 +49,9 @@ class Task(Protocol):
     def answer(self, logits: Tensor) -> Tensor:
         """The logits that the user gets."""
 
+    def measures(self, logits: Tensor, x: Tensor) -> dict[str, Tensor] | None:
+        """What ``stats`` says of the logits of a step; ``None``: :func:`~lightning_tta.metrics.collapse_measures`."""
+
     def rows(self, x: Tensor) -> Tensor | None:
         """Which of the predictions of a batch count (B, ...), bool; ``None``: one each sample, and all do."""
 
@@ -83,6 +86,10 @@ class Images:
     def answer(self, logits: Tensor) -> Tensor:
         """In at least float32."""
         return at_least_float32(logits)
+
+    def measures(self, logits: Tensor, x: Tensor) -> dict[str, Tensor] | None:
+        """Those of logits (B, K), when they are asked for."""
+        return None
 
     def rows(self, x: Tensor) -> None:
         """One prediction an image."""

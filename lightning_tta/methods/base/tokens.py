@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_tta.backbones.language import ATTENTION, COUNTS, IDS, TokenModel
 from lightning_tta.errors import ConfigError, InputError, check_range
+from lightning_tta.metrics import row_measures
 
 _ADVICE = (
     "Give a dict with 'input_ids' (B, T), whole numbers, 'attention_mask' (B, T), 1 for a token and 0 for padding, "
@@ -121,6 +122,10 @@ class Tokens:
     def answer(self, logits: Tensor) -> Tensor:
         """In the net's precision: in float32 a large vocabulary takes twice the memory."""
         return logits
+
+    def measures(self, logits: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """Those of the positions that count."""
+        return row_measures(logits, self.rows(x), self.chunk)
 
     def rows(self, x: Tensor) -> Tensor:
         """Which positions count (B, T), bool."""

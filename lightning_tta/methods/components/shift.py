@@ -34,6 +34,7 @@ class ShiftMethod(TTAMethod):
     def __init__(self, model: nn.Module, head: str | None = None) -> None:
         super().__init__(model)
         self.split = HeadSplit(self.model, head)
+        self._grid = self._shape = torch.Size(())
         shift = torch.zeros_like(at_least_float32(self.split.head.weight.detach()[0]))
         self.state("shift", shift, source=0)
         self.keep_wide("shift")
@@ -52,9 +53,15 @@ class ShiftMethod(TTAMethod):
     def seen(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A pass: features (B, D) in the state's precision, the net's logits, and which images to learn from, (B,).
 
+        Over pixels the rows are those of the features, all of a batch one after the other.
+
         All, or none where one of them is not finite: the net overflowed.
         """
         features, logits = self.features(x)
+        self._grid, self._shape = features.shape[:-1], logits.shape
+        if features.ndim > 2:
+            features = features.flatten(0, -2)
+            logits = self.split.head(features)
         features, logits = features.to(self.value("shift").dtype), at_least_float32(logits)
         finite = torch.isfinite(features).all(1) & torch.isfinite(logits).all(1)
         return features, logits, finite & (collective.mean((~finite).to(features.dtype)) == 0)
@@ -68,10 +75,14 @@ class ShiftMethod(TTAMethod):
             bias = None if head.bias is None else head.bias.to(moved.dtype)
             return linear(moved, head.weight.to(moved.dtype), bias)
 
+    def shaped(self, scores: Tensor) -> Tensor:
+        """Logits of the rows (N, K) that were seen, as the net gives its own: of pixels (B, H, W, K)."""
+        return scores if len(self._grid) == 1 else self.split.finished(scores.view(*self._grid, -1), self._shape)
+
     @torch.no_grad()
     def infer(self, x: Tensor) -> Tensor:
         """Predict with the shift as it is."""
-        return self.scores(self.seen(x)[0], self.offset)
+        return self.shaped(self.scores(self.seen(x)[0], self.offset))
 
     def prepare(self, source_batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Take the mean of the source's features, at the source weights; with several, one for each predicted class.

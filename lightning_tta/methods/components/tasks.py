@@ -1,4 +1,4 @@
-"""``task=``: what a net takes, and so what a method adapts on: images, tokens."""
+"""``task=``: what a net takes and gives, and so what a method adapts on: images, tokens, pixels, regression."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from torch import nn
 
 from lightning_tta.backbones.dense import DenseModel
 from lightning_tta.backbones.language import TokenModel, takes_tokens
+from lightning_tta.backbones.values import PixelModel, ValueModel
 from lightning_tta.errors import ConfigError
 from lightning_tta.methods.base.gradient import GradientMethod
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.tokens import Tokens
+from lightning_tta.methods.base.values import TASKS as KINDS
 from lightning_tta.methods.components import adapters
 from lightning_tta.methods.components.wanted import Wanted, read
 
@@ -27,7 +29,20 @@ def _tokens(net: nn.Module, loss_on: str = "auto", chunk: int = 256) -> nn.Modul
     return model
 
 
-TASKS: dict[str, Callable[..., nn.Module]] = {"images": _images, "tokens": _tokens}
+def _pixels(net: nn.Module) -> nn.Module:
+    return PixelModel(net)
+
+
+def _regression(net: nn.Module) -> nn.Module:
+    return ValueModel(net)
+
+
+TASKS: dict[str, Callable[..., nn.Module]] = {
+    "images": _images,
+    "tokens": _tokens,
+    "pixels": _pixels,
+    "regression": _regression,
+}
 """What wraps a net for each kind of input."""
 
 
@@ -68,12 +83,13 @@ def check_additions(net: nn.Module, additions: Collection[str]) -> None:
     Raises:
         ConfigError: With the names.
     """
-    if isinstance(net, TokenModel):
-        wrong = [name for name in additions if name not in Tokens.additions]
+    if isinstance(net, DenseModel):
+        allowed = Tokens.additions if isinstance(net, TokenModel) else KINDS[net.kind].additions
+        wrong = [name for name in additions if name not in allowed]
         if wrong:
             raise ConfigError(
-                f"{', '.join(f'{name}=' for name in wrong)} is for images, and {type(net.net).__name__} takes tokens. "
-                "Leave it out."
+                f"{', '.join(f'{name}=' for name in wrong)} is for images with one class each, and the task of "
+                f"{type(net.net).__name__} is {net.kind!r}. Leave it out."
             )
 
 

@@ -279,12 +279,17 @@ class ViewedMethod(TeacherMethod):
         keys = [self.host_key(steps_taken, 1 + number) for number in range(self.views)]
         logits = []
         for start in range(0, self.views, size):
-            views = torch.stack([jitter(x, key) for key in keys[start : start + size]])
+            views = torch.stack([self._view(x, key) for key in keys[start : start + size]])
             logits.append(self.replayed("pass of views", self._view_logits, views))
         return at_least_float32(torch.cat(logits))
+
+    def _view(self, x: Tensor, key: Tensor) -> Tensor:
+        if self.task.kind == "pixels":  # else predictions of pixels that have moved would be averaged
+            return jitter(x, key, geometry=False)
+        return jitter(x, key)
 
     @torch.no_grad()
     def _view_logits(self, views: Tensor) -> Tensor:
         """Logits (V, B, K) of views (V, B, C, H, W), the statistics of each view its own."""
         logits = self.logits(views.flatten(0, 1), self.teacher.weights(), groups=len(views))
-        return logits.view(len(views), -1, logits.shape[-1])
+        return logits.view(len(views), -1, *logits.shape[1:])

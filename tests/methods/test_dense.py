@@ -1,0 +1,244 @@
+"""Methods over pixels and over values: references in float64, invariants, errors."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_tta import ConfigError, UnsupportedModelError, adapt, available_methods
+from lightning_tta.backbones.values import PixelModel
+from lightning_tta.views.jitter import jitter
+
+PIXELS = sorted(name for name, kind in available_methods().items() if "pixels" in kind.tasks)
+VALUES = sorted(name for name, kind in available_methods().items() if "regression" in kind.tasks)
+OPTIONS = {
+    "tent": {"lr": 0.02},
+    "come": {"lr": 0.02},
+    "eta": {"lr": 0.05, "entropy_margin": 0.95, "diversity_margin": 0.99},
+    "zerosiam": {"lr": 0.05, "predictor_lr": 0.05, "lr_batch_size": None},
+    "cotta": {"lr": 0.02, "views": 2, "anchor_threshold": 1.0, "ema_decay": 0.7, "restore": 0.1},
+    "actmad": {"lr": 3e-3},
+}
+OPTIONS["eata"] = {**OPTIONS["eta"], "fisher_alpha": 0.0}
+
+
+class TinySegmenter(nn.Module):
+    """Logits (B, 4, H, W) from half the resolution, as torchvision's nets: under the key 'out'."""
+
+    def __init__(self, seed=0, kind="bn"):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+            self.norm = nn.BatchNorm2d(6) if kind == "bn" else nn.GroupNorm(2, 6)
+            self.head = nn.Conv2d(6, 4, 1)
+            self.auxiliary = nn.Conv2d(6, 4, 1)
+            if kind == "bn":
+                self.norm.running_mean.uniform_(-0.2, 0.2)
+                self.norm.running_var.uniform_(0.5, 1.5)
+
+    def forward(self, images):
+        z = self.norm(self.conv(images)).relu()
+        out = F.interpolate(self.head(z), size=images.shape[-2:], mode="bilinear", align_corners=False)
+        return {"out": out, "aux": self.auxiliary(z)}
+
+
+class TinyRegression(nn.Module):
+    """One value (B,) of an image."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv, self.norm, self.head = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 1)
+
+    def forward(self, images):
+        return self.head(self.norm(self.conv(images)).relu().mean((2, 3)))[:, 0]
+
+
+def pictures(number=3, seed=0, dtype=torch.float64):
+    return torch.rand(number, 3, 8, 12, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def build(name, net=None, dtype=torch.float64, task="pixels", **options):
+    net = (TinySegmenter() if net is None else net).to(dtype)
+    method = adapt(net, name, task=task, **{**OPTIONS.get(name, {}), **options})
+    if method.needs_source:
+        method.prepare([{"image": pictures(16, seed=9, dtype=dtype)}])
+    return method
+
+
+@pytest.mark.parametrize("name", ["tent", "zerosiam"])
+def test_three_steps_over_pixels_equal_a_reference(name):
+    net = TinySegmenter().double().eval()
+    method = build(name, net, optimizer="sgd", momentum=0.9)
+    gamma, beta = net.norm.weight.detach().clone(), net.norm.bias.detach().clone()
+    h = torch.eye(6, dtype=torch.float64)
+    learned = [gamma, beta, *([h] if name == "zerosiam" else [])]
+    velocity = [torch.zeros_like(t) for t in learned]
+    for step in range(3):
+        images = pictures(seed=step)
+        for tensor in learned:
+            tensor.requires_grad_()
+        a = F.conv2d(images, net.conv.weight, net.conv.bias, 2, 1)
+        mean, var = a.mean((0, 2, 3)), a.var((0, 2, 3), correction=0)
+        normed = (a - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+        z = (normed * gamma[:, None, None] + beta[:, None, None]).relu()
+        w, b = net.head.weight[:, :, 0, 0], net.head.bias
+
+        def upsampled(features, w=w, b=b):
+            small = torch.einsum("bdhw,kd->bkhw", features, w) + b[:, None, None]
+            return F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
+
+        u, o = upsampled(z), upsampled(torch.einsum("bdhw,ed->behw", z, h))
+        p, t = o.softmax(1), u.detach().softmax(1)
+        loss = -(p * p.log()).sum(1).mean()
+        if name == "zerosiam":
+            loss = loss + ((t * (t / p).log()).sum(1) + (p * (p / t).log()).sum(1)).mean()
+        gradients = torch.autograd.grad(loss, learned)
+        for tensor in learned:
+            tensor.requires_grad_(False)
+        logits = method(images)
+        torch.testing.assert_close(logits, u.detach(), rtol=0, atol=1e-10)
+        assert method.stats["loss"] == pytest.approx(loss.item(), abs=1e-10)
+        rates = [OPTIONS[name]["lr"]] * 2 + [0.05]
+        for tensor, v, g, rate in zip(learned, velocity, gradients, rates, strict=False):
+            v.mul_(0.9).add_(g)
+            tensor.sub_(rate * v)
+    for now, reference in zip(method.learned, learned, strict=True):
+        torch.testing.assert_close(now.detach(), reference, rtol=0, atol=1e-10)
+
+
+def test_neo_takes_the_mean_over_all_positions_out():
+    net = TinySegmenter().double().eval()
+    method, seen = build("neo", net), []
+    for seed in range(3):
+        images = pictures(seed=seed)
+        with torch.no_grad():
+            z = net.norm(net.conv(images)).relu()
+            seen.append(z.movedim(1, -1).reshape(-1, 6))
+            center = torch.cat(seen).mean(0)
+            small = net.head(z - center[:, None, None])
+            expected = F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(method(images), expected, rtol=0, atol=1e-10)
+        with torch.no_grad():  # and so does the plain net, by its bias
+            torch.testing.assert_close(method.export()(images)["out"], expected, rtol=0, atol=1e-10)
+
+
+def test_the_teacher_averages_views_whose_pixels_stay_in_place():
+    image = torch.zeros(1, 3, 16, 16)
+    image[..., 3:6, 9:12] = 1.0
+    for number in range(8):
+        view = jitter(image, torch.tensor([0, number]), geometry=False, noise=False, blur=False)
+        assert bool((view[..., 3:6, 9:12] > view[..., :3, :9].max()).all())
+    moved = [jitter(image, torch.tensor([0, number]), noise=False, blur=False) for number in range(8)]
+    assert any(float(view[0, 0, 4, 10]) < 0.5 * float(view.max()) for view in moved)
+    method, images = build("cotta", dtype=torch.float32), pictures(dtype=torch.float32)
+    first = method(images)
+    assert method.stats["forwards"] > 3  # the views
+    assert first.shape == (3, 4, 8, 12)
+    assert not torch.equal(first, method(images))
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_reset_and_state_over_pixels_are_exact(name):
+    method = build(name, dtype=torch.float32)
+    stream = [pictures(seed=seed, dtype=torch.float32) for seed in range(4)]
+    before = copy.deepcopy(method.state_dict())
+    first = [method(images) for images in stream[:2]]
+    assert first[0].shape == (3, 4, 8, 12)
+    middle = copy.deepcopy(method.state_dict())
+    rest = [method(images) for images in stream[2:]]
+    resumed = build(name, dtype=torch.float32)
+    resumed.load_state_dict(middle)
+    assert all(torch.equal(resumed(images), logits) for images, logits in zip(stream[2:], rest, strict=True))
+    if name not in ("source", "norm"):
+        fresh = build(name, dtype=torch.float32)
+        assert not torch.equal(fresh(stream[2]), rest[0])
+    method.reset()
+    after = method.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before if isinstance(before[key], torch.Tensor))
+    assert all(torch.equal(method(images), logits) for images, logits in zip(stream[:2], first, strict=True))
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_the_exported_segmenter_predicts_alike(name):
+    method, images = build(name), pictures()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        method(images)
+        method(pictures(seed=1))
+        net = method.export()
+    assert type(net) is TinySegmenter
+    torch.testing.assert_close(net(images)["out"], method.predict(images), rtol=0, atol=1e-10)
+
+
+def test_one_image_is_a_batch_of_many_positions():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build("tent")(pictures(1))
+
+
+def test_nets_of_group_norm_and_plain_tensors():
+    class Plain(TinySegmenter):
+        def forward(self, images):
+            return super().forward(images)["out"]
+
+    dictionary, plain = build("zerosiam", TinySegmenter(kind="gn")), build("zerosiam", Plain(kind="gn"))
+    for seed in range(2):
+        assert torch.equal(dictionary(pictures(seed=seed)), plain(pictures(seed=seed)))
+
+
+def test_the_head_is_that_whose_output_the_net_returns():
+    method = build("zerosiam")
+    assert method.split.name == "net.head"  # and not the auxiliary one, which comes later
+
+    class Changed(TinySegmenter):
+        def forward(self, images):
+            return super().forward(images)["out"].softmax(1)
+
+    with pytest.raises(UnsupportedModelError, match="does not end in such a convolution"):
+        build("zerosiam", Changed())
+    with pytest.raises(UnsupportedModelError, match=r"head='conv' is no convolution over single pixels"):
+        build("zerosiam", head="conv")
+
+
+def test_values_are_aligned_without_classes():
+    """ActMAD brings the statistics, and so the values, of shifted images back towards those of the source."""
+    net, images = TinyRegression(), pictures(16, seed=9, dtype=torch.float32)  # those that prepare() sees
+    with torch.no_grad():
+        net.norm.train()
+        for _ in range(60):
+            net(images)
+    net.eval()
+    shifted = (0.3 * images + 0.5).clamp(0, 1)
+    truth = net(images).detach()
+    before = (net(shifted).detach() - truth).abs().mean()
+    for name in VALUES:
+        method = build(name, net, torch.float32, "regression")
+        values = [method(shifted) for _ in range(40)][-1]
+        assert values.shape == (16, 1)
+        assert method.stats["mean_value"] == pytest.approx(float(values.mean()), abs=1e-5)
+        assert "entropy" not in method.stats
+        after = (method.predict(shifted)[:, 0] - truth).abs().mean()
+        assert (after == before) if name == "source" else (after < 0.7 * before), name
+
+
+def test_what_has_no_classes_is_refused_with_the_reason():
+    with pytest.raises(UnsupportedModelError, match=r"no classes, of which it could take entropies.*'actmad'"):
+        build("tent", TinyRegression(), task="regression")
+    with pytest.raises(UnsupportedModelError, match="task='regression'"):
+        adapt(TinyRegression(), "source")(pictures(dtype=torch.float32))
+    with pytest.raises(UnsupportedModelError, match="task='pixels'"):
+        adapt(TinySegmenter(), "source")(pictures(dtype=torch.float32))
+    with pytest.raises(UnsupportedModelError, match=r"logits \(B, K, H, W\) of K >= 2"):
+        PixelModel(nn.Conv2d(3, 1, 1))(pictures(dtype=torch.float32))
+    with pytest.raises(UnsupportedModelError, match=r"values \(B, D\) or \(B,\)"):
+        build("source", nn.Conv2d(3, 1, 1), torch.float32, "regression")(pictures(dtype=torch.float32))
+    with pytest.raises(UnsupportedModelError, match="'memo' adapts on images, and the task of TinySegmenter is pixels"):
+        build("memo")
+    with pytest.raises(ConfigError, match="window= is for images with one class each"):
+        build("tent", window=4)
