@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ from rich.text import Text
 from torch import nn
 
 from lightning_tta.benchmark.config import Cell, MethodConfig, NetConfig, StreamConfig
+from lightning_tta.benchmark.study import Study, StudyConfig
 from lightning_tta.errors import (
     ConfigError,
     Interrupted,
@@ -36,11 +38,12 @@ from lightning_tta.errors import (
     WeightsError,
     check_range,
 )
-from lightning_tta.files import environment, is_whole_archive, read_json
+from lightning_tta.files import environment, is_whole_archive, read_json, write_json
 from lightning_tta.launch.lightning import run_lightning
 from lightning_tta.methods import create_method, find
 from lightning_tta.modules.training import find_checkpoint
 from lightning_tta.progress import grid
+from lightning_tta.report.studies import sentence, write_study
 from lightning_tta.report.terminal import write_benchmark
 from lightning_tta.run.directory import REPORT
 from lightning_tta.run.interrupts import listening
@@ -80,6 +83,8 @@ class Benchmark:
             from more processes, not from more threads; timings of cells are comparable within one run only.
         save_every: Each cell saves its state after so many batches; a benchmark that was killed goes on from there.
             ``None``: cells that were not finished start anew.
+        study: Makes it a study: what varies along an axis, a claim, and questions; also writes ``study.json``,
+            ``study.md`` and ``study.png``. See :class:`~lightning_tta.benchmark.study.StudyConfig`.
     """
 
     def __init__(
@@ -96,7 +101,15 @@ class Benchmark:
         save_every: int | None = 200,
         model: dict[str, Any] | None = None,
         run: dict[str, dict[str, Any]] | None = None,
+        study: StudyConfig | None = None,
     ) -> None:
+        self.study: Study | None = None
+        if study is not None:
+            plain = {"nets": _plain(nets), "streams": _plain(streams), "methods": copy.deepcopy(methods)}
+            self.study = Study(study, plain)
+            nets = {label: NetConfig(**entry) for label, entry in plain["nets"].items()}
+            streams = {label: StreamConfig(**entry) for label, entry in plain["streams"].items()}
+            methods = plain["methods"]
         self.output = Path(output)
         rest = {name: value for name, value in data.items() if name not in ("class_path", "init_args")}
         self.data, self.data_options = data.get("class_path"), {**data.get("init_args", {}), **rest}  # --data.root ROOT
@@ -141,8 +154,8 @@ class Benchmark:
         for label, options in (("", self.run_options), *((f"methods.{k}.", m.run) for k, m in self.methods.items())):
             _check_labels(f"{label}run names parts", options, PARTS)
         for label, options in (("", self.model), *((f"methods.{k}.", m.model) for k, m in self.methods.items())):
-            for sentence in filter(None, map(where_moved, options)):
-                raise ConfigError(f"{label}{sentence} Here: under {label}run.")
+            for moved in filter(None, map(where_moved, options)):
+                raise ConfigError(f"{label}{moved} Here: under {label}run.")
         usual = Cell(next(iter(self.methods)), next(iter(self.nets)), next(iter(self.streams)), self.seeds[0])
         # not every pair: each parse takes a while
         cells = {f"Method '{label}'": replace(usual, method=label) for label in self.methods}
@@ -222,10 +235,28 @@ class Benchmark:
             "seconds": time.perf_counter() - start,
         }
         write_benchmark(result, self.output, console)
+        if self.study is not None:
+            self._write_study(self.study, result, console)
         console.print(f"page: {shlex.join(['lightning-tta', 'report', str(self.output)])}", soft_wrap=True)
         if any(entry["reason"].startswith("failed") for entry in skipped):
             raise LightningTTAError(f"Some cells failed; the others are in {self.output}. Reasons: benchmark.md.")
         return result
+
+    def _write_study(self, study: Study, result: dict[str, Any], console: Console) -> None:
+        data = {name: value for name, value in self.data_options.items() if name != "root"}
+        found = {
+            **study.result(result["rows"], result["skipped"]),
+            "data": f"{str(self.data).rpartition('.')[2]} {json.dumps(data)}" if data else str(self.data),
+            "command": shlex.join(["lightning-tta", *sys.argv[1:]])
+            if "benchmark" in sys.argv[1:]
+            else "Benchmark.run()",
+            "environment": result["environment"],
+        }
+        write_json(self.output / "study.json", found)
+        write_study(found, self.output)
+        for answer in found["answers"]:
+            console.print(Text(sentence(answer), style="bold"))
+        console.print(Text(f"written: {self.output}/study.json, study.md, study.png"), soft_wrap=True)
 
     @contextmanager
     def _workers(self) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]]:
@@ -366,6 +397,11 @@ class Benchmark:
             "device": (report.get("environment") or {}).get("device"),
             "directory": str(directory.relative_to(self.output)),
         }
+
+
+def _plain(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sections of the file as plain dicts."""
+    return {label: asdict(entry) for label, entry in entries.items()}
 
 
 def _devices(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
