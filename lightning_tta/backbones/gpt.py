@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_tta.errors import ConfigError, InputError, check_range
+from lightning_tta.backbones.tokenizer import CHARACTERS, CharTokenizer
+from lightning_tta.errors import ConfigError, InputError, check_range, did_you_mean
 
+GPT = "gpt"
+"""The name of :class:`CharGPT` in configurations and checkpoints."""
 _BASE = 10_000.0  # of the angles; RoFormer's
 
 
@@ -109,6 +112,7 @@ class CharGPT(nn.Module):
 
     Attributes:
         config: Arguments that build this architecture again.
+        tokenizer: What makes tokens of text for it; ``None`` where that is not known.
 
     Raises:
         ConfigError: On a number out of range, or heads that do not divide the width.
@@ -125,6 +129,7 @@ class CharGPT(nn.Module):
                 f"width must be a multiple of 2 x heads = {2 * heads}, for rotary positions; got {width}."
             )
         self.vocab_size, self.head_width = vocab_size, width // heads
+        self.tokenizer: CharTokenizer | None = None
         self.config: dict[str, Any] = {"vocab_size": vocab_size, "layers": layers, "width": width, "heads": heads}
         self.config["tie_weights"] = tie_weights
         self.embed_tokens = nn.Embedding(vocab_size, width)
@@ -214,3 +219,31 @@ def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn each pair of features (the n-th of the first half, the n-th of the second) by its angle."""
     first, second = x.chunk(2, -1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+
+
+def create_gpt(characters: str = CHARACTERS, **options: Any) -> CharGPT:
+    """A :class:`CharGPT` with a tokenizer of these characters, and random weights.
+
+    Args:
+        characters: Each once, see :class:`~lightning_tta.backbones.tokenizer.CharTokenizer`.
+        **options: ``layers``, ``width``, ``heads`` and ``tie_weights``.
+
+    Raises:
+        ConfigError: On an unknown option, or one out of range.
+    """
+    allowed = ("layers", "width", "heads", "tie_weights")
+    for name in options:
+        if name not in allowed:
+            raise ConfigError(f"gpt has no option {name!r}.{did_you_mean(name, allowed)} Known: {', '.join(allowed)}.")
+    tokenizer = CharTokenizer(characters)
+    net = CharGPT(tokenizer.vocab_size, **options)
+    net.tokenizer = tokenizer
+    return net
+
+
+def recipe_of(net: nn.Module) -> dict[str, Any]:
+    """``name`` and the arguments with which :func:`create_gpt` makes this architecture; empty of another net."""
+    if not isinstance(net, CharGPT) or net.tokenizer is None:
+        return {}
+    options = {key: value for key, value in net.config.items() if key != "vocab_size"}
+    return {"name": GPT, "characters": net.tokenizer.characters, **options}

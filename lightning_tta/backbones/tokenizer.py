@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from lightning_tta.errors import ConfigError
+from lightning_tta.errors import ConfigError, in_one_line
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 """A new line, and all printable characters of ASCII."""
@@ -80,3 +80,26 @@ class CharTokenizer:
         special = ("", "", "", "\ufffd") if skip_special_tokens else ("<pad>", "<bos>", "<eos>", "\ufffd")
         symbols = (*special, *self.characters)
         return "".join(symbols[int(number)] for number in ids)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer of transformers, from a folder or a name on the hub.
+
+    Raises:
+        ConfigError: If transformers is not installed, or finds no tokenizer there.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"tokenizer={name!r} needs transformers: pip install 'lightning-tta[transformers]'. Without a name, "
+            "characters are tokens."
+        ) from error
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name)  # type: ignore[assignment]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"tokenizer={name!r}: transformers finds no tokenizer there ({in_one_line(error)}). Give a folder that "
+            "save_pretrained wrote, or a name on the hub."
+        ) from error
+    return tokenizer
