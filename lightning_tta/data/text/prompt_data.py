@@ -163,7 +163,7 @@ class PromptData(LightningDataModule):
         self.train_domain_names = self._expand("train_domains", train_domains, [SOURCE])
         self.val_domain_names = self._expand("val_domains", val_domains, [SOURCE])
         self.first_batch = 0
-        self.name = task if task == "files" else f"{task} ({self._recipe()})"
+        self.name: str = task if task == "files" else f"{task} ({self._recipe()})"
 
     @property
     def tokenizer(self) -> Any:
@@ -410,7 +410,7 @@ class PromptData(LightningDataModule):
         only = "" if self.classes is None else f", only {self.classes_by} in {sorted(self.classes)}"
         by_class = streams.orders_by_labels(self.stream_kind, self.stream_options["dirichlet"])
         return {
-            "data": self.name + only + (f", classes by {self.classes_by}" if by_class and not only else ""),
+            "data": f"{self.name}{only}" + (f", classes by {self.classes_by}" if by_class and not only else ""),
             "data_digest": self.digest(),
             "split": "test",
             "domains": self.stream_domains,
