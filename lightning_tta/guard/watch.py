@@ -509,7 +509,12 @@ class Watch:
         names = ("events", "dropped_events", "stopped", "on_probation", "forwards")
         seen = {name: copy.deepcopy(getattr(self, name)) for name in names}
         monitors = {
-            name: {"acts": self.settings.acts(name), "values": monitor.values(), "estimate": monitor.estimate()}
+            name: {
+                "acts": self.settings.acts(name),
+                "values": monitor.values(),
+                "estimates": monitor.estimates,
+                "estimate": monitor.estimate(),
+            }
             for name, monitor in self.monitors.items()
         }
         return {"settings": asdict(self.settings), **seen, "monitors": monitors}

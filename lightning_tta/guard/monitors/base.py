@@ -87,6 +87,11 @@ class Monitor(ABC):
         """Estimated accuracy of the method's answers by now, in [0, 1]; ``None``: it makes none, or not yet."""
         return None
 
+    @property
+    def estimates(self) -> bool:
+        """Whether it is of a kind that estimates accuracy."""
+        return type(self).estimate is not Monitor.estimate
+
     def values(self) -> dict[str, float]:
         """Numbers for logs, by name, each beginning with the monitor's name."""
         return {}
