@@ -137,6 +137,26 @@ class Run:
         estimates = self.guard.get("estimates") or {}
         return {name: each for name, each in estimates.items() if isinstance(each, dict)}
 
+    @property
+    def unestimated(self) -> list[str]:
+        """Sentences: of monitors that estimate accuracy, which have no estimate here, and why."""
+        monitors = {name: each for name, each in (self.guard.get("monitors") or {}).items() if each.get("estimates")}
+        batches = self.report.get("batches", 0)
+        on_probation = self.guard.get("on_probation") or 0
+        sentences = []
+        for name in monitors.keys() - self.estimates.keys():
+            if on_probation and on_probation >= batches:
+                why = (
+                    f"the source predicted all {batches} batches, on probation, and estimates are of the method's "
+                    "answers; a longer stream has some, or a shorter probation"
+                )
+            elif monitors[name].get("values", {}).get("labels_told") == 0:
+                why = "no label became known"
+            else:
+                why = "since the method began to answer, or the last reset, it has seen too few images"
+            sentences.append(f"No estimate of '{name}': {why}.")
+        return sorted(sentences)
+
     @cached_property
     def _predictions(self) -> tuple[Predictions, str]:
         return read_predictions(self.directory, self.report)

@@ -374,6 +374,7 @@ def guard(group: Group) -> Table | None:
             note += f" {run.method}, seed {run.seed}: the source predicted {count} batches on probation."
         if count := run.guard.get("forwards"):
             note += f" {count} forward passes more, for the monitors."
+        note += "".join(f" {run.method}, seed {run.seed}: {sentence}" for sentence in run.unestimated)
     note = (f"{len(rows)} events of the guard." if rows else "The guard watched and had nothing to do.") + note
     header = ["method", "seed", *keys, "more"]
     return Table("Guard events", header, rows, note, left=7, methods=True) if guarded else None

@@ -79,6 +79,7 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
             for event in run.alarms[:10]
         ]
         lines += [f"  {text}" for text in said] + [f"  ... and {len(events) - 10} more"] * (len(events) > 10)
+    lines += [sentence.removesuffix(".") for sentence in run.unestimated]
     if (estimated := tables.estimates(Group("", [run]))) is not None:
         lines += [
             f"accuracy as '{monitor}' estimates it: {estimate} %, in truth {truth} %, mean error {error} points"
