@@ -512,7 +512,7 @@ class Watch:
             name: {
                 "acts": self.settings.acts(name),
                 "values": monitor.values(),
-                "estimates": monitor.estimates,
+                "estimates": monitor.is_estimator,
                 "estimate": monitor.estimate(),
             }
             for name, monitor in self.monitors.items()

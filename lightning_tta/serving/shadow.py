@@ -195,7 +195,7 @@ class Shadow:
         self._source = adapt(net, "source")
         self.method = _method(net, method, options)
         self.monitors = _monitors(monitors)
-        estimating = [monitor for monitor in self.monitors if monitor.estimates]
+        estimating = [monitor for monitor in self.monitors if monitor.is_estimator]
         self._twins: list[Monitor] = copy.deepcopy(estimating)
         self._sight, self._source_sight = Sight(self.method, self.monitors), Sight(self._source, self._twins)
         self._gathering, self._source_gathering = (Gathering(s, gather) for s in (self._sight, self._source_sight))

@@ -630,9 +630,10 @@ def test_kill_in_the_middle(tmp_path):
     if child == 0:
         try:
             shadow = made(decisions={3: METHOD}, directory=tmp_path, snapshot_every=4)
-            serve(shadow, 9)
-            while not (tmp_path / "snapshot-000000008.pt").exists():
-                time.sleep(0.001)
+            for first, number, name in ((0, 4, "04"), (4, 5, "08")):
+                serve(shadow, number, first=first)
+                while not (tmp_path / f"snapshot-0000000{name}.pt").exists():  # else the next may take its place
+                    time.sleep(0.001)
             (tmp_path / ".snapshot-000000012.pt.1.tmp").write_bytes(b"half")
             with (tmp_path / "shadow.jsonl").open("a") as file:
                 file.write('{"time": 1, "ev')

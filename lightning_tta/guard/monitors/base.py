@@ -88,7 +88,7 @@ class Monitor(ABC):
         return None
 
     @property
-    def estimates(self) -> bool:
+    def is_estimator(self) -> bool:
         """Whether it is of a kind that estimates accuracy."""
         return type(self).estimate is not Monitor.estimate
 
