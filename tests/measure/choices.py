@@ -70,13 +70,13 @@ def cases(options: Any) -> Iterator[Case]:
 
 def make_data(case: Case, options: Any) -> ShiftedDataModule:
     """The stream's data module."""
-    names = CIFAR if case.data == "cifar" else DIGITS
+    names = options.domains or (CIFAR if case.data == "cifar" else DIGITS)
     single = case.stream not in ("continual", "mixed")
     turned = [*names[case.setting :], *names[: case.setting]]
     common: dict[str, Any] = {
         "domains": turned[:1] if single else turned[1:],
         "stream": case.stream,
-        "order_seed": case.setting,
+        "order_seed": options.order + case.setting,
         "num_images": options.images if single else options.images * 5 // 16,
         "batch_size": options.batch,
         "cache_dir": str(Path(options.keep) / "images"),
@@ -126,28 +126,37 @@ def run(case: Case, options: Any) -> dict[str, Any]:
     """Every candidate: its record after the trial, and its logits to the end."""
     data, net = make_data(case, options), make_net(case, options)
     batches = list(data.predict_dataloader())
-    trial = [batch["image"] for batch in batches[: options.trial]]
+    images = [batch["image"] for batch in batches]
     found: dict[str, Any] = {}
     runners = [Runner(candidate, net) for candidate in read_candidates("default", net, options.batch)]
-    for images in trial:
+    records: dict[int, dict[str, Record]] = {}
+    passes: dict[str, int] = {}
+    for number, batch in enumerate(images, 1):
         for runner in runners:
-            runner(images)
-    records = finish(runners, trial)
-    passes = {runner.candidate.name: runner.passes for runner in runners}
+            runner(batch)
+        if number == options.trial or (number in options.longer and number > options.trial):
+            records[number] = finish(runners, images[:number])
+            passes = passes or {runner.candidate.name: runner.passes for runner in runners}
     for runner in runners:
-        start = time.perf_counter()
-        for batch in batches[options.trial :]:
-            runner(batch["image"])
-        record = records.get(runner.candidate.name)
+        record = records[options.trial].get(runner.candidate.name)
+        longer = {
+            n: each[runner.candidate.name]
+            for n, each in records.items()
+            if runner.candidate.name in each and n > options.trial
+        }
         found[runner.candidate.name] = {
             "problem": runner.problem,
             "passes": passes[runner.candidate.name],
-            "seconds": time.perf_counter() - start,
             "record": None if record is None else vars(record),
+            "longer": {number: vars(each) for number, each in longer.items()},
             "logits": torch.cat(runner.answers) if not runner.problem else None,
         }
         runner.release()
-    return {"labels": torch.cat([batch["label"] for batch in batches]), "candidates": found}
+    return {
+        "labels": torch.cat([batch["label"] for batch in batches]),
+        "sizes": [*map(len, images)],
+        "candidates": found,
+    }
 
 
 def scored(found: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -292,6 +301,9 @@ def main(args: list[str] | None = None) -> Results:
         images=(400, "of a stream of one domain; of four domains 5/16 of it each"),
         batch=50,
         trial=(4, "batches that the chooser sees"),
+        longer=([""], "more such numbers, to be replayed"),
+        domains=([""], "five, in place of the held-out ones"),
+        order=(0, "added to the seed of each order"),
         train=(3000, "training images of MNIST"),
         epochs=8,
         labels=["10", "50", "100"],
@@ -300,6 +312,8 @@ def main(args: list[str] | None = None) -> Results:
         replay=(False, "run nothing"),
     )
     options.labels = [int(count) for count in options.labels]
+    options.longer = [int(number) for number in options.longer if number]
+    options.domains = [name for name in options.domains if name]
     torch.set_num_threads(1)
     Path(options.keep).mkdir(parents=True, exist_ok=True)
     for case in cases(options):
