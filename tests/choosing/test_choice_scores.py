@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_tta.choosing.scores import evenness, order, score
+from lightning_tta.choosing.scores import evenness, mean_order, score
 from lightning_tta.choosing.trial import Record
 from lightning_tta.evidence.accuracy import aetta
 
@@ -95,9 +95,9 @@ def test_evenness_and_order_at_their_ends():
     assert float(evenness(each_once)) == pytest.approx(1)
     assert float(evenness(sorted_by_class)) == pytest.approx(1)
     assert float(evenness(torch.eye(100)[:5])) == pytest.approx(1)  # no more can be predicted of five images
-    assert float(evenness(torch.ones(5, 4))) == float(order(torch.ones(5, 4), [5])) == 0
-    assert float(order(sorted_by_class, [200])) == pytest.approx(196 / 199 - 49 / 199)
-    assert float(order(torch.eye(4)[:1], [1])) == 0
+    assert float(evenness(torch.ones(5, 4))) == float(mean_order(torch.ones(5, 4), [5])) == 0
+    assert float(mean_order(sorted_by_class, [200])) == pytest.approx(196 / 199 - 49 / 199)
+    assert float(mean_order(torch.eye(4)[:1], [1])) == 0
 
 
 def test_order_sees_runs_of_classes_and_no_change_of_domain():
@@ -105,9 +105,9 @@ def test_order_sees_runs_of_classes_and_no_change_of_domain():
     generator = torch.Generator().manual_seed(0)
     halves = [torch.randint(low, low + 3, (300, 100), generator=generator) for low in (0, 5)]
     streams = torch.cat(halves, 1)
-    by_batch = [float(order(torch.nn.functional.one_hot(each, 10), [50] * 4)) for each in streams]
-    at_once = [float(order(torch.nn.functional.one_hot(each, 10), [200])) for each in streams]
+    by_batch = [float(mean_order(torch.nn.functional.one_hot(each, 10), [50] * 4)) for each in streams]
+    at_once = [float(mean_order(torch.nn.functional.one_hot(each, 10), [200])) for each in streams]
     assert abs(np.mean(by_batch)) < 0.01
     assert np.mean(at_once) > 0.1
     in_runs = streams[0].view(4, 50).sort(1).values.flatten()
-    assert float(order(torch.nn.functional.one_hot(in_runs, 10), [50] * 4)) > 0.5
+    assert float(mean_order(torch.nn.functional.one_hot(in_runs, 10), [50] * 4)) > 0.5
