@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_tta.errors import check_range
-from lightning_tta.evidence.scores import order
 from lightning_tta.losses import at_least_float32, entropy
 
-ORDER = 2.0
-"""Weight of the order in a standing; chosen on held-out corruptions of CIFAR-10, docs/results/auto.md."""
 _LEAST_VOTE = 0.01
 
 
@@ -24,16 +21,14 @@ class Contest:
 
     The evidence of a rival over a batch of predicted distributions p_b, with classes K and H the entropy over log K::
 
-        standing = max(H(m_recent), H(m_long)) - u - d + 2 o
+        standing = max(H(m_recent), H(m_long)) - u - d
         m        = mean of p_b, u = mean of H(p_b), d = share of predictions that the other rivals outvote
-        o        = how much predicted classes come in runs, as in lightning_tta.evidence.scores.order
 
     ``m_long`` is an average over ``horizon`` images, all others over the last ``recent``: weights B / (min(n, N) + B)
     of a batch of B images after n others. The difference of the first two is the mutual information of image and class:
     small where a method is unsure, and after a collapse to one class. The larger mean counts, for a stream sorted by
     class shows few classes at a time to a method that is right. Of one that forces all classes into each batch it shows
-    as dissent: the others' distributions, each weighted by the square of its information, have another arg-max. Where
-    classes come in runs, errors break them: o tells the right ones within a batch or two. Elsewhere all are near 0.
+    as dissent: the others' distributions, each weighted by the square of its information, have another arg-max.
 
     Attributes:
         recent: Images, at least 1. A rival counts once a quarter of them were seen.
@@ -65,7 +60,7 @@ class Contest:
         """The evidence with a batch in it.
 
         Args:
-            evidence: (C, 2 K + 4): the two means, u, d, o, and the number of images; all 0: nothing was seen.
+            evidence: (C, 2 K + 3): the two means, u, d, and the number of images; all 0: nothing was seen.
             logits: Of some rivals on the same images, (R, B, K), finite.
             rivals: Which these are; R numbers.
         """
@@ -74,19 +69,17 @@ class Contest:
         images = old[:, -1:]
         now, before = count / (images.clamp(max=self.recent) + count), count / (images.clamp(max=self.horizon) + count)
         mean, unsure = p.mean(1), entropy(logits).mean(1, keepdim=True) / math.log(classes)
-        recent, long = old[:, :classes].lerp(mean, now), old[:, classes:-4].lerp(mean, before)
-        unsure = old[:, -4:-3].lerp(unsure, now)
-        dissent = old[:, -3:-2].lerp(_dissent(p, _information(recent, long, unsure[:, 0]))[:, None], now)
-        runs = old[:, -2:-1].lerp(order(logits).to(old.dtype)[:, None], now)
+        recent, long = old[:, :classes].lerp(mean, now), old[:, classes:-3].lerp(mean, before)
+        unsure = old[:, -3:-2].lerp(unsure, now)
+        dissent = old[:, -2:-1].lerp(_dissent(p, _information(recent, long, unsure[:, 0]))[:, None], now)
         new = evidence.clone()
-        new[list(rivals)] = torch.cat([recent, long, unsure, dissent, runs, images + count], 1)
+        new[list(rivals)] = torch.cat([recent, long, unsure, dissent, images + count], 1)
         return new
 
     def standings(self, evidence: Tensor) -> list[float]:
         """Of each rival; -inf: too little was seen of it. Asks the device."""
-        classes = (evidence.shape[1] - 4) // 2
-        standing = _information(evidence[:, :classes], evidence[:, classes:-4], evidence[:, -4]) - evidence[:, -3]
-        standing = standing + ORDER * evidence[:, -2]
+        classes = (evidence.shape[1] - 3) // 2
+        standing = _information(evidence[:, :classes], evidence[:, classes:-3], evidence[:, -3]) - evidence[:, -2]
         found: list[float] = standing.where(evidence[:, -1] >= self.recent / 4, -math.inf).tolist()
         return found
 

@@ -30,17 +30,16 @@ class Auto(TTAMethod):
     ``every`` batches all of them, the source too, get the batch (a probe); the one that answers gets all batches. From
     the probes :class:`~lightning_tta.evidence.contest.Contest` makes a standing of each::
 
-        standing = max(H(m_recent), H(m_long)) - mean H(p) - dissent + 2 order
+        standing = max(H(m_recent), H(m_long)) - mean H(p) - dissent
 
-    with H over log K: the mutual information of image and class, less the share of predictions that the others outvote,
-    and how much predicted classes come in runs.
+    with H over log K: the mutual information of image and class, less the share of predictions that the others outvote.
     Another one answers, from the probe's own batch on, if it is better by more than ``hysteresis``; the source counts
     ``margin`` more than it has. **Alarm**: a candidate is reset to the source, and rests for ``rest`` probes, if it is
     ``fall`` below the source, if its logits are not finite where the source's are, or if its parameters are farther
     from the source than those are long; if it has answered, the source answers again. So a candidate that collapses, or
     that suits the stream no longer, begins anew later.
 
-    Touched: what the candidates touch, each in its own copy. State: theirs, and 2 K + 4 numbers for each. ``stats`` has
+    Touched: what the candidates touch, each in its own copy. State: theirs, and 2 K + 3 numbers for each. ``stats`` has
     ``answers``, the number of who answered; ``lead``, its standing less the source's; ``fallen``, how many fell in this
     batch; what the answering candidate notes; and in ``forwards`` and ``backwards`` the passes of all of them.
     ``export()`` gives the plain net of the present one, or says why there is none.
@@ -178,7 +177,7 @@ class Auto(TTAMethod):
     def _judge(self, logits: Mapping[int, Tensor], broken: Collection[int], answering: int) -> int:
         """Take in a probe; resets who has fallen, and says who answers."""
         stacked = torch.stack([at_least_float32(values) for values in logits.values()])
-        evidence = self.sized(EVIDENCE, stacked.new_empty(len(self.names), 2 * stacked.shape[-1] + 4)).nan_to_num(0)
+        evidence = self.sized(EVIDENCE, stacked.new_empty(len(self.names), 2 * stacked.shape[-1] + 3)).nan_to_num(0)
         evidence = self.contest.take_in(evidence, stacked, list(logits))
         standings = self.contest.standings(evidence)
         answering, fallen = self.contest.decide(standings, answering)

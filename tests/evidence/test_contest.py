@@ -20,16 +20,6 @@ def h(p):
     return -sum(x * math.log(x) for x in p if x > 0) / math.log(len(p))
 
 
-def runs(classes):
-    """Share of neighbors that are alike, less that of all pairs."""
-    number = len(classes)
-    if number < 2:
-        return 0.0
-    neighbors = [classes[place] == classes[place - 1] for place in range(1, number)]
-    pairs = [classes[one] == classes[other] for one in range(number) for other in range(one)]
-    return sum(neighbors) / len(neighbors) - sum(pairs) / len(pairs)
-
-
 class PlainContest:
     """The same by hand: for each rival lists, for each image a loop."""
 
@@ -38,7 +28,7 @@ class PlainContest:
         self.rivals = [self.new(classes) for _ in range(rivals)]
 
     def new(self, classes):
-        return {"recent": np.zeros(classes), "long": np.zeros(classes), "u": 0.0, "d": 0.0, "o": 0.0, "n": 0}
+        return {"recent": np.zeros(classes), "long": np.zeros(classes), "u": 0.0, "d": 0.0, "n": 0}
 
     def information(self, r):
         return max(h(r["recent"]), h(r["long"])) - r["u"]
@@ -52,7 +42,6 @@ class PlainContest:
             mean = sum(rows) / count
             r["recent"], r["long"] = r["recent"] * (1 - now) + mean * now, r["long"] * (1 - before) + mean * before
             r["u"] = r["u"] * (1 - now) + now * sum(map(h, rows)) / count
-            r["o"] = r["o"] * (1 - now) + now * runs([int(row.argmax()) for row in rows])
         votes = {c: max(self.information(self.rivals[c]), 0.01) ** 2 for c in p}
         for c, rows in p.items():
             r, count = self.rivals[c], len(rows)
@@ -67,7 +56,7 @@ class PlainContest:
 
     def standings(self):
         enough = self.o["recent"] / 4
-        return [self.information(r) - r["d"] + 2 * r["o"] if r["n"] >= enough else -math.inf for r in self.rivals]
+        return [self.information(r) - r["d"] if r["n"] >= enough else -math.inf for r in self.rivals]
 
     def decide(self, answering):
         s = self.standings()
@@ -85,7 +74,7 @@ def test_evidence_and_decisions(classes):
     rng = np.random.default_rng(classes)
     options = {"recent": 24, "horizon": 80, "margin": 0.04, "hysteresis": 0.02, "fall": 0.25}
     contest, plain = Contest(**options), PlainContest(4, classes, **options)
-    evidence = torch.zeros(4, 2 * classes + 4, dtype=torch.float64)
+    evidence = torch.zeros(4, 2 * classes + 3, dtype=torch.float64)
     answering, seen, fell = 0, set(), 0
     for turn in range(60):
         rivals = [c for c in range(4) if c == 0 or rng.random() < 0.8]
@@ -111,7 +100,7 @@ def test_evidence_and_decisions(classes):
 def test_one_image_at_a_time_is_as_a_batch_but_for_the_votes():
     """The averages are exact means as long as fewer images than their horizon came."""
     logits = torch.randn(2, 10, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    contest, start = Contest(recent=20), torch.zeros(2, 10, dtype=torch.float64)
+    contest, start = Contest(recent=20), torch.zeros(2, 9, dtype=torch.float64)
     together, apart = contest.take_in(start, logits, [0, 1]), start
     for image in logits.split(1, dim=1):
         apart = contest.take_in(apart, image, [0, 1])
@@ -119,23 +108,9 @@ def test_one_image_at_a_time_is_as_a_batch_but_for_the_votes():
     assert torch.equal(apart[:, -1], together[:, -1])
 
 
-def test_where_classes_come_in_runs_the_one_that_keeps_them_answers_at_once():
-    """As sure and as even as the source, on one batch; shuffled, neither is ahead."""
-    classes = torch.arange(10).repeat_interleave(4)
-    guesses = classes[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
-    for order, answering in (
-        (torch.arange(40), 1),
-        (torch.randperm(40, generator=torch.Generator().manual_seed(1)), 0),
-    ):
-        logits = 5 * torch.nn.functional.one_hot(torch.stack([guesses, classes[order]]), 10).float()
-        contest = Contest(recent=40)
-        evidence = contest.take_in(torch.zeros(2, 24), logits, [0, 1])
-        assert contest.decide(contest.standings(evidence), 0) == (answering, [])
-
-
 def test_sorted_by_class_is_no_collapse_and_a_collapse_is_one():
     """A right rival on a class-sorted stream keeps its standing; one that says one class for all falls."""
-    contest, evidence = Contest(), torch.zeros(3, 24)
+    contest, evidence = Contest(), torch.zeros(3, 23)
     generator = torch.Generator().manual_seed(0)
     for turn in range(40):
         right = 4 * torch.nn.functional.one_hot(torch.full((32,), turn // 2 % 10), 10).float()

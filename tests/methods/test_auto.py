@@ -79,7 +79,7 @@ def test_it_follows_what_is_best(experts, every):
 def test_decisions_are_those_of_the_contest(experts):
     """Probes, with all rivals in them, are the evidence, and nothing else; a probe is answered by its own."""
     method, contest, answering = experts(every=2), Contest(fall=2.0), 0
-    evidence, rivals = torch.zeros(3, 14), [Codes() for _ in range(3)]
+    evidence, rivals = torch.zeros(3, 13), [Codes() for _ in range(3)]
     for good, net in enumerate(rivals):
         net.good = good
     for number in range(24):
