@@ -17,7 +17,7 @@ RUNS = 0.1
 """Order from which on a stream has runs; chance gives less than half of it to a few hundred images."""
 NOISE, NOISE_OF_DIFFERING = 0.008, 0.12
 """Standard deviation of the estimated gain: where both never differ, and what an image on which they do adds to it."""
-CLEAR, LEAST_GAIN = 0.75, 0.005
+CLEAR, LEAST_GAIN = 0.8, 0.005
 """What the probability of a gain must be at least, and the estimated gain in accuracy."""
 PRIOR_LABELS = 4
 """Weight, in labels, of the share of images on which both differ in the variance of what a label says."""
@@ -34,10 +34,22 @@ class Decision:
 
 @dataclass(frozen=True)
 class Gain:
-    """What is known of the accuracy of a candidate, less that of the source: an estimate, and whether it is above 0."""
+    """What is known of the accuracy of a candidate, less that of the source.
+
+    Attributes:
+        estimate: In [-1, 1].
+        deviation: Its standard deviation.
+        probability: That it is above 0.
+    """
 
     estimate: float
+    deviation: float
     probability: float
+
+    @property
+    def sure(self) -> float:
+        """What the gain hardly falls below: the estimate less its deviation."""
+        return self.estimate - self.deviation
 
 
 def runs_of(scores: Mapping[str, Scores]) -> float:
@@ -95,7 +107,7 @@ def gain_of(own: Scores, source: Scores, runs: float, labels: int = 0) -> Gain:
         of_scores, of_labels = deviation**-2, labels / square
         estimate = (of_scores * estimate + of_labels * (won - lost) / labels) / (of_scores + of_labels)
         deviation = (of_scores + of_labels) ** -0.5
-    return Gain(estimate, 0.5 * (1 + math.erf(estimate / deviation / math.sqrt(2))))
+    return Gain(estimate, deviation, 0.5 * (1 + math.erf(estimate / deviation / math.sqrt(2))))
 
 
 def gains(scores: Mapping[str, Scores], labels: int = 0) -> dict[str, Gain]:
@@ -110,9 +122,10 @@ def gains(scores: Mapping[str, Scores], labels: int = 0) -> dict[str, Gain]:
 
 
 def decide(scores: Mapping[str, Scores], labels: int = 0, clear_at: float = CLEAR) -> Decision:
-    """The candidate of the largest estimated gain among those whose gain is clear; else the source.
+    """The candidate of the largest sure gain among those whose gain is clear; else the source.
 
-    Of several that are level, the first: without labels within :data:`LEAST_GAIN`.
+    Not of the largest estimate: of many, the largest is too large, the more so the less sure they are. Of several that
+    are level, the first: without labels within :data:`LEAST_GAIN`.
 
     Args:
         scores: By candidate, those of the source among them; of a candidate that could not run, nothing.
@@ -133,8 +146,8 @@ def decide(scores: Mapping[str, Scores], labels: int = 0, clear_at: float = CLEA
             f"None: stay with the source, for {heard} are clear for no candidate; the nearest is {best}, better with "
             f"an estimated probability of {chance:.2f}.",
         )
-    most = max(gain.estimate for gain in clear.values())
-    best = next(name for name, gain in clear.items() if gain.estimate >= most - (0 if labels else LEAST_GAIN))
+    most = max(gain.sure for gain in clear.values())
+    best = next(name for name, gain in clear.items() if gain.sure >= most - (0 if labels else LEAST_GAIN))
     return Decision(
         best,
         clear[best].probability,

@@ -55,6 +55,10 @@ def test_the_gain_is_the_posterior_of_scores_and_labels(won, lost, labels):
     density = np.exp(log_density - log_density.max())
     found = gain_of(own, scores(), 0.0, labels)
     assert found.estimate == pytest.approx((grid * density).sum() / density.sum(), abs=1e-6)
+    mean = (grid * density).sum() / density.sum()
+    assert found.deviation == pytest.approx(
+        ((grid - mean) ** 2 * density).sum() ** 0.5 / density.sum() ** 0.5, abs=1e-6
+    )
     assert found.probability == pytest.approx(density[grid > 0].sum() / density.sum(), abs=1e-4)
 
 
@@ -96,6 +100,17 @@ def test_of_those_that_are_level_the_first_is_taken():
     given = {"source": scores(), "norm": better(), "tent": better(evenness=0.8 + 1e-3)}
     assert decide(given).name == "norm"
     assert decide({**given, "tent": better(evenness=0.9)}).name == "tent"
+
+
+def test_of_two_estimates_the_surer_counts_unless_it_is_much_smaller():
+    """Means 0.07 and 0.08 with deviations 0.02 and 0.08: less their deviations 0.05 and 0."""
+    sure, unsure = scores(0.9, steadiness=1.0, evenness=0.69), scores(0.4, steadiness=0.65, evenness=0.75)
+    found = gains({"source": scores(), "norm": unsure, "lame": sure})
+    assert found["norm"].estimate > found["lame"].estimate
+    assert found["norm"].probability > CLEAR - 0.05
+    assert decide({"source": scores(), "norm": unsure, "lame": sure}, clear_at=CLEAR - 0.05).name == "lame"
+    far = scores(0.4, steadiness=0.9, evenness=0.9)
+    assert decide({"source": scores(), "norm": far, "lame": sure}).name == "norm"
 
 
 def test_who_never_differs_from_the_source_is_not_taken():
