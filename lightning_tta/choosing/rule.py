@@ -17,8 +17,10 @@ RUNS = 0.1
 """Order from which on a stream has runs; chance gives less than half of it to a few hundred images."""
 NOISE, NOISE_OF_DIFFERING = 0.008, 0.12
 """Standard deviation of the estimated gain: where both never differ, and what an image on which they do adds to it."""
-CLEAR, LEAST_GAIN = 0.8, 0.005
-"""What the probability of a gain must be at least, and the estimated gain in accuracy."""
+CLEAR, CLEAR_WITH_LABELS = 0.9, 0.8
+"""What the probability of a gain must be at least: of scores alone, which may all be wrong; and with labels."""
+LEAST_GAIN = 0.005
+"""What the estimated gain in accuracy must be at least."""
 PRIOR_LABELS = 4
 """Weight, in labels, of the share of images on which both differ in the variance of what a label says."""
 
@@ -121,7 +123,7 @@ def gains(scores: Mapping[str, Scores], labels: int = 0) -> dict[str, Gain]:
     return {name: gain_of(own, scores[SOURCE], runs, labels) for name, own in scores.items() if name != SOURCE}
 
 
-def decide(scores: Mapping[str, Scores], labels: int = 0, clear_at: float = CLEAR) -> Decision:
+def decide(scores: Mapping[str, Scores], labels: int = 0, clear_at: float | None = None) -> Decision:
     """The candidate of the largest sure gain among those whose gain is clear; else the source.
 
     Not of the largest estimate: of many, the largest is too large, the more so the less sure they are. Of several that
@@ -130,11 +132,14 @@ def decide(scores: Mapping[str, Scores], labels: int = 0, clear_at: float = CLEA
     Args:
         scores: By candidate, those of the source among them; of a candidate that could not run, nothing.
         labels: Images with labels.
-        clear_at: Probability of a gain that a candidate must have at least.
+        clear_at: Probability of a gain that a candidate must have at least; ``None``: :data:`CLEAR`, or with labels
+            :data:`CLEAR_WITH_LABELS`.
     """
     found = gains(scores, labels)
     if not found:
         return Decision(SOURCE, 1.0, "None: stay with the source, for no candidate could run.")
+    if clear_at is None:
+        clear_at = CLEAR_WITH_LABELS if labels else CLEAR
     clear = {n: g for n, g in found.items() if g.probability >= clear_at and g.estimate >= LEAST_GAIN}
     heard = f"the scores and {labels} labels" if labels else "the scores, without labels,"
     if not clear:

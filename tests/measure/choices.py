@@ -34,7 +34,7 @@ STREAMS = ["iid", "continual", "correlated", "mixed", IMBALANCED]
 CIFAR = ["clean", "speckle_noise", "gaussian_blur", "spatter", "saturate"]
 DIGITS = ["clean", "speckle_noise", "gaussian_blur", "shear", "occlusion"]
 NO_LABELS = "no label"
-FRONTIER = (0.5, 0.6, 0.7, 0.75, 0.85, 0.9)
+FRONTIER = (0.5, 0.6, 0.7, 0.8, 0.85, 0.95)
 """Probabilities of a gain from which a candidate might be taken, beside the rule's own."""
 SURE = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 """Bounds of the groups in which probabilities are compared with how often they come true."""
