@@ -43,7 +43,7 @@ def score(record: Record, source: Record, labels: Mapping[int, int] | None = Non
         "agreement_company": agreement(answers, final),
         "agreement_source": agreement(answers, source.answers[known]),
         "evenness": evenness(answers),
-        "order": mean_order(answers, [int(part.sum()) for part in known.split(record.sizes or len(known))]),
+        "order": mean_order(answers, [int(part.sum()) for part in torch.split(known, record.sizes or len(known))]),
     }
     steady, differs = (answers.argmax(-1) == final.argmax(-1)), answers.argmax(-1) != source.answers[known].argmax(-1)
     scores["steadiness"] = 1 - (differs & ~steady).sum() / differs.sum().clamp_min(1)
@@ -79,7 +79,7 @@ def mean_order(logits: Tensor, sizes: Sequence[int]) -> Tensor:
         sizes: Images of each batch; their sum is N.
     """
     pairs = torch.tensor([max(0, size - 1) for size in sizes], dtype=torch.float64)
-    by_batch = torch.stack([order(part) for part in logits.split(list(sizes))])
+    by_batch = torch.stack([order(part) for part in torch.split(logits, list(sizes))])
     return (by_batch * pairs).sum() / pairs.sum().clamp_min(1)
 
 
