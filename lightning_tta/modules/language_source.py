@@ -144,7 +144,7 @@ class SourceLanguageModel(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy of the tokens that count."""
         losses, _ = self._losses(batch)
-        weights = self._weights(batch, batch_idx)
+        weights = self._weights(batch, batch_idx, losses.dtype)
         loss = (losses * weights).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
         self.log("source/train_loss", loss, prog_bar=True)
         return loss
@@ -156,9 +156,9 @@ class SourceLanguageModel(LightningModule):
         losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return losses.view_as(targets), logits.argmax(-1) == targets
 
-    def _weights(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def _weights(self, batch: dict[str, Tensor], batch_idx: int, dtype: torch.dtype) -> Tensor:
         """How much each token but the first counts in the loss, (B, T - 1)."""
-        answers = batch["answer_mask"][:, 1:].float()
+        answers = batch["answer_mask"][:, 1:].to(dtype)
         weights = answers + self.prompt_weight * (batch["attention_mask"][:, 1:] - answers)
         if batch_idx == 0 and not bool(weights.any()):  # on a GPU this waits for the device
             raise ConfigError(
@@ -176,7 +176,7 @@ class SourceLanguageModel(LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], batch_idx: int, stage: Stage) -> None:
         losses, right = self._losses(batch)
-        weights = self._weights(batch, batch_idx)
+        weights = self._weights(batch, batch_idx, losses.dtype)
         total = weights.sum()
         log_mean(self, f"source/{stage}_loss", (losses * weights).sum() / total, float(total), prog_bar=True)
         self._token_loss(stage).update(losses[batch["attention_mask"][:, 1:].bool()])

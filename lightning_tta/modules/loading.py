@@ -183,8 +183,8 @@ def _entry(content: Any, path: Any) -> dict[str, Any]:
     backbone = (saved.get("backbone") if fits else None) or {"name": ""}
     if not fits or not isinstance(backbone.get("name"), str) or {"weights", "pretrained"} & {*backbone}:
         raise WeightsError(
-            f"{path}: its entry 'lightning_tta' is not as SourceClassifier, or SourceLanguageModel, writes "
-            "it. Train or copy again."
+            f"{path}: its entry 'lightning_tta' is not as SourceClassifier writes it, nor as "
+            "SourceLanguageModel does. Train or copy again."
         )
     entry: dict[str, Any] = saved
     return entry
