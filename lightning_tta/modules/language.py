@@ -244,12 +244,13 @@ class LanguageAdaptation(AdaptationModule):
         method = self.method if self.run is None else self.run.method
         how = vars(self.generation) | {"seed": self.generation.seed + number}
         prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        open_prompts = {**prompts, "generated": torch.zeros_like(prompts["input_ids"], dtype=torch.bool)}
         if self.when == "before":
-            answered = method.generate(prompts, **how)
+            answered = method.generate(open_prompts, **how)
             return answered, method(answered)
         on_draft = getattr(method.task, "loss_on", "") == "generated"
-        method(method.generate(prompts, **how) if on_draft else prompts)
-        answered = method.generate(prompts, **how)
+        method(method.generate(open_prompts, **how) if on_draft else prompts)
+        answered = method.generate(open_prompts, **how)
         return answered, method.predict(answered)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int | None = None) -> Any:
