@@ -132,12 +132,15 @@ class LanguageAdaptation(AdaptationModule):
         given = {**of_method, **(options or {})}
         self.episodic = reset == "prompt"
         self.recipe = source_recipe(source_ckpt) if net is None else None
+        if net is None and self.recipe is None:
+            raise ConfigError(f"source_ckpt={source_ckpt!r}: answers need trained weights. Give a checkpoint.")
         if isinstance(net, nn.Module):
             source, named = net, type(net).__name__
         elif net is not None:
             source, named = load_causal_model(net, dtype, download), Path(net).name
         else:
-            source, named = load_source(source_ckpt), str(source_ckpt)
+            assert self.recipe is not None
+            source, named = load_source(source_ckpt), Path(self.recipe["source_ckpt"]).name
         kind = type(source).__name__
         weights = "module" if isinstance(net, nn.Module) else named
         self.net_info = {"name": kind, "weights": weights, "digest": state_digest(source)}

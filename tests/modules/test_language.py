@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +21,11 @@ from lightning_tta import (
     adapt,
 )
 from lightning_tta.backbones.gpt import create_gpt
+from lightning_tta.launch.lightning import run_lightning
+from lightning_tta.report import terminal
 from lightning_tta.report.runs import read
 from lightning_tta.run.answers import number_of
+from runs import directory_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -252,3 +256,82 @@ def test_what_is_wrong_is_said_before_the_run(options, error, words):
 def test_another_tokenizer_than_the_nets_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="other ids"):
         run(tmp_path, data_of(tmp_path), net=create_gpt("abc", layers=1, width=8, heads=1))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A tiny random Llama of transformers, and a tokenizer of words that knows a chat, saved to a folder."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("llama")
+    words = ["<s>", "</s>", "[UNK]", "[USER]", "[ASSISTANT]", *map(str, range(40)), *"+=.?:{}\\", "Please", "boxed"]
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: n for n, word in enumerate(words)}, "[UNK]"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "[UNK]"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names)
+    tokenizer.chat_template = "{% for m in messages %}[USER] {{ m['content'] }} {% endfor %}[ASSISTANT]"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), num_key_value_heads=2, initializer_range=0.5, **sizes, **ids
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def command(llama, tmp_path, method, *more):
+    """The command in the head of the configuration, with a small net and files, and its report."""
+    prompts = []
+    for name in ("math_500", "college_math", "aime24", "minerva"):
+        prompts.append(tmp_path / f"{name}.jsonl")
+        rows = [{"prompt": f"{n} + {n + 3} = ?", "answer": str(2 * n + 3)} for n in range(3)]
+        prompts[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = "[" + ", ".join(map(str, prompts)) + "]"
+    config = Path(__file__).parents[2] / "configs/language/llama.yaml"
+    run_lightning(
+        [
+            *("predict", "--config", str(config), "--model.method", method, "--model.net", str(llama)),
+            *("--data.tokenizer", str(llama), "--data.files", names, "--model.max_new_tokens", "5"),
+            *("--trainer.logger.init_args.save_dir", str(tmp_path), "--trainer.enable_progress_bar", "false", *more),
+        ]
+    )
+    return directory_of(tmp_path / "llama")
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_one_command_for_a_llama(llama, tmp_path, capsys):
+    rates = ["--model.options.lr", "0.05", "--model.options.predictor_lr", "0.05", "--model.reset", "never"]
+    directories = [
+        command(llama, tmp_path / name, name, *(rates if name == "zerosiam" else rates[-2:]))
+        for name in ("source", "zerosiam")
+        if (tmp_path / name).mkdir() is None
+    ]
+    source, zerosiam = map(report_of, directories)
+    assert list(source["domains"]) == ["math_500", "college_math", "aime24", "minerva"]
+    assert source["protocol"]["hash"] == zerosiam["protocol"]["hash"]
+    assert zerosiam["options"]["select"]["targets"] == r".*\.(q_proj|v_proj)"
+    assert zerosiam["options"]["task"] == {"kind": "tokens", "loss_on": "generated", "chunk": 128}
+    assert (zerosiam["prompts"], zerosiam["backwards"]) == (12, 12)
+    assert zerosiam["protocol"]["preprocessing"]["chat"] is True
+    assert any(path.name.startswith("events.out") for path in directories[1].iterdir())
+    assert "LanguageAdaptation" in (directories[1] / "config.yaml").read_text()
+    a, b = ([line["answer"] for line in lines_of(directory)] for directory in directories)
+    assert a[0] == b[0]  # nothing was learned before the first answer
+    assert a != b
+    capsys.readouterr()
+    terminal.report(directories, output=tmp_path / "page")
+    assert "Answers" in capsys.readouterr().out
+    page = (tmp_path / "page/report.md").read_text()
+    assert "| aime24" in page
+    assert "most frequent answer %" in page
+
+
+def test_a_tokenizer_of_another_net_is_refused(llama, tmp_path):
+    module = {"net": str(llama), "options": {}}
+    with pytest.raises(ConfigError, match="is no net of characters"):
+        run(tmp_path, data_of(tmp_path), "source", **module)
+    (llama / "copy").mkdir()
+    with pytest.raises(WeightsError, match="has no causal language model"):
+        LanguageAdaptation("source", net=str(llama / "copy"))
