@@ -47,7 +47,13 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
     from lightning_tta.guard.callback import Guard
     from lightning_tta.guard.watch import Watch
     from lightning_tta.methods import TTAMethod, adapt, available_methods
-    from lightning_tta.modules import MetaTTT, SourceClassifier, SourceLanguageModel, TestTimeAdaptation
+    from lightning_tta.modules import (
+        LanguageAdaptation,
+        MetaTTT,
+        SourceClassifier,
+        SourceLanguageModel,
+        TestTimeAdaptation,
+    )
     from lightning_tta.onnx_adapter import OnnxAdapter
     from lightning_tta.run.batches import StreamInput
     from lightning_tta.run.board import StreamBoard
@@ -73,6 +79,7 @@ __all__ = [
     "ImageFolderData",
     "ImageNetData",
     "InputError",
+    "LanguageAdaptation",
     "LightningTTAError",
     "MetaTTT",
     "NotPreparedError",
@@ -120,7 +127,7 @@ _HOMES = {
     "run.resume": ("StateKeeper",),
     "serving.shadow": ("Shadow",),
     "methods": ("TTAMethod", "adapt", "available_methods"),
-    "modules": ("MetaTTT", "SourceClassifier", "SourceLanguageModel", "TestTimeAdaptation"),
+    "modules": ("LanguageAdaptation", "MetaTTT", "SourceClassifier", "SourceLanguageModel", "TestTimeAdaptation"),
 }
 
 

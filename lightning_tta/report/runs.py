@@ -75,6 +75,11 @@ class Run:
         return _digest(self.compared) if self.as_one else self.hash
 
     @property
+    def of_prompts(self) -> bool:
+        """Whether it answered prompts of a language model."""
+        return "prompts" in self.report
+
+    @property
     def is_source(self) -> bool:
         """Whether the run adapted nothing."""
         return "source" in (self.method, self.base)
@@ -216,6 +221,11 @@ class Group:
     def source(self) -> str | None:
         """The label of the source's runs, the first of several."""
         return next((label for label, runs in self.methods.items() if runs[0].is_source), None)
+
+    @property
+    def of_prompts(self) -> bool:
+        """Whether these are answers of a language model."""
+        return all(run.of_prompts for run in self.runs)
 
     @property
     def labelled(self) -> bool:

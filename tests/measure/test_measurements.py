@@ -28,6 +28,7 @@ import gpu
 import gpu_checks
 import guard
 import int8
+import language_claim
 import loading
 import memo_cifar
 import memo_leak
@@ -439,6 +440,23 @@ def test_auto_switch(capsys, places):
     assert "| 4.0 / 2.0 |" not in (text := capsys.readouterr().out)
     assert "| auto, every=1 | " in text
     assert "source 100" in text
+
+
+def test_language_claim(capsys, tmp_path):
+    small = ["--prompts=24", "--batch-size=8", "--seeds=2", "--rates", "1e-1", f"--keep={tmp_path / 'keep'}"]
+    small += ["--methods", "source", "tent", "random predictor"]
+    language_claim.main(small)
+    text = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["source", "-"], ["tent", "1e-1"], ["random predictor", "1e-1"]]
+    assert rows[0][4] != rows[1][4]  # entropy: the source never learns
+    assert len(list((tmp_path / "keep").iterdir())) == 6
+    language_claim.main([*small, f"--figure={tmp_path / 'curves.png'}"])  # from the files
+    assert capsys.readouterr().out == text
+    account = {"answers": ["1", "2", "2", "2"] * 2, "accuracy": [1, 0, 0, 0] * 2, "entropy": [0.5] * 8}
+    account |= {"norm": [1.0, 2.0] * 4, "after": [1, 1, 0, 0]}
+    found = language_claim.summary(account)
+    assert found == {"whole": 0.25, "accuracy": 0.0, "entropy": 0.5, "norm": 1.5, "share": 1.0, "after": 0.5}
 
 
 def test_bn_statistics(capsys):
