@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
         FolderData,
         ImageFolderData,
         ImageNetData,
+        PromptData,
         Protocol,
         ShiftedDataModule,
     )
@@ -46,7 +47,13 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
     from lightning_tta.guard.callback import Guard
     from lightning_tta.guard.watch import Watch
     from lightning_tta.methods import TTAMethod, adapt, available_methods
-    from lightning_tta.modules import MetaTTT, SourceClassifier, TestTimeAdaptation
+    from lightning_tta.modules import (
+        LanguageAdaptation,
+        MetaTTT,
+        SourceClassifier,
+        SourceLanguageModel,
+        TestTimeAdaptation,
+    )
     from lightning_tta.onnx_adapter import OnnxAdapter
     from lightning_tta.run.batches import StreamInput
     from lightning_tta.run.board import StreamBoard
@@ -72,15 +79,18 @@ __all__ = [
     "ImageFolderData",
     "ImageNetData",
     "InputError",
+    "LanguageAdaptation",
     "LightningTTAError",
     "MetaTTT",
     "NotPreparedError",
     "OnnxAdapter",
+    "PromptData",
     "Protocol",
     "QueueFullError",
     "Shadow",
     "ShiftedDataModule",
     "SourceClassifier",
+    "SourceLanguageModel",
     "StateKeeper",
     "StreamBoard",
     "StreamInput",
@@ -104,7 +114,7 @@ _HOMES = {
     "choosing.choice": ("Choice", "choose"),
     "data": (
         *("ArrayData", "CIFARData", "DigitsData", "DomainFolderData", "FolderData", "ImageNetData"),
-        *("ImageFolderData", "Protocol", "ShiftedDataModule"),
+        *("ImageFolderData", "PromptData", "Protocol", "ShiftedDataModule"),
     ),
     "diagnosis": ("Diagnosis", "doctor"),
     "exporting": ("export", "save"),
@@ -117,7 +127,7 @@ _HOMES = {
     "run.resume": ("StateKeeper",),
     "serving.shadow": ("Shadow",),
     "methods": ("TTAMethod", "adapt", "available_methods"),
-    "modules": ("MetaTTT", "SourceClassifier", "TestTimeAdaptation"),
+    "modules": ("LanguageAdaptation", "MetaTTT", "SourceClassifier", "SourceLanguageModel", "TestTimeAdaptation"),
 }
 
 

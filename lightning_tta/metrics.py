@@ -149,12 +149,15 @@ class Calibration:
         log_p = torch.log_softmax(logits.double(), -1)
         p = log_p.exp()
         confidence, prediction = p.max(-1)
-        bin_of = (confidence * self.BINS).ceil().long().clamp(1, self.BINS) - 1  # bins (0, 1/15], ..., (14/15, 1]
-        rows = torch.stack([torch.ones_like(confidence), confidence, (prediction == labels).double()])
-        self.bins.index_add_(1, bin_of, rows)
+        self.add(confidence, prediction == labels)
         label_log_p = log_p.gather(1, labels[:, None])[:, 0]
         brier = (p**2).sum(1) - 2 * label_log_p.exp() + 1
         self.scores += torch.stack([-label_log_p.sum(), brier.sum()])
+
+    def add(self, confidence: Tensor, right: Tensor) -> None:
+        """Take in how sure predictions were, in [0, 1], float64 (B,), and which of them were right, bool (B,)."""
+        bin_of = (confidence * self.BINS).ceil().long().clamp(1, self.BINS) - 1  # bins (0, 1/15], ..., (14/15, 1]
+        self.bins.index_add_(1, bin_of, torch.stack([torch.ones_like(confidence), confidence, right.double()]))
 
     def result(self) -> dict[str, float | list[list[float]] | None]:
         """``ece``, ``nll``, ``brier``, each ``None`` without labels, and ``reliability``: the three rows of bins."""

@@ -41,6 +41,7 @@ TRAINED = "lightning-tta fit --config configs/digits/source.yaml"  # by the fixt
 SHORTER = ["--data.domains=[haze,contrast]", "--data.num_images=64", "--data.batch_size=32"]  # of the digits
 NOT_RUN = ("benchmark", "configs/trainer/", "tests/measure/", "meta_ttt", "--process")  # long, or of several processes
 NOT_RUN += ("configs/pacs", "configs/imagenet", "configs/memo", "configs/cifar10")  # data that are not here
+NOT_RUN += ("configs/language",)  # minutes
 
 
 def blocks_of(text, language):

@@ -34,7 +34,7 @@ FLOORS: tuple[dict[str, str], ...] = (  # a floor: room -> its modules; rooms of
     {"guard.monitors": "guard.monitors"},  # see what a method answers
     {
         "diagnosis": "diagnosis",
-        "guard.watch": "guard.watch guard.seeing",
+        "guard.watch": "guard.watch guard.seeing guard.gathering",
         "choosing": "choosing",
     },  # wrap or try any method, and know no trainer
     {"report": "report"},  # reads the files of finished runs, so it stands below what writes them

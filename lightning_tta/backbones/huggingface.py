@@ -1,4 +1,4 @@
-"""Image classifiers of the library transformers: a folder of ``save_pretrained``, or a name on the Hugging Face hub."""
+"""Nets of the library transformers: a folder of ``save_pretrained``, or a name on the Hugging Face hub."""
 
 import importlib
 import json
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_tta.errors import ConfigError, WeightsError, did_you_mean
+from lightning_tta.errors import ConfigError, WeightsError, did_you_mean, in_one_line
 
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
@@ -74,6 +74,51 @@ def build_transformers(name: str, num_classes: int | None, load: bool, options: 
         "class_names": None if names == [f"LABEL_{i}" for i in range(len(names))] else names,
         "config": {"architecture": json.loads(config.to_json_string(use_diff=False))},
     }
+
+
+def load_causal_model(name: str, dtype: str = "auto", download: bool = False) -> Any:
+    """A causal language model with its weights, in safetensors. No code of a folder or the hub is run.
+
+    Args:
+        name: A folder that ``save_pretrained`` wrote; with ``download`` also a name on the hub.
+        dtype: ``auto``, as the weights are saved; or the name of one of torch, such as ``bfloat16``.
+        download: Whether files may be fetched.
+
+    Raises:
+        ConfigError: If transformers is not installed.
+        WeightsError: If there is none.
+    """
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError:
+        raise ConfigError(
+            f'net={name!r} needs the library transformers: pip install "lightning-tta[language]".'
+        ) from None
+    if not Path(name).is_dir() and not download:
+        raise WeightsError(
+            f"net={name!r} is no folder. Give one that save_pretrained wrote, with config.json and model.safetensors; "
+            "or allow the name to be fetched from the hub: --model.download true."
+        )
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="transformers")
+        try:
+            net, found = transformers.AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=dtype,
+                local_files_only=not download,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # damaged files provoke any
+            raise WeightsError(
+                f"net={name!r} has no causal language model of transformers with weights in safetensors: "
+                f"{in_one_line(error)[:300]}"
+            ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise WeightsError(f"net={name!r} has no weights for {', '.join(missing[:4])}. Give a causal language model.")
+    return net.eval()
 
 
 def _read_weights(auto: Any, name: str, config: Any) -> Any:

@@ -75,8 +75,9 @@ class Benchmark:
         only: Run only the methods with these labels, ``all`` for every one; by default those not marked ``default:
             false``.
         trainer: Trainer arguments of the predict runs, such as ``{accelerator: cpu}``.
-        model: Further arguments of :class:`~lightning_tta.TestTimeAdaptation`, such as ``{reset_every: 1000}``; those
-            of a single method, its ``model``, take precedence.
+        model: Further arguments of :class:`~lightning_tta.TestTimeAdaptation`, such as ``{reset_every: 1000}``, or of
+            :class:`~lightning_tta.LanguageAdaptation` where ``data`` is ``PromptData``; those of a single method, its
+            ``model``, take precedence.
         run: Options of the runs' callbacks, such as ``{report: {measure_forgetting: true}, board: {images: 0}}``; those
             of a single method, its ``run``, take precedence.
         jobs: Processes that train and run cells side by side, each with its share of the threads. Small nets gain
@@ -113,6 +114,8 @@ class Benchmark:
         self.output = Path(output)
         rest = {name: value for name, value in data.items() if name not in ("class_path", "init_args")}
         self.data, self.data_options = data.get("class_path"), {**data.get("init_args", {}), **rest}  # --data.root ROOT
+        prompts = str(self.data).rpartition(".")[2] == "PromptData"
+        self.module = "LanguageAdaptation" if prompts else "TestTimeAdaptation"
         self.nets, self.streams, self.seeds = nets, streams, list(seeds)
         self.methods = {label: MethodConfig.from_dict(label, entry) for label, entry in methods.items()}
         self.trainer, self.model, self.run_options = trainer or {}, model or {}, run or {}
@@ -355,7 +358,7 @@ class Benchmark:
             "predict": {
                 "seed_everything": cell.seed,
                 "trainer": {"devices": 1, "enable_progress_bar": False, **self.trainer},
-                "model": {"class_path": "lightning_tta.TestTimeAdaptation", "init_args": model},
+                "model": {"class_path": f"lightning_tta.{self.module}", "init_args": model},
                 "data": {"class_path": self.data, "init_args": data},
                 **{name: options for name, options in parts.items() if options},
             },

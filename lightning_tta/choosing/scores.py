@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tta.choosing.trial import Record, answered
 from lightning_tta.evidence.accuracy import aetta
-from lightning_tta.evidence.scores import agreement, infomax, negative_mean_entropy, snd
+from lightning_tta.evidence.scores import agreement, infomax, negative_mean_entropy, order, snd
 
 Scores = dict[str, float]
 
@@ -22,9 +22,9 @@ def score(record: Record, source: Record, labels: Mapping[int, int] | None = Non
       few classes for a collapse; ``aetta_end``: of the net at the end. Only where the net ends in a linear layer.
     - ``infomax``, ``snd``, ``entropy`` (minus the mean entropy over log K): of the net at the end.
     - ``agreement_view``: with its own predictions for shifted views; ``agreement_company``: of its answers with its
-      predictions for the same images in shuffled batches; ``agreement_source``: with the source.
+      predictions for the same images in other batches; ``agreement_source``: with the source.
     - ``steadiness``: as ``agreement_company``, of the images on which it differs from the source; 1 without any.
-    - ``evenness``: of the predicted classes, as in :func:`evenness`; ``order``: of their runs, as in :func:`order`.
+    - ``evenness``: of the predicted classes, as in :func:`evenness`; ``order``: of their runs, :func:`mean_order`.
     - ``labels``: accuracy on the images with labels, where there are some; ``labels_won``, ``labels_lost``: share of
       them on which it alone is right, or the source alone.
 
@@ -43,7 +43,7 @@ def score(record: Record, source: Record, labels: Mapping[int, int] | None = Non
         "agreement_company": agreement(answers, final),
         "agreement_source": agreement(answers, source.answers[known]),
         "evenness": evenness(answers),
-        "order": order(answers),
+        "order": mean_order(answers, [int(part.sum()) for part in torch.split(known, record.sizes or len(known))]),
     }
     steady, differs = (answers.argmax(-1) == final.argmax(-1)), answers.argmax(-1) != source.answers[known].argmax(-1)
     scores["steadiness"] = 1 - (differs & ~steady).sum() / differs.sum().clamp_min(1)
@@ -71,17 +71,16 @@ def evenness(logits: Tensor) -> Tensor:
     return entropy
 
 
-def order(logits: Tensor) -> Tensor:
-    """How much predicted classes come in runs, for logits (N, K) in the order of the stream; in [-1, 1].
+def mean_order(logits: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Mean :func:`~lightning_tta.evidence.scores.order` of batches, each by its pairs of neighbors; in [-1, 1].
 
-    The share of neighbours with the same class, less that of all pairs of images: 0 where classes come at random, or
-    where there is one class alone; near 1 where many classes come sorted.
+    Args:
+        logits: Of all images (N, K), in the order of the stream.
+        sizes: Images of each batch; their sum is N.
     """
-    classes, counts, number = logits.argmax(-1), _counts(logits), len(logits)
-    if number < 2:
-        return counts.new_zeros(())
-    by_chance = (counts * (counts - 1)).sum() / (number * (number - 1))
-    return (classes[1:] == classes[:-1]).double().mean() - by_chance
+    pairs = torch.tensor([max(0, size - 1) for size in sizes], dtype=torch.float64)
+    by_batch = torch.stack([order(part) for part in torch.split(logits, list(sizes))])
+    return (by_batch * pairs).sum() / pairs.sum().clamp_min(1)
 
 
 def _counts(logits: Tensor) -> Tensor:

@@ -31,11 +31,12 @@ class Record:
     Attributes:
         answers: Logits (n, K) that it gave along the stream.
         features: Inputs (n, D) of the last linear layer in the same passes; ``None`` where there is no such layer.
-        final: Logits (n, K) of the net at the end, for the same images in shuffled batches, without adapting.
+        final: Logits (n, K) of the net at the end, for the same images in other batches, without adapting.
         view: The same for a view of each image: shifted by up to 4 pixels.
         final_features: As ``features``, of the passes that gave ``final``.
         weight: Weight (K, D) of the last linear layer.
         bias: Its bias (K,), or ``None``.
+        sizes: Images of each batch; ``None``: one batch.
     """
 
     answers: Tensor
@@ -45,6 +46,7 @@ class Record:
     final_features: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    sizes: list[int] | None = None
 
 
 class Runner:
@@ -170,10 +172,11 @@ def answered(logits: Tensor) -> Tensor:
 
 
 def finish(runners: Sequence[Runner], batches: Sequence[Tensor], seed: int = 0) -> dict[str, Record]:
-    """What each that could run says of all images at the end, in shuffled batches; by the candidate's name.
+    """What each that could run says of all images at the end, in other company; by the candidate's name.
 
-    A batch sorted by class spoils its own statistics. In other company the same images get other predictions then, and
-    the difference shows it.
+    Two neighboring batches are shuffled and cut again. A batch sorted by class spoils its own statistics: with others
+    beside them the same images get other predictions then, and the difference shows it. No more than two, so that
+    what was seen one after the other, as a domain is, stays together.
 
     Args:
         runners: After the same batches, the source's among them.
@@ -181,16 +184,16 @@ def finish(runners: Sequence[Runner], batches: Sequence[Tensor], seed: int = 0) 
         seed: Of the order and the views.
     """
     images = torch.cat(list(batches))
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.device)
-    back, size = order.argsort().cpu(), max(len(batch) for batch in batches)
+    chunks = list(_company([len(batch) for batch in batches], seed))
+    back = torch.cat(chunks).argsort()
     records = {}
     for runner in runners:
         if runner.problem:
             continue
         passes: list[list[tuple[Tensor, Tensor | None]]] = [[], []]
-        for number, chosen in enumerate(torch.split(order, size)):
+        for number, chosen in enumerate(chunks):
             key = torch.tensor([seed, number], device=images.device)
-            batch = images[chosen]
+            batch = images[chosen.to(images.device)]
             for place, shown in enumerate((batch, crop_images(batch, "crop", key))):
                 if not place and runner.candidate.method == SOURCE:
                     continue  # each image by itself: its answers
@@ -214,8 +217,20 @@ def finish(runners: Sequence[Runner], batches: Sequence[Tensor], seed: int = 0) 
             final_features,
             weight,
             bias,
+            [len(batch) for batch in batches],
         )
     return records
+
+
+def _company(sizes: Sequence[int], seed: int) -> Iterator[Tensor]:
+    """Positions of images, batch by batch: those of two neighboring batches shuffled; of the last three, if odd."""
+    generator = torch.Generator().manual_seed(seed)
+    last, start = max(2, len(sizes) // 2 * 2) - 2, 0
+    for first in range(0, last + 1, 2):
+        group = sizes[first:] if first == last else sizes[first : first + 2]
+        shuffled = start + torch.randperm(sum(group), generator=generator)
+        start += sum(group)
+        yield from torch.split(shuffled, max(group))
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

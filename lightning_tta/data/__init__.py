@@ -11,6 +11,7 @@ from lightning_tta.data.sets.folder import FolderData
 from lightning_tta.data.sets.imagenet import ImageNetData
 from lightning_tta.data.sets.unlabelled import ImageFolderData
 from lightning_tta.data.streams import STREAM_KINDS, Stream, StreamKind, build_stream, default_reset
+from lightning_tta.data.text.prompt_data import PromptData
 
 __all__ = [
     "STREAM_KINDS",
@@ -21,6 +22,7 @@ __all__ = [
     "FolderData",
     "ImageFolderData",
     "ImageNetData",
+    "PromptData",
     "Protocol",
     "ShiftedDataModule",
     "Stream",

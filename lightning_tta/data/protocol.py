@@ -43,7 +43,7 @@ class Protocol:
         stream: Kind of the stream.
         order_seed: Seed of its order.
         batch_size: Samples in a batch.
-        reset: When the method starts anew: ``never``, ``domain`` or ``batch``.
+        reset: When the method starts anew: ``never``, ``domain``, ``batch`` or, with a language model, ``prompt``.
         predict: Which logits count: ``method`` (those the method returns) or ``after`` (a second pass after the step).
         weights: Name of the source weights.
         weights_digest: Hash of the source weights, if known.
@@ -95,7 +95,7 @@ class Protocol:
     pollution_first: bool | None = None
 
     def __post_init__(self) -> None:
-        check_choice("reset", self.reset, ("never", "domain", "batch"))
+        check_choice("reset", self.reset, ("never", "domain", "batch", "prompt"))
         check_choice("predict", self.predict, ("method", "after"))
         check_choice("mode", self.mode, ("single", "replicas", "synchronised"))
         check_range("world_size", self.world_size, 1, integer=True)

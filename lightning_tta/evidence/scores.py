@@ -67,6 +67,21 @@ def snd(features_or_probabilities: Tensor, temperature: float = 0.05) -> Tensor:
     return total / len(rows)
 
 
+def order(logits: Tensor) -> Tensor:
+    """How much the predicted classes of a batch come in runs; (...), float64, in [-1, 1], for logits (..., B, K).
+
+    The share of neighbors with the same class, less that of all pairs of images: 0 where classes come at random, where
+    there is one class alone, or one image; near 1 where many classes come sorted. Of a stream with runs, larger is
+    better: errors break runs. Two batches are not to be joined: where the domain changes, predictions change with it.
+    """
+    classes, number = logits.argmax(-1), logits.shape[-2]
+    if number < 2:
+        return logits.new_zeros(logits.shape[:-2], dtype=torch.float64)
+    counts = torch.nn.functional.one_hot(classes, logits.shape[-1]).sum(-2).double()
+    by_chance = (counts * (counts - 1)).sum(-1) / (number * (number - 1))
+    return (classes[..., 1:] == classes[..., :-1]).double().mean(-1) - by_chance
+
+
 def agreement(logits: Tensor, other_logits: Tensor) -> Tensor:
     """Share of samples to which both give the same class, in [0, 1]. Larger is better: less was unlearned.
 

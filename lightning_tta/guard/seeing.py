@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -98,6 +98,9 @@ class Sight:
         calls: Sequence[HeadCall] = (),
         index: Sequence[int | str] | None = None,
         same_source: Tensor | None = None,
+        *,
+        source: Tensor | None = None,
+        wants: frozenset[Want] | None = None,
     ) -> Seen:
         """What there is to see of a batch.
 
@@ -107,21 +110,23 @@ class Sight:
             calls: As :meth:`answer` lists them.
             index: What the stream calls each image.
             same_source: As of :class:`~lightning_tta.guard.monitors.base.Seen`, if it is known; made if wanted.
+            source: The same.
+            wants: What is wanted of it; ``None``: what the monitors want.
 
         Raises:
             UnsupportedModelError: If features are wanted, and the net's output is not that of its last linear layer.
         """
-        source = None
-        if "source" in self.wants:
+        wants = self.wants if wants is None else wants
+        if source is None and "source" in wants:
             source = same_source if same_source is not None and self.is_alike else self.source(images)
-        if same_source is None and "same_source" in self.wants:
+        if same_source is None and "same_source" in wants:
             if source is not None and self.is_alike:
                 same_source = source
             else:
                 same_source = self.same_source(images)
                 self.forwards += 1
-        features, head = self._features(images, logits, calls) if "features" in self.wants else (None, None)
-        shows = "predict" in self.wants
+        features, head = self._features(images, logits, calls) if "features" in wants else (None, None)
+        shows = "predict" in wants
         return Seen(
             logits,
             source=source,
@@ -172,6 +177,12 @@ class Sight:
             )
         usable: Tensor = labels.cpu()[self.method.task.usable(images).cpu()].long()
         return usable
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the method predicts images that came in several batches alike in one pass over all of them."""
+        method = self.method
+        return method.has_window or not (method.replaces_statistics or method.joins_images)
 
     @property
     def is_alike(self) -> bool:
@@ -252,7 +263,11 @@ class Sight:
 
     @staticmethod
     def _chosen(calls: Sequence[HeadCall], logits: Tensor) -> tuple[Tensor, nn.Linear] | None:
-        """Of the calls, those whose outputs are the answer; else the one over the images that is nearest to it."""
+        """Of the calls, those whose outputs are the answer; else the one over the images that is nearest to it.
+
+        A call over more images, those of a window, counts with the rows that are the answer.
+        """
+        calls = [_rows_of(call, logits) for call in calls]
         parts: list[HeadCall] = []
         done = 0
         for call in calls:
@@ -282,6 +297,19 @@ class Sight:
 def _equal(first: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same values, in whatever precision."""
     return first is other or (first.shape == other.shape and bool((first == other).all()))
+
+
+def _rows_of(call: HeadCall, logits: Tensor) -> HeadCall:
+    """Of a call over more images than were answered, the rows that are the answer, if all of it is there."""
+    if call.output.ndim != 2 or call.features.ndim != 2 or len(call.output) <= len(logits):
+        return call
+    if call.output.shape[1:] != logits.shape[1:]:
+        return call
+    alike = (call.output[:, None] == logits[None]).all(2)  # (rows of the call, rows of the answer)
+    if not bool(alike.any(0).all()):
+        return call
+    rows = alike.int().argmax(0)
+    return replace(call, features=call.features[rows], output=call.output[rows])
 
 
 def _same_weights(first: nn.Linear, other: nn.Linear) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_tta.errors import ConfigError, DataError, InputError, NotPreparedError, check_choice, check_range
+from lightning_tta.guard.gathering import GATHER, Gathering
 from lightning_tta.guard.monitors.base import Monitor
 from lightning_tta.guard.monitors.collapse import Compare
 from lightning_tta.guard.monitors.kinds import make_monitors
@@ -50,7 +51,8 @@ _STATE = (
     "_candidate",
     "_since",
 )
-_LATER = {"next_image": 0, "_monitors_prepared": True}  # what states of earlier versions lack
+_LATER: dict[str, Any] = {"next_image": 0, "_monitors_prepared": True}  # what states of earlier versions lack
+_GATHERED: dict[str, Any] = {"gathered": {"batches": 1, "parts": []}}  # the same
 _OF_COLLAPSE = ("compare", "window", "history", "share_excess", "entropy_floor", "norm_ratio")
 _WATCHES: weakref.WeakKeyDictionary[TTAMethod, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
 
@@ -89,6 +91,9 @@ class WatchSettings:
         act_on: Names of the monitors whose alarms act, or one name; those of the others are noted. ``None``: all but
             ``poem`` and ``drift``, whose alarms say that the stream has changed, not that the method is worse, and
             ``aetta``, whose estimate falls with the stream, too.
+        gather: Images, at least 1, that monitors which need several look at together
+            (:class:`~lightning_tta.guard.gathering.Gathering`). Where batches have fewer, all numbers of batches above
+            are of so many images together.
 
     Raises:
         ConfigError: If one is out of range, or there is no such monitor.
@@ -106,10 +111,11 @@ class WatchSettings:
     probation: int | None = None
     monitors: MonitorsWanted = field(default_factory=_collapse_alone)
     act_on: str | list[str] | None = None
+    gather: int = GATHER
 
     def __post_init__(self) -> None:
         check_choice("action", self.action, get_args(Action))
-        lowest = {"window": 2, "history": 1, "snapshot_every": 1, "retries": 1, "probation": 0}
+        lowest = {"window": 2, "history": 1, "snapshot_every": 1, "retries": 1, "probation": 0, "gather": 1}
         for name, low in lowest.items():
             if getattr(self, name) is not None or name not in ("retries", "probation"):
                 check_range(name, getattr(self, name), low, integer=True)
@@ -176,6 +182,10 @@ class Watch:
     and after each alarm that acts, for ``probation`` batches, twice as many for each such alarm within the last
     ``history`` batches. Monitors see what the method would have answered.
 
+    **Batches of a few images.** Monitors that need several images to say something get them gathered, ``gather`` at a
+    time; until they have looked at them, no batch counts as healthy. So windows, probation and snapshots are then of as
+    many times ``gather`` images, and what an alarm undoes goes back to before the first of the gathered ones.
+
     **Actions.** ``warn`` only notes. ``reset``: back to the source. ``rollback``: back to the last healthy snapshot
     (declared tensors, optimizers, memory, counters). ``stop``: the same, and from then on only predict. The batch that
     raised the alarm is predicted again after the action. A snapshot is taken every ``snapshot_every`` batches and is
@@ -230,6 +240,7 @@ class Watch:
         self.settings = WatchSettings(action, **settings)
         self.monitors = self.settings.make_monitors()
         self._sight = Sight(method, self.monitors.values())
+        self._gathering = Gathering(self._sight, self.settings.gather)
         self.events: list[dict[str, Any]] = []
         self.dropped_events = 0
         self.on_event: Callable[[dict[str, Any]], None] | None = None
@@ -447,6 +458,7 @@ class Watch:
         with self.method.hold():
             seen: dict[str, Any] = {name: getattr(self, name) for name in (*_STATE, *_LATER)}
             seen |= {"events": list(self.events), "settings": asdict(self.settings)}
+            seen["gathered"] = self._gathering.state_dict()
             seen["monitors"] = {name: monitor.state_dict() for name, monitor in self.monitors.items()}
             return {**self.method.state_dict(), STATE_KEY: seen}
 
@@ -486,6 +498,7 @@ class Watch:
                 setattr(self._sight if name == "forwards" else self, name, seen[name])
             for name, monitor in self.monitors.items():
                 monitor.load_state_dict(seen["monitors"][name])
+            self._gathering.load_state_dict(seen["gathered"])
             self.numbers = {}
             self._revision = self.method.revision
 
@@ -496,7 +509,12 @@ class Watch:
         names = ("events", "dropped_events", "stopped", "on_probation", "forwards")
         seen = {name: copy.deepcopy(getattr(self, name)) for name in names}
         monitors = {
-            name: {"acts": self.settings.acts(name), "values": monitor.values(), "estimate": monitor.estimate()}
+            name: {
+                "acts": self.settings.acts(name),
+                "values": monitor.values(),
+                "estimates": monitor.is_estimator,
+                "estimate": monitor.estimate(),
+            }
             for name, monitor in self.monitors.items()
         }
         return {"settings": asdict(self.settings), **seen, "monitors": monitors}
@@ -539,16 +557,15 @@ class Watch:
         if not mask.any():
             return logits
         source, length = None, self._probation()
-        if self._proven < length or "same_source" in self._sight.wants:
+        if self._proven < length:
             source = self._sight.same_source(images)
             self._sight.forwards += 1
         rows: Callable[[Tensor], Tensor] = (lambda tensor: tensor) if mask.all() else (lambda tensor: tensor[mask])
         names = [name for name, usable in zip(index, mask.tolist(), strict=True) if usable]
         same = None if source is None else rows(source)
-        seen = self._sight.seen(rows(images), rows(logits).detach(), calls, names, same)
+        shown = self._gathering.show(rows(images), rows(logits).detach(), calls, names, same_source=same)
         alarms: list[Alarm] = []
-        for monitor in self._sight.monitors:
-            monitor.see(seen)
+        for monitor in shown:
             self.numbers |= monitor.values()
             if reason := monitor.alarm():
                 alarms.append((monitor.name, reason, monitor.evidence()))
@@ -561,7 +578,8 @@ class Watch:
         self.numbers |= {f"{name}_accuracy": value for name, value in self._estimates().items()}
         if self.stopped:
             return logits
-        self._accept()
+        if not self._gathering.waiting:
+            self._accept()
         if source is None or self._proven > length:
             return logits
         self.on_probation += 1
@@ -576,10 +594,10 @@ class Watch:
         return 0 < self._probation() >= self._proven
 
     def _recent_alarms(self) -> int:
-        """Of the last batches before this one, those with an alarm that acted."""
-        last = self.next_batch - 1
+        """Of the last batches before this one, or as many times those that were gathered, those with an alarm."""
+        last, history = self.next_batch - 1, self.settings.history * self._gathering.batches
         acted = {event["batch"] for event in self.events if event["action"] != "inform"}
-        return sum(last - batch < self.settings.history for batch in acted)
+        return sum(last - batch < history for batch in acted)
 
     def _accept(self) -> None:
         """A healthy batch: perhaps a snapshot."""
@@ -626,6 +644,7 @@ class Watch:
         return self.method.predict(images, statistics="batch")
 
     def _forget(self) -> None:
+        self._gathering.forget()
         for monitor in self.monitors.values():
             monitor.forget()
 
@@ -652,7 +671,7 @@ class Watch:
 
 def _renewed(seen: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, Any]:
     """What was saved, with what earlier versions lacked; they had one monitor, whose state lay beside the others."""
-    seen = {"dropped_events": 0, "settings": mine, **_LATER, **seen}
+    seen = {"dropped_events": 0, "settings": mine, **_LATER, **_GATHERED, **seen}
     seen["settings"] = asdict(WatchSettings()) | seen["settings"]
     of_collapse = {name: seen.pop(name) for name in ("_recent", "_source", "_past", "_pending") if name in seen}
     return {"monitors": {"collapse": of_collapse}, **seen} if len(of_collapse) == 4 else seen

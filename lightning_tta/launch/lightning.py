@@ -168,7 +168,9 @@ class TTACLI(LightningCLI):
         ours = saved.get("lightning_tta", {}) if isinstance(saved, dict) else {}
         written_by = ours.get("class", "a class of another package")
         if written_by != wanted:
-            weights = "--model.weights" if wanted == "SourceClassifier" else "--model.source_ckpt"
+            weights = (
+                "--model.weights" if wanted in ("SourceClassifier", "SourceLanguageModel") else "--model.source_ckpt"
+            )
             remedy = f"Weights to begin with go to {weights}."
             raise ConfigError(
                 f"--ckpt_path {path} was written by {written_by}, but the model is {wanted}. --ckpt_path resumes a run "

@@ -1,7 +1,9 @@
 """The LightningModules: source training, meta-training, and adaptation at test time."""
 
 from lightning_tta.modules.adaptation import TestTimeAdaptation
+from lightning_tta.modules.language import LanguageAdaptation
+from lightning_tta.modules.language_source import SourceLanguageModel
 from lightning_tta.modules.meta_ttt import MetaTTT
 from lightning_tta.modules.source import SourceClassifier
 
-__all__ = ["MetaTTT", "SourceClassifier", "TestTimeAdaptation"]
+__all__ = ["LanguageAdaptation", "MetaTTT", "SourceClassifier", "SourceLanguageModel", "TestTimeAdaptation"]

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -49,7 +49,103 @@ CALLBACKS: tuple[type[Callback], ...] = (
 )
 
 
-class TestTimeAdaptation(LightningModule):
+class AdaptationModule(LightningModule):
+    """A method on a stream in ``predict``: callbacks, directory and account of the run, whatever the batches hold.
+
+    Attributes:
+        method: The method around its net.
+        reset: As of :class:`TestTimeAdaptation`.
+        execution: How the method computes.
+        run: What the current or last predict run knows.
+    """
+
+    kinds: ClassVar[tuple[type[Callback], ...]] = CALLBACKS
+    method: TTAMethod
+    reset: str
+    execution: Execution
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run: StreamRun | None = None
+        self._loggers: list[Logger] = []
+        self._input, self._keeper = StreamInput(), StateKeeper()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Files, curves, report and progress of every predict run, whichever Trainer runs it."""
+        self.run = None
+        self._loggers = withhold_loggers(self.trainer)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        chosen = [next((c for c in callbacks if isinstance(c, kind)), None) or kind() for kind in self.kinds]
+        self.trainer.callbacks = [c for c in callbacks if c not in chosen]  # type: ignore[attr-defined]
+        self._input, self._keeper = cast(StreamInput, chosen[0]), cast(StateKeeper, chosen[-1])
+        return chosen
+
+    def setup(self, stage: str) -> None:
+        """Find out what the run measures, and take its directory."""
+        self.trainer.loggers = self._loggers  # nothing asks them to write before the run has its directory
+        if stage != "predict":
+            name, trains = type(self).__name__, "SourceClassifier or SourceLanguageModel"
+            raise ConfigError(f"{name} runs in predict, not in {stage}. Use {trains} to {stage}.")
+        check_precisions(self.execution.precision, self.trainer.precision)
+        exact = torch.are_deterministic_algorithms_enabled()  # Lightning's --trainer.deterministic true
+        exact &= not torch.is_deterministic_algorithms_warn_only_enabled()
+        self.method.execution = replace(self.execution, deterministic=exact or self.execution.deterministic)
+        self.method.check_capture(self.trainer.strategy.root_device)
+        run = self._make_run()
+        run.begin(self._keeper.resume)
+        self.run = run
+
+    def _make_run(self) -> StreamRun:
+        """What this module's run measures."""
+        raise NotImplementedError
+
+    def _policy(self, kind: str, spans_domains: bool) -> str:
+        """When the method returns to the source, on a stream of this kind.
+
+        Raises:
+            ConfigError: If it is to do so at domains that the batches span.
+        """
+        policy = self.reset
+        if policy == "auto":
+            policy = default_reset(kind) if kind in STREAM_KINDS else "never"
+        if policy == "domain" and spans_domains:
+            raise ConfigError(
+                f"reset='domain' has no meaning on a {kind} stream: its batches span domains. Use 'never'."
+            )
+        return policy
+
+    def _described_loaders(self) -> dict[str, Any]:
+        """What the protocol says of a loader that is from no data module of this package."""
+        return {**CUSTOM_DATA, "data_digest": describe_loaders(self.trainer.predict_loop._data_source.instance)}
+
+    def on_predict_start(self) -> None:
+        """Take up what was saved, or show the source to a method, or monitors, that must see it."""
+        run = run_of(self)
+        run.restore()
+        run.defers = run.may_defer(self)
+        if not run.method.prepared:
+            batches.show_source(run.method, run.data, self._input.source_images, self.device)
+
+    def _warn_of_skip(self, what: str, error: Exception | str) -> None:
+        summary = run_of(self).summary
+        if not (summary.skipped_batches or summary.skipped_images):
+            warnings.warn(
+                f"{what} is skipped, and so will be others like it (on_bad_batch='skip'): {error}", stacklevel=3
+            )
+
+    def _begins(self, run: StreamRun, domain: Tensor) -> None:
+        """A batch of these domains comes: the method returns to the source where its policy says so."""
+        if run.last_domain is None:
+            run.summary.started = True
+        if run.needs_reset(int(domain[0])):
+            run.method.reset()
+            run.summary.resets += 1
+            run.since_reset = 0
+        run.last_domain = int(domain[-1])
+        run.since_reset += 1
+
+
+class TestTimeAdaptation(AdaptationModule):
     """Applies a method to a stream in ``predict``.
 
     Batches are dicts with ``image`` (B, C, H, W) in [0, 1] and optionally ``index``, ``domain``, ``label`` (B,): whole
@@ -181,37 +277,10 @@ class TestTimeAdaptation(LightningModule):
             add(self.method, **wanted, reservoir=reservoir, gate=gate)
         chosen = Execution(capture=capture, compile=compile, precision=precision, lean=lean)
         self.execution = self.method.execution = self.method.execution.changed_by(chosen)
-        self.run: StreamRun | None = None
-        self._loggers: list[Logger] = []
-        self._input, self._keeper = StreamInput(), StateKeeper()
         self._transfer = Transfer()
         self._shares: list[list[int]] | None = None
 
     # Before the stream
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Files, curves, report and progress of every predict run, whichever Trainer runs it."""
-        self.run = None
-        self._loggers = withhold_loggers(self.trainer)
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        chosen = [next((c for c in callbacks if isinstance(c, kind)), None) or kind() for kind in CALLBACKS]
-        self.trainer.callbacks = [c for c in callbacks if c not in chosen]  # type: ignore[attr-defined]
-        self._input, self._keeper = cast(StreamInput, chosen[0]), cast(StateKeeper, chosen[-1])
-        return chosen
-
-    def setup(self, stage: str) -> None:
-        """Find out what the run measures, and take its directory."""
-        self.trainer.loggers = self._loggers  # nothing asks them to write before the run has its directory
-        if stage != "predict":
-            raise ConfigError(f"TestTimeAdaptation runs in predict, not in {stage}. Use SourceClassifier to {stage}.")
-        check_precisions(self.execution.precision, self.trainer.precision)
-        exact = torch.are_deterministic_algorithms_enabled()  # Lightning's --trainer.deterministic true
-        exact &= not torch.is_deterministic_algorithms_warn_only_enabled()
-        self.method.execution = replace(self.execution, deterministic=exact or self.execution.deterministic)
-        self.method.check_capture(self.trainer.strategy.root_device)
-        run = self._make_run()
-        run.begin(self._keeper.resume)
-        self.run = run
 
     def _make_run(self) -> StreamRun:
         trainer = self.trainer
@@ -225,13 +294,7 @@ class TestTimeAdaptation(LightningModule):
             check_class_counts(class_names_of(trainer), self._logits, self.class_names)
             if data is not None and self._logits:
                 check_labels(torch.cat([images.labels for _, images in data.stream_images]), self._logits)
-        policy = self.reset
-        if policy == "auto":
-            policy = cast(ResetPolicy, default_reset(kind)) if kind in STREAM_KINDS else "never"
-        if policy == "domain" and data is not None and data.spans_domains:
-            raise ConfigError(
-                f"reset='domain' has no meaning on a {kind} stream: its batches span domains. Use 'never'."
-            )
+        policy = self._policy(kind, data is not None and data.spans_domains)
         incompatible = ["save_every"] if self._keeper.save_every else []
         incompatible += ["on_bad_batch='skip'"] if self._input.skips else []
         sharing = share_stream(trainer, data, self.method, self.processes, policy, incompatible)
@@ -245,9 +308,8 @@ class TestTimeAdaptation(LightningModule):
             if small:  # before the stream, and not at its first batch
                 warnings.warn(small, stacklevel=2)
                 self.method.told_of_batches = True
-        source = trainer.predict_loop._data_source.instance
         protocol = Protocol.from_parts(
-            {**CUSTOM_DATA, "data_digest": describe_loaders(source)} if data is None else data.describe(),
+            self._described_loaders() if data is None else data.describe(),
             reset=policy,
             predict=self.predict,
             weights=f"{self.net_info['name']}: {self.net_info['weights']}",
@@ -259,14 +321,6 @@ class TestTimeAdaptation(LightningModule):
         return StreamRun(
             trainer, self.method, self.net_info, protocol, data, self.reset_every, self.classes, sharing, self.recipe
         )
-
-    def on_predict_start(self) -> None:
-        """Take up what was saved, or show the source to a method, or monitors, that must see it."""
-        run = run_of(self)
-        run.restore()
-        run.defers = run.may_defer(self)
-        if not run.method.prepared:
-            batches.show_source(run.method, run.data, self._input.source_images, self.device)
 
     # Along the stream
 
@@ -317,13 +371,6 @@ class TestTimeAdaptation(LightningModule):
             return {}
         return run.account(record.record())
 
-    def _warn_of_skip(self, what: str, error: Exception | str) -> None:
-        summary = run_of(self).summary
-        if not (summary.skipped_batches or summary.skipped_images):
-            warnings.warn(
-                f"{what} is skipped, and so will be others like it (on_bad_batch='skip'): {error}", stacklevel=3
-            )
-
     def _step(self, run: StreamRun, batch: dict[str, Any], number: int, loader: int | None) -> UnreadBatch:
         images = batches.images_of(batch).contiguous(memory_format=self._input.memory_format)
         labels = batches.labels_of(batch, len(images), run, loader)
@@ -339,13 +386,7 @@ class TestTimeAdaptation(LightningModule):
             batches.warn_of_size(images, self.preprocessing, self.net_info, resized, run.method.crop)
             if self.classes is None and self._logits:
                 check_labels(labels.label, self._logits)
-            run.summary.started = True
-        if run.needs_reset(first):
-            run.method.reset()
-            run.summary.resets += 1
-            run.since_reset = 0
-        run.last_domain = int(domain[-1])
-        run.since_reset += 1
+        self._begins(run, domain)
         adapts = first not in run.frozen and (run.pace is None or run.pace.take())
         present = self._shares is None or bool(self._shares[number])
         start = Moment(run.device)

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_tta.auxiliary.base import Trained, note_trained
 from lightning_tta.backbones import Backbone, create_backbone, load_weights, state_digest
 from lightning_tta.backbones.families import TRANSFORMERS, resolve
+from lightning_tta.backbones.gpt import create_gpt
 from lightning_tta.backbones.own import check_not_beside, find_net, is_import_path
 from lightning_tta.backbones.split import find_head
 from lightning_tta.backbones.weights import digest_of, read_checkpoint
@@ -56,6 +57,7 @@ def load_source(
 ) -> nn.Module:
     """The source model that a method wraps; arguments as in :class:`~lightning_tta.TestTimeAdaptation`.
 
+    A language model of :class:`~lightning_tta.SourceLanguageModel` comes with its tokenizer, as ``net.tokenizer``.
     A net that was meta-trained comes with its mixed batch norm, and with the settings of its inner loop (see
     :func:`~lightning_tta.meta.inner_loop.inner_loop_of`); one that was trained with auxiliary losses comes with their
     heads (see :func:`~lightning_tta.auxiliary.base.find_trained`).
@@ -135,6 +137,9 @@ def _build(
             )
     elif path is None:
         raise ConfigError("Which net? Pass backbone=NAME, such as 'timm/test_resnet' or 'cifar/resnet20'.")
+    elif saved.get("language"):
+        net = create_gpt(**{name: value for name, value in saved["language"].items() if name != "name"})
+        load_weights(net, path)
     elif saved.get("backbone"):
         if resolve(saved["backbone"]["name"])[0] == "own":
             check_not_beside(saved["backbone"]["name"], path)
@@ -166,6 +171,7 @@ def _entry(content: Any, path: Any) -> dict[str, Any]:
     saved = content.get("lightning_tta", {}) if isinstance(content, dict) else {}
     kinds = {
         "backbone": dict,
+        "language": dict,
         "class_names": list,
         "adapters": list,
         "mixed_bn": dict,
@@ -177,7 +183,8 @@ def _entry(content: Any, path: Any) -> dict[str, Any]:
     backbone = (saved.get("backbone") if fits else None) or {"name": ""}
     if not fits or not isinstance(backbone.get("name"), str) or {"weights", "pretrained"} & {*backbone}:
         raise WeightsError(
-            f"{path}: its entry 'lightning_tta' is not as SourceClassifier writes it. Train or copy again."
+            f"{path}: its entry 'lightning_tta' is not as SourceClassifier writes it, nor as "
+            "SourceLanguageModel does. Train or copy again."
         )
     entry: dict[str, Any] = saved
     return entry

@@ -231,7 +231,7 @@ class SourceClassifier(LightningModule):
             checkpoint["lightning_tta"]["auxiliary"] = self._auxiliary_options
 
 
-def log_mean(module: LightningModule, name: str, value: Tensor, count: int, *, prog_bar: bool = False) -> None:
+def log_mean(module: LightningModule, name: str, value: Tensor, count: float, *, prog_bar: bool = False) -> None:
     """Log the mean of ``value`` over an epoch, weighted by ``count``, the number of samples it is the mean of.
 
     Processes may have different numbers of samples. Lightning (2.6, issue 21838) averages whole-number counts over

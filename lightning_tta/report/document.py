@@ -81,8 +81,8 @@ def _all_verdicts(results: Results) -> list[str]:
 
 def _group_sections(group: Group, looks: Looks) -> list[Section]:
     ruling = verdict(group)
-    overview = tables.overview(group, ruling.best)
-    head = Section(group.title, [overview], [ruling.text], group.warnings, level=2)
+    shown = [tables.overview(group, ruling.best), tables.language(group)]
+    head = Section(group.title, shown, [ruling.text], group.warnings, level=2)
     stream = Section("Along the stream")
     calibration = Section("Calibration", [tables.calibration(group)])
     cost = Section("Cost", [tables.cost(group)])

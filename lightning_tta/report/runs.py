@@ -75,6 +75,11 @@ class Run:
         return _digest(self.compared) if self.as_one else self.hash
 
     @property
+    def of_prompts(self) -> bool:
+        """Whether it answered prompts of a language model."""
+        return "prompts" in self.report
+
+    @property
     def is_source(self) -> bool:
         """Whether the run adapted nothing."""
         return "source" in (self.method, self.base)
@@ -137,6 +142,26 @@ class Run:
         estimates = self.guard.get("estimates") or {}
         return {name: each for name, each in estimates.items() if isinstance(each, dict)}
 
+    @property
+    def unestimated(self) -> list[str]:
+        """Sentences: of monitors that estimate accuracy, which have no estimate here, and why."""
+        monitors = {name: each for name, each in (self.guard.get("monitors") or {}).items() if each.get("estimates")}
+        batches = self.report.get("batches", 0)
+        on_probation = self.guard.get("on_probation") or 0
+        sentences = []
+        for name in monitors.keys() - self.estimates.keys():
+            if on_probation and on_probation >= batches:
+                why = (
+                    f"the source predicted all {batches} batches, on probation, and estimates are of the method's "
+                    "answers; a longer stream has some, or a shorter probation"
+                )
+            elif monitors[name].get("values", {}).get("labels_told") == 0:
+                why = "no label became known"
+            else:
+                why = "since the method began to answer, or the last reset, it has seen too few images"
+            sentences.append(f"No estimate of '{name}': {why}.")
+        return sorted(sentences)
+
     @cached_property
     def _predictions(self) -> tuple[Predictions, str]:
         return read_predictions(self.directory, self.report)
@@ -196,6 +221,11 @@ class Group:
     def source(self) -> str | None:
         """The label of the source's runs, the first of several."""
         return next((label for label, runs in self.methods.items() if runs[0].is_source), None)
+
+    @property
+    def of_prompts(self) -> bool:
+        """Whether these are answers of a language model."""
+        return all(run.of_prompts for run in self.runs)
 
     @property
     def labelled(self) -> bool:

@@ -172,6 +172,52 @@ SHARE_NOTE = (
 )
 
 
+def largest(of_prompts: bool) -> str:
+    """The header of the share by which a collapse shows."""
+    return "most frequent answer %" if of_prompts else "largest class %"
+
+
+def share_note(group: Group) -> str:
+    """What that share is."""
+    if not group.of_prompts:
+        return SHARE_NOTE
+    return (
+        "Most frequent answer: its share of the answers in the worst domain, mean over seeds; near 100 where the "
+        "outputs have become one string."
+    )
+
+
+def language(group: Group) -> Table | None:
+    """Of answers of a language model: interval, entropy of tokens, norm of logits, length, cost of a token."""
+    if not group.of_prompts:
+        return None
+    cells = {}
+    for method, runs in group.methods.items():
+        get = [run.report.get for run in runs]
+        values = [
+            interval(known(one(name) for one in get))
+            for name in ("entropy", "largest_class_share", "logit_norm", "seconds_per_token")
+        ]
+        lengths = interval(known(_ratio(one("generated_tokens"), one("prompts")) for one in get))
+        ends = [one("accuracy_interval") for one in get]
+        low_high = " ".join("-" if end is None else f"[{100 * end[0]:.1f}, {100 * end[1]:.1f}]" for end in ends[:3])
+        cells[method] = [
+            low_high + " ..." * (len(ends) > 3),
+            cell(values[0], 1, 3),
+            cell(values[1]),
+            cell(values[2], 1, 2),
+            cell(lengths, 1, 1),
+            cell(values[3], 1000, 1),
+        ]
+    note = (
+        "Accuracy: interval of Clopper and Pearson, 95 %, of each seed; prompts of an adapted stream are not "
+        "independent, which it takes them for. Entropy: of the tokens, mean over answers, in nats. Most frequent "
+        "answer: share in the whole stream. Tokens of an answer; ms of a token with its share of the adaptation."
+    )
+    header = ["accuracy % between", "entropy", largest(True), "logit norm", "tokens", "ms / token"]
+    return _by_method("Answers", header, cells, note)
+
+
 def overview(group: Group, best: str | None = None) -> Table:
     """Accuracy, difference to the source with its p-value, collapse; the best first.
 
@@ -187,9 +233,9 @@ def overview(group: Group, best: str | None = None) -> Table:
         p_values = [p_cell(gain.p if gain else None), p_cell(corrected.get(method))]
         shown = number(None if share is None else 100 * share)
         cells[method] = [str(len(runs)), cell(accuracy_of(runs)), cell(gain, sign="+"), *p_values, shown]
-    note = f"{spread_note(group)} {pairing_note(gains.values())} {SHARE_NOTE}"
+    note = f"{spread_note(group)} {pairing_note(gains.values())} {share_note(group)}"
     return _by_method(
-        group.title, ["n", "accuracy %", "vs source", "p", "p (Holm)", "largest class %"], cells, note, best
+        group.title, ["n", "accuracy %", "vs source", "p", "p (Holm)", largest(group.of_prompts)], cells, note, best
     )
 
 
@@ -201,9 +247,9 @@ def _unlabelled(group: Group) -> Table:
         cells[method] = [str(len(runs)), cell(entropy, 1, 3), alike, number(None if share is None else 100 * share)]
     note = (
         f"{spread_note(group)} Entropy of the predictions in nats; it falls with adaptation, for right and wrong "
-        f"predictions alike. Like source: share of images that get the source's prediction. {SHARE_NOTE}"
+        f"predictions alike. Like source: share of images that get the source's prediction. {share_note(group)}"
     )
-    return _by_method(group.title, ["n", "entropy", "like source %", "largest class %"], cells, note)
+    return _by_method(group.title, ["n", "entropy", "like source %", largest(group.of_prompts)], cells, note)
 
 
 def all_groups(results: Results) -> Table | None:
@@ -259,7 +305,8 @@ def one_run(report: Report) -> Table:
         rows.append([name or "all", images, measure, number(None if share is None else 100 * share)])
     stream, reset = run.protocol.get("stream"), run.protocol.get("reset")
     title = f"{run.method}, {stream} stream, reset {reset}, protocol {run.hash}"
-    return Table(title, ["domain", "images", "accuracy %" if labelled else "entropy", "largest class %"], rows)
+    what, share_of = "prompts" if run.of_prompts else "images", largest(run.of_prompts)
+    return Table(title, ["domain", what, "accuracy %" if labelled else "entropy", share_of], rows)
 
 
 def calibration(group: Group) -> Table | None:
@@ -374,6 +421,7 @@ def guard(group: Group) -> Table | None:
             note += f" {run.method}, seed {run.seed}: the source predicted {count} batches on probation."
         if count := run.guard.get("forwards"):
             note += f" {count} forward passes more, for the monitors."
+        note += "".join(f" {run.method}, seed {run.seed}: {sentence}" for sentence in run.unestimated)
     note = (f"{len(rows)} events of the guard." if rows else "The guard watched and had nothing to do.") + note
     header = ["method", "seed", *keys, "more"]
     return Table("Guard events", header, rows, note, left=7, methods=True) if guarded else None

@@ -52,15 +52,21 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
         if name not in ("domains", "hash") and value is not None
     }
     count = {name: report.get(name) or 0 for name in (*COUNTS, "seconds_per_batch")}  # older reports lack some
+    ending = f"{count['nonfinite_images']} non-finite images"
+    if run.of_prompts:
+        ending = f"{report.get('generated_tokens')} tokens generated"
     lines = [
         f"{count['forwards']} forward and {count['backwards']} backward passes, "
         f"{1000 * count['seconds_per_batch']:.1f} ms per batch, {count['resets']} resets, "
-        f"{count['skipped_steps']} steps skipped, {count['nonfinite_images']} non-finite images",
+        f"{count['skipped_steps']} steps skipped, {ending}",
         f"options: {tables.options_of(run)}",
         "protocol: " + ", ".join(f"{name} {value}" for name, value in settings.items()),
     ]
+    what = "prompts with an answer" if run.of_prompts else "images with a label"
     if 0 < (known := report.get("labelled_images", 0)) < report["images"]:
-        lines.insert(0, f"accuracy: of the {known} images with a label, among {report['images']}")
+        lines.insert(0, f"accuracy: of the {known} {what}, among {report['images']}")
+    if run.of_prompts:
+        lines.insert(0, _of_answers(report))
     if polluting := report.get("polluting_images"):
         share = 100 * polluting / report["images"]
         lines.insert(0, f"polluting images: {polluting} of {report['images']} ({share:.0f} %), in no measure")
@@ -79,6 +85,7 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
             for event in run.alarms[:10]
         ]
         lines += [f"  {text}" for text in said] + [f"  ... and {len(events) - 10} more"] * (len(events) > 10)
+    lines += [sentence.removesuffix(".") for sentence in run.unestimated]
     if (estimated := tables.estimates(Group("", [run]))) is not None:
         lines += [
             f"accuracy as '{monitor}' estimates it: {estimate} %, in truth {truth} %, mean error {error} points"
@@ -93,6 +100,17 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
             Text("The net is randomly initialised: these numbers say nothing of a trained one."), style="bold red"
         )
     console.print(Text("\n".join([*lines, f"report: {path}"])), soft_wrap=True)
+
+
+def _of_answers(report: Mapping[str, Any]) -> str:
+    """How sure the accuracy is, and whether the answers are one string, in a line."""
+    ends = report.get("accuracy_interval")
+    words = [f"accuracy between {100 * ends[0]:.1f} and {100 * ends[1]:.1f} % (95 %, Clopper-Pearson)"] if ends else []
+    if report.get("largest_class_share") is not None:
+        most = str(report.get("most_frequent_answer", ""))[:40]
+        words.append(f"most frequent answer {most!r} ({100 * report['largest_class_share']:.1f} %)")
+        words.append(f"token entropy {report['entropy']:.3f} nats, logit norm {report['logit_norm']:.2f}")
+    return ", ".join(words) or "no answers"
 
 
 def report(runs: list[Path], *, allow_different: bool = False, output: Path | None = None) -> None:
@@ -135,8 +153,9 @@ def print_results(results: Results, console: Console) -> None:
         domains = tables.by_domain(group)[:1] if results.singles and len(group.parts) > 1 else []
         ruling = verdict(group)
         console.print(Text(f"{ruling.text}\n"), style="bold")
-        for table in (tables.overview(group, ruling.best), *domains, tables.cost(group)):
-            print_table(console, table)
+        for table in (tables.overview(group, ruling.best), tables.language(group), *domains, tables.cost(group)):
+            if table is not None:
+                print_table(console, table)
         for text in group.warnings:
             console.print(Text(text), style="red")
     for cell, reason in results.missing:

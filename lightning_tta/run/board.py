@@ -75,7 +75,7 @@ class StreamBoard(RunCallback):
     @rank_zero_only
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Log the batch's numbers, and its images and entropies, where it is its turn."""
-        if not output["logits"].numel():  # refused, or another process's
+        if not len(output["index"]) or (run.batch is not None and run.batch.error):  # another process's, or refused
             return
         step = run.summary.images
         numbers = self._numbers(run)

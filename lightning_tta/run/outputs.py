@@ -7,6 +7,7 @@ import io
 import json
 import os
 from dataclasses import asdict
+from typing import ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -39,17 +40,29 @@ class PredictionWriter(RunCallback):
     """
 
     may_lag = True
+    names: ClassVar[tuple[str, ...]] = NAMES
 
     def __init__(self) -> None:
         self._file: GrowingFile | None = None
-        self._class_names: list[str] = []
 
     def on_start(self, run: StreamRun) -> None:
         """Open the file, anew or where a continued run left it."""
-        self._class_names = run.class_names
+        self._begin(run)
         self._file = GrowingFile(run.directory.open(PREDICTIONS))
         if self._file.is_empty:
-            csv.writer(self._file).writerow((*COLUMNS, *NAMES))
+            csv.writer(self._file).writerow((*COLUMNS, *self.names))
+
+    def _begin(self, run: StreamRun) -> None:
+        self._class_names = run.class_names
+
+    def texts(self, run: StreamRun, output: Outputs) -> dict[str, list[str]]:
+        """The columns of :attr:`names`."""
+        files = [] if run.batch is None else run.batch.files
+        names = self._class_names
+        return {
+            "file": [printable(name) for name in files] or [""] * len(output["index"]),
+            "class": [names[k] if 0 <= k < len(names) else "" for k in output["prediction"].tolist()],
+        }
 
     def on_batch(self, run: StreamRun, output: Outputs) -> None:
         """Write one batch."""
@@ -60,10 +73,7 @@ class PredictionWriter(RunCallback):
         columns["domain"] = [run.summary.domain_names[number] for number in columns["domain"]]
         for name in ("confidence", "entropy"):
             columns[name] = [f"{value:.6g}" for value in columns[name]]
-        files = [] if run.batch is None else run.batch.files
-        columns["file"] = [printable(name) for name in files] or [""] * len(output["index"])
-        names = self._class_names
-        columns["class"] = [names[k] if 0 <= k < len(names) else "" for k in columns["prediction"]]
+        columns |= self.texts(run, output)
         lines = io.StringIO(newline="")
         csv.writer(lines).writerows(zip(*columns.values(), strict=True))
         self._file.write(lines.getvalue())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,6 +46,7 @@ class StreamRun:
         classes: The logits that the net was cut to.
         sharing: This process's share of the stream.
         recipe: Arguments of :func:`~lightning_tta.modules.loading.load_source` that make the net again, if there are.
+        account_of: Makes the account of the stream from the names of its domains and those that count.
 
     Attributes:
         summary: The account of the stream so far.
@@ -70,6 +72,7 @@ class StreamRun:
     classes: list[int] | None
     sharing: Sharing
     recipe: dict[str, Any] | None = None
+    account_of: Callable[[list[str], list[str] | None], StreamSummary] = StreamSummary
 
     def __post_init__(self) -> None:
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -79,7 +82,7 @@ class StreamRun:
             self.method = callback.wrap(self.method)
         domains, data = list(self.protocol.domains), self.data
         frozen = [] if data is None else data.frozen_domains
-        self.summary = StreamSummary(domains, None if data is None else data.counted_domains)
+        self.summary = self.account_of(domains, None if data is None else data.counted_domains)
         self.frozen = {number for number, name in enumerate(domains) if name in frozen}
         self._hosts = range(len(domains)) if data is None else data.stream.hosts
         self.pace = Pace(self.protocol.charge, self.protocol.interval or 1.0) if self.protocol.charge else None

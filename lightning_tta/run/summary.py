@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_tta.data.domain_names import POLLUTION, VISIT
@@ -93,11 +94,11 @@ class StreamSummary:
         self._correct = [0] * len(domain_names)
         self._images = [0] * len(domain_names)
         self._entropy = [0.0] * len(domain_names)
-        self._classes: list[Tensor | None] = [None] * len(domain_names)
+        self._classes: list[Any] = [None] * len(domain_names)
         self.calibration = Calibration()
         self._totals: dict[str, float] = {}
-        self._recent: deque[Tensor] = deque(maxlen=WINDOW)
-        self._recent_labels: deque[Tensor] = deque(maxlen=WINDOW)
+        self._recent: deque[Any] = deque(maxlen=WINDOW)
+        self._recent_labels: deque[Any] = deque(maxlen=WINDOW)
 
     def domain_number(self, name: str) -> int:
         """Number of a domain, a new one where nobody has named it yet: of a loader that says its domains on the way."""
@@ -133,30 +134,27 @@ class StreamSummary:
             self.last["images"] = len(batch)
         # numpy: on so few numbers a call of torch costs several times as much
         domain, label, prediction = (each.numpy() for each in (batch.domain, batch.label, batch.measures.prediction))
-        numbers, classes, entropy = sorted(set(domain.tolist())), batch.logits.shape[1], batch.measures.entropy
+        numbers, entropy = sorted(set(domain.tolist())), batch.measures.entropy
         labelled = label >= 0
         correct = labelled & (prediction == label)
-        if all(self._counted[number] for number in numbers):
-            self.calibration.update(batch.logits, batch.label)
-        else:
-            counted = torch.tensor(self._counted)[batch.domain]
-            self.calibration.update(batch.logits[counted], batch.label[counted])
+        whole = all(self._counted[number] for number in numbers)
+        self._calibrate(batch, None if whole else torch.tensor(self._counted)[batch.domain])
         for number in numbers:
             here, whole = domain == number, len(numbers) == 1
             self._images[number] += int(np.count_nonzero(here))
             self._labelled[number] += int(np.count_nonzero(labelled[here]))
             self._correct[number] += int(np.count_nonzero(correct[here]))
             self._entropy[number] += float((entropy if whole else entropy[torch.from_numpy(here)]).sum())
-            counts = batch.measures.counts if whole else class_counts(torch.from_numpy(prediction[here]), classes)
+            counts = batch.measures.counts if whole else self._counts(batch, prediction[here])
             before = self._classes[number]
-            self._classes[number] = counts if before is None else before + counts
+            self._classes[number] = counts if before is None else self._joined([before, counts])
         self.missed += not batch.adapted or bool(batch.stats.get("only_predicted"))
         self.images += len(batch)
         self.seconds += batch.seconds
         for name in TOTALS:
             self._totals[name] = self._totals.get(name, 0) + batch.stats.get(name, 0)
         self._recent.append(batch.measures.counts)
-        self._recent_labels.append(torch.from_numpy(np.bincount(label[labelled], minlength=classes)))
+        self._recent_labels.append(self._label_counts(batch, label[labelled]))
         means = batch.stats if batch.stats.keys() >= _MEANS else batch.measures.means()
         if 0 < (known := int(np.count_nonzero(labelled))) < len(batch):
             self.last["labelled_images"] = known
@@ -164,12 +162,41 @@ class StreamSummary:
             "images_seen": self.images,
             "accuracy": int(correct.sum()) / int(labelled.sum()) if labelled.any() else None,
             "accuracy_so_far": self.accuracy,
-            "recent_class_share": _largest_share(self._recent),
-            "recent_label_share": _largest_share(self._recent_labels),
+            "recent_class_share": self._recent_share(self._recent),
+            "recent_label_share": self._recent_share(self._recent_labels),
             "seconds": batch.seconds,
             **{name: float(means[name]) for name in _MEANS},
             **batch.stats,
         }
+
+    # What another kind of prediction than a class counts in another way
+
+    def _calibrate(self, batch: BatchRecord, counted: Tensor | None) -> None:
+        """Take in how sure the predictions were, of the samples that count, bool (B,), or of all."""
+        rows = slice(None) if counted is None else counted
+        self.calibration.update(batch.logits[rows], batch.label[rows])
+
+    def _counts(self, batch: BatchRecord, predictions: NDArray[np.int64]) -> Any:
+        """How often each class comes among some of a batch's predictions."""
+        return class_counts(torch.from_numpy(predictions), batch.logits.shape[1])
+
+    def _label_counts(self, batch: BatchRecord, labels: NDArray[np.int64]) -> Any:
+        """The same of the labels that are known."""
+        return torch.from_numpy(np.bincount(labels, minlength=batch.logits.shape[1]))
+
+    def _joined(self, counts: Sequence[Any]) -> Any:
+        """Counts added up."""
+        return torch.stack(list(counts)).sum(0)
+
+    def _share(self, counts: Any) -> float:
+        """That of the most frequent class."""
+        return float(counts.max() / counts.sum().clamp_min(1))
+
+    def _recent_share(self, counts: deque[Any]) -> float | None:
+        """The same of some batches; ``None`` where they have nothing."""
+        total = np.sum([each.numpy() for each in counts], axis=0)
+        number = total.sum()
+        return float(np.float32(total.max()) / np.float32(number)) if number else None  # in float32, as torch has it
 
     @classmethod
     def merged(cls, shards: Sequence[StreamSummary], *, together: bool) -> StreamSummary:
@@ -226,12 +253,12 @@ class StreamSummary:
     def _part(self, numbers: Sequence[int]) -> dict[str, Any]:
         """The numbers of some domains together, of which one has images."""
         images, labelled = (sum(each[number] for number in numbers) for each in (self._images, self._labelled))
-        counts = torch.stack([count for number in numbers if (count := self._classes[number]) is not None]).sum(0)
+        counts = self._joined([count for number in numbers if (count := self._classes[number]) is not None])
         return {
             "accuracy": sum(self._correct[number] for number in numbers) / labelled if labelled else None,
             "images": images,
             "entropy": sum(self._entropy[number] for number in numbers) / images,
-            "largest_class_share": float(counts.max() / counts.sum().clamp_min(1)),
+            "largest_class_share": self._share(counts),
         }
 
     def result(self, visits: int | None = None) -> dict[str, Any]:
@@ -264,9 +291,3 @@ class StreamSummary:
             "seconds": self.seconds,
             "seconds_per_batch": self.seconds / self.batches if self.batches else None,
         }
-
-
-def _largest_share(counts: deque[Tensor]) -> float | None:
-    total = np.sum([each.numpy() for each in counts], axis=0)
-    number = total.sum()
-    return float(np.float32(total.max()) / np.float32(number)) if number else None  # in float32, as torch has it

@@ -31,7 +31,8 @@ from lightning_tta.errors import (
     check_range,
     in_one_line,
 )
-from lightning_tta.guard.monitors.base import Monitor, Seen
+from lightning_tta.guard.gathering import GATHER, Gathering
+from lightning_tta.guard.monitors.base import Monitor
 from lightning_tta.guard.monitors.kinds import make_monitors
 from lightning_tta.guard.seeing import HeadCall, Sight
 from lightning_tta.methods import adapt
@@ -144,6 +145,9 @@ class Shadow:
         timeout: Seconds that :meth:`predict` and :meth:`answer` wait; ``None``: as long as it takes.
         log_every: Micro-batches from one line of estimates to the next, at least 1.
         keep_answers: Images whose label may still come, at most.
+        gather: Images, at least 1, that monitors which need several look at together, however few a micro-batch has
+            (:class:`~lightning_tta.guard.gathering.Gathering`). A state is healthy only where they have looked at all
+            that led to it; so what an alarm undoes goes back to before the first of the gathered images.
         options: Of :func:`lightning_tta.adapt`, such as ``lr``. Micro-batches may hold one image: to methods that take
             BatchNorm statistics of the batch give ``window=64`` or ``statistics="auto"``.
 
@@ -176,6 +180,7 @@ class Shadow:
         timeout: float | None = 30.0,
         log_every: int = 50,
         keep_answers: int = 10_000,
+        gather: int = GATHER,
         **options: Any,
     ) -> None:
         for name, value in (("snapshot_every", snapshot_every), ("max_lag", max_lag), ("log_every", log_every)):
@@ -190,10 +195,10 @@ class Shadow:
         self._source = adapt(net, "source")
         self.method = _method(net, method, options)
         self.monitors = _monitors(monitors)
-        estimating = [monitor for monitor in self.monitors if type(monitor).estimate is not Monitor.estimate]
+        estimating = [monitor for monitor in self.monitors if monitor.is_estimator]
         self._twins: list[Monitor] = copy.deepcopy(estimating)
         self._sight, self._source_sight = Sight(self.method, self.monitors), Sight(self._source, self._twins)
-        self._sight.wants -= {"source"}  # of a pass that is there anyway
+        self._gathering, self._source_gathering = (Gathering(s, gather) for s in (self._sight, self._source_sight))
         self._prepared = not any(monitor.needs_source for monitor in self.monitors)
         self._labels = PairedLabels(keep_answers)
         # for monitors, by the thread that works
@@ -598,16 +603,19 @@ class Shadow:
         alarms: list[str] = []
         if self._is_finite(batch):
             same = source if self._sight.is_alike else None
-            seen = self._sight.seen(batch.images, logits, batch.method_calls, batch.ids, same)
-            alarms = _show(self.monitors, replace(seen, source=source))
+            shown = self._gathering.show(
+                batch.images, logits, batch.method_calls, batch.ids, source=source, same_source=same
+            )
+            alarms = [alarm for monitor in shown if (alarm := monitor.alarm())]
             same_predictions = (logits.argmax(1) == source.argmax(1)).float().mean()
             self._metrics.set("agreement", float(same_predictions))
             self._labels.predict(batch.ids, source.argmax(1).tolist(), logits.argmax(1).tolist())
         else:
             alarms = ["non_finite"]
         if self._twins:
-            seen = self._source_sight.seen(batch.images, source, batch.source_calls, batch.ids, source)
-            _show(self._twins, replace(seen, source=source))
+            self._source_gathering.show(
+                batch.images, source, batch.source_calls, batch.ids, source=source, same_source=source
+            )
         while self._told:
             ids, labels = self._told.popleft()
             for monitor in (*self.monitors, *self._twins):
@@ -660,7 +668,7 @@ class Shadow:
             self._restore(decision.restore)
         else:
             self._since += 1
-            if self._since >= self.snapshot_every:
+            if self._since >= self.snapshot_every and not self._gathering.waiting:
                 self._healthy, self._candidate, self._since = self._candidate, take(self.method), 0
         if before != self.answering or decision.restore:
             self._log(
@@ -688,6 +696,7 @@ class Shadow:
         self._candidate, self._since = self._healthy, 0
         self._metrics.add("restores_total", how=how)
         self._labels.forget()
+        self._gathering.forget()
         for monitor in self.monitors:
             monitor.forget()
 
@@ -753,6 +762,7 @@ class Shadow:
             "rolled_back": self._rolled_back_to is self._healthy,
             "monitors": {monitor.name: copy.deepcopy(monitor.state_dict()) for monitor in self.monitors},
             "twins": {monitor.name: copy.deepcopy(monitor.state_dict()) for monitor in self._twins},
+            "gathered": [gathering.state_dict() for gathering in (self._gathering, self._source_gathering)],
             "policy": {"kind": type(self.policy).__name__, "state": copy.deepcopy(self.policy.state_dict())},
             "labels": self._labels.state_dict(),
         }
@@ -785,6 +795,11 @@ class Shadow:
             for monitor in monitors:
                 if monitor.name in states:
                     monitor.load_state_dict(states[monitor.name])
+        gatherings = (self._gathering, self._source_gathering)
+        for gathering, gathered in zip(
+            gatherings, state.get("gathered", ()), strict=False
+        ):  # earlier versions had none
+            gathering.load_state_dict(gathered)
         unprepared = [m for m in self.monitors if m.needs_source and m.name not in state["monitors"]]
         self._prepared = self._prepared or (state["prepared"] and not unprepared)
         if state["policy"]["kind"] == type(self.policy).__name__:
@@ -838,13 +853,6 @@ def _monitors(monitors: Wanted | Monitor | Sequence[Wanted | Monitor]) -> list[M
     if len(set(names)) < len(names):
         raise ConfigError(f"Two monitors have the same name: {', '.join(names)}. Leave one of them out.")
     return made
-
-
-def _show(monitors: Sequence[Monitor], seen: Seen) -> list[str]:
-    """Show a batch to monitors; the alarms that they raise."""
-    for monitor in monitors:
-        monitor.see(seen)
-    return [alarm for monitor in monitors if (alarm := monitor.alarm())]
 
 
 def _estimates(monitors: Sequence[Monitor]) -> dict[str, float]:

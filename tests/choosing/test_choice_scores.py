@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_tta.choosing.scores import evenness, order, score
+from lightning_tta.choosing.scores import evenness, mean_order, score
 from lightning_tta.choosing.trial import Record
 from lightning_tta.evidence.accuracy import aetta
 
@@ -15,7 +15,7 @@ def record(seed, images=30, classes=4, width=6):
     features = torch.randn(images, width, generator=generator)
     answers = features @ weight.T + bias
     final, view = (answers + torch.randn(answers.shape, generator=generator) for _ in range(2))
-    return Record(answers, final, view, features, features, weight, bias)
+    return Record(answers, final, view, features, features, weight, bias, [12, 11, 7])
 
 
 def classes_of(logits):
@@ -42,9 +42,12 @@ def test_against_counts():
 
     shares = np.unique(answers, return_counts=True)[1] / len(answers)
     assert found["evenness"] == pytest.approx(-(shares * np.log(shares)).sum() / np.log(4))
-    pairs = [answers[one] == answers[other] for one in range(30) for other in range(one)]
-    neighbours = [answers[place] == answers[place + 1] for place in range(29)]
-    assert found["order"] == pytest.approx(np.mean(neighbours) - np.mean(pairs))
+    surplus = 0.0
+    for batch in (answers[:12], answers[12:23], answers[23:]):
+        pairs = [batch[one] == batch[other] for one in range(len(batch)) for other in range(one)]
+        neighbors = [batch[place] == batch[place + 1] for place in range(len(batch) - 1)]
+        surplus += (np.mean(neighbors) - np.mean(pairs)) * len(neighbors)
+    assert found["order"] == pytest.approx(surplus / 27)
     assert not {name for name in score(own, source) if name.startswith("labels")}
 
 
@@ -64,10 +67,12 @@ def test_images_that_were_left_out_do_not_count():
     before = score(own, source)
     for each in (own, source):
         for name in ("answers", "final", "view"):
-            tensor = getattr(each, name)
-            setattr(each, name, torch.cat([tensor, torch.zeros(5, 4)]))
-        each.features = each.final_features = torch.cat([each.features, torch.full((5, 6), torch.nan)])
-    assert score(own, source, {3: 1, 31: 0}) == pytest.approx({**before, **_labels_of_one(own, source, 3, 1)})
+            first, second, third = getattr(each, name).split(each.sizes)
+            setattr(each, name, torch.cat([first, second, torch.zeros(5, 4), third]))
+        features, last = each.features.split([23, 7])
+        each.features = each.final_features = torch.cat([features, torch.full((5, 6), torch.nan), last])
+        each.sizes = [12, 16, 7]
+    assert score(own, source, {3: 1, 25: 0}) == pytest.approx({**before, **_labels_of_one(own, source, 3, 1)})
 
 
 def _labels_of_one(own, source, place, label):
@@ -90,6 +95,19 @@ def test_evenness_and_order_at_their_ends():
     assert float(evenness(each_once)) == pytest.approx(1)
     assert float(evenness(sorted_by_class)) == pytest.approx(1)
     assert float(evenness(torch.eye(100)[:5])) == pytest.approx(1)  # no more can be predicted of five images
-    assert float(evenness(torch.ones(5, 4))) == float(order(torch.ones(5, 4))) == 0
-    assert float(order(sorted_by_class)) == pytest.approx(196 / 199 - 49 / 199)
-    assert float(order(torch.eye(4)[:1])) == 0
+    assert float(evenness(torch.ones(5, 4))) == float(mean_order(torch.ones(5, 4), [5])) == 0
+    assert float(mean_order(sorted_by_class, [200])) == pytest.approx(196 / 199 - 49 / 199)
+    assert float(mean_order(torch.eye(4)[:1], [1])) == 0
+
+
+def test_order_sees_runs_of_classes_and_no_change_of_domain():
+    """Of classes at random, that are few in one half and others in the other: chance, by simulation."""
+    generator = torch.Generator().manual_seed(0)
+    halves = [torch.randint(low, low + 3, (300, 100), generator=generator) for low in (0, 5)]
+    streams = torch.cat(halves, 1)
+    by_batch = [float(mean_order(torch.nn.functional.one_hot(each, 10), [50] * 4)) for each in streams]
+    at_once = [float(mean_order(torch.nn.functional.one_hot(each, 10), [200])) for each in streams]
+    assert abs(np.mean(by_batch)) < 0.01
+    assert np.mean(at_once) > 0.1
+    in_runs = streams[0].view(4, 50).sort(1).values.flatten()
+    assert float(mean_order(torch.nn.functional.one_hot(in_runs, 10), [50] * 4)) > 0.5

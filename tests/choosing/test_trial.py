@@ -124,6 +124,25 @@ def test_company_shows_what_a_sorted_batch_does():
     assert (record.answers - record.final).abs().mean() > 0.01
 
 
+@pytest.mark.parametrize(("number", "groups"), [(6, [0, 0, 1, 1, 2, 2]), (5, [0, 0, 1, 1, 1])])
+def test_company_is_of_neighboring_batches(monkeypatch, number, groups):
+    net, images = make_net("bn"), batches(number, 4)
+    runners = [Runner(Candidate(SOURCE), net), Runner(Candidate("norm"), net)]
+    for batch in images:
+        for runner in runners:
+            runner(batch)
+    seen = []
+    monkeypatch.setattr(
+        runners[1], "predict", lambda batch: (seen.append(batch), (torch.zeros(len(batch), 5), None))[1]
+    )
+    assert finish(runners, images)["norm"].sizes == [4] * number
+    batch_of = {tuple(image.flatten().tolist()): place for place, batch in enumerate(images) for image in batch}
+    shown = [[batch_of[tuple(image.flatten().tolist())] for image in batch] for batch in seen[::2]]  # without the views
+    assert [{groups[place] for place in batch} for batch in shown] == [{group} for group in groups]
+    assert any(len(set(batch)) > 1 for batch in shown)
+    assert sorted(place for batch in shown for place in batch) == sorted(list(range(number)) * 4)
+
+
 def test_what_is_given_is_read():
     net = make_net("bn")
     found = read_candidates(["tent", {"method": "Tent", "lr": 0.1, "reset_every": 5}, "tent", "source"], net, 64)

@@ -71,7 +71,7 @@ def test_every_config_parses(parse, path, monkeypatch):
         given = [f"--nets.{label}.source_ckpt=none" for label, net in weights if "source_ckpt" in net]
         assert call("benchmark", [f"--config={path}", *given]).cells
         assert len(parsed) >= len(yaml.safe_load(text)["methods"])
-    elif "TestTimeAdaptation" in text:
+    elif "TestTimeAdaptation" in text or "LanguageAdaptation" in text:
         parse(["predict", f"--config={path}", "--model.method=source"])
     else:
         parse(["fit", f"--config={path}"])

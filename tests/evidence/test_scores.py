@@ -87,3 +87,14 @@ def test_the_source_does_not_follow_a_net_into_wrong_classes():
 def test_half_precision(score):
     assert score(logits_of().half()).dtype == torch.float32
     assert float(score(logits_of().half())) == pytest.approx(float(score(logits_of())), abs=2e-3)
+
+
+def test_order_against_counts():
+    u = torch.stack([logits_of(23, seed) for seed in range(3)])
+    found = scores.order(u)
+    for batch, order in zip(u.argmax(-1).tolist(), found.tolist(), strict=True):
+        neighbors = np.mean([batch[place] == batch[place + 1] for place in range(22)])
+        pairs = np.mean([batch[one] == batch[other] for one in range(23) for other in range(one)])
+        assert order == pytest.approx(neighbors - pairs, abs=1e-12)
+    assert float(scores.order(torch.eye(K).repeat_interleave(10, 0))) == pytest.approx(45 / 49 - 9 / 49)
+    assert float(scores.order(u[0, :1])) == float(scores.order(torch.ones(7, K))) == 0

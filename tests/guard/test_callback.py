@@ -69,12 +69,12 @@ def report_of(root):
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "world_size", 2)
     with pytest.raises(ConfigError, match="Guard is for one process"):
-        run(tmp_path, guard=Guard())
+        run(tmp_path, guard=Guard(gather=1))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_without_guard_after_one_with_it(tmp_path):
-    module, _ = run(tmp_path / "first", Sick, guard=Guard("stop"))
+    module, _ = run(tmp_path / "first", Sick, guard=Guard("stop", gather=1))
     assert module.run.method.stopped
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -89,7 +89,7 @@ def test_a_run_without_guard_after_one_with_it(tmp_path):
 
 @pytest.mark.parametrize("action", ["warn", "reset", "rollback", "stop"])
 def test_actions_in_a_run(tmp_path, action, capsys):
-    module, outputs = run(tmp_path, Sick, guard=Guard(action))
+    module, outputs = run(tmp_path, Sick, guard=Guard(action, gather=1))
     report = report_of(tmp_path)
     events = report["guard"]["events"]
     assert report["guard"]["settings"]["action"] == action
@@ -112,10 +112,10 @@ def test_actions_in_a_run(tmp_path, action, capsys):
 
 def test_a_healthy_run_is_the_same_with_and_without(tmp_path):
     _, plain = run(tmp_path / "a")
-    _, guarded = run(tmp_path / "b", guard=Guard(probation=0))
+    _, guarded = run(tmp_path / "b", guard=Guard(probation=0, gather=1))
     assert all(torch.equal(a["logits"], b["logits"]) for a, b in zip(plain, guarded, strict=True))
     _, source = run(tmp_path / "c", method=Source)
-    _, probed = run(tmp_path / "d", guard=Guard(window=2))
+    _, probed = run(tmp_path / "d", guard=Guard(window=2, gather=1))
     expected = [*source[:4], *plain[4:]]
     assert all(torch.equal(a["logits"], b["logits"]) for a, b in zip(expected, probed, strict=True))
     guard = report_of(tmp_path / "d")["guard"]
@@ -127,7 +127,7 @@ def test_a_healthy_run_is_the_same_with_and_without(tmp_path):
 
 
 def test_tensorboard(tmp_path):
-    run(tmp_path, Sick, guard=Guard("rollback"), logger=TensorBoardLogger(tmp_path, name="run", version="x"))
+    run(tmp_path, Sick, guard=Guard("rollback", gather=1), logger=TensorBoardLogger(tmp_path, name="run", version="x"))
     events = EventAccumulator(str(tmp_path / "run" / "x"))
     events.Reload()
     alarms = [scalar.value for scalar in events.Scalars("adapt/guard_alarms")]
@@ -136,7 +136,7 @@ def test_tensorboard(tmp_path):
 
 def test_a_new_domain_starts_at_the_source(tmp_path):
     stream = [{**batch, "domain": torch.zeros(4, dtype=torch.int64)} for batch in batches(6)]
-    module, _ = run(tmp_path, stream=stream, guard=Guard(), reset="batch")
+    module, _ = run(tmp_path, stream=stream, guard=Guard(gather=1), reset="batch")
     fresh = TENT(make_net("gn"))
     fresh(stream[-1]["image"])
     assert all(torch.equal(t, fresh.adaptable[n]) for n, t in module.method.adaptable.items())
@@ -166,7 +166,7 @@ def test_a_watched_method_is_predicted_after_the_step(tmp_path):
     """On probation the source predicts, whatever is asked for; then the net after its step."""
     _, source = run(tmp_path / "source", method=Source)
     _, plain = run(tmp_path / "plain", predict="after")
-    _, guarded = run(tmp_path / "guarded", predict="after", guard=Guard(window=2))
+    _, guarded = run(tmp_path / "guarded", predict="after", guard=Guard(window=2, gather=1))
     expected = [*source[:4], *plain[4:]]
     assert all(torch.equal(a["logits"], b["logits"]) for a, b in zip(expected, guarded, strict=True))
 
@@ -174,7 +174,7 @@ def test_a_watched_method_is_predicted_after_the_step(tmp_path):
 def test_alarms_have_the_numbers_of_the_stream(tmp_path):
     """Batches that were skipped count: an alarm's number is that of the line in batches.jsonl."""
     stream = [BAD["dimensions"], *batches()]
-    run(tmp_path, Sick, stream, guard=Guard("rollback"), on_bad_batch="skip")
+    run(tmp_path, Sick, stream, guard=Guard("rollback", gather=1), on_bad_batch="skip")
     assert [event["batch"] for event in report_of(tmp_path)["guard"]["events"]] == [4]
 
 
@@ -253,7 +253,7 @@ def test_other_errors_are_not_skipped(tmp_path):
 def test_all_images_of_a_batch_nonfinite_under_guard(tmp_path):
     stream = batches()
     stream[3]["image"] = torch.full((4, 3, 16, 16), float("nan"))
-    run(tmp_path, stream=stream, guard=Guard("stop"))
+    run(tmp_path, stream=stream, guard=Guard("stop", gather=1))
     assert report_of(tmp_path)["guard"]["events"] == []
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nets import make_images, make_net, make_stream, same
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Guard")]
 K = 4
+watched = partial(Watch, gather=1)  # each batch is looked at, however few images it has
 IMAGES = torch.full((8, 3, 16, 16), 0.5)
 
 
@@ -52,7 +54,7 @@ def after(count, healthy, sick):
 
 
 def feed(script, batches, **settings):
-    watch = Watch(Scripted(script), **{"window": 4, "history": 16, "compare": "history", **settings})
+    watch = watched(Scripted(script), **{"window": 4, "history": 16, "compare": "history", **settings})
     outputs = [watch(IMAGES) for _ in range(batches)]
     return watch, outputs
 
@@ -112,7 +114,7 @@ def test_left_out_images_and_a_poisoned_parameter():
 
     assert feed(some, 30, action="warn")[0].events == []
     assert feed(lambda step: torch.zeros(8, K), 30, action="warn")[0].events == []
-    watch = Watch(Scripted(lambda step: spread(2.0)), "rollback", window=4)
+    watch = watched(Scripted(lambda step: spread(2.0)), "rollback", window=4)
     watch(IMAGES)
 
     def poison(step):
@@ -209,14 +211,14 @@ def test_a_snapshot_holds_no_more_than_the_method_changes():
 
 def test_watching_changes_nothing():
     for settings in ({"compare": "history"}, {"probation": 0}, {"action": "warn"}):
-        plain, watch = adapt(make_net("bn"), "tent"), Watch(adapt(make_net("bn"), "tent"), **settings)
+        plain, watch = adapt(make_net("bn"), "tent"), watched(adapt(make_net("bn"), "tent"), **settings)
         assert all(torch.equal(plain(x), watch(x)) for x in make_stream(12))
         assert same(plain.state_dict(), watch.method.state_dict())
 
 
 def test_on_probation_the_source_predicts():
     plain, source = adapt(make_net("gn"), "tent", lr=1e-3), adapt(make_net("gn"), "source")
-    watch = Watch(adapt(make_net("gn"), "tent", lr=1e-3), window=3)
+    watch = watched(adapt(make_net("gn"), "tent", lr=1e-3), window=3)
     for number, images in enumerate(make_stream(10)):
         adapted, logits = plain(images), watch(images)
         assert torch.equal(logits, source(images) if number < 6 else adapted)
@@ -230,7 +232,7 @@ def test_probation_begins_anew_and_doubles_with_each_alarm():
         return one_class(2.0) if step in alarms else spread(2.0)
 
     alarms: list[int] = []
-    watch = Watch(Scripted(script), "reset", window=2, history=100, retries=None, share_excess=0.2)
+    watch = watched(Scripted(script), "reset", window=2, history=100, retries=None, share_excess=0.2)
     shown = []
     for batch in range(30):
         if batch in (5, 20):
@@ -254,7 +256,7 @@ def test_a_class_that_the_source_does_not_predict(moved, alarm):
 
 def test_state_goes_on():
     def made():
-        return Watch(adapt(make_net("gn"), "tent", lr=0.3), "rollback", window=2, snapshot_every=2, share_excess=0.05)
+        return watched(adapt(make_net("gn"), "tent", lr=0.3), "rollback", window=2, snapshot_every=2, share_excess=0.05)
 
     stream = make_stream(24)
     whole = made()
@@ -269,7 +271,7 @@ def test_state_goes_on():
 
 
 def test_a_watch_has_the_interface_of_its_method():
-    plain, watch = adapt(make_net("bn"), "tent"), Watch(adapt(make_net("bn"), "tent"), compare="history")
+    plain, watch = adapt(make_net("bn"), "tent"), watched(adapt(make_net("bn"), "tent"), compare="history")
     for name in ("name", "options", "returns", "no_plain_net", "prepared", "needs_source"):
         assert getattr(watch, name) == getattr(plain, name)
     images = make_images(4)
@@ -289,7 +291,7 @@ def test_a_watch_has_the_interface_of_its_method():
 def test_predict_shows_the_source_on_probation_only():
     source, images = adapt(make_net("gn"), "source"), make_images(4)
     for settings in ({"window": 2}, {"window": 2, "action": "warn"}, {"window": 2, "probation": 0}):
-        watch = Watch(adapt(make_net("gn"), "tent", lr=1e-2), **settings)
+        watch = watched(adapt(make_net("gn"), "tent", lr=1e-2), **settings)
         watch(images)
         assert torch.equal(watch.predict(images), source.predict(images)) == (settings == {"window": 2})
         for batch in make_stream(6):
@@ -325,9 +327,9 @@ def test_a_net_is_no_method():
 
 def test_a_second_watch_and_a_call_without_the_watch():
     method = adapt(make_net("bn"), "tent")
-    watch = Watch(method)
+    watch = watched(method)
     with pytest.warns(UserWarning, match="has a watch already"):
-        second = Watch(method)
+        second = watched(method)
     stream = make_stream(6)
     watch(stream[0])
     for change, *of in ((method, stream[1]), (method.reset,), (second, stream[2])):
@@ -346,18 +348,18 @@ def test_a_second_watch_and_a_call_without_the_watch():
         watch.load_state_dict(watch.state_dict())
         watch(stream[5])
         del second, watch, change
-        Watch(method)
+        watched(method)
 
 
 def test_states_that_are_not_this_watchs():
-    watch = Watch(adapt(make_net("bn"), "tent"), window=4)
+    watch = watched(adapt(make_net("bn"), "tent"), window=4)
     watch(make_images(4))
     before = copy.deepcopy(watch.state_dict())
     others = {
         "no state of a watch": watch.method.state_dict(),
-        "window=8, here 4": Watch(adapt(make_net("bn"), "tent"), window=8).state_dict(),
-        "method 'come'": Watch(adapt(make_net("bn"), "come"), window=4).state_dict(),
-        "does not fit": Watch(adapt(make_net("bn", num_classes=7), "tent"), window=4).state_dict(),
+        "window=8, here 4": watched(adapt(make_net("bn"), "tent"), window=8).state_dict(),
+        "method 'come'": watched(adapt(make_net("bn"), "come"), window=4).state_dict(),
+        "does not fit": watched(adapt(make_net("bn", num_classes=7), "tent"), window=4).state_dict(),
     }
     for match, state in others.items():
         with pytest.raises(ConfigError, match=match):
@@ -372,7 +374,7 @@ def test_states_that_are_not_this_watchs():
 
 @pytest.mark.parametrize("name", ["settings", "method", "action", "window", "steps", "acton"])
 def test_attributes_that_cannot_be_set(name):
-    watch = Watch(adapt(make_net("bn"), "tent"))
+    watch = watched(adapt(make_net("bn"), "tent"))
     with pytest.raises(ConfigError, match=f"'{name}' cannot be set"):
         setattr(watch, name, "stop")
     watch.on_event = print
@@ -386,7 +388,7 @@ def test_events_are_bounded():
     assert watch.events[-1]["batch"] == 299
     assert watch.stats["guard_alarms"] == 300
     assert watch.report()["dropped_events"] == 44
-    again = Watch(Scripted(None), "warn", window=4, history=16, compare="history")
+    again = watched(Scripted(None), "warn", window=4, history=16, compare="history")
     again.load_state_dict(watch.state_dict())
     assert again.dropped_events == 44
     assert len(feed(lambda step: torch.full((8, K), float("nan")), 300, action="warn", history=280)[0].events) == 280

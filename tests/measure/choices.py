@@ -34,7 +34,7 @@ STREAMS = ["iid", "continual", "correlated", "mixed", IMBALANCED]
 CIFAR = ["clean", "speckle_noise", "gaussian_blur", "spatter", "saturate"]
 DIGITS = ["clean", "speckle_noise", "gaussian_blur", "shear", "occlusion"]
 NO_LABELS = "no label"
-FRONTIER = (0.5, 0.6, 0.65, 0.75, 0.8, 0.9)
+FRONTIER = (0.5, 0.6, 0.7, 0.8, 0.85, 0.95)
 """Probabilities of a gain from which a candidate might be taken, beside the rule's own."""
 SURE = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 """Bounds of the groups in which probabilities are compared with how often they come true."""
@@ -70,13 +70,13 @@ def cases(options: Any) -> Iterator[Case]:
 
 def make_data(case: Case, options: Any) -> ShiftedDataModule:
     """The stream's data module."""
-    names = CIFAR if case.data == "cifar" else DIGITS
+    names = options.domains or (CIFAR if case.data == "cifar" else DIGITS)
     single = case.stream not in ("continual", "mixed")
     turned = [*names[case.setting :], *names[: case.setting]]
     common: dict[str, Any] = {
         "domains": turned[:1] if single else turned[1:],
         "stream": case.stream,
-        "order_seed": case.setting,
+        "order_seed": options.order + case.setting,
         "num_images": options.images if single else options.images * 5 // 16,
         "batch_size": options.batch,
         "cache_dir": str(Path(options.keep) / "images"),
@@ -126,28 +126,37 @@ def run(case: Case, options: Any) -> dict[str, Any]:
     """Every candidate: its record after the trial, and its logits to the end."""
     data, net = make_data(case, options), make_net(case, options)
     batches = list(data.predict_dataloader())
-    trial = [batch["image"] for batch in batches[: options.trial]]
+    images = [batch["image"] for batch in batches]
     found: dict[str, Any] = {}
     runners = [Runner(candidate, net) for candidate in read_candidates("default", net, options.batch)]
-    for images in trial:
+    records: dict[int, dict[str, Record]] = {}
+    passes: dict[str, int] = {}
+    for number, batch in enumerate(images, 1):
         for runner in runners:
-            runner(images)
-    records = finish(runners, trial)
-    passes = {runner.candidate.name: runner.passes for runner in runners}
+            runner(batch)
+        if number == options.trial or (number in options.longer and number > options.trial):
+            records[number] = finish(runners, images[:number])
+            passes = passes or {runner.candidate.name: runner.passes for runner in runners}
     for runner in runners:
-        start = time.perf_counter()
-        for batch in batches[options.trial :]:
-            runner(batch["image"])
-        record = records.get(runner.candidate.name)
+        record = records[options.trial].get(runner.candidate.name)
+        longer = {
+            n: each[runner.candidate.name]
+            for n, each in records.items()
+            if runner.candidate.name in each and n > options.trial
+        }
         found[runner.candidate.name] = {
             "problem": runner.problem,
             "passes": passes[runner.candidate.name],
-            "seconds": time.perf_counter() - start,
             "record": None if record is None else vars(record),
+            "longer": {number: vars(each) for number, each in longer.items()},
             "logits": torch.cat(runner.answers) if not runner.problem else None,
         }
         runner.release()
-    return {"labels": torch.cat([batch["label"] for batch in batches]), "candidates": found}
+    return {
+        "labels": torch.cat([batch["label"] for batch in batches]),
+        "sizes": [*map(len, images)],
+        "candidates": found,
+    }
 
 
 def scored(found: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -188,6 +197,43 @@ def highest(scores: dict[str, dict[str, float]], name: str) -> str:
     return max(scores, key=lambda each: scores[each].get(name, 0))
 
 
+def dawid_skene(answers: Tensor, classes: int, rounds: int = 50) -> Tensor:
+    """Accuracy of each of C classifiers from their answers (C, N) alone, by expectation maximization; (C,), float64.
+
+    Each is right with its own probability, and wrong alike in all other classes, whatever the others say; classes have
+    shares of their own. Starts at the vote. Source: Dawid and Skene, 1979, with one number a classifier.
+    """
+    votes = F.one_hot(answers, classes).double()
+    belief = votes.mean(0)
+    for _ in range(rounds):
+        right = ((votes * belief).sum((1, 2)) + 0.5) / (answers.shape[1] + 1)
+        shares = (belief.sum(0) + 1) / (len(belief) + classes)
+        yes, no = right.log(), ((1 - right) / (classes - 1)).log()
+        odds = shares.log() + (votes * yes[:, None, None] + (1 - votes) * no[:, None, None]).sum(0)
+        belief = odds.softmax(-1)
+    return (votes * belief).mean(1).sum(-1)
+
+
+def consensus(found: dict[str, Any]) -> str:
+    """The candidate that agrees most with all, in the sense of :func:`dawid_skene`; the first of several."""
+    records = {name: each["record"]["answers"] for name, each in found["candidates"].items() if each["record"]}
+    names = list(records)
+    answers = torch.stack([records[name].argmax(1) for name in names])
+    accuracy = dawid_skene(answers, records[SOURCE].shape[1])
+    return names[int(accuracy.argmax())]
+
+
+def most_right(found: dict[str, Any], images: int) -> list[str]:
+    """Who has most right answers on the first images: what no choice from them can be better than, on average."""
+    truth = found["labels"][:images]
+    right = {
+        name: int((each["logits"][:images].argmax(1) == truth).sum())
+        for name, each in found["candidates"].items()
+        if each["logits"] is not None
+    }
+    return [name for name in right if right[name] == max(right.values())]
+
+
 def picks(found: dict[str, Any], counts: list[int], draws: int) -> dict[str, list[str]]:
     """What each policy takes on a stream: with so many labels, once a draw of the labels."""
     scores = scored(found)
@@ -201,6 +247,7 @@ def picks(found: dict[str, Any], counts: list[int], draws: int) -> dict[str, lis
         taken[f"most right of {count} labels"] = [highest(each, "labels") for each in told]
     for name in ("aetta", "infomax", "snd", "entropy", "agreement_view"):
         taken[f"highest {name}"] = [highest(scores, name)]
+    taken |= {"consensus": [consensus(found)], "most right of the trial": most_right(found, images)}
     return {**taken, "always zerosiam": ["zerosiam"], "always source": [SOURCE], "random": list(scores)}
 
 
@@ -215,6 +262,38 @@ def outcome(right: dict[str, float], names: list[str]) -> dict[str, float]:
         "worse_by_a_point": 100 * float((lost > 1).double().mean()),
         "source": 100 * sum(name == SOURCE for name in names) / len(names),
     }
+
+
+def by_batches(kept: list[dict[str, Any]]) -> list[tuple[int, int, float, float | None, float | None]]:
+    """Regret by the length of the trial, over the streams that are longer.
+
+    Batches; streams; mean regret of who is most right in the trial; and where it was recorded, of the chooser, and in
+    percent, how often it takes one that is worse than the source.
+    """
+    rows = []
+    for number in range(1, max(len(found["sizes"]) for found in kept)):
+        longer = [found for found in kept if len(found["sizes"]) > number]
+        best, chosen = [], []
+        for found in longer:
+            right, images = accuracies(found), sum(found["sizes"][:number])
+            best.append(outcome(right, most_right(found, images))["regret"])
+            short = at_length(found, images)
+            if short:
+                chosen.append(outcome(right, [decide(scored(short)).name]))
+        means = [sum(each[name] for each in chosen) / len(chosen) for name in ("regret", "worse")] if chosen else []
+        regret, worse = means if len(chosen) == len(longer) else (None, None)
+        rows.append((number, len(longer), sum(best) / len(best), regret, worse))
+    return rows
+
+
+def at_length(found: dict[str, Any], images: int) -> dict[str, Any] | None:
+    """The same with the records of a trial of so many images, if there are some."""
+    candidates = {}
+    for name, each in found["candidates"].items():
+        records = [each["record"], *each.get("longer", {}).values()]
+        record = next((record for record in records if record and len(record["answers"]) == images), None)
+        candidates[name] = {**each, "record": record}
+    return {**found, "candidates": candidates} if candidates[SOURCE]["record"] else None
 
 
 def reliability(kept: list[dict[str, Any]]) -> list[tuple[float, float, int, float, float]]:
@@ -272,6 +351,12 @@ def replay(folder: Path, options: Any) -> Results:
         header("probability of a gain", "candidates", "mean probability", "better than the source")
         for low, high, number, mean, share in reliability(whole):
             row(f"{low} to {high}", number, f"{mean:.2f}", f"{share:.2f}")
+        print()
+        header("batches of the trial", "streams", "regret of the most right", "of the chooser", "worse, %")
+        for number, streams_so_long, best_regret, *ours in by_batches(whole):
+            row(
+                number, streams_so_long, f"{best_regret:.2f}", *("" if each is None else f"{each:.2f}" for each in ours)
+            )
     return results
 
 
@@ -292,6 +377,9 @@ def main(args: list[str] | None = None) -> Results:
         images=(400, "of a stream of one domain; of four domains 5/16 of it each"),
         batch=50,
         trial=(4, "batches that the chooser sees"),
+        longer=([""], "more such numbers, to be replayed"),
+        domains=([""], "five, in place of the held-out ones"),
+        order=(0, "added to the seed of each order"),
         train=(3000, "training images of MNIST"),
         epochs=8,
         labels=["10", "50", "100"],
@@ -300,6 +388,8 @@ def main(args: list[str] | None = None) -> Results:
         replay=(False, "run nothing"),
     )
     options.labels = [int(count) for count in options.labels]
+    options.longer = [int(number) for number in options.longer if number]
+    options.domains = [name for name in options.domains if name]
     torch.set_num_threads(1)
     Path(options.keep).mkdir(parents=True, exist_ok=True)
     for case in cases(options):

@@ -2,6 +2,8 @@
 
     python tests/measure/serving.py --net cifar/resnet26_gn --method zerosiam
     python tests/measure/serving.py --corruptions reported --source runs/digits/source
+    python tests/measure/serving.py --corruptions gaussian_noise --root ROOT --source resnet20.safetensors \
+        --net cifar/resnet20 --together 1
 
 Random weights and images of noise: neither changes the time. Each client sends one image, waits for the answer, sends
 the next. The bare net is served the same way: by the same queue and one thread. ``off by`` is the largest difference
@@ -36,13 +38,12 @@ from torch import Tensor, nn
 
 from lightning_tta import adapt
 from lightning_tta.backbones import create_backbone
-from lightning_tta.data import DigitsData
 from lightning_tta.modules.loading import load_source
 from lightning_tta.serving.policy import Answering, Decision, Evidence, Policy
 from lightning_tta.serving.requests import Requests, joined
 from lightning_tta.serving.server import Server
 from lightning_tta.serving.shadow import Shadow
-from plumbing import arguments, header, make_images, make_net, row
+from plumbing import arguments, digits_or_folder, header, make_images, make_net, row
 
 LOOKED = 'pass_seconds_count{part="monitors"}'
 """How many micro-batches the monitors and the policy have seen."""
@@ -234,12 +235,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def phases(domain: str, images: int, severity: int) -> list[tuple[Tensor, Tensor]]:
+def phases(root: str, domain: str, images: int, severity: int) -> list[tuple[Tensor, Tensor]]:
     """Images and labels: clean, corrupted, the same in another order, clean in another order."""
     parts = {}
     for name in ("clean", domain):
-        data = DigitsData(severity=severity, domains=[name], num_images=images)
-        data.setup("predict")
+        data = digits_or_folder(root, {}, {}, severity=severity, domains=[name], num_images=images)
         batches = list(data.predict_dataloader())
         x, y = (torch.cat([batch[key] for batch in batches]) for key in ("image", "label"))
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
@@ -283,9 +283,9 @@ def who_answers(
 
 def measure_who_answers(options: Any) -> dict[str, dict[str, Any]]:
     """Print a table, a row for each corruption and method."""
-    net = make_net("bn", 10) if options.net == "tiny" else load_source(options.source).eval()
-    domains = DigitsData(severity=options.severity, domains=options.corruptions)
-    domains.setup("predict")
+    weights = (options.source, options.net, 10) if options.root else (options.source,)
+    net = make_net("bn", 10) if options.net == "tiny" else load_source(*weights).eval()
+    domains = digits_or_folder(options.root, {}, {}, severity=options.severity, domains=options.corruptions)
     results = {}
     header(
         "corruption, method",
@@ -294,7 +294,7 @@ def measure_who_answers(options: Any) -> dict[str, dict[str, Any]]:
         "restores",
     )
     for domain in [name.split("@")[0] for name in domains.domain_names if not name.startswith("clean")]:
-        stream = phases(domain, options.images, options.severity)
+        stream = phases(options.root, domain, options.images, options.severity)
         for method in options.methods:
             found = results[f"{domain}, {method}"] = who_answers(
                 net, method, stream, options.together, json.loads(options.policy)
@@ -321,6 +321,7 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, Any]]:
         max_wait_ms=5.0,
         corruptions=([], "measure who answers instead: names of corruptions, or reported, or held_out"),
         methods=list(METHODS),
+        root=("", "a folder of images in the place of the digits; then --source and --net are of its source"),
         source=("runs/digits/source", "weights of the digits' source"),
         severity=5,
         images=540,

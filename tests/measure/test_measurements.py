@@ -1,9 +1,11 @@
 """The scripts behind the README's figures run, on small nets and few images."""
 
+import math
 import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ import gpu
 import gpu_checks
 import guard
 import int8
+import language_claim
 import loading
 import memo_cifar
 import memo_leak
@@ -259,8 +262,8 @@ def test_protected(capsys, places):
 
 
 def test_choices_on_digits(capsys, tmp_path):
-    small = ["--settings=1", "--streams", "iid", "--nets", "gn", "--images=40", "--batch=10", "--epochs=1"]
-    small += [f"--keep={tmp_path}", "--labels", "5", "--draws=2"]
+    small = ["--settings=1", "--streams", "iid", "--nets", "gn", "--images=60", "--batch=10", "--epochs=1"]
+    small += [f"--keep={tmp_path}", "--labels", "5", "--draws=2", "--longer", "5"]
     (found,) = choices.main(small).values()
     assert found["always source"]["worse"] == 0
     assert found["always source"]["source"] == 100
@@ -270,7 +273,37 @@ def test_choices_on_digits(capsys, tmp_path):
     written = kept.stat().st_mtime_ns
     assert choices.main([*small, "--replay"]) == {"digits": found}
     assert kept.stat().st_mtime_ns == written
-    assert "| chooser, no label |" in capsys.readouterr().out
+    assert found["most right of the trial"]["regret"] <= found["random"]["regret"]
+    text = capsys.readouterr().out
+    assert "| chooser, no label |" in text
+    judged = re.findall(r"\| (\d) \| 1 \| [\d.]+ \| ([\d.]+|) \|", text)
+    assert [number for number, regret in judged[:5]] == ["1", "2", "3", "4", "5"]
+    assert [bool(regret) for number, regret in judged[:5]] == [False, False, False, True, True]
+
+
+def test_consensus_by_hand():
+    """Expectation maximization in loops; and the accuracies of classifiers that err independently are found."""
+    rng = np.random.default_rng(0)
+    truth, accuracies = rng.integers(0, 4, 400), [0.9, 0.7, 0.5]
+    answers = np.stack(
+        [np.where(rng.random(400) < a, truth, (truth + rng.integers(1, 4, 400)) % 4) for a in accuracies]
+    )
+    found = choices.dawid_skene(torch.from_numpy(answers[:, :30]), 4, rounds=3)
+    belief = [[sum(votes == k for votes in answers[:, n]) / 3 for k in range(4)] for n in range(30)]
+    for _ in range(3):
+        right = [(sum(belief[n][answers[c, n]] for n in range(30)) + 0.5) / 31 for c in range(3)]
+        shares = [(sum(each[k] for each in belief) + 1) / 34 for k in range(4)]
+        new = []
+        for n in range(30):
+            odds = [
+                shares[k] * math.prod(right[c] if answers[c, n] == k else (1 - right[c]) / 3 for c in range(3))
+                for k in range(4)
+            ]
+            new.append([each / sum(odds) for each in odds])
+        belief = new
+    assert found.tolist() == pytest.approx([sum(belief[n][answers[c, n]] for n in range(30)) / 30 for c in range(3)])
+    estimates = choices.dawid_skene(torch.from_numpy(answers), 4)
+    assert estimates.tolist() == pytest.approx([(each == truth).mean() for each in answers], abs=0.06)
 
 
 def test_estimates(capsys, tmp_path, places):
@@ -407,6 +440,23 @@ def test_auto_switch(capsys, places):
     assert "| 4.0 / 2.0 |" not in (text := capsys.readouterr().out)
     assert "| auto, every=1 | " in text
     assert "source 100" in text
+
+
+def test_language_claim(capsys, tmp_path):
+    small = ["--prompts=24", "--batch-size=8", "--seeds=2", "--rates", "1e-1", f"--keep={tmp_path / 'keep'}"]
+    small += ["--methods", "source", "tent", "random predictor"]
+    language_claim.main(small)
+    text = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["source", "-"], ["tent", "1e-1"], ["random predictor", "1e-1"]]
+    assert rows[0][4] != rows[1][4]  # entropy: the source never learns
+    assert len(list((tmp_path / "keep").iterdir())) == 6
+    language_claim.main([*small, f"--figure={tmp_path / 'curves.png'}"])  # from the files
+    assert capsys.readouterr().out == text
+    account = {"answers": ["1", "2", "2", "2"] * 2, "accuracy": [1, 0, 0, 0] * 2, "entropy": [0.5] * 8}
+    account |= {"norm": [1.0, 2.0] * 4, "after": [1, 1, 0, 0]}
+    found = language_claim.summary(account)
+    assert found == {"whole": 0.25, "accuracy": 0.0, "entropy": 0.5, "norm": 1.5, "share": 1.0, "after": 0.5}
 
 
 def test_bn_statistics(capsys):

@@ -230,6 +230,30 @@ def test_guard_and_forgetting(tmp_path):
     assert row_of(page, "tent", 3) == ["tent", "70.0", "-20.0"]
 
 
+@pytest.mark.parametrize(
+    ("on_probation", "values", "why"),
+    [
+        (2, {}, "the source predicted all 2 batches, on probation"),
+        (1, {}, "since the method began to answer"),
+        (0, {"labels_told": 0.0}, "no label became known"),
+    ],
+)
+def test_why_there_is_no_estimate(on_probation, values, why, tmp_path, capsys):
+    monitors = {
+        "collapse": {"values": {}, "estimates": False, "estimate": None},
+        "one": {"values": values, "estimates": True, "estimate": None},
+        "other": {"values": {}, "estimates": True, "estimate": 0.5},
+    }
+    estimates = {"other": {"estimate": 0.5, "accuracy": 0.75, "mean_absolute_error": 0.25, "domains": {}}}
+    guard = {"settings": {"action": "stop"}, "events": [], "monitors": monitors, "on_probation": on_probation}
+    run = write_run(tmp_path / "run", "tent", hits(0, 0.75), guard={**guard, "estimates": estimates}, batches=2)
+    report([run])
+    (sentence,) = read([run]).groups[0].runs[0].unestimated
+    assert sentence.startswith(f"No estimate of 'one': {why}")
+    assert sentence in " ".join((run / "report.md").read_text().split())
+    assert sentence.removesuffix(".") in capsys.readouterr().out
+
+
 def test_monitors_and_choice(tmp_path, capsys):
     """Alarms and estimates of a run with monitors, in figures, tables and terminal; the chooser's verdict beside it."""
     alarms = [

@@ -649,7 +649,8 @@ def test_kill_in_the_middle(tmp_path):
     assert not list(tmp_path.glob(".*.tmp"))
     lines = [json.loads(line) for line in (tmp_path / "shadow.jsonl").read_text().splitlines()]  # the cut one is gone
     assert lines[-1]["event"] != "ev"
-    assert len(list(tmp_path.glob("snapshot-*.pt"))) == 3
+    numbers = {int(path.stem.partition("-")[2]) for path in tmp_path.glob("snapshot-*.pt")}
+    assert {8, 12} <= numbers <= {4, 8, 12}  # one that waits to be written gives way to the next
 
 
 def test_a_damaged_snapshot(tmp_path):

@@ -35,6 +35,7 @@ class ViewAgreement(Estimator):
 
     name: ClassVar[str] = "view_agreement"
     wants: ClassVar[frozenset[Want]] = frozenset({"predict"})
+    gathers: ClassVar[bool] = True
     passes = 0
 
     def rate(self, seen: Seen) -> Tensor | None:

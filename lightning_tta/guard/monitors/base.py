@@ -52,11 +52,14 @@ class Monitor(ABC):
         name: By which it is chosen.
         wants: What it needs of :class:`Seen` beside ``logits``.
         needs_source: Whether :meth:`prepare` must run before the stream.
+        gathers: Whether it needs several images to say something, or passes over them: it does not see batches of a few
+            images as they come, but gathered (:class:`~lightning_tta.guard.gathering.Gathering`).
     """
 
     name: ClassVar[str]
     wants: ClassVar[frozenset[Want]] = frozenset()
     needs_source: ClassVar[bool] = False
+    gathers: ClassVar[bool] = False
 
     def prepare(self, batches: Iterable[Seen]) -> None:  # noqa: B027  # most need nothing
         """See held-out source images, once before the stream; ``logits`` are those of the source.
@@ -83,6 +86,11 @@ class Monitor(ABC):
     def estimate(self) -> float | None:
         """Estimated accuracy of the method's answers by now, in [0, 1]; ``None``: it makes none, or not yet."""
         return None
+
+    @property
+    def is_estimator(self) -> bool:
+        """Whether it is of a kind that estimates accuracy."""
+        return type(self).estimate is not Monitor.estimate
 
     def values(self) -> dict[str, float]:
         """Numbers for logs, by name, each beginning with the monitor's name."""

@@ -52,6 +52,7 @@ class Collapse(Monitor):
     """
 
     name = "collapse"
+    gathers = True
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ class Consensus(Monitor):
     name: ClassVar[str] = "consensus"
     wants: ClassVar[frozenset[Want]] = frozenset({"source", "same_source", "features"})
     needs_source: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
 
     def __init__(
         self, *, half_life: int = HALF_LIFE, floor: float | None = None, fall: float | None = None, seed: int = 0

@@ -303,6 +303,11 @@ class TTAMethod(Described, Replayable, ABC):
         """Whether it keeps a state of its own for each domain."""
         return self._memory is not None
 
+    @property
+    def has_window(self) -> bool:
+        """Whether it adapts on a window of the last images, and predicts each image among them."""
+        return self._window is not None
+
     def put_behind(self, gate: Gate) -> None:
         """Adapt only while a gate is open; else the source answers, with its own statistics and without corrections.
 
@@ -834,7 +839,8 @@ class TTAMethod(Described, Replayable, ABC):
             x: As in :meth:`forward`.
             statistics: Of a method whose BatchNorm layers normalise with statistics of the test data: ``stream``, those
                 of the stream so far (:class:`~lightning_tta.methods.base.account.StreamAccount`), so that images do not
-                depend on each other, and one alone is right too; while nothing was seen as ``batch``, those of ``x``.
+                depend on each other, and one alone is right too; while nothing was seen as ``batch``, those of ``x``;
+                with a window, as when they come, those of the last images with ``x`` among them.
 
         Raises:
             ConfigError: If ``statistics`` is another word.
@@ -847,6 +853,11 @@ class TTAMethod(Described, Replayable, ABC):
         try:
             if self._is_shut and bool(usable.any()):
                 return fill(self._source_logits(x, usable, at_source=True), usable)
+            if statistics == "batch" and self._window is not None and bool(usable.any()):
+                samples = x[usable.to(x.device)]
+                everything = samples, slice(None)
+                images, part = everything if self._predicts_alone else self._window.among(self, samples)
+                return fill(self._corrected(samples, self._in_context(images, part), learn=False), usable)
             stream = self.stream_statistics() if statistics == "stream" else {}
             seen = explained(self.model, x, has_run=self.has_run)
             with seen, self.computing(x.device), fresh_casts(), self._running(stream) as infer, self.passes():

@@ -59,6 +59,23 @@ class Window:
             images[new:end].copy_(part)  # only now: the net may have refused it
             self._write(method, 0 if full else end, max(known, end))
 
+    def among(self, method: State, x: Tensor) -> tuple[Tensor, slice]:
+        """Images (B, C, H, W) among the others of the window, whether they have come already or come next.
+
+        Returns:
+            The last images of the stream with ``x`` at their end, and where ``x`` is. Images of another size, and as
+            many as fill a window, are by themselves.
+        """
+        new, known = self._at(method)
+        held = method.value(IMAGES)
+        others = x[:0]
+        if len(x) < self.size and known and held.shape[1:] == x.shape[1:]:
+            others = torch.cat([held[new:known], held[:new]]).to(x)  # the oldest first
+            if torch.equal(others[-len(x) :], x):
+                others = others[: -len(x)]
+            others = others[max(0, len(others) + len(x) - self.size) :]
+        return torch.cat([others, x]), slice(len(others), None)
+
     def _cut(self, method: State, x: Tensor) -> Iterator[Tensor]:
         start = 0
         while start < len(x):

@@ -1,0 +1,1 @@
+"""Prompts with answers, for language models: files, embedded tasks, shifts of format, checkers."""
