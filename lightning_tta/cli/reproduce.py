@@ -16,7 +16,8 @@ from lightning_tta.report.tables import Table
 from lightning_tta.report.terminal import print_table
 from lightning_tta.reproduce import page
 from lightning_tta.reproduce.claims import load, names
-from lightning_tta.reproduce.rerun import Reproduction, Settings
+from lightning_tta.reproduce.planning import Settings
+from lightning_tta.reproduce.rerun import Reproduction
 
 
 def reproduce(
@@ -71,7 +72,7 @@ def reproduce(
         weights=weights or {},
         only=_listed(only),
         rows=_listed(rows),
-        download=download,
+        download=download and not check,
         net=net,
         images=images,
         training=training or {},
@@ -81,7 +82,7 @@ def reproduce(
         jobs=jobs,
     )
     reproduction = Reproduction(load(name), settings)
-    console.print(Text(page.plan(reproduction)), soft_wrap=True)
+    console.print(Text(page.describe(reproduction.claim, reproduction.plans)), soft_wrap=True)
     if check:
         return
     result = reproduction.run(_command(given))

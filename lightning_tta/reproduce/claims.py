@@ -28,6 +28,8 @@ KINDS = {
     "unknown": "published, but not in anything that could be read here",
 }
 """Where a figure was read. Only the first two are the source itself."""
+AT = "@"
+"""Between a method and a net, in the benchmark's name of a method whose options differ by net."""
 EVERY = "*"
 """In place of a net or a stream: the mean over all of the part. Of a method in ``tolerance``: any other."""
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning_tta.reproduce.claims import EVERY, KINDS
-
-if TYPE_CHECKING:
-    from lightning_tta.reproduce.rerun import Reproduction
+from lightning_tta.reproduce.claims import EVERY, KINDS, Claim
+from lightning_tta.reproduce.planning import PartPlan
 
 HEADER = ("net", "method", "on", "theirs", "ours", "95 %", "difference", "tolerance", "verdict")
 
@@ -45,17 +43,17 @@ def ranking(rank: Mapping[str, Any]) -> str:
     )
 
 
-def plan(reproduction: Reproduction) -> str:
+def describe(claim: Claim, plans: Mapping[str, PartPlan]) -> str:
     """What would run, what is missing, and how to get it."""
-    return "\n".join(_plan(reproduction))
+    return "\n".join(_describe(claim, plans))
 
 
-def _plan(reproduction: Reproduction) -> Iterator[str]:
-    claim, told = reproduction.claim, set[str]()
+def _describe(claim: Claim, plans: Mapping[str, PartPlan]) -> Iterator[str]:
+    told = set[str]()
     yield f"{claim.title}\n{claim.paper}. Code: {claim.code or 'none known'}."
     for note in claim.notes:
         yield f"  note: {note}"
-    for label, plan in reproduction.plans.items():
+    for label, plan in plans.items():
         yield f"{label}: {plan.part.title}"
         runnable = plan.runnable
         yield f"  {len(runnable)} of {len(plan.rows)} rows can run" + (

@@ -1,8 +1,8 @@
 """Runs every claim of ``lightning-tta reproduce`` on files in the published layouts that this script writes.
 
-A tiny net without trained weights, a few images and one seed stand for the real ones, so the numbers mean nothing: what is
-shown is that each row runs, and that a run on real files differs by their presence only. For each claim: cells that ran,
-figures that stand beside ours, cells without a result and why, seconds.
+A tiny net without trained weights, few images and one seed stand for the real ones: the numbers mean nothing. What is
+shown is that each row runs, and that a run on real files differs by their presence only. For each claim: cells that
+ran, figures that stand beside ours, cells without a result and why, seconds.
 
     python tests/measure/reproduce.py --claims zerosiam,meta_ttt --images 8
 """
