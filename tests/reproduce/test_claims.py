@@ -41,6 +41,9 @@ def test_all_claims_are_there():
         claim = load(name)
         assert "arXiv" in claim.paper or name == "cr_memo"
         assert claim.figures() > 0 or name == "meta_ttt"  # whose tables could not be read
+        texts = [*claim.notes, *(text for part in claim.parts.values() for text in (*part.unknown, *part.differs))]
+        assert all(text[0].isupper() or text.startswith(("kl_weight", "vit_")) for text in texts)
+        assert all(text.endswith(".") for text in texts)  # none is cut at a comma
 
 
 def placeholders(value):
