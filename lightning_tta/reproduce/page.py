@@ -94,6 +94,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         lines += [f"**{text}**", ""]
     lines += [f"Figures: {summary(result)}. All in percent; a difference is ours less theirs.", ""]
     lines += [f"- {note}" for note in result["notes"]]
+    lines += [f"- Weights that were given: {net}, {file}." for net, file in result["weights"].items()]
     for label, part in result["parts"].items():
         lines += ["", f"## {label}: {part['title']}", ""]
         lines += _markdown_table([HEADER, *table(part)])

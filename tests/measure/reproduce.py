@@ -28,7 +28,7 @@ SHORT = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 1, "trainer.lim
 def write_all(root: Path, images: int) -> None:
     """All data sets."""
     published.cifar10_c(root, FIFTEEN, images)
-    published.cifar10(root, setattr)
+    published.cifar10(root, setattr, images=1100)  # of which 5,000 are for validation
     published.cifar10_1(root)
     published.imagenet(root)
     published.imagenet_c(root, FIFTEEN)

@@ -18,7 +18,8 @@ def run(name, tmp_path, *args):
     return json.loads((tmp_path / "runs" / name / "reproduce.json").read_text())
 
 
-def test_the_list_and_what_one_needs(tmp_path, capsys):
+def test_the_list_and_what_one_needs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # from any directory
     main(["reproduce"])
     assert "zerosiam" in (text := capsys.readouterr().out)
     assert "label_shift, label_shift_eata" in text
