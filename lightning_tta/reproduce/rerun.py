@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_tta.reproduce.claims import AT, Claim, Part
 from lightning_tta.reproduce.comparing import compare
 from lightning_tta.reproduce.needs import SETS
 from lightning_tta.reproduce.planning import Settings, fill, plan_part
+from lightning_tta.reproduce.verdict import NOT_RUN
 
 JSON, MARKDOWN = "reproduce.json", "reproduce.md"
 
@@ -129,6 +131,11 @@ class Reproduction:
             rows = [{**row, "method": row["method"].partition(AT)[0]} for row in results.get(label, {}).get("rows", [])]
             skipped = {entry["cell"]: entry["reason"] for entry in results.get(label, {}).get("skipped", [])}
             comparisons, rankings = compare(label, plan, rows, bool(self.settings.changed), skipped)
+            if not known:  # the file is written after each part
+                comparisons = [
+                    replace(each, verdict=f"{NOT_RUN}: not reached yet") if each.verdict == NOT_RUN else each
+                    for each in comparisons
+                ]
             parts[label] = {
                 "title": plan.part.title,
                 "run": known,

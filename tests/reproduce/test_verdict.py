@@ -10,6 +10,8 @@ from lightning_tta.reproduce.planning import Settings
 from lightning_tta.reproduce.rerun import Reproduction
 from lightning_tta.reproduce.verdict import judge, measure, reversed_pairs
 
+CELL = {"protocol_hash": "0123456789ab", "directory": "cells"}
+
 
 def row(accuracies, images=100, **others):
     domains = {name: {"accuracy": value, "images": images} for name, value in accuracies.items()}
@@ -78,7 +80,7 @@ def rows_like(part, method, shift=0.0):
     errors = published.domains["wrn_28_10"][method]
     names = part.data["init_args"]["domains"]
     accuracies = {name: 1 - (error + shift) / 100 for name, error in zip(names, errors, strict=True)}
-    return row(accuracies, 10_000, net="wrn_28_10", stream="ordered", method=method, seed=0)
+    return row(accuracies, 10_000, net="wrn_28_10", stream="ordered", method=method, seed=0, **CELL)
 
 
 def planned(tmp_path, **settings):
@@ -115,3 +117,15 @@ def test_what_was_not_run_says_why(tmp_path):
     assert verdicts["tent", "snow"] == "within tolerance"
     assert verdicts["norm", "snow"] == "not run: failed: DataError: broken"
     assert verdicts["source", "snow"] == "not run"
+
+
+def test_a_result_between_two_parts_says_what_is_to_come(tmp_path):
+    reproduction = Reproduction(load("tent"), Settings(root=tmp_path, only=["cifar10_c", "imagenet_c"]))
+    for plan in reproduction.plans.values():
+        plan.missing.clear()
+        plan.weights.clear()
+    part = reproduction.plans["cifar10_c"].part
+    result = reproduction.result({"cifar10_c": {"rows": [rows_like(part, "tent")], "skipped": []}})
+    first, second = (result["parts"][label]["comparisons"] for label in ("cifar10_c", "imagenet_c"))
+    assert {each["verdict"] for each in first if each["method"] == "tent"} == {"within tolerance"}
+    assert {each["verdict"] for each in second} == {"not run: not reached yet"}
