@@ -2,6 +2,7 @@
 
 from lightning_tta.modules.adaptation import TestTimeAdaptation
 from lightning_tta.modules.meta_ttt import MetaTTT
+from lightning_tta.modules.perk import PERK
 from lightning_tta.modules.source import SourceClassifier
 
-__all__ = ["MetaTTT", "SourceClassifier", "TestTimeAdaptation"]
+__all__ = ["PERK", "MetaTTT", "SourceClassifier", "TestTimeAdaptation"]
