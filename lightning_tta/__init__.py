@@ -41,12 +41,13 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
         Protocol,
         ShiftedDataModule,
     )
+    from lightning_tta.data.recall import RecallData
     from lightning_tta.diagnosis import Diagnosis, doctor
     from lightning_tta.exporting import export, save
     from lightning_tta.guard.callback import Guard
     from lightning_tta.guard.watch import Watch
     from lightning_tta.methods import TTAMethod, adapt, available_methods
-    from lightning_tta.modules import MetaTTT, SourceClassifier, TestTimeAdaptation
+    from lightning_tta.modules import PERK, MetaTTT, SourceClassifier, TestTimeAdaptation
     from lightning_tta.onnx_adapter import OnnxAdapter
     from lightning_tta.run.batches import StreamInput
     from lightning_tta.run.board import StreamBoard
@@ -55,6 +56,7 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
     from lightning_tta.serving.shadow import Shadow
 
 __all__ = [
+    "PERK",
     "AnswerTimeoutError",
     "ArrayData",
     "Backbone",
@@ -78,6 +80,7 @@ __all__ = [
     "OnnxAdapter",
     "Protocol",
     "QueueFullError",
+    "RecallData",
     "Shadow",
     "ShiftedDataModule",
     "SourceClassifier",
@@ -117,7 +120,8 @@ _HOMES = {
     "run.resume": ("StateKeeper",),
     "serving.shadow": ("Shadow",),
     "methods": ("TTAMethod", "adapt", "available_methods"),
-    "modules": ("MetaTTT", "SourceClassifier", "TestTimeAdaptation"),
+    "data.recall": ("RecallData",),
+    "modules": ("PERK", "MetaTTT", "SourceClassifier", "TestTimeAdaptation"),
 }
 
 

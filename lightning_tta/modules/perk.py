@@ -248,9 +248,12 @@ class PERK(LightningModule):
     def _evaluate(self, batch: dict[str, Tensor], split: str, end: str = "") -> None:
         for name, context in (("accuracy", True), ("without", False)):
             right, loss = self.answers(batch, context)
-            log_mean(self, f"perk/{split}_{name}{end}", right.float().mean(), right.numel(), prog_bar=context)
-            if context:
-                log_mean(self, f"perk/{split}_loss{end}", loss, right.numel())
+            values = {name: right.float().mean(), **({"loss": loss} if context else {})}
+            for each, value in values.items():
+                bar = each == "accuracy"
+                log_mean(
+                    self, f"perk/{split}_{each}{end}", value, right.numel(), prog_bar=bar, add_dataloader_idx=False
+                )
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accuracy with and without the context."""
