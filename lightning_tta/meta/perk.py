@@ -140,7 +140,7 @@ def _run(net: nn.Module, parameters: Mapping[str, Tensor], ids: Tensor, head: nn
             result: tuple[Tensor, ...] = vmap(call)(dict(parameters), ids)
             return result
         one = {name: value[0] for name, value in parameters.items()}  # as any call: nothing needs to know of copies
-        return tuple(value.unflatten(0, ids.shape[:2]) for value in call(one, ids.flatten(0, 1)))
+        return tuple(value.view(ids.shape[:2] + value.shape[1:]) for value in call(one, ids.flatten(0, 1)))
 
 
 def learn_context(

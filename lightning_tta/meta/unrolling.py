@@ -54,7 +54,7 @@ def by_name(groups: Sequence[Group], values: Sequence[Tensor]) -> dict[str, Tens
     for group, value in zip(groups, values, strict=True):
         pieces = torch.split(value, group.sizes, -1)
         for (name, parameter), piece in zip(group.parameters.items(), pieces, strict=True):
-            named[name] = piece if parameter.ndim == 1 else piece.unflatten(-1, parameter.shape)
+            named[name] = piece if parameter.ndim == 1 else piece.view(piece.shape[:-1] + parameter.shape)
     return named
 
 
