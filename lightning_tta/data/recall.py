@@ -176,10 +176,9 @@ class RecallData(LightningDataModule):
 
     def batches(self, split: Split, pairs: int | Sequence[int] | None = None) -> RecallBatches:
         """The batches of a split; ``pairs`` in place of those of the options."""
-        number = (
-            {"train": self.pairs, "val": self.val_pairs, "test": self.test_pairs[0]}[split] if pairs is None else pairs
-        )
-        bounds = number if isinstance(number, int) else (number[0], number[1])
+        if pairs is None:
+            pairs = self.pairs if split == "train" else self.val_pairs if split == "val" else self.test_pairs[0]
+        bounds = pairs if isinstance(pairs, int) else (pairs[0], pairs[1])
         return RecallBatches(self, split, bounds, self.numbers[split])
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:

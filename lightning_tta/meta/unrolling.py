@@ -158,7 +158,9 @@ def unroll(
         UnsupportedModelError: If no gradient reaches what is to move in a step.
     """
     current = [group.values(copies, differentiable or last > 0) for group in groups]
-    result = Unrolled(current, None, [], [])
+    first: Any = None
+    first_gradients: list[Tensor] = []
+    losses: list[Tensor] = []
     for number, step in enumerate(steps):
         twice = number >= len(steps) - last
         # Aliases of this pass alone: else, at second order, a gradient would also run through earlier steps.
@@ -168,12 +170,12 @@ def unroll(
         moved = [used[group] for group in step.rates]
         with step.during():
             gradients = _gradients(net, loss.sum(), moved, twice, twice or keep_first, what)
-        result.losses.append(loss.detach().mean())
+        losses.append(loss.detach().mean())
         if number == 0:
-            result = result._replace(first=output, gradients=gradients)
+            first, first_gradients = output, gradients
         for (group, rate), gradient in zip(step.rates.items(), gradients, strict=True):
             current[group] = step.rule(group, current[group], gradient, rate)
-    return result
+    return Unrolled(current, first, losses, first_gradients)
 
 
 def _gradients(

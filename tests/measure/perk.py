@@ -122,8 +122,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, dict[int, list[float]]]
         letters=(1, "of a key"),
         digits=(2, "of a value"),
         contexts=(16, "in a batch"),
-        batches=(400, "outer steps"),
-        base_batches=(3000, "steps of the net with the context in its prompt, of 4 times the contexts"),
+        batches=(200, "outer steps"),
+        base_batches=(6000, "steps of the net with the context in its prompt"),
         base_lr=2e-3,
         test_batches=12,
         steps=(4, "inner steps"),
@@ -139,7 +139,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, dict[int, list[float]]]
     seconds: dict[str, list[float]] = {}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         source = data(options, seed)
-        long = data(options, seed, contexts=4 * options.contexts, train_batches=options.base_batches)
+        long = data(options, seed, train_batches=options.base_batches)
         base = trained("base", options, seed, long, partial(new_base, options))
         modules = {"question alone": base, "context in the prompt": base}
         modules |= {f"LoRA, {steps} steps": best_plain(base, source, int(steps)) for steps in options.plain_steps}
