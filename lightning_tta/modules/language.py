@@ -254,7 +254,7 @@ class LanguageAdaptation(AdaptationModule):
         on_draft = getattr(method.task, "loss_on", "") == "generated"
         method(method.generate(open_prompts, **how) if on_draft else prompts)
         answered = method.generate(open_prompts, **how)
-        return answered, method.predict(answered)
+        return answered, method.predict(answered)  # type: ignore[arg-type]  # of tokens, a dict
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int | None = None) -> Any:
         """One batch of the stream, in order: reset if the policy says so, answer, adapt.
@@ -319,7 +319,10 @@ class LanguageAdaptation(AdaptationModule):
             answers=answers,
             expected=expected,
             correct=correct,
-            **{name: torch.cat(values) for name, values in measured.items()},
+            tokens=torch.cat(measured["tokens"]),
+            entropy=torch.cat(measured["entropy"]),
+            confidence=torch.cat(measured["confidence"]),
+            norm=torch.cat(measured["norm"]),
         )
 
     def _domain_of(self, batch: Mapping[str, Any], count: int, run: StreamRun, loader: int | None) -> Tensor:

@@ -168,7 +168,7 @@ class AnswerSummary(StreamSummary):
         return total
 
     def _share(self, counts: Any) -> float:
-        return max(counts.values()) / sum(counts.values())
+        return float(max(counts.values()) / sum(counts.values()))
 
     def _recent_share(self, counts: deque[Any]) -> float | None:
         total = self._joined(counts)
