@@ -16,6 +16,8 @@ import yaml
 from lightning_tta import methods
 from lightning_tta.data import ShiftedDataModule, data_modules
 from lightning_tta.launch.help import class_options, say_captured, without_markup
+from lightning_tta.reproduce import claims
+from lightning_tta.reproduce.needs import SETS
 
 DOCS = Path(__file__).parent
 CONFIGS = DOCS.parent / "configs"
@@ -27,6 +29,7 @@ def write_pages() -> None:
     rows = [(f":doc:`{name}`", without_markup(methods.docstring(name).split("\n")[0])) for name in methods.names()]
     pages["methods/index"] = index("Methods", "One page a method. :doc:`/guides/choosing` helps to choose.", rows)
     pages["guides/all-methods"] = all_methods()
+    pages["guides/claims"] = all_claims()
     pages["data/options"] = options_page()
     kinds = data_modules()
     pages |= {f"data/{name}": data_page(kind) for name, kind in kinds.items()}
@@ -100,6 +103,60 @@ def all_methods() -> str:
         table="\n".join(f"| {' | '.join(row)} |" for row in rows),
         reasons="\n".join(f"  - {', '.join(named)}: {reason}." for reason, named in reasons.items()),
     )
+
+
+def all_claims() -> str:
+    """The page with all claims of papers, in Markdown, which is kept in the repository."""
+    return CLAIMS.format(claims="\n\n".join(map(claim_section, claims.names())))
+
+
+CLAIMS = """\
+# Claims of papers
+
+<!-- Written by docs/pages.py from lightning_tta/reproduce/claims. Do not edit it here. -->
+
+What `lightning-tta reproduce NAME` reruns: [how, and what comes out](reproduce.md). Figures in percent; those of single
+corruptions are in the claims' files.
+
+{claims}
+"""
+
+
+def claim_section(name: str) -> str:
+    """A claim with its figures."""
+    claim = claims.load(name)
+    lines = [f"## {name}", "", f"{claim.title}. {claim.paper}. Code: {claim.code or 'none known'}.", ""]
+    lines += [*(f"- {note}" for note in claim.notes), ""] if claim.notes else []
+    for label, part in claim.parts.items():
+        lines += [f"**`{label}`**: {part.title}. Needs: {', '.join(SETS[need].title for need in part.needs)}.", ""]
+        for published in part.published:
+            lines += [
+                f"{published.measure.capitalize()}: {published.stands} (read in: {claims.KINDS[published.kind]}).",
+                "",
+            ]
+            lines += [*figure_table(published), ""]
+        lines += [*(f"- Not published: {text}" for text in part.unknown)]
+        lines += [*(f"- Differs: {text}" for text in part.differs)]
+        lines += [""] * bool(part.unknown or part.differs)
+    return "\n".join(lines).strip()
+
+
+def figure_table(published: claims.Published) -> list[str]:
+    """Methods and nets with the means over domains; how many single figures there are where there is no mean."""
+    nets = list(dict.fromkeys([*published.figures, *published.domains]))
+    methods = list(dict.fromkeys(m for by in (published.figures, published.domains) for net in by for m in by[net]))
+
+    def cell(net: str, method: str) -> str:
+        singles = published.domains.get(net, {}).get(method, [])
+        if method not in published.figures.get(net, {}):
+            return f"{len(singles)} single figures" if singles else "-"
+        figure = published.figures[net][method]
+        value, spread = figure if isinstance(figure, list) else (figure, None)
+        return "not known" if value is None else f"{value:g}{f' ± {spread:g}' if spread is not None else ''}"
+
+    head = ["method", *("mean of the nets" if net == claims.EVERY else net for net in nets), "tolerance"]
+    rows = [[f"`{m}`", *(cell(net, m) for net in nets), f"{published.tolerance_of(m):g}"] for m in methods]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def method_page(name: str) -> str:

@@ -90,6 +90,26 @@ def symmetric_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
 
+def divergence(p_logits: Tensor, q_logits: Tensor, kind: str) -> Tensor:
+    """How far two predicted distributions are apart, per sample, >= 0.
+
+    ``symmetric_kl``: :func:`symmetric_kl`; ``kl``: KL(p || q); ``reverse_kl``: KL(q || p); ``js``: Jensen and Shannon's,
+    ``(KL(p || m) + KL(q || m)) / 2``, ``m = (p + q) / 2``; ``mse``: ``sum_k (p_k - q_k)^2``.
+
+    Shape: both (..., K) -> (...).
+    """
+    if kind == "symmetric_kl":
+        return symmetric_kl(p_logits, q_logits)
+    log_p, log_q = _log_probabilities(p_logits), _log_probabilities(q_logits)
+    if kind == "kl":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    if kind == "reverse_kl":
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    if kind == "mse":
+        return (log_p.exp() - log_q.exp()).square().sum(-1)
+    return consistency(torch.stack([log_p, log_q], dim=-2))
+
+
 def fused_divergence(p_logits: Tensor, q_logits: Tensor, smoothing: float) -> Tensor:
     """KL(f || q) with f = (p + (1 - s) q) / (2 - s), s = ``smoothing``, per sample.
 

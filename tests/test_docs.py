@@ -156,6 +156,14 @@ def test_each_method_has_a_page_with_its_options_and_files(name):
     assert paper is None or f"https://arxiv.org/abs/{paper[0]}" in page
 
 
+def test_the_page_of_claims_is_what_the_claims_say():
+    pages = load("pages")
+    text = (DOCS / "guides/claims.md").read_text()
+    assert text == pages.all_claims(), "python docs/pages.py writes it"
+    assert "| `zerosiam` | 51.1 | 63.4 | 49.9 | 49.8 | 50.1 | 52.9 | 2 |" in text
+    assert "not known" in text
+
+
 def test_the_table_of_all_methods_is_what_the_methods_say():
     pages = load("pages")
     assert (DOCS / "guides/all-methods.md").read_text() == pages.all_methods(), "python docs/pages.py writes it"

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from lightning_tta import losses
 from lightning_tta.losses import (
     confident_loss,
     consistency,
@@ -205,3 +206,25 @@ def test_views_that_are_saturated_and_apart_stay_finite():
     loss = marginal_entropy(logits) + consistency(logits)
     assert torch.isclose(loss, torch.tensor(2 * math.log(4)))
     assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
+
+
+def test_divergences_against_their_formulas():
+    p_logits, q_logits = (
+        2 * torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in (1, 2)
+    )
+    p, q = p_logits.softmax(-1), q_logits.softmax(-1)
+
+    def kl(a, b):
+        return (a * (a / b).log()).sum(-1)
+
+    m = (p + q) / 2
+    expected = {
+        "kl": kl(p, q),
+        "reverse_kl": kl(q, p),
+        "symmetric_kl": kl(p, q) + kl(q, p),
+        "js": (kl(p, m) + kl(q, m)) / 2,
+        "mse": ((p - q) ** 2).sum(-1),
+    }
+    for kind, values in expected.items():
+        torch.testing.assert_close(losses.divergence(p_logits, q_logits, kind), values, rtol=1e-10, atol=1e-12)
+        assert float(losses.divergence(p_logits, p_logits, kind).abs().max()) < 1e-12

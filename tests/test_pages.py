@@ -40,6 +40,7 @@ QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 TRAINED = "lightning-tta fit --config configs/digits/source.yaml"  # by the fixture digits_source
 SHORTER = ["--data.domains=[haze,contrast]", "--data.num_images=64", "--data.batch_size=32"]  # of the digits
 NOT_RUN = ("benchmark", "configs/trainer/", "tests/measure/", "meta_ttt", "--process")  # long, or of several processes
+NOT_RUN += ("data/weights/Standard.pt", "--download")  # the reader's own; and what would be fetched
 NOT_RUN += ("configs/pacs", "configs/imagenet", "configs/memo", "configs/cifar10")  # data that are not here
 NOT_RUN += ("configs/language",)  # minutes
 
@@ -105,7 +106,7 @@ def check(words, monkeypatch):
         # what each cell would be given is parsed in test_configs.py
         monkeypatch.setattr("lightning_tta.benchmark.runner.run_lightning", lambda *args, **options: None)
         call("benchmark", args)
-    elif name in ("report", "export", "init"):
+    elif name in ("report", "export", "init", "reproduce"):
         make_parser(name)[1].parse_args(args)
     elif name in COMMANDS:
         assert not args or (name, args) == ("methods", ["tent"])

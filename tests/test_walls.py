@@ -45,6 +45,7 @@ FLOORS: tuple[dict[str, str], ...] = (  # a floor: room -> its modules; rooms of
     {"exporting": "exporting exported_step"},  # reads what a run saved
     {"launch": "launch"},
     {"benchmark": "benchmark"},  # launches runs, and knows no command line
+    {"reproduce": "reproduce"},  # runs benchmarks
     {"cli": "cli"},
     {"__main__": "__main__"},
 )

@@ -66,7 +66,7 @@ def _lightning(name: str, args: list[str]) -> None:
 
 
 def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
-    """What benchmark, report, export or init calls, and the parser that its signature makes."""
+    """What benchmark, reproduce, report, export or init calls, and the parser that its signature makes."""
     with _importing():
         from jsonargparse import ArgumentParser
 
@@ -88,6 +88,12 @@ def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
         parser.add_argument("runs", nargs="+", type=Path, help=text)
         parser.add_function_arguments(report, skip={"runs"})
         return report, parser
+    if name == "reproduce":
+        from lightning_tta.cli.reproduce import reproduce
+
+        parser.add_argument("name", nargs="?", help="The claim; without one, the list of all.")
+        parser.add_function_arguments(reproduce, skip={"name"})
+        return reproduce, parser
     if name == "init":
         parser.add_argument("folder", nargs="?", default=".", help="Where configs/ is put; made if it does not exist.")
         return copy_configurations, parser
@@ -100,7 +106,7 @@ def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
 
 
 def call(name: str, args: list[str]) -> Any:
-    """Call benchmark (which is then built, not run), report, export or init with the arguments after its name."""
+    """Call reproduce, report, export, init, or benchmark (which is then built, not run) with the arguments after it."""
     function, parser = make_parser(name)
     try:
         options = parser.instantiate(parser.parse_args(args)).as_dict()
@@ -186,6 +192,11 @@ COMMANDS = {
         "methods x streams x nets, in one table",
         "--config configs/digits/benchmark.yaml",
         lambda args: call("benchmark", args).run(),
+    ),
+    "reproduce": Command(
+        "rerun a paper's claim, ours beside the published figures; without NAME the list",
+        "tent --check true",
+        lambda args: call("reproduce", args),
     ),
     "report": Command(
         "tables and an HTML page of finished runs", "runs/digits/benchmark", lambda args: call("report", args)

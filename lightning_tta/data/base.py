@@ -96,6 +96,8 @@ class ShiftedDataModule(LightningDataModule, ABC):
             ones, as SoTTA, NeurIPS 2023). The method sees them; they have no label and count in no measure.
         polluters: What they are: ``uniform`` or ``gaussian`` noise, made anew for each domain, or a folder of images,
             which are resized. By default ``uniform``.
+        pollution_first: Whether they all come before the real images of their domain (ZeroSiam's test after noise
+            alone); by default at random places.
         charge: Whether a slow method misses samples (arXiv 2304.04795): a batch comes every ``interval``, counted in
             ``passes`` (a forward pass is 1, a backward pass 2) or in ``seconds``; while the method is at work on one,
             the others are predicted by the net as it is. ``none``: the stream waits.
@@ -144,6 +146,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
         domain_imbalance: float | None = None,
         pollution: float | None = None,
         polluters: str | None = None,
+        pollution_first: bool | None = None,
         charge: Charge = "none",
         interval: float = 1.0,
         domains: list[str] | None = None,
@@ -175,6 +178,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
         self.augment, self.stream_kind, self.order_seed = augment, stream, order_seed
         given = {"dirichlet": dirichlet, "visits": visits, "pollution": pollution, "polluters": polluters}
         given |= {"class_correlation": class_correlation, "domain_correlation": domain_correlation}
+        given |= {"pollution_first": pollution_first}
         given |= {"class_imbalance": class_imbalance, "domain_imbalance": domain_imbalance}
         self.stream_options = streams.options_of(stream, given)
         self.charge, self.interval = None if charge == "none" else charge, float(interval)

@@ -60,6 +60,7 @@ class Protocol:
         domain_imbalance: The same for domains.
         pollution: Share of polluting images.
         polluters: What they are: the kind of noise, or the hash of a folder.
+        pollution_first: ``True`` where they come before the real images.
     """
 
     data: str
@@ -91,6 +92,7 @@ class Protocol:
     domain_imbalance: float | None = None
     pollution: float | None = None
     polluters: str | None = None
+    pollution_first: bool | None = None
 
     def __post_init__(self) -> None:
         check_choice("reset", self.reset, ("never", "domain", "batch", "prompt"))
@@ -173,7 +175,7 @@ def _names() -> list[str]:
 
 _LATER_FIELDS = {
     *("dirichlet", "charge", "interval", "visits", "class_correlation", "domain_correlation"),
-    *("class_imbalance", "domain_imbalance", "pollution", "polluters"),
+    *("class_imbalance", "domain_imbalance", "pollution", "polluters", "pollution_first"),
 }
 _RUN_FIELDS = {"reset", "predict", "weights", "weights_digest", "preprocessing", "world_size", "mode"}
 _DATA_FIELDS = set(_names()) - _RUN_FIELDS

@@ -119,7 +119,8 @@ def _polluted(labels: Sequence[Positions], seed: int, options: Options) -> Segme
     for d, real in enumerate(_shuffled_or_correlated(labels[:half], seed, options)):
         other = len(labels[half + d])
         segment = np.empty(len(real) + other, dtype=np.int64)
-        is_other = permutation(len(segment), seed, d, 4) < other
+        places = permutation(len(segment), seed, d, 4)
+        is_other = (np.arange(len(segment)) if options["pollution_first"] else places) < other
         segment[~is_other] = real
         segment[is_other] = starts[half + d] + permutation(other, seed, d, 5)
         segments.append(segment)
@@ -225,6 +226,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "domain_imbalance": ({"markov": 1.0}, {"low": 1}),
     "pollution": ({"polluted": 0.5}, {"low": 0, "high": 0.95, "low_open": True}),  # SoTTA: as many as real ones
     "polluters": ({"polluted": "uniform"}, {}),
+    "pollution_first": ({"polluted": None}, {}),
 }
 """Options of some kinds: for each kind that has it the default, and the range."""
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.norms import batch_norm_layers, norm_layers
 from lightning_tta.backbones.split import HeadSplit
-from lightning_tta.errors import check_choice, check_range
-from lightning_tta.losses import symmetric_kl
+from lightning_tta.errors import ConfigError, check_choice, check_range
+from lightning_tta.losses import divergence
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.optimizers import OptimizerName
 from lightning_tta.methods.components.entropy import EntropyMethod
+from lightning_tta.methods.components.filters import Diverse, LowLoss, NeedsShape
 from lightning_tta.methods.components.objectives import EntropyName
 from lightning_tta.methods.components.predictor import make_predictor
 
 Predictor = Literal["learned", "identity", "random"]
+Divergence = Literal["symmetric_kl", "kl", "reverse_kl", "js", "mse"]
 
 
 def default_learning_rates(model: nn.Module) -> tuple[float, float]:
@@ -67,6 +69,8 @@ class ZeroSiam(EntropyMethod):
             :func:`default_learning_rates`.
         predictor_lr: Same for h.
         alpha: Weight of the alignment term, >= 0.
+        divergence: The alignment term, of p_t and p_o, see :func:`~lightning_tta.losses.divergence`; ``symmetric_kl``
+            above, the authors'; the paper tries the others too.
         momentum: Momentum of both optimizers, in [0, 0.9999].
         optimizer: Of both: ``sgd`` (authors, images), ``nesterov``, ``adam`` or ``adamw``.
         steps: Steps per batch, >= 1.
@@ -79,8 +83,14 @@ class ZeroSiam(EntropyMethod):
         source_filter: Take the mean over the samples that OSTTA's filter keeps, by the reference branch
             (:class:`~lightning_tta.methods.components.filters.SureAsSource`), one more forward pass; no step if it
             keeps none.
+        entropy_margin: Also leave out samples with an entropy above this share of ln K (EATA's and DeYO's first
+            filter), > 0; ``None``: no such filter, as the authors.
+        diversity_margin: EATA's second filter (:class:`~lightning_tta.methods.components.filters.Diverse`), likewise.
+        plpd_threshold: DeYO's second filter (:class:`~lightning_tta.methods.components.filters.NeedsShape`), likewise;
+            one more forward pass.
 
     Raises:
+        ConfigError: If these last two are set over other input than images.
         UnsupportedModelError: If the net has no affine normalisation layer, or does not end in a linear layer.
 
     Source: ZeroSiam, ICLR 2026, arXiv 2509.23183. Differs from the authors' first code: :meth:`reset` restores norm
@@ -120,6 +130,10 @@ class ZeroSiam(EntropyMethod):
         head: str | None = None,
         entropy: EntropyName = "softmax",
         source_filter: bool = False,
+        divergence: Divergence = "symmetric_kl",
+        entropy_margin: float | None = None,
+        diversity_margin: float | None = None,
+        plpd_threshold: float | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -132,7 +146,19 @@ class ZeroSiam(EntropyMethod):
         )
         check_range("alpha", alpha, 0)
         check_choice("predictor", predictor, ("learned", "identity", "random"))
-        self.alpha = alpha
+        check_choice("divergence", divergence, get_args(Divergence))
+        self.alpha, self.divergence = alpha, divergence
+        if self.task.kind != "images" and (diversity_margin, plpd_threshold) != (None, None):
+            raise ConfigError(
+                f"diversity_margin and plpd_threshold are for images with one class each; this net's task is "
+                f"{self.task.kind!r}. Leave them out."
+            )
+        if entropy_margin is not None:
+            self.add_filter(LowLoss(entropy_margin))
+        if diversity_margin is not None:
+            self.add_filter(Diverse(diversity_margin))
+        if plpd_threshold is not None:
+            self.add_filter(NeedsShape(plpd_threshold))
         self.split = HeadSplit(self.model, head)
         default_lr, default_predictor_lr = default_learning_rates(self.model)
         matrix = torch.eye(self.split.num_features)
@@ -151,7 +177,8 @@ class ZeroSiam(EntropyMethod):
         features = features.to(self.predictor.weight.dtype)  # of a net with an autocast of its own
         entropies, alignment = self.by_rows(self._terms, features, logits.detach())
         kept = self.keep(logits, entropies)
-        self.descend(entropies + self.alpha * alignment, kept)
+        taken = self.descend(entropies + self.alpha * alignment, kept)
+        self.accept(logits, kept, taken)
         self.note(online_entropy=self.mean(entropies, kept), alignment=self.mean(alignment, kept))
         identity = torch.eye(self.split.num_features, device=features.device, dtype=self.predictor.weight.dtype)
         self.note(predictor_distance=(self.predictor.weight - identity).norm())
@@ -160,4 +187,4 @@ class ZeroSiam(EntropyMethod):
     def _terms(self, features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """Entropy of the online branch, and its divergence from the reference, of each row."""
         online = self.split.finished(self.split.head(self.predictor(features)), reference.shape)
-        return self.entropy(online), symmetric_kl(reference, online)
+        return self.entropy(online), divergence(reference, online, self.divergence)

@@ -95,6 +95,7 @@ def test_the_wheel_has_the_configurations(tmp_path):
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     package = tmp_path / "built" / "lightning_tta"
     assert files(package / "configs") == files(ROOT / "configs")
+    assert files(package / "reproduce") == files(ROOT / "lightning_tta/reproduce")  # the claims of papers
     code = f"import sys; sys.path.insert(0, {str(package.parent)!r}); from lightning_tta.shipped import *"
     code += "; print(configurations()); copy_configurations('mine')"
     printed = subprocess.run([sys.executable, "-Ic", code], cwd=tmp_path, check=True, capture_output=True, text=True)

@@ -42,6 +42,7 @@ def test_every_field_is_in_the_hash():
         **{"world_size": 2, "mode": "replicas", "dirichlet": 0.1, "charge": "passes", "interval": 1.0},
         **{"visits": 2, "class_correlation": 0.5, "domain_correlation": 0.5, "class_imbalance": 2.0},
         **{"domain_imbalance": 2.0, "pollution": 0.5, "polluters": "uniform"},
+        "pollution_first": True,
     }
     base = protocol()
     assert set(other) == {field.name for field in dataclasses.fields(Protocol)}

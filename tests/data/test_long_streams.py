@@ -218,6 +218,16 @@ def test_places_of_pollution_are_even_along_the_stream():
     assert shares == pytest.approx([0.5] * 10, abs=0.08)
 
 
+def test_pollution_may_come_first():
+    mixed, first = (build_stream(LABELS, kind="polluted", seed=3, pollution_first=flag) for flag in (None, True))
+    assert sorted(flat(first)) == sorted(flat(mixed))
+    domains = [first.hosts[d] for d in first.domain_of(flat(first))]
+    assert domains == [0] * 30 + [1] * 24
+    others = [position >= 27 for position in flat(first)]
+    assert others == [True] * 15 + [False] * 15 + [True] * 12 + [False] * 12
+    assert [p for p in flat(first) if p < 27] == [p for p in flat(mixed) if p < 27]
+
+
 def test_real_images_of_a_polluted_stream_may_be_correlated():
     stream = build_stream(LABELS, kind="polluted", seed=3, dirichlet=0.1)
     real = [position for position in flat(stream) if position < 27]

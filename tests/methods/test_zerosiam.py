@@ -222,3 +222,55 @@ def test_stats_against_hand_computation():
     assert method.stats["centre_dominance"] == pytest.approx(math.hypot(*centre) / (sum(norms) / 6), abs=1e-10)
     assert method.stats["predictor_distance"] == pytest.approx(distance, abs=1e-10)
     assert distance > 1e-3
+
+
+class FilteredZeroSiam(PlainZeroSiam):
+    """The objective with a divergence of Jensen and Shannon, over the samples that EATA's filters keep."""
+
+    margin, diversity, average = 0.97, 0.995, None
+
+    def __call__(self, images, lr_factor=1.0):
+        u, o = self.branches(images)
+        p_o, p_t = o.softmax(1), u.detach().softmax(1)
+        middle = (p_o + p_t) / 2
+        entropies = -(p_o * p_o.log()).sum(1)
+        js = ((p_o * (p_o / middle).log()).sum(1) + (p_t * (p_t / middle).log()).sum(1)) / 2
+        kept = entropies < self.margin * math.log(o.shape[1])
+        if self.average is not None:
+            kept &= torch.cosine_similarity(self.average[None], p_t, dim=1) < self.diversity
+        self.kept = kept
+        if kept.any():
+            loss = (entropies + self.alpha * js)[kept].mean()
+            *gradients, own = torch.autograd.grad(loss, [*self.weights.values(), self.h])
+            self.sgd.step(gradients, lr_factor)
+            self.predictor_sgd.step([own], lr_factor)
+            new = p_t[kept].mean(0)
+            self.average = new if self.average is None else 0.9 * self.average + 0.1 * new
+        return u.detach()
+
+
+def test_on_top_of_eatas_filters_with_another_divergence():
+    reference = FilteredZeroSiam(make_net("gn").double(), 0.1, 0.3)
+    options = {"divergence": "js", "entropy_margin": 0.97, "diversity_margin": 0.995}
+    method, shares = plain(make_net("gn").double(), **options), []
+    for images in make_stream(6, batch=6, dtype=torch.float64):
+        logits = reference(images)
+        assert max_difference(method(images), logits) < TOLERANCE
+        shares.append(float(reference.kept.double().mean()))
+        assert method.stats["kept"] == pytest.approx(shares[-1])
+    assert 0 < sum(shares) < 6  # the filters leave some out
+    assert_same_state(method, reference)
+
+
+def test_deyos_filter_leaves_out_what_needs_no_shape():
+    """An image of one color is the same with its patches shuffled: PLPD 0."""
+    images = make_images(6, dtype=torch.float64)
+    images[:3] = images[:3, :, :1, :1]
+    method = plain(make_net("gn").double(), plpd_threshold=1e-9)
+    before = method.state_dict()["predictor.weight"].clone()
+    method(images[:3])
+    assert torch.equal(method.state_dict()["predictor.weight"], before)
+    assert method.stats["kept"] == 0
+    method(images)
+    assert 0 < method.stats["kept"] <= 0.5
+    assert method.stats["forwards"] == 2

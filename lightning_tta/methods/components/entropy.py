@@ -65,7 +65,7 @@ class EntropyMethod(GradientMethod):
 
     def accept(self, logits: Tensor, kept: Tensor | None, taken: Tensor) -> None:
         """Tell the filters what came of the step."""
-        if kept is not None:
+        if kept is not None and self.filters:
             for each in self.filters:
                 each.accept(self, logits.flatten(0, -2), kept.flatten(), taken)
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from lightning_tta import collective
+from lightning_tta.draws import random_orders
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.state import NOT_YET
+from lightning_tta.views.augmix import permute_patches
 
 
 class Filter:
@@ -120,6 +122,52 @@ class SureAsSource(Filter):
         del self.confidence, self.answer
         method.note(kept_by_source_filter=collective.mean(kept.float()))
         return kept
+
+
+class NeedsShape(Filter):
+    """DeYO's second filter: keeps samples whose prediction suffers when the patches of the image are shuffled.
+
+    ``PLPD = p_y(x) - p_y(x') > threshold``, y the arg-max of p(x), x' the image with its patches in another order. Costs
+    one forward pass without gradient. BatchNorm takes the statistics of all shuffled images; method ``deyo`` takes
+    those of the samples that are sure.
+
+    Args:
+        threshold: In [-1, 1]; authors 0.2.
+        patches: Along a side, >= 1; authors 4.
+        seed: Of the shuffles.
+
+    Source: Lee et al., DeYO, ICLR 2024, arXiv 2403.07366.
+    """
+
+    def __init__(self, threshold: float, patches: int = 4, seed: int = 0) -> None:
+        check_range("plpd_threshold", threshold, -1, 1)
+        self.threshold, self.patches, self.seed = threshold, patches, seed
+
+    def attach(self, method: TTAMethod) -> None:
+        """Declare the key of the next shuffles."""
+        device = next(method.model.parameters()).device
+        method.state("shuffles", torch.tensor([self.seed, 0], device=device))
+
+    def look(self, method: TTAMethod, x: Tensor) -> None:
+        """Keep the batch until the pass over it is known."""
+        self.x = x
+
+    @torch.no_grad()
+    def keep(self, method: TTAMethod, logits: Tensor, losses: Tensor) -> Tensor:
+        """What needs the object's shape."""
+        x = self.x
+        del self.x
+        shuffled = permute_patches(x, self.patches, random_orders(method.value("shuffles"), len(x), self.patches**2))
+        before, after = (at_least_float32(u).softmax(-1) for u in (logits, method.logits(shuffled)))
+        highest, label = before.max(-1)
+        plpd = highest - after.gather(-1, label[:, None]).squeeze(-1)
+        method.note(plpd=collective.mean(plpd))
+        return plpd > self.threshold
+
+    def accept(self, method: TTAMethod, logits: Tensor, kept: Tensor, taken: Tensor) -> None:
+        """Other shuffles for the next batch."""
+        key = method.value("shuffles")
+        method.write("shuffles", key + torch.arange(2, device=key.device))
 
 
 def empty_by_class(model: torch.nn.Module) -> Tensor:
