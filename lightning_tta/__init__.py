@@ -42,12 +42,14 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
         Protocol,
         ShiftedDataModule,
     )
+    from lightning_tta.data.recall import RecallData
     from lightning_tta.diagnosis import Diagnosis, doctor
     from lightning_tta.exporting import export, save
     from lightning_tta.guard.callback import Guard
     from lightning_tta.guard.watch import Watch
     from lightning_tta.methods import TTAMethod, adapt, available_methods
     from lightning_tta.modules import (
+        PERK,
         LanguageAdaptation,
         MetaTTT,
         SourceClassifier,
@@ -62,6 +64,7 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
     from lightning_tta.serving.shadow import Shadow
 
 __all__ = [
+    "PERK",
     "AnswerTimeoutError",
     "ArrayData",
     "Backbone",
@@ -87,6 +90,7 @@ __all__ = [
     "PromptData",
     "Protocol",
     "QueueFullError",
+    "RecallData",
     "Shadow",
     "ShiftedDataModule",
     "SourceClassifier",
@@ -127,7 +131,11 @@ _HOMES = {
     "run.resume": ("StateKeeper",),
     "serving.shadow": ("Shadow",),
     "methods": ("TTAMethod", "adapt", "available_methods"),
-    "modules": ("LanguageAdaptation", "MetaTTT", "SourceClassifier", "SourceLanguageModel", "TestTimeAdaptation"),
+    "data.recall": ("RecallData",),
+    "modules": (
+        *("PERK", "LanguageAdaptation", "MetaTTT", "SourceClassifier", "SourceLanguageModel"),
+        "TestTimeAdaptation",
+    ),
 }
 
 

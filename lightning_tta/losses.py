@@ -93,8 +93,8 @@ def symmetric_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 def divergence(p_logits: Tensor, q_logits: Tensor, kind: str) -> Tensor:
     """How far two predicted distributions are apart, per sample, >= 0.
 
-    ``symmetric_kl``: :func:`symmetric_kl`; ``kl``: KL(p || q); ``reverse_kl``: KL(q || p); ``js``: Jensen and Shannon's,
-    ``(KL(p || m) + KL(q || m)) / 2``, ``m = (p + q) / 2``; ``mse``: ``sum_k (p_k - q_k)^2``.
+    ``symmetric_kl``: :func:`symmetric_kl`; ``kl``: ``KL(p || q)``; ``reverse_kl``: ``KL(q || p)``; ``js``: Jensen and
+    Shannon's, ``(KL(p || m) + KL(q || m)) / 2``, ``m = (p + q) / 2``; ``mse``: ``sum_k (p_k - q_k)^2``.
 
     Shape: both (..., K) -> (...).
     """

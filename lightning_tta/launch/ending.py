@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_tta.errors import ConfigError, Interrupted
+from lightning_tta.modules.perk import PERK
 from lightning_tta.run.directory import STATE
 from lightning_tta.run.interrupts import ask, listening
 from lightning_tta.run.stream_run import run_of
@@ -87,6 +88,8 @@ def say_where_weights_are(trainer: Trainer, args: list[str], data: str) -> None:
     path = Path(best)
     folder = path.parents[1] if path.parent.name == "checkpoints" and path.name == "best.ckpt" else path
     print(f"weights: {path}")
+    if isinstance(trainer.lightning_module, PERK):
+        return  # its own `test` measures it; no method adapts it
     command = ["lightning-tta", "predict", *_predict_options(args, data)]
     command += ["--model.source_ckpt", str(folder), "--model.method", "tent"]
     print(f"adapt them: {shlex.join(command)}")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import Parameter
 from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
@@ -19,12 +21,12 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lightning_tta.backbones.norms import shortcut_norms
 from lightning_tta.backbones.passes import safe_checkpoints
-from lightning_tta.backbones.quantized import FORWARD_ONLY
 from lightning_tta.backbones.split import execution_order, is_idle
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
 from lightning_tta.losses import confident_loss, unconfident_entropy
 from lightning_tta.meta.mixed_bn import batch_of_domains, mixed_batch_norm_layers
 from lightning_tta.meta.prefix import shared_prefix
+from lightning_tta.meta.unrolling import Group, Step, by_name, unroll
 
 Phase = Literal["max", "min"]
 ConfidentLoss = Literal["hard_ce", "entropy"]
@@ -244,107 +246,57 @@ def adapt_inner(
     rates = rates or settings.rates
     phases = settings.phases if phases is None else phases
     differentiable = differentiable or second_order
-    before: Tensor | None = None
-    losses: dict[Phase, list[Tensor]] = {}
-    first_gradients: dict[str, Tensor] = {}
     groups = _groups(net, {phase: rate_of[phase] for phase in phases})
-    current = [group.values(domains, differentiable) for group in groups]
     moving = [name for group in groups for name in group.names]
     # Checkpointed layers would compute again with the net's own parameters, for the others are in place in a pass only.
     once = safe_checkpoints(recompute=False)
     with once, batch_of_domains(net, domains) as inner, shared_prefix(net, images, moving) as run:
-        for phase in phases:
-            moved = [number for number, group in enumerate(groups) if phase in group.kinds]
-            for _ in range(settings.steps(phase)):
-                # Aliases of this pass alone: else, at second order, a gradient would also run through earlier steps.
-                used = current if before is None else [values.view_as(values) for values in current]
-                logits = _by_domain(run(_by_name(groups, used)), domains)
-                before = logits if before is None else before
-                loss = settings.loss(logits, phase)
-                inner.mixing = "source_weight" in rate_of[phase].values()
-                gradients = _gradients(
-                    net,
-                    loss.sum(),
-                    [used[number] for number in moved],
-                    create_graph=second_order,
-                    retain_graph=second_order or keep_before,
-                )
-                inner.mixing = True
-                losses.setdefault(phase, []).append(loss.detach().mean())
-                first_gradients = first_gradients or _by_name([groups[number] for number in moved], gradients)
-                for number, gradient in zip(moved, gradients, strict=True):
-                    current[number] = _descended(current[number], gradient, rates[groups[number].kinds[phase]])
-        parameters = _by_name(groups, current)
+
+        @contextmanager
+        def mixing(phase: Phase) -> Iterator[None]:
+            inner.mixing = "source_weight" in rate_of[phase].values()
+            yield
+            inner.mixing = True
+
+        def pass_with(parameters: dict[str, Tensor]) -> Tensor:
+            return _by_domain(run(parameters), domains)
+
+        order = [phase for phase in phases for _ in range(settings.steps(phase))]
+        moved = {p: {n: rates[g.kinds[p]] for n, g in enumerate(groups) if p in g.kinds} for p in phases}
+        steps = [
+            Step(moved[phase], partial(settings.loss, phase=phase), during=partial(mixing, phase)) for phase in order
+        ]
+        done = unroll(
+            net,
+            pass_with,
+            groups,
+            steps,
+            copies=domains,
+            differentiable=differentiable,
+            last=len(steps) if second_order else 0,
+            keep_first=keep_before,
+            what="BatchNorm layers",
+        )
+        parameters = by_name(groups, done.values)
         with torch.set_grad_enabled(differentiable):
-            after = _by_domain(run(parameters), domains)
-    before = after if before is None else before
-    return Adapted(before if differentiable else before.detach(), after, parameters, losses, first_gradients)
+            after = pass_with(parameters)
+    before = after if done.first is None else done.first
+    losses: dict[Phase, list[Tensor]] = {}
+    for phase, loss in zip(order, done.losses, strict=True):
+        losses.setdefault(phase, []).append(loss)
+    gradients = by_name([groups[number] for number in moved[order[0]]], done.gradients) if order else {}
+    return Adapted(before if differentiable else before.detach(), after, parameters, losses, gradients)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Parameters that move at the same rates, as one tensor: a step is one operation, whatever the net's depth.
-
-    Attributes:
-        kinds: Of their learning rates, by phase.
-        parameters: By name, each (C,).
-    """
-
-    kinds: dict[Phase, str]
-    parameters: dict[str, Tensor]
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.parameters)
-
-    def values(self, domains: int, differentiable: bool) -> Tensor:
-        """The values to start from, (sum of C,), or (D, sum of C) for several domains."""
-        values = torch.cat([p if differentiable else p.detach() for p in self.parameters.values()])
-        values = values.expand(domains, -1) if domains > 1 else values
-        return values if values.requires_grad else values.requires_grad_()
-
-
-def _groups(net: nn.Module, rate_of: Mapping[Phase, Mapping[str, str]]) -> list[_Group]:
+def _groups(net: nn.Module, rate_of: Mapping[Phase, Mapping[str, str]]) -> list[Group]:
     """The parameters of all phases, those together that have the same kind of rate in each phase."""
     named = dict(net.named_parameters())
-    groups: dict[Any, _Group] = {}
+    groups: dict[Any, Group] = {}
     for name in dict.fromkeys(name for kinds in rate_of.values() for name in kinds):
         kinds = {phase: rate_of[phase][name] for phase in rate_of if name in rate_of[phase]}
         key = (*kinds.items(), named[name].dtype, named[name].device)
-        groups.setdefault(key, _Group(kinds, {})).parameters[name] = named[name]
+        groups.setdefault(key, Group({}, kinds)).parameters[name] = named[name]
     return list(groups.values())
-
-
-def _by_name(groups: Sequence[_Group], values: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The tensor of each group, taken apart."""
-    named: dict[str, Tensor] = {}
-    for group, value in zip(groups, values, strict=True):
-        sizes = [len(parameter) for parameter in group.parameters.values()]
-        named.update(zip(group.names, torch.split(value, sizes, -1), strict=True))
-    return named
-
-
-def _descended(values: Tensor, gradient: Tensor, rate: Tensor | float) -> Tensor:
-    """A step of gradient descent."""
-    return values - rate * gradient if isinstance(rate, Tensor) else torch.sub(values, gradient, alpha=rate)
-
-
-def _gradients(
-    net: nn.Module, loss: Tensor, tensors: Sequence[Tensor], create_graph: bool, retain_graph: bool
-) -> list[Tensor]:
-    """Zero where the loss does not depend on one of ``tensors``; refused where it depends on none of them."""
-    values: Sequence[Tensor | None] = [None for _ in tensors]
-    if loss.requires_grad:
-        values = torch.autograd.grad(
-            loss, tensors, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
-        )
-    if all(value is None for value in values):
-        raise UnsupportedModelError(
-            f"No gradient reaches the BatchNorm layers of {type(net).__name__} that are to be adapted (torch.no_grad, "
-            "detach or a quantised layer behind them, or layers that do not run?). Take that out, or use a method "
-            f"without gradients ({FORWARD_ONLY})."
-        )
-    return [torch.zeros_like(t) if value is None else value for t, value in zip(tensors, values, strict=True)]
 
 
 def _by_domain(logits: Tensor, domains: int) -> Tensor:

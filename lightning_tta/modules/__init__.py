@@ -4,6 +4,7 @@ from lightning_tta.modules.adaptation import TestTimeAdaptation
 from lightning_tta.modules.language import LanguageAdaptation
 from lightning_tta.modules.language_source import SourceLanguageModel
 from lightning_tta.modules.meta_ttt import MetaTTT
+from lightning_tta.modules.perk import PERK
 from lightning_tta.modules.source import SourceClassifier
 
-__all__ = ["LanguageAdaptation", "MetaTTT", "SourceClassifier", "SourceLanguageModel", "TestTimeAdaptation"]
+__all__ = ["PERK", "LanguageAdaptation", "MetaTTT", "SourceClassifier", "SourceLanguageModel", "TestTimeAdaptation"]

@@ -36,6 +36,7 @@ import memo_speed
 import memory
 import meta_step
 import overhead
+import perk
 import protected
 import reasons
 import startup
@@ -64,6 +65,21 @@ def test_meta_step(monkeypatch, capsys):
     kernels = {line.split(" | ")[0][2:]: int(line.split(" | ")[3]) for line in text.splitlines() if "0 |" in line}
     assert set(kernels) == {"plain", "ours", "ours_deep", "higher", "higher_deep"}
     assert kernels["plain"] < kernels["ours_deep"] < kernels["ours"] < kernels["higher"]
+
+
+def test_perk(capsys, tmp_path):
+    small = ["--seeds=1", "--width=8", "--heads=2", "--layers=1", "--batches=2", "--base-batches=2", "--contexts=2"]
+    small += ["--pairs=4", "--test-pairs", "4", "8", "--test-batches=1", "--plain-steps", "1", "--steps=2"]
+    rows = perk.main([*small, f"--keep={tmp_path}"])
+    assert set(rows) == {
+        "question alone",
+        "context in the prompt",
+        "LoRA, 1 steps",
+        *(f"PERK, {unrolled} of 2 steps differentiated" for unrolled in (0, 1, 2)),
+    }
+    text = capsys.readouterr().out
+    assert text.count("| PERK, ") == 6
+    assert perk.main([*small, f"--keep={tmp_path}"]) == rows  # the nets in the folder
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")

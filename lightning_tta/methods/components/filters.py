@@ -127,8 +127,8 @@ class SureAsSource(Filter):
 class NeedsShape(Filter):
     """DeYO's second filter: keeps samples whose prediction suffers when the patches of the image are shuffled.
 
-    ``PLPD = p_y(x) - p_y(x') > threshold``, y the arg-max of p(x), x' the image with its patches in another order. Costs
-    one forward pass without gradient. BatchNorm takes the statistics of all shuffled images; method ``deyo`` takes
+    ``PLPD = p_y(x) - p_y(x') > threshold``, y the arg-max of p(x), x' the image with its patches in another order.
+    Costs one forward pass without gradient. BatchNorm takes the statistics of all shuffled images; method ``deyo`` takes
     those of the samples that are sure.
 
     Args:
