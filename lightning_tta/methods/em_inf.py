@@ -17,7 +17,7 @@ from lightning_tta.methods.base.method import TTAMethod
 class EMInf(TTAMethod):
     """Minimises the entropy of the next token over its logits, while an answer is written.
 
-    With u the logits of the next token, u_0 those of the net, at each token of :meth:`generate`, for each prompt apart::
+    With u the logits of the next token, u_0 those of the net, at each token that is written, for each prompt apart::
 
         Adam (lr) on  H(softmax(u)) + kl_weight * KL(softmax(u_0) || softmax(u)),  at most descent_steps steps,
         none once H < threshold

@@ -23,8 +23,8 @@ class SLOT(TTAMethod):
     """Minimises, for each prompt anew, the cross-entropy of its tokens over one vector d before the head.
 
     With the hidden states z_t after the final norm and the frozen head g, from d = 0, ``descent_steps`` steps of AdamW
-    on ``mean_t CE(g(z_t + d), token t + 1)`` over the prompt; then every token is predicted by ``g(z + d)``, those of the
-    answer too (:meth:`generate`). The net runs once for it; only the head is differentiated.
+    on ``mean_t CE(g(z_t + d), token t + 1)`` over the prompt; then every token is predicted by ``g(z + d)``, those of
+    the answer too (:meth:`generate`). The net runs once for it; only the head is differentiated.
 
     Parameters touched: none of the net's. State: none: each prompt of a batch has its d, and the next one starts
     from 0. Returns the logits with d. ``stats``: ``prompt_loss``, before the steps.

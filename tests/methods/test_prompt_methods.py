@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
+from test_tokens import adamw, counted_by_hand, entropy_by_hand, pass_by_hand
 
 from language_nets import TinyLM, make_tokens
 from lightning_tta import ConfigError, UnsupportedModelError, adapt
 from nets import make_net
-from test_tokens import adamw, counted_by_hand, entropy_by_hand, pass_by_hand
 
 
 def prompts(seed=0):
