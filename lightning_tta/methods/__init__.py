@@ -105,7 +105,7 @@ def create_method(name: str, model: nn.Module, **options: Any) -> TTAMethod:
 
     kind = find(name)
     execution, options = split_options(options)
-    model = as_task(model, options.pop("task", "auto"))
+    model = as_task(model, options.pop("task", "auto"), kind.loss_on)
     options = {**kind.task_defaults.get(task_kind(model), {}), **options}
     own = inspect.signature(kind).parameters
     added = {option: options.pop(option) for option in ADDITIONS if option in options and option not in own}

@@ -50,6 +50,7 @@ class Described:
             :mod:`lightning_tta.collective`. A subclass that overrides ``step`` must say it again.
         tasks: What it can adapt on: ``images``, ``tokens``; for a subclass that overrides ``step``, and does not say it
             again, images alone.
+        loss_on: Over tokens, which count in the loss unless the task says otherwise.
         task_defaults: Options whose defaults are others over some kind of input, by kind and name.
         fixed_options: Options of a base class that this class sets itself, and does not take.
         uses_batch_statistics: Whether its plain pass has BatchNorm normalise with the batch's own statistics.
@@ -60,6 +61,7 @@ class Described:
     parallel: ClassVar[frozenset[str]] = frozenset({"replicas"})
     synchronized: ClassVar[bool] = False
     tasks: ClassVar[frozenset[str]] = frozenset({"images"})
+    loss_on: ClassVar[str] = "auto"
     task_defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     fixed_options: ClassVar[frozenset[str]] = frozenset()
     uses_batch_statistics: bool = False

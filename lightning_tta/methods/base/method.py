@@ -894,8 +894,10 @@ class TTAMethod(Described, Replayable, ABC):
             )
         how = Generation(**options)
         self._check_prepared()
+        if isinstance(batch, Mapping) and isinstance(ids := batch.get("input_ids"), Tensor):
+            batch = {"generated": torch.zeros_like(ids, dtype=torch.bool), **batch}  # nothing yet, if it is not said
         x = self.task.take_in(batch)
-        given = torch.zeros_like(x[:, 0]) if "generated" not in batch else batch["generated"].to(x)
+        given = batch["generated"].to(x)
         ids, attention, before = left_padded(x[:, 0], x[:, 1], given)
         before_scalars, self.scalars = self.scalars, ({}, {})
         try:

@@ -128,8 +128,8 @@ class NeedsShape(Filter):
     """DeYO's second filter: keeps samples whose prediction suffers when the patches of the image are shuffled.
 
     ``PLPD = p_y(x) - p_y(x') > threshold``, y the arg-max of p(x), x' the image with its patches in another order.
-    Costs one forward pass without gradient. BatchNorm takes the statistics of all shuffled images; method ``deyo`` takes
-    those of the samples that are sure.
+    Costs one forward pass without gradient. BatchNorm takes the statistics of all shuffled images; method ``deyo``
+    takes those of the samples that are sure.
 
     Args:
         threshold: In [-1, 1]; authors 0.2.

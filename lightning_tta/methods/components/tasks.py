@@ -46,7 +46,7 @@ TASKS: dict[str, Callable[..., nn.Module]] = {
 """What wraps a net for each kind of input."""
 
 
-def as_task(net: nn.Module, task: Wanted) -> nn.Module:
+def as_task(net: nn.Module, task: Wanted, loss_on: str = "auto") -> nn.Module:
     """The net as a method takes it.
 
     Args:
@@ -54,6 +54,7 @@ def as_task(net: nn.Module, task: Wanted) -> nn.Module:
         task: ``auto``: tokens where the net's forward has an argument ``input_ids``, else images; a kind of
             :data:`TASKS`; or a dict of ``kind`` and its options, of tokens those of
             :class:`~lightning_tta.methods.base.tokens.Tokens`.
+        loss_on: Over tokens, which count in the loss where the task does not say it.
 
     Raises:
         ConfigError: If there is no such task, or option.
@@ -62,8 +63,10 @@ def as_task(net: nn.Module, task: Wanted) -> nn.Module:
     if not isinstance(net, nn.Module):
         return net  # whoever makes the method says so
     if task == "auto":
-        return net if isinstance(net, DenseModel) or not takes_tokens(net) else _tokens(net)
+        return net if isinstance(net, DenseModel) or not takes_tokens(net) else _tokens(net, loss_on)
     kind, options = read(task, "task", TASKS)
+    if kind == "tokens":
+        options = {"loss_on": loss_on, **options}
     return TASKS[kind](net.net if isinstance(net, DenseModel) else net, **options)
 
 
