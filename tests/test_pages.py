@@ -104,7 +104,7 @@ def check(words, monkeypatch):
         # what each cell would be given is parsed in test_configs.py
         monkeypatch.setattr("lightning_tta.benchmark.runner.run_lightning", lambda *args, **options: None)
         call("benchmark", args)
-    elif name in ("report", "export", "init"):
+    elif name in ("report", "export", "init", "weights"):
         make_parser(name)[1].parse_args(args)
     elif name in COMMANDS:
         assert not args or (name, args) == ("methods", ["tent"])

@@ -15,7 +15,7 @@ from lightning_tta.backbones import Backbone, create_backbone, load_weights, sta
 from lightning_tta.backbones.families import TRANSFORMERS, resolve
 from lightning_tta.backbones.own import check_not_beside, find_net, is_import_path
 from lightning_tta.backbones.split import find_head
-from lightning_tta.backbones.weights import digest_of, read_checkpoint
+from lightning_tta.backbones.weights import digest_of, read_checkpoint, read_description
 from lightning_tta.errors import ConfigError, WeightsError
 from lightning_tta.meta.inner_loop import InnerLoop, set_inner_loop
 from lightning_tta.meta.mixed_bn import convert_mixed_bn, mixed_batch_norm_layers
@@ -135,6 +135,8 @@ def _build(
             )
     elif path is None:
         raise ConfigError("Which net? Pass backbone=NAME, such as 'timm/test_resnet' or 'cifar/resnet20'.")
+    elif path.suffix == ".safetensors" and "num_classes" in (described := read_description(path)):
+        net = create_backbone(described["net"], described["num_classes"], weights=weights, **options)
     elif saved.get("backbone"):
         if resolve(saved["backbone"]["name"])[0] == "own":
             check_not_beside(saved["backbone"]["name"], path)
