@@ -106,7 +106,7 @@ def check(words, monkeypatch):
         # what each cell would be given is parsed in test_configs.py
         monkeypatch.setattr("lightning_tta.benchmark.runner.run_lightning", lambda *args, **options: None)
         call("benchmark", args)
-    elif name in ("report", "export", "init", "reproduce"):
+    elif name in ("report", "export", "init", "reproduce", "weights"):
         make_parser(name)[1].parse_args(args)
     elif name in COMMANDS:
         assert not args or (name, args) == ("methods", ["tent"])

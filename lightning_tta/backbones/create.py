@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.families import FAMILIES, Built, build, resolve, torchvision_weights
-from lightning_tta.backbones.weights import Normalization, check_weights_file, fit_state, read_state_dict, state_digest
+from lightning_tta.backbones.weights import (
+    PACKAGE,
+    Normalization,
+    carried_by,
+    check_weights_file,
+    fit_state,
+    read_description,
+    read_state_dict,
+    state_digest,
+)
 from lightning_tta.errors import ConfigError, DataError, UnsupportedModelError, WeightsError, check_choice, check_range
 
 _TOLERANCE = 1e-4  # between two ways of writing the same mean
@@ -34,7 +43,8 @@ class Backbone(nn.Module):
         name: The net's name in :attr:`info`.
         num_classes: Number of logits K, if known.
         weights: What the weights are: a file's name, an enum or tag, "random", or "module": those that `net` came with.
-        pretrained: Whether the weights came with timm or torchvision.
+        pretrained: Whether the weights are published ones: of timm, torchvision, transformers or a package of the
+            Python index.
         preprocessing: ``input_size``, ``interpolation`` and ``crop_pct`` the weights were trained for.
         config: Keyword arguments with which :func:`create_backbone` rebuilds the architecture.
         class_names: Names of the K classes, where they are known.
@@ -174,6 +184,7 @@ def create_backbone(
     enum = torchvision_weights(arch, pretrained, weights) if family == "torchvision" else None
     path = None if weights is None or enum is not None else check_weights_file(weights)
     state = {} if path is None else read_state_dict(path)
+    description = {} if path is None else read_description(path)
 
     downloaded = pretrained or enum is not None
     downloaded |= family == "hf" and weights is None and "architecture" not in options
@@ -186,8 +197,12 @@ def create_backbone(
     carried = None
     if path is not None:
         tensors, carried = fit_state(built.net, state, str(path))
+        carried = carried_by(description) or carried
         built.net.load_state_dict(tensors, strict=False)
         built.weights = path.name
+        if not {"img_size", "image_size", "in_chans"} & {*options}:  # else the images are not those of the weights
+            named = ("input_size", "interpolation", "crop_pct")
+            built.preprocessing |= {key: description[key] for key in named if key in description}
     pair = _normalization(built, carried, downloaded, mean, std, full_name)
     return Backbone(
         built.net,
@@ -196,7 +211,7 @@ def create_backbone(
         name=full_name,
         num_classes=built.num_classes,
         weights=built.weights,
-        pretrained=downloaded,
+        pretrained=downloaded or PACKAGE in description,
         preprocessing=built.preprocessing,
         config=config,
         class_names=built.class_names,
@@ -257,6 +272,7 @@ def load_weights(net: nn.Module, path: str | Path, *, strict: bool = True, prefi
     backbone = net if isinstance(net, Backbone) else None
     core = net if backbone is None else backbone.net
     tensors, carried = fit_state(core, read_state_dict(path), str(path), strict=strict, prefix=prefix)
+    carried = carried_by(read_description(path)) or carried
     if carried and backbone and not backbone.normalizes_with(carried.mean, carried.std):
         raise WeightsError(
             f"{path} carries its own normalisation ({carried}), but the backbone applies mean "

@@ -1,6 +1,7 @@
 """Read checkpoints of several makes without running code in them, fit them to a net by name, and identify weights."""
 
 import hashlib
+import json
 import re
 import warnings
 import zipfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,6 +25,9 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 _MEAN_NAMES = ("mu", "mean", "new_mean")
 _STD_NAMES = ("sigma", "std", "new_std")
 _LISTED = 10  # names of each kind in a message
+_MARK = "lightning_tta"  # in the metadata of a .safetensors file: written by this package
+PACKAGE = "package"
+"""In the metadata of a ``.safetensors`` file: the package of the Python index that its weights are from."""
 
 
 class CodeInFileError(WeightsError):
@@ -142,6 +147,33 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     )
 
 
+def read_description(path: str | Path) -> dict[str, Any]:
+    """What a ``.safetensors`` file that this package wrote says of its net: ``net``, ``mean``, ``input_size``, ...
+
+    Empty of any other file.
+
+    Raises:
+        WeightsError: The file is damaged, or was changed.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            texts = file.metadata() or {}
+    except Exception as error:  # damaged bytes can provoke any
+        raise WeightsError(f"{path} is not a readable checkpoint ({error}). Fetch or save it again.") from error
+    if _MARK not in texts:
+        return {}
+    known = ("net", "num_classes", "mean", "std", "input_size", "interpolation", "crop_pct", PACKAGE)
+    try:
+        described = {name: json.loads(texts[name]) for name in known if name in texts}
+        [float(value) for name in ("mean", "std") for value in described.get(name, ())]
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: its metadata were changed ({error}). Fetch or save it again.") from error
+    return described
+
+
 def _compare_with_name(path: Path) -> None:
     """Warn where the digest that published weights have in their name (``resnet18-f37072fd.pth``) is another one."""
     named = re.fullmatch(r".*-((?=[0-9]*[a-f])[0-9a-f]{8,64})", path.stem)
@@ -173,6 +205,13 @@ class Normalization:
     def __str__(self) -> str:
         mean, std = (tuple(round(value, 6) for value in values) for values in (self.mean, self.std))
         return f"{self.names[0]} {mean}, {self.names[1]} {std}"
+
+
+def carried_by(description: Mapping[str, Any]) -> Normalization | None:
+    """The mean and std in what :func:`read_description` gives."""
+    if not {"mean", "std"} <= description.keys():
+        return None
+    return Normalization(tuple(description["mean"]), tuple(description["std"]), ("mean", "std"))
 
 
 def fit_state(

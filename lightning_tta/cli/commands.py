@@ -66,7 +66,7 @@ def _lightning(name: str, args: list[str]) -> None:
 
 
 def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
-    """What benchmark, reproduce, report, export or init calls, and the parser that its signature makes."""
+    """What benchmark, reproduce, report, export, weights or init calls, and the parser that its signature makes."""
     with _importing():
         from jsonargparse import ArgumentParser
 
@@ -97,6 +97,13 @@ def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
     if name == "init":
         parser.add_argument("folder", nargs="?", default=".", help="Where configs/ is put; made if it does not exist.")
         return copy_configurations, parser
+    if name == "weights":
+        with _importing():
+            from lightning_tta.backbones.packaged import PACKAGED, convert_packaged
+
+        parser.add_argument("name", choices=tuple(PACKAGED), help="Which weights.")
+        parser.add_argument("--out", type=Path, help="The file, ending in .safetensors; by default NAME.safetensors.")
+        return (lambda name, out: convert_packaged(name, out)), parser
     with _importing():
         from lightning_tta.exporting import export_run
         from lightning_tta.launch.lightning import build_method
@@ -106,7 +113,7 @@ def make_parser(name: str) -> tuple[Callable[..., Any], ArgumentParser]:
 
 
 def call(name: str, args: list[str]) -> Any:
-    """Call reproduce, report, export, init, or benchmark (which is then built, not run) with the arguments after it."""
+    """Call reproduce, report, export, weights, init, or benchmark (then built, not run) with the arguments after it."""
     function, parser = make_parser(name)
     try:
         options = parser.instantiate(parser.parse_args(args)).as_dict()
@@ -205,6 +212,11 @@ COMMANDS = {
         "the net that a predict run adapted: .safetensors, .pt, .pt2 or .onnx",
         "runs/digits/predict --output adapted.onnx",
         lambda args: print(f"adapted net: {call('export', args)}"),
+    ),
+    "weights": Command(
+        "write the trained weights of an installed package as .safetensors",
+        "efficientnet_lite0",
+        lambda args: print(f"weights: {call('weights', args)}"),
     ),
     "methods": Command("list the methods, or describe one", "tent", _list_methods),
     "streams": Command("list the kinds of stream", "", _list_streams),

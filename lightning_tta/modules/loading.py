@@ -16,7 +16,7 @@ from lightning_tta.backbones.families import TRANSFORMERS, resolve
 from lightning_tta.backbones.gpt import create_gpt
 from lightning_tta.backbones.own import check_not_beside, find_net, is_import_path
 from lightning_tta.backbones.split import find_head
-from lightning_tta.backbones.weights import digest_of, read_checkpoint
+from lightning_tta.backbones.weights import digest_of, read_checkpoint, read_description
 from lightning_tta.errors import ConfigError, WeightsError
 from lightning_tta.meta.inner_loop import InnerLoop, set_inner_loop
 from lightning_tta.meta.mixed_bn import convert_mixed_bn, mixed_batch_norm_layers
@@ -140,6 +140,8 @@ def _build(
     elif saved.get("language"):
         net = create_gpt(**{name: value for name, value in saved["language"].items() if name != "name"})
         load_weights(net, path)
+    elif path.suffix == ".safetensors" and "num_classes" in (described := read_description(path)):
+        net = create_backbone(described["net"], described["num_classes"], weights=weights, **options)
     elif saved.get("backbone"):
         if resolve(saved["backbone"]["name"])[0] == "own":
             check_not_beside(saved["backbone"]["name"], path)

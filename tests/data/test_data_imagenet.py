@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
-from lightning_tta import ConfigError, DataError, ImageNetData
+from lightning_tta import ConfigError, DataError, ImageNetData, create_backbone
 from lightning_tta.cli.main import main
 from lightning_tta.imagenet_classes import class_subset, imagenet_synsets
 
@@ -175,6 +179,103 @@ def test_source_splits_and_corruptions_of_val(imagenet_c):
     clean, contrast = (batch["image"] for batch in data.predict_dataloader())
     assert clean.shape == contrast.shape
     assert not torch.equal(clean, contrast)
+
+
+# Sizes that the net's published weights say, and a sample of images that are cut already
+
+
+def test_sizes_are_those_of_published_weights_unless_they_are_set(tmp_path):
+    folder = tmp_path / "set" / "7"
+    folder.mkdir(parents=True)
+    Image.effect_noise((120, 90), 90).convert("RGB").save(folder / "a.png")
+    net = {"input_size": [3, 48, 48], "crop_pct": 0.75, "interpolation": "bicubic", "pretrained": True}
+
+    def read(net, **options):
+        data = ImageNetData({"x": str(tmp_path / "set")}, **options)
+        data.fit_to_net(net)
+        (batch,) = data.predict_dataloader()
+        return batch["image"][0], data.resized_to, data.digest()
+
+    pixels = pil_to_tensor(Image.open(folder / "a.png"))
+    image, resized, digest = read(net)
+    expected = center_crop(resize(pixels, [64], InterpolationMode.BICUBIC, antialias=True), [48, 48])
+    assert resized == 64
+    assert torch.equal((image * 255).round().to(torch.uint8), expected)
+    image, resized, other = read(net, resize=50, image_size=40, interpolation="bilinear")
+    assert (image.shape[1:], resized) == ((40, 40), 50)
+    assert other != digest
+    assert other == read({}, resize=50, image_size=40)[2]  # as before nets were asked
+    assert digest != read(net, interpolation="bilinear")[2]
+    assert read(net, image_size=90)[1] == 120
+    assert (read({**net, "pretrained": False})[0].shape[1], read({**net, "pretrained": False})[1]) == (224, 256)
+    with pytest.raises(ConfigError, match="resize=40 is less than 48, which the net takes"):
+        read(net, resize=40)
+
+
+def test_images_that_are_cut_already_lose_no_border(tmp_path):
+    save(tmp_path / "set" / "7", 7, 1, (48, 48))
+    Image.effect_noise((48, 48), 90).convert("RGB").save(tmp_path / "set" / "7" / "0.png")
+    pixels = pil_to_tensor(Image.open(tmp_path / "set" / "7" / "0.png").convert("RGB"))
+    net = {"input_size": [3, 48, 48], "crop_pct": 0.75, "interpolation": "bicubic", "pretrained": True}
+    for size in (48, 60):
+        data = ImageNetData({"x": str(tmp_path / "set")}, already_cut=True)
+        data.fit_to_net({**net, "input_size": [3, size, size]})
+        (batch,) = data.predict_dataloader()
+        expected = resize(pixels, [size], InterpolationMode.BICUBIC, antialias=True)
+        assert torch.equal((batch["image"][0] * 255).round().to(torch.uint8), expected)
+        assert data.resized_to is None
+    with pytest.raises(ConfigError, match="leave resize=48 out"):
+        ImageNetData({"x": str(tmp_path / "set")}, already_cut=True, resize=48)
+
+
+@pytest.fixture
+def sample(tmp_path):
+    """One image a class, and no folder ``train``."""
+    for label in (0, 3, 300, 301, 700, 998):
+        save(tmp_path / "sample/val" / imagenet_synsets()[label], label, 1, (32, 32))
+    return str(tmp_path / "sample")
+
+
+def test_some_images_of_a_sample_stand_for_the_source(sample, tmp_path):
+    options = {"source": sample, "domains": ["clean", "contrast"], "already_cut": True, "image_size": 32}
+    options |= {"cache_dir": str(tmp_path / "cache"), "num_val": 1}
+    whole, data = ImageNetData(**options), ImageNetData(**options, num_source=3)
+    sets = {split: data.clean(split).labels.tolist() for split in ("train", "val", "test")}
+    assert {split: len(labels) for split, labels in sets.items()} == {"train": 2, "val": 1, "test": 3}
+    assert sorted(label for labels in sets.values() for label in labels) == [0, 3, 300, 301, 700, 998]
+    assert sorted(label for batch in data.source_batches() for label in batch["label"].tolist()) == sets["train"]
+    assert data.describe()["images_per_domain"] == [3, 3]
+    assert whole.describe()["images_per_domain"] == [6, 6]
+    assert len({whole.digest(), data.digest(), ImageNetData(**options, num_source=2).digest()}) == 3
+    image, label = (torch.cat([batch[key] for batch in data.predict_dataloader()]) for key in ("image", "label"))
+    assert torch.equal(labels_in_pixels(image[:3]), label[:3].int())
+    with pytest.raises(DataError, match="has 6 images: num_source=6 leaves none"):
+        ImageNetData(**options, num_source=6).clean("test")
+    with pytest.raises(DataError, match=r"train does not exist.*set num_source"):
+        whole.source_batches()
+    with pytest.raises(ConfigError, match="num_source=3 takes images of source/val"):
+        ImageNetData({"x": f"{sample}/val"}, num_source=3)
+
+
+def test_a_predict_run_on_a_sample_says_what_the_net_takes(sample, tmp_path):
+    """The shipped configuration, with a net whose file of weights says how its images are made, as a converted one."""
+    weights = tmp_path / "w.safetensors"
+    facts = {"net": "timm/test_resnet", "num_classes": 1000, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.8}
+    facts |= {"input_size": [3, 40, 40], "interpolation": "bicubic", "package": "a-package 0.1.0"}
+    metadata = {"lightning_tta": "0.1.0", **{name: json.dumps(value) for name, value in facts.items()}}
+    save_file(create_backbone("timm/test_resnet").net.state_dict(), weights, metadata)
+    args = [f"--config={CONFIGS / 'imagenet/sample.yaml'}", "--model.method=source", f"--model.source_ckpt={weights}"]
+    args += [f"--data.source={sample}", "--data.num_source=2", "--data.function_set=builtin", "--data.domains=[haze]"]
+    args += ["--model.backbone=timm/test_resnet", f"--data.cache_dir={tmp_path / 'cache'}"]
+    args += ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    main(["predict", *args, f"--trainer.logger.init_args.save_dir={tmp_path / 'runs'}"])
+    (report,) = tmp_path.rglob("report.json")
+    protocol = json.loads(report.read_text())["protocol"]
+    named = ("mean", "std", "input_size", "interpolation", "crop_pct")
+    assert protocol["preprocessing"] == {name: facts[name] for name in named}
+    assert (protocol["images"], protocol["severity"]) == (4, 3)
+    (kept,) = (tmp_path / "cache").glob("*.npy")
+    assert np.load(kept, mmap_mode="r").shape == (4, 3, 40, 40)
 
 
 def test_a_truncated_image_is_named(imagenet_c):

