@@ -79,6 +79,8 @@ method's docstring, which is its page on the site; `lightning-tta methods tent` 
   trained for them: [source phase](source-phase.md).
 - **Formula from**: the authors' code, their paper, or both where they agree. *Reconstruction*: neither code nor a
   whole formula was published, so what is built here is a reading of it, and no published number may be expected.
+- **Over**: what the net takes and gives, the option `task`: [pixels and values](dense.md),
+  [language models](language.md).
 - **Tested against**: a plain float64 reference in `tests/methods/`, written out from the formula: loss, parameters
   and state over several steps. Shared tests say of each: only what is declared moves, reset and save/load are
   bit-exact, labels cannot reach it, one image, two classes and a thousand work, broken batches leave no trace.
@@ -92,11 +94,12 @@ method's docstring, which is its page on the site; `lightning-tta methods tent` 
 def all_methods() -> str:
     """The page with the table of all methods, in Markdown, which is kept in the repository."""
     kinds = methods.available_methods()
-    rows = [["name", *COLUMNS.values(), "step on CUDA"], ["---"] * (len(COLUMNS) + 2)]
+    rows = [["name", *COLUMNS.values(), "over", "step on CUDA"], ["---"] * (len(COLUMNS) + 3)]
     reasons: dict[str, list[str]] = {}
     for name, kind in kinds.items():
         about, reason = methods.about(name), kind.step_on_host
-        rows.append([f"`{name}`", *(about[column] for column in COLUMNS), "parts" if reason else "captured"])
+        over = ", ".join(sorted(kind.tasks))
+        rows.append([f"`{name}`", *(about[column] for column in COLUMNS), over, "parts" if reason else "captured"])
         if reason:
             reasons.setdefault(reason, []).append(f"`{name}`")
     return ALL_METHODS.format(
