@@ -41,6 +41,7 @@ import protected
 import reasons
 import startup
 import stream_memory
+import tokens
 from cases import Account, Case
 from gpu_bench import Bench
 from lightning_tta import SourceClassifier, adapt, create_backbone
@@ -532,3 +533,15 @@ def test_what_forward_only_counts_is_what_is_right(monkeypatch):
     for truth, percent in ((labels, 100), (wrong, 50)):
         results = forward_only.run(net, {"clean": images}, truth, images, batch=5)
         assert results["source"].accuracy == {"clean": percent}
+
+
+def test_tokens(capsys):
+    small = ["--vocabularies=3000", "--tokens=32", "--width=16", "--methods", "zerosiam", "tlm", "--chunks=4"]
+    found = tokens.main([*small, "--rounds=1", "--device=cpu"])
+    assert set(found) == {
+        (3000, "plain", 0),
+        *((3000, name, chunk) for name in ("zerosiam", "tlm") for chunk in (4, 0)),
+    }
+    for name in ("zerosiam", "tlm"):
+        assert found[3000, name, 4][1] < 0.6 * found[3000, name, 0][1]  # MB
+    assert capsys.readouterr().out.count("| zerosiam |") == 2
