@@ -5,9 +5,9 @@
 
 One table a vocabulary. The net is a small causal model (two layers, width 256), so that head and vocabulary weigh most,
 as the loss does in a large one; all positions count. The plain pass is the cross-entropy of the next token, logits
-whole. Times are medians of rounds in turn, as ratios to the plain pass. Memory is the peak of all tensors that operations
-return, beside weights, in MB of 2**20 bytes. ``chunk`` is how many positions go through the head at a time; the last row
-of a method has all of them at once.
+whole. Times are medians of rounds in turn, as ratios to the plain pass. Memory is the peak of all tensors that
+operations return, beside weights, in MB of 2**20 bytes. ``chunk`` is how many positions go through the head at a time;
+the last row of a method has all of them at once.
 """
 
 from __future__ import annotations
