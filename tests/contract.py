@@ -140,7 +140,9 @@ VARIANTS = {
     ],
 }
 
-SETTINGS = [(name, options) for name in available_methods() for options in VARIANTS.get(name, [{}])]
+IMAGE_METHODS = [name for name, kind in available_methods().items() if "images" in kind.tasks]
+"""Those of language models have their own tests."""
+SETTINGS = [(name, options) for name in IMAGE_METHODS for options in VARIANTS.get(name, [{}])]
 
 
 def build(name, options, kind, *, seed=0, prepare=True, net=None, in_place=True, **more):

@@ -356,8 +356,8 @@ class OptionalMask(Through):
 
 
 class Asks(Through):
-    def forward(self, x, input_ids=None):
-        raise ValueError("You have to specify input_ids")
+    def forward(self, x, prompt_ids=None):
+        raise ValueError("You have to specify prompt_ids")
 
 
 class Keyword(Through):
@@ -402,7 +402,7 @@ REFUSED = {  # by every method, with words of the reason and the remedy
     "NaN statistics": (no_number_in_statistics, r"contain NaN: '4.running_var'"),
     "two inputs": (TwoInputs, r"images alone.*'mask'.*Wrap it"),
     "a mask that is None": (OptionalMask, r"images alone.*Wrap it"),
-    "asks for another input": (Asks, r"images alone.*input_ids.*Wrap it"),
+    "asks for another input": (Asks, r"images alone.*prompt_ids.*Wrap it"),
     "keyword": (Keyword, r"images alone.*Wrap it"),
     "dict": (TakesDict, r"images alone.*Wrap it"),
     "no forward": (NoForward, r"images alone"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lightning_tta
+from language_nets import TinyLM
 from lightning_tta import ConfigError, LightningTTAError, TTAMethod, UnsupportedModelError, adapt, available_methods
 from lightning_tta.errors import check_choice, check_range, did_you_mean
 from lightning_tta.methods import create_method, docstring, find
@@ -26,7 +27,8 @@ def test_default_method_is_zerosiam():
 
 @pytest.mark.parametrize("name", available_methods())
 def test_methods_by_name(name):
-    method = adapt(make_net(kind_for(name, "bn")), name)
+    is_of_images = "images" in available_methods()[name].tasks
+    method = adapt(make_net(kind_for(name, "bn")) if is_of_images else TinyLM(), name)
     assert isinstance(method, TTAMethod)
     assert type(method) is available_methods()[name]
     assert method.name == name

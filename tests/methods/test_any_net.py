@@ -11,7 +11,7 @@ from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from contract import MECHANISMS, VARIANTS, build, spread
+from contract import IMAGE_METHODS, MECHANISMS, VARIANTS, build, spread
 from lightning_tta import ConfigError, UnsupportedModelError, adapt, available_methods, save
 from lightning_tta.errors import InputError, WeightsError
 from nets import TOKENS_ONLY, make_images, make_net, same
@@ -32,7 +32,7 @@ from odd_nets import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
-METHODS = list(available_methods())
+METHODS = IMAGE_METHODS
 LEARN = [name for name in METHODS if hasattr(available_methods()[name], "descend") and name not in TOKENS_ONLY]
 MAIN = {name for name, _ in MECHANISMS.values()}
 PAIRS = [

@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from contract import FIRST, SUPPORTED, build, case_id, every_setting, options_of, run
+from contract import FIRST, IMAGE_METHODS, SUPPORTED, build, case_id, every_setting, options_of, run
 from lightning_tta import ConfigError, LightningTTAError, NotPreparedError, available_methods
 from lightning_tta.methods.components.additions import OPTIONS
 from nets import kind_for, make_images, make_net, make_stream, same
@@ -100,7 +100,7 @@ def refused_by(kind):
     return sorted(fixed - set(inspect.signature(kind).parameters))
 
 
-@pytest.mark.parametrize("name", available_methods())
+@pytest.mark.parametrize("name", IMAGE_METHODS)
 def test_options_out_of_range(name):
     options, kind = next((o, k) for n, o, k in SUPPORTED if n == name)
     for option in options_of(name):
@@ -118,7 +118,7 @@ def test_options_that_a_base_has_and_a_method_has_not(name):
             kind(make_net(kind_for(name, "bn")), **{option: 1})
 
 
-@pytest.mark.parametrize("name", available_methods())
+@pytest.mark.parametrize("name", IMAGE_METHODS)
 def test_options_of_a_wrong_type(name):
     """An option of another kind is refused in words, or does no harm; there is no error from inside."""
     options, kind = next((o, k) for n, o, k in SUPPORTED if n == name)
@@ -128,7 +128,7 @@ def test_options_of_a_wrong_type(name):
                 build(name, {**options, option: value}, kind, prepare=False)
 
 
-@pytest.mark.parametrize("name", available_methods())
+@pytest.mark.parametrize("name", IMAGE_METHODS)
 def test_no_option_hides_what_every_method_takes(name):
     hidden = {"single_image_bn": {"prior"}}  # which has no other one
     assert set(options_of(name)) & set(OPTIONS) == hidden.get(name, set())

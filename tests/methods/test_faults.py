@@ -5,9 +5,9 @@ import torch
 
 import fault_cases
 import faults
-from contract import MECHANISMS, spread
+from contract import IMAGE_METHODS, MECHANISMS, spread
 from faults import KINDS
-from lightning_tta import InputError, UnsupportedModelError, adapt, available_methods
+from lightning_tta import InputError, UnsupportedModelError, adapt
 from lightning_tta.methods import Source, Tent
 from nets import TOKENS_ONLY, make_images
 
@@ -41,7 +41,7 @@ BN_ONLY = {"norm", "single_image_bn", "meta_ttt"}
 
 # Every method on its first net; on all nets one method of each mechanism, and those that refuse some.
 ON_ALL_NETS = BN_ONLY | {name for name, _ in MECHANISMS.values()}
-TABLE = [(name, kind) for name in available_methods() for kind in KINDS if kind == "bn" or name in ON_ALL_NETS]
+TABLE = [(name, kind) for name in IMAGE_METHODS for kind in KINDS if kind == "bn" or name in ON_ALL_NETS]
 
 
 @pytest.mark.parametrize(("name", "kind"), TABLE)

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from test_resume import results
 
 import lightning_tta
-from contract import VARIANTS
+from contract import IMAGE_METHODS, VARIANTS
 from lightning_tta import DigitsData, TestTimeAdaptation, available_methods
 from lightning_tta.run.batches import StreamInput
 from lightning_tta.run.resume import StateKeeper
@@ -99,7 +99,7 @@ def test_killed_runs_go_on_as_if_they_had_not_been(tmp_path, name, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", available_methods())
+@pytest.mark.parametrize("name", IMAGE_METHODS)
 def test_every_method_survives_a_kill(tmp_path, name):
     """Before a random line of the package; the methods of other mechanisms eight times, the others once."""
     if name in MECHANISMS:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from contract import VARIANTS
+from contract import IMAGE_METHODS, VARIANTS
 from lightning_tta import DigitsData, TestTimeAdaptation, adapt, available_methods
 from lightning_tta.cli.main import main
 from lightning_tta.data.images import StreamBatches
@@ -77,7 +77,7 @@ def partial_of(name):
     return partial(available_methods()[name], **VARIANTS.get(name, [{}])[-1])
 
 
-@pytest.mark.parametrize("name", available_methods())
+@pytest.mark.parametrize("name", IMAGE_METHODS)
 def test_every_method_goes_on_bit_by_bit(tmp_path, name):
     method = partial_of(name)
     whole = run(tmp_path / "whole", method, save_every=None)

@@ -183,6 +183,7 @@ class TTAMethod(Described, Replayable, ABC):
             self.keep_wide(*self._account.float32)
         self.scalars = {}, dict.fromkeys(COUNTS, 0)
         self._logits: Tensor | None = None  # of the last batch
+        self.rows = None  # an attribute of its own from the start: a recording looks at these
         self._row_measures: dict[str, Tensor] = {}  # of the last batch, where a sample has several predictions
         self._stats: Stats | None = {}  # None: not computed yet
 

@@ -245,12 +245,12 @@ def explained(model: nn.Module, x: Tensor, *, has_run: bool = True) -> Iterator[
         raise
     except Exception as error:
         device = next((p.device for p in model.parameters()), x.device)
-        what = "images" if x.is_floating_point() else "tokens"
         if device != x.device:
-            raise InputError(
-                f"The {what} are on {x.device}, the net on {device}. Move one of them: {what}.to('{device}'), or "
+            text = (
+                f"The images are on {x.device}, the net on {device}. Move one of them: images.to('{device}'), or "
                 f"method.to('{x.device}')."
-            ) from error
+            )
+            raise InputError(text if x.is_floating_point() else text.replace("images", "tokens")) from error
         refusal = _refusal(model, x)
         if refusal is None:
             raise
