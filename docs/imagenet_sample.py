@@ -20,10 +20,12 @@ import yaml
 from numpy.typing import NDArray
 
 from lightning_tta.errors import DataError
-from lightning_tta.report.files import find_results
+from lightning_tta.report.files import read_result
 from lightning_tta.report.runs import Run
 
 DOCS = Path(__file__).parent
+FEW = 10
+"""So many batches between two resets are few."""
 CONFIG = DOCS.parent / "configs/imagenet/sample_benchmark.yaml"
 
 PAGE = """\
@@ -77,9 +79,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """
     runs: dict[tuple[str, str], Run] = {}
     for folder in folders:
-        for file, content in find_results(folder)[0].items():
-            if "rows" in content:  # a benchmark's table: its cells are read themselves
-                continue
+        for file in sorted(folder.rglob("report.json")):  # also the cells of a benchmark that has not ended
+            content = read_result(file)
             run = Run(str(content["method"]), "", content, file.parent)
             other = runs.setdefault((run.hash, run.method), run)
             if other.accuracy() != run.accuracy():
@@ -179,7 +180,17 @@ def _table(groups: Sequence[Sequence[Run]], order: Sequence[str]) -> str:
         texts = [text for group in by_name for text in cells(group.get(name), group.get("source"))]
         lines.append(f"| `{name}` | {passes[name]} | {' | '.join(texts)} |")
     described = [f"- {letter}: {_describe(group[0])}" for letter, group in zip(letters, groups, strict=True)]
+    few = [letter for letter, group in zip(letters, groups, strict=True) if _batches_between_resets(group[0]) < FEW]
+    if few:
+        described.append(
+            f"- {', '.join(few)}: fewer than {FEW} batches between resets. A method that predicts before its step has "
+            "hardly moved by then: this says what its statistics do, not what its objective does."
+        )
     return "\n".join([*described, "- Passes: forward / backward, a batch.", "", *lines, ""])
+
+
+def _batches_between_resets(run: Run) -> float:
+    return float(run.report["batches"] / (run.report["resets"] + 1))
 
 
 def _round(value: float) -> str:

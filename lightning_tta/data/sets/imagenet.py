@@ -120,7 +120,7 @@ class ImageNetData(FileData):
             ConfigError: If ``resize`` is less than what the net wants to have cut out.
         """
         net = self._net if self._net.get("pretrained") else {}  # other weights may be for any size
-        sides: tuple[int, ...] = tuple(net.get("input_size") or ())[1:]
+        sides = list(net.get("input_size") or [])[1:]
         square = sides[0] if len(sides) == 2 and sides[0] == sides[1] else None
         image_size = self.image_size or square or 224
         default = 256 if square is None else round(image_size / (net.get("crop_pct") or 1.0))
