@@ -46,7 +46,7 @@ class SLOT(TTAMethod):
     about = About(
         does="a vector for each prompt before the head, by the cross-entropy of the prompt's own tokens",
         learns="none",
-        passes="1 / of the head",
+        passes="1 / 5, of the head",
         needs="a language model",
         holds="a vector for each prompt of the batch",
         suits="prompts of any kind: each for itself",

@@ -96,7 +96,7 @@ def message_of(capsys, args):
         (["predict", "--config=nothere.yaml"], "--config: File does not exist: '.*nothere.yaml'"),
         (["fit"], "Missing: --data, --model. .* --config.*lightning-tta fit --help"),
         (["fit", "--bogus"], "There is no option 'bogus'"),
-        (["pedict"], "'pedict' is no command. Did you mean predict.*Give one of: fit, .*, benchmark, report"),
+        (["pedict"], "'pedict' is no command. Did you mean predict.*Give one of: fit, .*, benchmark, reproduce"),
         (["--verison"], "'--verison' is no command. Did you mean --version"),
         (["methods", "tnet"], "Unknown method 'tnet'. Did you mean tent"),
         (["stream"], "Missing: --data. .* --config"),
