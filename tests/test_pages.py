@@ -44,7 +44,7 @@ NOT_RUN = ("benchmark", "configs/trainer/", "tests/measure/", "meta_ttt", "--pro
 NOT_RUN += ("data/weights/Standard.pt", "--download")  # the reader's own; and what would be fetched
 NOT_RUN += ("configs/pacs", "configs/imagenet", "configs/memo", "configs/cifar10")  # data that are not here
 NOT_RUN += ("configs/language",)  # minutes
-NOT_RUN += ("weights",)  # of a package that is not installed
+NOT_RUN += ("lightning-tta weights", "lightning-tta reproduce")  # of a package that is not installed; of data
 
 
 def blocks_of(text, language):
