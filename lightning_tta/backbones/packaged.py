@@ -1,4 +1,4 @@
-"""Weights that a package of the Python index holds, as a file for :func:`~lightning_tta.backbones.create_backbone`."""
+"""Weights that a package of the Python index holds, as a file for :func:`lightning_tta.create_backbone`."""
 
 import hashlib
 import json

@@ -26,7 +26,7 @@ from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choic
 from lightning_tta.losses import confident_loss, unconfident_entropy
 from lightning_tta.meta.mixed_bn import batch_of_domains, mixed_batch_norm_layers
 from lightning_tta.meta.prefix import shared_prefix
-from lightning_tta.meta.unrolling import Group, Step, by_name, unroll
+from lightning_tta.meta.unrolling import ParameterGroup, Step, by_name, unroll
 
 Phase = Literal["max", "min"]
 ConfidentLoss = Literal["hard_ce", "entropy"]
@@ -288,14 +288,14 @@ def adapt_inner(
     return Adapted(before if differentiable else before.detach(), after, parameters, losses, gradients)
 
 
-def _groups(net: nn.Module, rate_of: Mapping[Phase, Mapping[str, str]]) -> list[Group]:
+def _groups(net: nn.Module, rate_of: Mapping[Phase, Mapping[str, str]]) -> list[ParameterGroup]:
     """The parameters of all phases, those together that have the same kind of rate in each phase."""
     named = dict(net.named_parameters())
-    groups: dict[Any, Group] = {}
+    groups: dict[Any, ParameterGroup] = {}
     for name in dict.fromkeys(name for kinds in rate_of.values() for name in kinds):
         kinds = {phase: rate_of[phase][name] for phase in rate_of if name in rate_of[phase]}
         key = (*kinds.items(), named[name].dtype, named[name].device)
-        groups.setdefault(key, Group({}, kinds)).parameters[name] = named[name]
+        groups.setdefault(key, ParameterGroup({}, kinds)).parameters[name] = named[name]
     return list(groups.values())
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_tta.backbones.passes import safe_checkpoints
 from lightning_tta.errors import InputError, UnsupportedModelError, check_choice, check_range
-from lightning_tta.meta.unrolling import AdamW, Group, Rate, Step, by_name, descend, unroll
+from lightning_tta.meta.unrolling import AdamW, ParameterGroup, Rate, Step, by_name, descend, unroll
 
 InnerOptimizer = Literal["adamw", "sgd"]
 
@@ -184,7 +184,7 @@ def learn_context(
             f"{segments.dtype} {tuple(segments.shape)} and {counts.dtype} {tuple(counts.shape)}."
         )
     named = dict(net.named_parameters())
-    group = Group({name: named[name] for name in names})
+    group = ParameterGroup({name: named[name] for name in names})
     sizes = torch.tensor(group.sizes, device=segments.device)
     copies = len(segments)
 

@@ -20,7 +20,7 @@ Rule = Callable[[int, Tensor, Tensor, Rate], Tensor]
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters that move together, as one tensor: a step is one operation, whatever the net's depth.
 
     Attributes:
@@ -48,7 +48,7 @@ class Group:
         return values if values.requires_grad else values.requires_grad_()
 
 
-def by_name(groups: Sequence[Group], values: Sequence[Tensor]) -> dict[str, Tensor]:
+def by_name(groups: Sequence[ParameterGroup], values: Sequence[Tensor]) -> dict[str, Tensor]:
     """The tensor of each group, taken apart; with the shapes of the parameters, after the axis of copies if any."""
     named: dict[str, Tensor] = {}
     for group, value in zip(groups, values, strict=True):
@@ -127,7 +127,7 @@ class Unrolled(NamedTuple):
 def unroll(
     net: nn.Module,
     run: Callable[[dict[str, Tensor]], Any],
-    groups: Sequence[Group],
+    groups: Sequence[ParameterGroup],
     steps: Sequence[Step],
     *,
     copies: int = 1,
