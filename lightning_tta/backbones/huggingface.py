@@ -88,17 +88,17 @@ def load_causal_model(name: str, dtype: str = "auto", download: bool = False) ->
         ConfigError: If transformers is not installed.
         WeightsError: If there is none.
     """
+    if not Path(name).is_dir() and not download:
+        raise WeightsError(
+            f"net={name!r} is no folder. Give one that save_pretrained wrote, with config.json and model.safetensors; "
+            "or allow the name to be fetched from the hub: --model.download true."
+        )
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError:
         raise ConfigError(
             f'net={name!r} needs the library transformers: pip install "lightning-tta[language]".'
         ) from None
-    if not Path(name).is_dir() and not download:
-        raise WeightsError(
-            f"net={name!r} is no folder. Give one that save_pretrained wrote, with config.json and model.safetensors; "
-            "or allow the name to be fetched from the hub: --model.download true."
-        )
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="transformers")
