@@ -69,7 +69,7 @@ class LanguageAdaptation(AdaptationModule):
         select: What learns: ``lora``, ``norm``, ``all``, or a dict as of
             :mod:`lightning_tta.methods.components.adapters`. ``None``: LoRA on the query and value projections.
         task: Which tokens the loss is on, and how many of them go through the head at once: ``{loss_on: generated,
-            chunk: 256}``, see :class:`~lightning_tta.methods.base.tokens.Tokens`.
+            chunk: 64}``, see :class:`~lightning_tta.methods.base.tokens.Tokens`.
         when: ``before``: answer, then adapt on prompt and answer (online). ``after``: adapt on the prompt first, and
             answer then; with ``loss_on: generated`` on a first answer, which is thrown away.
         reset: When the method returns to the source: ``never``, at each new ``domain``, before each ``batch`` (a chunk

@@ -304,7 +304,7 @@ def test_what_learns_can_be_chosen():
     assert {name.rpartition(".")[0] for name in build("tent", select="norm").adaptable if "optim" not in name} == {
         "model.net.norm"
     }
-    assert build("tent").options["task"] == {"kind": "tokens", "loss_on": "auto", "chunk": 256}
+    assert build("tent").options["task"] == {"kind": "tokens", "loss_on": "auto", "chunk": 64}
     assert build("tent").options["optimizer"] == "adamw"
 
 

@@ -42,7 +42,7 @@ class Tokens:
     in_chunks = True
     additions: frozenset[str] = frozenset()
 
-    def __init__(self, model: TokenModel, loss_on: str = "auto", chunk: int = 256) -> None:
+    def __init__(self, model: TokenModel, loss_on: str = "auto", chunk: int = 64) -> None:
         check_range("chunk", chunk, 1, integer=True)
         first = re.fullmatch(r"first:([1-9]\d*)", loss_on) if isinstance(loss_on, str) else None
         if loss_on not in LOSS_ON and first is None:

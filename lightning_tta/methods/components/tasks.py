@@ -23,7 +23,7 @@ def _images(net: nn.Module) -> nn.Module:
     return net
 
 
-def _tokens(net: nn.Module, loss_on: str = "auto", chunk: int = 256) -> nn.Module:
+def _tokens(net: nn.Module, loss_on: str = "auto", chunk: int = 64) -> nn.Module:
     model = TokenModel(net, loss_on=loss_on, chunk=chunk)
     Tokens(model, **model.settings)  # refuses what is wrong
     return model
