@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from language_nets import TinyLM, make_tokens
 from lightning_tta import ConfigError, InputError, UnsupportedModelError, adapt, available_methods
 from lightning_tta.methods.base.chunks import chunked
+from lightning_tta.methods.components.adapters import LowRank
 
 METHODS = sorted(name for name, kind in available_methods().items() if "tokens" in kind.tasks)
 LEARNING = {"tent", "come", "eta", "zerosiam"}
@@ -287,6 +288,24 @@ def test_a_model_of_transformers_answers_with_its_cache_and_adapts():
     method(answers)
     assert not torch.equal(before, method.predict(answers))
     assert type(method.export()) is transformers.LlamaForCausalLM
+
+
+def test_an_answer_computes_the_weights_of_lora_once(monkeypatch):
+    method, prompts, calls = build("zerosiam"), make_tokens(generated=0), []
+    plain = LowRank.forward
+    monkeypatch.setattr(LowRank, "forward", lambda self, weight: (calls.append(1), plain(self, weight))[1])
+    method(make_tokens())
+    calls.clear()
+    first = method.generate(prompts, max_new_tokens=5)
+    assert len(calls) == 2  # query and value
+    method(first)
+    second = method.generate(prompts, max_new_tokens=5)  # with the weights after the step
+    ids, mask = (second[name][:, : prompts["input_ids"].shape[1]] for name in ("input_ids", "attention_mask"))
+    for _ in range(5):
+        token = method.predict({"input_ids": ids, "attention_mask": mask})[:, -1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
+    assert torch.equal(second["input_ids"], ids)
+    assert not any("forward" in vars(module) for module in method.model.modules())
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_tta.backbones.language import TokenModel
+from lightning_tta.backbones.norms import replaced_forwards
 from lightning_tta.errors import ConfigError, check_range
 
 
@@ -48,6 +51,29 @@ def left_padded(ids: Tensor, attention: Tensor, *others: Tensor) -> list[Tensor]
     """Rows (B, T) with their padding moved to the left, the tokens in their order."""
     order = attention.sort(dim=1, stable=True).indices
     return [tensor.gather(1, order) for tensor in (ids, attention, *others)]
+
+
+def computed_once(model: nn.Module) -> AbstractContextManager[None]:
+    """While active, weights that are computed from others, as LoRA adds to them, are computed at their first use alone.
+
+    For passes between which nothing changes: else each new token computes all of these weights anew. They are held
+    until the end, which takes the memory of the layers' weights once more. Torch's own cache for this is global: it
+    would also hold the weights of nets in other threads.
+    """
+    return replaced_forwards(
+        {each: _once(each.forward) for each in model.modules() if isinstance(each, ParametrizationList)}
+    )
+
+
+def _once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    held: list[Tensor] = []
+
+    def forward() -> Tensor:
+        if not held:
+            held.append(compute())
+        return held[0]
+
+    return forward
 
 
 @torch.no_grad()

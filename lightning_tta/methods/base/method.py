@@ -47,7 +47,7 @@ from lightning_tta.methods.base.custody import Custody, exclusive, reading
 from lightning_tta.methods.base.description import Described
 from lightning_tta.methods.base.first_pass import FirstPass
 from lightning_tta.methods.base.gate import Gate
-from lightning_tta.methods.base.generation import Generation, generate, left_padded
+from lightning_tta.methods.base.generation import Generation, computed_once, generate, left_padded
 from lightning_tta.methods.base.host import host_has
 from lightning_tta.methods.base.memory import DomainMemory
 from lightning_tta.methods.base.plain import plain_net
@@ -904,7 +904,7 @@ class TTAMethod(Described, Replayable, ABC):
         try:
             seen = explained(self.model, x, has_run=self.has_run)
             with seen, outside_inference_mode(), torch.no_grad(), self.computing(x.device), fresh_casts():
-                with self.normalizing(), self.generating():
+                with self.normalizing(), self.generating(), computed_once(self.model):
                     ids, attention, new = generate(self.model, ids, attention, how, self.decode)
         finally:
             self.scalars = before_scalars
