@@ -36,6 +36,11 @@ METHODS: dict[str, Callable[[float], tuple[str, dict[str, Any]]]] = {
     "zerosiam": lambda rate: ("zerosiam", {"lr": rate, "predictor_lr": 4 * rate}),
     "zerosiam, predictor at the same rate": lambda rate: ("zerosiam", {"lr": rate, "predictor_lr": rate}),
 }
+CLAIM = list(METHODS)
+METHODS |= {  # the prompt's own tokens
+    "tlm": lambda rate: ("tlm", {"lr": rate, "threshold": 0.0}),
+    "slot": lambda rate: ("slot", {"lr": rate}),
+}
 """Name and options of a method at a rate; by default ZeroSiam's predictor has four times the rate of the net."""
 NAMES = ("accuracy", "entropy", "share", "norm")
 
@@ -146,7 +151,7 @@ def main(args: Sequence[str] | None = None) -> None:
         __doc__,
         args,
         source=("", "checkpoint of a language model; by default a random one"),
-        methods=list(METHODS),
+        methods=CLAIM,
         rates=["1e-4", "3e-4", "1e-3", "3e-3", "1e-2"],
         seeds=(3, "orders of the stream"),
         stream=("one_class", "one_class, iid or sorted"),
