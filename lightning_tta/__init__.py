@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
     from lightning_tta.guard.callback import Guard
     from lightning_tta.guard.watch import Watch
     from lightning_tta.methods import TTAMethod, adapt, available_methods
+    from lightning_tta.methods.base.answering import answer
     from lightning_tta.modules import (
         PERK,
         LanguageAdaptation,
@@ -106,6 +107,7 @@ __all__ = [
     "WeightsError",
     "__version__",
     "adapt",
+    "answer",
     "available_methods",
     "choose",
     "create_backbone",
@@ -131,6 +133,7 @@ _HOMES = {
     "run.resume": ("StateKeeper",),
     "serving.shadow": ("Shadow",),
     "methods": ("TTAMethod", "adapt", "available_methods"),
+    "methods.base.answering": ("answer",),
     "data.recall": ("RecallData",),
     "modules": (
         *("PERK", "LanguageAdaptation", "MetaTTT", "SourceClassifier", "SourceLanguageModel"),

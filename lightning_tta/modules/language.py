@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -29,6 +29,7 @@ from lightning_tta.errors import (
     in_one_line,
 )
 from lightning_tta.methods import create_method, find
+from lightning_tta.methods.base.answering import answer_once, one_by_one
 from lightning_tta.methods.base.generation import Generation
 from lightning_tta.modules.adaptation import CALLBACKS, AdaptationModule
 from lightning_tta.modules.loading import load_source, source_recipe
@@ -246,15 +247,7 @@ class LanguageAdaptation(AdaptationModule):
         """
         method = self.method if self.run is None else self.run.method
         how = vars(self.generation) | {"seed": self.generation.seed + number}
-        prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        open_prompts = {**prompts, "generated": torch.zeros_like(prompts["input_ids"], dtype=torch.bool)}
-        if self.when == "before":
-            answered = method.generate(open_prompts, **how)
-            return answered, method(answered)
-        on_draft = getattr(method.task, "loss_on", "") == "generated"
-        method(method.generate(open_prompts, **how) if on_draft else prompts)
-        answered = method.generate(open_prompts, **how)
-        return answered, method.predict(answered)  # type: ignore[arg-type]  # of tokens, a dict
+        return answer_once(method, batch, when=self.when, **how)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int | None = None) -> Any:
         """One batch of the stream, in order: reset if the policy says so, answer, adapt.
@@ -281,7 +274,7 @@ class LanguageAdaptation(AdaptationModule):
         self._begins(run, domain)
         seconds, stats, answers = 0.0, list[dict[str, float]](), list[str]()
         measured: dict[str, list[Tensor]] = {}
-        for row, piece in enumerate(_rows(batch) if self.episodic else [batch]):
+        for row, piece in enumerate(one_by_one(batch) if self.episodic else [batch]):
             if self.episodic and (row or run.summary.batches):
                 run.method.reset()
                 run.summary.resets += 1
@@ -372,13 +365,6 @@ def _ids_of(batch: Any) -> Tensor:
         got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise InputError(f"input_ids must be token ids (B, T) with B, T >= 1; got {got}.")
     return ids
-
-
-def _rows(batch: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
-    """Each prompt alone, without padding."""
-    for ids, attention in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-        there = attention.bool()
-        yield {"input_ids": ids[there][None], "attention_mask": attention[there][None]}
 
 
 def _texts(batch: Mapping[str, Any], name: str, count: int) -> list[str]:
