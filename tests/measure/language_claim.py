@@ -37,9 +37,11 @@ METHODS: dict[str, Callable[[float], tuple[str, dict[str, Any]]]] = {
     "zerosiam, predictor at the same rate": lambda rate: ("zerosiam", {"lr": rate, "predictor_lr": rate}),
 }
 CLAIM = list(METHODS)
-METHODS |= {  # the prompt's own tokens
-    "tlm": lambda rate: ("tlm", {"lr": rate, "threshold": 0.0}),
+METHODS |= {  # by the prompt's own tokens, and by the logits of each new one
+    "tlm": lambda rate: ("tlm", {"lr": rate}),
+    "tlm, every prompt": lambda rate: ("tlm", {"lr": rate, "threshold": 0.0}),
     "slot": lambda rate: ("slot", {"lr": rate}),
+    "em_inf": lambda rate: ("em_inf", {"lr": rate}),
 }
 """Name and options of a method at a rate; by default ZeroSiam's predictor has four times the rate of the net."""
 NAMES = ("accuracy", "entropy", "share", "norm")
@@ -54,11 +56,11 @@ def data_of(args: Any, seed: int, **options: Any) -> PromptData:
 
 
 def answered(
-    method: Any, batch: dict[str, Any], data: PromptData
+    method: Any, batch: dict[str, Any], data: PromptData, **how: Any
 ) -> tuple[dict[str, torch.Tensor], list[str], list[int]]:
     """The batch with answers, their texts, and which are right."""
     prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    full = method.generate(prompts, max_new_tokens=6, stop=[data.tokenizer.eos_token_id])
+    full = method.generate(prompts, max_new_tokens=6, stop=[data.tokenizer.eos_token_id], **how)
     rows = zip(full["input_ids"], full["generated"], strict=True)
     texts = [data.tokenizer.decode(ids[new], skip_special_tokens=True) for ids, new in rows]
     return full, texts, [int(is_correct(*each)) for each in zip(texts, batch["answer"], batch["checker"], strict=True)]
@@ -70,8 +72,9 @@ def stream(net: nn.Module, name: str, rate: float, args: Any, seed: int) -> dict
     select = {} if args.select == "default" or kind == "source" else {"select": args.select}
     method, data = adapt(net, kind, **options, **select), data_of(args, seed)
     account: dict[str, list[Any]] = {key: [] for key in (*NAMES, "answers", "after")}
-    for batch in data.predict_dataloader():
-        full, texts, right = answered(method, batch, data)
+    for number, batch in enumerate(data.predict_dataloader()):
+        how = {"temperature": args.temperature, "seed": 1000 * seed + number}
+        full, texts, right = answered(method, batch, data, **how)
         logits = method(full)
         measures = token_measures(logits, full["input_ids"], full["generated"])
         account["accuracy"] += right
@@ -112,6 +115,7 @@ def runs(args: Any) -> Iterator[tuple[str, float, int, dict[str, list[Any]]]]:
                     args.domain,
                     args.prompts,
                     args.batch_size,
+                    args.temperature,
                 ]
                 file = None if kept is None else kept / f"{'-'.join(map(str, [*what, args.select]))}.json"
                 if file is not None and file.exists():
@@ -159,6 +163,7 @@ def main(args: Sequence[str] | None = None) -> None:
         domain=("source", "a domain of arithmetic, such as spaces@2"),
         prompts=(1600, "of a stream"),
         batch_size=(8, "prompts a step"),
+        temperature=(0.0, "of the draw of answers; 0: the likeliest token"),
         select=("default", "default (LoRA on query and value), norm, all"),
         keep=("", "folder for what was run, to go on from"),
         figure=("", "file of a figure"),

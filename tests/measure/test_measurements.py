@@ -545,3 +545,14 @@ def test_tokens(capsys):
     for name in ("zerosiam", "tlm"):
         assert found[3000, name, 4][1] < 0.6 * found[3000, name, 0][1]  # MB
     assert capsys.readouterr().out.count("| zerosiam |") == 2
+
+
+def test_tokens_of_transformers_and_ways_of_lora(capsys):
+    pytest.importorskip("transformers")
+    small = ["--vocabularies=300", "--tokens=16", "--width=64", "--methods", "slot", "--chunks=4", "--net=llama"]
+    assert (300, "slot", 4) in tokens.main([*small, "--rounds=1", "--device=cpu"])
+    found = tokens.main(["--lora=40", "--lora-width=64", "--rounds=1", "--device=cpu"])
+    assert len(found) == 4
+    assert found[40, "no LoRA", 0] == (1, 1)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "anew" in line]
+    assert [row[1] for row in rows] == ["-"]
