@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -22,7 +23,7 @@ class EMInf(TTAMethod):
         Adam (lr) on  H(softmax(u)) + kl_weight * KL(softmax(u_0) || softmax(u)),  at most descent_steps steps,
         none once H < threshold
 
-    With ``search="temperature"`` the same end is met by one number: the temperature tau <= 1 with
+    With ``search="temperature"`` the same end is met by one number: the temperature tau in [0.01, 1] with
     ``H(softmax(u / tau)) = max(threshold, ratio * H(softmax(u)))``, by bisection; the order of tokens stays as it is.
     Of greedy answers this changes nothing; Adam's steps can change the likeliest token, but seldom do: it matters where
     tokens are drawn (``temperature > 0``).
@@ -33,16 +34,17 @@ class EMInf(TTAMethod):
         model: A causal language model.
         lr: >= 0. Authors: 0.1.
         descent_steps: At least 1. Authors: 5; 20 in a plain variant.
-        threshold: In nats, >= 0. Authors: 0.3.
+        threshold: In nats, >= 0. Authors: 0.3; of ``temperature`` 1e-6.
         kl_weight: >= 0. Authors: 0.001.
         search: ``adam``, or ``temperature``.
-        ratio: Of ``temperature``, in (0, 1].
+        ratio: Of ``temperature``, in (0, 1]. Authors: 0.2.
 
     Raises:
         UnsupportedModelError: If the net is no language model.
 
-    Source: Agarwal et al., arXiv 2505.15134, formula from the authors' code; ``temperature`` after their remark that
-    the steps are about those of a temperature, with a form of our own.
+    Source: Agarwal et al., arXiv 2505.15134; both formulas from a copy of the authors' code. Differs from it: each
+    prompt of a batch stops by itself, where the code compares the sum of the batch's entropies with the threshold; the
+    bisection goes on to rounding, where the code ends within 0.1 nats.
     """
 
     about = About(
@@ -69,7 +71,7 @@ class EMInf(TTAMethod):
         threshold: float = 0.3,
         kl_weight: float = 0.001,
         search: Literal["adam", "temperature"] = "adam",
-        ratio: float = 0.5,
+        ratio: float = 0.2,
     ) -> None:
         super().__init__(model)
         check_range("lr", lr, 0)
@@ -111,7 +113,7 @@ class EMInf(TTAMethod):
         """The temperature (B, 1) by bisection of its logarithm."""
         whole = entropy(start)
         target = torch.minimum(whole, (self.ratio * whole).clamp_min(self.threshold))
-        low, high = torch.full_like(whole, -10.0), torch.zeros_like(whole)
+        low, high = torch.full_like(whole, math.log(0.01)), torch.zeros_like(whole)
         for _ in range(50):
             middle = (low + high) / 2
             too_sure = entropy(start / middle.exp()[:, None]) < target

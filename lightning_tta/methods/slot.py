@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
+from lightning_tta import collective
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
@@ -32,7 +33,7 @@ class SLOT(TTAMethod):
     Args:
         model: A causal language model. Positions that count are those of the prompt (``loss_on: prompt``).
         lr: Learning rate, >= 0. Authors: 0.1.
-        descent_steps: At least 1. Authors: a few; 5 is our choice.
+        descent_steps: At least 1. Authors: 5.
         weight_decay: >= 0. Authors: 1e-8.
         eps: Of AdamW, > 0. Authors: 1e-5.
 
@@ -40,7 +41,8 @@ class SLOT(TTAMethod):
         UnsupportedModelError: If the net is no language model, or does not end in its head.
 
     Source: Hu et al., arXiv 2505.12392; formula from the authors' code. Differs from it: each prompt of a batch has a
-    vector of its own, where the code has one for the batch, which is of one prompt there.
+    vector of its own, where the code has one for the whole batch, padding included, and gives it one prompt at a time;
+    the vector is in float32 where the net is in half precision.
     """
 
     about = About(
@@ -104,7 +106,7 @@ class SLOT(TTAMethod):
                 losses = chunked(self._losses, [moved, targets], rows, self.task.chunk)  # type: ignore[attr-defined]
                 each = losses.sum(1) / number
                 if number_of_step == 0:
-                    self.note(prompt_loss=each.detach().mean())
+                    self.note(prompt_loss=collective.mean(each.detach(), rows.any(1)))
                 (vector.grad,) = torch.autograd.grad(each.sum(), [vector])
                 optimizer.step()
         self.count("backwards", self.descent_steps)

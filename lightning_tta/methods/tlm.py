@@ -39,8 +39,9 @@ class TLM(GradientMethod):
     Raises:
         UnsupportedModelError: If the net is no language model.
 
-    Source: Hu et al., ICML 2025, arXiv 2505.20633; formula from the authors' code, which takes prompts one by one, in
-    chunks of 8 that are answered first. That the weight has no gradient was seen in code that builds on it.
+    Source: Hu et al., ICML 2025, arXiv 2505.20633. Settings from the authors' code, which takes prompts one by one, in
+    chunks of 8 that are answered first; the trainer with the formula, and that the weight has no gradient, from a
+    repository that builds on it. There, offline training judges prompts by the source's loss; this is the online form.
     """
 
     about = About(

@@ -183,3 +183,81 @@ def test_wrong_options_are_refused(name, options, words):
 def test_images_are_refused(name):
     with pytest.raises(UnsupportedModelError, match="adapts on tokens"):
         adapt(make_net("gn"), name)
+
+
+def test_em_inf_by_temperature_ends_at_a_hundredth():
+    method = adapt(TinyLM().double(), "em_inf", search="temperature", threshold=1e-6)
+    tie = torch.tensor([[2.0, 2.0, -1.0]], dtype=torch.float64)  # its entropy stays at ln 2 or more
+    torch.testing.assert_close(method.decode(tie), tie / 0.01, rtol=1e-9, atol=0)
+
+
+VISIBLE = {"tlm": {"lr": 0.02, "threshold": 0.5, "optimizer": "sgd", "momentum": 0.0}, "slot": {"descent_steps": 3}}
+
+
+def build(name, **options):
+    return adapt(TinyLM().double(), name, **VISIBLE[name], **options)
+
+
+def moved(method):
+    """What a method has learned, as changes."""
+    return [now.detach() - was.detach() for now, was in zip(method.learned, build("tlm").learned, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["tlm", "slot"])
+def test_answers_and_padding_have_no_part(name):
+    batch = prompts()
+    other = {key: value.clone() for key, value in batch.items()}
+    other["input_ids"][:, 6:] = (other["input_ids"][:, 6:] + 3) % 11  # written by the net
+    other["input_ids"][1:, 0] = 7  # padding of all rows but the first
+    a, b = build(name), build(name)
+    one, two = a(batch), b(other)
+    for row in range(4):
+        torch.testing.assert_close(one[row, row % 4 : 6], two[row, row % 4 : 6], rtol=0, atol=1e-10)
+    assert a.stats["prompt_loss"] == pytest.approx(b.stats["prompt_loss"], abs=1e-12)
+    if name == "tlm":
+        torch.testing.assert_close(moved(a), moved(b), rtol=0, atol=1e-12)
+        assert any(bool(change.any()) for change in moved(a))
+
+
+@pytest.mark.parametrize("name", ["tlm", "slot"])
+def test_two_prompts_with_padding_equal_two_alone(name):
+    batch = make_tokens(batch=2)
+    batch["attention_mask"][1, :4] = 0
+    alone = [{key: value[row : row + 1, 4 * row :] for key, value in batch.items()} for row in (0, 1)]
+    together, apart = build(name), [build(name), build(name)]
+    logits = together(batch)
+    for row in (0, 1):
+        torch.testing.assert_close(apart[row](alone[row])[0], logits[row, 4 * row :], rtol=0, atol=1e-9)
+    if name == "tlm":
+        for both, first, second in zip(moved(together), *map(moved, apart), strict=True):
+            torch.testing.assert_close(both, (first + second) / 2, rtol=1e-9, atol=1e-13)
+
+
+def test_the_loss_of_tlm_in_chunks_equals_that_in_one():
+    methods = [build("tlm", task={"kind": "tokens", "chunk": chunk}) for chunk in (1, 5, 1000)]
+    results = [(method(prompts()), method(prompts(1))) for method in methods]
+    for method, (first, second) in zip(methods[:2], results[:2], strict=True):
+        torch.testing.assert_close(first, results[2][0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(second, results[2][1], rtol=0, atol=1e-9)
+        assert method.stats["loss"] == pytest.approx(methods[2].stats["loss"], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["tlm", "slot"])
+def test_a_prompt_of_one_token_says_nothing(name):
+    net, batch = TinyLM().double(), make_tokens(batch=1, length=5, generated=4)
+    method = build(name)
+    plain = net(batch["input_ids"], batch["attention_mask"]).detach()
+    torch.testing.assert_close(method(batch), plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(method.predict(batch), plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tlm", "slot"])
+def test_no_large_tensor_has_a_graph(name):
+    largest = {}
+    for chunk in (4, 1000):
+        sizes = []
+        method = adapt(TinyLM(vocabulary=500), name, task={"kind": "tokens", "chunk": chunk})
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            method(make_tokens(batch=2, length=40, vocabulary=500))
+        largest[chunk] = max(sizes)
+    assert largest[4] < 20 * 500 < largest[1000]  # 71 positions count; the head itself has 4,000 values
