@@ -13,6 +13,7 @@ configs/language/source.yaml` first.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def stream(net: nn.Module, name: str, rate: float, args: Any, seed: int) -> dict
     kind, options = METHODS[name](rate)
     select = {} if args.select == "default" or kind == "source" else {"select": args.select}
     method, data = adapt(net, kind, **options, **select), data_of(args, seed)
-    account: dict[str, list[Any]] = {key: [] for key in (*NAMES, "answers", "after")}
+    account: dict[str, list[Any]] = {key: [] for key in (*NAMES, "answers", "after", "prompt")}
     for number, batch in enumerate(data.predict_dataloader()):
         how = {"temperature": args.temperature, "seed": 1000 * seed + number}
         full, texts, right = answered(method, batch, data, **how)
@@ -81,6 +82,7 @@ def stream(net: nn.Module, name: str, rate: float, args: Any, seed: int) -> dict
         account["answers"] += texts
         account["entropy"] += measures["entropy"].tolist()
         account["norm"] += measures["norm"].tolist()
+        account["prompt"].append(method.stats.get("prompt_loss", math.nan))
     every = data_of(args, 0, stream="iid", classes=None, num_prompts=min(200, args.prompts))
     account["after"] = [right for batch in every.predict_dataloader() for right in answered(method, batch, every)[2]]
     return account
@@ -97,7 +99,9 @@ def summary(account: dict[str, list[Any]]) -> dict[str, float]:
     last = {name: sum(account[name][part]) / len(account[name][part]) for name in ("accuracy", "entropy", "norm")}
     whole = sum(account["accuracy"]) / len(account["accuracy"])
     after = sum(account["after"]) / len(account["after"])
-    return {"whole": whole, **last, "share": share(account["answers"][part]), "after": after}
+    batches = account.get("prompt", [math.nan])
+    prompt = sum(batches[-(len(batches) // 4 or 1) :]) / (len(batches) // 4 or 1)
+    return {"whole": whole, **last, "share": share(account["answers"][part]), "after": after, "prompt": prompt}
 
 
 def runs(args: Any) -> Iterator[tuple[str, float, int, dict[str, list[Any]]]]:
@@ -165,12 +169,15 @@ def main(args: Sequence[str] | None = None) -> None:
         batch_size=(8, "prompts a step"),
         temperature=(0.0, "of the draw of answers; 0: the likeliest token"),
         select=("default", "default (LoRA on query and value), norm, all"),
+        prompt_loss=(
+            False,
+            "a column more: cross-entropy of the prompts in the last quarter, of tlm and slot before steps",
+        ),
         keep=("", "folder for what was run, to go on from"),
         figure=("", "file of a figure"),
     )
-    header(
-        "method", "rate", "accuracy %", "last quarter %", "entropy", "most frequent %", "norm", "all classes after %"
-    )
+    names = ["accuracy %", "last quarter %", "entropy", "most frequent %", "norm", "all classes after %"]
+    header("method", "rate", *names, *(["prompt loss"] if options.prompt_loss else []))
     every: dict[tuple[str, float], list[dict[str, list[Any]]]] = {}
     for name, rate, seed, account in runs(options):
         several = every.setdefault((name, rate), [])
@@ -185,7 +192,8 @@ def main(args: Sequence[str] | None = None) -> None:
             return mean if len(values) == 1 else f"{mean} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
         numbers = (("whole", 100, 1), ("accuracy", 100, 1), ("entropy", 1, 3), ("share", 100, 1), ("norm", 1, 1))
-        row(name, rate or "-", *(cell(*number) for number in (*numbers, ("after", 100, 1))))
+        more = [("prompt", 1, 3)] if options.prompt_loss else []
+        row(name, rate or "-", *(cell(*number) for number in (*numbers, ("after", 100, 1), *more)))
     if options.figure:
         rate = options.rates[-1]
         draw({name: several for (name, r), several in every.items() if r in (0.0, rate)}, options.figure)

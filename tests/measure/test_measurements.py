@@ -472,8 +472,15 @@ def test_language_claim(capsys, tmp_path):
     assert capsys.readouterr().out == text
     account = {"answers": ["1", "2", "2", "2"] * 2, "accuracy": [1, 0, 0, 0] * 2, "entropy": [0.5] * 8}
     account |= {"norm": [1.0, 2.0] * 4, "after": [1, 1, 0, 0]}
-    found = language_claim.summary(account)
-    assert found == {"whole": 0.25, "accuracy": 0.0, "entropy": 0.5, "norm": 1.5, "share": 1.0, "after": 0.5}
+    found = language_claim.summary(account | {"prompt": [9.0] * 6 + [1.0, 2.0]})
+    last = {"accuracy": 0.0, "entropy": 0.5, "norm": 1.5, "share": 1.0, "prompt": 1.5}
+    assert found == {"whole": 0.25, "after": 0.5, **last}
+    capsys.readouterr()
+    language_claim.main([*small[:3], "--rates", "0.0", "--methods", "slot", "em_inf", "--prompt-loss"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["slot", "em_inf"]
+    assert float(rows[0][-1].split()[0]) > 0
+    assert "nan" in rows[1][-1]
 
 
 def test_bn_statistics(capsys):
