@@ -15,7 +15,6 @@ from lightning_tta import collective
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
-from lightning_tta.methods.base.chunks import chunked
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.method import TTAMethod
 
@@ -95,26 +94,25 @@ class SLOT(TTAMethod):
         """The vector (B, 1, D) of each prompt, from its hidden states (B, T, D)."""
         rows = self.task.rows(x)
         assert rows is not None
-        targets = self.task.ids(x).roll(-1, 1)  # type: ignore[attr-defined]
-        number = rows.sum(1).clamp_min(1)
+        targets = self.task.ids(x).roll(-1, 1).flatten()  # type: ignore[attr-defined]
+        index, number = rows.flatten().nonzero()[:, 0], rows.sum(1).clamp_min(1)
         with outside_inference_mode(), torch.enable_grad():
-            features = features.clone() if features.is_inference() else features
-            vector = at_least_float32(torch.zeros_like(features[:, :1])).requires_grad_()
+            flat = (features.clone() if features.is_inference() else features).flatten(0, 1)
+            vector = at_least_float32(torch.zeros_like(features[:, 0])).requires_grad_()
             optimizer = AdamW([vector], lr=self.lr, weight_decay=self.weight_decay, eps=self.eps)
-            for number_of_step in range(self.descent_steps):
-                moved = features + vector.to(features)
-                losses = chunked(self._losses, [moved, targets], rows, self.task.chunk)  # type: ignore[attr-defined]
-                each = losses.sum(1) / number
-                if number_of_step == 0:
-                    self.note(prompt_loss=collective.mean(each.detach(), rows.any(1)))
-                (vector.grad,) = torch.autograd.grad(each.sum(), [vector])
+            for step in range(self.descent_steps):
+                vector.grad, each = torch.zeros_like(vector), vector.new_zeros(len(vector))
+                for part in torch.split(index, self.task.chunk):  # type: ignore[attr-defined]
+                    prompt = part // rows.shape[1]
+                    logits = at_least_float32(self.split.head(flat[part] + vector[prompt].to(flat)))
+                    losses = cross_entropy(logits, targets[part], reduction="none") / number[prompt]
+                    vector.grad += torch.autograd.grad(losses.sum(), [vector])[0]  # so no graph outlives its part
+                    each.index_add_(0, prompt, losses.detach().to(each))
+                if step == 0:
+                    self.note(prompt_loss=collective.mean(each, rows.any(1)))
                 optimizer.step()
         self.count("backwards", self.descent_steps)
-        return vector.detach()
-
-    def _losses(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of the next token, of each row."""
-        return cross_entropy(at_least_float32(self.split.head(features)), targets, reduction="none")
+        return vector.detach()[:, None]
 
     def generate(self, batch: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
         """As of every method, with each prompt's vector."""
