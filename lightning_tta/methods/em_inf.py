@@ -13,6 +13,7 @@ from lightning_tta.errors import check_choice, check_range
 from lightning_tta.losses import at_least_float32, divergence, entropy
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.tokens import PROMPTS_DIFFER
 
 
 class EMInf(TTAMethod):
@@ -60,6 +61,7 @@ class EMInf(TTAMethod):
 
     tasks = frozenset({"tokens"})
     loss_on: ClassVar[str] = "auto"
+    step_on_host = PROMPTS_DIFFER
     no_plain_net = "it changes the logits of each token while it answers. Deploy the method itself"
 
     def __init__(

@@ -17,6 +17,7 @@ from lightning_tta.errors import check_range
 from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.tokens import PROMPTS_DIFFER
 
 
 class SLOT(TTAMethod):
@@ -57,6 +58,7 @@ class SLOT(TTAMethod):
 
     tasks = frozenset({"tokens"})
     loss_on: ClassVar[str] = "prompt"
+    step_on_host = PROMPTS_DIFFER
     returns = "after the step"
     no_plain_net = "it has another vector for each prompt. Deploy the method itself"
 

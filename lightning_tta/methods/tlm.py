@@ -13,6 +13,7 @@ from lightning_tta.losses import at_least_float32
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.gradient import GradientMethod
 from lightning_tta.methods.base.optimizers import OptimizerName
+from lightning_tta.methods.base.tokens import PROMPTS_DIFFER
 
 
 class TLM(GradientMethod):
@@ -57,6 +58,7 @@ class TLM(GradientMethod):
 
     tasks = frozenset({"tokens"})
     loss_on: ClassVar[str] = "prompt"
+    step_on_host = PROMPTS_DIFFER
     synchronized = True
 
     def __init__(

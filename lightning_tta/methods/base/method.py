@@ -62,7 +62,7 @@ from lightning_tta.methods.base.task import (
     plain_model,
     with_gradients,
 )
-from lightning_tta.methods.base.tokens import Tokens
+from lightning_tta.methods.base.tokens import PROMPTS_DIFFER, Tokens
 from lightning_tta.methods.base.values import TASKS
 from lightning_tta.methods.base.window import Window
 from lightning_tta.metrics import collapse_measures
@@ -203,7 +203,7 @@ class TTAMethod(Described, Replayable, ABC):
                 f"Use {_FOR[kind]}."
             )
         if isinstance(model, TokenModel):
-            self.step_on_host = "prompts differ in length from one batch to the next"
+            self.step_on_host = PROMPTS_DIFFER
             return Tokens(model, **model.settings)
         if isinstance(model, DenseModel):
             return TASKS[kind]()

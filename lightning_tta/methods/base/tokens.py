@@ -17,6 +17,8 @@ _ADVICE = (
     "Give a dict with 'input_ids' (B, T), whole numbers, 'attention_mask' (B, T), 1 for a token and 0 for padding, "
     "and, where it is known, 'generated' (B, T), true for the tokens that the net wrote itself."
 )
+PROMPTS_DIFFER = "prompts differ in length from one batch to the next"
+"""Why no step over tokens is captured."""
 LOSS_ON = ("auto", "generated", "prompt", "all")
 
 
