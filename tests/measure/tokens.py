@@ -73,9 +73,12 @@ def beside(net: nn.Module) -> list[Tensor]:
     tensors: list[Tensor] = []
     for name, layer in net.requires_grad_(False).named_modules():
         if isinstance(layer, nn.Linear) and name.endswith(("q_proj", "v_proj")):
-            pair = layer.weight.new_zeros(8, layer.in_features), layer.weight.new_zeros(layer.out_features, 8)
+            like = layer.weight.float()
+            pair = like.new_zeros(8, layer.in_features), like.new_zeros(layer.out_features, 8)
             down, up = (tensor.normal_(std=0.01).requires_grad_() for tensor in pair)
-            layer.register_forward_hook(lambda _, x, y, down=down, up=up: y + 2 * (x[0] @ down.T) @ up.T)
+            layer.register_forward_hook(
+                lambda _, x, y, down=down, up=up: y + (2 * (x[0].to(down) @ down.T) @ up.T).to(y)
+            )
             tensors += [down, up]
     return tensors
 
@@ -93,7 +96,8 @@ def outputs(net: nn.Module) -> list[Tensor]:
 
 def lora(options: Any) -> dict[tuple[int, str, int], tuple[float, float]]:
     """Print the table of ways to compute with LoRA; returns both ratios by way."""
-    nets = [make("llama", 2000, options.lora_width, 4).to(options.device) for _ in range(4)]
+    dtype = getattr(torch, options.lora_dtype)
+    nets = [make("llama", 2000, options.lora_width, 4).to(options.device, dtype) for _ in range(4)]
     ids = torch.randint(0, 2000, (1, options.lora), device=options.device)
     here: Any = adapt(nets[0], "tent")
     passes = {
@@ -142,6 +146,7 @@ def main(args: list[str] | None = None) -> dict[tuple[int, str, int], tuple[floa
         net=("gpt", "gpt, or llama of transformers"),
         lora=(0, "tokens; compares ways to compute with LoRA, and nothing else"),
         lora_width=1024,
+        lora_dtype=("float32", "of the net; LoRA learns in float32"),
         rounds=5,
         device=CUDA_OR_CPU,
     )
