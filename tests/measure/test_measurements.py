@@ -384,9 +384,8 @@ def test_a_checkout_is_as_fast_as_itself(capsys, monkeypatch):
     ratios = overhead.main([this, "--nets", "resnet18", "--methods", "tent", "--repeats=2"])
     ratios |= overhead.main([this, "--bare", "--repeats=2", "--calls=10"])
     ratios |= overhead.main([this, "--trainer", "--repeats=2"])
-    assert ratios["this checkout, forward"] < 1 < ratios["this checkout, board"]  # these ratios are of processor time
-    assert 0.2 < ratios["resnet18, tent"] < 5  # a sign of life: the machine may be busy
-    assert ratios["this checkout"] > 1  # a method does more than the loop by hand
+    assert ratios["this checkout, forward"] < 1  # without a backward pass: about a third of the processor time
+    assert all(0.05 < ratio < 20 for ratio in ratios.values())  # a sign of life: the machine may be busy
     assert capsys.readouterr().out.count("| resnet18, tent |") == 1
 
 
