@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_tta import ConfigError, create_backbone
-from lightning_tta.backbones import load_weights
+from lightning_tta.backbones import load_weights, packaged
 from lightning_tta.backbones.packaged import PACKAGED, convert_packaged
 from lightning_tta.backbones.weights import read_description
 from lightning_tta.cli.main import main
@@ -62,12 +62,17 @@ def write_package(root, state, module=MODULE, name=None):
     return file.rename(folder / (name or f"efficientnet-lite0-{digest}.pth"))
 
 
+def unknown(package):
+    raise packaged.metadata.PackageNotFoundError(package)
+
+
 @pytest.fixture
 def install(tmp_path, monkeypatch, trained):
     def install(change=lambda state: None, **options):
         state = dict(zip(names_in_package(trained), trained.values(), strict=True))
         change(state)
         monkeypatch.syspath_prepend(tmp_path / "site")
+        monkeypatch.setattr(packaged.metadata, "version", unknown)  # the real one may be installed
         return write_package(tmp_path / "site", state, **options)
 
     return install

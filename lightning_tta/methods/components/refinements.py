@@ -36,13 +36,15 @@ def affinity_matrix(features: Tensor, kind: Affinity, neighbours: int, whole: Te
         return z @ z.T
     pairs = whole[:, None] & whole
     distance = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist").masked_fill_(~pairs, torch.inf)
-    if kind == "rbf":
-        nearest, number = distance.topk(torch.sym_min(neighbours, z.shape[0]), largest=False).values, whole.sum()
-        place = (number.clamp(1, nearest.shape[1]) - 1).expand(z.shape[0], 1)
-        width = torch.where(whole, nearest.gather(1, place).squeeze(1), 0).sum() / number
-        return torch.exp(-0.5 * (distance / width.clamp_min(torch.finfo(z.dtype).eps)) ** 2)
     number = torch.arange(z.shape[0], device=z.device)
-    others = distance.masked_fill_(number[:, None] == number, torch.inf)
+    itself = number[:, None] == number
+    if kind == "rbf":
+        distance = distance.masked_fill_(itself & pairs, 0)  # by rounding an exported program may have a little more
+        nearest, count = distance.topk(torch.sym_min(neighbours, z.shape[0]), largest=False).values, whole.sum()
+        place = (count.clamp(1, nearest.shape[1]) - 1).expand(z.shape[0], 1)
+        width = torch.where(whole, nearest.gather(1, place).squeeze(1), 0).sum() / count
+        return torch.exp(-0.5 * (distance / width.clamp_min(torch.finfo(z.dtype).eps)) ** 2)
+    others = distance.masked_fill_(itself, torch.inf)
     nearest, places = others.topk(torch.sym_min(neighbours, z.shape[0] - 1), largest=False)
     return torch.zeros_like(distance).scatter_(1, places, nearest.isfinite().to(distance.dtype))
 
