@@ -1,5 +1,6 @@
 """Processes that are copies of that of the tests, which spares them the imports."""
 
+import faulthandler
 import os
 import signal
 import socket
@@ -67,11 +68,14 @@ class Processes:
             with open(os.devnull, "w") as nothing:
                 os.dup2(nothing.fileno(), 2)
                 sys.stdout = sys.stderr = nothing
-                work(rank)
+                with open(self.errors[rank], "w") as late:
+                    faulthandler.dump_traceback_later(0.9 * PATIENCE, file=late)  # where it hangs
+                    work(rank)
             status = 0
         except BaseException as error:
             self.errors[rank].write_text(f"{type(error).__name__}: {error}")
         finally:
+            faulthandler.cancel_dump_traceback_later()
             os._exit(status)  # nothing of the tests runs twice
 
     def wait(self):
