@@ -14,12 +14,16 @@ WHOLE_RUNS = (  # left out of each_commit
     "benchmark/",
     "cli/test_choose.py",
     "cli/test_doctor.py",
+    "cli/test_hostile_configurations.py",
     "cli/test_interrupted_commands.py",
     "cli/test_own_net.py",
+    "cli/test_print_config.py",
+    "cli/test_wrong_input.py",
     "guard/test_watch_digits.py",
     "measure/",
     "methods/test_faults.py",
     "modules/test_language.py",
+    "report/test_figures.py",
     "report/test_page.py",
     "report/test_results.py",
     "reproduce/test_rerun.py",
@@ -42,6 +46,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of
 if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared by processes: threads on top of them only wait
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Spare each_commit the imports of what it leaves out."""
+    whole = collection_path.is_file() and collection_path.relative_to(TESTS).as_posix().startswith(WHOLE_RUNS)
+    return True if whole and config.option.markexpr == "each_commit" else None
 
 
 @pytest.hookimpl(tryfirst=True)

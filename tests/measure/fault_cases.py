@@ -26,6 +26,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "petal": {"views": 2, "anchor_threshold": 1.0, "swag_epochs": 2},
     "psmt": {"lr": 1e-2},
     "rmt": {"lr": 1e-2, "projector": 8},
+    "eco_tta": {"warmup_epochs": 1},
+    "itta": {"head_epochs": 1},
+    "ttt": {"head_epochs": 1},
+    "ttt_pp": {"head_epochs": 1},
     "meta_ttt": {"threshold": 0.4, "episodic": False},
     "t3a": {"filter_k": 3},
 }

@@ -85,12 +85,15 @@ def test_perk(capsys, tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_memory(capsys):
-    results = memory.main(["--nets", "resnet18", "--batch=8", "--pixels=32", "--scaled=32", "--rounds=2"])
+    small_ones = ["--nets", "resnet18", "--batch=8", "--pixels=32", "--scaled=32", "--rounds=2", "--no-resident"]
+    results = memory.main(small_ones)
     (small, _), (large, peak) = results["resnet18", True]
     (_, _), (plain, plain_peak) = results["resnet18", False]
     assert 3 * small < large < 0.6 * plain
     assert 0.7 * (plain - large) < plain_peak - peak < 1.1 * (plain - large)
     assert capsys.readouterr().out.count("| resnet18 |") == 3
+    memory.work("resnet18", "2", "32", "auto")  # what a new process does
+    assert float(capsys.readouterr().out) >= 0
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
@@ -382,7 +385,9 @@ def test_a_checkout_is_as_fast_as_itself(capsys, monkeypatch):
     monkeypatch.setenv("BATCHES", "16")
     this = f"--against={overhead.ROOT}"
     ratios = overhead.main([this, "--nets", "resnet18", "--methods", "tent", "--repeats=2"])
-    ratios |= overhead.main([this, "--bare", "--repeats=2", "--calls=10"])
+    for kind in ("bare/tent", "bare/by_hand"):  # what the processes call with --bare
+        call, images = overhead.build(kind)
+        assert call(images).shape == (16, 10)
     ratios |= overhead.main([this, "--trainer", "--repeats=2"])
     assert ratios["this checkout, forward"] < 1  # without a backward pass: about a third of the processor time
     assert all(0.05 < ratio < 20 for ratio in ratios.values())  # a sign of life: the machine may be busy
