@@ -25,6 +25,8 @@ from lightning_tta.methods.base.state import size, take
 FEW, MANY = 16, 64
 """Images in a batch: below the first, batch statistics are too noisy to use; from the second on they are sound."""
 
+STAND_INS = 16
+"""Images that stand in for source images while a method is tried; POEM wants 10 at least, CAFA two classes."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CENTERED = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -325,7 +327,9 @@ def _try(
             method = adapt(net, name, **(options or {}))
             method.skips_when_empty = False  # a step that keeps no sample costs as much as any other where it counts
             if method.needs_source:
-                method.prepare([{"image": batch, "label": logits[: len(batch)].argmax(-1)}])  # stand-ins, for the cost
+                number = torch.arange(max(len(batch), STAND_INS), device=images.device)
+                stand_ins = {"image": images[number % len(images)], "label": number % logits.shape[-1]}
+                method.prepare([stand_ins])
             with _saved_bytes(method) as kept:
                 method(batch)
             stats = method.stats

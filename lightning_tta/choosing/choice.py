@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -167,17 +168,19 @@ def choose(
         batches: Of the stream, that are looked at, at least 4.
         batch_size: Of images that come as one tensor.
         source_batches: For candidates that need source images; by default those of a data module.
-        seed: Of the views, and of the order in which images are shuffled.
+        seed: Of the views, and of the order in which images are shuffled; at least 0.
 
     Raises:
-        ConfigError: If an option is out of range, a candidate is no method, or labels are of images that did not come.
+        ConfigError: If an option is out of range, a candidate is no method or has a wrong option, labels are of images
+            that did not come, or the budget is too small for any candidate.
         DataError: If there are fewer than 4 batches.
-        InputError: If the net refuses the images.
+        InputError: If the net refuses the images of a batch, or none of them can be used.
     """
     if not isinstance(net, nn.Module):
         raise ConfigError(f"net must be a torch.nn.Module, the trained net itself; got a {type(net).__name__}.")
     check_range("batches", batches, LEAST, integer=True)
     check_range("batch_size", batch_size, 1, integer=True)
+    check_range("seed", seed, 0, 2**63 - 1, integer=True)
     if budget is not None:
         check_range("budget", budget, 1, integer=True)
     device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
@@ -189,17 +192,29 @@ def choose(
     taken = _take(data, batches, batch_size, device)
     runners = [Runner(each, net) for each in read_candidates(candidates, net, len(taken[0].images))]
     source, *others = runners
-    if source(taken[0].images) is None:
-        raise InputError(f"The source cannot predict the images: {source.problem}")
+    logits = _predict_surely(source, taken[0], 0)
+    known = _known(labels, taken, logits.shape[1])
+    if hasattr(source_batches, "__next__"):  # an iterator gives them once, and several may need them
+        assert source_batches is not None
+        source_batches = list(source_batches)
     for runner in others:
         runner.prepare(source_batches)
         runner(taken[0].images)
     number, left_out = _plan(runners, len(taken), budget)
     going = [runner for runner in runners if runner not in left_out]
-    for batch in taken[1:number]:
-        for runner in going:
+    for place, batch in enumerate(taken[1:number], 1):
+        _predict_surely(source, batch, place)
+        for runner in going[1:]:
             runner(batch.images)
-    return _judge(going, left_out, taken[:number], len(taken), labels, seed)
+    return _judge(going, left_out, taken[:number], len(taken), known, seed)
+
+
+def _predict_surely(source: Runner, batch: _Batch, place: int) -> Tensor:
+    """Logits of the source, which all else is compared with."""
+    logits = source(batch.images)
+    if logits is None:
+        raise InputError(f"The source cannot predict the images of batch {place}: {source.problem}")
+    return logits
 
 
 @dataclass(frozen=True)
@@ -291,6 +306,12 @@ def _plan(runners: list[Runner], batches: int, budget: int | None) -> tuple[int,
         number = max(budget - spent, 0) // cost
         if number >= LEAST or len(going) == 1:
             return max(min(number, batches), LEAST), left_out
+        if len(going) == 2:
+            raise ConfigError(
+                f"budget={budget} is too small for any candidate: {LEAST} batches of the source and of "
+                f"'{going[1].candidate.name}' take {LEAST * cost} passes, and the first batch of the others {spent}. "
+                f"Give at least {LEAST * cost + spent}, or fewer candidates, those that matter first."
+            )
         left_out.insert(0, going.pop())
 
 
@@ -299,13 +320,19 @@ def _judge(
     left_out: list[Runner],
     taken: list[_Batch],
     wanted: int,
-    labels: Labels | int | None,
+    known: dict[int, int],
     seed: int,
 ) -> Choice:
     records = finish(runners, [batch.images for batch in taken], seed)
+    if SOURCE not in records:
+        raise InputError(f"The source cannot predict the images in other company: {runners[0].problem}")
     source = records[SOURCE]
     usable = answered(source.answers)
-    known = {place: label for place, label in _known(labels, taken, source.answers.shape[1]).items() if usable[place]}
+    if not usable.any():
+        raise InputError(
+            f"None of the {len(usable)} images can be used: their pixels are not finite. Look at how they are read."
+        )
+    known = {place: label for place, label in known.items() if place < len(usable) and usable[place]}
     scores = {name: score(record, source, known) for name, record in records.items()}
     decision = decide(scores, len(known))
     chosen = next(runner.candidate for runner in runners if runner.candidate.name == decision.name)
@@ -369,6 +396,12 @@ def _placed(labels: Labels | int | None, taken: list[_Batch]) -> dict[int, int]:
         step = max(1.0, len(brought) / max(labels, 1))
         return dict(brought[int(number * step)] for number in range(min(labels, len(brought))))
     places = {each: place for place, each in enumerate(index)}
+    if len(places) < len(index):
+        twice = next(each for each, count in Counter(index).items() if count > 1)
+        raise ConfigError(
+            f"Labels by index need an index for each image of the stream; {twice!r} names {index.count(twice)} of the "
+            f"first {len(index)} images. Number them over all batches, not in each one."
+        )
     known = {places[each]: label for each, label in labels.items() if each in places}
     if labels and not known:
         raise ConfigError(

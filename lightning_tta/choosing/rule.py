@@ -137,7 +137,7 @@ def decide(scores: Mapping[str, Scores], labels: int = 0, clear_at: float | None
     """
     found = gains(scores, labels)
     if not found:
-        return Decision(SOURCE, 1.0, "None: stay with the source, for no candidate could run.")
+        return Decision(SOURCE, 1.0, "None: stay with the source, for no other candidate ran.")
     if clear_at is None:
         clear_at = CLEAR_WITH_LABELS if labels else CLEAR
     clear = {n: g for n, g in found.items() if g.probability >= clear_at and g.estimate >= LEAST_GAIN}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_tta.backbones.split import HeadSplit, recorded_calls
 from lightning_tta.choosing.candidates import SOURCE, Candidate
-from lightning_tta.errors import LightningTTAError, UnsupportedModelError, in_one_line
+from lightning_tta.errors import ConfigError, InputError, LightningTTAError, UnsupportedModelError, in_one_line
 from lightning_tta.methods import adapt
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.views.crops import crop_images
@@ -56,6 +56,9 @@ class Runner:
         candidate: What it is.
         net: Is copied.
 
+    Raises:
+        ConfigError: If the method has no such option, or an option is out of range.
+
     Attributes:
         problem: Why it cannot go on; empty while it can.
         passes: Forward and backward passes so far.
@@ -69,7 +72,7 @@ class Runner:
         self.features: list[Tensor | None] = []
         self.method: TTAMethod | None = None
         self._head: tuple[str, nn.Module] | None = None
-        with self._noting():
+        with self._noting(is_made=False):
             self.method = adapt(net, candidate.method, **candidate.options)
             with suppress(UnsupportedModelError):
                 split = HeadSplit(self.method.model)
@@ -139,13 +142,15 @@ class Runner:
         return weight, bias
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
-        """What goes wrong here is this candidate's problem alone."""
+    def _noting(self, is_made: bool = True) -> Iterator[None]:
+        """What goes wrong here is this candidate's problem alone; but wrong options are of whoever gave them."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of small batches and the like: they show in the scores
                 yield
         except LightningTTAError as error:
+            if not is_made and isinstance(error, ConfigError) and not isinstance(error, InputError):
+                raise ConfigError(f"Candidate '{self.candidate.name}': {error}") from None
             self.problem = str(error)
         except Exception as error:  # the other candidates may run
             self.problem = in_one_line(error)

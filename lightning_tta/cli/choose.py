@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shutil
+import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,6 @@ from lightning_tta.cli.doctor import METHOD, changed
 from lightning_tta.data import ShiftedDataModule
 from lightning_tta.data.sets.image_files import FileData
 from lightning_tta.errors import ConfigError, DataError
-from lightning_tta.launch.help import columns
 from lightning_tta.launch.lightning import check_configurations, run_lightning
 from lightning_tta.methods import find
 from lightning_tta.methods.components.additions import OPTIONS
@@ -22,7 +24,7 @@ from lightning_tta.modules import TestTimeAdaptation
 
 OF_THE_MODULE = ("reset_every", *OPTIONS)
 """Options of a candidate that are no options of its method: ``--model.statistics`` and so on."""
-SHOWN = ("evenness", "steadiness", "order", "agreement_source", "aetta", "infomax", "labels")
+SHOWN = ("evenness", "steadiness", "order", "agreement_source", "labels")  # what decides
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,6 +59,8 @@ def run_choose(args: list[str]) -> None:
         return
     if (own.output / "choice.json").exists():
         raise ConfigError(f"{own.output} has a choice already. Name another folder with --output, or remove it.")
+    if own.output.exists() and not own.output.is_dir():
+        raise ConfigError(f"--output {own.output} is a file. Name a folder, which is made.")
     candidates, labels = read_candidates(own.candidates), read_labels(own.labels)
     built = run_lightning(["predict", METHOD, *rest], build_only=True)
     config = built.config["predict"].as_dict()
@@ -106,9 +110,10 @@ def read_candidates(text: str) -> Any:
         elif "[" not in text and "{" not in text:
             return [name.strip() for name in text.split(",")]
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        why = "it cannot be read" if isinstance(error, OSError) else "no YAML"
         raise ConfigError(
-            f"--candidates {text}: no YAML ({' '.join(str(error).split())}). Give names, tent,zerosiam; or a list, "
+            f"--candidates {text}: {why} ({' '.join(str(error).split())}). Give names, tent,zerosiam; or a list, "
             "'[tent, {method: tent, lr: 1.0e-3, statistics: auto}]'; or a file of such a list."
         ) from error
     return _with_numbers(value)
@@ -133,7 +138,7 @@ def read_labels(text: str | None) -> dict[int, int] | int | None:
 
     Raises:
         ConfigError: If it is neither.
-        DataError: If the file has other columns or no whole numbers.
+        DataError: If the file has other columns, no whole numbers, or an index twice.
     """
     if text is None:
         return None
@@ -143,20 +148,32 @@ def read_labels(text: str | None) -> dict[int, int] | int | None:
         raise ConfigError(f"--labels {text}: neither a number nor a file. Give a CSV file of index,label.")
     with Path(text).open(newline="", encoding="utf-8") as file:
         try:
-            return {int(row["index"]): int(row["label"]) for row in csv.DictReader(file)}
+            rows = [(int(row["index"]), int(row["label"])) for row in csv.DictReader(file)]
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{text}: expected the columns index and label, whole numbers; got {error!r}.") from error
+    twice = [index for index, count in Counter(index for index, _ in rows).items() if count > 1]
+    if twice:
+        raise DataError(f"{text}: index {twice[0]} is there more than once. Give one label for each image.")
+    return dict(rows)
 
 
 def table(choice: Choice) -> str:
     """The scores that decide, for the terminal; the chosen one is marked."""
     shown = [name for name in SHOWN if any(name in each["scores"] for each in choice.candidates)]
-    rows = [("candidate", "".join(f"{name:>19}" for name in ["passes", *shown]))]
+    widths = [max(len(name), 6) for name in ["passes", *shown]]
+    left = " " * (sum(widths) + 2 * len(widths))
+    wrapper = textwrap.TextWrapper(max(shutil.get_terminal_size().columns, len(left) + 20), subsequent_indent=left)
+
+    def line(cells: list[str], name: str) -> str:
+        numbers = "".join(f"{cell:>{width}}  " for cell, width in zip(cells, widths, strict=True))
+        return "\n".join(wrapper.wrap(f"{numbers}{name}"))
+
+    lines = [line(["passes", *shown], "candidate")]
     for each in choice.candidates:
         cells = [f"{each['scores'][name]:.3f}" if name in each["scores"] else "" for name in shown]
-        text = each["problem"] or "".join(f"{cell:>19}" for cell in [str(each["passes"]), *cells])
-        rows.append((f"{'* ' if each['name'] == choice.name else ''}{each['name']}", text))
-    return "\n".join([columns(rows), *(f"! {note}" for note in choice.left_out)])
+        name = f"{'* ' if each['name'] == choice.name else ''}{each['name']}"
+        lines.append(line([str(each["passes"]), *cells], f"{name}: {each['problem']}" if each["problem"] else name))
+    return "\n".join([*lines, *(f"! {note}" for note in choice.left_out)])
 
 
 HELP = """usage: lightning-tta choose [--candidates C] [--budget P] [--batches N]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_tta.draws import random_rows
-from lightning_tta.errors import DataError, check_choice, check_range
+from lightning_tta.errors import DataError, InputError, check_choice, check_range
 
 Ranks = Literal["conformal", "margin", "fixed"]
 RANKS: dict[str, str] = {
@@ -41,8 +41,14 @@ def uniforms(seed: int, start: int, number: int) -> Tensor:
     return ((words >> 11).double() + 2.0**52) / 2.0**53
 
 
-def _on_host(values: Tensor) -> Tensor:
-    return values.detach().flatten().double().cpu()
+def _on_host(entropies: Tensor) -> Tensor:
+    if not isinstance(entropies, Tensor) or entropies.ndim != 1:
+        given = tuple(entropies.shape) if isinstance(entropies, Tensor) else type(entropies).__name__
+        raise InputError(
+            f"Entropies must be a tensor (B,), one number a sample; got {given}. Of logits (B, K): "
+            "lightning_tta.losses.entropy(logits)."
+        )
+    return entropies.detach().double().cpu()
 
 
 class SourceCDF:
@@ -350,6 +356,7 @@ class ShiftTest:
     Raises:
         ConfigError: If a value is out of range.
         DataError: If there are too few entropies.
+        InputError: If they are no tensor (n,).
     """
 
     def __init__(
@@ -368,7 +375,11 @@ class ShiftTest:
         self.bettor: Bettor = BETTORS[bets](self.margin)
 
     def see(self, entropies: Tensor) -> None:
-        """Take in the source's entropies (B,) of samples of the stream; those that are not finite are left out."""
+        """Take in the source's entropies (B,) of samples of the stream; those that are not finite are left out.
+
+        Raises:
+            InputError: If they are of another shape, as logits are.
+        """
         entropies = _on_host(entropies)
         entropies = entropies[entropies.isfinite()]
         draws = uniforms(self.seed, self.drawn, len(entropies))

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -37,10 +38,13 @@ def anytime_interval(right: int, number: int, level: float = 0.95) -> tuple[floa
         number: t, at least 0; of none the interval is (0, 1).
         level: In [0.5, 0.9999].
 
+    Raises:
+        ConfigError: If one is out of range.
+
     Source: Ville's inequality and a mixture of exponential martingales, as in Howard et al., Annals of Statistics 2021,
     arXiv 1810.08240; the mixture over a fixed grid of tilts is ours.
     """
-    check_range("level", level, 0.5, 0.9999)
+    _check_counts(right, number, level)
     if not number:
         return 0.0, 1.0
     bound = math.log(1 / (1 - level)) + math.log(len(_TILTS))
@@ -74,11 +78,36 @@ def clopper_pearson(right: int, number: int, level: float = 0.95) -> tuple[float
     """
     from scipy.stats import beta  # takes a second: imported when needed
 
-    check_range("level", level, 0.5, 0.9999)
+    _check_counts(right, number, level)
     tail = (1 - level) / 2
     low = 0.0 if right == 0 else float(beta.ppf(tail, right, number - right + 1))
     high = 1.0 if right == number else float(beta.ppf(1 - tail, right + 1, number - right))
     return low, high
+
+
+def _check_counts(right: int, number: int, level: float) -> None:
+    right, number = (int(count) if isinstance(count, np.integer) else count for count in (right, number))
+    check_range("number", number, 0, integer=True)
+    check_range("right", right, 0, number, integer=True)
+    check_range("level", level, 0.5, 0.9999)
+
+
+def read_names(index: Sequence[Index] | Tensor) -> list[Index]:
+    """Names of samples as plain whole numbers or texts.
+
+    Raises:
+        InputError: If they are none: a single one, or floats, or lists.
+    """
+    names = index.tolist() if isinstance(index, (Tensor, np.ndarray)) else index
+    if not isinstance(names, (str, bytes)):
+        with suppress(TypeError):  # a single one
+            plain = [int(name) if isinstance(name, np.integer) else name for name in names]
+            if all(isinstance(name, (int, str)) for name in plain):
+                return plain
+    raise InputError(
+        f"index must be a list of whole numbers or texts, one for each sample; got "
+        f"{type(index).__name__} {names!r:.60}."
+    )
 
 
 class LateLabels:
@@ -235,7 +264,7 @@ class LateLabels:
 
     @staticmethod
     def _pairs(index: Sequence[Index] | Tensor, values: Sequence[int] | Tensor, what: str) -> list[tuple[Index, int]]:
-        names = index.tolist() if isinstance(index, Tensor) else list(index)
+        names = read_names(index)
         numbers = torch.as_tensor(values)
         if numbers.ndim != 1 or len(numbers) != len(names):
             raise InputError(

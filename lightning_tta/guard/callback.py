@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_tta.errors import ConfigError, DataError, check_range
-from lightning_tta.guard.watch import Action, Watch, WatchSettings
+from lightning_tta.guard.watch import Action, Watch, WatchSettings, check_names_of_settings
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.run import own_loader
 from lightning_tta.run.board import log_numbers
@@ -58,6 +58,7 @@ class Guard(RunCallback):
                 "labels_every=20, or leave labels_delay out."
             )
         self.labels_every, self.labels_delay = labels_every, labels_delay
+        check_names_of_settings("Guard", settings)
         self.settings = WatchSettings(action, **settings)
         self.watch: Watch | None = None
         self._begin()

@@ -15,7 +15,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_tta.errors import ConfigError, DataError, InputError, NotPreparedError, check_choice, check_range
+from lightning_tta.errors import (
+    ConfigError,
+    DataError,
+    InputError,
+    NotPreparedError,
+    check_choice,
+    check_range,
+    did_you_mean,
+)
+from lightning_tta.evidence.labels import read_names
 from lightning_tta.guard.gathering import GATHER, Gathering
 from lightning_tta.guard.monitors.base import Monitor
 from lightning_tta.guard.monitors.collapse import Compare
@@ -163,6 +172,20 @@ class WatchSettings:
         return (2 * self.window if shown else 0) if self.probation is None else self.probation
 
 
+def check_names_of_settings(reader: str, options: Iterable[str]) -> None:
+    """Refuse options that are no settings; ``reader`` is who got them.
+
+    Raises:
+        ConfigError: With those that there are.
+    """
+    known = [each.name for each in fields(WatchSettings)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"{reader} has no option {name!r}.{did_you_mean(name, known)} Its settings: {', '.join(known)}."
+            )
+
+
 class Watch:
     """A method that is watched: has its interface, and shows every batch that was answered to monitors.
 
@@ -237,6 +260,7 @@ class Watch:
             )
         _WATCHES[method] = weakref.ref(self)
         self.method = method
+        check_names_of_settings("Watch", settings)
         self.settings = WatchSettings(action, **settings)
         self.monitors = self.settings.make_monitors()
         self._sight = Sight(method, self.monitors.values())
@@ -319,7 +343,7 @@ class Watch:
             if not isinstance(images, Tensor):
                 return self.method(images)  # it refuses them
             given, self.next_index = self.next_index if index is None else index, None
-            index = given if given is None else given.tolist() if isinstance(given, Tensor) else list(given)
+            index = None if given is None else read_names(given)
             if index is not None and images.ndim and len(index) != len(images):
                 raise InputError(f"index must name each of the {len(images)} images; it has {len(index)} entries.")
             self._only_predicts = self.stopped
@@ -411,7 +435,7 @@ class Watch:
 
         Raises:
             ConfigError: If there is no such monitor.
-            InputError: If there are not as many labels as names.
+            InputError: If these are no names or no classes, or there are not as many labels as names.
         """
         takers = [tell for monitor in self.monitors.values() if callable(tell := getattr(monitor, "tell", None))]
         if not takers:
@@ -419,7 +443,7 @@ class Watch:
                 f"None of the monitors ({', '.join(self.monitors) or 'none'}) takes labels. Make the watch with "
                 "monitors=[..., 'labels']."
             )
-        names = index.tolist() if isinstance(index, Tensor) else list(index)
+        names = read_names(index)
         try:
             classes = torch.as_tensor(labels).cpu()
         except (TypeError, ValueError, RuntimeError):
@@ -469,7 +493,7 @@ class Watch:
             ConfigError: If it is no state of a watch with these settings, or does not fit the method. Nothing has
                 changed.
         """
-        mine, seen = asdict(self.settings), copy.deepcopy(state.get(STATE_KEY))
+        mine, seen = asdict(self.settings), copy.deepcopy(state.get(STATE_KEY) if isinstance(state, Mapping) else None)
         seen = _renewed(seen, mine) if isinstance(seen, Mapping) else {}
         if not {*_STATE, "monitors"} <= seen.keys():
             raise ConfigError(

@@ -504,7 +504,13 @@ def environment(results: Results) -> Table | None:
     environments = [e for group in results.groups for run in group.runs if (e := run.report.get("environment"))]
     rows = list(_merge(environments).items())
     return (
-        Table("Versions and hardware", ["", ""], rows, f"As the {len(environments)} runs say.", left=2)
+        Table(
+            "Versions and hardware",
+            ["", ""],
+            rows,
+            "As the run says." if len(environments) == 1 else f"As the {len(environments)} runs say.",
+            left=2,
+        )
         if rows
         else None
     )

@@ -50,11 +50,19 @@ class Decision:
         answering: Who answers the next micro-batch.
         restore: ``reset``: the method returns to the source; ``rollback``: to its last healthy state; empty: neither.
         reason: A few words for the log; empty where nothing changes.
+
+    Raises:
+        ConfigError: If ``answering`` or ``restore`` is something else.
     """
 
     answering: Answering
     restore: Restore = ""
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what is none."""
+        check_choice("answering", self.answering, get_args(Answering))
+        check_choice("restore", self.restore, get_args(Restore))
 
 
 class Policy(ABC):
@@ -118,11 +126,11 @@ class Patience(Policy):
         check_range("margin", margin, 0, 1)
         check_range("leave", leave, 0, 1)
         check_names("estimates", estimates)
-        check_names("ignore", list(ignore))
+        check_names("ignore", ignore)
         check_choice("on_alarm", on_alarm, get_args(Restore)[1:])
         self.patience, self.min_images, self.margin, self.leave = patience, min_images, margin, leave
         self.estimates = None if estimates is None else tuple(estimates)
-        self.on_alarm, self.ignore = on_alarm, tuple(ignore)
+        self.on_alarm, self.ignore = on_alarm, tuple(ignore or ())
         self._begin()
         self.returns = 0
 

@@ -117,7 +117,8 @@ class Shadow:
 
     **Failures.** Where the method, a monitor or the policy raises an error, the source goes on answering, and the
     method begins anew at the source. After three such micro-batches in a row the source answers alone
-    (:attr:`stopped`).
+    (:attr:`stopped`). Images that the source takes and the method refuses (:class:`~lightning_tta.InputError`), as of
+    another size than those before, are answered by the source and left out by the method, which stays as it was.
 
     **Files**, in ``directory``: ``shadow.jsonl`` has starts, decisions, alarms, estimates, failures; ``snapshot-*.pt``
     all that is known: the method's state, its last healthy one, monitors, policy, answers that wait for labels. A new
@@ -185,8 +186,12 @@ class Shadow:
     ) -> None:
         for name, value in (("snapshot_every", snapshot_every), ("max_lag", max_lag), ("log_every", log_every)):
             check_range(name, value, 1, integer=True)
+        check_range("max_wait_ms", max_wait_ms, 0)
+        check_range("keep_snapshots", keep_snapshots, 1, integer=True)
         if timeout is not None:
             check_range("timeout", timeout, 0, low_open=True)
+        if directory is not None and not isinstance(directory, (str, os.PathLike)):
+            raise ConfigError(f"directory must be a path, or None, to keep nothing; got {directory!r}.")
         check_choice("when_behind", when_behind, get_args(WhenBehind))
         self.policy = _policy(policy)
         self._requests: Requests[Answer] = Requests(max_batch, max_wait_ms / 1000, max_queue)
@@ -195,6 +200,9 @@ class Shadow:
         self._source = adapt(net, "source")
         self.method = _method(net, method, options)
         self.monitors = _monitors(monitors)
+        if isinstance(self.policy, Patience):
+            for name in self.policy.estimates or ():
+                check_choice("estimates", name, tuple(each.name for each in self.monitors if each.is_estimator))
         estimating = [monitor for monitor in self.monitors if monitor.is_estimator]
         self._twins: list[Monitor] = copy.deepcopy(estimating)
         self._sight, self._source_sight = Sight(self.method, self.monitors), Sight(self._source, self._twins)
@@ -240,6 +248,7 @@ class Shadow:
                 ) from None
             raise
         self._note_answering()
+        self._metrics.set("micro_batches", self.batches)
         self._log(
             "start", session=self._session, batch=self.batches, answering=self.answering, resumed=saved is not None
         )
@@ -257,6 +266,7 @@ class Shadow:
             timeout: Seconds to wait; ``None``: those of the shadow.
 
         Raises:
+            ConfigError: If ``timeout`` is below 0.
             InputError: If these are no images in [0, 1], or not of a size that the net takes, or too many.
             QueueFullError: If too many wait already.
             ClosedError: If the shadow is closed.
@@ -272,6 +282,8 @@ class Shadow:
                 "predict() or answer() was called by the thread that answers, as from a callback of a future: it would "
                 "wait for itself. Use submit() there."
             )
+        if timeout is not None:
+            check_range("timeout", timeout, 0)
         future = self.submit(images)
         timeout = self.timeout if timeout is None else timeout
         try:
@@ -336,7 +348,8 @@ class Shadow:
             batches: ``{"image": (B, C, H, W), "label": (B,)}`` of held-out source images.
         """
         with self._lock:
-            batches = list(batches)
+            if hasattr(batches, "__next__"):  # what gives them once is asked twice here
+                batches = list(batches)
             if not self.method.prepared:
                 self.method.prepare(batches)
                 self._healthy = self._candidate = take(self.method)
@@ -505,7 +518,9 @@ class Shadow:
         logits = batch.source if batch.by == "source" else batch.method
         assert logits is not None
         self._deliver(requests, logits.cpu(), batch)
-        if error is not None:
+        if isinstance(error, InputError):
+            self._leave_out(batch, error)
+        elif error is not None:
             self._recover(error)
         elif self.answering == "method":  # what it has just changed is looked at before it answers again
             self._shadow(batch)
@@ -585,10 +600,17 @@ class Shadow:
             start = time.perf_counter()
             evidence = self._look(batch)
             decision = self.policy.decide(evidence)
+            if not isinstance(decision, Decision):
+                raise ConfigError(
+                    f"decide() of a policy must return a Decision; {type(self.policy).__name__} returned "
+                    f"a {type(decision).__name__}."
+                )
             self._metrics.observe("pass_seconds", time.perf_counter() - start, part="monitors")
             self._note(evidence)
             self._carry_out(decision)
             self._failures = 0
+        except InputError as error:
+            self._leave_out(batch, error)
         except Exception as error:
             self._recover(error)
         if self.batches % self.snapshot_every == 0:
@@ -699,6 +721,11 @@ class Shadow:
         self._gathering.forget()
         for monitor in self.monitors:
             monitor.forget()
+
+    def _leave_out(self, batch: _Batch, error: InputError) -> None:
+        """Images that the source answers and the method refuses, as of another size: it stays as it was."""
+        self._metrics.add("skipped_images_total", len(batch.ids))
+        self._log("left_out", batch=self.batches, images=len(batch.ids), error=in_one_line(error))
 
     def _recover(self, error: Exception) -> None:
         """After a failure of the method, a monitor or the policy: the source answers, the method begins anew."""
@@ -847,6 +874,11 @@ def _method(net: nn.Module, method: str | TTAMethod, options: Mapping[str, Any])
 
 def _monitors(monitors: Wanted | Monitor | Sequence[Wanted | Monitor]) -> list[Monitor]:
     single = isinstance(monitors, (str, Mapping, Monitor))
+    if not single and not isinstance(monitors, Iterable):
+        raise ConfigError(
+            f"monitors must be words, dicts of 'kind' and options, or Monitor objects, a list of them; got "
+            f"{monitors!r}. For none: monitors=[]."
+        )
     items: list[Any] = [monitors] if single else list(monitors)  # type: ignore[arg-type]
     made = [item if isinstance(item, Monitor) else make_monitors(listed(item))[0] for item in items]
     names = [monitor.name for monitor in made]
@@ -874,7 +906,9 @@ def _declared(method: str) -> Metrics:
         "pass_seconds", "histogram", "Per micro-batch: source, method, monitors.", ["part"], bounds=_SECONDS
     )
     metrics.declare("micro_batches", "gauge", "Micro-batches that both have predicted, restarts included.")
-    metrics.declare("skipped_images_total", "counter", "Images that the method has not adapted on, as it was behind.")
+    metrics.declare(
+        "skipped_images_total", "counter", "Images that the method has not adapted on: it was behind, or refused them."
+    )
     metrics.declare("answering", "gauge", "1 for who answers now.", ["by"])
     metrics.declare("stopped", "gauge", "1 if the source answers alone after failures.")
     metrics.declare("estimated_accuracy", "gauge", "Estimated without labels, in [0, 1].", ["of", "monitor"])

@@ -113,18 +113,27 @@ def test_the_budget_holds(trained, shifted):
     little = choose(trained, images.split(16), SHORT, budget=30)
     assert little.passes == 2 + 5 * 5 <= 30
     assert little.left_out[0] == "tent (lr 0.0001): the budget is too small for it"
-    nothing = choose(trained, images.split(16), SHORT, budget=3)
-    assert nothing.name == "source"
-    assert len(nothing.left_out) == 3
+    for budget in (3, 4 * 5 + 2 - 1):  # 2: tent has seen the first batch
+        with pytest.raises(ConfigError, match=r"too small for any candidate.* at least 22"):
+            choose(trained, images.split(16), SHORT, budget=budget)
+    least = choose(trained, images.split(16), SHORT, budget=4 * 5 + 2)
+    assert (least.passes, least.images) == (2 + 4 * 5, 4 * 16)
 
 
 def test_bad_candidates_are_noted(trained, shifted):
     images, _ = shifted
-    bad = ["foa", "eata", {"method": "tent", "rate": 1}, "norm"]
-    found = choose(trained, images, bad, batch_size=SIZE)
-    assert [bool(each["problem"]) for each in found.candidates] == [False, True, True, True, False]
-    assert [bool(each["scores"]) for each in found.candidates] == [True, False, False, False, True]
-    assert "no option 'rate'" in str(found)
+    found = choose(trained, images, ["foa", "eata", "norm"], batch_size=SIZE)
+    assert [bool(each["problem"]) for each in found.candidates] == [False, True, True, False]
+    assert [bool(each["scores"]) for each in found.candidates] == [True, False, False, True]
+    assert "needs source images" in str(found)
+
+
+def test_an_iterator_of_source_images_is_for_all_candidates(trained, shifted):
+    images, labels = draw(40, 0)
+    needing, source = ["output_shift", "eata"], [{"image": images, "label": labels}]
+    once = choose(trained, shifted[0], needing, batch_size=SIZE, source_batches=iter(source))
+    assert [each["problem"] for each in once.candidates] == ["", "", ""]
+    assert once.as_dict() == choose(trained, shifted[0], needing, batch_size=SIZE, source_batches=source).as_dict()
 
 
 def test_what_is_written_can_be_read_and_adapts(trained, shifted, tmp_path):
@@ -181,7 +190,16 @@ def test_what_is_written_can_be_read_and_adapts(trained, shifted, tmp_path):
         (lambda x: "folder", {}, ConfigError, "ImageFolderData"),
         (lambda x: 3, {}, ConfigError, "ImageFolderData"),
         (lambda x: [{"picture": x}], {}, InputError, "'image'"),
-        (lambda x: x * 255, {}, InputError, "cannot predict"),
+        (lambda x: x * 255, {}, InputError, "cannot predict the images of batch 0"),
+        (lambda x: torch.cat([x[:SIZE], x[SIZE:] * 255]), {}, InputError, "batch 1: Pixels must be"),
+        (lambda x: x * torch.nan, {}, InputError, "None of the 160 images can be used"),
+        (lambda x: [x[:8] * torch.nan] * 5, {}, InputError, "None of the 40 images can be used"),
+        (lambda x: [{"image": x[:8], "index": [*range(8)]}] * 4, {"labels": {1: 1}}, ConfigError, "0 names 4 of"),
+        (lambda x: [{"image": x[:8], "index": ["a"] * 8}] * 4, {"labels": {"a": 1}}, ConfigError, "'a' names 32 of"),
+        (lambda x: x, {"seed": "a"}, ConfigError, "seed"),
+        (lambda x: x, {"seed": 2**64}, ConfigError, "seed"),
+        (lambda x: x, {"candidates": {"method": "tent", "rate": 1}}, ConfigError, r"'tent \(rate 1\)': .*no option"),
+        (lambda x: x, {"candidates": ["norm", {"method": "tent", "lr": -1}]}, ConfigError, "lr must be"),
     ],
 )
 def test_what_is_wrong_is_said(trained, shifted, data, options, error, words):

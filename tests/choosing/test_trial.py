@@ -59,7 +59,7 @@ def test_resets_come_where_they_are_wanted():
     [
         ("gn", Candidate("norm"), "no BatchNorm"),
         ("bn", Candidate("eata"), "source images"),
-        ("bn", Candidate("tent", {"rate": 1}), "no option 'rate'"),
+        ("gn", Candidate("tlm"), "adapts on tokens"),
     ],
 )
 def test_a_candidate_that_cannot_run_says_why(kind, candidate, words):
@@ -73,6 +73,14 @@ def test_a_candidate_that_cannot_run_says_why(kind, candidate, words):
         source(images)
     assert list(finish([source, runner], batches())) == [SOURCE]
     assert words in runner.problem
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"rate": 1}, "'rate'"), ({"lr": -1}, "lr must"), ({"lr": "x"}, "lr must")]
+)
+def test_wrong_options_are_nothing_that_a_trial_could_show(options, words):
+    with pytest.raises(ConfigError, match=words):
+        Runner(Candidate("tent", options), make_net("bn"))
 
 
 def test_logits_that_are_not_finite_end_a_candidate():

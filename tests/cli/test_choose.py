@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lightning_tta.choosing.choice import Choice
-from lightning_tta.cli.choose import of_predict, read_candidates, read_labels
+from lightning_tta.cli.choose import of_predict, read_candidates, read_labels, table
 from lightning_tta.cli.main import main
 from lightning_tta.errors import ConfigError, DataError
 from lightning_tta.launch.lightning import check_configurations
@@ -79,20 +79,42 @@ def test_candidates_and_labels_are_read(tmp_path):
     (tmp_path / "l.csv").write_text("image,label\n4,2\n")
     with pytest.raises(DataError, match="index and label"):
         read_labels(str(tmp_path / "l.csv"))
+    (tmp_path / "l.csv").write_text("index,label\n4,2\n7,0\n4,3\n")
+    with pytest.raises(DataError, match="index 4 is there more than once"):
+        read_labels(str(tmp_path / "l.csv"))
+
+
+def test_the_table_fits_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    score = {"evenness": 0.8, "steadiness": 1.0, "order": 0.0, "agreement_source": 1.0, "aetta": 0.5}
+    name = "tent (lr 0.001, statistics auto, reset_every 50)"
+    rows = [{"name": name, "scores": score, "problem": "", "passes": 9}]
+    rows += [{"name": "eata", "scores": {}, "problem": "needs source images", "passes": 0}]
+    lines = table(Choice(name, "tent", {}, 1.0, "", rows, 0, 0, ["the budget lasts for 4 of 8 batches"])).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["passes", "evenness", "steadiness", "order", "agreement_source", "candidate"]
+    assert lines[1].split()[:7] == ["9", "0.800", "1.000", "0.000", "1.000", "*", "tent"]
+    assert " ".join(" ".join(lines).split()).endswith(
+        "0 eata: needs source images ! the budget lasts for 4 of 8 batches"
+    )
 
 
 def test_what_is_wrong_is_said_before_anything_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
     for args, words in (
         ([], "--data"),
         (["--data=DigitsData"], "No source weights"),
         (["--budget=some"], "--budget"),
         (["--labels=some", "--data=DigitsData"], "--labels"),
+        (["--candidates=none.yaml", "--data=DigitsData"], "it cannot be read"),
+        (["--candidates=.yaml/c.yaml", "--data=DigitsData"], "it cannot be read"),
+        (["--output=file", "--data=DigitsData"], "is a file"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["choose", *args])
         assert end.value.code == 2
         assert words in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     main(["choose", "--help"])
     assert "--candidates" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lightning_tta.errors import ConfigError, DataError
+from lightning_tta.errors import ConfigError, DataError, InputError
 from lightning_tta.evidence.betting import (
     ConformalRanks,
     Martingale,
@@ -238,6 +238,14 @@ def test_state_goes_on_bit_by_bit_and_batches_do_not_matter(kind, bets):
     assert parts.bettor.epsilon == pytest.approx(whole.bettor.epsilon, abs=1e-12)
     assert parts.log_wealth == pytest.approx(whole.log_wealth, abs=1e-12)
     assert parts.bettor.largest == pytest.approx(whole.bettor.largest, abs=1e-12)
+
+
+@pytest.mark.parametrize("entropies", [[0.1] * 30, torch.rand(30, 5), torch.tensor(0.1)])
+def test_what_are_no_entropies(entropies):
+    with pytest.raises(InputError, match=r"tensor \(B,\), one number a sample"):
+        ShiftTest(entropies)
+    with pytest.raises(InputError, match=r"tensor \(B,\), one number a sample"):
+        ShiftTest(torch.rand(30)).see(entropies)
 
 
 def test_wrong_settings_are_refused():

@@ -111,6 +111,25 @@ def test_what_is_no_label(index, labels):
         fed().tell(index, labels)
 
 
+@pytest.mark.parametrize("index", [0, "0", [0.0], [[0]], [None], torch.tensor(0), torch.zeros(1), np.zeros(1)])
+def test_what_is_no_name(index):
+    for take in (fed().tell, fed().see):
+        with pytest.raises(InputError, match="index must be a list of whole numbers or texts"):
+            take(index, [0])
+
+
+@pytest.mark.parametrize("index", [range(2), (0, 1), np.arange(2), torch.arange(2), [np.int64(0), 1]])
+def test_whatever_the_form_of_the_names(index):
+    assert fed().tell(index, [0, 1]) == 2
+
+
+@pytest.mark.parametrize("interval", [anytime_interval, clopper_pearson])
+@pytest.mark.parametrize(("right", "number"), [(5, 3), (-1, 3), (0, -1), (1.5, 3)])
+def test_counts_that_are_none(interval, right, number):
+    with pytest.raises(ConfigError, match=r"right|number"):
+        interval(right, number)
+
+
 @pytest.mark.parametrize("wrong", [{"waiting": 0}, {"window": 0}, {"level": 0.3}, {"interval": "wald"}])
 def test_options_out_of_range(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -158,7 +158,7 @@ def test_on_the_command_line():
 def test_guard_has_the_settings_of_watch():
     assert Guard().settings == Watch(adapt(make_net("gn"), "source")).settings == WatchSettings()
     assert Guard("stop", window=4).settings == WatchSettings("stop", window=4)
-    with pytest.raises(TypeError, match="windows"):
+    with pytest.raises(ConfigError, match=r"Guard has no option 'windows'\. Did you mean window\?"):
         Guard(windows=4)
 
 

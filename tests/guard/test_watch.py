@@ -313,6 +313,7 @@ def test_predict_shows_the_source_on_probation_only():
         {"retries": 0},
         {"probation": -1},
         {"probation": 4, "compare": "history"},
+        {"windows": 4},
     ],
 )
 def test_wrong_arguments(wrong):

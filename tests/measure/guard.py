@@ -3,8 +3,11 @@
     python tests/measure/guard.py --source-ckpt runs/digits/source_gn
     python tests/measure/guard.py --root ROOT --source-ckpt resnet26_gn.safetensors --net cifar/resnet26_gn
 
+    python tests/measure/guard.py --source-ckpt runs/digits/source_gn --healthy 10 [--gather 1]
+
 Digits: 12 corruptions at severity 5, batches of 16; a folder of CIFAR-10 images: six of ImageNet-C's functions at
-severity 1, 1,000 images each, batches of 50. Reset at each domain.
+severity 1, 1,000 images each, batches of 50. Reset at each domain. ``--healthy N``: only the runs of ZeroSiam with a
+guard that warns, on N orders of the stream, and what each false alarm went by.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from lightning_tta.guard.callback import Guard
+from lightning_tta.guard.gathering import GATHER
 from lightning_tta.methods import Source, Tent, ZeroSiam
 from plumbing import arguments, digits_or_folder, predict
 
@@ -27,7 +31,14 @@ GUARDS: dict[str, dict[str, Any]] = {
 def main(args: list[str] | None = None) -> dict[str, tuple[float, int | None]]:
     """Run all and print accuracy (percent) and alarms."""
     options = arguments(
-        __doc__, args, source_ckpt=str, net="", root="", images=(0, "of each domain; 0: all digits, 1000 of a folder")
+        __doc__,
+        args,
+        source_ckpt=str,
+        net="",
+        root="",
+        images=(0, "of each domain; 0: all digits, 1000 of a folder"),
+        healthy=(0, "orders of the stream on which healthy runs alone are watched"),
+        gather=(GATHER, "images that the monitor looks at together, at least"),
     )
     if options.root:
         fast, healthy = partial(Tent, lr=20 * 1e-3), partial(ZeroSiam)
@@ -45,12 +56,20 @@ def main(args: list[str] | None = None) -> dict[str, tuple[float, int | None]]:
     folder = {"domains": SIX, "num_images": options.images or 1000, "batch_size": 50}
     net = {"source_ckpt": options.source_ckpt, "backbone": options.net or None, "num_classes": 10}
     results: dict[str, tuple[float, int | None]] = {}
+    if options.healthy:
+        runs = {
+            f"zerosiam, order {seed}": (healthy, {"action": "warn", "gather": options.gather})
+            for seed in range(options.healthy)
+        }
     for name, (method, guard) in runs.items():
-        data = digits_or_folder(options.root, digits, folder, stream="label_shift")
+        seed = {"order_seed": int(name.split()[-1])} if options.healthy else {}
+        data = digits_or_folder(options.root, digits, folder, stream="label_shift", **seed)
         report = predict(method, data, *([] if guard is None else [Guard(**guard)]), **net)
         alarms = None if guard is None else len(report["guard"]["events"])
         results[name] = (100 * report["accuracy"], alarms)
         print(f"{name:40} {results[name][0]:6.2f}  {'' if guard is None else f'{alarms} alarms'}", flush=True)
+        for event in (report["guard"] or {}).get("events", ()) if options.healthy else ():
+            print(f"    batch {event['batch']}: {event['reason']}, {event['values']}, usual {event['reference']}")
     return results
 
 

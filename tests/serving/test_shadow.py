@@ -547,6 +547,71 @@ def test_the_thread_that_answers_does_not_wait_for_itself():
     assert all("wait for it" in words for words in caught)
 
 
+@pytest.mark.parametrize("answering", ["source", "method"])
+def test_images_that_the_method_alone_refuses_leave_it_as_it_is(answering):
+    """A request of another size, that comes to a method with a window, costs nothing of what it has learned."""
+    with made(window=4, decisions={1: Decision(answering, reason="test")}) as shadow, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        serve(shadow, 3)
+        with shadow._lock:
+            before = {name: tensor.clone() for name, tensor in shadow.method.adaptable.items()}
+        for _ in range(4):
+            odd = shadow.answer(torch.rand(2, 3, 20, 20))
+            assert odd.by == "source"
+        answer = shadow.answer(make_images(4, seed=3))
+        settled(shadow, 4)
+        assert answer.by == answering
+        assert not shadow.stopped
+        assert "lightning_tta_skipped_images_total 8" in shadow.metrics().splitlines()
+        assert "lightning_tta_failures_total 0" in shadow.metrics().splitlines()
+        alone = adapt(make_net("gn"), "tent", lr=0.05, window=4)
+        for number in range(4):
+            if number == 3:
+                assert all(torch.equal(before[name], tensor) for name, tensor in alone.adaptable.items())
+            alone(make_images(4, seed=number))
+        assert all(torch.equal(shadow.method.adaptable[n], tensor) for n, tensor in alone.adaptable.items())
+
+
+def test_metrics_after_a_restart_have_the_number_of_before(tmp_path):
+    with made(directory=tmp_path) as shadow:
+        serve(shadow, 2)
+    with made(directory=tmp_path) as shadow:
+        assert "lightning_tta_micro_batches 2" in shadow.metrics().splitlines()
+
+
+@pytest.mark.parametrize("timeout", [-1, "soon"])
+def test_a_timeout_that_is_none(timeout):
+    with made() as shadow, pytest.raises(ConfigError, match="timeout must be"):
+        shadow.predict(torch.rand(1, 3, 16, 16), timeout=timeout)
+
+
+@pytest.mark.parametrize("batches", [None, 3])
+def test_source_images_that_are_none(batches):
+    with made(monitors=["doc"]) as shadow, pytest.raises(DataError, match="Source batches must be several"):
+        shadow.prepare(batches)
+
+
+@pytest.mark.parametrize(
+    ("decide", "words"),
+    [
+        (lambda: None, "must return a Decision; Says returned a NoneType"),
+        (lambda: "method", "must return a Decision; Says returned a str"),
+        (lambda: Decision("nobody"), "answering must be one of 'source', 'method'; got 'nobody'"),
+        (lambda: Decision("source", "forget"), "restore must be one of"),
+    ],
+)
+def test_a_policy_that_decides_nothing_harms_no_answer(decide, words):
+    class Says(Policy):
+        def decide(self, evidence):
+            return decide()
+
+    with Shadow(make_net("gn"), "tent", policy=Says(), monitors=[], **QUICK) as shadow:
+        serve(shadow, 1)
+        shadow.close()
+        assert words in next(event["error"] for event in shadow.events if event["event"] == "failure")
+        assert shadow.answering == "source"
+
+
 def test_labels_that_are_none():
     with made() as shadow:
         (answer,) = serve(shadow, 1)
@@ -732,12 +797,21 @@ def test_source_images_first(tmp_path):
         ({"max_batch": 0}, "max_batch"),
         ({"max_wait_ms": -1}, "max_wait_ms"),
         ({"max_queue": 3, "max_batch": 4}, "max_queue"),
+        ({"max_wait_ms": "5"}, "max_wait_ms"),
+        ({"keep_snapshots": 0}, "keep_snapshots"),
         ({"snapshot_every": 0}, "snapshot_every"),
         ({"max_lag": 0}, "max_lag"),
         ({"timeout": 0}, "timeout"),
         ({"when_behind": "stop"}, "when_behind"),
         ({"monitors": ["none"]}, "Unknown monitors 'none'"),
         ({"monitors": [Counting(), Counting()]}, "same name"),
+        ({"monitors": None}, r"monitors=\[\]"),
+        ({"monitors": 3}, "got 3"),
+        ({"directory": 3}, "directory must be a path"),
+        ({"directory": b"runs"}, "directory must be a path"),
+        ({"monitors": ["aetta"], "policy": {"estimates": ["aeta"]}}, "estimates must be one of 'aetta'; got 'aeta'"),
+        ({"monitors": ["collapse"], "policy": {"estimates": ["collapse"]}}, "estimates must be one of"),
+        ({"policy": {"ignore": "shift"}}, "ignore must be a list"),
         ({"policy": {"patence": 3}}, r"Did you mean patience\?"),
         ({"policy": "patience"}, "policy must be a Policy"),
         ({"method": "tnet"}, r"mean tent\?"),
