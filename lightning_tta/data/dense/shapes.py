@@ -78,7 +78,7 @@ def _draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArr
         center, radius, angle = rng.uniform(0.15, 0.85, 2), rng.uniform(0.12, 0.24), rng.uniform(0, 2 * np.pi)
         dx, dy = (x - center[0]) / radius, (y - center[1]) / radius
         u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
-        inside = _inside(CLASSES[kind], u, v)
+        inside = inside_of(CLASSES[kind], u, v)
         color = rng.uniform(0, 1, (3, 1, 1))
         while np.abs(color - scene[:, inside].mean(1)[:, None, None] if inside.any() else 1).max() < 0.3:
             color = rng.uniform(0, 1, (3, 1, 1))  # a shape can be seen
@@ -87,7 +87,7 @@ def _draw(rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArr
     return (scene * 255).round().clip(0, 255).astype(np.uint8), mask
 
 
-def _inside(kind: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
+def inside_of(kind: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which points, in units of the radius around the center, a shape has."""
     distance = np.hypot(u, v)
     inside: NDArray[np.bool_]
