@@ -1,4 +1,4 @@
-"""lightning_tta: test-time adaptation of image classifiers in PyTorch Lightning.
+"""lightning_tta: test-time adaptation of nets over images, tokens, pixels and values in PyTorch Lightning.
 
 Three lines of PyTorch::
 
