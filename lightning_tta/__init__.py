@@ -1,4 +1,4 @@
-"""lightning_tta: test-time adaptation of image classifiers in PyTorch Lightning.
+"""lightning_tta: test-time adaptation of nets over images, tokens, pixels and values in PyTorch Lightning.
 
 Three lines of PyTorch::
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
     from lightning_tta.data import (
         ArrayData,
         CIFARData,
+        DigitAnglesData,
         DigitsData,
         DomainFolderData,
         FolderData,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
         ImageNetData,
         PromptData,
         Protocol,
+        SegmentationFolderData,
+        ShapesData,
         ShiftedDataModule,
     )
     from lightning_tta.data.recall import RecallData
@@ -55,6 +58,8 @@ if TYPE_CHECKING:  # for type checkers, what __getattr__ below imports on first 
         MetaTTT,
         SourceClassifier,
         SourceLanguageModel,
+        SourceRegressor,
+        SourceSegmenter,
         TestTimeAdaptation,
     )
     from lightning_tta.onnx_adapter import OnnxAdapter
@@ -75,6 +80,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Diagnosis",
+    "DigitAnglesData",
     "DigitsData",
     "DomainFolderData",
     "FinishedError",
@@ -92,10 +98,14 @@ __all__ = [
     "Protocol",
     "QueueFullError",
     "RecallData",
+    "SegmentationFolderData",
     "Shadow",
+    "ShapesData",
     "ShiftedDataModule",
     "SourceClassifier",
     "SourceLanguageModel",
+    "SourceRegressor",
+    "SourceSegmenter",
     "StateKeeper",
     "StreamBoard",
     "StreamInput",
@@ -120,7 +130,8 @@ _HOMES = {
     "choosing.choice": ("Choice", "choose"),
     "data": (
         *("ArrayData", "CIFARData", "DigitsData", "DomainFolderData", "FolderData", "ImageNetData"),
-        *("ImageFolderData", "PromptData", "Protocol", "ShiftedDataModule"),
+        *("DigitAnglesData", "ImageFolderData", "PromptData", "Protocol", "SegmentationFolderData", "ShapesData"),
+        "ShiftedDataModule",
     ),
     "diagnosis": ("Diagnosis", "doctor"),
     "exporting": ("export", "save"),
@@ -137,7 +148,7 @@ _HOMES = {
     "data.recall": ("RecallData",),
     "modules": (
         *("PERK", "LanguageAdaptation", "MetaTTT", "SourceClassifier", "SourceLanguageModel"),
-        "TestTimeAdaptation",
+        *("SourceRegressor", "SourceSegmenter", "TestTimeAdaptation"),
     ),
 }
 

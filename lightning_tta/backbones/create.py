@@ -49,6 +49,10 @@ class Backbone(nn.Module):
         config: Keyword arguments with which :func:`create_backbone` rebuilds the architecture.
         class_names: Names of the K classes, where they are known.
 
+    Attributes:
+        task: What the net gives of an image: ``images``, one class, unless a checkpoint says ``pixels`` or
+            ``regression``.
+
     Raises:
         ConfigError: ``mean`` or ``std`` has a wrong length or value.
     """
@@ -78,6 +82,7 @@ class Backbone(nn.Module):
         self.weights = weights
         self.pretrained = pretrained
         self.class_names = None if class_names is None else list(class_names)
+        self.task = "images"
         self._mean, self._std = _channels("mean", mean, in_chans), _channels("std", std, in_chans)
         self._preprocessing = dict(preprocessing or {})
         self._config = dict(config or {})
@@ -88,7 +93,7 @@ class Backbone(nn.Module):
             self.register_buffer(key, value, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, K) of ``images`` (B, C, H, W), floats in [0, 1].
+        """Return logits (B, K) of ``images`` (B, C, H, W), floats in [0, 1]; what else the net gives, of another task.
 
         Raises:
             DataError: Wrong number of dimensions or channels, or integer pixels.
@@ -101,6 +106,7 @@ class Backbone(nn.Module):
             )
         out = self.net((images - self.mean) / self.std)
         out = getattr(out, "logits", out)  # torchvision's GoogLeNet and Inception in train mode
+        out = out["out"] if isinstance(out, Mapping) and "out" in out else out  # its nets of segmentation
         if not isinstance(out, Tensor):
             raise UnsupportedModelError(f"{self.name} must return a logits tensor; it returns {type(out).__name__}.")
         return out
@@ -149,8 +155,8 @@ def create_backbone(
             only one has the name. See :func:`~lightning_tta.backbones.create.list_backbones`. A class of your own, or a
             function that makes a net: ``my_net.MyNet`` or ``path/to/my_net.py:MyNet``. An image classifier of
             transformers, with its weights: ``hf/FOLDER`` that ``save_pretrained`` wrote, or ``hf/NAME`` on the hub.
-        num_classes: Number of logits, 2 or more; ``None`` takes the net's own (1000; 10 for the CIFAR nets). A net of
-            your own gets it where it takes an argument of this name.
+        num_classes: Number of logits, or of the values of a regression; ``None`` takes the net's own (1000; 10 for the
+            CIFAR nets). A net of your own gets it where it takes an argument of this name.
         pretrained: Whether to download the weights of timm or torchvision.
         weights: A weights file (see :func:`~lightning_tta.backbones.create.load_weights`), or the name of
             torchvision weights ("IMAGENET1K_V2").
@@ -166,7 +172,7 @@ def create_backbone(
         WeightsError: The file is missing or damaged, or does not fit the net.
     """
     if num_classes is not None:
-        check_range("num_classes", num_classes, low=2, integer=True)
+        check_range("num_classes", num_classes, low=1, integer=True)
     for key, values in (("mean", mean), ("std", std)):
         if values is not None:
             _channels(key, values, options.get("in_chans"))

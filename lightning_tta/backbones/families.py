@@ -120,6 +120,8 @@ def _torchvision(arch: str, num_classes: int | None, pretrained: bool, enum: Any
 
     # Without weights: the input that the first weights published for the net were trained with.
     recipe = enum or next(iter(models.get_model_weights(arch)))
+    if arch in models.list_models(module=models.segmentation):
+        return _torchvision_segmentation(arch, num_classes, enum, recipe, options)
     if not recipe.meta.get("categories"):
         raise ConfigError(f"{recipe} has features only, no classifier; choose other weights.")
     classes = len(recipe.meta["categories"])
@@ -137,6 +139,25 @@ def _torchvision(arch: str, num_classes: int | None, pretrained: bool, enum: Any
     weights = enum.name if enum is not None else "random"
     names = list(enum.meta["categories"]) if enum is not None else None
     return Built(net, classes, transforms.mean, transforms.std, preprocessing, weights, class_names=names)
+
+
+def _torchvision_segmentation(
+    arch: str, num_classes: int | None, enum: Any, recipe: Any, options: Mapping[str, Any]
+) -> Built:
+    """A net that gives a class for each pixel; without ``enum`` all of it is random, what it is built on included."""
+    from torchvision import models
+
+    names = list(recipe.meta["categories"])
+    if enum is not None and num_classes not in (None, len(names)):
+        raise ConfigError(f"{enum} has {len(names)} classes, not {num_classes}. Leave num_classes out.")
+    arguments: dict[str, Any] = {"weights": enum, "weights_backbone": None, "aux_loss": None, **options}
+    if arch.startswith("lraspp"):
+        del arguments["aux_loss"]
+    net = models.get_model_builder(arch)(num_classes=num_classes or len(names), **arguments)
+    transforms = recipe.transforms()
+    weights = enum.name if enum is not None else "random"
+    known = names if enum is not None else None
+    return Built(net, num_classes or len(names), transforms.mean, transforms.std, {}, weights, class_names=known)
 
 
 def _timm(arch: str, num_classes: int | None, pretrained: bool, enum: Any, options: Mapping[str, Any]) -> Built:
@@ -170,7 +191,7 @@ def _transformers(name: str, num_classes: int | None, pretrained: bool, enum: An
 def _torchvision_names() -> list[str]:
     from torchvision import models
 
-    return sorted(models.list_models(module=models))
+    return sorted(models.list_models(module=models) + models.list_models(module=models.segmentation))
 
 
 def _timm_names() -> list[str]:

@@ -51,7 +51,10 @@ from lightning_tta.run.options import PARTS, where_moved
 from lightning_tta.run.outputs import PREDICTIONS
 from lightning_tta.shipped import how_to_copy
 
-MEASURES = ("accuracy", "domains", "visits", "forwards", "backwards", "ece", "seconds_per_batch")
+MEASURES = (
+    *("accuracy", "domains", "visits", "forwards", "backwards", "ece", "seconds_per_batch"),
+    *("mean_iou", "class_iou", "mean_absolute_error", "r2"),
+)
 """What a row of ``benchmark.json`` has of a cell's report; reports of earlier versions lack the calibration error."""
 
 Source = tuple[str, int]  # a net that is trained: label, seed
@@ -395,7 +398,7 @@ class Benchmark:
             report = json.loads((directory / REPORT).read_text())
         return {
             **asdict(cell),
-            **{name: report.get(name) for name in MEASURES},
+            **{name: report.get(name) for name in MEASURES if name in report or name in MEASURES[:7]},
             "protocol_hash": report["protocol"]["hash"],
             "device": (report.get("environment") or {}).get("device"),
             "directory": str(directory.relative_to(self.output)),

@@ -68,6 +68,8 @@ def run_choose(args: list[str]) -> None:
     module, data = built.model, built.datamodule
     if not isinstance(module, TestTimeAdaptation):
         raise ConfigError(f"choose looks at what predict adapts; the model is a {type(module).__name__}.")
+    if module.task != "images":
+        raise ConfigError(f"choose is for one class an image, and the task of this net is {module.task!r}.")
     if not isinstance(data, ShiftedDataModule):
         raise ConfigError(f"choose needs a data module of this package; got a {type(data).__name__}.")
     if isinstance(data, FileData):

@@ -34,8 +34,8 @@ def overview() -> str:
         rows.append((name, f"{summary}\nlightning-tta {name} {example}" if example else summary))
     return f"""usage: lightning-tta [--help] [--version] COMMAND ...
 
-Test-time adaptation of image classifiers: train a source model, adapt it on a
-shifted stream, compare.
+Test-time adaptation over images, tokens, pixels and values: train a source
+model, adapt it on a shifted stream, compare.
 
 {columns(rows)}
 

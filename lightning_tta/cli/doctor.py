@@ -45,6 +45,8 @@ def run_doctor(args: list[str]) -> None:
     module = built.model
     if not isinstance(module, TestTimeAdaptation):
         raise ConfigError(f"doctor looks at what predict adapts; the model is a {type(module).__name__}.")
+    if module.task != "images":
+        raise ConfigError(f"doctor is for one class an image, and the task of this net is {module.task!r}.")
     found = diagnose(module, built.datamodule)
     print(found)
     config["model"]["init_args"] |= found.configuration()

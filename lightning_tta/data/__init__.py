@@ -1,7 +1,13 @@
 """Source data, shifted domains, test streams and the protocol."""
 
+from inspect import isabstract
+
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.corruptions.corrupt import corrupt, corruption_names
+from lightning_tta.data.dense.angles import DigitAnglesData
+from lightning_tta.data.dense.base import DenseData
+from lightning_tta.data.dense.folders import SegmentationFolderData
+from lightning_tta.data.dense.shapes import ShapesData
 from lightning_tta.data.protocol import Protocol
 from lightning_tta.data.sets.arrays import ArrayData
 from lightning_tta.data.sets.cifar import CIFARData
@@ -17,6 +23,8 @@ __all__ = [
     "STREAM_KINDS",
     "ArrayData",
     "CIFARData",
+    "DenseData",
+    "DigitAnglesData",
     "DigitsData",
     "DomainFolderData",
     "FolderData",
@@ -24,6 +32,8 @@ __all__ = [
     "ImageNetData",
     "PromptData",
     "Protocol",
+    "SegmentationFolderData",
+    "ShapesData",
     "ShiftedDataModule",
     "Stream",
     "StreamKind",
@@ -38,4 +48,4 @@ __all__ = [
 def data_modules() -> dict[str, type[ShiftedDataModule]]:
     """The data modules that a command may name, by name."""
     classes = {name: value for name, value in globals().items() if name in __all__ and isinstance(value, type)}
-    return {n: c for n, c in classes.items() if issubclass(c, ShiftedDataModule) and c is not ShiftedDataModule}
+    return {n: c for n, c in classes.items() if issubclass(c, ShiftedDataModule) and not isabstract(c)}

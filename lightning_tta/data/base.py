@@ -122,6 +122,8 @@ class ShiftedDataModule(LightningDataModule, ABC):
         ConfigError: On any wrong value, before data is read.
     """
 
+    task: ClassVar[str] = "images"
+    """What a net predicts of an image: ``images``, one class; ``pixels``, a mask; ``regression``, values."""
     has_published: ClassVar[bool] = False
     """Whether a leaf reads files of corrupted images: see :meth:`published`."""
     reads_ahead: ClassVar[bool] = True

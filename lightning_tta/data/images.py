@@ -20,6 +20,8 @@ Batch = dict[str, Tensor]
 class Images(Dataset[tuple[Tensor, int]]):
     """Images uint8 (C, H, W) with labels; a leaf implements :meth:`image`, :meth:`images` or both.
 
+    Where a net gives more than a class an image, images have targets in the place of labels, see :meth:`targets`.
+
     Of files, an image may be damaged: :meth:`image` and :meth:`images` raise a :class:`DataError` that names the file,
     :meth:`try_images` marks it.
 
@@ -28,6 +30,15 @@ class Images(Dataset[tuple[Tensor, int]]):
     """
 
     labels: Tensor
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether there are targets."""
+        return False
+
+    def targets(self, positions: Tensor) -> Tensor:
+        """Targets of several images: masks int64 (B, H, W), below 0 where a pixel does not count; or values (B, D)."""
+        raise NotImplementedError
 
     def file(self, position: int) -> str:
         """Name of an image's file; empty where it has none."""
@@ -77,6 +88,16 @@ class KeptImages(Images):
     def pixels_of(self, positions: Tensor) -> Tensor:
         """Several images, damaged or not."""
 
+    @property
+    def has_targets(self) -> bool:
+        """Those of the origin."""
+        return self.origin is not None and self.origin.has_targets
+
+    def targets(self, positions: Tensor) -> Tensor:
+        """Those of the origin."""
+        assert self.origin is not None
+        return self.origin.targets(positions)
+
     def images(self, positions: Tensor) -> Tensor:
         """Several images, in one copy."""
         if self.readable is not None and not bool(self.readable[positions].all()):
@@ -119,6 +140,15 @@ class SelectedImages(Images):
     def __init__(self, source: Images, positions: Tensor) -> None:
         self.source, self.positions, self.labels = source, positions, source.labels[positions]
 
+    @property
+    def has_targets(self) -> bool:
+        """As the whole set."""
+        return self.source.has_targets
+
+    def targets(self, positions: Tensor) -> Tensor:
+        """Targets of several images."""
+        return self.source.targets(self.positions[positions])
+
     def estimated_bytes(self) -> int:
         """Their share of the bytes of the whole set."""
         return len(self) * (self.source.estimated_bytes() // max(1, len(self.source)))
@@ -150,6 +180,15 @@ class CorruptedImages(Images):
     def __init__(self, source: Images, ids: Tensor, name: str, severity: int, seed: int, function_set: str) -> None:
         self.source, self.ids, self.labels = source, ids, source.labels
         self.name, self.severity, self.seed, self.function_set = name, severity, seed, function_set
+
+    @property
+    def has_targets(self) -> bool:
+        """As the clean images."""
+        return self.source.has_targets
+
+    def targets(self, positions: Tensor) -> Tensor:
+        """Those of the clean images: a corruption that moves pixels does not go with masks."""
+        return self.source.targets(positions)
 
     def estimated_bytes(self) -> int:
         """Those of the clean images."""
@@ -185,6 +224,24 @@ class JoinedImages(Images):
         self.sets, self.labels = list(sets), torch.cat([images.labels for images in sets])
         self._ends = list(accumulate(len(images) for images in sets))
         self.ends = torch.tensor(self._ends)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether any set has."""
+        return any(images.has_targets for images in self.sets)
+
+    def targets(self, positions: Tensor) -> Tensor:
+        """Targets of several images: of sets without, what does not count, of the others' shape; empty of none."""
+        number = torch.bucketize(positions, self.ends, right=True)
+        there = torch.tensor([images.has_targets for images in self.sets])[number]
+        if not bool(there.any()):
+            return torch.empty(0)
+        known = self._collected(positions[there], lambda images, rows: (images.targets(rows),))[0]
+        if bool(there.all()):
+            return known
+        targets = known.new_full((len(positions), *known.shape[1:]), torch.nan if known.is_floating_point() else -1)
+        targets[there] = known
+        return targets
 
     def images(self, positions: Tensor) -> Tensor:
         """Several images."""
@@ -230,7 +287,7 @@ class LabelledBatches(Dataset[Batch]):
     """Batches {image (B, C, H, W) float32 in [0, 1], label (B,), index (B,)} of one set.
 
     ``augment`` is applied to each image uint8 (C, H, W). With the ``domains`` of the images (N,), batches have
-    ``domain`` (B,) too.
+    ``domain`` (B,) too; of images with targets ``target`` in the place of ``label``.
     """
 
     def __init__(
@@ -251,7 +308,11 @@ class LabelledBatches(Dataset[Batch]):
         return self._batch(to_float(pixels), index)
 
     def _batch(self, images: Tensor, index: Tensor) -> Batch:
-        batch = {"image": images, "label": self.source.labels[index], "index": index}
+        batch = {"image": images, "index": index}
+        if not self.source.has_targets:
+            batch = {"image": images, "label": self.source.labels[index], "index": index}
+        elif len(targets := self.source.targets(index)):
+            batch["target"] = targets
         return batch if self.domains is None else {**batch, "domain": self.domains[index]}
 
     def __getitem__(self, position: int) -> Batch:

@@ -29,7 +29,10 @@ SOURCE = ("train_batch_size", "augment", "val_domains", "num_workers")
 TRAINER = ("accelerator", "devices", "precision", "default_root_dir")
 RARE = tuple(
     f"model.{name}"
-    for name in "compile lean classes backbone_options reservoir gate capture select adapters adapter_parts".split()
+    for name in (
+        *"compile lean classes backbone_options reservoir gate capture select adapters adapter_parts".split(),
+        *("processes", "reset_every"),
+    )
 )
 LEFT = 28
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -21,10 +21,12 @@ from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.protocol import CUSTOM_DATA, Protocol
 from lightning_tta.data.streams import STREAM_KINDS, default_reset
 from lightning_tta.errors import ConfigError, InputError, check_choice, check_range
+from lightning_tta.guard.callback import Guard
 from lightning_tta.imagenet_classes import class_subset
 from lightning_tta.methods.base.execution import Capture, Execution, Precision
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.components.additions import add, make_selecting
+from lightning_tta.methods.components.tasks import as_task, check_additions
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of, count_logits
 from lightning_tta.modules.loading import load_source, source_recipe
 from lightning_tta.run import batches
@@ -33,13 +35,16 @@ from lightning_tta.run.board import StreamBoard
 from lightning_tta.run.directory import withhold_loggers
 from lightning_tta.run.measures import source_errors
 from lightning_tta.run.options import check_precisions, where_moved
+from lightning_tta.run.outcomes import Outcome
 from lightning_tta.run.outputs import PredictionWriter, StreamLogger, StreamReport
 from lightning_tta.run.own_loader import describe_loaders
+from lightning_tta.run.pixels import Pixels
 from lightning_tta.run.processes import ProcessMode, share_stream
 from lightning_tta.run.progress import StreamProgress
 from lightning_tta.run.readback import Moment, Transfer, UnreadBatch
 from lightning_tta.run.resume import StateKeeper
 from lightning_tta.run.stream_run import StreamRun, run_of
+from lightning_tta.run.values import Values
 
 ResetPolicy = Literal["auto", "never", "domain", "batch"]
 PredictPolicy = Literal["method", "after"]
@@ -47,6 +52,8 @@ CALLBACKS: tuple[type[Callback], ...] = (
     *(StreamInput, PredictionWriter, StreamLogger, StreamBoard, StreamReport, StreamProgress),
     StateKeeper,  # last: what it saves must be in the files already
 )
+OUTCOMES: dict[str, Outcome] = {"images": Outcome(), "pixels": Pixels(), "regression": Values()}
+"""What a run makes of the method's outputs, by task."""
 
 
 class AdaptationModule(LightningModule):
@@ -59,7 +66,7 @@ class AdaptationModule(LightningModule):
         run: What the current or last predict run knows.
     """
 
-    kinds: ClassVar[tuple[type[Callback], ...]] = CALLBACKS
+    kinds: tuple[type[Callback], ...] = CALLBACKS
     method: TTAMethod
     reset: str
     execution: Execution
@@ -84,7 +91,7 @@ class AdaptationModule(LightningModule):
         """Find out what the run measures, and take its directory."""
         self.trainer.loggers = self._loggers  # nothing asks them to write before the run has its directory
         if stage != "predict":
-            name, trains = type(self).__name__, "SourceClassifier or SourceLanguageModel"
+            name, trains = type(self).__name__, "SourceClassifier, or another source of this package,"
             raise ConfigError(f"{name} runs in predict, not in {stage}. Use {trains} to {stage}.")
         check_precisions(self.execution.precision, self.trainer.precision)
         exact = torch.are_deterministic_algorithms_enabled()  # Lightning's --trainer.deterministic true
@@ -150,7 +157,8 @@ class TestTimeAdaptation(AdaptationModule):
 
     Batches are dicts with ``image`` (B, C, H, W) in [0, 1] and optionally ``index``, ``domain``, ``label`` (B,): whole
     numbers, ``index`` also names of files and ``domain`` also names. The method gets the images, nothing else. Works
-    under any Trainer, ``inference_mode`` included.
+    under any Trainer, ``inference_mode`` included. With ``task`` pixels or regression ``target`` takes the place of
+    ``label``: masks (B, H, W) of whole numbers, below 0 where a pixel does not count, or values (B, D).
 
     The run writes ``predictions.csv``, ``batches.jsonl``, ``report.json`` and TensorBoard curves into a directory that
     follows from its configuration, so that the same command finds the same run, see
@@ -169,6 +177,9 @@ class TestTimeAdaptation(AdaptationModule):
             its weights, ``hf/FOLDER``.
         num_classes: Number of classes of ``backbone``.
         backbone_options: Further arguments of the backbone; ``mean`` and ``std`` where its weights do not say them.
+        task: What the net gives of an image: ``images``, one class; ``pixels``, a class for each pixel; ``regression``,
+            values without classes; ``auto``: what the checkpoint says, else one class. The run then writes masks and
+            mean IoU, or mean absolute error and R2.
         classes: Cut the net to these of its logits, before anything adapts: ``imagenet_a`` or ``imagenet_r`` (their
             200 of 1000), or positions. Labels are still those of the whole net.
         reset: When the method returns to the source: ``never``, at each new ``domain``, before each ``batch``, or
@@ -230,6 +241,7 @@ class TestTimeAdaptation(AdaptationModule):
         backbone: str | nn.Module | None = None,
         num_classes: int | None = None,
         backbone_options: dict[str, Any] | None = None,
+        task: Literal["auto", "images", "pixels", "regression"] = "auto",
         classes: list[int] | str | None = None,
         reset: ResetPolicy = "auto",
         reset_every: int | None = None,
@@ -254,6 +266,7 @@ class TestTimeAdaptation(AdaptationModule):
         check_choice("processes", processes, ("replicas", "synchronised"))
         check_choice("reset", reset, ("auto", "never", "domain", "batch"))
         check_choice("predict", predict, ("method", "after"))
+        check_choice("task", task, ("auto", "images", "pixels", "regression"))
         if reset_every is not None:
             check_range("reset_every", reset_every, 1, integer=True)
         self.reset, self.reset_every, self.predict, self.processes = reset, reset_every, predict, processes
@@ -261,7 +274,12 @@ class TestTimeAdaptation(AdaptationModule):
         pretrained = source_ckpt == "pretrained"
         source = load_source(None if pretrained else source_ckpt, backbone, num_classes, pretrained, backbone_options)
         self.recipe = source_recipe(source_ckpt, backbone, num_classes, backbone_options)
+        self.task: str = getattr(source, "task", "images") if task == "auto" else task
+        self.outcome = OUTCOMES[self.task]
+        self.kinds = tuple(self.outcome.writer if kind is PredictionWriter else kind for kind in CALLBACKS)
         names = getattr(source, "class_names", None)
+        if self.classes is not None and self.task != "images":
+            raise ConfigError(f"classes is for one class an image, and the task is {self.task!r}. Leave it out.")
         if self.classes is not None:
             keep_classes(source, self.classes)
             names = [names[position] for position in self.classes] if names else None
@@ -269,12 +287,18 @@ class TestTimeAdaptation(AdaptationModule):
         self._logits = len(self.classes) if self.classes is not None else count_logits(source)
         self.net_info = _describe(source)
         self.preprocessing = source.preprocessing if isinstance(source, Backbone) else {}
+        wanted = {"statistics": statistics, "prior": prior, "refine": refine, "window": window}
+        wanted |= {"reservoir": reservoir, "gate": gate}
+        if self.task != "images":
+            source = as_task(source, self.task)
+            check_additions(source, [name for name, value in wanted.items() if value is not None])
         self.method = make_selecting(method, source, select)
         if not isinstance(self.method, TTAMethod):
             raise ConfigError(f"method must make a TTAMethod; it made a {type(self.method).__name__}.")
         with outside_inference_mode():
-            wanted = {"statistics": statistics, "prior": prior, "refine": refine, "window": window}
-            add(self.method, **wanted, reservoir=reservoir, gate=gate)
+            add(self.method, **wanted)
+        if self.task != "images":
+            self.method.options["task"] = {"kind": self.task}
         chosen = Execution(capture=capture, compile=compile, precision=precision, lean=lean)
         self.execution = self.method.execution = self.method.execution.changed_by(chosen)
         self._transfer = Transfer()
@@ -287,6 +311,13 @@ class TestTimeAdaptation(AdaptationModule):
         module = getattr(trainer, "datamodule", None)
         data = module if isinstance(module, ShiftedDataModule) else None
         kind = CUSTOM_DATA["stream"] if data is None else data.stream_kind
+        if data is not None and data.task != self.task:
+            raise ConfigError(
+                f"{type(data).__name__} is for task={data.task!r}, and the net's task is {self.task!r}. Give a net for "
+                f"it, or say what the net gives: --model.task {data.task}."
+            )
+        if self.task != "images":
+            self._check_dense(trainer)
         if data is not None and kind == "blind_spot":
             device = trainer.strategy.root_device
             data.set_blind_spots(source_errors(self.method.model.to(device), data, self.classes, device))
@@ -319,8 +350,30 @@ class TestTimeAdaptation(AdaptationModule):
             mode=sharing.mode,
         )
         return StreamRun(
-            trainer, self.method, self.net_info, protocol, data, self.reset_every, self.classes, sharing, self.recipe
+            trainer,
+            self.method,
+            self.net_info,
+            protocol,
+            data,
+            self.reset_every,
+            self.classes,
+            sharing,
+            self.recipe,
+            self.outcome.account,
         )
+
+    def _check_dense(self, trainer: Any) -> None:
+        """Refuse what runs with one class an image alone.
+
+        Raises:
+            ConfigError: With its name.
+        """
+        if trainer.world_size > 1:
+            raise ConfigError(
+                f"task={self.task!r} runs on one process; there are {trainer.world_size}. Use --trainer.devices 1."
+            )
+        if any(isinstance(callback, Guard) for callback in trainer.callbacks):
+            raise ConfigError(f"Guard is for one class an image, and the task is {self.task!r}. Leave it out.")
 
     # Along the stream
 
@@ -393,12 +446,15 @@ class TestTimeAdaptation(AdaptationModule):
         with collective.joined(run.sharing.joined, present=present):
             logits = self(images) if adapts else run.method.predict(images, statistics="batch")
         done = Moment(run.device)
-        label = batches.labels_among(labels.label, self.classes)
-        check_labels(label, logits.shape[-1])
+        logits = batches.spread(logits, damaged)
+        truth = self.outcome.truth(batch, logits, labels.label, self.classes)
+        if self.task == "images":
+            check_labels(truth["label"], logits.shape[-1])
         stats = run.method.unread_stats() if adapts else {}
-        rest = {"index": labels.index, "domain": domain, "label": label, "adapted": adapts, "images": whole}
+        rest = {"index": labels.index, "domain": domain, **truth, "adapted": adapts, "images": whole}
         rest |= {"files": labels.files, "damaged": damaged, "note": why}
-        unread = UnreadBatch(batches.spread(logits, damaged), stats, (start, done), rest, pack=run.defers)
+        outputs = self.outcome.read(logits, whole)
+        unread = UnreadBatch(outputs, stats, (start, done), rest, make=self.outcome.record, pack=run.defers)
         if run.pace is not None and adapts:
             run.pace.work(*unread.cost())
         return unread

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -93,9 +93,7 @@ class LanguageAdaptation(AdaptationModule):
         UnsupportedModelError: If the method cannot run on a language model.
     """
 
-    kinds: ClassVar[tuple[type[Callback], ...]] = tuple(
-        AnswerWriter if kind is PredictionWriter else kind for kind in CALLBACKS
-    )
+    kinds: tuple[type[Callback], ...] = tuple(AnswerWriter if kind is PredictionWriter else kind for kind in CALLBACKS)
 
     def __init__(
         self,

@@ -98,6 +98,8 @@ def load_source(
         load_weights(net, path)
     if saved.get("auxiliary"):
         note_trained(net, {kind: _trained(kind, o, content, path) for kind, o in saved["auxiliary"].items()})
+    if isinstance(net, Backbone) and saved.get("task"):
+        net.task = saved["task"]
     if isinstance(net, Backbone) and saved.get("class_names"):
         net.class_names = list(saved["class_names"])
     if "digest" in saved and state_digest(net) != saved["digest"]:
@@ -175,6 +177,7 @@ def _entry(content: Any, path: Any) -> dict[str, Any]:
         "backbone": dict,
         "language": dict,
         "class_names": list,
+        "task": str,
         "adapters": list,
         "mixed_bn": dict,
         "meta_ttt": dict,
@@ -258,6 +261,7 @@ def describe_net(net: nn.Module, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {
         "backbone": net.config if isinstance(net, Backbone) else None,
         "class_names": net.class_names if isinstance(net, Backbone) else None,
+        **({"task": net.task} if isinstance(net, Backbone) and net.task != "images" else {}),
         **({"adapters": net.__dict__["_tta_adapters"]} if "_tta_adapters" in net.__dict__ else {}),
         "digest": digest_of(weights),
     }

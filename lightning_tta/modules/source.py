@@ -26,7 +26,86 @@ from lightning_tta.modules.mosa import MoSA
 from lightning_tta.modules.training import TrainingRecord, find_checkpoint
 
 
-class SourceClassifier(LightningModule):
+class SourceModule(LightningModule):
+    """What the trainings of source nets have in common: weights, optimizer, checkpoint.
+
+    A leaf sets :attr:`backbone`, :attr:`optimizer`, :attr:`lr_scheduler` and ``_has_weights``.
+
+    Attributes:
+        backbone: The net.
+        optimizer: Called with the parameters.
+        lr_scheduler: Called with the optimizer; stepped per epoch.
+    """
+
+    backbone: nn.Module
+    optimizer: OptimizerCallable
+    lr_scheduler: LRSchedulerCallable | None
+    _has_weights: bool
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What marks a finished training."""
+        return [TrainingRecord()]
+
+    def on_validation_start(self) -> None:
+        """Say where the weights are random."""
+        self._warn_of_random_weights()
+
+    def on_test_start(self) -> None:
+        """Say where the weights are random."""
+        self._warn_of_random_weights()
+
+    def _warn_of_random_weights(self) -> None:
+        stage = self.trainer.state.fn
+        if stage not in (None, TrainerFn.FITTING) and not self._has_weights:
+            warnings.warn(
+                f"The weights are random: {stage.value} measures chance. Name a training: --ckpt_path "
+                "runs/digits/source (its folder or a checkpoint), ckpt_path=... in Python.",
+                stacklevel=2,
+            )
+
+    def on_train_start(self) -> None:
+        """From now on the weights are not random."""
+        self._has_weights = True
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the names of the classes, and note that there are weights.
+
+        Raises:
+            ConfigError: The weights belong to a net that was built or normalised otherwise.
+        """
+        self._has_weights = True
+        saved = checkpoint.get("lightning_tta", {})
+        if not isinstance(self.backbone, Backbone):
+            return
+        now, then = self.backbone.config, saved.get("backbone") or {}
+        other = sorted(k for k in {*now, *then} - {"architecture"} if now and then and now.get(k) != then.get(k))
+        if other:
+            was, given = ({key: config.get(key) for key in other} for config in (then, now))
+            raise ConfigError(
+                f"The checkpoint is of a net with {was}, but this one has {given}. Give the net as in the training: "
+                "--model.backbone and --model.backbone_options, or the training's own config.yaml as --config."
+            )
+        if names := saved.get("class_names"):
+            self.backbone.class_names = list(names)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Refuses: predictions on a stream, adapted or not, go through the test-time module."""
+        raise ConfigError(
+            f"{type(self).__name__} does not predict. Use --model TestTimeAdaptation --model.source_ckpt PATH with "
+            "--model.method Source for predictions without adaptation."
+        )
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and, per epoch, the schedule of the configuration."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the class and the net, for whoever loads the file."""
+        checkpoint["lightning_tta"] = {"class": type(self).__name__, **describe_net(self.backbone, checkpoint)}
+
+
+class SourceClassifier(SourceModule):
     """Minimises the cross-entropy of a backbone on labelled source images, plus auxiliary losses if there are any.
 
     Batches are ``{image (B, C, H, W) in [0, 1], label (B,)}``. Logs ``source/train_loss``, ``source/val_accuracy``,
@@ -117,7 +196,7 @@ class SourceClassifier(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What marks a finished training."""
-        return [TrainingRecord()] if self.mosa is None else [TrainingRecord(), self.mosa]
+        return super().configure_callbacks() if self.mosa is None else [*super().configure_callbacks(), self.mosa]
 
     def setup(self, stage: str) -> None:
         """Compare the classes of the data with the logits.
@@ -128,48 +207,6 @@ class SourceClassifier(LightningModule):
         names = class_names_of(self.trainer)
         check_class_counts(names, self.num_classes, getattr(self.backbone, "class_names", None), "--model.num_classes")
         if isinstance(self.backbone, Backbone) and stage == "fit" and len(names) == self.num_classes:
-            self.backbone.class_names = list(names)
-
-    def on_validation_start(self) -> None:
-        """Say where the weights are random."""
-        self._warn_of_random_weights()
-
-    def on_test_start(self) -> None:
-        """Say where the weights are random."""
-        self._warn_of_random_weights()
-
-    def _warn_of_random_weights(self) -> None:
-        stage = self.trainer.state.fn
-        if stage not in (None, TrainerFn.FITTING) and not self._has_weights:
-            warnings.warn(
-                f"The weights are random: {stage.value} measures chance. Name a training: --ckpt_path "
-                "runs/digits/source (its folder or a checkpoint), ckpt_path=... in Python.",
-                stacklevel=2,
-            )
-
-    def on_train_start(self) -> None:
-        """From now on the weights are not random."""
-        self._has_weights = True
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the names of the classes, and note that there are weights.
-
-        Raises:
-            ConfigError: The weights belong to a net that was built or normalised otherwise.
-        """
-        self._has_weights = True
-        saved = checkpoint.get("lightning_tta", {})
-        if not isinstance(self.backbone, Backbone):
-            return
-        now, then = self.backbone.config, saved.get("backbone") or {}
-        other = sorted(k for k in {*now, *then} - {"architecture"} if now and then and now.get(k) != then.get(k))
-        if other:
-            was, given = ({key: config.get(key) for key in other} for config in (then, now))
-            raise ConfigError(
-                f"The checkpoint is of a net with {was}, but this one has {given}. Give the net as in the training: "
-                "--model.backbone and --model.backbone_options, or the training's own config.yaml as --config."
-            )
-        if names := saved.get("class_names"):
             self.backbone.class_names = list(names)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -212,21 +249,9 @@ class SourceClassifier(LightningModule):
         if batch_idx == 0 or labels.device.type == "cpu":  # on a GPU this waits for the device
             check_labels(labels, self.num_classes)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Refuses: predictions on a stream, adapted or not, go through the test-time module."""
-        raise ConfigError(
-            "SourceClassifier does not predict. Use --model TestTimeAdaptation --model.source_ckpt PATH with "
-            "--model.method Source for predictions without adaptation."
-        )
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer and, per epoch, the schedule of the configuration."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
-        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the class and the net, for whoever loads the file."""
-        checkpoint["lightning_tta"] = {"class": type(self).__name__, **describe_net(self.backbone, checkpoint)}
+        """Name the class, the net and what it was trained with beside the classes."""
+        super().on_save_checkpoint(checkpoint)
         if self._auxiliary_options:
             checkpoint["lightning_tta"]["auxiliary"] = self._auxiliary_options
 

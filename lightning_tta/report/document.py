@@ -81,7 +81,7 @@ def _all_verdicts(results: Results) -> list[str]:
 
 def _group_sections(group: Group, looks: Looks) -> list[Section]:
     ruling = verdict(group)
-    shown = [tables.overview(group, ruling.best), tables.language(group)]
+    shown = [tables.overview(group, ruling.best), tables.language(group), tables.dense(group)]
     head = Section(group.title, shown, [ruling.text], group.warnings, level=2)
     stream = Section("Along the stream")
     calibration = Section("Calibration", [tables.calibration(group)])
@@ -94,11 +94,12 @@ def _group_sections(group: Group, looks: Looks) -> list[Section]:
     gains = tables.differences(group)
     if gains := {method: gains[method] for method in tables.ranked(group) if method in gains}:
         caption = "Differences to the source with their 95 % intervals; filled: the interval leaves out zero."
-        head.galleries.append(Gallery([("differences to source", figures.differences_figure(gains, looks))], caption))
+        of_gains = figures.differences_figure(gains, looks, group.measure)
+        head.galleries.append(Gallery([("differences to source", of_gains)], caption))
     if incomplete := [method for method, runs in group.methods.items() if not all(run.batches for run in runs)]:
         stream.warnings = [f"There is no batches.jsonl beside some reports of {', '.join(incomplete)}."]
     if curves := figures.curves_figure(group, looks):
-        described = (f"{'accuracy' if group.labelled else 'entropy'} and class share along the stream", curves)
+        described = (f"{figures.first_curve(group)[1]} and {figures.second_curve(group)[1]} along the stream", curves)
         file = re.sub(r"[^\w.=()-]+", "_", group.title.replace(", ", "-")) + ".png"
         stream.galleries.append(Gallery([described], figures.curves_caption(group), wide=True, file=file))
     reliability = [
@@ -113,9 +114,12 @@ def _group_sections(group: Group, looks: Looks) -> list[Section]:
         )
         calibration.galleries.append(Gallery(reliability, caption))
     if points := tables.cost_points(group):
-        caption = "Accuracy against cost. Dashed: the methods that no other beats in both."
-        drawn = [(f"accuracy against {what}", figures.pareto_figure(what, m, looks)) for what, m in points.items()]
-        cost.galleries.append(Gallery(drawn, caption))
+        words, caption = group.measure.words, f"{group.measure.title} against cost. Dashed: "
+        caption += "the methods that no other beats in both."
+        plots = [
+            (f"{words} against {what}", figures.pareto_figure(what, m, looks, words)) for what, m in points.items()
+        ]
+        cost.galleries.append(Gallery(plots, caption))
     return [
         head,
         Section("Choice", tables.choices(group), list(verdicts)),

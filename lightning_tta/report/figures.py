@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_tta.methods import names
-from lightning_tta.report.runs import Group, Run
+from lightning_tta.report.runs import ACCURACY, ERROR, MEAN_IOU, Group, Measure, Run
 from lightning_tta.report.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -119,17 +119,19 @@ def as_image(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def differences_figure(gains: Mapping[str, Estimate], looks: Looks) -> Figure:
+def differences_figure(gains: Mapping[str, Estimate], looks: Looks, measure: Measure = ACCURACY) -> Figure:
     """Mean difference to the source by method, with its interval; filled where that leaves out zero."""
     figure = _figure(5.6, 0.7 + 0.27 * len(gains))
     axes = figure.subplots()
     for row, (method, gain) in enumerate(gains.items()):
-        look, half = looks[method], None if gain.half is None else 100 * gain.half
+        look, half = looks[method], None if gain.half is None else measure.scale * gain.half
         fill = look.color if gain.clear else "white"
-        axes.errorbar(100 * gain.mean, row, xerr=half, color=look.color, marker=look.marker, capsize=3, mfc=fill)
+        axes.errorbar(
+            measure.scale * gain.mean, row, xerr=half, color=look.color, marker=look.marker, capsize=3, mfc=fill
+        )
     axes.axvline(0, color=MUTED, lw=1)
     axes.set_yticks(range(len(gains)), list(gains))
-    axes.set(ylim=(len(gains) - 0.5, -0.5), xlabel="difference to source, points of accuracy")
+    axes.set(ylim=(len(gains) - 0.5, -0.5), xlabel=f"difference to source, {measure.unit}")
     axes.grid(axis="x")
     return figure
 
@@ -156,8 +158,10 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look) 
     return figure
 
 
-def pareto_figure(label: str, methods: Mapping[str, tuple[float, float]], looks: Looks) -> Figure:
-    """Accuracy against a cost (method -> cost, accuracy), with the methods that nothing beats in both."""
+def pareto_figure(
+    label: str, methods: Mapping[str, tuple[float, float]], looks: Looks, words: str = ACCURACY.words
+) -> Figure:
+    """Accuracy, or ``words``, against a cost (method -> cost, accuracy), with those that nothing beats in both."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     columns = legend_columns(methods, 3.6)
@@ -176,7 +180,7 @@ def pareto_figure(label: str, methods: Mapping[str, tuple[float, float]], looks:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.12)
-    axes.set(xlabel=label, ylabel="accuracy %")
+    axes.set(xlabel=label, ylabel=words)
     axes.grid()
     figure.legend(handles, list(methods), loc="outside lower center", ncols=columns)
     return figure
@@ -208,7 +212,7 @@ def curves_figure(group: Group, looks: Looks) -> Figure | None:
     if len(shown) <= TOGETHER:
         figure = _figure(WIDTH, 5.2)
         axes = figure.subplots(2, 1, sharex=True)
-        handles = _draw(axes, shown, looks, group.labelled)
+        handles = _draw(axes, shown, looks, group)
         if len(shown) > 1:
             figure.legend(handles, list(shown), loc="outside lower center", ncols=legend_columns(shown, WIDTH))
     else:
@@ -217,10 +221,27 @@ def curves_figure(group: Group, looks: Looks) -> Figure | None:
         panels: Any = figure.subfigures(rows, COLUMNS)
         for panel, (method, runs) in zip(panels.flat, shown.items(), strict=False):
             axes = panel.subplots(2, 1, sharex=True)
-            _draw(axes, {method: runs}, looks, group.labelled, behind=shown.get(group.source or "", ()))
+            _draw(axes, {method: runs}, looks, group, behind=shown.get(group.source or "", ()))
             axes[0].set_title(method)
     figure.suptitle(group.title, x=0.01, ha="left", fontweight="bold")
     return figure
+
+
+def first_curve(group: Group) -> tuple[str, str, str]:
+    """The upper curve along the stream: its name in an account, in words, and on the axis."""
+    if group.measure is ERROR:
+        name = "mean_absolute_error" if group.labelled else "mean_value"
+        return name, name.replace("_", " "), name.replace("_", " ")
+    if group.measure is MEAN_IOU and group.labelled:
+        return "accuracy", "pixel accuracy", "pixel accuracy %"
+    return ("accuracy", "accuracy", "accuracy %") if group.labelled else ("entropy", "entropy", "entropy, nats")
+
+
+def second_curve(group: Group) -> tuple[str, str, str]:
+    """The lower one."""
+    if group.measure is ERROR:
+        return "value_spread", "spread of the values", "spread"
+    return "recent_class_share", "class share", "largest class %"
 
 
 def curves_caption(group: Group) -> str:
@@ -230,6 +251,14 @@ def curves_caption(group: Group) -> str:
     accuracy = (
         f"Accuracy over the last {run.window} batches of the domain" if group.labelled else "Entropy of each batch"
     )
+    if group.measure is ERROR:
+        first = "Mean absolute error" if group.labelled else "Mean value"
+        return (
+            f"{first} of each batch, and standard deviation of its values; mean and range over seeds. Vertical lines: "
+            "a new domain."
+        )
+    if group.measure is MEAN_IOU and group.labelled:
+        accuracy = f"Pixel a{accuracy[1:]}"
     text = (
         f"{accuracy}, and share of the most predicted class over the last {run.window} of all; mean and range over "
         f"seeds. {'Grey area: the largest share among the labels. ' * group.labelled}Vertical lines: a new domain."
@@ -249,12 +278,13 @@ def with_batches(group: Group) -> dict[str, list[Run]]:
 
 
 def _draw(
-    axes: Any, shown: Mapping[str, Sequence[Run]], looks: Looks, labelled: bool, behind: Sequence[Run] | None = None
+    axes: Any, shown: Mapping[str, Sequence[Run]], looks: Looks, group: Group, behind: Sequence[Run] | None = None
 ) -> list[Any]:
     """Draw the curves of some methods, over those of ``behind``; returns the line of each."""
     first: Run = next(iter(shown.values()))[0]
     lines: list[Any] = []
-    for panel, name in zip(axes, ("accuracy" if labelled else "entropy", "recent_class_share"), strict=True):
+    upper, lower = first_curve(group), second_curve(group)
+    for panel, name in zip(axes, (upper[0], lower[0]), strict=True):
         seen, mean, *_ = _curve(behind or (), name)
         panel.plot(seen, mean, color=MUTED, lw=1, alpha=0.8)
         lines = []
@@ -269,7 +299,7 @@ def _draw(
             for run in runs if panel is axes[0] else ():
                 _mark_alarms(panel, run, look.color, 0.97 - 0.05 * turn)
         panel.grid(axis="y")  # a vertical line is a new domain
-    seen, share, *_ = _curve([first], "recent_label_share")
+    seen, share, *_ = _curve([first], "recent_label_share" if group.measure is not ERROR else "")
     axes[1].fill_between(seen, share, color=GRID, alpha=0.7, lw=0, zorder=0)
     batches, spans = first.batches, domain_spans(first.batches)
     for name, start, end in spans if len(spans) > 1 else ():
@@ -279,9 +309,9 @@ def _draw(
         if behind is None:
             style = {"rotation": 35, "fontsize": 7.5, "rotation_mode": "anchor"}
             axes[0].text(0.7 * left + 0.3 * right, 1.02, name, transform=axes[0].get_xaxis_transform(), **style)
-    axes[0].set(ylabel="accuracy %", ylim=(0, 102)) if labelled else axes[0].set(ylabel="entropy, nats", ylim=(0, None))
-    axes[0].set(xlim=(0, batches[-1]["images_seen"]))
-    axes[1].set(ylabel="largest class %", ylim=(0, 102), xlabel="images seen")
+    low = {} if upper[0] == "mean_value" else {"ylim": (0, 102 if upper[0] == "accuracy" else None)}
+    axes[0].set(ylabel=upper[2], xlim=(0, batches[-1]["images_seen"]), **low)
+    axes[1].set(ylabel=lower[2], ylim=(0, 102 if lower[0].endswith("share") else None), xlabel="images seen")
     return lines
 
 

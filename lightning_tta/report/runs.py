@@ -36,6 +36,36 @@ SHOWN = 6
 """So many differences between two parts of a report are named."""
 
 
+@dataclass(frozen=True)
+class Measure:
+    """By what runs are judged.
+
+    Attributes:
+        key: Its name in a report.
+        words: Its name in a table's header.
+        unit: What differences are in.
+        scale: What a value is multiplied by.
+        higher: Whether more is better.
+    """
+
+    key: str
+    words: str
+    unit: str
+    scale: float = 100.0
+    higher: bool = True
+
+    @property
+    def title(self) -> str:
+        """Its name at the beginning of a sentence."""
+        name = self.words.removesuffix(" %")
+        return name[:1].upper() + name[1:]
+
+
+ACCURACY = Measure("accuracy", "accuracy %", "points of accuracy")
+MEAN_IOU = Measure("mean_iou", "mean IoU %", "points of mean IoU")
+ERROR = Measure("mean_absolute_error", "mean absolute error", "units of the value", 1.0, False)
+
+
 @dataclass(eq=False)
 class Run:
     """One run: its label, what tells it from the method's other runs, and its files."""
@@ -75,6 +105,11 @@ class Run:
         return _digest(self.compared) if self.as_one else self.hash
 
     @property
+    def measure(self) -> Measure:
+        """By what it is judged: of pixels mean IoU, of values the mean absolute error, else accuracy."""
+        return next((each for each in (MEAN_IOU, ERROR) if each.key in self.report), ACCURACY)
+
+    @property
     def of_prompts(self) -> bool:
         """Whether it answered prompts of a language model."""
         return "prompts" in self.report
@@ -103,7 +138,7 @@ class Run:
             images = sum(row.get("images") or 0 for row in rows)
             means = {
                 key: sum(row[key] * row["images"] for row in rows) / images
-                for key in ("accuracy", "entropy")
+                for key in ("accuracy", "entropy", "mean_iou", "mean_absolute_error")
                 if images and all(row.get(key) is not None for row in rows)
             }
             share = max((row.get("largest_class_share") or 0 for row in rows), default=0)
@@ -164,6 +199,8 @@ class Run:
 
     @cached_property
     def _predictions(self) -> tuple[Predictions, str]:
+        if self.measure is not ACCURACY:  # an image is neither right nor wrong
+            return {}, ""
         return read_predictions(self.directory, self.report)
 
     @property
@@ -200,6 +237,11 @@ class Run:
         value: float | None = (self.report if domain is None else self.parts.get(domain, {})).get("accuracy")
         return value
 
+    def score(self, domain: str | None = None) -> float | None:
+        """The value of :attr:`measure`, of a domain or another part, or of all."""
+        value: float | None = (self.report if domain is None else self.parts.get(domain, {})).get(self.measure.key)
+        return value
+
 
 @dataclass
 class Group:
@@ -229,8 +271,13 @@ class Group:
 
     @property
     def labelled(self) -> bool:
-        """Whether any accuracy is known."""
-        return any(run.accuracy() is not None for run in self.runs)
+        """Whether any accuracy, or what else runs are judged by, is known."""
+        return any(run.score() is not None for run in self.runs)
+
+    @property
+    def measure(self) -> Measure:
+        """By what these runs are judged."""
+        return self.runs[0].measure
 
     @property
     def domains(self) -> list[str]:

@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 
 from lightning_tta.report.files import Report
-from lightning_tta.report.runs import VISIT, Group, Results, Run, settings, short
+from lightning_tta.report.runs import (
+    ERROR,
+    MEAN_IOU,
+    VISIT,
+    Group,
+    Measure,
+    Results,
+    Run,
+    settings,
+    short,
+)
 from lightning_tta.report.statistics import MIN_SEEDS, Estimate, holm, interval, over_images, over_seeds
 
 COSTS = {"ms / image": "ms per image", "passes": "forward + 2 x backward per batch", "peak MB": "peak memory, MB"}
@@ -76,23 +86,28 @@ def known(values: Iterable[float | None]) -> list[float]:
 
 
 def accuracy_of(runs: Sequence[Run], domain: str | None = None) -> Estimate | None:
-    """Accuracy over seeds, of a domain or of all."""
-    return interval(known(run.accuracy(domain) for run in runs))
+    """Accuracy, or what else runs are judged by, over seeds, of a domain or of all."""
+    return interval(known(run.score(domain) for run in runs))
+
+
+def score_cell(measure: Measure, estimate: Estimate | None, sign: str = "") -> str:
+    """A mean of what runs are judged by, or a difference of it."""
+    return cell(estimate, measure.scale, 1 if measure.scale == 100 else 2, sign)
 
 
 def difference(group: Group, method: str, domain: str | None = None, base: str | None = None) -> Estimate | None:
-    """Accuracy minus that of ``base`` (by default the source) under the same protocol.
+    """Accuracy (or what runs are judged by) minus that of ``base`` (by default the source) under the same protocol.
 
     Over seeds if there are several, else over images, but where an image comes several times.
     """
-    pairs = [pair for pair in group.pairs(method, base) if None not in [run.accuracy(domain) for run in pair]]
+    pairs = [pair for pair in group.pairs(method, base) if None not in [run.score(domain) for run in pair]]
     if len(pairs) == 1 and (not group.recurs or domain in (pairs[0][0].report.get("visits") or {})):
         hits, others = (run.hits_in(domain) for run in pairs[0])
         if hits and hits.keys() == others.keys() and all(np.array_equal(hits[n][0], others[n][0]) for n in hits):
             over = over_images(np.concatenate([hits[name][1] - others[name][1] for name in hits]))
             if over is not None:
                 return over
-    return over_seeds([(run.accuracy(domain) or 0) - (source.accuracy(domain) or 0) for run, source in pairs])
+    return over_seeds([(run.score(domain) or 0) - (source.score(domain) or 0) for run, source in pairs])
 
 
 def differences(group: Group) -> dict[str, Estimate]:
@@ -124,12 +139,13 @@ def pairing_note(gains: Iterable[Estimate]) -> str:
 def ranked(group: Group) -> list[str]:
     """The methods from best to worst by their difference to the source; those without one last, by accuracy."""
     gains, accuracies = differences(group), {method: accuracy_of(runs) for method, runs in group.methods.items()}
+    better = -1 if group.measure.higher else 1
 
     def place(method: str) -> tuple[bool, float]:
         accuracy = accuracies[method]
         if method in gains or method == group.source:
-            return False, -gains[method].mean if method in gains else 0.0
-        return True, -accuracy.mean if accuracy else 0.0
+            return False, better * gains[method].mean if method in gains else 0.0
+        return True, better * accuracy.mean if accuracy else 0.0
 
     return sorted(group.methods, key=place) if group.labelled else list(group.methods)
 
@@ -218,6 +234,32 @@ def language(group: Group) -> Table | None:
     return _by_method("Answers", header, cells, note)
 
 
+def dense(group: Group) -> Table | None:
+    """Of pixels: accuracy and the IoU of each class; of values: R2. ``None`` of others, and without targets."""
+    if not group.labelled or group.measure not in (MEAN_IOU, ERROR):
+        return None
+    cells: dict[str, list[str]] = {}
+    if group.measure is ERROR:
+        for method, runs in group.methods.items():
+            r2 = interval(known(run.report.get("r2") for run in runs))
+            cells[method] = [score_cell(group.measure, accuracy_of(runs)), cell(r2, 1, 3)]
+        note = "R2: 1 is exact, 0 is as good as the mean of all targets, below it worse. "
+        return _by_method("Values", ["mean absolute error", "R2"], cells, note + spread_note(group))
+    names = list(next((run.report["class_names"] for run in group.runs if run.report.get("class_names")), []))
+    count = max(len(run.report.get("class_iou") or ()) for run in group.runs)
+    names += [f"class {number}" for number in range(len(names), count)]
+    for method, runs in group.methods.items():
+        values = [run.report.get("class_iou") or [None] * count for run in runs]
+        each = [cell(interval(known(row[k] for row in values if k < len(row)))) for k in range(count)]
+        pixels = interval(known(run.accuracy() for run in runs))
+        cells[method] = [cell(pixels), score_cell(group.measure, accuracy_of(runs)), *each]
+    note = (
+        "In percent. IoU of each class, from all pixels that count together; mean IoU over the classes that occur. "
+        f"Accuracy: share of pixels that are right. {spread_note(group)}"
+    )
+    return _by_method("Pixels", ["pixel accuracy", "mean IoU", *names[:count]], cells, note)
+
+
 def overview(group: Group, best: str | None = None) -> Table:
     """Accuracy, difference to the source with its p-value, collapse; the best first.
 
@@ -232,11 +274,14 @@ def overview(group: Group, best: str | None = None) -> Table:
         runs, gain, share = group.methods[method], gains.get(method), class_share(group.methods[method])
         p_values = [p_cell(gain.p if gain else None), p_cell(corrected.get(method))]
         shown = number(None if share is None else 100 * share)
-        cells[method] = [str(len(runs)), cell(accuracy_of(runs)), cell(gain, sign="+"), *p_values, shown]
-    note = f"{spread_note(group)} {pairing_note(gains.values())} {share_note(group)}"
-    return _by_method(
-        group.title, ["n", "accuracy %", "vs source", "p", "p (Holm)", largest(group.of_prompts)], cells, note, best
-    )
+        measure = group.measure
+        means = [score_cell(measure, accuracy_of(runs)), score_cell(measure, gain, sign="+")]
+        cells[method] = [str(len(runs)), *means, *p_values, *([shown] if measure is not ERROR else [])]
+    note = f"{spread_note(group)} {pairing_note(gains.values())} "
+    note += "Mean absolute error: lower is better." if group.measure is ERROR else share_note(group)
+    header = ["n", group.measure.words, "vs source", "p", "p (Holm)"]
+    header += [] if group.measure is ERROR else [largest(group.of_prompts)]
+    return _by_method(group.title, header, cells, note, best)
 
 
 def _unlabelled(group: Group) -> Table:
@@ -257,8 +302,14 @@ def all_groups(results: Results) -> Table | None:
     shown = [group for group in results.groups if group.labelled]
     if not shown or len(results.groups) < 2:
         return None
-    cells = {m: [cell(accuracy_of(group.methods.get(m, []))) for group in shown] for m in results.methods}
-    note = "Accuracy %; ± as beside each group's own table below. Columns are not comparable with each other."
+    cells = {
+        m: [score_cell(group.measure, accuracy_of(group.methods.get(m, []))) for group in shown]
+        for m in results.methods
+    }
+    note = (
+        "Accuracy %, of pixels mean IoU %, of values the mean absolute error; ± as beside each group's own table. "
+        "Columns are not comparable with each other."
+    )
     return _by_method("All groups", [group.title for group in shown], cells, note)
 
 
@@ -272,15 +323,20 @@ def by_domain(group: Group) -> list[Table]:
             for m, runs in group.methods.items()
         }
         return [_crossed(f"Entropy by {by}, nats", domains, rows, spread_note(group))]
-    columns = {m: [cell(accuracy_of(runs, d)) for d in domains] for m, runs in group.methods.items()}
-    tables = [_crossed(f"Accuracy % by {by}", domains, columns, spread_note(group))]
-    gains = {m: [cell(difference(group, m, d), sign="+") for d in domains] for m in differences(group)}
+    how = group.measure
+    columns = {m: [score_cell(how, accuracy_of(runs, d)) for d in domains] for m, runs in group.methods.items()}
+    tables = [_crossed(f"{how.words[:1].upper()}{how.words[1:]} by {by}", domains, columns, spread_note(group))]
+    gains = {m: [score_cell(how, difference(group, m, d), "+") for d in domains] for m in differences(group)}
     if gains:
         note = (
             "Paired as above; * the interval leaves out zero. Not corrected for the number of domains: about one star "
             "in twenty comes by chance."
         )
-        tables.append(_crossed(f"Difference to the source by {by}, points", domains, gains, note))
+        tables.append(
+            _crossed(
+                f"Difference to the source by {by}, {'points' if how.scale == 100 else how.words}", domains, gains, note
+            )
+        )
     return tables
 
 
@@ -295,18 +351,25 @@ def _crossed(title: str, domains: Sequence[str | None], columns: Mapping[str, li
 def one_run(report: Report) -> Table:
     """A run's account by domain; without labels entropy in place of accuracy."""
     run = Run(str(report.get("method", "")), "", report, Path())
-    labelled = run.accuracy() is not None
+    labelled, how = run.score() is not None, run.measure
     rows = []
     for name in [*run.parts, None]:
         part: Report = report if name is None else run.parts[name]
-        share, accuracy = None if name is None else part.get("largest_class_share"), run.accuracy(name)
-        measure = number(accuracy and 100 * accuracy) if labelled else number(mean_entropy(run, name), ".3f")
-        images = str(part.get("images", "-"))
-        rows.append([name or "all", images, measure, number(None if share is None else 100 * share)])
+        share, score = None if name is None else part.get("largest_class_share"), run.score(name)
+        shown = number(score and how.scale * score, ".1f" if how.scale == 100 else ".2f")
+        measures = [shown if labelled else number(mean_entropy(run, name), ".3f")]
+        if how is MEAN_IOU and labelled:
+            accuracy = run.accuracy(name)
+            measures.append(number(accuracy and 100 * accuracy))
+        measures.append(
+            number(part.get("r2"), ".3f") if how is ERROR else number(None if share is None else 100 * share)
+        )
+        rows.append([name or "all", str(part.get("images", "-")), *measures])
     stream, reset = run.protocol.get("stream"), run.protocol.get("reset")
     title = f"{run.method}, {stream} stream, reset {reset}, protocol {run.hash}"
     what, share_of = "prompts" if run.of_prompts else "images", largest(run.of_prompts)
-    return Table(title, ["domain", what, "accuracy %" if labelled else "entropy", share_of], rows)
+    header = [how.words if labelled else "entropy"] + ["pixel accuracy %"] * (how is MEAN_IOU and labelled)
+    return Table(title, ["domain", what, *header, "R2" if how is ERROR else share_of], rows)
 
 
 def calibration(group: Group) -> Table | None:
@@ -383,7 +446,7 @@ def cost_points(group: Group) -> dict[str, dict[str, tuple[float, float]]]:
     """Cost and accuracy in percent of every method, by kind of cost, where two methods or more have both."""
     points: dict[str, dict[str, tuple[float, float]]] = {label: {} for label in COSTS.values()}
     for method, runs in group.methods.items():
-        accuracy, means = accuracy_of(runs), costs(runs)
+        accuracy, means = accuracy_of(runs) if group.measure is not ERROR else None, costs(runs)
         for key in COSTS if accuracy is not None else ():
             if accuracy is not None and key in means:
                 points[COSTS[key]][method] = (means[key], 100 * accuracy.mean)

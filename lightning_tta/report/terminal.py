@@ -153,7 +153,8 @@ def print_results(results: Results, console: Console) -> None:
         domains = tables.by_domain(group)[:1] if results.singles and len(group.parts) > 1 else []
         ruling = verdict(group)
         console.print(Text(f"{ruling.text}\n"), style="bold")
-        for table in (tables.overview(group, ruling.best), tables.language(group), *domains, tables.cost(group)):
+        shown = (tables.overview(group, ruling.best), tables.language(group), tables.dense(group))
+        for table in (*shown, *domains, tables.cost(group)):
             if table is not None:
                 print_table(console, table)
         for text in group.warnings:

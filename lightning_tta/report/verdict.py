@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_tta.report.runs import Group
+from lightning_tta.report.runs import ACCURACY, Group
 from lightning_tta.report.statistics import Estimate, holm, interval
 from lightning_tta.report.tables import accuracy_of, class_share, costs, difference, differences, known, ranked
 
@@ -33,7 +33,10 @@ def verdict(group: Group) -> Verdict:
     top, *_ = order = ranked(group)
     if group.source is None:
         level = len([method for method in order if _mean(group, method) == _mean(group, top)]) - 1
-        which = "alone" if len(order) == 1 else f"and {level} more are level, and highest," if level else "is highest"
+        highest = "highest" if group.measure.higher else "lowest"
+        which = (
+            "alone" if len(order) == 1 else f"and {level} more are level, and {highest}," if level else f"is {highest}"
+        )
         return Verdict(
             f"{top} {which} {where}: {_accuracy(group, top)}. There is no run of source under the same protocol, so it "
             "is not known whether adapting helps.",
@@ -44,17 +47,20 @@ def verdict(group: Group) -> Verdict:
         return Verdict(
             f"source alone {where}: {_accuracy(group, group.source)}. There is no method to compare it with."
         )
-    best = next((m for m in order if m in gains and gains[m].clear and gains[m].mean > 0), None)
+    better = 1 if group.measure.higher else -1
+    best = next((m for m in order if m in gains and gains[m].clear and better * gains[m].mean > 0), None)
     if best is not None:
         return Verdict(_better(group, best, gains, where), best)
     top = next(method for method in order if method in gains)
     gain = gains[top]
-    if gain.half is None and gain.low > 0:  # nothing to test it by
-        return Verdict(f"{top} is highest {where}: {_what_it_gives(group, top, gain)}.", top)
+    highest = "highest" if group.measure.higher else "lowest"
+    if gain.half is None and (gain.low > 0 if group.measure.higher else gain.high < 0):  # nothing to test it by
+        return Verdict(f"{top} is {highest} {where}: {_what_it_gives(group, top, gain)}.", top)
     unsure = "" if gain.half is None or gain.clear else ", not distinguishable from it"
-    which = f"the highest of the others, {top}," if len(gains) > 1 else top
+    which = f"the {highest} of the others, {top}," if len(gains) > 1 else top
+    apart = f"{_points(group, gain)}{unsure} {_how_sure(group, gain)}"
     return Verdict(
-        f"None is better than the source {where}: {source}; {which} is {_points(gain)}{unsure} {_how_sure(gain)}.",
+        f"None is better than the source {where}: {source}; {which} is {apart}.",
         group.source if order[0] == group.source else None,  # else one is higher, though nobody knows how sure
     )
 
@@ -73,7 +79,7 @@ def _better(group: Group, best: str, gains: dict[str, Estimate], where: str) -> 
 
 
 def _what_it_gives(group: Group, method: str, gain: Estimate) -> str:
-    return f"{_accuracy(group, method)}, {_points(gain)} {_how_sure(gain)}{_cost(group, method)}"
+    return f"{_accuracy(group, method)}, {_points(group, gain)} {_how_sure(group, gain)}{_cost(group, method)}"
 
 
 def _where(group: Group) -> str:
@@ -93,22 +99,28 @@ def _mean(group: Group, method: str) -> float | None:
 
 def _accuracy(group: Group, method: str) -> str:
     mean = _mean(group, method)
-    return "accuracy not known" if mean is None else f"{100 * mean:.1f} %"
+    words = "" if group.measure is ACCURACY else f"{group.measure.words.removesuffix(' %')} "
+    unit, form = (" %", ".1f") if group.measure.scale == 100 else ("", ".2f")
+    return "accuracy not known" if mean is None else f"{words}{group.measure.scale * mean:{form}}{unit}"
 
 
-def _points(gain: Estimate) -> str:
+def _points(group: Group, gain: Estimate) -> str:
     """The difference without its sign, which the words have."""
-    half = "" if gain.half is None else f" ± {100 * gain.half:.1f}"
-    return f"{100 * abs(gain.mean):.1f}{half} points {'over' if gain.mean >= 0 else 'below'} the source"
+    scale, form, points = group.measure.scale, ".1f", " points"
+    if scale != 100:
+        form, points = ".2f", ""
+    half = "" if gain.half is None else f" ± {scale * gain.half:{form}}"
+    return f"{scale * abs(gain.mean):{form}}{half}{points} {'over' if gain.mean >= 0 else 'below'} the source"
 
 
-def _how_sure(gain: Estimate) -> str:
+def _how_sure(group: Group, gain: Estimate) -> str:
     if gain.over == "images":
         return f"(one seed; ± over {gain.count:,} images, and not over seeds)"
     if gain.half is not None:
         return f"({gain.count} seeds)"
     if gain.count == 2:
-        return f"(two seeds, {100 * gain.low:+.1f} and {100 * gain.high:+.1f}: how sure is not known)"
+        scale, form = group.measure.scale, "+.1f" if group.measure.scale == 100 else "+.2f"
+        return f"(two seeds, {scale * gain.low:{form}} and {scale * gain.high:{form}}: how sure is not known)"
     return "(one seed: how sure is not known)"
 
 

@@ -154,11 +154,12 @@ class AnswerSummary(StreamSummary):
         measures = batch.measures
         self.calibration.add(measures.confidence[known], (measures.prediction == batch.label)[known])
 
-    def _counts(self, batch: BatchRecord, predictions: NDArray[np.int64]) -> Any:
-        return _counts(predictions)
+    def _counts(self, batch: BatchRecord, rows: NDArray[np.bool_]) -> Any:
+        return _counts(batch.measures.prediction.numpy()[rows])
 
-    def _label_counts(self, batch: BatchRecord, labels: NDArray[np.int64]) -> Any:
-        return _counts(labels)
+    def _label_counts(self, batch: BatchRecord) -> Any:
+        labels = batch.label.numpy()
+        return _counts(labels[labels >= 0])
 
     def _joined(self, counts: Sequence[Any]) -> Any:
         total: dict[int, int] = {}

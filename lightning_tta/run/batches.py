@@ -135,10 +135,10 @@ def or_skip(problem: DataError) -> DataError:
 
 
 def spread(logits: Tensor, damaged: Tensor | None) -> Tensor:
-    """Logits (B, K) of a whole batch from those of the images that could be read; zeros for the others."""
+    """Logits (B, ...) of a whole batch from those of the images that could be read; zeros for the others."""
     if damaged is None:
         return logits
-    whole = logits.new_zeros(len(damaged), logits.shape[1])
+    whole = logits.new_zeros(len(damaged), *logits.shape[1:])
     whole[~damaged.to(logits.device)] = logits
     return whole
 

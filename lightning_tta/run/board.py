@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch import Tensor
+from torch.nn import functional
 
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import check_range
@@ -27,6 +28,12 @@ HISTOGRAMS = 20
 """About so many histograms in a stream."""
 PICTURES = 2
 """So many batches of a stream are shown."""
+PALETTE = (
+    *((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0)),
+    *((204, 121, 167), (255, 255, 255), (148, 103, 189), (140, 86, 75), (23, 190, 207)),
+)
+"""Colors of the first classes of pixels, after Okabe and Ito; later ones begin anew."""
+UNCOUNTED = (128, 128, 128)
 SIDE, LINE, GAP = 96, 12, 8  # pixels of an image, of a line of text, between two images
 ACCURACIES = ("meta/val_after", "source/val_accuracy")
 """What a fit is judged by."""
@@ -37,8 +44,17 @@ CURVES = {
     "accuracy": "accuracy_of_batch",
     **{name: name for name in ("loss", "entropy", "recent_class_share", "largest_class_share", "logit_norm")},
     **{name: name for name in ("kept", "skipped_steps", "guard_alarms")},
+    "mean_iou_so_far": "mean_iou",
+    "mean_iou": "mean_iou_of_batch",
+    "mean_absolute_error_so_far": "mean_absolute_error",
+    "mean_absolute_error": "mean_absolute_error_of_batch",
+    **{name: name for name in ("mean_value", "value_spread")},
 }
 """What of a batch's account is a curve under ``adapt/``, and its name there."""
+
+
+_SCORES = ("mean_iou", "mean_absolute_error", "accuracy")
+"""What a run is judged by: the first that it has."""
 
 
 class StreamBoard(RunCallback):
@@ -47,9 +63,11 @@ class StreamBoard(RunCallback):
     The names are the same for all methods and streams, so that the curves of several runs lie over each other. To all
     loggers of the Trainer, over the images seen: ``adapt/accuracy`` (so far), ``adapt/accuracy_of_batch``,
     ``adapt/loss``, ``adapt/entropy``, ``adapt/recent_class_share`` and the others of ``CURVES``. To TensorBoard:
-    ``images``, the first ones of the first two batches with label, the source's prediction and the adapted one;
+    ``images``, the first ones of the first two batches with label, the source's prediction and the adapted one (of
+    pixels their masks; none of values);
     ``entropies``, the entropy of every image of a batch, some 20 times in a stream (its mean hides whether a few
-    images or all grew sure). With the hyper-parameters: ``hp_metric``, the accuracy.
+    images or all grew sure). With the hyper-parameters: ``hp_metric``, the accuracy; of pixels mean IoU, of values
+    the mean absolute error.
 
     Args:
         images: How many images of each of the first batches are shown, for which the net is put back to the source for
@@ -81,13 +99,19 @@ class StreamBoard(RunCallback):
         numbers = self._numbers(run)
         for logger in run.trainer.loggers:
             log_numbers(logger, numbers, step)
-        if (run.summary.batches - 1) % self._every == 0:
+        if "entropy" in output and (run.summary.batches - 1) % self._every == 0:
             for add_histogram in _writers(run.trainer, "add_histogram"):
                 add_histogram("entropies", output["entropy"].float(), global_step=step)
         if self._pictures_left and run.batch is not None and run.batch.images is not None:
             self._pictures_left -= 1
             names = None if run.classes is not None else getattr(run.data, "class_names", None)
-            strip = draw(run.method, run.batch.images[: self.images], output["prediction"], output["label"], names)
+            shown, kind = run.batch.images[: self.images], run.method.task.kind
+            if kind == "regression":
+                return
+            if kind == "pixels":
+                strip = draw_masks(run.method, shown, output["prediction"], getattr(run.batch, "target", None))
+            else:
+                strip = draw(run.method, shown, output["prediction"], output["label"], names)
             for add_image in _writers(run.trainer, "add_image"):
                 add_image("images", strip, global_step=step, dataformats="HWC")
 
@@ -117,7 +141,7 @@ class StreamBoard(RunCallback):
         }
         images = result["images"]
         metrics = {
-            "hp_metric": result["accuracy"],
+            "hp_metric": next((result[name] for name in _SCORES if result.get(name) is not None), None),
             "hp/ece": result["ece"],
             "hp/ms_per_image": 1000 * result["seconds"] / images if images else None,
         }
@@ -221,12 +245,39 @@ def draw(
     return np.asarray(strip)
 
 
-@torch.no_grad()
-def _source_prediction(method: TTAMethod, images: Tensor) -> Tensor:
-    """What the plain net predicts from its source weights; all that the method has learned or drawn is as before."""
+def draw_masks(method: TTAMethod, images: Tensor, adapted: Tensor, target: Tensor | None) -> NDArray[np.uint8]:
+    """A picture (H, W, 3) of images (B, C, H, W), a column each: image, mask, the source's and the adapted one.
+
+    Classes have the colors of :data:`PALETTE`; pixels that do not count, or have no prediction, are grey.
+    """
+    usable = images.detach().float().nan_to_num(0, 0, 0).clamp(0, 1)
+    with torch.no_grad():
+        source = method.task.answer(_source_output(method, usable)).argmax(1).cpu()
+    pixels = (255 * usable.cpu()).round().byte()
+    pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels[:, :3]
+    masks = [source, adapted[: len(usable)].long()]
+    masks = masks if target is None else [target[: len(usable)], *masks]
+    table = torch.tensor([*PALETTE, UNCOUNTED], dtype=torch.uint8)
+    colors = [table[torch.where(mask < 0, len(PALETTE), mask % len(PALETTE))].permute(0, 3, 1, 2) for mask in masks]
+    rows = [torch.cat(list(functional.pad(row, (0, 2, 0, 2), value=255)), 2) for row in (pixels, *colors)]
+    picture = Image.fromarray(torch.cat(rows, 1).permute(1, 2, 0).numpy())
+    scale = SIDE / max(usable.shape[-2:])
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return np.asarray(picture.resize(size, Image.Resampling.NEAREST))
+
+
+def _source_output(method: TTAMethod, images: Tensor) -> Tensor:
+    """What the plain net gives from its source weights; all that the method has learned or drawn is as before."""
     rng = torch.random.fork_rng(devices=[images.device] if images.is_cuda else [])
     with rng, method.at_source():
-        return as_logits(method.model(images.to(float_dtype(method.model)))).argmax(1).cpu()
+        output: Tensor = method.model(images.to(float_dtype(method.model)))
+        return output
+
+
+@torch.no_grad()
+def _source_prediction(method: TTAMethod, images: Tensor) -> Tensor:
+    """What the plain net predicts from its source weights."""
+    return as_logits(_source_output(method, images)).argmax(1).cpu()
 
 
 def log_numbers(logger: Logger, numbers: Mapping[str, float], step: int) -> None:

@@ -36,7 +36,10 @@ FORMAT = 3
 """Of the states that this version writes."""
 STATE, FINAL, LOCK, REPORT = "state.pt", "final_state.pt", "run.lock", "report.json"
 GROWING = ("predictions.csv", "batches.jsonl")
-CLEARED = ("state*.pt", "final_state*.pt", REPORT, "predictions*.csv", "batches*.jsonl", "guard.jsonl", "config.yaml")
+CLEARED = (
+    *("state*.pt", "final_state*.pt", REPORT, "predictions*.csv", "batches*.jsonl", "guard.jsonl", "config.yaml"),
+    "masks/**/*.png",
+)
 """What is left of an earlier run is removed in this order: states first, so that no half of a run is continued."""
 LOGGED = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
 FILE_LOGGERS = (TensorBoardLogger, CSVLogger)

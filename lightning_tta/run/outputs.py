@@ -7,7 +7,7 @@ import io
 import json
 import os
 from dataclasses import asdict
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -40,6 +40,7 @@ class PredictionWriter(RunCallback):
     """
 
     may_lag = True
+    columns: ClassVar[tuple[str, ...]] = COLUMNS
     names: ClassVar[tuple[str, ...]] = NAMES
 
     def __init__(self) -> None:
@@ -50,7 +51,7 @@ class PredictionWriter(RunCallback):
         self._begin(run)
         self._file = GrowingFile(run.directory.open(PREDICTIONS))
         if self._file.is_empty:
-            csv.writer(self._file).writerow((*COLUMNS, *self.names))
+            csv.writer(self._file).writerow((*self.columns, *self.names))
 
     def _begin(self, run: StreamRun) -> None:
         self._class_names = run.class_names
@@ -69,9 +70,9 @@ class PredictionWriter(RunCallback):
         assert self._file is not None
         if not len(output["index"]):  # another process has all of the batch, or it was no batch
             return
-        columns = {name: output[name].tolist() for name in COLUMNS}
+        columns: dict[str, list[Any]] = {name: output[name].tolist() for name in self.columns}
         columns["domain"] = [run.summary.domain_names[number] for number in columns["domain"]]
-        for name in ("confidence", "entropy"):
+        for name in {"confidence", "entropy"} & {*columns}:
             columns[name] = [f"{value:.6g}" for value in columns[name]]
         columns |= self.texts(run, output)
         lines = io.StringIO(newline="")
@@ -178,6 +179,7 @@ class StreamReport(RunCallback):
             "net": run.net,
             "protocol": run.protocol.to_dict(),
             **summary.result(run.protocol.visits),
+            **({"class_names": run.class_names} if run.method.task.kind == "pixels" else {}),
             "window": WINDOW,
             "guard": None,
             "wall_seconds": run.wall_seconds,

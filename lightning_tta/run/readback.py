@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -84,27 +84,29 @@ class UnreadBatch:
     """A batch that was adapted on, of which nobody knows yet what came out.
 
     Args:
-        logits: (B, K), on the device.
+        outputs: What the record is made of beside ``rest``, such as ``logits`` (B, K): tensors on the device.
         stats: What the method's ``stats`` are made of: scalars on the device, and numbers.
         span: When the method began, and when it had done.
         rest: The other fields of its :class:`~lightning_tta.run.summary.BatchRecord`, which the host knows.
+        make: Makes the record of ``outputs`` and ``rest``, by name.
         pack: See :class:`Readback`.
     """
 
     def __init__(
         self,
-        logits: Tensor,
+        outputs: Mapping[str, Tensor],
         stats: Mapping[str, Tensor | float],
         span: tuple[Moment, Moment],
         rest: dict[str, Any],
         *,
+        make: Callable[..., BatchRecord] = BatchRecord,
         pack: bool = False,
     ) -> None:
-        self._span, self.rest = span, rest
+        self._span, self.rest, self._outputs, self._make = span, rest, list(outputs), make
         self._names = list(stats)
         self._numbers = {name: value for name, value in stats.items() if not isinstance(value, Tensor)}
         scalars = {f"stats/{name}": value for name, value in stats.items() if isinstance(value, Tensor)}
-        self._readback = Readback({"logits": logits, **scalars}, pack=pack)
+        self._readback = Readback({**outputs, **scalars}, pack=pack)
 
     def __len__(self) -> int:
         return len(self.rest["index"])
@@ -119,7 +121,9 @@ class UnreadBatch:
     def record(self) -> BatchRecord:
         """What came out; waits for the device."""
         stats, seconds = self.cost()
-        return BatchRecord(self._readback.read()["logits"], stats=stats, seconds=seconds, **self.rest)
+        tensors = self._readback.read()
+        outputs = {name: tensors[name] for name in self._outputs}
+        return self._make(**outputs, stats=stats, seconds=seconds, **self.rest)
 
 
 class Transfer:

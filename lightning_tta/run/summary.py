@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ class BatchRecord:
     damaged: Tensor | None = None  # which files could not be read, bool (B,); their logits are zeros
     note: str = ""  # why they could not be
 
+    rows: ClassVar[tuple[str, ...]] = ("logits", "index", "domain", "label")
+    """The fields with a row for each image."""
+
     def __post_init__(self) -> None:
         self.logits = self.logits.detach().cpu()
         self.index, self.domain, self.label = self.index.cpu(), self.domain.cpu(), self.label.cpu()
@@ -52,7 +55,7 @@ class BatchRecord:
         """The images that could be read."""
         if self.damaged is None:
             return self
-        rows = {name: getattr(self, name)[~self.damaged] for name in ("logits", "index", "domain", "label")}
+        rows = {name: getattr(self, name)[~self.damaged] for name in self.rows if getattr(self, name) is not None}
         return replace(self, **rows, images=None, files=(), damaged=None)
 
     def outputs(self) -> dict[str, Tensor]:
@@ -81,6 +84,9 @@ class StreamSummary:
         domain_names: Names by domain number.
         counted: The domains whose images make up the overall accuracy; by default all.
     """
+
+    means: ClassVar[Iterable[str]] = _MEANS
+    """What is said of each batch without labels, by the names of the record's measures."""
 
     def __init__(self, domain_names: list[str], counted: list[str] | None = None) -> None:
         self.domain_names = list(domain_names)
@@ -132,57 +138,69 @@ class StreamSummary:
             self.last["skipped"] = batch.note
             batch = batch.without_damaged()
             self.last["images"] = len(batch)
-        # numpy: on so few numbers a call of torch costs several times as much
-        domain, label, prediction = (each.numpy() for each in (batch.domain, batch.label, batch.measures.prediction))
-        numbers, entropy = sorted(set(domain.tolist())), batch.measures.entropy
-        labelled = label >= 0
-        correct = labelled & (prediction == label)
-        whole = all(self._counted[number] for number in numbers)
-        self._calibrate(batch, None if whole else torch.tensor(self._counted)[batch.domain])
-        for number in numbers:
-            here, whole = domain == number, len(numbers) == 1
-            self._images[number] += int(np.count_nonzero(here))
-            self._labelled[number] += int(np.count_nonzero(labelled[here]))
-            self._correct[number] += int(np.count_nonzero(correct[here]))
-            self._entropy[number] += float((entropy if whole else entropy[torch.from_numpy(here)]).sum())
-            counts = batch.measures.counts if whole else self._counts(batch, prediction[here])
-            before = self._classes[number]
-            self._classes[number] = counts if before is None else self._joined([before, counts])
         self.missed += not batch.adapted or bool(batch.stats.get("only_predicted"))
         self.images += len(batch)
         self.seconds += batch.seconds
         for name in TOTALS:
             self._totals[name] = self._totals.get(name, 0) + batch.stats.get(name, 0)
-        self._recent.append(batch.measures.counts)
-        self._recent_labels.append(self._label_counts(batch, label[labelled]))
-        means = batch.stats if batch.stats.keys() >= _MEANS else batch.measures.means()
-        if 0 < (known := int(np.count_nonzero(labelled))) < len(batch):
-            self.last["labelled_images"] = known
+        said = self._add(batch)
+        means = batch.stats if batch.stats.keys() >= set(self.means) else batch.measures.means()
         self.last |= {
             "images_seen": self.images,
-            "accuracy": int(correct.sum()) / int(labelled.sum()) if labelled.any() else None,
-            "accuracy_so_far": self.accuracy,
-            "recent_class_share": self._recent_share(self._recent),
-            "recent_label_share": self._recent_share(self._recent_labels),
+            **said,
             "seconds": batch.seconds,
-            **{name: float(means[name]) for name in _MEANS},
+            **{name: float(means[name]) for name in self.means},
             **batch.stats,
         }
 
     # What another kind of prediction than a class counts in another way
+
+    def _add(self, batch: BatchRecord) -> dict[str, Any]:
+        """Take in what was predicted; what the account of the batch says of it."""
+        # numpy: on so few numbers a call of torch costs several times as much
+        domain = batch.domain.numpy()
+        numbers, entropy = sorted(set(domain.tolist())), batch.measures.entropy
+        labelled, correct = self._judged(batch)
+        whole = all(self._counted[number] for number in numbers)
+        self._calibrate(batch, None if whole else torch.tensor(self._counted)[batch.domain])
+        for number in numbers:
+            here, whole = domain == number, len(numbers) == 1
+            self._images[number] += int(np.count_nonzero(here))
+            self._labelled[number] += int(labelled[here].sum())
+            self._correct[number] += int(correct[here].sum())
+            self._entropy[number] += float((entropy if whole else entropy[torch.from_numpy(here)]).sum())
+            counts = batch.measures.counts if whole else self._counts(batch, here)
+            before = self._classes[number]
+            self._classes[number] = counts if before is None else self._joined([before, counts])
+        self._recent.append(batch.measures.counts)
+        self._recent_labels.append(self._label_counts(batch))
+        if 0 < (known := int(np.count_nonzero(labelled))) < len(batch):
+            self.last["labelled_images"] = known
+        return {
+            "accuracy": int(correct.sum()) / int(labelled.sum()) if labelled.any() else None,
+            "accuracy_so_far": self.accuracy,
+            "recent_class_share": self._recent_share(self._recent),
+            "recent_label_share": self._recent_share(self._recent_labels),
+        }
+
+    def _judged(self, batch: BatchRecord) -> tuple[NDArray[Any], NDArray[Any]]:
+        """How many labels of each image are known, and how many predictions are right, (B,)."""
+        label = batch.label.numpy()
+        return label >= 0, (label >= 0) & (batch.measures.prediction.numpy() == label)
 
     def _calibrate(self, batch: BatchRecord, counted: Tensor | None) -> None:
         """Take in how sure the predictions were, of the samples that count, bool (B,), or of all."""
         rows = slice(None) if counted is None else counted
         self.calibration.update(batch.logits[rows], batch.label[rows])
 
-    def _counts(self, batch: BatchRecord, predictions: NDArray[np.int64]) -> Any:
-        """How often each class comes among some of a batch's predictions."""
-        return class_counts(torch.from_numpy(predictions), batch.logits.shape[1])
+    def _counts(self, batch: BatchRecord, rows: NDArray[np.bool_]) -> Any:
+        """How often each class comes among the predictions of some images of a batch, bool (B,)."""
+        return class_counts(batch.measures.prediction[torch.from_numpy(rows)], batch.logits.shape[1])
 
-    def _label_counts(self, batch: BatchRecord, labels: NDArray[np.int64]) -> Any:
+    def _label_counts(self, batch: BatchRecord) -> Any:
         """The same of the labels that are known."""
-        return torch.from_numpy(np.bincount(labels, minlength=batch.logits.shape[1]))
+        labels = batch.label.numpy()
+        return torch.from_numpy(np.bincount(labels[labels >= 0], minlength=batch.logits.shape[1]))
 
     def _joined(self, counts: Sequence[Any]) -> Any:
         """Counts added up."""

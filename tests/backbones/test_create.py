@@ -191,7 +191,7 @@ def test_list_backbones_covers_all_families() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"name": "cifar/resnet20", "num_classes": 1}, "num_classes"),
+        ({"name": "cifar/resnet20", "num_classes": 0}, "num_classes"),
         ({"name": "cifar/resnet20", "depth": 32}, "depth"),
         ({"name": "cifar/resnet20", "colour": 1}, "colour"),
         ({"name": "timm/test_resnet", "img_size": 32}, "img_size=32.*unexpected keyword"),

@@ -312,7 +312,7 @@ def test_on_cuda_the_host_waits_once_and_late(monkeypatch):
         logits, loss = torch.rand(2, 10, device=device), torch.rand((), device=device)
         end = Moment(device)
         rest = {"index": torch.arange(2), "domain": torch.zeros(2), "label": torch.zeros(2)}
-        unread = readback.UnreadBatch(logits, {"loss": loss, "forwards": 1}, (start, end), rest)
+        unread = readback.UnreadBatch({"logits": logits}, {"loss": loss, "forwards": 1}, (start, end), rest)
         assert chip.asked == ["record"] * 3
         assert unread._readback.read()["logits"].shape == (2, 10)
         assert unread._readback.read()["stats/loss"].device.type == "cpu"

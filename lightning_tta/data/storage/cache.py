@@ -238,7 +238,8 @@ class MappedImages(KeptImages):
         self._rows = open_images(path, shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": None, "origin": self.origin if self.readable is not None else None}
+        wanted = self.readable is not None or self.has_targets
+        return {**self.__dict__, "_rows": None, "origin": self.origin if wanted else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
