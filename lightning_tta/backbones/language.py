@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tta.backbones.copying import copy_net
 from lightning_tta.backbones.dense import DenseModel
+from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.errors import UnsupportedModelError
 
 IDS, ATTENTION, COUNTS = 0, 1, 2
@@ -110,6 +112,23 @@ class TokenModel(DenseModel):
     def can_cache(self) -> bool:
         """Whether the net keeps keys and values for the tokens that follow."""
         return {"use_cache", "past_key_values"} <= self._takes
+
+    @torch.no_grad()
+    def sees_later_tokens(self) -> bool:
+        """Whether logits depend on tokens that come later, as of a masked language model: seen in a pass of a copy.
+
+        ``False`` too where the net cannot take the four tokens that are tried; then its first batch says why.
+        """
+        try:
+            twin = copy_net(self, (*self.parameters(), *self.buffers())).eval()
+            x = self.examples(2)[0][:, :, :4].clone()
+            x[1, IDS, -1] = max((self.vocabulary or 2) - 1, 0)
+            with outside_inference_mode():
+                one, other = twin(x)[:, :-1].double()
+        except Exception:
+            return False
+        rounding = 1e-2 if next(self.parameters()).dtype in (torch.float16, torch.bfloat16) else 1e-5
+        return bool((one - other).abs().max() > rounding * one.abs().max())
 
     def examples(self, number: int) -> list[Tensor]:
         """Eight tokens each, the first of the vocabulary."""

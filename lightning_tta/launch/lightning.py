@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pydoc
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -340,6 +341,9 @@ def _is_data(arguments: dict[str, Any]) -> bool:
 
 
 def _class_path(name: str) -> str:
+    if name.lstrip().startswith("{"):  # the class with its arguments: its short name, which jsonargparse cannot find
+        short = r"""(class_path["']?\s*:\s*["']?)(\w+)(?=["']?\s*[,}])"""
+        return re.sub(short, lambda match: match[1] + _class_path(match[2]), name, count=1)
     try:
         return f"lightning_tta.methods.{find(name).__name__}"
     except ConfigError:

@@ -212,7 +212,7 @@ class SourceLanguageModel(LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Refuses: answers, adapted or not, are written by the test-time module."""
         raise ConfigError(
-            "SourceLanguageModel does not predict. Use --model TestTimeAdaptation --model.source_ckpt PATH with "
+            "SourceLanguageModel does not predict. Use --model LanguageAdaptation --model.source_ckpt PATH with "
             "--model.method Source for answers without adaptation."
         )
 

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_tta.backbones import load_weights
 from lightning_tta.backbones.gpt import CharGPT
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.split import find_head
@@ -30,6 +31,7 @@ from lightning_tta.meta.perk import (
     run_with,
 )
 from lightning_tta.methods.components.adapters import put_in
+from lightning_tta.modules.loading import load_source
 from lightning_tta.modules.source import log_mean
 from lightning_tta.modules.training import TrainingRecord, find_checkpoint
 
@@ -61,8 +63,9 @@ class PERK(LightningModule):
     does not change, so that each context starts from the same values.
 
     Args:
-        source_ckpt: A checkpoint, or the folder of a finished training, of this module; its net is where this one
-            starts.
+        source_ckpt: A checkpoint, or the folder of a finished training, of this module or of
+            :class:`~lightning_tta.SourceLanguageModel`; or a file of weights, such as safetensors, of ``backbone``. Its
+            net is where this one starts.
         backbone: The language model: ``forward(input_ids) -> logits (B, T, V)``, as a tensor or as the attribute
             ``logits``; or arguments of :class:`~lightning_tta.backbones.gpt.CharGPT`, such as ``{layers: 2}``. Not
             needed with a checkpoint that says them.
@@ -83,6 +86,7 @@ class PERK(LightningModule):
 
     Raises:
         ConfigError: If a value is out of range, or there is no net.
+        WeightsError: If the file does not say its net, or has other weights than the net.
 
     Source: PERK, arXiv 2507.06415, and the authors' code. Differs from them: no dropout and no weight decay in the
     inner loop; a LoRA of scale 1; rates are learned by their logarithms; contexts of a batch learn at once.
@@ -328,19 +332,30 @@ def _language_model(source_ckpt: str | None, backbone: dict[str, Any] | nn.Modul
         WeightsError: If the checkpoint has no language model, or another one.
     """
     path = None if source_ckpt is None else find_checkpoint(source_ckpt)
-    content = None if path is None else read_checkpoint(path)
-    saved = content.get("lightning_tta") or {} if isinstance(content, dict) else {}
+    content = None if path is None or path.suffix == ".safetensors" else read_checkpoint(path)
+    entry = content.get("lightning_tta") if isinstance(content, dict) else None
+    saved = entry if isinstance(entry, dict) else {}
+    of_source = saved.get("language")
+    if of_source and backbone is None:
+        return load_source(source_ckpt)
     config = backbone if isinstance(backbone, Mapping) else saved.get("language_model")
     if isinstance(backbone, nn.Module):
         net: nn.Module = copy.deepcopy(backbone)
     elif isinstance(config, Mapping):
         net = CharGPT(**{"vocab_size": CharTokenizer().vocab_size, **config})
-    else:
+    elif path is None:
         raise ConfigError(
             "Which language model? Give backbone={layers: 2, width: 64, heads: 4}, a module with backbone=MODULE in "
-            "Python, or source_ckpt=PATH, a checkpoint of PERK."
+            "Python, or source_ckpt=PATH, a checkpoint of PERK or of SourceLanguageModel."
         )
-    if path is not None:
+    else:
+        raise WeightsError(
+            f"{path} does not say which language model it is for. Give a checkpoint of PERK or of SourceLanguageModel; "
+            "or with this file its net, backbone={layers: 2, width: 64, heads: 4}, or backbone=MODULE in Python."
+        )
+    if path is None:
+        return net
+    if "language_model" in saved:
         state = content.get("state_dict", {}) if isinstance(content, dict) else {}
         weights = {name.removeprefix("backbone."): v for name, v in state.items() if name.startswith("backbone.")}
         try:
@@ -350,4 +365,10 @@ def _language_model(source_ckpt: str | None, backbone: dict[str, Any] | nn.Modul
                 f"{path} does not have the weights of this {type(net).__name__}: {error}. Give a checkpoint of PERK "
                 "with reading='prompt', of the same net; to go on with a trained adapter, PERK.load_from_checkpoint."
             ) from error
+        return net
+    try:
+        load_weights(net, path)
+    except WeightsError as error:
+        hint = " The file says which net it is for: leave backbone out (--model.backbone null)." if of_source else ""
+        raise WeightsError(f"{error}{hint}") from error
     return net

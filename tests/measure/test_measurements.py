@@ -1,5 +1,6 @@
 """The scripts behind the README's figures run, on small nets and few images."""
 
+import json
 import math
 import re
 import shutil
@@ -463,6 +464,14 @@ def test_auto_switch(capsys, places):
     assert "source 100" in text
 
 
+LONG = (
+    {"answers": ["a", "b"] * 32 + ["a"] * 16, "accuracy": [1, 0] * 32 + [1] * 16}
+    | {"entropy": [0.25] * 80}
+    | {"norm": [2.0] * 80}
+)
+"""Of a stream of 80 prompts."""
+
+
 def test_language_claim(capsys, tmp_path):
     small = ["--prompts=24", "--batch-size=8", "--seeds=2", "--rates", "1e-1", f"--keep={tmp_path / 'keep'}"]
     small += ["--methods", "source", "tent", "random predictor"]
@@ -474,6 +483,19 @@ def test_language_claim(capsys, tmp_path):
     assert len(list((tmp_path / "keep").iterdir())) == 6
     language_claim.main([*small, f"--figure={tmp_path / 'curves.png'}"])  # from the files
     assert capsys.readouterr().out == text
+    results = [{"method": "tent", "rate": "1e-1", "curves": language_claim.curves(LONG)} for _ in range(2)]
+    (tmp_path / "claim.json").write_text(json.dumps({"runs": results}))
+    language_claim.main([f"--drawn-from={tmp_path / 'claim.json'}", f"--figure={tmp_path / 'drawn.png'}"])
+    assert (tmp_path / "drawn.png").stat().st_size > 5000
+    assert results[0]["curves"] == {
+        "prompts": [64, 80],
+        "accuracy": [0.5, 0.625],
+        "share": [0.5, 0.625],
+        **{"entropy": [0.25] * 2, "norm": [2.0] * 2},
+    }
+    each = [{"whole": value} for value in (0.1, 0.3, 0.5, 0.7)]
+    assert language_claim.cell(each, [0, 0, 1, 1], "whole", 100, 1) == "40.0 ± 28.3"  # of the nets' means, 20 and 60
+    assert language_claim.cell(each, [0] * 4, "whole", 100, 1) == "40.0 [10.0, 70.0]"
     account = {"answers": ["1", "2", "2", "2"] * 2, "accuracy": [1, 0, 0, 0] * 2, "entropy": [0.5] * 8}
     account |= {"norm": [1.0, 2.0] * 4, "after": [1, 1, 0, 0]}
     found = language_claim.summary(account | {"prompt": [9.0] * 6 + [1.0, 2.0]})

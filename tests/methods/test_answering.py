@@ -82,6 +82,9 @@ def test_a_reset_before_the_batch():
     assert not torch.equal(learned(method), moved)
 
 
+EMPTY = {"input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}
+
+
 @pytest.mark.parametrize(
     ("batch", "options", "error", "words"),
     [
@@ -90,6 +93,8 @@ def test_a_reset_before_the_batch():
         (None, {"max_new_tokens": 0}, ConfigError, "max_new_tokens"),
         ({"image": 1}, {}, InputError, "Not a batch of tokens"),
         ({"image": 1}, {"reset": "prompt"}, InputError, "Not a batch of prompts"),
+        (EMPTY, {}, InputError, "prompt without tokens"),
+        (EMPTY, {"reset": "prompt"}, InputError, "prompt without tokens"),
     ],
 )
 def test_what_is_refused(batch, options, error, words):

@@ -343,6 +343,9 @@ IDS = torch.zeros(2, 4, dtype=torch.int64)
         ({"input_ids": IDS, "attention_mask": IDS[:, :2]}, r"like input_ids, \(2, 4\); got \(2, 2\)"),
         ({"input_ids": IDS, "attention_mask": IDS + 2}, "0 and 1 alone"),
         ({"input_ids": IDS, "attention_mask": IDS}, "prompt without tokens"),
+        ({"input_ids": IDS, "atention_mask": IDS + 1}, "'atention_mask': did you mean 'attention_mask'"),
+        ({"input_ids": IDS, "generate": IDS.bool()}, "'generate': did you mean 'generated'"),
+        ({"input_ids": IDS.repeat(1, 20)}, r"cannot take token ids \(2, 80\) .* more tokens than it has positions"),
     ],
 )
 def test_what_is_no_batch_of_tokens_is_refused(batch, words):
@@ -352,6 +355,49 @@ def test_what_is_no_batch_of_tokens_is_refused(batch, words):
         with pytest.raises(InputError, match=words):
             call(batch)
     assert all(torch.equal(before[k], v) for k, v in method.state_dict().items() if isinstance(v, torch.Tensor))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_answer_that_leaves_the_positions_is_refused(cached):
+    if cached:
+        transformers = pytest.importorskip("transformers")
+        config = transformers.GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=6)
+        net, last = transformers.GPT2LMHeadModel(config), 6
+    else:
+        net, last = TinyLM(), 64
+    batch = {"input_ids": torch.ones(2, last - 2, dtype=torch.int64)}
+    method = adapt(net, "tent")
+    assert method.generate(batch, max_new_tokens=3)["input_ids"].shape == (2, last + 1)
+    with pytest.raises(InputError, match=f"after {last - 2} tokens and 3 new ones.* max_new_tokens=3 at most"):
+        method.generate(batch, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "tempreature"])
+def test_an_unknown_option_of_an_answer_is_refused(name):
+    with pytest.raises(ConfigError, match=f"no option '{name}'. Did you mean"):
+        build("tent").generate(make_tokens(), **{name: 1})
+
+
+class Both(TinyLM):
+    """Attention to all tokens, as in a masked language model."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids, attention_mask) + super().forward(input_ids.flip(1), attention_mask).flip(1)
+
+
+@pytest.mark.parametrize("kind", ["by hand", "BERT"])
+def test_a_net_that_sees_later_tokens_is_refused(kind):
+    if kind == "BERT":
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.BertConfig(vocab_size=11, **sizes)
+        net = transformers.BertForMaskedLM(config)
+        decoder = transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=11, is_decoder=True, **sizes))
+        assert adapt(decoder, "tent")(make_tokens()).shape == (3, 9, 11)
+    else:
+        net = Both()
+    with pytest.raises(UnsupportedModelError, match="no causal language model"):
+        adapt(net, "tent")
 
 
 def test_wrong_tasks_and_methods_are_refused():

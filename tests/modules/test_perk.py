@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from safetensors.torch import save_file
 from torch import nn
 
-from lightning_tta import PERK, ConfigError, RecallData, WeightsError
-from lightning_tta.backbones.gpt import CharGPT
+from lightning_tta import PERK, ConfigError, PromptData, RecallData, SourceLanguageModel, WeightsError
+from lightning_tta.backbones.gpt import CharGPT, create_gpt
 from lightning_tta.modules.perk import all_right, prompts
 from nets import max_difference
 
@@ -147,6 +148,37 @@ def test_checkpoints(tmp_path):
         assert torch.equal(value, again.memorize(batch["segments"])[name])
     with pytest.raises(WeightsError, match="does not have the weights"):
         PERK(source_ckpt=str(tmp_path / "perk.ckpt"))
+
+
+@pytest.mark.parametrize("kind", ["SourceLanguageModel", "safetensors, arguments", "safetensors, module"])
+def test_weights_of_another_make(tmp_path, kind):
+    torch.manual_seed(1)
+    options = {"layers": 1, "width": 16, "heads": 2}
+    if kind == "SourceLanguageModel":
+        source = SourceLanguageModel(backbone_options=options)
+        fit = trainer(limit_train_batches=1, limit_val_batches=0)
+        fit.fit(source, PromptData())
+        fit.save_checkpoint(tmp_path / "source.ckpt")
+        net, path, backbone = source.backbone, tmp_path / "source.ckpt", None
+    else:
+        net, path = create_gpt(**options), tmp_path / "weights.safetensors"
+        save_file(net.state_dict(), path)
+        backbone = options if kind.endswith("arguments") else create_gpt(**options)
+    model = PERK(source_ckpt=str(path), backbone=backbone, **INNER)
+    ids = data().batches("test", 4)[0]["segments"][:, 0]
+    assert max_difference(model(ids), net.eval()(ids)) < 1e-5
+    with pytest.raises(WeightsError, match="does not fit CharGPT") as raised:
+        PERK(source_ckpt=str(path), backbone={**options, "layers": 2})
+    assert ("leave backbone out" in str(raised.value)) == (kind == "SourceLanguageModel")
+
+
+@pytest.mark.parametrize("entry", [None, 3], ids=str)
+def test_weights_that_do_not_say_their_net(tmp_path, entry):
+    torch.save({"state_dict": {}, "lightning_tta": entry}, tmp_path / "odd.ckpt")
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors")
+    for name in ("odd.ckpt", "weights.safetensors"):
+        with pytest.raises(WeightsError, match="does not say which language model"):
+            PERK(source_ckpt=str(tmp_path / name))
 
 
 def test_a_module_as_net_is_copied_and_logits_may_be_an_attribute():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_tta.data.text.checkers import CHECKERS
+from lightning_tta.data.text.checkers import CHECKERS, chosen_letter
 from lightning_tta.errors import DataError, did_you_mean
 
 
@@ -56,7 +57,7 @@ def read_jsonl(path: str | Path, keys: Keys | None = None, checker: str = "exact
 
     Raises:
         DataError: With file and line: the line is no JSON object, its prompt is missing or empty, a value is of a wrong
-            kind, a checker is not known, or an index is there twice.
+            kind, a checker is not known or the answer none for it, or an index is there twice.
     """
     path, keys = Path(path), keys or Keys()
     prompts, lines = list[Prompt](), dict[int, int]()
@@ -122,15 +123,22 @@ def _prompt(text: str, place: str, keys: Keys, checker: str, domain: str, index:
         raise DataError(f"{place}: {keys.domain!r} must be a text that is not empty; got {where!r}.")
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise DataError(f"{place}: {keys.index!r} must be a whole number, 0 or more; got {number!r}.")
-    return Prompt(question, _answer(entry.get(keys.answer), place, keys.answer), named, where, number)
+    answer = _answer(entry.get(keys.answer), place, keys.answer)
+    if answer and named == "multiple_choice" and chosen_letter(answer) is None:
+        raise DataError(
+            f"{place}: {keys.answer!r} must name a letter from A to J for the checker multiple_choice; got {answer!r}, "
+            "with which every output would be wrong. Give the letter, or another checker: exact, number."
+        )
+    return Prompt(question, answer, named, where, number)
 
 
 def _answer(value: Any, place: str, key: str) -> str:
     """The answer as text; empty where there is none."""
     if value is None:
         return ""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    no_number = isinstance(value, float) and not math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or no_number:
         raise DataError(
-            f"{place}: {key!r} must be a text or a number; got {value!r}. Leave it out where none is known."
+            f"{place}: {key!r} must be a text or a finite number; got {value!r}. Leave it out where none is known."
         )
-    return str(value)
+    return str(value) if str(value).strip() else ""

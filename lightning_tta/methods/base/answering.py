@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_tta.errors import InputError, check_choice
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.base.tokens import EMPTY
 
 When = Literal["before", "after"]
 PROMPT = ("input_ids", "attention_mask")
@@ -75,7 +76,7 @@ def one_by_one(prompts: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Each prompt alone, without padding.
 
     Raises:
-        InputError: If there are no ``input_ids`` (B, T), or the mask has another shape.
+        InputError: If there are no ``input_ids`` (B, T), the mask has another shape, or a prompt has no tokens.
     """
     ids = prompts.get("input_ids")
     attention = prompts.get("attention_mask", None if ids is None else torch.ones_like(ids))
@@ -86,6 +87,8 @@ def one_by_one(prompts: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         or attention.shape != ids.shape
     ):
         raise InputError("Not a batch of prompts: give a dict with 'input_ids' and 'attention_mask', both (B, T).")
+    if not bool(attention.bool().any(1).all()):
+        raise InputError(EMPTY)
     for row, there in zip(ids, attention.bool(), strict=True):
         yield {"input_ids": row[there][None], "attention_mask": torch.ones_like(row[there])[None]}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_tta.backbones.language import TokenModel
 from lightning_tta.backbones.norms import replaced_forwards
-from lightning_tta.errors import ConfigError, check_range
+from lightning_tta.errors import ConfigError, InputError, check_range, did_you_mean, in_one_line
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,21 @@ class Generation:
             raise ConfigError(f"stop must be a list of token ids; got {self.stop!r}.")
         for token in self.stop:
             check_range("stop", token, 0, integer=True)
+
+
+def read_generation(options: dict[str, Any]) -> Generation:
+    """Options by name.
+
+    Raises:
+        ConfigError: If there is no such option, or a value is out of range.
+    """
+    known = [field.name for field in fields(Generation)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"generate() has no option {name!r}.{did_you_mean(name, known)} Its options: {', '.join(known)}."
+            )
+    return Generation(**options)
 
 
 def left_padded(ids: Tensor, attention: Tensor, *others: Tensor) -> list[Tensor]:
@@ -98,7 +114,17 @@ def generate(
     new, cache = torch.zeros_like(ids, dtype=torch.bool), None
     for _ in range(how.max_new_tokens):
         given = ids if cache is None else ids[:, -1:]
-        logits, cache = model.run(given, attention, cache, caches=model.can_cache)
+        try:
+            logits, cache = model.run(given, attention, cache, caches=model.can_cache)
+        except (IndexError, RuntimeError, ValueError) as error:
+            written = int(new.sum(1).max())
+            if not written or isinstance(error, torch.OutOfMemoryError):  # the prompts, or the machine
+                raise
+            prompt = int(attention.sum(1).max()) - written
+            raise InputError(
+                f"The net cannot go on after {prompt} tokens and {written} new ones: {in_one_line(error)}. Has it "
+                f"positions for so many tokens? Give shorter prompts, or max_new_tokens={written} at most."
+            ) from error
         logits = decode(logits[:, -1])
         if generator is None:
             token = logits.argmax(-1)

@@ -47,7 +47,7 @@ from lightning_tta.methods.base.custody import Custody, exclusive, reading
 from lightning_tta.methods.base.description import Described
 from lightning_tta.methods.base.first_pass import FirstPass
 from lightning_tta.methods.base.gate import Gate
-from lightning_tta.methods.base.generation import Generation, computed_once, generate, left_padded
+from lightning_tta.methods.base.generation import computed_once, generate, left_padded, read_generation
 from lightning_tta.methods.base.host import host_has
 from lightning_tta.methods.base.memory import DomainMemory
 from lightning_tta.methods.base.plain import plain_net
@@ -62,7 +62,7 @@ from lightning_tta.methods.base.task import (
     plain_model,
     with_gradients,
 )
-from lightning_tta.methods.base.tokens import PROMPTS_DIFFER, Tokens
+from lightning_tta.methods.base.tokens import PROMPTS_DIFFER, Tokens, check_mask_names
 from lightning_tta.methods.base.values import TASKS
 from lightning_tta.methods.base.window import Window
 from lightning_tta.metrics import collapse_measures
@@ -893,9 +893,10 @@ class TTAMethod(Described, Replayable, ABC):
                 f"generate() is for language models; {type(self.model).__name__} takes {self.task.kind}. Call the "
                 "method itself: logits = method(batch)."
             )
-        how = Generation(**options)
+        how = read_generation(options)
         self._check_prepared()
         if isinstance(batch, Mapping) and isinstance(ids := batch.get("input_ids"), Tensor):
+            check_mask_names(batch)
             batch = {"generated": torch.zeros_like(ids, dtype=torch.bool), **batch}  # nothing yet, if it is not said
         x = self.task.take_in(batch)
         given = batch["generated"].to(x)

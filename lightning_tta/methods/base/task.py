@@ -255,13 +255,19 @@ def explained(model: nn.Module, x: Tensor, *, has_run: bool = True) -> Iterator[
         if refusal is None:
             raise
         reason = (str(refusal).strip().splitlines() or [type(refusal).__name__])[0].rstrip(".")
-        if not has_run and (isinstance(refusal, _OF_THE_CALL) or _names_an_argument(model, reason)):
-            raise _takes_no_image(model, f"{type(refusal).__name__}: {reason}") from error
         if not x.is_floating_point():
+            if not has_run and isinstance(refusal, (TypeError, AttributeError, NotImplementedError)):
+                raise UnsupportedModelError(
+                    f"{type(getattr(model, 'net', model)).__name__} cannot be called with token ids alone: "
+                    f"{type(refusal).__name__}: {reason}. Wrap it in a module whose forward(input_ids, attention_mask) "
+                    "gives the net what else it needs, and returns logits (B, T, V)."
+                ) from error
             raise InputError(
                 f"The net cannot take token ids {(len(x), x.shape[-1])} (B, T): {reason}. Are there more tokens than "
                 "it has positions for, or ids of another tokenizer?"
             ) from error
+        if not has_run and (isinstance(refusal, _OF_THE_CALL) or _names_an_argument(model, reason)):
+            raise _takes_no_image(model, f"{type(refusal).__name__}: {reason}") from error
         raise InputError(
             f"The net cannot take {tuple(x.shape)} images (B, C, H, W): {reason}. Give the channels and the size "
             "that it was trained on; check both, and resize or drop the frame."

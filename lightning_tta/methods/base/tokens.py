@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ _ADVICE = (
 )
 PROMPTS_DIFFER = "prompts differ in length from one batch to the next"
 """Why no step over tokens is captured."""
+EMPTY = "A row of attention_mask is all 0: a prompt without tokens. Leave the empty prompt out."
 LOSS_ON = ("auto", "generated", "prompt", "all")
 
 
@@ -71,6 +73,7 @@ class Tokens:
         if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool or not ids.numel():
             raise InputError(f"Not a batch of tokens: input_ids are {ids.dtype} {tuple(ids.shape)}. {_ADVICE}")
         ids = ids.long()
+        check_mask_names(x)
         attention = _mask(x, "attention_mask", ids, torch.ones_like(ids))
         low, high, shortest = torch.stack([ids.min(), ids.max(), attention.sum(1).min()]).tolist()
         if low < 0 or (self._vocabulary is not None and high >= self._vocabulary):
@@ -79,7 +82,7 @@ class Tokens:
                 f"from {low} to {high}. Is the tokenizer that of the net?"
             )
         if not shortest:
-            raise InputError("A row of attention_mask is all 0: a prompt without tokens. Leave the empty prompt out.")
+            raise InputError(EMPTY)
         given = "generated" in x
         if not given and self.loss_on == "generated":
             raise InputError(
@@ -140,6 +143,18 @@ class Tokens:
     def attention(self, x: Tensor) -> Tensor:
         """Which tokens of a packed batch are no padding (B, T), 0 or 1."""
         return x[:, ATTENTION]
+
+
+def check_mask_names(batch: Mapping[str, Any]) -> None:
+    """Refuse a mask whose name is misspelled: padding would be read, or the prompt be learned from.
+
+    Raises:
+        InputError: If a name is nearly that of a mask that is not there.
+    """
+    for name in ("attention_mask", "generated"):
+        close = difflib.get_close_matches(name, [key for key in batch if isinstance(key, str)], n=1, cutoff=0.85)
+        if name not in batch and close:
+            raise InputError(f"The batch has {close[0]!r}: did you mean {name!r}? {_ADVICE}")
 
 
 def _mask(batch: Mapping[str, Any], name: str, ids: Tensor, default: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_tta.backbones.dense import DenseModel
 from lightning_tta.backbones.language import TokenModel, takes_tokens
 from lightning_tta.backbones.values import PixelModel, ValueModel
-from lightning_tta.errors import ConfigError
+from lightning_tta.errors import ConfigError, UnsupportedModelError
 from lightning_tta.methods.base.gradient import GradientMethod
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.methods.base.tokens import Tokens
@@ -26,6 +26,13 @@ def _images(net: nn.Module) -> nn.Module:
 def _tokens(net: nn.Module, loss_on: str = "auto", chunk: int = 64) -> nn.Module:
     model = TokenModel(net, loss_on=loss_on, chunk=chunk)
     Tokens(model, **model.settings)  # refuses what is wrong
+    if model.sees_later_tokens():
+        raise UnsupportedModelError(
+            f"{type(net).__name__} is no causal language model: its logits depend on tokens that come later, as those "
+            "of a masked language model do, so that it cannot write an answer, and the entropy of its tokens says "
+            "nothing of the next one. Give a causal one; of transformers such as LlamaForCausalLM (BERT and its kin "
+            "need is_decoder=True, and a training for it)."
+        )
     return model
 
 
