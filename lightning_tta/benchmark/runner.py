@@ -396,10 +396,16 @@ class Benchmark:
         return {
             **asdict(cell),
             **{name: report.get(name) for name in MEASURES},
+            "milliseconds_per_image": _per_image(report),
             "protocol_hash": report["protocol"]["hash"],
             "device": (report.get("environment") or {}).get("device"),
             "directory": str(directory.relative_to(self.output)),
         }
+
+
+def _per_image(report: dict[str, Any]) -> float | None:
+    seconds, batches, images = (report.get(name) for name in ("seconds_per_batch", "batches", "images"))
+    return 1000 * seconds * batches / images if seconds and batches and images else None
 
 
 def _plain(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:
