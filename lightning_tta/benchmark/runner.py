@@ -84,6 +84,9 @@ class Benchmark:
             from more processes, not from more threads; timings of cells are comparable within one run only.
         save_every: Each cell saves its state after so many batches; a benchmark that was killed goes on from there.
             ``None``: cells that were not finished start anew.
+        images_by_seed: Each seed takes images of its own, where ``data`` has ``num_images``: its ``subset_seed`` is the
+            seed. For nets with given weights, which are the same for each seed: else seeds differ by the order alone,
+            and an interval over seeds says nothing of other images.
         study: Makes it a study: what varies along an axis, a claim, and questions; also writes ``study.json``,
             ``study.md`` and ``study.png``. See :class:`~lightning_tta.benchmark.study.StudyConfig`.
     """
@@ -102,6 +105,7 @@ class Benchmark:
         save_every: int | None = 200,
         model: dict[str, Any] | None = None,
         run: dict[str, dict[str, Any]] | None = None,
+        images_by_seed: bool = False,
         study: StudyConfig | None = None,
     ) -> None:
         self.study: Study | None = None
@@ -119,7 +123,7 @@ class Benchmark:
         self.nets, self.streams, self.seeds = nets, streams, list(seeds)
         self.methods = {label: MethodConfig.from_dict(label, entry) for label, entry in methods.items()}
         self.trainer, self.model, self.run_options = trainer or {}, model or {}, run or {}
-        self.jobs, self.save_every = jobs, save_every
+        self.jobs, self.save_every, self.images_by_seed = jobs, save_every, images_by_seed
         self._check(only)
         self.cells = [
             Cell(method, net, stream, seed)
@@ -145,6 +149,10 @@ class Benchmark:
         check_range("save_every", 1 if self.save_every is None else self.save_every, 1, integer=True)
         for seed in self.seeds:
             check_range("seeds", seed, 0, integer=True)
+        if self.images_by_seed and not any(
+            "num_images" in options for options in (self.data_options, *(s.data for s in self.streams.values()))
+        ):
+            raise ConfigError("images_by_seed needs data.init_args.num_images: all images leave no choice.")
         for label, net in self.nets.items():
             self._check_net(label, net)
         _check_labels("only names methods", only, [*self.methods, "all"])
@@ -353,6 +361,8 @@ class Benchmark:
         }
         parts = {name: {**self.run_options.get(name, {}), **method.run.get(name, {})} for name in PARTS}
         data = {**self.data_options, "stream": stream.kind, "order_seed": cell.seed, **stream.data}
+        if self.images_by_seed:
+            data["subset_seed"] = cell.seed
         return {
             "subcommand": "predict",
             "predict": {
