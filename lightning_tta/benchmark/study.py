@@ -132,9 +132,8 @@ class Study:
 
     def _expand(self, vary: AxisConfig, sections: Mapping[str, dict[str, dict[str, Any]]]) -> None:
         section, _, path = vary.option.partition(".")
-        names = (
-            path.split(".", 1) if path.startswith("options.") else path.split(".")
-        )  # of a fit: with dots as they are
+        fit = path.startswith("options.")  # its options keep their dots
+        names = path.split(".", 1) if fit else path.split(".")
         if section not in sections or not path:
             raise ConfigError(
                 f"study.vary.option must begin with {', '.join(sections)}, such as streams.data.batch_size; got "
