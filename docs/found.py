@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,7 @@ def read_studies(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
             raise DataError(f"{file} is damaged, or no study of configs/studies. Run it again, or leave it out.")
         if name in studies:
             raise DataError(f"{file}: '{name}' has two results. Leave one out.")
-        if differs := difference(yaml.safe_load(config.read_text())["study"], result):
+        if differs := difference(yaml.safe_load(config.read_text()), result):
             raise DataError(f"{file}: {differs} has changed since in {config.name}. Run the study again.")
         studies[name] = result
     if not studies:
@@ -116,8 +117,12 @@ def names() -> list[str]:
     return sorted((path.stem for path in CONFIGS.glob("*.yaml")), key=place)
 
 
-def difference(section: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+def difference(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """What of a study's file is not what its result was made of; empty if nothing is."""
+    section, data = config["study"], config["data"]
+    options = {name: value for name, value in data["init_args"].items() if name != "root"}
+    if result["data"] != f"{data['class_path'].rpartition('.')[2]} {json.dumps(options)}":
+        return "data"
     for name in ("title", "claim", "paper", "axis", "measure", "against"):
         if name in section and section[name] != result.get(name):
             return name

@@ -28,9 +28,12 @@ TENT = {1: (0.70, 0.74, 0.71), 8: (0.40, 0.43, 0.45)}
 SOURCE = (0.6, 0.62, 0.61)
 
 
-def write_config(folder, name, **changes):
+DATA = {"class_path": "lightning_tta.DigitsData", "init_args": {"root": "x", "severity": 5}}
+
+
+def write_config(folder, name, data=DATA, **changes):
     section = {**SECTION, "vary": VARY, "asks": ASKS, **changes}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"study": section}))
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"study": section, "data": data}))
 
 
 def write_study(folder, skipped=()):
@@ -45,7 +48,7 @@ def write_study(folder, skipped=()):
     result = {
         **Study(config, entries).result(rows, skipped),
         "command": "lightning-tta benchmark --config c.yaml --jobs 1 --data.root /a/b/c --nets.bn.source_ckpt=/a/b.pt",
-        "data": "DigitsData",
+        "data": 'DigitsData {"severity": 5}',
         "environment": {"device": "an abacus CPU", "torch": "2.0"},
     }
     folder.mkdir(parents=True)
@@ -109,6 +112,7 @@ def test_a_statement_where_no_claim_failed(configs):
         {"asks": ASKS[:2]},
         {"asks": [*ASKS[:2], {**ASKS[2], "than_at": 8}]},
         {"vary": {**VARY, "values": [1, 8, 64]}},
+        {"data": {**DATA, "init_args": {"severity": 3}}},
     ],
 )
 def test_results_of_an_older_file_are_refused(tmp_path, configs, changes):
