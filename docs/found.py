@@ -169,7 +169,7 @@ def page(studies: Mapping[str, Mapping[str, Any]], hardware: str) -> str:
         counts=f"Of {len(claimed)} claims {counts}; {len(asked)} questions of our own stand beside them.",
         hardware=hardware,
         overview=_overview(studies),
-        failed="\n".join(failed) or f"None of the {len(claimed)} has failed.",
+        failed="\n".join(failed) or f"None of the {len(claimed)} does; {_count(claimed, 'unclear')} are unclear.",
         sections="\n".join(section(name, result) for name, result in studies.items()),
         missing="\n".join(missing) or "Everything in `configs/studies` was run, and no cell is missing.",
     )

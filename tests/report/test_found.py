@@ -101,7 +101,7 @@ def test_a_statement_where_no_claim_failed(configs):
     result = {"title": "T", "answers": [], "missing": [], "series": [], "values": [], "axis": "", "seeds": 3}
     more = {"claim": "", "paper": "", "data": "", "date": "", "environment": {}, "protocols": [], "command": "c"}
     text = script.page({"all_x": {**result, **more, "against": ""}}, "beads")
-    assert "None of the 0 has failed." in text
+    assert "None of the 0 does; 0 are unclear." in text
     assert "Everything in `configs/studies` was run" in text
 
 
