@@ -58,6 +58,7 @@ VARIANTS = {
     "meta_ttt": [
         {"threshold": 0.4},
         {"threshold": 0.4, "episodic": False, "source_weight_lr": 0.5, "temperature": "gem_t"},
+        {"episodic": False, "min_objective": "zerosiam", "min_steps": 2, "predictor_lr": 0.3},
     ],
     "lame": [{}, {"affinity": "rbf", "neighbours": 3}, {"affinity": "linear"}],
     "t3a": [{"filter_k": 2}, {"filter_k": None}],

@@ -51,10 +51,8 @@ from lightning_tta.run.options import PARTS, where_moved
 from lightning_tta.run.outputs import PREDICTIONS
 from lightning_tta.shipped import how_to_copy
 
-MEASURES = (
-    *("accuracy", "domains", "visits", "forwards", "backwards", "ece", "seconds_per_batch"),
-    *("mean_iou", "class_iou", "mean_absolute_error", "r2"),
-)
+ALWAYS = ("accuracy", "domains", "visits", "forwards", "backwards", "ece", "seconds_per_batch")
+MEASURES = (*ALWAYS, "mean_iou", "class_iou", "mean_absolute_error", "r2")
 """What a row of ``benchmark.json`` has of a cell's report; reports of earlier versions lack the calibration error."""
 
 Source = tuple[str, int]  # a net that is trained: label, seed
@@ -87,6 +85,9 @@ class Benchmark:
             from more processes, not from more threads; timings of cells are comparable within one run only.
         save_every: Each cell saves its state after so many batches; a benchmark that was killed goes on from there.
             ``None``: cells that were not finished start anew.
+        images_by_seed: Each seed takes images of its own, where ``data`` has ``num_images``: its ``subset_seed`` is the
+            seed. For nets with given weights, which are the same for each seed: else seeds differ by the order alone,
+            and an interval over seeds says nothing of other images.
         study: Makes it a study: what varies along an axis, a claim, and questions; also writes ``study.json``,
             ``study.md`` and ``study.png``. See :class:`~lightning_tta.benchmark.study.StudyConfig`.
     """
@@ -105,6 +106,7 @@ class Benchmark:
         save_every: int | None = 200,
         model: dict[str, Any] | None = None,
         run: dict[str, dict[str, Any]] | None = None,
+        images_by_seed: bool = False,
         study: StudyConfig | None = None,
     ) -> None:
         self.study: Study | None = None
@@ -122,7 +124,7 @@ class Benchmark:
         self.nets, self.streams, self.seeds = nets, streams, list(seeds)
         self.methods = {label: MethodConfig.from_dict(label, entry) for label, entry in methods.items()}
         self.trainer, self.model, self.run_options = trainer or {}, model or {}, run or {}
-        self.jobs, self.save_every = jobs, save_every
+        self.jobs, self.save_every, self.images_by_seed = jobs, save_every, images_by_seed
         self._check(only)
         self.cells = [
             Cell(method, net, stream, seed)
@@ -148,6 +150,10 @@ class Benchmark:
         check_range("save_every", 1 if self.save_every is None else self.save_every, 1, integer=True)
         for seed in self.seeds:
             check_range("seeds", seed, 0, integer=True)
+        if self.images_by_seed and not any(
+            "num_images" in options for options in (self.data_options, *(s.data for s in self.streams.values()))
+        ):
+            raise ConfigError("images_by_seed needs data.init_args.num_images: all images leave no choice.")
         for label, net in self.nets.items():
             self._check_net(label, net)
         _check_labels("only names methods", only, [*self.methods, "all"])
@@ -359,6 +365,8 @@ class Benchmark:
         }
         parts = {name: {**self.run_options.get(name, {}), **method.run.get(name, {})} for name in PARTS}
         data = {**self.data_options, "stream": stream.kind, "order_seed": cell.seed, **stream.data}
+        if self.images_by_seed:
+            data["subset_seed"] = cell.seed
         return {
             "subcommand": "predict",
             "predict": {
@@ -401,11 +409,17 @@ class Benchmark:
             report = json.loads((directory / REPORT).read_text())
         return {
             **asdict(cell),
-            **{name: report.get(name) for name in MEASURES if name in report or name in MEASURES[:7]},
+            **{name: report.get(name) for name in MEASURES if name in report or name in ALWAYS},
+            "milliseconds_per_image": _per_image(report),
             "protocol_hash": report["protocol"]["hash"],
             "device": (report.get("environment") or {}).get("device"),
             "directory": str(directory.relative_to(self.output)),
         }
+
+
+def _per_image(report: dict[str, Any]) -> float | None:
+    seconds, batches, images = (report.get(name) for name in ("seconds_per_batch", "batches", "images"))
+    return 1000 * seconds * batches / images if seconds and batches and images else None
 
 
 def _plain(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:

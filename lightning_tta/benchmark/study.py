@@ -6,12 +6,15 @@ import copy
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from statistics import fmean
 from typing import Any, Literal
 
 from lightning_tta.errors import ConfigError, check_choice
-from lightning_tta.report.studies import ruling
+from lightning_tta.report.studies import axis_place, is_number, ruling
 
+Points = dict[Any, dict[int, float]]
+"""Points of accuracy: value on the axis (``None``: of no value) -> seed -> points."""
 AT = "@"
 """Stands between a label and the value that its copy has."""
 
@@ -21,8 +24,9 @@ class AxisConfig:
     """What varies along the axis of a study.
 
     Attributes:
-        option: Where it is in the file, after the label: ``streams.data.batch_size``, ``methods.init_args.lr``.
-        values: Its values: numbers, words; or by the label on the axis.
+        option: Where it is in the file, after the label: ``streams.data.batch_size``, ``methods.init_args.lr``,
+            ``nets.options.model.source_weight``.
+        values: Its values: numbers, words; or by the label on the axis. Mappings are added to those of the file.
         of: Labels of the streams, methods or nets that vary; by default all.
         factor: Values multiply what the file gives, as learning rates of several methods.
     """
@@ -41,10 +45,15 @@ class AskConfig:
         say: The claim in words.
         better: Label of the method that is claimed to be better.
         than: Label of the other one.
-        at: Value on the axis, ``first``, ``last``, or ``mean`` over all.
+        at: Value on the axis, ``first``, ``last``, ``mean`` over all, or ``area``: the area under the curve over the
+            axis as it is drawn, divided by its length.
         margin: By more than so many points of accuracy.
         net: Of this net alone; by default the mean over all.
         stream: Of this stream alone; by default the mean over all.
+        than_net: ``than`` is of this net instead; by default of the same.
+        than_stream: ``than`` is of this stream instead.
+        than_at: ``than`` is at this value instead.
+        claimed: Whether a paper claims it; ``false``: a question of this project.
     """
 
     say: str
@@ -54,6 +63,10 @@ class AskConfig:
     margin: float = 0.0
     net: str | None = None
     stream: str | None = None
+    than_net: str | None = None
+    than_stream: str | None = None
+    than_at: Any = None
+    claimed: bool = True
 
 
 @dataclass
@@ -69,6 +82,8 @@ class StudyConfig:
         vary: What varies along it.
         measure: What of a cell's report counts, as a share: ``accuracy``, or ``domains.NAME.accuracy``,
             ``visits.visit1.accuracy``.
+        against: What of a cell's report stands on the figure's axis, in place of the value that varies:
+            ``milliseconds_per_image``, ``forwards``. The values are then written at the points.
         asks: The questions.
     """
 
@@ -79,6 +94,7 @@ class StudyConfig:
     scale: Literal["linear", "log"] = "linear"
     vary: AxisConfig | None = None
     measure: str = "accuracy"
+    against: str = ""
     asks: list[AskConfig] = field(default_factory=list)
 
 
@@ -106,11 +122,18 @@ class Study:
             )
         if config.vary is not None:
             self._expand(config.vary, sections)
+        if config.against and config.vary is None:
+            raise ConfigError(f"study.against={config.against!r} needs something that varies: give vary and axis.")
+        self.curve = len(self.values) > 1 and all(map(is_number, self.values))
+        if config.scale == "log":  # nothing to integrate from 0 on
+            self.curve = self.curve and min(self.values) > 0
         for ask in config.asks:
             self._check(ask, sections)
 
     def _expand(self, vary: AxisConfig, sections: Mapping[str, dict[str, dict[str, Any]]]) -> None:
         section, _, path = vary.option.partition(".")
+        fit = path.startswith("options.")  # its options keep their dots
+        names = path.split(".", 1) if fit else path.split(".")
         if section not in sections or not path:
             raise ConfigError(
                 f"study.vary.option must begin with {', '.join(sections)}, such as streams.data.batch_size; got "
@@ -131,7 +154,7 @@ class Study:
             del self.names[section][label]
             for (name, value), shown in zip(named.items(), self.values, strict=True):
                 new = f"{label}{AT}{name}"
-                entries[new] = _changed(entry, path.split("."), value, vary.factor, label)
+                entries[new] = _changed(entry, names, value, vary.factor, label)
                 self.names[section][new] = (label, shown)
                 renamed.setdefault(label, []).append(new)
         for entry in (each for entries in sections.values() for each in entries.values()):
@@ -141,18 +164,24 @@ class Study:
     def _check(self, ask: AskConfig, sections: Mapping[str, dict[str, dict[str, Any]]]) -> None:
         for name in ("better", "than"):
             check_choice(f"study.asks.{name}", getattr(ask, name), tuple(self.methods))
-        for name in ("net", "stream"):
-            labels = dict.fromkeys(label for label, _ in self.names[f"{name}s"].values())
+        for name in ("net", "stream", "than_net", "than_stream"):
+            labels = dict.fromkeys(label for label, _ in self.names[f"{name.removeprefix('than_')}s"].values())
             if getattr(ask, name) is not None:
                 check_choice(f"study.asks.{name}", getattr(ask, name), tuple(labels))
-        if self.values:
-            allowed = ("first", "last", "mean", *self.values)
-            if ask.at not in allowed:
-                raise ConfigError(f"study.asks.at must be one of {', '.join(map(str, allowed))}; got {ask.at!r}.")
+        allowed = ("first", "last", "mean", *(("area",) if self.curve else ()), *self.values)
+        for name in ("at", "than_at"):
+            value = getattr(ask, name)
+            if value is not None and value not in (allowed if self.values else ("mean",)):
+                raise ConfigError(
+                    f"study.asks.{name} must be one of {', '.join(map(str, allowed))}; got {value!r}."
+                    if self.values
+                    else f"study.asks.{name}={value!r}: nothing varies in this study. Leave it out."
+                )
 
     def result(self, rows: Iterable[Mapping[str, Any]], skipped: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]:
         """Series and answers of the rows of ``benchmark.json``."""
-        found: dict[tuple[str, str, str], dict[Any, dict[int, float]]] = {}
+        found: dict[tuple[str, str, str], Points] = {}
+        places: dict[tuple[str, str, str], dict[Any, list[float]]] = {}
         hashes: dict[str, None] = {}
         for row in rows:
             value = _measure(row, self.config.measure)
@@ -160,26 +189,13 @@ class Study:
                 continue
             net, stream, method = (self.names[f"{name}s"][row[name]] for name in ("net", "stream", "method"))
             x = next((v for _, v in (net, stream, method) if v is not None), None)
-            points = found.setdefault((net[0], stream[0], method[0]), {})
-            points.setdefault(x, {})[row["seed"]] = 100 * value
+            key = (net[0], stream[0], method[0])
+            found.setdefault(key, {}).setdefault(x, {})[row["seed"]] = 100 * value
+            place = _measure(row, self.config.against) if self.config.against else None
+            if place is not None:
+                places.setdefault(key, {}).setdefault(x, []).append(place)
             hashes[row["protocol_hash"]] = None
-        series: list[dict[str, Any]] = []
-        for (net_name, stream_name, method_name), points in found.items():
-            level = list(points) == [None] and bool(self.values)
-            order = [x for x in self.values if x in points] if self.values and not level else list(points)
-            series.append(
-                {
-                    "net": net_name,
-                    "stream": stream_name,
-                    "method": method_name,
-                    "level": level,
-                    "points": [
-                        {"x": x, "mean": fmean(at.values()), "low": min(at.values()), "high": max(at.values())}
-                        for x in order
-                        for at in [points[x]]
-                    ],
-                }
-            )
+        series = [self._series(key, points, places.get(key, {})) for key, points in found.items()]
         series.sort(key=lambda each: self.methods.index(str(each["method"])))
         return {
             **{key: value for key, value in asdict(self.config).items() if key not in ("vary", "asks")},
@@ -192,19 +208,37 @@ class Study:
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
 
-    def _answer(
-        self, ask: AskConfig, found: Mapping[tuple[str, str, str], Mapping[Any, Mapping[int, float]]]
-    ) -> dict[str, Any]:
+    def _series(self, key: tuple[str, str, str], points: Points, places: Mapping[Any, list[float]]) -> dict[str, Any]:
+        """A line of the figure: a method on a net and a stream."""
+        level = list(points) == [None] and bool(self.values)
+        order = [x for x in self.values if x in points] if self.values and not level else list(points)
+        result: dict[str, Any] = {
+            **dict(zip(("net", "stream", "method"), key, strict=True)),
+            "level": level,
+            "points": [{"x": x, **_spread(points[x].values())} for x in order],
+        }
+        for point in result["points"]:
+            if point["x"] in places:
+                point["place"] = fmean(places[point["x"]])
+        if self.curve:
+            seeds = set.intersection(*({*points.get(x, points.get(None, {}))} for x in self.values))
+            areas = [value for seed in seeds if (value := self._value(points, "area", seed)) is not None]
+            if areas:
+                result["area"] = _spread(areas)
+        return result
+
+    def _answer(self, ask: AskConfig, found: Mapping[tuple[str, str, str], Points]) -> dict[str, Any]:
         """The differences of a question, one a seed."""
-        places = [key[:2] for key in found if key[2] == ask.better and (*key[:2], ask.than) in found]
-        places = [place for place in places if ask.net in (None, place[0]) and ask.stream in (None, place[1])]
         by_seed: dict[int, list[float]] = {}
-        for place in places:
-            first, second = found[(*place, ask.better)], found[(*place, ask.than)]
-            for x in self._at(ask):
-                one, two = first.get(x, first.get(None, {})), second.get(x, second.get(None, {}))
-                for seed in one.keys() & two.keys():
-                    by_seed.setdefault(seed, []).append(one[seed] - two[seed])
+        than_at = ask.at if ask.than_at is None else ask.than_at
+        for (net, stream, method), first in found.items():
+            if method != ask.better or ask.net not in (None, net) or ask.stream not in (None, stream):
+                continue
+            second = found.get((ask.than_net or net, ask.than_stream or stream, ask.than), {})
+            for seed in sorted({seed for at in first.values() for seed in at}):
+                one, two = self._value(first, ask.at, seed), self._value(second, than_at, seed)
+                if one is not None and two is not None:
+                    by_seed.setdefault(seed, []).append(one - two)
         differences = [fmean(values) for _, values in sorted(by_seed.items())]
         verdict, estimate = ruling(differences, ask.margin)
         return {
@@ -216,11 +250,33 @@ class Study:
             "missing": "" if differences else f"no cells of both '{ask.better}' and '{ask.than}' at {ask.at}",
         }
 
-    def _at(self, ask: AskConfig) -> list[Any]:
+    def _value(self, points: Points, at: Any, seed: int) -> float | None:
+        """A seed's value at a place on the axis; ``None`` where a cell of it is missing."""
+        total = 0.0
+        for x, weight in self._weights(at).items():
+            value = points.get(x, points.get(None, {})).get(seed)
+            if value is None:
+                return None
+            total += weight * value
+        return total
+
+    def _weights(self, at: Any) -> dict[Any, float]:
+        """What a place on the axis takes of each value; together 1."""
         if not self.values:
-            return [None]
-        places = {"first": self.values[:1], "last": self.values[-1:], "mean": self.values}
-        return places[ask.at] if isinstance(ask.at, str) and ask.at in places else [ask.at]
+            return {None: 1.0}
+        if at == "area":
+            places = [axis_place(value, self.config.scale) for value in self.values]
+            steps = [0.0, *(abs(b - a) for a, b in pairwise(places)), 0.0]
+            return {x: (a + b) / 2 / sum(steps) for x, (a, b) in zip(self.values, pairwise(steps), strict=True)}
+        if at == "mean":
+            return dict.fromkeys(self.values, 1 / len(self.values))
+        ends = {"first": self.values[0], "last": self.values[-1]}
+        return {ends[at] if isinstance(at, str) and at in ends else at: 1.0}
+
+
+def _spread(values: Iterable[float]) -> dict[str, float]:
+    values = list(values)
+    return {"mean": fmean(values), "low": min(values), "high": max(values)}
 
 
 def _measure(row: Mapping[str, Any], measure: str) -> float | None:
@@ -248,5 +304,7 @@ def _changed(entry: dict[str, Any], path: Sequence[str], value: Any, factor: boo
                 f"{given!r}. Write it in the file, or leave the label out of study.vary.of."
             )
         value = given * value
+    if isinstance(value, dict) and isinstance(place.get(path[-1]), dict):
+        value = {**place[path[-1]], **value}
     place[path[-1]] = value
     return changed

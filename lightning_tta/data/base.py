@@ -110,6 +110,8 @@ class ShiftedDataModule(LightningDataModule, ABC):
         corruption_seed: Seed of the corruptions.
         num_images: At most this many images of each domain, the same ones in each corruption; a fixed random subset,
             smaller ones inside larger ones. By default all.
+        subset_seed: Another seed leaves another subset: with a net that is fixed, runs are independent where their
+            images are.
         num_workers: Worker processes of each loader.
         augment: Whether the training images are augmented.
         val_domains: Corruptions to validate under, named as in ``domains``: validation batches are then of one
@@ -156,6 +158,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
         function_set: FunctionSetName = "builtin",
         corruption_seed: int = 0,
         num_images: int | None = None,
+        subset_seed: int = 0,
         num_workers: int = 0,
         augment: bool = True,
         val_domains: list[str] | None = None,
@@ -169,6 +172,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
             check_range("num_images", num_images, 1, integer=True)
         check_range("order_seed", order_seed, 0, integer=True)
         check_range("corruption_seed", corruption_seed, 0, integer=True)
+        check_range("subset_seed", subset_seed, 0, integer=True)
         check_range("num_workers", num_workers, 0, integer=True)
         check_range("severity", severity, 1, 5, integer=True)
         check_range("interval", interval, 0, low_open=True)
@@ -185,6 +189,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
         self.stream_options = streams.options_of(stream, given)
         self.charge, self.interval = None if charge == "none" else charge, float(interval)
         self.num_images, self.severity, self.corruption_seed = num_images, severity, corruption_seed
+        self.subset_seed = subset_seed if num_images is not None else 0
         self.function_set: str = function_set
         check_domain_names(self.natural_names())
         self.cache = None if cache_dir == "none" else Path(cache_dir) if cache_dir else default_folder()
@@ -274,7 +279,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
         return [self._domain(name) for name in self.domain_names]
 
     def _domain(self, name: str) -> Images:
-        key = f"{self.cache_key()}|{self.num_images}"
+        key = f"{self.cache_key()}|{self.num_images}" + (f"|{self.subset_seed}" if self.subset_seed else "")
         if name in self.natural_names():
             images: Images = self._subset(self.natural_domain(name))
             if not self.reads_ahead:
@@ -288,7 +293,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
 
     def _subset(self, images: Images) -> SelectedImages:
         """The images that ``num_images`` leaves."""
-        return SelectedImages(images, subset(len(images), self.num_images))
+        return SelectedImages(images, subset(len(images), self.num_images, self.subset_seed))
 
     @cached_property
     def _clean_test(self) -> SelectedImages:
@@ -535,6 +540,7 @@ class ShiftedDataModule(LightningDataModule, ABC):
             "function_set": function_set_id(self.function_set) if corrupted else None,
             "severity": self.severity if has_default_severity else None,
             "corruption_seed": self.corruption_seed if corrupted else None,
+            "subset_seed": self.subset_seed or None,
             "stream": self.stream_kind,
             "order_seed": self.order_seed,
             "batch_size": self.batch_size,

@@ -61,6 +61,7 @@ class Protocol:
         pollution: Share of polluting images.
         polluters: What they are: the kind of noise, or the hash of a folder.
         pollution_first: ``True`` where they come before the real images.
+        subset_seed: Seed of the choice of the images; ``None``: the usual choice, or all.
     """
 
     data: str
@@ -93,6 +94,7 @@ class Protocol:
     pollution: float | None = None
     polluters: str | None = None
     pollution_first: bool | None = None
+    subset_seed: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("reset", self.reset, ("never", "domain", "batch", "prompt"))
@@ -175,7 +177,7 @@ def _names() -> list[str]:
 
 _LATER_FIELDS = {
     *("dirichlet", "charge", "interval", "visits", "class_correlation", "domain_correlation"),
-    *("class_imbalance", "domain_imbalance", "pollution", "polluters", "pollution_first"),
+    *("class_imbalance", "domain_imbalance", "pollution", "polluters", "pollution_first", "subset_seed"),
 }
 _RUN_FIELDS = {"reset", "predict", "weights", "weights_digest", "preprocessing", "world_size", "mode"}
 _DATA_FIELDS = set(_names()) - _RUN_FIELDS

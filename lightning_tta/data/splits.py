@@ -9,9 +9,10 @@ from lightning_tta.data.streams import permutation
 _SUBSET_SEED = 20190101  # fixed, so that smaller subsets lie inside larger ones
 
 
-def subset(size: int, limit: int | None) -> Tensor:
-    """Positions of at most ``limit`` of ``size`` images: the same ones in each run, sorted."""
-    return torch.from_numpy(permutation(size, _SUBSET_SEED)[: limit or size]).sort().values
+def subset(size: int, limit: int | None, seed: int = 0) -> Tensor:
+    """Positions of at most ``limit`` of ``size`` images: the same ones in each run with this seed, sorted."""
+    key = (_SUBSET_SEED, seed) if seed else (_SUBSET_SEED,)
+    return torch.from_numpy(permutation(size, *key)[: limit or size]).sort().values
 
 
 def shuffled_classes(labels: Tensor, *key: int) -> list[Tensor]:

@@ -17,13 +17,13 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, linear
 
 from lightning_tta.backbones.norms import shortcut_norms
 from lightning_tta.backbones.passes import safe_checkpoints
-from lightning_tta.backbones.split import execution_order, is_idle
+from lightning_tta.backbones.split import HeadSplit, execution_order, is_idle
 from lightning_tta.errors import ConfigError, UnsupportedModelError, check_choice, check_range
-from lightning_tta.losses import confident_loss, unconfident_entropy
+from lightning_tta.losses import confident_loss, entropy, symmetric_kl, unconfident_entropy
 from lightning_tta.meta.mixed_bn import batch_of_domains, mixed_batch_norm_layers
 from lightning_tta.meta.prefix import shared_prefix
 from lightning_tta.meta.unrolling import ParameterGroup, Step, by_name, unroll
@@ -31,6 +31,9 @@ from lightning_tta.meta.unrolling import ParameterGroup, Step, by_name, unroll
 Phase = Literal["max", "min"]
 ConfidentLoss = Literal["hard_ce", "entropy"]
 Temperature = Literal["none", "gem_t"]
+MinObjective = Literal["confidence", "zerosiam"]
+PREDICTOR = "predictor"
+"""Name of ZeroSiam's predictor among the adapted parameters, and of its rate."""
 Init = TypeVar("Init", bound=Callable[..., None])
 
 
@@ -53,6 +56,12 @@ class InnerLoop:
             layer. The authors take the last one.
         adapt_layers: Share of the norm layers, from the last, that are adapted at all, in (0, 1]. Below 1, the layers
             before them run once for all passes.
+        min_objective: What the min steps descend: ``confidence``, the authors', or ``zerosiam``, that of
+            :class:`~lightning_tta.methods.ZeroSiam` over all samples, with a predictor that starts at the identity and
+            moves too: ``mean H(p_o) + KL(p_t || p_o) + KL(p_o || p_t)``. Its first step moves the norm layers as Tent
+            does, so that two min steps or more are needed for a difference. The target p_t counts as a constant, also
+            in the derivative of the steps. An idea of this project.
+        predictor_lr: Rate of that predictor in the min step.
     """
 
     max_steps: int = 1
@@ -66,6 +75,8 @@ class InnerLoop:
     temperature: Temperature = "none"
     max_layers: float = 0.05
     adapt_layers: float = 1.0
+    min_objective: MinObjective = "confidence"
+    predictor_lr: float = 0.1
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -78,13 +89,21 @@ class InnerLoop:
             check_range(name, getattr(self, name), 0, 1, low_open=True)
         check_choice("confident_loss", self.confident_loss, ("hard_ce", "entropy"))
         check_choice("temperature", self.temperature, ("none", "gem_t"))
+        check_choice("min_objective", self.min_objective, ("confidence", "zerosiam"))
+        check_range("predictor_lr", self.predictor_lr, 0)
         if self.max_steps + self.min_steps == 0:
             raise ConfigError("max_steps and min_steps are both 0: nothing would be adapted. Give at least one step.")
 
     @property
     def rates(self) -> dict[str, float]:
         """The learning rate of each kind of parameter."""
-        return {name: getattr(self, f"{name}_lr") for name in ("max", "scale", "shift", "source_weight")}
+        kinds = ["max", "scale", "shift", "source_weight", *([PREDICTOR] if self.has_predictor else [])]
+        return {name: getattr(self, f"{name}_lr") for name in kinds}
+
+    @property
+    def has_predictor(self) -> bool:
+        """Whether the min steps have a second branch, through a predictor."""
+        return self.min_objective == "zerosiam"
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -96,11 +115,15 @@ class InnerLoop:
         """Number of steps of a phase."""
         return self.max_steps if phase == "max" else self.min_steps
 
-    def loss(self, logits: Tensor, phase: Phase) -> Tensor:
+    def loss(self, logits: Tensor, phase: Phase, online: Tensor | None = None) -> Tensor:
         """What a step of a phase descends, of logits (..., B, K): (...).
 
         Both phases push the confident samples further; max raises the entropy of the others, min lowers it.
+        ``online`` are the logits (..., B, K) behind the predictor, where the min steps have one.
         """
+        if phase == "min" and self.has_predictor:
+            assert online is not None
+            return (entropy(online) + symmetric_kl(logits.detach(), online)).mean(-1)
         confident = confident_loss(logits, self.threshold, self.confident_loss)
         unconfident = unconfident_entropy(logits, self.threshold, self.temperature)
         return confident - unconfident if phase == "max" else confident + unconfident
@@ -135,10 +158,13 @@ class InnerParameters:
 
     Attributes:
         rate_of: For each phase with steps: parameter name -> kind of learning rate, see :attr:`InnerLoop.rates`.
-        parameters: All of them by name, sorted.
+        parameters: All of them that are the net's, by name, sorted.
+
+        split: Where features part from the head, if the settings have a predictor between them.
 
     Raises:
-        UnsupportedModelError: If the net has no mixed batch norm, or none with weight and bias.
+        UnsupportedModelError: If the net has no mixed batch norm, or none with weight and bias, or, for a predictor, no
+            linear head.
     """
 
     def __init__(self, net: nn.Module, settings: InnerLoop) -> None:
@@ -173,10 +199,18 @@ class InnerParameters:
             phase: {first[id(every[name])]: kind for name, kind in rate_of[phase].items()} for phase in settings.phases
         }
         self.parameters = {name: named[name] for name in sorted(set().union(*self.rate_of.values()))}
+        self.split = HeadSplit(net) if settings.has_predictor else None
 
 
 def _last(names: Sequence[str], share: float) -> list[str]:
     return list(names[-max(1, math.floor(min(share, 1) * len(names) + 1e-6)) :])
+
+
+class Branches(NamedTuple):
+    """What a pass gives: logits (D, B, K), and those behind the predictor, if there is one."""
+
+    logits: Tensor
+    online: Tensor | None
 
 
 class Adapted(NamedTuple):
@@ -185,7 +219,8 @@ class Adapted(NamedTuple):
     Attributes:
         before: Logits (D, B, K) before the first step.
         after: Logits (D, B, K) after the last step.
-        parameters: The adapted parameters by name, (C,) for one domain, (D, C) for several.
+        parameters: The adapted parameters by name, (C,) for one domain, (D, C) for several; ``predictor``, if there is
+            one, (F, F) or (D, F, F).
         losses: The mean over domains of the loss at each step, by phase.
         gradients: Of the first step of the first phase, by parameter name.
     """
@@ -202,10 +237,11 @@ def alignment(result: Adapted, inner_parameters: InnerParameters, labels: Tensor
 
     In [-1, 1]; 1: adapting without labels goes where labels would lead. ``result`` needs its ``before`` kept.
     """
-    parameters = [inner_parameters.parameters[name] for name in result.gradients]
+    gradients = {name: gradient for name, gradient in result.gradients.items() if name != PREDICTOR}
+    parameters = [inner_parameters.parameters[name] for name in gradients]
     loss = cross_entropy(result.before.flatten(0, 1), labels)
     main = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-    inner = [gradient.view(-1, gradient.shape[-1]).mean(0) for gradient in result.gradients.values()]
+    inner = [gradient.view(-1, gradient.shape[-1]).mean(0) for gradient in gradients.values()]
     return cosine_similarity(torch.cat(inner).detach(), torch.cat(main), dim=0)
 
 
@@ -221,6 +257,7 @@ def adapt_inner(
     keep_before: bool = False,
     rates: Mapping[str, Tensor | float] | None = None,
     inner_parameters: InnerParameters | None = None,
+    predictor: Tensor | None = None,
 ) -> Adapted:
     """Adapt the norm layers' parameters to unlabelled images, on a functional copy; the net itself does not change.
 
@@ -239,15 +276,19 @@ def adapt_inner(
         keep_before: Whether ``before`` keeps a graph of its own, which the first-order steps otherwise use up.
         rates: Learning rates by kind, in place of the settings' (tensors may be learned).
         inner_parameters: The net's, if they are known already.
+        predictor: What the predictor of ``min_objective="zerosiam"`` starts from, (F, F); by default the identity.
 
     Source: Meta-TTT, arXiv 2410.01709.
     """
-    rate_of = (inner_parameters or InnerParameters(net, settings)).rate_of
+    inner_parameters = inner_parameters or InnerParameters(net, settings)
+    rate_of, split = inner_parameters.rate_of, inner_parameters.split
     rates = rates or settings.rates
     phases = settings.phases if phases is None else phases
     differentiable = differentiable or second_order
     groups = _groups(net, {phase: rate_of[phase] for phase in phases})
     moving = [name for group in groups for name in group.names]
+    if split is not None and "min" in phases:
+        groups.append(ParameterGroup({PREDICTOR: _start(split, predictor)}, {"min": PREDICTOR}))
     # Checkpointed layers would compute again with the net's own parameters, for the others are in place in a pass only.
     once = safe_checkpoints(recompute=False)
     with once, batch_of_domains(net, domains) as inner, shared_prefix(net, images, moving) as run:
@@ -258,14 +299,20 @@ def adapt_inner(
             yield
             inner.mixing = True
 
-        def pass_with(parameters: dict[str, Tensor]) -> Tensor:
-            return _by_domain(run(parameters), domains)
+        def pass_with(parameters: dict[str, Tensor]) -> Branches:
+            own = {name: value for name, value in parameters.items() if name != PREDICTOR}
+            if split is None or PREDICTOR not in parameters:
+                return Branches(_by_domain(run(own), domains), None)
+            features, logits = split(images, lambda _: run(own))
+            features = _by_domain(features, domains) @ parameters[PREDICTOR].mT.to(features.dtype)
+            return Branches(_by_domain(logits, domains), linear(features, split.head.weight, split.head.bias))
+
+        def loss_of(phase: Phase, branches: Branches) -> Tensor:
+            return settings.loss(branches.logits, phase, branches.online)
 
         order = [phase for phase in phases for _ in range(settings.steps(phase))]
         moved = {p: {n: rates[g.kinds[p]] for n, g in enumerate(groups) if p in g.kinds} for p in phases}
-        steps = [
-            Step(moved[phase], partial(settings.loss, phase=phase), during=partial(mixing, phase)) for phase in order
-        ]
+        steps = [Step(moved[phase], partial(loss_of, phase), during=partial(mixing, phase)) for phase in order]
         done = unroll(
             net,
             pass_with,
@@ -279,8 +326,8 @@ def adapt_inner(
         )
         parameters = by_name(groups, done.values)
         with torch.set_grad_enabled(differentiable):
-            after = pass_with(parameters)
-    before = after if done.first is None else done.first
+            after = pass_with({name: value for name, value in parameters.items() if name != PREDICTOR}).logits
+    before = after if done.first is None else done.first.logits
     losses: dict[Phase, list[Tensor]] = {}
     for phase, loss in zip(order, done.losses, strict=True):
         losses.setdefault(phase, []).append(loss)
@@ -297,6 +344,11 @@ def _groups(net: nn.Module, rate_of: Mapping[Phase, Mapping[str, str]]) -> list[
         key = (*kinds.items(), named[name].dtype, named[name].device)
         groups.setdefault(key, ParameterGroup({}, kinds)).parameters[name] = named[name]
     return list(groups.values())
+
+
+def _start(split: HeadSplit, predictor: Tensor | None) -> Tensor:
+    like = split.head.weight
+    return torch.eye(split.num_features, dtype=like.dtype, device=like.device) if predictor is None else predictor
 
 
 def _by_domain(logits: Tensor, domains: int) -> Tensor:

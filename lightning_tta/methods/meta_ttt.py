@@ -10,10 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.errors import ConfigError
-from lightning_tta.meta.inner_loop import InnerParameters, adapt_inner, inner_loop_of, with_inner_options
+from lightning_tta.meta.inner_loop import (
+    PREDICTOR,
+    InnerParameters,
+    adapt_inner,
+    inner_loop_of,
+    with_inner_options,
+)
 from lightning_tta.meta.mixed_bn import MixedLayers, make_mixed_layers, mixed_batch_norm_layers, mixed_layers
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.base.method import TTAMethod
+from lightning_tta.methods.components.predictor import make_predictor
 
 
 class MetaTTT(TTAMethod):
@@ -23,6 +30,9 @@ class MetaTTT(TTAMethod):
     others (:mod:`lightning_tta.losses`); the rest are the scales of all norm layers and the other shifts. BatchNorm
     mixes source and batch statistics (:class:`~lightning_tta.meta.mixed_bn.MixedBatchNorm`). Steps are plain
     gradient descent on a functional copy, see :func:`lightning_tta.meta.inner_loop.adapt_inner`.
+
+    ``min_objective="zerosiam"`` has the objective of :class:`~lightning_tta.methods.ZeroSiam` in the min steps, with a
+    predictor that moves too, an idea of this project.
 
     Meant for nets that were meta-trained (``lightning-tta fit --config configs/digits/meta_ttt.yaml``), which bring
     their settings along; runs on any BatchNorm net, whose layers then mix with ``source_weight``.
@@ -78,10 +88,16 @@ class MetaTTT(TTAMethod):
         for name, parameter in self._inner_parameters.parameters.items():
             self._state_names[name] = mixing_names.get(id(parameter), f"model.{name}")
             self.state(self._state_names[name], parameter)
+        split = self._inner_parameters.split
+        self.predictor = None if split is None else make_predictor(split)
+        if self.predictor is not None:
+            self._state_names[PREDICTOR] = "predictor.weight"
+            self.state("predictor.weight", self.predictor.weight)
 
     def step(self, x: Tensor) -> Tensor:
         """Max steps, min steps, and a forward pass with the result."""
-        result = adapt_inner(self.model, x, self.settings, inner_parameters=self._inner_parameters)
+        predictor = None if self.predictor is None else self.predictor.weight
+        result = adapt_inner(self.model, x, self.settings, inner_parameters=self._inner_parameters, predictor=predictor)
         steps = sum(map(len, result.losses.values()))
         self.count("backwards", steps)
         for phase, losses in result.losses.items():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_tta.report.figures import MUTED, WIDTH, drawing, looks
+from lightning_tta.report.figures import COLORS, LINES, MARKERS, MUTED, WIDTH, Look, drawing, looks
 from lightning_tta.report.statistics import Estimate, interval
 
 if TYPE_CHECKING:
@@ -46,57 +47,113 @@ def sentence(answer: Mapping[str, Any]) -> str:
     )
 
 
+def is_number(value: object) -> bool:
+    """Whether a value has a place on an axis of numbers."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def axis_place(value: float, scale: str) -> float:
+    """Where a value stands on the axis as it is drawn, up to the length of the axis: logarithmic from above 0."""
+    return math.log10(value) if scale == "log" and value > 0 else value
+
+
 def study_figure(result: Mapping[str, Any]) -> Figure:
     """Error in percent along the study's axis, a panel for each net and stream, a line for each method.
 
-    A method that does not vary is a level line. Bands reach from the lowest to the highest seed. Without an axis:
-    bars.
+    A method that does not vary is a level line. Bands and whiskers reach from the lowest to the highest seed. Values
+    that are no numbers are points without a line; without an axis there are bars. Where a question asks for the area
+    under the curve, a panel of bars with the areas stands beside each panel.
     """
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((s["net"], s["stream"]) for s in result["series"]))
-    style = looks(s["method"] for s in result["series"])
-    columns = min(2, len(panels)) or 1
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(WIDTH, 0.6 + 2.7 * rows), layout="constrained")
+    style = _looks(s["method"] for s in result["series"])
+    areas = any(answer.get("at") == "area" for answer in result["answers"])
+    columns = 2 if areas else min(2, len(panels)) or 1
+    rows = len(panels) if areas else -(-len(panels) // columns)
+    bars = max((len(_of_panel(result, panel)) for panel in panels), default=1)
+    height = 2.7 if result["axis"] else 0.9 + 0.23 * bars
+    figure = Figure(figsize=(WIDTH, 0.6 + max(height, 1.4) * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
-    for unused in axes.flat[len(panels) :]:
+    for unused in axes.flat[len(panels) * (2 if areas else 1) :]:
         unused.set_axis_off()
-    for panel, (net, stream) in zip(axes.flat, panels, strict=False):
-        mine = [s for s in result["series"] if (s["net"], s["stream"]) == (net, stream)]
-        (_draw_lines if result["axis"] else _draw_bars)(panel, mine, style, result)
-        panel.set_title(f"{net}, {stream}")
-        panel.set_ylabel("error, %")
-        panel.grid(axis="y")
+    for panel, place in zip(axes[:, 0] if areas else axes.flat, panels, strict=False):
+        (_draw_lines if result["axis"] else _draw_bars)(panel, _of_panel(result, place), style, result)
+        panel.set_title(", ".join(place))
+    for panel, place in zip(axes[:, 1], panels, strict=True) if areas else ():
+        mine = [{**s, "points": [s["area"]]} for s in _of_panel(result, place) if "area" in s]
+        _draw_bars(panel, mine, style, result)
+        panel.set_title("mean over the axis")
     if result["axis"]:
-        handles, names = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=4)
+        found = [axis.get_legend_handles_labels() for axis in axes.flat]
+        entries = {name: handle for handles, names in found for handle, name in zip(handles, names, strict=True)}
+        figure.legend(entries.values(), entries, loc="outside lower center", ncols=4)
     return figure
 
 
+def _looks(methods: Iterable[str]) -> dict[str, Look]:
+    """Few methods, so each gets one of the clear colors; the source is black."""
+    others = [method for method in dict.fromkeys(methods) if method != "source"]
+    if len(others) > len(COLORS):
+        return looks(others)
+    chosen = {
+        method: Look(COLORS[n], LINES[n % len(LINES)], MARKERS[n % len(MARKERS)]) for n, method in enumerate(others)
+    }
+    return {"source": Look("#000000", "-", "o"), **chosen}
+
+
+def _of_panel(result: Mapping[str, Any], panel: tuple[str, str]) -> list[Mapping[str, Any]]:
+    return [s for s in result["series"] if (s["net"], s["stream"]) == panel]
+
+
 def _draw_lines(panel: Any, series: Sequence[Mapping[str, Any]], style: Any, result: Mapping[str, Any]) -> None:
-    places = {value: number for number, value in enumerate(result["values"])}
-    numeric = all(isinstance(value, (int, float)) for value in result["values"])
+    numeric = all(is_number(value) for value in result["values"])
+    against = result.get("against", "")
+    moving = [line for line in series if not line["level"]]
     for line in series:
         look, points = style[line["method"]], line["points"]
-        if line["level"]:
+        place = points[0].get("place")
+        if line["level"] and place is None:
             panel.axhline(100 - points[0]["mean"], color=look.color, linestyle=look.line, lw=1.2, label=line["method"])
             continue
-        x = [point["x"] if numeric else places[point["x"]] for point in points]
-        panel.plot(x, [100 - p["mean"] for p in points], look.line, marker=look.marker, ms=4, color=look.color)
-        panel.lines[-1].set_label(line["method"])
-        panel.fill_between(
-            x, [100 - p["high"] for p in points], [100 - p["low"] for p in points], color=look.color, alpha=0.12, lw=0
-        )
+        errors = [100 - point["mean"] for point in points]
+        low, high = ([100 - point[end] for point in points] for end in ("high", "low"))
+        if against:
+            x = [point["place"] for point in points]
+            for point, place, error in zip(points, x, errors, strict=True):
+                text = "" if line["level"] else _shown(point["x"])
+                panel.annotate(text, (place, error), (3, 3), textcoords="offset points", fontsize=7, color=look.color)
+        elif numeric:
+            x = [point["x"] for point in points]
+        else:  # side by side, so that whiskers do not hide each other
+            shift = 0.5 * ((moving.index(line) + 0.5) / len(moving) - 0.5)
+            x = [result["values"].index(point["x"]) + shift for point in points]
+        joined = look.line if numeric and not line["level"] else "none"
+        panel.plot(x, errors, linestyle=joined, marker=look.marker, ms=4, color=look.color, label=line["method"])
+        if numeric and not against:
+            panel.fill_between(x, low, high, color=look.color, alpha=0.12, lw=0)
+        else:
+            panel.vlines(x, low, high, color=look.color, lw=1, alpha=0.5)
+    panel.set_ylabel("error, %")
+    panel.grid(axis="y")
+    if against:
+        panel.set_xlabel(against.replace("_", " "))
+        panel.set_xscale("log" if result["scale"] == "log" else "linear")
+        panel.xaxis.set_major_formatter("{x:g}")
+        return
     panel.set_xlabel(result["axis"])
-    if numeric and result["scale"] == "log":
-        panel.set_xscale("symlog" if min(result["values"]) <= 0 else "log")
-    if numeric:
-        panel.set_xticks(result["values"], [f"{value:g}" for value in result["values"]])
-        panel.minorticks_off()
-    else:
-        panel.set_xticks(range(len(places)), [str(value) for value in places])
-    panel.tick_params(axis="x", labelrotation=45 if len(places) > 6 else 0)
+    if not numeric:
+        panel.set_xticks(range(len(result["values"])), [str(value).replace(" ", "\n") for value in result["values"]])
+        panel.set_xlim(-0.5, len(result["values"]) - 0.5)
+        return
+    if result["scale"] == "log":
+        above = [value for value in result["values"] if value > 0]
+        if len(above) == len(result["values"]):
+            panel.set_xscale("log")
+        else:
+            panel.set_xscale("symlog", linthresh=min(above, default=1.0))
+    panel.set_xticks(result["values"], [_shown(value) for value in result["values"]])
+    panel.minorticks_off()
 
 
 def _draw_bars(panel: Any, series: Sequence[Mapping[str, Any]], style: Any, result: Mapping[str, Any]) -> None:
@@ -105,37 +162,42 @@ def _draw_bars(panel: Any, series: Sequence[Mapping[str, Any]], style: Any, resu
         error = 100 - point["mean"]
         spread = [[max(0.0, point["high"] - point["mean"])], [max(0.0, point["mean"] - point["low"])]]
         panel.barh(row, error, xerr=spread, color=style[line["method"]].color, ecolor=MUTED, height=0.7)
-        panel.text(0, row, f" {error:.1f}", va="center", color="white", fontsize=8)
+        panel.text(100 - point["low"], row, f"  {error:.1f}", va="center", fontsize=8)
+    panel.margins(x=0.12)
     panel.set_yticks(range(len(series)), [line["method"] for line in series])
     panel.invert_yaxis()
     panel.set_xlabel("error, %")
-    panel.set_ylabel("")
+    panel.grid(axis="x")
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if is_number(value) else str(value)
 
 
 def study_table(result: Mapping[str, Any]) -> str:
-    """Errors in percent, a row for each method, net and stream, in Markdown."""
+    """Errors in percent, a row for each method, net and stream, in Markdown.
+
+    Where the axis has numbers, the last column is the area under the curve over the axis, divided by its length.
+    Where another measure stands on the axis, it comes in brackets.
+    """
     values = result["values"] or [""]
     several = len({(s["net"], s["stream"]) for s in result["series"]}) > 1
-    header = [
-        "method",
-        *(["net", "stream"] if several else []),
-        *(f"{v:g}" if _is_number(v) else str(v) for v in values),
-    ]
+    areas = any("area" in line for line in result["series"])
+    header = ["method", *(["net", "stream"] if several else []), *map(_shown, values), *(["mean"] if areas else [])]
     if not result["axis"]:
         header[-1] = "error"
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for line in result["series"]:
         by_x = {point["x"]: point for point in line["points"]}
-        cells = []
+        cells = [line["method"], *([line["net"], line["stream"]] if several else [])]
         for value in values:
             point = line["points"][0] if line["level"] or not result["axis"] else by_x.get(value)
-            cells.append("" if point is None else f"{100 - point['mean']:.1f}")
-        lines.append(f"| {' | '.join([line['method'], *([line['net'], line['stream']] if several else []), *cells])} |")
+            place = "" if point is None or "place" not in point else f" ({point['place']:.3g})"
+            cells.append("" if point is None else f"{100 - point['mean']:.1f}{place}")
+        if areas:
+            cells.append(f"{100 - line['area']['mean']:.1f}" if "area" in line else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def study_text(result: Mapping[str, Any], picture: str | None = None) -> str:

@@ -36,6 +36,16 @@ def benchmark(root, methods=None, **options):
     )
 
 
+def test_each_seed_may_take_images_of_its_own(tmp_path):
+    made = benchmark(tmp_path, seeds=[0, 2], images_by_seed=True)
+    data = {cell.seed: made._config(cell, "none")["predict"]["data"]["init_args"] for cell in made.cells}
+    assert {seed: options["subset_seed"] for seed, options in data.items()} == {0: 0, 2: 2}
+    assert "subset_seed" not in str(benchmark(tmp_path, seeds=[2])._config(made.cells[-1], "none"))
+    made_of = {"source": {"class_path": "Source"}}
+    with pytest.raises(ConfigError, match="images_by_seed needs data"):
+        Benchmark("x", {"class_path": "DigitsData"}, made.nets, {"iid": StreamConfig()}, made_of, images_by_seed=True)
+
+
 def test_rows_files_and_no_second_run(tmp_path, capsys):
     result = benchmark(tmp_path, seeds=[0, 1]).run()
     rows = result["rows"]

@@ -48,6 +48,12 @@ def test_streams_methods_and_nets_vary_along_an_axis():
     _, given = study(AxisConfig("nets.options", {"few": {"epochs": 1}, "many": {"epochs": 9}}, of=["bn"]))
     assert given["nets"]["bn@many"] == {"fit": "a.yaml", "options": {"epochs": 9}}
     assert given["streams"]["iid"]["nets"] == ["bn@few", "bn@many"]
+    nets = {"bn": {"fit": "a.yaml", "options": {"trainer.max_epochs": 3}}}
+    _, given = study(AxisConfig("nets.options", {"no": {"model.meta": False}}), given={**sections(), "nets": nets})
+    assert given["nets"]["bn@no"]["options"] == {"trainer.max_epochs": 3, "model.meta": False}
+    nets = {"bn": {"fit": "a.yaml", "options": {"trainer.max_epochs": 3}}}
+    _, given = study(AxisConfig("nets.options.model.lr", [1]), given={**sections(), "nets": nets})
+    assert given["nets"]["bn@1"]["options"] == {"trainer.max_epochs": 3, "model.lr": 1}
     _, given = study(AxisConfig("methods.model.reset_every", [5], of=["tent"]))
     assert given["methods"]["tent@5"]["model"] == {"reset_every": 5}
 
@@ -72,15 +78,17 @@ def test_answers_are_paired_by_seed():
         AskConfig("backwards", "tent", "zerosiam", at="first"),
         AskConfig("two seeds", "zerosiam", "tent", at="last"),
         AskConfig("no cells", "zerosiam", "source", at="mean"),
+        AskConfig("larger batches help", "zerosiam", "zerosiam", at=64, than_at=1),
     ]
     made, _ = study(AxisConfig("streams.data.batch_size", [1, 64], of=["iid"]), asks)
     result = made.result(rows(), [{"cell": "bn/iid@1/source/seed0", "reason": "failed: x"}])
     differences = [30, 32, 28]
     half = 4.302653 * stdev(differences) / math.sqrt(3)
-    first, by_60, backwards, two, none = result["answers"]
+    first, by_60, backwards, two, none, larger = result["answers"]
     assert (first["verdict"], by_60["verdict"], backwards["verdict"]) == ("holds", "fails", "fails")
     assert first["mean"] == pytest.approx(fmean(differences))
     assert first["half"] == pytest.approx(half, rel=1e-5)
+    assert (larger["seeds"], larger["mean"]) == (2, pytest.approx(((50 - 50) + (70 - 57)) / 2))
     assert (two["verdict"], two["half"], two["seeds"]) == ("unclear", None, 2)
     assert two["mean"] == pytest.approx(0)
     assert "holds here (+30.0 ± 5.0 points of accuracy, 3 seeds)" in sentence(first)
@@ -92,7 +100,68 @@ def test_answers_are_paired_by_seed():
         {"x": 1, "mean": pytest.approx(25), "low": 20, "high": pytest.approx(30)},
         {"x": 64, "mean": pytest.approx(60), "low": 60, "high": 60},
     ]
-    assert study_table({**result, "environment": {}}).splitlines()[-1] == "| zerosiam | 45.0 | 40.0 |"
+    assert study_table({**result, "environment": {}}).splitlines()[-1] == "| zerosiam | 45.0 | 40.0 | 43.2 |"
+
+
+def test_other_nets_and_streams_are_compared_by_seed():
+    asks = [
+        AskConfig("nets", "tent", "tent", net="gn", than_net="bn", stream="iid"),
+        AskConfig("streams", "tent", "source", net="bn", stream="sorted", than_stream="iid"),
+    ]
+    made, _ = study(None, asks, axis="")
+    cells = [row("tent", "iid", seed, 0.5 + 0.1 * seed) for seed in range(3)]
+    cells += [row("tent", "iid", seed, 0.6 + 0.05 * seed, "gn") for seed in range(3)]
+    cells += [row("tent", "sorted", seed, 0.3) for seed in range(3)]
+    cells += [row("source", "iid", seed, 0.2 + 0.1 * seed) for seed in range(2)]
+    with pytest.raises(ConfigError, match="nothing varies in this study"):
+        study(None, [AskConfig("x", "tent", at=2)], axis="")
+    nets, streams = made.result(cells)["answers"]
+    assert (nets["seeds"], nets["mean"]) == (3, pytest.approx(fmean([10, 5, 0])))
+    assert (streams["seeds"], streams["mean"]) == (2, pytest.approx(fmean([10, 0])))
+
+
+def test_the_area_is_that_under_the_curve_as_it_is_drawn(tmp_path):
+    """On a logarithmic axis 1, 10, 1000 the first step is half as long as the second."""
+    vary = AxisConfig("methods.init_args.lr", [1, 10, 1000], of=["tent"])
+    asks = [AskConfig("area", "tent", "source", at="area"), AskConfig("mean", "tent", "source")]
+    made, _ = study(vary, asks, scale="log")
+    accuracies = {1: 0.2, 10: 0.8, 1000: 0.4}
+    cells = [row(f"tent@{x}", "iid", seed, value + 0.01 * seed) for x, value in accuracies.items() for seed in range(3)]
+    cells += [row("source", "iid", seed, 0.5) for seed in range(3)]
+    result = made.result(cells)
+    area = (1 * (20 + 80) / 2 + 2 * (80 + 40) / 2) / 3
+    assert result["answers"][0]["mean"] == pytest.approx(area + 1 - 50)
+    assert result["answers"][1]["mean"] == pytest.approx(fmean([20, 80, 40]) + 1 - 50)
+    areas = {each["method"]: each["area"] for each in result["series"]}
+    assert areas["tent"] == {
+        "mean": pytest.approx(area + 1),
+        "low": pytest.approx(area),
+        "high": pytest.approx(area + 2),
+    }
+    assert areas["source"]["mean"] == pytest.approx(50)
+    assert study_table(result).splitlines()[-1] == f"| tent | 79.0 | 19.0 | 59.0 | {100 - area - 1:.1f} |"
+    write_study({**result, "environment": {}, "command": "c", "data": "digits"}, tmp_path)
+    linear, _ = study(AxisConfig("methods.init_args.lr", [1, 10, 1000], of=["tent"]), asks)
+    expected = (9 * (20 + 80) / 2 + 990 * (80 + 40) / 2) / 999
+    assert linear.result(cells)["answers"][0]["mean"] == pytest.approx(expected + 1 - 50)
+    cells = [cell for cell in cells if (cell["method"], cell["seed"]) != ("tent@10", 2)]
+    assert made.result(cells)["answers"][0]["seeds"] == 2  # a seed with a hole has no area
+
+
+def test_another_measure_on_the_axis(tmp_path):
+    vary = AxisConfig("methods.init_args.steps", {"one": 1, "two": 2}, of=["tent"])
+    made, _ = study(vary, against="milliseconds_per_image", scale="log")
+    times = {"source": 1.0, "tent@one": 3.0, "tent@two": 6.0}
+    cells = [
+        {**row(method, "iid", seed, 0.5), "milliseconds_per_image": time + seed}
+        for method, time in times.items()
+        for seed in range(2)
+    ]
+    result = made.result(cells)
+    places = {each["method"]: [point["place"] for point in each["points"]] for each in result["series"]}
+    assert places == {"source": [1.5], "tent": [3.5, 6.5]}
+    assert study_table(result).splitlines()[-1] == "| tent | 50.0 (3.5) | 50.0 (6.5) |"
+    write_study({**result, "environment": {}, "command": "c", "data": "digits"}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +184,7 @@ def test_methods_that_do_not_vary_are_compared_at_each_value(tmp_path):
     whole = {**result, "environment": {"device": "a CPU"}, "command": "c", "data": "digits"}
     write_study(whole, tmp_path)
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
-    assert "| source | 30.0 | 30.0 |" in (tmp_path / "study.md").read_text()
+    assert "| source | 30.0 | 30.0 | 30.0 |" in (tmp_path / "study.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -129,6 +198,7 @@ def test_methods_that_do_not_vary_are_compared_at_each_value(tmp_path):
         (None, (), {}, "vary and axis go together"),
         (AxisConfig("streams.data.batch_size", [1]), [AskConfig("x", "tend")], {}, "tend"),
         (AxisConfig("streams.data.batch_size", [1]), [AskConfig("x", "tent", at=2)], {}, "first, last, mean, 1; got 2"),
+        (AxisConfig("streams.data.batch_size", {"a": 1}), [AskConfig("x", "tent", at="area")], {}, "area"),
         (AxisConfig("streams.data.batch_size", [1]), [AskConfig("x", "tent", net="cn")], {}, "cn"),
     ],
 )

@@ -128,6 +128,25 @@ def test_smaller_subsets_lie_inside_larger_ones_with_the_same_pixels():
     assert small < large
 
 
+def test_a_seed_of_the_subset_leaves_other_images():
+    def left(**options):
+        data = DigitsData(domains=["clean", "haze"], num_images=20, **options)
+        data.setup("predict")
+        one, other = data.domain_images
+        positions = data._clean_test.positions.tolist()
+        assert torch.equal(one.labels, other.labels)  # the same ones in each domain
+        return positions, data.describe()
+
+    (usual, described), (zero, _), (first, seeded) = left(), left(subset_seed=0), left(subset_seed=1)
+    assert usual == zero
+    assert described["subset_seed"] is None
+    assert seeded["subset_seed"] == 1
+    assert first == sorted(set(first))
+    assert len(first) == 20
+    assert len(set(first) & set(usual)) < 10
+    assert DigitsData(domains=["clean"], subset_seed=3).describe()["subset_seed"] is None  # all images: no choice
+
+
 @pytest.mark.parametrize("stream", ["iid", "label_shift", "mixed"])
 def test_pixels_do_not_depend_on_order_batch_size_or_workers(stream):
     options = {"domains": ["shot_noise", "rotate"], "num_images": 40}

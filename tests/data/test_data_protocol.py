@@ -42,7 +42,7 @@ def test_every_field_is_in_the_hash():
         **{"world_size": 2, "mode": "replicas", "dirichlet": 0.1, "charge": "passes", "interval": 1.0},
         **{"visits": 2, "class_correlation": 0.5, "domain_correlation": 0.5, "class_imbalance": 2.0},
         **{"domain_imbalance": 2.0, "pollution": 0.5, "polluters": "uniform"},
-        "pollution_first": True,
+        **{"pollution_first": True, "subset_seed": 1},
     }
     base = protocol()
     assert set(other) == {field.name for field in dataclasses.fields(Protocol)}
@@ -102,7 +102,7 @@ def test_wrong_values():
 
 def test_data_modules_describe_themselves_completely():
     data = DigitsData(domains=["clean"], num_images=4)
-    assert set(data.describe()) == {*DESCRIPTION, "charge", "interval", *OPTIONS}
+    assert set(data.describe()) == {*DESCRIPTION, "charge", "interval", "subset_seed", *OPTIONS}
     one, other = (
         Protocol.from_parts(DigitsData(domains=["clean"], num_images=4, order_seed=s).describe(), **PARTS)
         for s in (0, 1)

@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_said():
     module = SourceLanguageModel(backbone_options=SMALL, characters="0123456789+=")
     with pytest.raises(ConfigError, match="The net's tokens are the characters '0123456789"):
         make_trainer().fit(module, sums())
-    with pytest.raises(ConfigError, match="TestTimeAdaptation"):
+    with pytest.raises(ConfigError, match="LanguageAdaptation"):
         module.predict_step({}, 0)
     without = SourceLanguageModel(backbone_options=SMALL, prompt_weight=0.0)
     text = PromptData("text", domains=["zen"])

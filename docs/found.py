@@ -1,0 +1,259 @@
+"""Writes ``results/found.md`` and its figures from finished studies; no number of the page is typed by hand.
+
+    python docs/found.py runs/studies --hardware "two x86-64 cores"
+
+Folders hold runs of ``configs/studies/*.yaml``, each in a folder with its file's name; what is missing is named. A
+study whose file has since changed is refused: its command, given again, runs what is new and keeps the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from lightning_tta.errors import DataError
+from lightning_tta.files import read_json
+from lightning_tta.report.figures import drawing
+from lightning_tta.report.studies import sentence, study_figure, study_table
+
+DOCS = Path(__file__).parent
+CONFIGS = DOCS.parent / "configs/studies"
+LIMIT = 60_000
+"""Bytes of a figure."""
+GROUPS = {"zerosiam": "ZeroSiam", "cr_memo": "CR-MEMO", "meta_ttt": "Meta-TTT", "all": "All methods"}
+SETS = {"": "Digits", "cifar10_": "CIFAR-10"}
+WORDS = {"holds": "hold here", "fails": "do not hold here", "unclear": "are unclear"}
+
+PAGE = """\
+# What we found
+
+<!-- Written by docs/found.py from the studies' results. Do not edit it here. -->
+
+Claims of papers, and questions of our own, each rerun by one command: [how a study works](../guides/studies.md).
+{counts}
+
+- A difference is that of the accuracies in points, one a seed; after ± half the 95 % interval of its mean (Student's
+  t). *Holds here*: the interval lies above zero. *Does not hold here*: below. *Unclear*: it has zero in it.
+- Each claim has its own interval: of twenty true differences of zero one would look like a finding.
+- *Digits* are the 1,797 images of scikit-learn, with small nets that the study trains itself, one a seed: everything
+  runs in minutes, and says how an objective behaves, not what it reaches on ImageNet. On *CIFAR-10* the nets are fixed,
+  and each seed takes images of its own.
+- Hardware: {hardware}; other jobs ran beside it, so times are compared within one study only.
+
+{overview}
+
+## Claims that do not hold here
+
+{failed}
+
+{sections}
+## Not run
+
+{missing}
+
+```bash
+python docs/found.py runs/studies --hardware "{hardware}"
+```
+"""
+
+
+def main(args: Sequence[str] | None = None) -> str:
+    """Write the page and the figures; returns the page's text."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--hardware", required=True, help='such as "two x86-64 cores"')
+    parser.add_argument("--out", type=Path, default=DOCS / "results/found.md")
+    parser.add_argument("--images", type=Path, default=DOCS / "images/studies")
+    options = parser.parse_args(args)
+    studies = read_studies(options.folders)
+    options.images.mkdir(parents=True, exist_ok=True)
+    for old in options.images.glob("*.png"):
+        old.unlink()
+    for name, result in studies.items():
+        (options.images / f"{name}.png").write_bytes(thumbnail(result))
+    text = page(studies, options.hardware)
+    options.out.write_text(text)
+    return text
+
+
+def read_studies(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The results of all finished studies below some folders, by the name of their file.
+
+    Raises:
+        DataError: If there is none, or one has been run twice, or is of no file, or of an older version of it.
+    """
+    studies: dict[str, dict[str, Any]] = {}
+    for file in sorted(path for folder in folders for path in folder.rglob("study.json")):
+        name, result = file.parent.name, read_json(file)
+        config = CONFIGS / f"{name}.yaml"
+        if result is None or not config.exists():
+            raise DataError(f"{file} is damaged, or no study of configs/studies. Run it again, or leave it out.")
+        if name in studies:
+            raise DataError(f"{file}: '{name}' has two results. Leave one out.")
+        if differs := difference(yaml.safe_load(config.read_text()), result):
+            raise DataError(f"{file}: {differs} has changed since in {config.name}. Run the study again.")
+        studies[name] = result
+    if not studies:
+        raise DataError(f"No finished study below {', '.join(map(str, folders))}. Run one of configs/studies first.")
+    return {name: studies[name] for name in names() if name in studies}
+
+
+def names() -> list[str]:
+    """All shipped studies, in the order of the page."""
+    wanted = [f"{data}{group}_" for data in SETS for group in GROUPS]
+
+    def place(name: str) -> tuple[int, str]:
+        return next((n for n, start in enumerate(wanted) if name.startswith(start)), len(wanted)), name
+
+    return sorted((path.stem for path in CONFIGS.glob("*.yaml")), key=place)
+
+
+def difference(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """What of a study's file is not what its result was made of; empty if nothing is."""
+    section, data = config["study"], config["data"]
+    options = {name: value for name, value in data["init_args"].items() if name != "root"}
+    if result["data"] != f"{data['class_path'].rpartition('.')[2]} {json.dumps(options)}":
+        return "data"
+    for name in ("title", "claim", "paper", "axis", "measure", "against"):
+        if name in section and section[name] != result.get(name):
+            return name
+    varied = section.get("vary", {}).get("values", [])
+    if list(varied) != result["values"]:
+        return "vary.values"
+    asks, answers = section.get("asks", []), result["answers"]
+    if len(asks) != len(answers) or any(
+        answer.get(name) != value for ask, answer in zip(asks, answers, strict=True) for name, value in ask.items()
+    ):
+        return "asks"
+    return ""
+
+
+def thumbnail(result: Mapping[str, Any]) -> bytes:
+    """The study's figure as a small PNG.
+
+    Raises:
+        DataError: If it is larger than :data:`LIMIT`.
+    """
+    drawn, small = io.BytesIO(), io.BytesIO()
+    with drawing():
+        study_figure(result).savefig(drawn, format="png", dpi=100)
+    Image.open(drawn).convert("RGB").quantize(48).save(small, format="png", optimize=True)
+    if small.tell() > LIMIT:
+        raise DataError(f"The figure of '{result['title']}' has {small.tell()} bytes, more than {LIMIT}.")
+    return small.getvalue()
+
+
+def page(studies: Mapping[str, Mapping[str, Any]], hardware: str) -> str:
+    """The text of the page."""
+    claimed = [a for result in studies.values() for a in result["answers"] if a["claimed"]]
+    asked = [a for result in studies.values() for a in result["answers"] if not a["claimed"]]
+    counts = ", ".join(f"{_count(claimed, verdict)} {words}" for verdict, words in WORDS.items())
+    failed = [
+        f"- {sentence(answer)} [{result['title']}]({_anchor(name, result)})"
+        for name, result in studies.items()
+        for answer in result["answers"]
+        if answer["claimed"] and answer["verdict"] == "fails"
+    ]
+    missing = [f"- `{name}`: no result yet." for name in names() if name not in studies]
+    missing += [f"- `{name}`, {entry}" for name, result in studies.items() for entry in result["missing"]]
+    return PAGE.format(
+        counts=f"Of {len(claimed)} claims {counts}; {len(asked)} questions of our own stand beside them.",
+        hardware=hardware,
+        overview=_overview(studies),
+        failed="\n".join(failed) or f"None of the {len(claimed)} does; {_count(claimed, 'unclear')} are unclear.",
+        sections="\n".join(section(name, result) for name, result in studies.items()),
+        missing="\n".join(missing) or "Everything in `configs/studies` was run, and no cell is missing.",
+    )
+
+
+def _count(answers: Sequence[Mapping[str, Any]], verdict: str) -> int:
+    return sum(answer["verdict"] == verdict for answer in answers)
+
+
+def _data_of(name: str) -> str:
+    return next(title for start, title in reversed(SETS.items()) if name.startswith(start))
+
+
+def _heading(name: str, result: Mapping[str, Any]) -> str:
+    return f"{result['title']} ({_data_of(name)})"
+
+
+def _anchor(name: str, result: Mapping[str, Any]) -> str:
+    """Of the heading, as GitHub and MyST make it."""
+    return "#" + re.sub(r"[^\w\- ]", "", _heading(name, result).lower()).replace(" ", "-")
+
+
+def _overview(studies: Mapping[str, Mapping[str, Any]]) -> str:
+    """Studies by rows: claims that hold, fail, are unclear."""
+    lines = ["| study | data | holds | does not | unclear |", "|---|---|---:|---:|---:|"]
+    for name, result in studies.items():
+        claimed = [answer for answer in result["answers"] if answer["claimed"]]
+        cells = " | ".join(str(_count(claimed, verdict)) for verdict in WORDS)
+        lines.append(f"| [{result['title']}]({_anchor(name, result)}) | {_data_of(name)} | {cells} |")
+    return "\n".join(lines)
+
+
+def section(name: str, result: Mapping[str, Any]) -> str:
+    """A study: claim, answers, figure, table, and where the numbers come from."""
+    claimed = [f"- {sentence(answer)}" for answer in result["answers"] if answer["claimed"]]
+    asked = [f"- Asked: {sentence(answer)}" for answer in result["answers"] if not answer["claimed"]]
+    environment = result["environment"]
+    described = "; ".join(
+        [
+            f"Error in percent, mean of {result['seeds']} seeds",
+            *(["in brackets: " + result["against"].replace("_", " ")] if result["against"] else []),
+            *(["mean: over the axis as drawn"] if any("area" in line for line in result["series"]) else []),
+            result["data"],
+        ]
+    )
+    return f"""## {_heading(name, result)}
+
+{result["claim"]} {result["paper"]}
+
+{chr(10).join([*claimed, *asked])}
+
+![{result["title"]}](../images/studies/{name}.png)
+
+{study_table(result)}
+
+{described}. {result["date"]}, {environment.get("device", "")}, torch {environment.get("torch", "")}, protocols
+{", ".join(f"`{protocol}`" for protocol in result["protocols"])}:
+
+```bash
+{command_of(result["command"])}
+```
+"""
+
+
+def command_of(command: str) -> str:
+    """The command of a run without what is of one machine: processes, folders."""
+    words = iter(shlex.split(command))
+    kept: list[str] = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in ("--jobs", "--output"):
+            if not value:
+                next(words, None)
+            continue
+        kept.append(f"{name}={_portable(value)}" if value else _portable(word))
+    return shlex.join(kept)
+
+
+def _portable(word: str) -> str:
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return path.name if path.suffix else "ROOT"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The page "What we found" is made of the studies' results: verdicts, intervals, tables, figures, what is missing."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+import yaml
+
+from lightning_tta.benchmark.study import AskConfig, AxisConfig, Study, StudyConfig
+from lightning_tta.errors import DataError
+
+DOCS = Path(__file__).parents[2] / "docs"
+spec = importlib.util.spec_from_file_location("found", DOCS / "found.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+ASKS = [
+    {"say": "Tent gains at 1", "better": "tent", "than": "source", "at": 1},
+    {"say": "Tent gains at 8", "better": "tent", "than": "source", "at": 8},
+    {"say": "Tent at 8 gains on tent at 1", "better": "tent", "than": "tent", "at": 8, "than_at": 1, "claimed": False},
+]
+VARY = {"option": "streams.data.batch_size", "values": [1, 8]}
+SECTION = {"title": "Batches", "claim": "Tent gains.", "paper": "(A paper.)", "axis": "batch size", "scale": "log"}
+TENT = {1: (0.70, 0.74, 0.71), 8: (0.40, 0.43, 0.45)}
+SOURCE = (0.6, 0.62, 0.61)
+
+
+DATA = {"class_path": "lightning_tta.DigitsData", "init_args": {"root": "x", "severity": 5}}
+
+
+def write_config(folder, name, data=DATA, **changes):
+    section = {**SECTION, "vary": VARY, "asks": ASKS, **changes}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"study": section, "data": data}))
+
+
+def write_study(folder, skipped=()):
+    entries = {"nets": {"bn": {}}, "streams": {"iid": {}}, "methods": {"source": {}, "tent": {}}}
+    config = StudyConfig(**SECTION, vary=AxisConfig(**VARY), asks=[AskConfig(**ask) for ask in ASKS])
+    rows = [
+        {"net": "bn", "stream": f"iid@{x}", "method": method, "seed": seed, "accuracy": value, "protocol_hash": f"h{x}"}
+        for x in (1, 8)
+        for method, values in (("source", SOURCE), ("tent", TENT[x]))
+        for seed, value in enumerate(values)
+    ]
+    result = {
+        **Study(config, entries).result(rows, skipped),
+        "command": "lightning-tta benchmark --config c.yaml --jobs 1 --data.root /a/b/c --nets.bn.source_ckpt=/a/b.pt",
+        "data": 'DigitsData {"severity": 5}',
+        "environment": {"device": "an abacus CPU", "torch": "2.0"},
+    }
+    folder.mkdir(parents=True)
+    (folder / "study.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    monkeypatch.setattr(script, "CONFIGS", folder)
+    return folder
+
+
+def test_each_number_is_that_of_the_runs(tmp_path, configs):
+    write_config(configs, "zerosiam_batches")
+    write_config(configs, "cifar10_all_batches")
+    write_study(tmp_path / "runs/zerosiam_batches", [{"cell": "bn/iid@1/norm/seed0", "reason": "unsupported: no"}])
+    out, images = tmp_path / "found.md", tmp_path / "images"
+    images.mkdir()
+    (images / "gone.png").touch()
+    arguments = ["--hardware", "beads", "--out", str(out), "--images", str(images)]
+    text = script.main([str(tmp_path / "runs"), *arguments])
+    assert out.read_text() == text
+
+    def expected(first, second):
+        """Mean and half the 95 % interval of three differences."""
+        differences = [100 * (a - b) for a, b in zip(first, second, strict=True)]
+        return f"({fmean(differences):+.1f} ± {4.302653 * stdev(differences) / math.sqrt(3):.1f} points"
+
+    assert f"- Tent gains at 1: holds here {expected(TENT[1], SOURCE)}" in text
+    failed = f"- Tent gains at 8: does not hold here {expected(TENT[8], SOURCE)} of accuracy, 3 seeds)."
+    assert text.count(failed) == 2
+    assert f"{failed} [Batches](#batches-digits)" in text.partition("## Claims that do not hold here")[2]
+    assert f"- Asked: Tent at 8 gains on tent at 1: does not hold here {expected(TENT[8], TENT[1])}" in text
+    assert "Of 2 claims 1 hold here, 1 do not hold here, 0 are unclear; 1 questions of our own" in text
+    assert "| [Batches](#batches-digits) | Digits | 1 | 1 | 0 |" in text
+    errors = [100 * (1 - fmean(TENT[x])) for x in (1, 8)]
+    assert f"| tent | {errors[0]:.1f} | {errors[1]:.1f} | {fmean(errors):.1f} |" in text
+    for words in ("an abacus CPU", "beads", "`h1`, `h8`", "- `cifar10_all_batches`: no result yet.", "(A paper.)"):
+        assert words in text
+    assert "- `zerosiam_batches`, bn/iid@1/norm/seed0: unsupported: no" in text
+    assert "\nlightning-tta benchmark --config c.yaml --data.root ROOT --nets.bn.source_ckpt=b.pt\n" in text
+    (figure,) = images.iterdir()
+    assert figure.name == "zerosiam_batches.png"
+    assert 1000 < figure.stat().st_size < script.LIMIT
+
+
+def test_a_statement_where_no_claim_failed(configs):
+    result = {"title": "T", "answers": [], "missing": [], "series": [], "values": [], "axis": "", "seeds": 3}
+    more = {"claim": "", "paper": "", "data": "", "date": "", "environment": {}, "protocols": [], "command": "c"}
+    text = script.page({"all_x": {**result, **more, "against": ""}}, "beads")
+    assert "None of the 0 does; 0 are unclear." in text
+    assert "Everything in `configs/studies` was run" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"claim": "Tent loses."},
+        {"asks": ASKS[:2]},
+        {"asks": [*ASKS[:2], {**ASKS[2], "than_at": 8}]},
+        {"vary": {**VARY, "values": [1, 8, 64]}},
+        {"data": {**DATA, "init_args": {"severity": 3}}},
+    ],
+)
+def test_results_of_an_older_file_are_refused(tmp_path, configs, changes):
+    write_study(tmp_path / "runs/all_batches")
+    write_config(configs, "all_batches")
+    assert list(script.read_studies([tmp_path])) == ["all_batches"]
+    write_config(configs, "all_batches", **changes)
+    with pytest.raises(DataError, match=r"has changed since in all_batches.yaml"):
+        script.read_studies([tmp_path])
+
+
+def test_what_the_page_cannot_be_made_of(tmp_path, configs):
+    with pytest.raises(DataError, match="No finished study"):
+        script.read_studies([tmp_path])
+    write_study(tmp_path / "a/all_batches")
+    with pytest.raises(DataError, match="no study of configs/studies"):
+        script.read_studies([tmp_path])
+    write_config(configs, "all_batches")
+    write_study(tmp_path / "b/all_batches")
+    with pytest.raises(DataError, match="has two results"):
+        script.read_studies([tmp_path])
+
+
+def test_the_page_names_every_study():
+    text = (DOCS / "results/found.md").read_text()
+    for name in script.names():
+        section = f"--config configs/studies/{name}.yaml"
+        assert (section in text) != (f"- `{name}`: no result yet." in text), name
+        study = yaml.safe_load((script.CONFIGS / f"{name}.yaml").read_text())["study"]
+        if section in text:
+            assert study["claim"] in text
+            assert all(ask["say"] in text for ask in study["asks"])
+            assert (DOCS / f"images/studies/{name}.png").stat().st_size < script.LIMIT
