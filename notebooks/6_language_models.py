@@ -11,7 +11,8 @@
 #
 # A small GPT learns to add. Then it answers sums whose results all begin with the same digit, and adapts on what it has
 # written: entropy minimisation makes it surer of each token, whether right or wrong. With a rate that is too high, Tent
-# ends in one string. This page shows where, and what ZeroSiam does at the same rate. Training takes some minutes on a CPU.
+# ends in one string. This page shows where, and what ZeroSiam does at the same rate: it ends in one string less often, and
+# most of its answers are wrong too. Training takes about three minutes on a CPU.
 
 # %%
 import matplotlib.pyplot as plt
@@ -23,7 +24,7 @@ from lightning_tta.data.text.checkers import is_correct
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-EPOCHS = 20
+EPOCHS = 35
 STREAM = 240  # prompts
 RATE = 1e-2
 
@@ -35,7 +36,7 @@ RATE = 1e-2
 # %%
 source = SourceLanguageModel(
     backbone_options={"layers": 3, "width": 96, "heads": 4},
-    prompt_weight=0.0,
+    prompt_weight=0.1,
     optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98)),
     lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS),
 )
