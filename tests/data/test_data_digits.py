@@ -281,6 +281,7 @@ def test_describe():
         "order_seed": 4,
         "batch_size": 5,
         **dict.fromkeys(OPTIONS),
+        "subset_seed": None,
         "charge": None,
         "interval": None,
     }
