@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 Forward = Callable[[Tensor], Tensor]
 
 LARGE = 2**20
-"""Values: of a smaller input little is kept, and the host's time for a function in Python shows (some 20 us)."""
+"""Of an input with fewer values little is kept, and the host's time for a function in Python shows (some 20 us)."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -14,7 +14,7 @@ from lightning_tta.errors import ConfigError, check_choice
 from lightning_tta.report.studies import axis_place, is_number, ruling
 
 Points = dict[Any, dict[int, float]]
-"""Points of accuracy: value on the axis (``None``: of no value) -> seed -> points."""
+"""From a value on the axis (``None``: of no value) to the points of each seed, differences of accuracies."""
 AT = "@"
 """Stands between a label and the value that its copy has."""
 
