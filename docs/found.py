@@ -3,7 +3,8 @@
     python docs/found.py runs/studies --hardware "two x86-64 cores"
 
 Folders hold runs of ``configs/studies/*.yaml``, each in a folder with its file's name; what is missing is named. A
-study whose file has since changed is refused: its command, given again, runs what is new and keeps the rest.
+study whose claim, values, questions or data have since changed in its file is refused: its command, given again, runs
+what is new and keeps the rest. (Nets, streams and methods are not compared: a result does not hold them.)
 """
 
 from __future__ import annotations

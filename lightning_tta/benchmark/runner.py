@@ -352,11 +352,8 @@ class Benchmark:
         """What ``lightning-tta predict`` would be given for this cell."""
         net, stream, method = self.nets[cell.net], self.streams[cell.stream], self.methods[cell.method]
         training = ("fit", "options", "start", "source_ckpt", "pretrained")
-        chosen: dict[str, Any] = {"method": {"class_path": method.class_path, "init_args": method.init_args}}
-        if self.module == "LanguageAdaptation":  # takes a name, and options beside it
-            chosen = {"method": method.class_path, "options": method.init_args}
         model = {
-            **chosen,
+            "method": {"class_path": method.class_path, "init_args": method.init_args},
             "source_ckpt": "pretrained" if net.pretrained else source_ckpt,
             "reset": stream.reset,
             **{k: v for k, v in asdict(net).items() if k not in training and v not in (None, False)},

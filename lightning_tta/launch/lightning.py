@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import pydoc
 import re
@@ -87,7 +88,7 @@ class TTACLI(LightningCLI):
         for each in (parser, *self._subcommand_parsers.values()):
             each.exit_on_error = False
         try:
-            super().parse_arguments(parser, _name_classes(args) if isinstance(args, list) else args)
+            super().parse_arguments(parser, _name_classes(args))
         except argparse.ArgumentError as error:
             raise explain(error, command, f"lightning-tta {name}") from None
         except UnicodeDecodeError as error:
@@ -303,8 +304,15 @@ def build_data(args: list[str]) -> LightningDataModule:
     return pydoc.locate(config["data"]["class_path"])(**config["data"]["init_args"].as_dict())  # type: ignore[operator, no-any-return]
 
 
-def _name_classes(args: list[str]) -> list[str]:
-    """The arguments with ``--model.method tent`` as ``--model.method lightning_tta.methods.Tent``."""
+def _name_classes(args: Any) -> Any:
+    """The arguments with ``--model.method tent`` as ``--model.method lightning_tta.methods.Tent``, dicts alike."""
+    if isinstance(args, dict):
+        args = copy.deepcopy(args)
+        options = (args[args["subcommand"]].get("model") or {}).get("init_args") or {}
+        method = options.get("method")
+        if isinstance(method, dict) and isinstance(method.get("class_path"), str):
+            method["class_path"] = _class_path(method["class_path"])
+        return args
     named: list[str] = []
     for arg in args:
         option, equals, value = arg.partition("=")

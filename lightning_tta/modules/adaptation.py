@@ -56,6 +56,11 @@ OUTCOMES: dict[str, Outcome] = {"images": Outcome(), "pixels": Pixels(), "regres
 """What a run makes of the method's outputs, by task."""
 
 
+def callbacks_with(writer: type[PredictionWriter]) -> tuple[type[Callback], ...]:
+    """:data:`CALLBACKS` with another writer of predictions."""
+    return tuple(writer if kind is PredictionWriter else kind for kind in CALLBACKS)
+
+
 class AdaptationModule(LightningModule):
     """A method on a stream in ``predict``: callbacks, directory and account of the run, whatever the batches hold.
 
@@ -276,7 +281,7 @@ class TestTimeAdaptation(AdaptationModule):
         self.recipe = source_recipe(source_ckpt, backbone, num_classes, backbone_options)
         self.task: str = getattr(source, "task", "images") if task == "auto" else task
         self.outcome = OUTCOMES[self.task]
-        self.kinds = tuple(self.outcome.writer if kind is PredictionWriter else kind for kind in CALLBACKS)
+        self.kinds = callbacks_with(self.outcome.writer)
         names = getattr(source, "class_names", None)
         if self.classes is not None and self.task != "images":
             raise ConfigError(f"classes is for one class an image, and the task is {self.task!r}. Leave it out.")
@@ -448,8 +453,7 @@ class TestTimeAdaptation(AdaptationModule):
         done = Moment(run.device)
         logits = batches.spread(logits, damaged)
         truth = self.outcome.truth(batch, logits, labels.label, self.classes)
-        if self.task == "images":
-            check_labels(truth["label"], logits.shape[-1])
+        check_labels(truth["label"], logits.shape[-1])
         stats = run.method.unread_stats() if adapts else {}
         rest = {"index": labels.index, "domain": domain, **truth, "adapted": adapts, "images": whole}
         rest |= {"files": labels.files, "damaged": damaged, "note": why}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,18 +13,15 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchmetrics.regression import MeanAbsoluteError, R2Score
 
-from lightning_tta.backbones import Backbone, create_backbone
+from lightning_tta.backbones import Backbone
 from lightning_tta.errors import ConfigError, DataError, check_range
-from lightning_tta.modules.classes import check_class_counts, class_names_of
-from lightning_tta.modules.loading import check_options
-from lightning_tta.modules.source import SourceModule, log_mean
-from lightning_tta.modules.training import find_checkpoint
+from lightning_tta.modules.source_module import ImageSource
 
 IGNORED = -1
 """What stands in a target mask where a pixel does not count."""
 
 
-class DenseSource(SourceModule):
+class DenseSource(ImageSource):
     """What the trainings of segmentation and of regression share.
 
     Args:
@@ -39,8 +35,6 @@ class DenseSource(SourceModule):
     """
 
     task: ClassVar[str]
-    val_metrics: MetricCollection
-    test_metrics: MetricCollection
 
     def __init__(
         self,
@@ -53,16 +47,9 @@ class DenseSource(SourceModule):
         lr_scheduler: LRSchedulerCallable | None,
     ) -> None:
         super().__init__()
-        if weights is not None and Path(weights).is_dir():
-            weights = str(find_checkpoint(weights, "weights"))
-        if isinstance(backbone, nn.Module):
-            self.backbone: nn.Module = backbone
-        else:
-            options = check_options(backbone_options)
-            self.backbone = create_backbone(backbone, outputs, pretrained=pretrained, weights=weights, **options)
+        self.take_net(backbone, outputs, pretrained, weights, backbone_options)
         if isinstance(self.backbone, Backbone):
             self.backbone.task = self.task
-        self._has_weights = isinstance(backbone, nn.Module) or getattr(self.backbone, "weights", "") != "random"
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
 
     def setup(self, stage: str) -> None:
@@ -79,39 +66,12 @@ class DenseSource(SourceModule):
                 f"task={theirs!r}. Give other data, or another model."
             )
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss of a batch."""
-        raise NotImplementedError
-
-    def matched(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """The target of a batch, as the loss takes it.
-
-        Raises:
-            DataError: If it does not go with the net's output.
-        """
-        raise NotImplementedError
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch."""
         output = self(batch["image"])
         loss = self.loss(output, self.matched(output, batch))
         self.log("source/train_loss", loss, prog_bar=True)
         return loss
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Loss and figures on the validation split."""
-        self._evaluate(batch, self.val_metrics)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """The same on the clean test split."""
-        self._evaluate(batch, self.test_metrics)
-
-    def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> None:
-        output = self(batch["image"])
-        target = self.matched(output, batch)
-        metrics.update(output, target)
-        log_mean(self, f"{metrics.prefix}loss", self.loss(output, target), len(output))
-        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(output))
 
 
 def _target_of(batch: Mapping[str, Tensor]) -> Tensor:
@@ -159,14 +119,9 @@ class SourceSegmenter(DenseSource):
         super().__init__(backbone, num_classes, pretrained, weights, backbone_options, optimizer, lr_scheduler)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *["backbone"] * isinstance(backbone, nn.Module)])
         self.num_classes = num_classes
-        metrics = MetricCollection(
-            {
-                "mean_iou": MulticlassJaccardIndex(num_classes, ignore_index=IGNORED),
-                "accuracy": MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED),
-            }
-        )
-        self.val_metrics = metrics.clone(prefix="source/val_")
-        self.test_metrics = metrics.clone(prefix="source/test_")
+        iou = MulticlassJaccardIndex(num_classes, ignore_index=IGNORED)
+        accuracy = MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED)
+        self.take_metrics(MetricCollection({"mean_iou": iou, "accuracy": accuracy}))
 
     def setup(self, stage: str) -> None:
         """Compare the data's task and classes with the net's.
@@ -175,10 +130,7 @@ class SourceSegmenter(DenseSource):
             ConfigError: If they are others, or the data has more classes.
         """
         super().setup(stage)
-        names = class_names_of(self.trainer)
-        check_class_counts(names, self.num_classes, getattr(self.backbone, "class_names", None), "--model.num_classes")
-        if isinstance(self.backbone, Backbone) and stage == "fit" and len(names) == self.num_classes:
-            self.backbone.class_names = list(names)
+        self.match_classes(self.num_classes, stage)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K, H, W) of images (B, C, H, W) in [0, 1]."""
@@ -252,10 +204,7 @@ class SourceRegressor(DenseSource):
         super().__init__(backbone, num_values, pretrained, weights, backbone_options, optimizer, lr_scheduler)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *["backbone"] * isinstance(backbone, nn.Module)])
         self.num_values, self.scale = num_values, scale
-        errors = MeanAbsoluteError()
-        metrics = MetricCollection({"mean_absolute_error": errors, "r2": R2Score()})
-        self.val_metrics = metrics.clone(prefix="source/val_")
-        self.test_metrics = metrics.clone(prefix="source/test_")
+        self.take_metrics(MetricCollection({"mean_absolute_error": MeanAbsoluteError(), "r2": R2Score()}))
 
     def forward(self, images: Tensor) -> Tensor:
         """Values (B, D) of images (B, C, H, W) in [0, 1]."""

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_tta.backbones import state_digest
@@ -31,11 +30,10 @@ from lightning_tta.errors import (
 from lightning_tta.methods import create_method, find
 from lightning_tta.methods.base.answering import answer_once, one_by_one
 from lightning_tta.methods.base.generation import Generation
-from lightning_tta.modules.adaptation import CALLBACKS, AdaptationModule
+from lightning_tta.modules.adaptation import AdaptationModule, callbacks_with
 from lightning_tta.modules.loading import load_source, source_recipe
 from lightning_tta.run import own_loader
 from lightning_tta.run.answers import AnswerRecord, AnswerSummary, AnswerWriter, added, token_measures
-from lightning_tta.run.outputs import PredictionWriter
 from lightning_tta.run.readback import Moment
 from lightning_tta.run.stream_run import StreamRun, run_of
 
@@ -93,7 +91,7 @@ class LanguageAdaptation(AdaptationModule):
         UnsupportedModelError: If the method cannot run on a language model.
     """
 
-    kinds: tuple[type[Callback], ...] = tuple(AnswerWriter if kind is PredictionWriter else kind for kind in CALLBACKS)
+    kinds = callbacks_with(AnswerWriter)
 
     def __init__(
         self,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric
@@ -18,13 +15,13 @@ from lightning_tta.backbones.gpt import GPT, create_gpt, recipe_of
 from lightning_tta.backbones.tokenizer import CHARACTERS, CharTokenizer
 from lightning_tta.backbones.weights import digest_of
 from lightning_tta.errors import ConfigError, check_choice, check_range
-from lightning_tta.modules.source import log_mean
-from lightning_tta.modules.training import TrainingRecord, find_checkpoint
+from lightning_tta.modules.source_module import SourceModule, log_mean
+from lightning_tta.modules.training import find_checkpoint
 
 Stage = Literal["val", "test"]
 
 
-class SourceLanguageModel(LightningModule):
+class SourceLanguageModel(SourceModule):
     """Minimises the cross-entropy of the next token of prompts and answers, of :class:`~lightning_tta.PromptData`.
 
     Logs ``source/train_loss``; ``source/val_loss``, the weighted mean over tokens; ``source/val_perplexity``, of all
@@ -52,6 +49,9 @@ class SourceLanguageModel(LightningModule):
         ConfigError: On another backbone, a wrong option or choice.
     """
 
+    example = "runs/language/source"
+    predicts_in = "LanguageAdaptation"
+
     def __init__(
         self,
         backbone: str | nn.Module = GPT,
@@ -68,7 +68,7 @@ class SourceLanguageModel(LightningModule):
         if isinstance(backbone, nn.Module):
             if backbone_options or weights:
                 raise ConfigError("A module that is given has options and weights of its own: leave these out.")
-            self.backbone: nn.Module = backbone
+            self.backbone = backbone
         else:
             check_choice("backbone", backbone, (GPT,))
             self.backbone = create_gpt(characters, **(backbone_options or {}))
@@ -83,10 +83,6 @@ class SourceLanguageModel(LightningModule):
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
         logits: Tensor = getattr(output, "logits", output)
         return logits
-
-    def configure_callbacks(self) -> list[Callback]:
-        """What marks a finished training."""
-        return [TrainingRecord()]
 
     def setup(self, stage: str) -> None:
         """Compare the data's tokenizer with the net's.
@@ -104,34 +100,13 @@ class SourceLanguageModel(LightningModule):
                     "the data the net's tokenizer: tokenizer=net.tokenizer, or both the default."
                 )
 
-    def _start_evaluation(self) -> None:
-        stage = self.trainer.state.fn
-        if stage not in (None, TrainerFn.FITTING) and not self._has_weights:
-            warnings.warn(
-                f"The weights are random: {stage.value} measures chance. Name a training: --ckpt_path "
-                "runs/language/source (its folder or a checkpoint), ckpt_path=... in Python.",
-                stacklevel=2,
-            )
-
-    def on_validation_start(self) -> None:
-        """Say where the weights are random."""
-        self._start_evaluation()
-
-    def on_test_start(self) -> None:
-        """Say where the weights are random."""
-        self._start_evaluation()
-
-    def on_train_start(self) -> None:
-        """From now on the weights are not random."""
-        self._has_weights = True
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note that there are weights.
 
         Raises:
             ConfigError: They belong to a net with other options or characters.
         """
-        self._has_weights = True
+        super().on_load_checkpoint(checkpoint)
         then, now = checkpoint.get("lightning_tta", {}).get("language") or {}, recipe_of(self.backbone)
         other = sorted(key for key in {*now, *then} if now and then and now.get(key) != then.get(key))
         if other:
@@ -208,18 +183,6 @@ class SourceLanguageModel(LightningModule):
         metric = self._token_loss(stage)
         self.log(f"source/{stage}_perplexity", metric.compute().exp())
         metric.reset()
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Refuses: answers, adapted or not, are written by the test-time module."""
-        raise ConfigError(
-            "SourceLanguageModel does not predict. Use --model LanguageAdaptation --model.source_ckpt PATH with "
-            "--model.method Source for answers without adaptation."
-        )
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer and, per epoch, the schedule of the configuration."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
-        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the class, the net and its tokenizer, for whoever loads the file."""

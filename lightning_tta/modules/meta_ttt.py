@@ -25,7 +25,7 @@ from lightning_tta.methods.base.execution import Capture
 from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of
 from lightning_tta.modules.loading import describe_net, load_source
 from lightning_tta.modules.recorded_loss import RecordedLoss
-from lightning_tta.modules.source import log_mean
+from lightning_tta.modules.source_module import log_mean
 from lightning_tta.modules.training import TrainingRecord
 
 Schedule = Literal["alternating", "chained"]

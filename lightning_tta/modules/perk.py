@@ -32,7 +32,7 @@ from lightning_tta.meta.perk import (
 )
 from lightning_tta.methods.components.adapters import put_in
 from lightning_tta.modules.loading import load_source
-from lightning_tta.modules.source import log_mean
+from lightning_tta.modules.source_module import log_mean
 from lightning_tta.modules.training import TrainingRecord, find_checkpoint
 
 Reading = Literal["adapter", "prompt"]

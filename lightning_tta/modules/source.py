@@ -3,109 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from lightning_tta.auxiliary.base import Auxiliary, place
 from lightning_tta.auxiliary.kinds import KINDS
-from lightning_tta.backbones import Backbone, create_backbone
 from lightning_tta.backbones.split import as_logits
 from lightning_tta.errors import ConfigError, check_range
 from lightning_tta.methods.components.wanted import listed, read
-from lightning_tta.modules.classes import check_class_counts, check_labels, class_names_of
-from lightning_tta.modules.loading import check_options, describe_net, train_adapters
+from lightning_tta.modules.classes import check_labels
+from lightning_tta.modules.loading import train_adapters
 from lightning_tta.modules.mosa import MoSA
-from lightning_tta.modules.training import TrainingRecord, find_checkpoint
+from lightning_tta.modules.source_module import ImageSource
 
 
-class SourceModule(LightningModule):
-    """What the trainings of source nets have in common: weights, optimizer, checkpoint.
-
-    A leaf sets :attr:`backbone`, :attr:`optimizer`, :attr:`lr_scheduler` and ``_has_weights``.
-
-    Attributes:
-        backbone: The net.
-        optimizer: Called with the parameters.
-        lr_scheduler: Called with the optimizer; stepped per epoch.
-    """
-
-    backbone: nn.Module
-    optimizer: OptimizerCallable
-    lr_scheduler: LRSchedulerCallable | None
-    _has_weights: bool
-
-    def configure_callbacks(self) -> list[Callback]:
-        """What marks a finished training."""
-        return [TrainingRecord()]
-
-    def on_validation_start(self) -> None:
-        """Say where the weights are random."""
-        self._warn_of_random_weights()
-
-    def on_test_start(self) -> None:
-        """Say where the weights are random."""
-        self._warn_of_random_weights()
-
-    def _warn_of_random_weights(self) -> None:
-        stage = self.trainer.state.fn
-        if stage not in (None, TrainerFn.FITTING) and not self._has_weights:
-            warnings.warn(
-                f"The weights are random: {stage.value} measures chance. Name a training: --ckpt_path "
-                "runs/digits/source (its folder or a checkpoint), ckpt_path=... in Python.",
-                stacklevel=2,
-            )
-
-    def on_train_start(self) -> None:
-        """From now on the weights are not random."""
-        self._has_weights = True
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the names of the classes, and note that there are weights.
-
-        Raises:
-            ConfigError: The weights belong to a net that was built or normalised otherwise.
-        """
-        self._has_weights = True
-        saved = checkpoint.get("lightning_tta", {})
-        if not isinstance(self.backbone, Backbone):
-            return
-        now, then = self.backbone.config, saved.get("backbone") or {}
-        other = sorted(k for k in {*now, *then} - {"architecture"} if now and then and now.get(k) != then.get(k))
-        if other:
-            was, given = ({key: config.get(key) for key in other} for config in (then, now))
-            raise ConfigError(
-                f"The checkpoint is of a net with {was}, but this one has {given}. Give the net as in the training: "
-                "--model.backbone and --model.backbone_options, or the training's own config.yaml as --config."
-            )
-        if names := saved.get("class_names"):
-            self.backbone.class_names = list(names)
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Refuses: predictions on a stream, adapted or not, go through the test-time module."""
-        raise ConfigError(
-            f"{type(self).__name__} does not predict. Use --model TestTimeAdaptation --model.source_ckpt PATH with "
-            "--model.method Source for predictions without adaptation."
-        )
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer and, per epoch, the schedule of the configuration."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
-        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the class and the net, for whoever loads the file."""
-        checkpoint["lightning_tta"] = {"class": type(self).__name__, **describe_net(self.backbone, checkpoint)}
-
-
-class SourceClassifier(SourceModule):
+class SourceClassifier(ImageSource):
     """Minimises the cross-entropy of a backbone on labelled source images, plus auxiliary losses if there are any.
 
     Batches are ``{image (B, C, H, W) in [0, 1], label (B,)}``. Logs ``source/train_loss``, ``source/val_accuracy``,
@@ -153,22 +73,13 @@ class SourceClassifier(SourceModule):
         check_range("num_classes", num_classes, 2, integer=True)
         check_range("label_smoothing", label_smoothing, 0, 0.999)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *["backbone"] * isinstance(backbone, nn.Module)])
-        self.num_classes = num_classes
-        if weights is not None and Path(weights).is_dir():
-            weights = str(find_checkpoint(weights, "weights"))
-        self.backbone: nn.Module = (
-            backbone
-            if isinstance(backbone, nn.Module)
-            else create_backbone(
-                backbone, num_classes, pretrained=pretrained, weights=weights, **check_options(backbone_options)
-            )
-        )
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.take_net(backbone, num_classes, pretrained, weights, backbone_options)
         if adapters is not None:
             train_adapters(self.backbone, adapters)
         elif adapter_parts is not None:
             raise ConfigError(f"adapter_parts={adapter_parts} needs adapters to train: give adapters, such as 'lora'.")
         self.mosa = None if adapter_parts is None else MoSA(adapter_parts)
-        self._has_weights = isinstance(backbone, nn.Module) or getattr(self.backbone, "weights", "") != "random"
         if adapters is not None and not self._has_weights:
             warnings.warn(
                 "The weights beside the adapters are random, and stay so: only adapters and the last linear layer "
@@ -184,11 +95,8 @@ class SourceClassifier(SourceModule):
             self.auxiliary[kind] = place(KINDS[kind](self.backbone, **options), self.backbone)
             self._auxiliary_options[kind] = options
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         accuracy, ece = MulticlassAccuracy(num_classes, average="micro"), MulticlassCalibrationError(num_classes)
-        metrics = MetricCollection({"accuracy": accuracy, "ece": ece})
-        self.val_metrics = metrics.clone(prefix="source/val_")
-        self.test_metrics = metrics.clone(prefix="source/test_")
+        self.take_metrics(MetricCollection({"accuracy": accuracy, "ece": ece}))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W) in [0, 1]."""
@@ -204,17 +112,28 @@ class SourceClassifier(SourceModule):
         Raises:
             ConfigError: The data has more classes than the net has logits.
         """
-        names = class_names_of(self.trainer)
-        check_class_counts(names, self.num_classes, getattr(self.backbone, "class_names", None), "--model.num_classes")
-        if isinstance(self.backbone, Backbone) and stage == "fit" and len(names) == self.num_classes:
-            self.backbone.class_names = list(names)
+        self.match_classes(self.num_classes, stage)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy of logits (B, K) and labels (B,)."""
+        return cross_entropy(output, target, label_smoothing=self.label_smoothing)
+
+    def matched(self, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Labels (B,).
+
+        Raises:
+            ConfigError: If the net has not K logits.
+            DataError: If a label is none of the K.
+        """
+        self._check(output, batch["label"], 0)
+        return batch["label"]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of one batch, plus the auxiliary losses."""
         images, labels = batch["image"], batch["label"]
         logits = self(images)
         self._check(logits, labels, batch_idx)
-        loss: Tensor = self.loss(logits, labels)
+        loss = self.loss(logits, labels)
         self.log("source/train_loss", loss, prog_bar=True)
         for kind, auxiliary in self.auxiliary.items():
             assert isinstance(auxiliary, Auxiliary)
@@ -223,21 +142,6 @@ class SourceClassifier(SourceModule):
             self.log(f"source/{kind}_loss", term)
             loss = loss + auxiliary.weight * term
         return loss
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Loss, accuracy and calibration on the validation split."""
-        self._evaluate(batch, self.val_metrics)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """The same on the clean test split."""
-        self._evaluate(batch, self.test_metrics)
-
-    def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> None:
-        logits = self(batch["image"])
-        self._check(logits, batch["label"], 0)
-        metrics.update(logits, batch["label"])
-        log_mean(self, f"{metrics.prefix}loss", self.loss(logits, batch["label"]), len(logits))
-        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(logits))
 
     def _check(self, logits: Tensor, labels: Tensor, batch_idx: int) -> None:
         """Raise where the net has not K logits, or a label is none of the K: before the loss does it in its own way."""
@@ -254,13 +158,3 @@ class SourceClassifier(SourceModule):
         super().on_save_checkpoint(checkpoint)
         if self._auxiliary_options:
             checkpoint["lightning_tta"]["auxiliary"] = self._auxiliary_options
-
-
-def log_mean(module: LightningModule, name: str, value: Tensor, count: float, **options: Any) -> None:
-    """Log the mean of ``value`` over an epoch, weighted by ``count``, the number of samples it is the mean of.
-
-    Processes may have different numbers of samples. Lightning (2.6, issue 21838) averages whole-number counts over
-    processes and rounds the result down, so that 4 and 3 samples count as 3 each; as a float the count is kept.
-    """
-    weight: int = float(count)  # type: ignore[assignment]
-    module.log(name, value, on_epoch=True, batch_size=weight, sync_dist=True, **options)

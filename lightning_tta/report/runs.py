@@ -55,6 +55,26 @@ class Measure:
     higher: bool = True
 
     @property
+    def in_percent(self) -> bool:
+        """Whether values are shares."""
+        return self.scale == 100
+
+    @property
+    def digits(self) -> int:
+        """Behind the point, where it is shown."""
+        return 1 if self.in_percent else 2
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, else -1."""
+        return 1 if self.higher else -1
+
+    @property
+    def best(self) -> str:
+        """What the best value is called."""
+        return "highest" if self.higher else "lowest"
+
+    @property
     def title(self) -> str:
         """Its name at the beginning of a sentence."""
         name = self.words.removesuffix(" %")

@@ -92,7 +92,7 @@ def accuracy_of(runs: Sequence[Run], domain: str | None = None) -> Estimate | No
 
 def score_cell(measure: Measure, estimate: Estimate | None, sign: str = "") -> str:
     """A mean of what runs are judged by, or a difference of it."""
-    return cell(estimate, measure.scale, 1 if measure.scale == 100 else 2, sign)
+    return cell(estimate, measure.scale, measure.digits, sign)
 
 
 def difference(group: Group, method: str, domain: str | None = None, base: str | None = None) -> Estimate | None:
@@ -139,13 +139,13 @@ def pairing_note(gains: Iterable[Estimate]) -> str:
 def ranked(group: Group) -> list[str]:
     """The methods from best to worst by their difference to the source; those without one last, by accuracy."""
     gains, accuracies = differences(group), {method: accuracy_of(runs) for method, runs in group.methods.items()}
-    better = -1 if group.measure.higher else 1
+    sign = -group.measure.sign
 
     def place(method: str) -> tuple[bool, float]:
         accuracy = accuracies[method]
         if method in gains or method == group.source:
-            return False, better * gains[method].mean if method in gains else 0.0
-        return True, better * accuracy.mean if accuracy else 0.0
+            return False, sign * gains[method].mean if method in gains else 0.0
+        return True, sign * accuracy.mean if accuracy else 0.0
 
     return sorted(group.methods, key=place) if group.labelled else list(group.methods)
 
@@ -332,11 +332,8 @@ def by_domain(group: Group) -> list[Table]:
             "Paired as above; * the interval leaves out zero. Not corrected for the number of domains: about one star "
             "in twenty comes by chance."
         )
-        tables.append(
-            _crossed(
-                f"Difference to the source by {by}, {'points' if how.scale == 100 else how.words}", domains, gains, note
-            )
-        )
+        unit = "points" if how.in_percent else how.words
+        tables.append(_crossed(f"Difference to the source by {by}, {unit}", domains, gains, note))
     return tables
 
 
@@ -356,7 +353,7 @@ def one_run(report: Report) -> Table:
     for name in [*run.parts, None]:
         part: Report = report if name is None else run.parts[name]
         share, score = None if name is None else part.get("largest_class_share"), run.score(name)
-        shown = number(score and how.scale * score, ".1f" if how.scale == 100 else ".2f")
+        shown = number(score and how.scale * score, f".{how.digits}f")
         measures = [shown if labelled else number(mean_entropy(run, name), ".3f")]
         if how is MEAN_IOU and labelled:
             accuracy = run.accuracy(name)

@@ -33,7 +33,7 @@ def verdict(group: Group) -> Verdict:
     top, *_ = order = ranked(group)
     if group.source is None:
         level = len([method for method in order if _mean(group, method) == _mean(group, top)]) - 1
-        highest = "highest" if group.measure.higher else "lowest"
+        highest = group.measure.best
         which = (
             "alone" if len(order) == 1 else f"and {level} more are level, and {highest}," if level else f"is {highest}"
         )
@@ -47,14 +47,13 @@ def verdict(group: Group) -> Verdict:
         return Verdict(
             f"source alone {where}: {_accuracy(group, group.source)}. There is no method to compare it with."
         )
-    better = 1 if group.measure.higher else -1
-    best = next((m for m in order if m in gains and gains[m].clear and better * gains[m].mean > 0), None)
+    sign, highest = group.measure.sign, group.measure.best
+    best = next((m for m in order if m in gains and gains[m].clear and sign * gains[m].mean > 0), None)
     if best is not None:
         return Verdict(_better(group, best, gains, where), best)
     top = next(method for method in order if method in gains)
     gain = gains[top]
-    highest = "highest" if group.measure.higher else "lowest"
-    if gain.half is None and (gain.low > 0 if group.measure.higher else gain.high < 0):  # nothing to test it by
+    if gain.half is None and min(sign * gain.low, sign * gain.high) > 0:  # nothing to test it by
         return Verdict(f"{top} is {highest} {where}: {_what_it_gives(group, top, gain)}.", top)
     unsure = "" if gain.half is None or gain.clear else ", not distinguishable from it"
     which = f"the {highest} of the others, {top}," if len(gains) > 1 else top
@@ -100,17 +99,19 @@ def _mean(group: Group, method: str) -> float | None:
 def _accuracy(group: Group, method: str) -> str:
     mean = _mean(group, method)
     words = "" if group.measure is ACCURACY else f"{group.measure.words.removesuffix(' %')} "
-    unit, form = (" %", ".1f") if group.measure.scale == 100 else ("", ".2f")
-    return "accuracy not known" if mean is None else f"{words}{group.measure.scale * mean:{form}}{unit}"
+    unit = " %" if group.measure.in_percent else ""
+    return "accuracy not known" if mean is None else f"{words}{_shown(group, mean)}{unit}"
 
 
 def _points(group: Group, gain: Estimate) -> str:
     """The difference without its sign, which the words have."""
-    scale, form, points = group.measure.scale, ".1f", " points"
-    if scale != 100:
-        form, points = ".2f", ""
-    half = "" if gain.half is None else f" ± {scale * gain.half:{form}}"
-    return f"{scale * abs(gain.mean):{form}}{half}{points} {'over' if gain.mean >= 0 else 'below'} the source"
+    half = "" if gain.half is None else f" ± {_shown(group, gain.half)}"
+    points = " points" if group.measure.in_percent else ""
+    return f"{_shown(group, abs(gain.mean))}{half}{points} {'over' if gain.mean >= 0 else 'below'} the source"
+
+
+def _shown(group: Group, value: float, sign: str = "") -> str:
+    return f"{group.measure.scale * value:{sign}.{group.measure.digits}f}"
 
 
 def _how_sure(group: Group, gain: Estimate) -> str:
@@ -119,8 +120,8 @@ def _how_sure(group: Group, gain: Estimate) -> str:
     if gain.half is not None:
         return f"({gain.count} seeds)"
     if gain.count == 2:
-        scale, form = group.measure.scale, "+.1f" if group.measure.scale == 100 else "+.2f"
-        return f"(two seeds, {scale * gain.low:{form}} and {scale * gain.high:{form}}: how sure is not known)"
+        low, high = (_shown(group, value, "+") for value in (gain.low, gain.high))
+        return f"(two seeds, {low} and {high}: how sure is not known)"
     return "(one seed: how sure is not known)"
 
 

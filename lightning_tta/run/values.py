@@ -84,10 +84,11 @@ class ValueSummary(StreamSummary):
                 self._sums[number] = sums if before is None else merged(before, sums)
         if batch.target is None:
             return {}
-        error, so_far = errors_of(_sums_of(batch.values, batch.target))[0], self.error
+        sums = _sums_of(batch.values, batch.target)
+        error = errors_of(sums)[0]
         if error is not None:
-            self.last["labelled_images"] = int(_sums_of(batch.values, batch.target)[0, 0])
-        said = {"mean_absolute_error": error, "mean_absolute_error_so_far": so_far}
+            self.last["labelled_images"] = int(sums[0, 0])
+        said = {"mean_absolute_error": error, "mean_absolute_error_so_far": self.error}
         return {name: value for name, value in said.items() if value is not None}
 
     @property

@@ -10,6 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_tta.cli.main import main
+from lightning_tta.launch.lightning import run_lightning
+from lightning_tta.methods import Tent, find
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
@@ -139,3 +141,29 @@ def test_random_weights_are_said_aloud(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "randomly initialised" in text
     assert "batch_size" in text  # the protocol
+
+
+WRITTEN = {  # a method by its short name, with options, as people and benchmarks write it
+    "flow": "{class_path: Tent, init_args: {lr: 0.25}}",
+    "json": '{"class_path": "Tent", "init_args": {"lr": 0.25}}',
+    "dict": {"class_path": "Tent", "init_args": {"lr": 0.25}},
+}
+
+
+@pytest.mark.parametrize("method", WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.parametrize(
+    ("model", "data"), [("TestTimeAdaptation", "DigitsData"), ("LanguageAdaptation", "PromptData")]
+)
+def test_a_method_with_options_may_have_its_short_name(model, data, method):
+    if isinstance(method, dict):
+        options = {"source_ckpt": "none", "method": method}
+        classes = {
+            "model": {"class_path": f"lightning_tta.{model}", "init_args": options},
+            "data": {"class_path": data},
+        }
+        args = {"subcommand": "predict", "predict": classes}
+    else:
+        args = ["predict", f"--model={model}", "--model.source_ckpt=none", f"--data={data}", f"--model.method={method}"]
+    given = run_lightning(args, parse_only=True).config["predict"]["model"]["init_args"]["method"]
+    assert find(given["class_path"].rpartition(".")[2]) is Tent
+    assert given["init_args"]["lr"] == 0.25
