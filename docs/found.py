@@ -14,16 +14,18 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from PIL import Image
+from scipy.special import stdtr, stdtrit
 
 from lightning_tta.errors import DataError
 from lightning_tta.files import read_json
 from lightning_tta.report.figures import drawing
+from lightning_tta.report.statistics import UPPER, holm
 from lightning_tta.report.studies import sentence, study_figure, study_table
 
 DOCS = Path(__file__).parent
@@ -45,6 +47,9 @@ Claims of papers, and questions of our own, each rerun by one command: [how a st
 - A difference is that of the accuracies in points, one a seed; after ± half the 95 % interval of its mean (Student's
   t). *Holds here*: the interval lies above zero. *Does not hold here*: below. *Unclear*: it has zero in it.
 - Each claim has its own interval: of twenty true differences of zero one would look like a finding.
+  {corrected}
+- In the figures bands and whiskers reach from the lowest to the highest seed. Nets of different seeds differ much, and
+  a difference is taken within a seed: the intervals below the curves are what the verdicts come from.
 - *Digits* are the 1,797 images of scikit-learn, with small nets that the study trains itself, one a seed: everything
   runs in minutes, and says how an objective behaves, not what it reaches on ImageNet. On *CIFAR-10* the nets are fixed,
   and each seed takes images of its own.
@@ -55,6 +60,10 @@ Claims of papers, and questions of our own, each rerun by one command: [how a st
 ## Claims that do not hold here
 
 {failed}
+
+## Claims that hold here
+
+{held}
 
 {sections}
 ## Not run
@@ -158,22 +167,52 @@ def page(studies: Mapping[str, Mapping[str, Any]], hardware: str) -> str:
     claimed = [a for result in studies.values() for a in result["answers"] if a["claimed"]]
     asked = [a for result in studies.values() for a in result["answers"] if not a["claimed"]]
     counts = ", ".join(f"{_count(claimed, verdict)} {words}" for verdict, words in WORDS.items())
-    failed = [
-        f"- {sentence(answer)} [{result['title']}]({_anchor(name, result)})"
-        for name, result in studies.items()
-        for answer in result["answers"]
-        if answer["claimed"] and answer["verdict"] == "fails"
-    ]
     missing = [f"- `{name}`: no result yet." for name in names() if name not in studies]
     missing += [f"- `{name}`, {entry}" for name, result in studies.items() for entry in result["missing"]]
     return PAGE.format(
         counts=f"Of {len(claimed)} claims {counts}; {len(asked)} questions of our own stand beside them.",
         hardware=hardware,
+        corrected=_corrected([*claimed, *asked]),
         overview=_overview(studies),
-        failed="\n".join(failed) or f"None of the {len(claimed)} does; {_count(claimed, 'unclear')} are unclear.",
-        sections="\n".join(section(name, result) for name, result in studies.items()),
+        failed=_listed(studies, "fails")
+        or f"None of the {len(claimed)} does; {_count(claimed, 'unclear')} are unclear.",
+        held=_listed(studies, "holds") or f"None of the {len(claimed)} does.",
+        sections="\n".join(_sections(studies)),
         missing="\n".join(missing) or "Everything in `configs/studies` was run, and no cell is missing.",
     )
+
+
+def _listed(studies: Mapping[str, Mapping[str, Any]], verdict: str) -> str:
+    """The claims with a verdict, a line each."""
+    return "\n".join(
+        f"- {sentence(answer)} [{_heading(name, result)}]({_anchor(name, result)})"
+        for name, result in studies.items()
+        for answer in result["answers"]
+        if answer["claimed"] and answer["verdict"] == verdict
+    )
+
+
+def _corrected(answers: Sequence[Mapping[str, Any]]) -> str:
+    """How many differences remain when the number of tests is taken into account."""
+    tested = [answer for answer in answers if answer["half"]]
+    clear = [answer for answer in tested if answer["verdict"] != "unclear"]
+    remaining = [
+        answer["say"]
+        for answer, p in zip(tested, holm([p_value(answer) for answer in tested]), strict=True)
+        if p is not None and p < 0.05
+    ]
+    which = f": {'; '.join(remaining)}" if 0 < len(remaining) <= 5 else ""
+    return (
+        f"Of the {len(clear)} differences that are clear, those asked by us among them, {len(remaining)} remain at\n"
+        f"  the 5 % level when all {len(tested)} tests are corrected together (Holm){which}."
+    )
+
+
+def p_value(answer: Mapping[str, Any]) -> float:
+    """Two-sided, of "the difference is the margin", by Student's t: from the mean and half the 95 % interval."""
+    freedom = answer["seeds"] - 1
+    error = answer["half"] / stdtrit(freedom, UPPER)
+    return float(2 * stdtr(freedom, -abs(answer["mean"] - answer["margin"]) / error))
 
 
 def _count(answers: Sequence[Mapping[str, Any]], verdict: str) -> int:
@@ -203,20 +242,32 @@ def _overview(studies: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _sections(studies: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The studies, those of a method and a data set below one heading."""
+    last = ""
+    for name, result in studies.items():
+        group = f"{next(title for start, title in GROUPS.items() if f'{start}_' in name)}, {_data_of(name)}"
+        if group != last:
+            yield f"## {group}\n"
+        last = group
+        yield section(name, result)
+
+
 def section(name: str, result: Mapping[str, Any]) -> str:
     """A study: claim, answers, figure, table, and where the numbers come from."""
     claimed = [f"- {sentence(answer)}" for answer in result["answers"] if answer["claimed"]]
     asked = [f"- Asked: {sentence(answer)}" for answer in result["answers"] if not answer["claimed"]]
     environment = result["environment"]
+    device = environment.get("device", "").replace(" 1 threads", " 1 thread")
     described = "; ".join(
         [
             f"Error in percent, mean of {result['seeds']} seeds",
             *(["in brackets: " + result["against"].replace("_", " ")] if result["against"] else []),
             *(["mean: over the axis as drawn"] if any("area" in line for line in result["series"]) else []),
-            result["data"],
+            described_data(result["data"]),
         ]
     )
-    return f"""## {_heading(name, result)}
+    return f"""### {_heading(name, result)}
 
 {result["claim"]} {result["paper"]}
 
@@ -226,13 +277,30 @@ def section(name: str, result: Mapping[str, Any]) -> str:
 
 {study_table(result)}
 
-{described}. {result["date"]}, {environment.get("device", "")}, torch {environment.get("torch", "")}, protocols
-{", ".join(f"`{protocol}`" for protocol in result["protocols"])}:
+{described}. {result["date"]}, {device}, torch {environment.get("torch", "")};
+{_protocols(result["protocols"])}:
 
 ```bash
 {command_of(result["command"])}
 ```
 """
+
+
+def _protocols(hashes: Sequence[str]) -> str:
+    """The first hash, and how many more there are: a study has one for each seed, stream and value."""
+    first = f"protocol `{hashes[0]}`" if hashes else "no protocol"
+    return f"{first} and {len(hashes) - 1} more, all in the run's `study.json`" if len(hashes) > 1 else first
+
+
+def described_data(text: str) -> str:
+    """The data in words: ``gaussian noise, haze at severity 5, 120 images a domain``."""
+    name, _, rest = text.partition(" ")
+    options: dict[str, Any] = json.loads(rest or "{}")
+    domains, severity, count = (options.pop(key, None) for key in ("domains", "severity", "num_images"))
+    words = [name if not domains else ", ".join(map(str, domains)).replace("_", " ")]
+    words[0] += f" at severity {severity}" if severity is not None else ""
+    words += [f"{key.replace('_', ' ')} {value}" for key, value in options.items()]
+    return ", ".join([*words, f"{count:,} images a domain" if count else "all test images"])
 
 
 def command_of(command: str) -> str:

@@ -297,13 +297,17 @@ class Benchmark:
         return sorted(first), sorted(wanted - first)
 
     def _source_directory(self, net: str, seed: int) -> Path:
-        """Where a training writes: named by a hash of its configuration."""
+        """Where a training writes: named by a hash of its configuration, which does not depend on ``output``."""
         config = self.nets[net]
         text = Path(str(config.fit)).read_text()
         if config.options:
             text += json.dumps(config.options, sort_keys=True)
         if config.start is not None:
-            text += self._start(config.start, seed)
+            text += (
+                Path(self._start(config.start, seed)).name
+                if self.nets[config.start].fit
+                else self._start(config.start, seed)
+            )
         return self.output / "sources" / f"{net}-seed{seed}-{digest(text)}"
 
     def _start(self, net: str, seed: int) -> str:

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VERDICTS = {"holds": "holds here", "fails": "does not hold here", "unclear": "unclear"}
+VERDICT_COLORS = {"holds": "#007A59", "fails": "#C24E00", "unclear": "#4A4F57"}
+ROW = 0.42
+"""Inches of a question in the figure."""
+BANDS = 3
+"""More methods than so many get no bands: they would cover each other."""
 
 
 def ruling(differences: Sequence[float], margin: float = 0.0) -> tuple[str, Estimate | None]:
@@ -58,28 +63,35 @@ def axis_place(value: float, scale: str) -> float:
 
 
 def study_figure(result: Mapping[str, Any]) -> Figure:
-    """Error in percent along the study's axis, a panel for each net and stream, a line for each method.
+    """Errors of the methods, and below them what the questions came to.
 
-    A method that does not vary is a level line. Bands and whiskers reach from the lowest to the highest seed. Values
-    that are no numbers are points without a line; without an axis there are bars. Where a question asks for the area
-    under the curve, a panel of bars with the areas stands beside each panel.
+    Above: error in percent along the study's axis, a panel for each net and stream, a line for each method. A method
+    that does not vary is a level line. Bands (of few methods) and whiskers reach from the lowest to the highest seed.
+    Values that are no numbers are points without a line; without an axis there are bars. Where a question asks for the
+    area under the curve, a panel of bars with the areas stands beside each panel.
+
+    Below: for each question the mean difference in points of accuracy with its 95 % interval, paired by seed.
     """
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((s["net"], s["stream"]) for s in result["series"]))
     style = _looks(s["method"] for s in result["series"])
     areas = any(answer.get("at") == "area" for answer in result["answers"])
-    columns = 2 if areas else min(2, len(panels)) or 1
+    columns = 2 if areas else min(2 if result["axis"] else 3, len(panels)) or 1
     rows = len(panels) if areas else -(-len(panels) // columns)
     bars = max((len(_of_panel(result, panel)) for panel in panels), default=1)
-    height = 2.7 if result["axis"] else 0.9 + 0.23 * bars
-    figure = Figure(figsize=(WIDTH, 0.6 + max(height, 1.4) * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    height = 0.6 + max(2.7 if result["axis"] else 0.9 + 0.23 * bars, 1.4) * rows
+    answers = [answer for answer in result["answers"] if answer["mean"] is not None]
+    below = 0.55 + ROW * len(answers) if answers else 0.0
+    figure = Figure(figsize=(WIDTH, height + below), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[height, below]) if answers else (figure, None)
+    alike = not result["axis"] and len({tuple(s["method"] for s in _of_panel(result, panel)) for panel in panels}) == 1
+    axes = upper.subplots(rows, columns, squeeze=False, sharex=alike, sharey=alike)
     for unused in axes.flat[len(panels) * (2 if areas else 1) :]:
         unused.set_axis_off()
     for panel, place in zip(axes[:, 0] if areas else axes.flat, panels, strict=False):
         (_draw_lines if result["axis"] else _draw_bars)(panel, _of_panel(result, place), style, result)
-        panel.set_title(", ".join(place))
+        panel.set_title("net {}, stream {}".format(*place).replace("_", " "))
     for panel, place in zip(axes[:, 1], panels, strict=True) if areas else ():
         mine = [{**s, "points": [s["area"]]} for s in _of_panel(result, place) if "area" in s]
         _draw_bars(panel, mine, style, result)
@@ -87,8 +99,37 @@ def study_figure(result: Mapping[str, Any]) -> Figure:
     if result["axis"]:
         found = [axis.get_legend_handles_labels() for axis in axes.flat]
         entries = {name: handle for handles, names in found for handle, name in zip(handles, names, strict=True)}
-        figure.legend(entries.values(), entries, loc="outside lower center", ncols=4)
+        upper.legend(entries.values(), entries, loc="outside lower center", ncols=4)
+    for panel in axes.flat if alike else ():
+        panel.label_outer()
+    if lower is not None:
+        _draw_answers(lower.subplots(), answers)
     return figure
+
+
+def _draw_answers(panel: Any, answers: Sequence[Mapping[str, Any]]) -> None:
+    """A row for each question: its words, and below them the difference with its interval."""
+    panel.axvline(0, color=MUTED, lw=1)
+    for row, answer in enumerate(answers):
+        color, half = VERDICT_COLORS[answer["verdict"]], answer["half"] or 0.0
+        panel.errorbar(answer["mean"], row, xerr=half, color=color, marker="o", ms=5, capsize=3, lw=1.6)
+        if answer["margin"]:
+            panel.plot([answer["margin"]] * 2, [row - 0.25, row + 0.25], color=MUTED, lw=1, ls=":")
+        words = answer["say"] if answer["claimed"] else f"Asked: {answer['say']}"
+        spread = "" if answer["half"] is None else f" ± {answer['half']:.1f}"
+        text = panel.annotate(
+            f"{words}: {VERDICTS[answer['verdict']]} ({answer['mean']:+.1f}{spread})",
+            (0, row - 0.48),
+            xycoords=("axes fraction", "data"),
+            **{"fontsize": 8, "color": color, "va": "center", "ha": "left"},
+        )
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    panel.set_ylim(len(answers) - 0.5, -0.8)
+    panel.set_yticks([])
+    panel.spines["left"].set_visible(False)
+    panel.margins(x=0.08)
+    panel.grid(axis="x")
+    panel.set_xlabel("difference in accuracy, points: mean and 95 % interval, paired by seed")
 
 
 def _looks(methods: Iterable[str]) -> dict[str, Look]:
@@ -131,7 +172,8 @@ def _draw_lines(panel: Any, series: Sequence[Mapping[str, Any]], style: Any, res
         joined = look.line if numeric and not line["level"] else "none"
         panel.plot(x, errors, linestyle=joined, marker=look.marker, ms=4, color=look.color, label=line["method"])
         if numeric and not against:
-            panel.fill_between(x, low, high, color=look.color, alpha=0.12, lw=0)
+            if len(moving) <= BANDS:
+                panel.fill_between(x, low, high, color=look.color, alpha=0.12, lw=0)
         else:
             panel.vlines(x, low, high, color=look.color, lw=1, alpha=0.5)
     panel.set_ylabel("error, %")
@@ -165,7 +207,7 @@ def _draw_bars(panel: Any, series: Sequence[Mapping[str, Any]], style: Any, resu
         panel.text(100 - point["low"], row, f"  {error:.1f}", va="center", fontsize=8)
     panel.margins(x=0.12)
     panel.set_yticks(range(len(series)), [line["method"] for line in series])
-    panel.invert_yaxis()
+    panel.set_ylim(len(series) - 0.5, -0.5)
     panel.set_xlabel("error, %")
     panel.grid(axis="x")
 

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 import pytest
 import yaml
+from scipy.stats import ttest_1samp
 
 from lightning_tta.benchmark.study import AskConfig, AxisConfig, Study, StudyConfig
 from lightning_tta.errors import DataError
@@ -82,19 +83,58 @@ def test_each_number_is_that_of_the_runs(tmp_path, configs):
     assert f"- Tent gains at 1: holds here {expected(TENT[1], SOURCE)}" in text
     failed = f"- Tent gains at 8: does not hold here {expected(TENT[8], SOURCE)} of accuracy, 3 seeds)."
     assert text.count(failed) == 2
-    assert f"{failed} [Batches](#batches-digits)" in text.partition("## Claims that do not hold here")[2]
+    assert f"{failed} [Batches (Digits)](#batches-digits)" in text.partition("## Claims that do not hold here")[2]
     assert f"- Asked: Tent at 8 gains on tent at 1: does not hold here {expected(TENT[8], TENT[1])}" in text
     assert "Of 2 claims 1 hold here, 1 do not hold here, 0 are unclear; 1 questions of our own" in text
     assert "| [Batches](#batches-digits) | Digits | 1 | 1 | 0 |" in text
     errors = [100 * (1 - fmean(TENT[x])) for x in (1, 8)]
     assert f"| tent | {errors[0]:.1f} | {errors[1]:.1f} | {fmean(errors):.1f} |" in text
-    for words in ("an abacus CPU", "beads", "`h1`, `h8`", "- `cifar10_all_batches`: no result yet.", "(A paper.)"):
+    for words in (
+        "an abacus CPU",
+        "beads",
+        "protocol `h1` and 1 more, all in",
+        "- `cifar10_all_batches`: no result yet.",
+        "(A paper.)",
+    ):
         assert words in text
+    held = text.partition("## Claims that hold here")[2].partition("##")[0]
+    assert f"- Tent gains at 1: holds here {expected(TENT[1], SOURCE)}" in held
+    assert text.index("## ZeroSiam, Digits") < text.index("### Batches (Digits)") < text.index("## Not run")
+    assert "Error in percent, mean of 3 seeds" in text
+    assert "DigitsData at severity 5, all test images." in text
     assert "- `zerosiam_batches`, bn/iid@1/norm/seed0: unsupported: no" in text
     assert "\nlightning-tta benchmark --config c.yaml --data.root ROOT --nets.bn.source_ckpt=b.pt\n" in text
     (figure,) = images.iterdir()
     assert figure.name == "zerosiam_batches.png"
     assert 1000 < figure.stat().st_size < script.LIMIT
+
+
+def test_all_tests_are_corrected_together(tmp_path, configs):
+    write_config(configs, "all_batches")
+    write_study(tmp_path / "all_batches")
+    answers = script.read_studies([tmp_path])["all_batches"]["answers"]
+    differences = [
+        [100 * (a - b) for a, b in zip(first, second, strict=True)]
+        for first, second in ((TENT[1], SOURCE), (TENT[8], SOURCE), (TENT[8], TENT[1]))
+    ]
+    reference = [ttest_1samp(values, 0).pvalue for values in differences]
+    assert [script.p_value(answer) for answer in answers] == pytest.approx(reference, rel=1e-4)
+    smallest, middle, largest = sorted(reference)
+    remaining = [
+        smallest * 3 < 0.05,
+        max(smallest * 3, middle * 2) < 0.05,
+        max(smallest * 3, middle * 2, largest) < 0.05,
+    ]
+    text = script.page({"all_batches": script.read_studies([tmp_path])["all_batches"]}, "beads")
+    assert f"Of the 3 differences that are clear, those asked by us among them, {sum(remaining)} remain at\n" in text
+    assert "when all 3 tests are corrected together (Holm)" in text
+
+
+def test_data_in_words():
+    options = {"domains": ["gaussian_noise", "haze"], "function_set": "imagenet_c", "severity": 1, "num_images": 1500}
+    words = "gaussian noise, haze at severity 1, function set imagenet_c, 1,500 images a domain"
+    assert script.described_data(f"FolderData {json.dumps(options)}") == words
+    assert script.described_data("MyData") == "MyData, all test images"
 
 
 def test_a_statement_where_no_claim_failed(configs):
