@@ -39,7 +39,7 @@ from lightning_tta.errors import (
     check_range,
 )
 from lightning_tta.files import environment, is_whole_archive, read_json, write_json
-from lightning_tta.launch.lightning import run_lightning
+from lightning_tta.launch.lightning import check_configurations, run_lightning
 from lightning_tta.methods import create_method, find
 from lightning_tta.modules.training import find_checkpoint
 from lightning_tta.progress import grid
@@ -173,9 +173,10 @@ class Benchmark:
         cells = {f"Method '{label}'": replace(usual, method=label) for label in self.methods}
         cells |= {f"Stream '{label}'": replace(usual, stream=label) for label in self.streams}
         with _quiet():
-            for who, cell in cells.items():
+            checks = check_configurations(self._config(cell, "none") for cell in cells.values())
+            for who in cells:
                 try:
-                    run_lightning(self._config(cell, "none"), parse_only=True)
+                    next(checks)
                 except ConfigError as error:
                     raise ConfigError(f"{who}: {error}") from error
 

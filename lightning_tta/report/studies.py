@@ -84,7 +84,8 @@ def study_figure(result: Mapping[str, Any]) -> Figure:
     answers = [answer for answer in result["answers"] if answer["mean"] is not None]
     below = 0.55 + ROW * len(answers) if answers else 0.0
     figure = Figure(figsize=(WIDTH, height + below), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[height, below]) if answers else (figure, None)
+    halves: Any = figure.subfigures(2, 1, height_ratios=[height, below]) if answers else (figure, None)
+    upper, lower = halves
     alike = not result["axis"] and len({tuple(s["method"] for s in _of_panel(result, panel)) for panel in panels}) == 1
     axes = upper.subplots(rows, columns, squeeze=False, sharex=alike, sharey=alike)
     for unused in axes.flat[len(panels) * (2 if areas else 1) :]:
