@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -113,6 +114,12 @@ class TTACLI(LightningCLI):
             _check_additions(options)
         except ConfigError as error:
             raise name_option(error, self.config[name]) from None
+
+    def _dump_config(self) -> None:
+        """The configuration as data, of which modules take their hyper-parameters; it is checked when it is parsed."""
+        if not hasattr(self, "config_dump"):
+            text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
+            self.config_dump = yaml.safe_load(text)[self.config["subcommand"]]
 
     def before_instantiate_classes(self) -> None:
         """A net of the user's that is written as a class with its arguments is built as one that is named by its path.

@@ -89,4 +89,8 @@ class RunConfig(SaveConfigCallback):
         """Write that of a predict run."""
         if hasattr(pl_module, "run") and trainer.is_global_zero:
             path = run_of(pl_module).directory.path / self.config_filename
-            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+            self.parser.save(  # it was checked when it was parsed
+                self.config,
+                path,
+                **{"skip_none": False, "skip_validation": True, "overwrite": True, "multifile": self.multifile},
+            )
