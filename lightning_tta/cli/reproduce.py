@@ -87,6 +87,9 @@ def reproduce(
         return
     result = reproduction.run(_command(given))
     for label, part in result["parts"].items():
+        if not part["cells"]:
+            console.print(Text(page.nothing_ran(label, part)), soft_wrap=True)
+            continue
         print_table(console, Table(f"{label}: {part['title']}", page.HEADER, page.table(part), left=3))
         for rank in part["rankings"]:
             console.print(Text(page.ranking(rank)), soft_wrap=True)
@@ -96,14 +99,21 @@ def reproduce(
 
 
 def overview() -> str:
-    """The list of claims."""
+    """The list of claims: their names, papers, and parts."""
     rows = []
     for name in names():
         claim = load(name)
-        rows.append(
-            (name, f"{claim.title}\n{len(claim.parts)} parts, {claim.figures()} figures: {', '.join(claim.parts)}")
-        )
-    return f"{columns(rows)}\n\nWhat one needs: lightning-tta reproduce tent --check true"
+        counts = f"{_count(len(claim.parts), 'part')}, {_count(claim.figures(), 'published figure')}"
+        rows.append((name, f"{claim.title}\n{counts}: {', '.join(claim.parts)}"))
+    return (
+        f"Papers whose results can be rerun:\n\n{columns(rows)}\n\n"
+        "What of one can run here, and what is missing: lightning-tta reproduce tent --check true\n"
+        "Run what is there, ours beside theirs:         lightning-tta reproduce tent --root DATA"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number or 'no'} {what}{'s' * (number != 1)}"
 
 
 def _command(given: dict[str, Any]) -> str:

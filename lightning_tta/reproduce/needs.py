@@ -45,7 +45,7 @@ class DataSet:
 
     def missing(self, place: Path, domains: list[str], severity: int) -> list[str]:
         """What is not there, below its place; the place itself where it is a file."""
-        if not place.exists():
+        if not place.exists() and PLACES[self.place] != ".":
             return [str(place)]
         return [str(place / name) for name in self.files(domains, severity) if not _is_there(place, name)]
 

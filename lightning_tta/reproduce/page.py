@@ -61,7 +61,10 @@ def _describe(claim: Claim, plans: Mapping[str, PartPlan]) -> Iterator[str]:
         )
         if runnable and plan.absent:
             yield f"  without {', '.join(plan.absent)}, so without means"
-        for what, how in {**plan.missing, **plan.weights, **plan.absent}.items():
+        missing = {**plan.missing, **plan.weights, **plan.absent}
+        if again := [what for what, how in missing.items() if how in told]:
+            yield f"  missing, as above: {', '.join(again)}"
+        for what, how in missing.items():
             if how not in told:
                 told.add(how)
                 yield f"  missing: {what}: {how}"
@@ -77,6 +80,14 @@ def summary(result: Mapping[str, Any]) -> str:
             verdict = each["verdict"].partition(":")[0]
             counts[verdict] = counts.get(verdict, 0) + 1
     return ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items(), key=lambda pair: -pair[1]))
+
+
+def nothing_ran(label: str, part: Mapping[str, Any]) -> str:
+    """A line in place of the table of a part of which nothing ran: why, and how many figures it has."""
+    reasons = list(dict.fromkeys(each["reason"] for each in part["comparisons"] if each["reason"]))
+    count = sum(each["theirs"] is not None for each in part["comparisons"])
+    known = f"its {count} published figures stand" if count > 1 else "what is known of it stands"
+    return f"{label}: nothing ran: {'; '.join(reasons) or 'see above'}; {known} in reproduce.md."
 
 
 def warning(result: Mapping[str, Any]) -> str:

@@ -31,6 +31,17 @@ def test_the_list_and_what_one_needs(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_where_nothing_is_there_each_part_is_a_line(tmp_path, capsys):
+    result = run("eata", tmp_path)
+    text = capsys.readouterr().out
+    assert f"CIFAR-10-C: {tmp_path / 'data'}/CIFAR-10-C/labels.npy is not there" in text
+    assert "  missing, as above: ImageNet-C (" in text or "  missing, as above: ImageNet-C, ImageNet (" in text
+    figures = sum(each["theirs"] is not None for each in result["parts"]["imagenet_c"]["comparisons"])
+    assert f"imagenet_c: nothing ran: ImageNet-C, ImageNet (ILSVRC 2012) missing; its {figures} published" in text
+    assert "theirs" not in text  # no table of dashes
+    assert "| theirs |" in (tmp_path / "runs/eata/reproduce.md").read_text()
+
+
 def test_tent_on_the_corruptions_that_are_there(tmp_path, capsys):
     published.cifar10_c(tmp_path / "data", ["fog", "frost"], 8)
     args = [*SMALL, "--only=cifar10_c", "--rows=source,tent"]
