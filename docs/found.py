@@ -3,8 +3,9 @@
     python docs/found.py runs/studies --hardware "two x86-64 cores"
 
 Folders hold runs of ``configs/studies/*.yaml``, each in a folder with its file's name; what is missing is named. A
-study whose claim, values, questions or data have since changed in its file is refused: its command, given again, runs
-what is new and keeps the rest. (Nets, streams and methods are not compared: a result does not hold them.)
+study whose values, questions or data have since changed in its file is refused: its command, given again, runs what is
+new and keeps the rest. Titles, claims and the words of questions are those of the file today. (Nets, streams and
+methods are not compared: a result does not hold them.)
 """
 
 from __future__ import annotations
@@ -109,9 +110,10 @@ def read_studies(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
             raise DataError(f"{file} is damaged, or no study of configs/studies. Run it again, or leave it out.")
         if name in studies:
             raise DataError(f"{file}: '{name}' has two results. Leave one out.")
-        if differs := difference(yaml.safe_load(config.read_text()), result):
+        wanted = yaml.safe_load(config.read_text())
+        if differs := difference(wanted, result):
             raise DataError(f"{file}: {differs} has changed since in {config.name}. Run the study again.")
-        studies[name] = result
+        studies[name] = reworded(wanted["study"], result)
     if not studies:
         raise DataError(f"No finished study below {', '.join(map(str, folders))}. Run one of configs/studies first.")
     return {name: studies[name] for name in names() if name in studies}
@@ -133,7 +135,7 @@ def difference(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     options = {name: value for name, value in data["init_args"].items() if name != "root"}
     if result["data"] != f"{data['class_path'].rpartition('.')[2]} {json.dumps(options)}":
         return "data"
-    for name in ("title", "claim", "paper", "axis", "measure", "against"):
+    for name in ("measure", "against"):
         if name in section and section[name] != result.get(name):
             return name
     varied = section.get("vary", {}).get("values", [])
@@ -141,10 +143,21 @@ def difference(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         return "vary.values"
     asks, answers = section.get("asks", []), result["answers"]
     if len(asks) != len(answers) or any(
-        answer.get(name) != value for ask, answer in zip(asks, answers, strict=True) for name, value in ask.items()
+        answer.get(name) != value
+        for ask, answer in zip(asks, answers, strict=True)
+        for name, value in ask.items()
+        if name != "say"
     ):
         return "asks"
     return ""
+
+
+def reworded(section: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result with the words that its file has today."""
+    words = {name: section[name] for name in ("title", "claim", "paper", "axis") if name in section}
+    asks = section.get("asks", [])
+    answers = [{**answer, "say": ask["say"]} for ask, answer in zip(asks, result["answers"], strict=True)]
+    return {**result, **words, "answers": answers}
 
 
 def thumbnail(result: Mapping[str, Any]) -> bytes:

@@ -45,10 +45,11 @@ def sentence(answer: Mapping[str, Any]) -> str:
     if answer["mean"] is None:
         return f"{answer['say']}: not measured ({answer['missing']})."
     half = "" if answer["half"] is None else f" ± {answer['half']:.1f}"
+    equal = ", equal in each" if answer["half"] == 0 and not answer["mean"] else ""
     over = f" against a margin of {answer['margin']:.1f}" if answer["margin"] else ""
     return (
         f"{answer['say']}: {VERDICTS[answer['verdict']]} ({answer['mean']:+.1f}{half} points of accuracy{over}, "
-        f"{answer['seeds']} seeds)."
+        f"{answer['seeds']} seeds{equal})."
     )
 
 

@@ -148,7 +148,6 @@ def test_a_statement_where_no_claim_failed(configs):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"claim": "Tent loses."},
         {"asks": ASKS[:2]},
         {"asks": [*ASKS[:2], {**ASKS[2], "than_at": 8}]},
         {"vary": {**VARY, "values": [1, 8, 64]}},
@@ -162,6 +161,17 @@ def test_results_of_an_older_file_are_refused(tmp_path, configs, changes):
     write_config(configs, "all_batches", **changes)
     with pytest.raises(DataError, match=r"has changed since in all_batches.yaml"):
         script.read_studies([tmp_path])
+
+
+def test_words_are_those_of_the_file_today(tmp_path, configs):
+    write_study(tmp_path / "runs/all_batches")
+    write_config(
+        configs, "all_batches", claim="Tent wins.", axis="images", asks=[{**ASKS[0], "say": "More"}, *ASKS[1:]]
+    )
+    result = script.read_studies([tmp_path])["all_batches"]
+    assert (result["claim"], result["axis"]) == ("Tent wins.", "images")
+    assert [answer["say"] for answer in result["answers"]] == ["More", *(ask["say"] for ask in ASKS[1:])]
+    assert result["answers"][0]["verdict"] == "holds"
 
 
 def test_what_the_page_cannot_be_made_of(tmp_path, configs):
