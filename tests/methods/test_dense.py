@@ -175,7 +175,7 @@ def test_eata_over_pixels_equals_a_reference_with_its_penalty():
 
 def test_neo_takes_the_mean_over_all_positions_out():
     net = TinySegmenter().double().eval()
-    method, seen = build("neo", net), []
+    method, seen = build("neo", net, center="raw"), []
     for seed in range(3):
         images = pictures(seed=seed)
         with torch.no_grad():
@@ -187,6 +187,54 @@ def test_neo_takes_the_mean_over_all_positions_out():
         torch.testing.assert_close(method(images), expected, rtol=0, atol=1e-10)
         with torch.no_grad():  # and so does the plain net, by its bias
             torch.testing.assert_close(method.export()(images)["out"], expected, rtol=0, atol=1e-10)
+
+
+def test_neo_over_pixels_moves_towards_the_source_unless_it_is_told_otherwise():
+    """By c - mu, both over all positions: the source's own images stay what they are; by the raw form they do not."""
+    net = TinySegmenter().double().eval()
+    method, source = adapt(net, "neo", task="pixels"), [pictures(3, seed=20), pictures(5, seed=21)]
+    with pytest.raises(NotPreparedError, match="must see source data"):
+        method(pictures())
+    method.prepare([{"image": images} for images in source])
+
+    @torch.no_grad()
+    def features(images):
+        return net.norm(net.conv(images)).relu()
+
+    def rows(several):
+        return torch.cat([features(images).movedim(1, -1).reshape(-1, 6) for images in several])
+
+    mu = rows(source).mean(0)
+    torch.testing.assert_close(method.source_mean[0], mu, rtol=0, atol=1e-12)
+    raw = build("neo", net, center="raw")
+    for images in source:
+        last, moved = method(images), raw(images)
+    with torch.no_grad():
+        torch.testing.assert_close(last, net(source[1])["out"], rtol=0, atol=1e-10)
+        assert (moved - net(source[1])["out"]).abs().max() > 0.01
+    method.reset()
+    stream = [0.5 * pictures(seed=seed) + 0.4 for seed in range(3)]
+    for number, images in enumerate(stream):
+        shift = rows(stream[: number + 1]).mean(0) - mu
+        with torch.no_grad():
+            small = net.head(features(images) - shift[:, None, None])
+            expected = F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(method(images), expected, rtol=0, atol=1e-10)
+    assert shift.abs().max() > 0.01
+
+
+def test_the_raw_form_over_pixels_is_not_judged_by_how_even_its_predictions_are():
+    net = TinySegmenter()
+    with torch.no_grad():  # the mean logits are 0; without the mean feature they are the bias
+        mean = net.eval().norm(net.conv(pictures(8, dtype=torch.float32))).relu().mean((0, 2, 3))
+        net.head.weight *= 8
+        net.head.bias.copy_(-(net.head.weight[:, :, 0, 0] @ mean))
+    method = adapt(net, "neo", task="pixels", center="raw")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(20):  # 24 positions an image
+            method(pictures(2, seed=seed, dtype=torch.float32))
+    assert method.stats["spread"] < -0.02  # an image classifier would be warned of
 
 
 def test_the_teacher_averages_views_whose_pixels_stay_in_place():
