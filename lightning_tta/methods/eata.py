@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.passes import outside_inference_mode
-from lightning_tta.errors import ConfigError, check_range
+from lightning_tta.errors import check_range
 from lightning_tta.methods.base.description import About
 from lightning_tta.methods.components.fisher import fisher_information
 from lightning_tta.methods.components.pull import PullMethod
@@ -25,11 +25,12 @@ class EATA(PullMethod, ETA):
 
     F is the mean over source batches of the squared gradient of the cross-entropy with the net's own arg-max; it
     comes from :meth:`prepare`, which is needed unless ``fisher_alpha`` is 0; authors show it 2000 images in batches of
-    64, on whose size F depends. State: F too.
+    64, on whose size F depends. Over pixels and tokens the cross-entropy is the mean over all of a batch. State: F too.
 
     Args:
         model: A classifier with normalisation layers (BatchNorm, GroupNorm, LayerNorm, ...).
-        fisher_alpha: Weight of the penalty, >= 0; authors 1 (CIFAR-10), 2000 (ImageNet).
+        fisher_alpha: Weight of the penalty, >= 0; authors 1 (CIFAR-10), 2000 (ImageNet). Over tokens 0, as source
+            texts are seldom at hand.
         **options: Those of ETA.
 
     Raises:
@@ -56,11 +57,6 @@ class EATA(PullMethod, ETA):
     def __init__(self, model: nn.Module, *, fisher_alpha: float = 1.0, **options: Any) -> None:
         super().__init__(model, **options)
         check_range("fisher_alpha", fisher_alpha, 0)
-        if fisher_alpha and self.task.kind != "images":
-            raise ConfigError(
-                f"The Fisher penalty is one of images, and the net takes {self.task.kind}. Give fisher_alpha=0, which "
-                "is method 'eta'."
-            )
         self.fisher_alpha = fisher_alpha
         self.needs_source = fisher_alpha > 0
         self.prepared = not self.needs_source
@@ -72,10 +68,12 @@ class EATA(PullMethod, ETA):
         """Take F from every batch of ``source_batches``, at the source weights.
 
         Args:
-            source_batches: Dicts with ``image`` (B, C, H, W) in [0, 1]; labels are not used.
+            source_batches: Dicts with ``image`` (B, C, H, W) in [0, 1]; over tokens with ``input_ids`` and
+                ``attention_mask`` (B, T), and perhaps ``answer_mask``, which stands for what the net writes itself.
+                Labels are not used.
 
         Raises:
-            DataError: If there is no image, or a gradient is not finite.
+            DataError: If there is no image, or token, or a gradient is not finite.
         """
         if self.fisher_alpha > 0:
             self.let_go()

@@ -37,6 +37,10 @@ class NEO(ShiftMethod):
     classes again; a wrong one concentrates them. ``stats["spread"]`` is the entropy of the mean prediction minus that
     of the source's, in nats, over the stream. Once, after 256 images, a value below -0.003 ln K is warned of.
 
+    Over pixels each position is an image of the formulas. Most of them are of one class, say the background, whose mean
+    c nearly is: raw centering would take away what tells that class, on clean images too. So ``source`` is the default
+    there, and ``spread``, which would not show it, is not judged.
+
     With ``balanced`` c is the mean over classes, of those predicted so far, of the mean feature of each::
 
         c <- 1 / |seen| sum_k m_k,   m_k: mean over all images so far with arg-max g(z - c + mu) = k, c as before
@@ -51,7 +55,8 @@ class NEO(ShiftMethod):
 
     Args:
         model: A classifier that ends in one linear layer.
-        center: ``raw``, the authors'; or ``source``, which needs source images without labels before the stream.
+        center: ``raw``, the authors'; ``source``, which needs source images without labels before the stream; or
+            ``auto``: ``source`` over pixels, else ``raw``.
         momentum: Weight of a new batch in c, in (0, 1]; ``None``: the mean over all images.
         balanced: Each predicted class has the same weight in c; not with ``momentum``.
         head: Name of the last linear layer where the search finds another.
@@ -61,15 +66,15 @@ class NEO(ShiftMethod):
         UnsupportedModelError: If the net does not end in a linear layer.
 
     Source: NEO, ICLR 2026, openreview mVlIKLiizr. Differs from the paper: batches count by their images; one image
-    alone is predicted by the source; ``center="source"``, ``balanced`` and the warning are ours. The authors' code was
-    not seen.
+    alone is predicted by the source; ``center="source"``, ``balanced``, pixels and the warning are ours. The authors'
+    code was not seen.
     """
 
     about = About(
         does="subtracts the stream's mean feature",
         learns="none",
         passes="1 / 0",
-        needs="linear head; with center: source source images",
+        needs="linear head; with center: source, and over pixels, source images",
         holds="a mean, D",
         suits="shuffled, any batch size",
         formula="paper",
@@ -84,17 +89,20 @@ class NEO(ShiftMethod):
         self,
         model: nn.Module,
         *,
-        center: Literal["raw", "source"] = "raw",
+        center: Literal["auto", "raw", "source"] = "auto",
         momentum: float | None = None,
         balanced: bool = False,
         head: str | None = None,
     ) -> None:
-        check_choice("center", center, ("raw", "source"))
+        check_choice("center", center, ("auto", "raw", "source"))
         if momentum is not None:
             check_range("momentum", momentum, 0, 1, low_open=True)
             if balanced:
                 raise ConfigError("balanced=True is a mean over all images, and has no momentum. Set momentum=None.")
         super().__init__(model, head)
+        over_pixels = self.task.kind == "pixels"
+        if center == "auto":
+            center = "source" if over_pixels else "raw"
         self.center, self.momentum, self.balanced = center, momentum, balanced
         classes, like = self.split.num_classes, self.value("shift")
         if center == "source":
@@ -105,7 +113,7 @@ class NEO(ShiftMethod):
         if balanced:
             self.state("class_sums", like.new_zeros(classes, len(like) + 1), source=0)
             self.keep_wide("class_sums")
-        self._judged = center == "source"
+        self._judged = center == "source" or over_pixels
 
     @property
     def offset(self) -> Tensor:

@@ -22,7 +22,6 @@ from lightning_tta.errors import (
     ConfigError,
     DataError,
     InputError,
-    NotPreparedError,
     check_choice,
     check_range,
     in_one_line,
@@ -34,6 +33,7 @@ from lightning_tta.modules.adaptation import AdaptationModule, callbacks_with
 from lightning_tta.modules.loading import load_source, source_recipe
 from lightning_tta.run import own_loader
 from lightning_tta.run.answers import AnswerRecord, AnswerSummary, AnswerWriter, added, token_measures
+from lightning_tta.run.batches import show_source_prompts
 from lightning_tta.run.readback import Moment
 from lightning_tta.run.stream_run import StreamRun, run_of
 
@@ -219,14 +219,12 @@ class LanguageAdaptation(AdaptationModule):
             )
 
     def on_predict_start(self) -> None:
-        """Take up what was saved."""
+        """Take up what was saved, or show training prompts to a method that must see them."""
         run = run_of(self)
         run.restore()
         if not run.method.prepared:
-            raise NotPreparedError(
-                f"{type(run.method).__name__} must see source data before the stream, which a stream of prompts has "
-                "not. Take another method, or call method.prepare(batches) in Python first."
-            )
+            data = getattr(self.trainer, "datamodule", None)
+            show_source_prompts(run.method, data, self._input.source_images, self.device)
 
     # Along the stream
 

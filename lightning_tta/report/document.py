@@ -65,7 +65,7 @@ def sections(results: Results, looks: Looks) -> list[Section]:
 def title(results: Results) -> str:
     """What the page is about: the data and the nets."""
     data = {str(run.protocol["data"]): 0 for group in results.groups for run in group.runs if "data" in run.protocol}
-    nets = dict.fromkeys(group.net or group.runs[0].net for group in results.groups)
+    nets = dict.fromkeys(group.net or group.runs[0].short_net for group in results.groups)
     words = [_listed(list(data), "data sets"), f"net{'s' * (len(nets) > 1)} {_listed(list(nets), '')}" if nets else ""]
     return f"Test-time adaptation: {', '.join(filter(None, words))}" if any(words) else "Test-time adaptation"
 

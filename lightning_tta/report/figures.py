@@ -37,6 +37,8 @@ WIDTH = 7.2
 """Inches of a wide figure: on a narrow page it shrinks, and must stay readable."""
 TOGETHER, COLUMNS = 6, 2
 """Up to so many methods share one figure; more get a panel each, so many side by side, with the source behind."""
+ROLLING = ("accuracy", "mean_iou")
+"""Curves of means over some batches."""
 POINTS, BOUNDARIES = 400, 60
 """Points of a curve; more changes of domain than so many are no boundaries to draw."""
 
@@ -233,7 +235,7 @@ def first_curve(group: Group) -> tuple[str, str, str]:
         name = "mean_absolute_error" if group.labelled else "mean_value"
         return name, name.replace("_", " "), name.replace("_", " ")
     if group.measure is MEAN_IOU and group.labelled:
-        return "accuracy", "pixel accuracy", "pixel accuracy %"
+        return "mean_iou", "mean IoU", "mean IoU %"
     return ("accuracy", "accuracy", "accuracy %") if group.labelled else ("entropy", "entropy", "entropy, nats")
 
 
@@ -258,7 +260,7 @@ def curves_caption(group: Group) -> str:
             "a new domain."
         )
     if group.measure is MEAN_IOU and group.labelled:
-        accuracy = f"Pixel a{accuracy[1:]}"
+        accuracy = f"Mean over the last {run.window} batches of the domain of each one's mean IoU"
     text = (
         f"{accuracy}, and share of the most predicted class over the last {run.window} of all; mean and range over "
         f"seeds. {'Grey area: the largest share among the labels. ' * group.labelled}Vertical lines: a new domain."
@@ -309,7 +311,7 @@ def _draw(
         if behind is None:
             style = {"rotation": 35, "fontsize": 7.5, "rotation_mode": "anchor"}
             axes[0].text(0.7 * left + 0.3 * right, 1.02, name, transform=axes[0].get_xaxis_transform(), **style)
-    low = {} if upper[0] == "mean_value" else {"ylim": (0, 102 if upper[0] == "accuracy" else None)}
+    low = {} if upper[0] == "mean_value" else {"ylim": (0, 102 if upper[0] in ROLLING else None)}
     axes[0].set(ylabel=upper[2], xlim=(0, batches[-1]["images_seen"]), **low)
     axes[1].set(ylabel=lower[2], ylim=(0, 102 if lower[0].endswith("share") else None), xlabel="images seen")
     return lines
@@ -347,7 +349,7 @@ def estimates_figure(group: Group, looks: Looks) -> Figure | None:
         answered = [not batch.get("source_answered") for batch in run.batches]
         seen = np.array([batch["images_seen"] for batch in run.batches], dtype=float)
         if run.accuracy() is not None:
-            truth = np.array(rolling_accuracy(run.batches, run.window), dtype=float)
+            truth = np.array(rolling_mean(run.batches, run.window), dtype=float)
             (handles["accuracy"],) = axes.plot(seen, np.where(answered, truth, np.nan), color="#000000", lw=1.5)
         for place, name in enumerate(names):
             values = np.array([batch.get(f"{name}_accuracy") for batch in run.batches], dtype=float)
@@ -379,7 +381,7 @@ def estimates_caption(group: Group) -> str:
 def _curve(runs: Sequence[Run], name: str) -> NDArray[np.float64]:
     """Rows: images seen, mean, lowest and highest over seeds, thinned to some hundred points; empty without values."""
     curves: list[Any] = [
-        rolling_accuracy(run.batches, run.window) if name == "accuracy" else [b.get(name) for b in run.batches]
+        rolling_mean(run.batches, run.window, name) if name in ROLLING else [b.get(name) for b in run.batches]
         for run in runs
     ]
     length = min(map(len, curves), default=0)
@@ -391,10 +393,10 @@ def _curve(runs: Sequence[Run], name: str) -> NDArray[np.float64]:
     return rows[:, np.isfinite(rows[1])]
 
 
-def rolling_accuracy(batches: Sequence[Mapping[str, Any]], window: int) -> list[float | None]:
-    """Accuracy in percent over the last ``window`` batches of the same domain, each labelled batch by its images."""
-    known = [b.get("labelled_images", b["images"]) if b.get("accuracy") is not None else 0 for b in batches]
-    counts = [(b["accuracy"] * count if count else 0, count) for b, count in zip(batches, known, strict=True)]
+def rolling_mean(batches: Sequence[Mapping[str, Any]], window: int, name: str = "accuracy") -> list[float | None]:
+    """A share in percent over the last ``window`` batches of the same domain, each labelled batch by its images."""
+    known = [b.get("labelled_images", b["images"]) if b.get(name) is not None else 0 for b in batches]
+    counts = [(b[name] * count if count else 0, count) for b, count in zip(batches, known, strict=True)]
     right, images = np.cumsum([(0, 0), *counts], axis=0).T
     accuracies: list[float | None] = []
     for _, first, last in domain_spans(batches):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,7 @@ POLLUTION, VISIT = ":pollution", ":visit_"
 """Endings of domains' names: images that count in nothing, and of a recurring stream a visit, with its number."""
 SHOWN = 6
 """So many differences between two parts of a report are named."""
+_DOTTED_CLASS = re.compile(r"(?:[a-z_]\w*\.)+[A-Z]\w*")
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class Run:
     def net(self) -> str:
         """Name of the net."""
         return str((self.report.get("net") or {}).get("name", "net"))
+
+    @property
+    def short_net(self) -> str:
+        """The name for headings: of a class with the modules it is in, ``a.b.Net``, the class alone."""
+        return self.net.rpartition(".")[2] if _DOTTED_CLASS.fullmatch(self.net) else self.net
 
     @property
     def hash(self) -> str:
@@ -463,7 +470,9 @@ def _group_singles(results: Results) -> None:
     groups: list[Group] = []
     for runs in experiments.values():
         _label(runs)
-        title = f"{runs[0].net}, {runs[0].protocol.get('data', 'data')}, {runs[0].protocol.get('stream', 'stream')}"
+        title = (
+            f"{runs[0].short_net}, {runs[0].protocol.get('data', 'data')}, {runs[0].protocol.get('stream', 'stream')}"
+        )
         by_weights: dict[str, list[Run]] = {}
         for run in runs:
             digest = str(run.protocol.get("weights_digest"))[:6]
@@ -597,7 +606,9 @@ def _warnings(group: Group) -> list[str]:
         warnings.append("The net is randomly initialised: these numbers say nothing of a trained one.")
     if group.labelled and len(group.seeds) == 1:
         tested = "are tested over the images of this one run"
-        if group.recurs:
+        if group.measure is not ACCURACY:
+            tested = "are not tested"
+        elif group.recurs:
             tested = "are tested over the images of one visit, and not over all visits, which show the same images"
         warnings.append(
             "One seed: there is no spread over seeds, so accuracies have no interval. Differences to the source "

@@ -85,7 +85,7 @@ def _where(group: Group) -> str:
     run = group.runs[0]
     data, stream = run.protocol.get("data"), group.stream or run.protocol.get("stream")
     targets = f" ({group.domains[0]})" if len(group.domains) == 1 and group.domains[0] != "stream" else ""
-    net = f" with net {group.net or run.net}" if group.net or run.report.get("net") else ""
+    net = f" with net {group.net or run.short_net}" if group.net or run.report.get("net") else ""
     if stream in (None, "", "custom"):
         return f"on {data or 'these data'}{targets}{net}"
     return f"on the {stream} stream of {data or 'these data'}{targets}{net}"

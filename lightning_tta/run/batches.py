@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.images import Batch
-from lightning_tta.errors import DataError, InputError, NotPreparedError, check_choice, check_range
+from lightning_tta.data.text.prompt_data import PromptData
+from lightning_tta.errors import ConfigError, DataError, InputError, NotPreparedError, check_choice, check_range
 from lightning_tta.guard.watch import Watch
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.progress import with_progress
@@ -34,8 +35,8 @@ class StreamInput(RunCallback):
             the others of its batch go on. Images with NaN are no bad batch: see the methods.
         channels_last: Lay images out in memory with their channels last: the same predictions up to rounding;
             convolutions are often faster, but a net that takes ``view`` of its activations refuses.
-        source_images: How many training images a method that needs source data sees before the stream; and how many
-            validation images, at most, the monitors of a guard.
+        source_images: How many training images, or prompts, a method that needs source data sees before the stream; and
+            how many validation images, at most, the monitors of a guard.
     """
 
     def __init__(
@@ -243,16 +244,36 @@ def show_source(method: TTAMethod, data: Any, count: int, device: torch.device) 
         method.prepare(source, *more)
 
 
+def show_source_prompts(method: TTAMethod, data: Any, count: int, device: torch.device) -> None:
+    """Show ``count`` training prompts with their answers to a method over tokens that needs source data.
+
+    Raises:
+        NotPreparedError: If ``data`` has none to show.
+    """
+    who = f"{type(method).__name__} must see source data before the stream."
+    advice = (
+        "Or set the method's options so that it needs none (fisher_alpha=0), or call method.prepare(batches) first."
+    )
+    if not isinstance(data, PromptData):
+        raise NotPreparedError(f"{who} Predict with PromptData that has training prompts. {advice}")
+    try:
+        batches = data.source_batches(count)
+    except ConfigError as error:
+        raise NotPreparedError(f"{who} {error} {advice}") from error
+    with torch.inference_mode(False), torch.enable_grad():
+        method.prepare(_OnDevice(batches, device, "prompts"))
+
+
 class _OnDevice(Iterable[Batch]):
     """Batches that come to a device one at a time, with progress; can be iterated more than once."""
 
-    def __init__(self, batches: DataLoader[Batch], device: torch.device) -> None:
-        self.batches, self.device = batches, device
+    def __init__(self, batches: DataLoader[Any], device: torch.device, what: str = "images") -> None:
+        self.batches, self.device, self.what = batches, device, what
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        numbers = with_progress(len(self), "Looking at source images")
+        numbers = with_progress(len(self), f"Looking at source {self.what}")
         for _, batch in zip(numbers, self.batches, strict=True):
             yield {name: value.to(self.device) for name, value in batch.items()}

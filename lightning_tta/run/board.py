@@ -35,8 +35,13 @@ PALETTE = (
 """Colors of the first classes of pixels, after Okabe and Ito; later ones begin anew."""
 UNCOUNTED = (128, 128, 128)
 SIDE, LINE, GAP = 96, 12, 8  # pixels of an image, of a line of text, between two images
-ACCURACIES = ("meta/val_after", "source/val_accuracy")
-"""What a fit is judged by."""
+SCORES_OF_FIT = (
+    "meta/val_after",
+    "source/val_mean_iou",
+    "source/val_mean_absolute_error",
+    "source/val_accuracy",
+)
+"""What a fit is judged by: the first that it has."""
 
 
 CURVES = {
@@ -155,7 +160,7 @@ class FitBoard(Callback):
     """Logs the hyper-parameters of a fit, without those that only Lightning reads.
 
     To TensorBoard at the end, with ``hp_metric``, the last validation accuracy; of a meta-training, that after its
-    inner step. To other loggers at the start.
+    inner step; of pixels mean IoU, of values the mean absolute error. To other loggers at the start.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -176,10 +181,10 @@ class FitBoard(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log them with the score."""
-        accuracies = [trainer.callback_metrics[name] for name in ACCURACIES if name in trainer.callback_metrics]
+        scores = [trainer.callback_metrics[name] for name in SCORES_OF_FIT if name in trainer.callback_metrics]
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and accuracies:
-                logger.log_hyperparams(_of_fit(trainer, pl_module), {"hp_metric": float(accuracies[0])})
+            if isinstance(logger, TensorBoardLogger) and scores:
+                logger.log_hyperparams(_of_fit(trainer, pl_module), {"hp_metric": float(scores[0])})
 
 
 def _of_fit(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -48,7 +48,7 @@ PUBLISHED = {
     "lame": {"neighbours": 5},
     "t3a": {"filter_k": 100},
     "adanpc": {"k": 100, "temperature": 0.1, "threshold": 0.1, "second_softmax": False},
-    "neo": {"center": "raw", "momentum": None, "balanced": False},
+    "neo": {"center": "auto", "momentum": None, "balanced": False},
     "output_shift": {"gamma": 1.0, "momentum": 0.1},
     "cotta": {**ADAM, **COTTA, "anchor_threshold": 0.92, "restore": 0.01, "symmetric": False},
     "petal": {**ADAM, **COTTA, "anchor_threshold": 0.92, "restore": 0.03, "prior_weight": 1e-9, "symmetric": False},

@@ -1,6 +1,7 @@
 """Methods over pixels and over values: references in float64, invariants, errors."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_tta import ConfigError, UnsupportedModelError, adapt, available_methods
+from lightning_tta import ConfigError, NotPreparedError, UnsupportedModelError, adapt, available_methods
 from lightning_tta.backbones.values import PixelModel
 from lightning_tta.views.jitter import jitter
 
@@ -22,7 +23,7 @@ OPTIONS = {
     "cotta": {"lr": 0.02, "views": 2, "anchor_threshold": 1.0, "ema_decay": 0.7, "restore": 0.1},
     "actmad": {"lr": 3e-3},
 }
-OPTIONS["eata"] = {**OPTIONS["eta"], "fisher_alpha": 0.0}
+OPTIONS["eata"] = {**OPTIONS["eta"], "fisher_alpha": 20.0}
 
 
 class TinySegmenter(nn.Module):
@@ -112,9 +113,69 @@ def test_three_steps_over_pixels_equal_a_reference(name):
         torch.testing.assert_close(now.detach(), reference, rtol=0, atol=1e-10)
 
 
+def logits_by_hand(net, images, gamma, beta):
+    """Logits (B, K, H, W) with the statistics of the batch."""
+    a = F.conv2d(images, net.conv.weight, net.conv.bias, 2, 1)
+    normed = (a - a.mean((0, 2, 3), keepdim=True)) / (a.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    z = (normed * gamma[:, None, None] + beta[:, None, None]).relu()
+    small = torch.einsum("bdhw,kd->bkhw", z, net.head.weight[:, :, 0, 0]) + net.head.bias[:, None, None]
+    return F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def test_eata_over_pixels_equals_a_reference_with_its_penalty():
+    """Pixel by pixel: filters, weights, the mean prediction, and F from two source batches of different size."""
+    net = TinySegmenter().double().eval()
+    options = {"lr": 0.05, "entropy_margin": 0.97, "diversity_margin": 0.98, "fisher_alpha": 3e3, "momentum": 0.0}
+    method = adapt(net, "eata", task="pixels", **options)
+    source = [pictures(3, seed=20), pictures(5, seed=21)]
+    with pytest.raises(NotPreparedError, match="must see source data"):
+        method(pictures())
+    method.prepare([{"image": images, "target": torch.zeros(len(images), 8, 12)} for images in source])
+    learned = [net.norm.weight.detach().clone(), net.norm.bias.detach().clone()]
+    start, fisher = [t.clone() for t in learned], [0.0, 0.0]
+    for images in source:
+        tensors = [t.clone().requires_grad_() for t in learned]
+        log_p = logits_by_hand(net, images, *tensors).log_softmax(1)
+        surprise = -log_p.gather(1, log_p.argmax(1, keepdim=True)).mean()
+        fisher = [f + g**2 / 2 for f, g in zip(fisher, torch.autograd.grad(surprise, tensors), strict=True)]
+    for number, expected in enumerate(fisher):
+        torch.testing.assert_close(method.get_buffer(f"fisher_{number}"), expected, rtol=1e-9, atol=0)
+    average, bound, shares, penalties = None, 0.97 * math.log(4), [], []
+    for step in range(4):
+        images = pictures(seed=step)
+        for tensor in learned:
+            tensor.requires_grad_()
+        logits = logits_by_hand(net, images, *learned)
+        terms, kept = [], []
+        for row in logits.movedim(1, -1).reshape(-1, 4):
+            p = row.softmax(0)
+            entropy, frozen = -(p * p.log()).sum(), p.detach()
+            new = average is None or float(average @ frozen / average.norm() / frozen.norm()) < 0.98
+            if entropy.item() < bound and new:
+                terms.append(math.exp(bound - entropy.item()) * entropy)
+                kept.append(frozen)
+        penalty = 3e3 * sum((f * (t - s) ** 2).sum() for f, t, s in zip(fisher, learned, start, strict=True))
+        loss = sum(terms) / len(terms) + penalty
+        gradients = torch.autograd.grad(loss, learned)
+        torch.testing.assert_close(method(images), logits.detach(), rtol=0, atol=1e-10)
+        assert method.stats["loss"] == pytest.approx(loss.item(), abs=1e-10)
+        assert method.stats["kept"] == pytest.approx(len(kept) / (3 * 8 * 12))
+        for tensor, gradient in zip(learned, gradients, strict=True):
+            tensor.requires_grad_(False)
+            tensor.sub_(0.05 * gradient)
+        mean = sum(kept) / len(kept)
+        average = mean if average is None else 0.9 * average + 0.1 * mean
+        shares.append(len(kept) / (3 * 8 * 12))
+        penalties.append(penalty.item())
+    for now, reference in zip(method.learned, learned, strict=True):
+        torch.testing.assert_close(now.detach(), reference, rtol=0, atol=1e-10)
+    assert 0 < min(shares) < 1
+    assert penalties[-1] > 1e-4  # it was felt
+
+
 def test_neo_takes_the_mean_over_all_positions_out():
     net = TinySegmenter().double().eval()
-    method, seen = build("neo", net), []
+    method, seen = build("neo", net, center="raw"), []
     for seed in range(3):
         images = pictures(seed=seed)
         with torch.no_grad():
@@ -126,6 +187,54 @@ def test_neo_takes_the_mean_over_all_positions_out():
         torch.testing.assert_close(method(images), expected, rtol=0, atol=1e-10)
         with torch.no_grad():  # and so does the plain net, by its bias
             torch.testing.assert_close(method.export()(images)["out"], expected, rtol=0, atol=1e-10)
+
+
+def test_neo_over_pixels_moves_towards_the_source_unless_it_is_told_otherwise():
+    """By c - mu, both over all positions: the source's own images stay what they are; by the raw form they do not."""
+    net = TinySegmenter().double().eval()
+    method, source = adapt(net, "neo", task="pixels"), [pictures(3, seed=20), pictures(5, seed=21)]
+    with pytest.raises(NotPreparedError, match="must see source data"):
+        method(pictures())
+    method.prepare([{"image": images} for images in source])
+
+    @torch.no_grad()
+    def features(images):
+        return net.norm(net.conv(images)).relu()
+
+    def rows(several):
+        return torch.cat([features(images).movedim(1, -1).reshape(-1, 6) for images in several])
+
+    mu = rows(source).mean(0)
+    torch.testing.assert_close(method.source_mean[0], mu, rtol=0, atol=1e-12)
+    raw = build("neo", net, center="raw")
+    for images in source:
+        last, moved = method(images), raw(images)
+    with torch.no_grad():
+        torch.testing.assert_close(last, net(source[1])["out"], rtol=0, atol=1e-10)
+        assert (moved - net(source[1])["out"]).abs().max() > 0.01
+    method.reset()
+    stream = [0.5 * pictures(seed=seed) + 0.4 for seed in range(3)]
+    for number, images in enumerate(stream):
+        shift = rows(stream[: number + 1]).mean(0) - mu
+        with torch.no_grad():
+            small = net.head(features(images) - shift[:, None, None])
+            expected = F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(method(images), expected, rtol=0, atol=1e-10)
+    assert shift.abs().max() > 0.01
+
+
+def test_the_raw_form_over_pixels_is_not_judged_by_how_even_its_predictions_are():
+    net = TinySegmenter()
+    with torch.no_grad():  # the mean logits are 0; without the mean feature they are the bias
+        mean = net.eval().norm(net.conv(pictures(8, dtype=torch.float32))).relu().mean((0, 2, 3))
+        net.head.weight *= 8
+        net.head.bias.copy_(-(net.head.weight[:, :, 0, 0] @ mean))
+    method = adapt(net, "neo", task="pixels", center="raw")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(20):  # 24 positions an image
+            method(pictures(2, seed=seed, dtype=torch.float32))
+    assert method.stats["spread"] < -0.02  # an image classifier would be warned of
 
 
 def test_the_teacher_averages_views_whose_pixels_stay_in_place():

@@ -295,7 +295,7 @@ def test_source_images():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"center": "target"}, "center must be one of 'raw', 'source'; got 'target'"),
+        ({"center": "target"}, "center must be one of 'auto', 'raw', 'source'; got 'target'"),
         ({"momentum": 0}, "momentum must be .*; got 0"),
         ({"momentum": 0.1, "balanced": True}, "Set momentum=None"),
         ({"balanced": "yes"}, "balanced must be one of True, False"),

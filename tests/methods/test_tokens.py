@@ -1,13 +1,22 @@
 """Methods over the tokens of a language model: references in float64, identities, masks, chunks, state, errors."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from language_nets import TinyLM, make_tokens
-from lightning_tta import ConfigError, InputError, UnsupportedModelError, adapt, available_methods
+from lightning_tta import (
+    ConfigError,
+    DataError,
+    InputError,
+    NotPreparedError,
+    UnsupportedModelError,
+    adapt,
+    available_methods,
+)
 from lightning_tta.methods.base.chunks import chunked
 from lightning_tta.methods.components.adapters import LowRank
 
@@ -116,6 +125,71 @@ def test_three_steps_equal_a_reference(name, loss_on):
     now = method.learned
     for tensor, reference in zip(now, learned, strict=True):
         torch.testing.assert_close(tensor.detach(), reference, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss_on", ["auto", "prompt"])
+def test_eatas_penalty_over_tokens_equals_a_reference(loss_on):
+    """F from the tokens of two source batches that count, the answers where the loss is on what the net writes."""
+    net, alpha = TinyLM().double(), 1e4
+    task = {"kind": "tokens", "loss_on": loss_on}
+    method = adapt(net, "eata", task=task, lr=0.02, entropy_margin=2.0, fisher_alpha=alpha)
+    lora = dict(method.model.named_parameters())
+    learned = [
+        lora[f"net.{layer}.parametrizations.weight.0.{part}"].detach().clone()
+        for layer in ("q_proj", "v_proj")
+        for part in ("down0", "up0")
+    ]
+
+    def logits_of(batch, tensors):
+        return pass_by_hand(net, batch, {"q_proj": tensors[:2], "v_proj": tensors[2:]}) @ net.lm_head.weight.T
+
+    def counted(batch):
+        return counted_by_hand(batch, "generated" if loss_on == "auto" else loss_on)
+
+    source = [make_tokens(batch=4, seed=30), make_tokens(batch=2, seed=31, generated=5)]
+    names = {"input_ids": "input_ids", "attention_mask": "attention_mask", "generated": "answer_mask"}
+    empty = make_tokens(batch=2, seed=32) | {"generated": torch.zeros(2, 9, dtype=torch.bool)}
+    shown = [{new: batch[old] for old, new in names.items()} for batch in [*source, empty][: 2 + (loss_on == "auto")]]
+    method.prepare(shown)  # the last one has no answers, and does not count
+    start, fisher = [t.clone() for t in learned], [0.0] * 4
+    for batch in source:
+        tensors = [t.clone().requires_grad_() for t in learned]
+        log_p = logits_of(batch, tensors).log_softmax(-1)
+        surprise = -log_p.amax(-1)[counted(batch)].mean()
+        fisher = [f + g**2 / 2 for f, g in zip(fisher, torch.autograd.grad(surprise, tensors), strict=True)]
+    for number, expected in enumerate(fisher):
+        torch.testing.assert_close(method.get_buffer(f"fisher_{number}"), expected, rtol=1e-9, atol=1e-18)
+    assert fisher[1].max() > 1e-6
+    moments, bound = [[0.0, 0.0] for _ in learned], 2 * math.log(11)
+    for step in (1, 2, 3):
+        batch = make_tokens(seed=step)
+        for tensor in learned:
+            tensor.requires_grad_()
+        entropies = entropy_by_hand(logits_of(batch, learned))[counted(batch)]
+        penalty = alpha * sum((f * (t - s) ** 2).sum() for f, t, s in zip(fisher, learned, start, strict=True))
+        loss = ((bound - entropies.detach()).exp() * entropies).mean() + penalty
+        gradients = torch.autograd.grad(loss, learned)
+        for tensor in learned:
+            tensor.requires_grad_(False)
+        method(batch)
+        assert method.stats["loss"] == pytest.approx(loss.item(), rel=1e-10)
+        adamw(learned, gradients, moments, step, [0.02] * 4)
+    assert penalty.item() > 1e-3
+    for tensor, reference in zip(method.learned, learned, strict=True):
+        torch.testing.assert_close(tensor.detach(), reference, rtol=0, atol=1e-9)
+
+
+def test_eata_says_which_source_texts_it_takes():
+    method = build("eata", fisher_alpha=1.0)
+    with pytest.raises(NotPreparedError, match="'input_ids' and 'attention_mask'"):
+        method(make_tokens())
+    for wrong in ([{"image": torch.rand(2, 3, 4, 4)}], make_tokens(), [make_tokens()["input_ids"]]):
+        with pytest.raises(DataError, match="dicts with 'input_ids' and 'attention_mask'"):
+            method.prepare(wrong)
+    with pytest.raises(DataError, match="no token whose prediction counts"):
+        method.prepare([make_tokens() | {"generated": torch.zeros(3, 9)}])
+    with pytest.raises(InputError, match="ids from"):
+        method.prepare([{"input_ids": torch.full((2, 4), 99)}])
 
 
 def test_the_first_step_on_lora_equals_that_of_tent():
@@ -413,8 +487,6 @@ def test_wrong_tasks_and_methods_are_refused():
         build("tent", window=4)
     with pytest.raises(ConfigError, match="source_filter"):
         build("tent", source_filter=True)
-    with pytest.raises(ConfigError, match="fisher_alpha=0"):
-        build("eata", fisher_alpha=1.0)
     with pytest.raises(UnsupportedModelError, match="takes no argument 'input_ids'"):
         adapt(torch.nn.Linear(2, 3), "tent", task="tokens")
     with pytest.raises(InputError, match=r"needs batch\['generated'\]"):

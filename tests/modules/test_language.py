@@ -14,6 +14,7 @@ from lightning_tta import (
     ConfigError,
     FinishedError,
     LanguageAdaptation,
+    NotPreparedError,
     PromptData,
     StateKeeper,
     StreamInput,
@@ -251,6 +252,33 @@ def test_equal_answers_have_equal_numbers():
 def test_what_is_wrong_is_said_before_the_run(options, error, words):
     with pytest.raises(error, match=words):
         LanguageAdaptation(**{"net": small_net() if options.get("source_ckpt") is None else "x", **options})
+
+
+def test_a_run_shows_training_prompts_to_a_method_that_needs_them(tmp_path):
+    options = {"method": "eata", "options": {"fisher_alpha": 1e4, "entropy_margin": 2.0, "lr": 0.05}}
+    with pytest.raises(NotPreparedError, match=r"EATA must see source data.*train_files.*fisher_alpha=0"):
+        run(tmp_path / "without", data_of(tmp_path), **options)
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({"prompt": f"{n}+1=", "answer": str(n + 1)}) + "\n" for n in range(20)))
+    data = data_of(tmp_path, train_files=[str(train)])
+    held = run(tmp_path / "held", data, callbacks=[StreamInput(source_images=7)], **options)
+    method = adapt(small_net(), "eata", **options["options"])
+    batches = list(data.source_batches(7))
+    assert [len(batch["index"]) for batch in batches] == [2, 2, 2, 1]  # as large as the stream's
+    method.prepare(batches)
+    losses = []
+    for number, batch in enumerate(data.predict_dataloader()):
+        if number and not bool((batch["domain"] == 0).all()):
+            break
+        method(
+            method.generate(
+                {name: batch[name] for name in ("input_ids", "attention_mask")}, max_new_tokens=NEW, stop=[2]
+            )
+        )
+        losses.append(method.stats["loss"])
+    logged = [json.loads(line)["loss"] for line in (held / "batches.jsonl").read_text().splitlines()]
+    assert logged[: len(losses)] == pytest.approx(losses)
+    assert len(losses) > 1
 
 
 def test_another_tokenizer_than_the_nets_is_refused(tmp_path):

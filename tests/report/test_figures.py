@@ -14,7 +14,7 @@ from lightning_tta.report.figures import (
     front_of,
     looks,
     pareto_figure,
-    rolling_accuracy,
+    rolling_mean,
 )
 from lightning_tta.report.runs import Group, Results, Run
 
@@ -46,12 +46,14 @@ def test_pareto_front_by_hand():
     assert front_of(points) == ["fast", "slow"]
 
 
-def test_rolling_accuracy_by_hand():
+def test_rolling_mean_by_hand():
     batches = [
         {"domain": d, "images": n, "accuracy": a} for d, n, a in [("a", 10, 1.0), ("a", 30, 0.0), ("a", 10, 0.5)]
     ]
     batches += [{"domain": "b", "images": 10, "accuracy": None}, {"domain": "b", "images": 10, "accuracy": 0.2}]
-    assert rolling_accuracy(batches, 2) == pytest.approx([100.0, 25.0, 12.5, None, 20.0])
+    assert rolling_mean(batches, 2) == pytest.approx([100.0, 25.0, 12.5, None, 20.0])
+    batches[0]["mean_iou"], batches[1]["mean_iou"] = 0.8, 0.4
+    assert rolling_mean(batches, 2, "mean_iou") == pytest.approx([80.0, 50.0, 40.0, None, None])
     assert domain_spans(batches) == [("a", 0, 3), ("b", 3, 5)]
     turns = [{"domain": "ab"[n % 2]} for n in range(100)]
     assert domain_spans(turns) == [("", 0, 100)]

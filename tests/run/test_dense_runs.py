@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
@@ -29,8 +31,10 @@ from lightning_tta import (
 from lightning_tta.backbones.unet import UNet
 from lightning_tta.methods import find
 from lightning_tta.report import write_report
+from lightning_tta.report.figures import curves_caption, curves_figure, looks
 from lightning_tta.report.runs import read
 from lightning_tta.report.terminal import print_report
+from lightning_tta.run.board import FitBoard
 from lightning_tta.run.pixels import Pixels, PixelSummary, class_iou, make_pixel_record
 from lightning_tta.run.values import ValueSummary, make_value_record
 
@@ -202,9 +206,17 @@ def test_the_report_is_that_of_the_masks_on_disk(tmp_path, capsys):
     text = (tmp_path / "page/report.md").read_text()
     assert "mean IoU %" in text
     assert f"{100 * report['mean_iou']:.1f}" in text
+    assert "Differences to the source are not tested." in text
+    assert text.startswith("# Test-time adaptation: folder:data, net UNet\n")
     print_report(report, directory / "report.json")
     assert "pixel" in capsys.readouterr().out
     (group,) = read([source, directory]).groups
+    curve = json.loads((directory / "batches.jsonl").read_text().splitlines()[0])["mean_iou"]
+    drawn = curves_figure(group, looks(group.methods)).axes[0]
+    assert drawn.get_ylabel() == "mean IoU %"
+    of_tent = [line.get_ydata() for line in drawn.lines if len(line.get_ydata()) == 6][-1]  # batches
+    assert of_tent[0] == pytest.approx(100 * curve)
+    assert "each one's mean IoU" in curves_caption(group)
     assert not group.runs[0].predictions_problem
 
 
@@ -350,14 +362,16 @@ def test_a_training_whose_checkpoint_says_its_task(tmp_path, kind):
     else:
         module = SourceRegressor(f"{__file__}:Brightness", scale=0.5)
         data, name = None, "source/val_mean_absolute_error"
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = Trainer(default_root_dir=tmp_path, max_epochs=1, num_sanity_val_steps=0, **quiet)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 1}
+    logger = TensorBoardLogger(tmp_path, "fit", "")
+    trainer = Trainer(logger=logger, callbacks=[FitBoard()], max_epochs=1, num_sanity_val_steps=0, **quiet)
     if data is None:
         batches = [{**batch, "target": batch["target"].nan_to_num(0.5)[:, None]} for batch in value_batches()]
         trainer.fit(module, *[DataLoader(batches, batch_size=None)] * 2)
     else:
         trainer.fit(module, data)
-    assert torch.isfinite(trainer.callback_metrics[name])
+    events = EventAccumulator(str(tmp_path / "fit")).Reload()
+    assert events.Scalars("hp_metric")[-1].value == pytest.approx(float(trainer.callback_metrics[name]))
     trainer.save_checkpoint(tmp_path / "best.ckpt")
     again = TestTimeAdaptation(find("source"), source_ckpt=str(tmp_path / "best.ckpt"))
     assert again.task == kind

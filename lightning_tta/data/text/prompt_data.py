@@ -365,6 +365,29 @@ class PromptData(LightningDataModule):
         sampler = samplers.make_train_sampler(len(dataset))
         return self._loader(dataset, batch_size=size, sampler=sampler, drop_last=len(sampler) > size)
 
+    def source_batches(
+        self, num_prompts: int | None = None, batch_size: int | None = None, seed: int = 0
+    ) -> DataLoader[TokenBatch]:
+        """Training prompts with answers, for a method's ``prepare``; can be iterated more than once.
+
+        Args:
+            num_prompts: At most this many, a random choice; by default all.
+            batch_size: Prompts in a batch; by default as in the stream.
+            seed: Seed of the choice and the order.
+
+        Returns:
+            Batches as those of :meth:`train_dataloader`, the same in each iteration.
+
+        Raises:
+            ConfigError: If ``files`` have no training prompts.
+        """
+        if num_prompts is not None:
+            check_range("num_prompts", num_prompts, 1, integer=True)
+        dataset = self._answered("train", self.train_domain_names)
+        order = torch.from_numpy(permutation(len(dataset), seed)[:num_prompts])
+        batches = [batch.tolist() for batch in torch.split(order, batch_size or self.batch_size)]
+        return self._loader(dataset, batch_sampler=StreamSampler(batches))
+
     def _evaluation(self, split: Split, names: Sequence[str]) -> DataLoader[TokenBatch]:
         """Batches of one domain each."""
         dataset = self._answered(split, names)

@@ -705,7 +705,7 @@ class TTAMethod(Described, Replayable, ABC):
         if not self.prepared:
             raise NotPreparedError(
                 f"{type(self).__name__} must see source data before the stream: call prepare(source_batches) with "
-                "batches {'image': (B, C, H, W) in [0, 1], 'label': (B,)} from the training set."
+                f"{self.task.source_batch}, and 'label' (B,) where the method needs labels, of the training set."
             )
 
     def _remembering(self, memory: DomainMemory, x: Tensor, usable: Tensor) -> Tensor:

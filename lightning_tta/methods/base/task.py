@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -17,7 +17,7 @@ from lightning_tta.backbones.norms import batch_norm_layers
 from lightning_tta.backbones.passes import outside_inference_mode
 from lightning_tta.backbones.quantized import is_quantized
 from lightning_tta.backbones.split import as_logits
-from lightning_tta.errors import InputError, LightningTTAError, UnsupportedModelError, WeightsError
+from lightning_tta.errors import DataError, InputError, LightningTTAError, UnsupportedModelError, WeightsError
 from lightning_tta.losses import at_least_float32
 
 _ADVICE = (
@@ -34,11 +34,20 @@ class Task(Protocol):
         kind: Its word.
         in_chunks: Whether losses are computed from features, some rows of the logits at a time.
         additions: What a method over such input takes beside its own options and ``select``.
+        source_batch: What a batch of source data is, in words.
     """
 
     kind: str
     in_chunks: bool
     additions: frozenset[str]
+    source_batch: str
+
+    def take_in_source(self, batch: Any, device: torch.device) -> Tensor:
+        """The tensor that the net takes, on a device, of a batch of source data.
+
+        Raises:
+            DataError: If it is no such batch.
+        """
 
     def take_in(self, x: Any) -> Tensor:
         """The tensor that the net takes, of what a user gives."""
@@ -53,7 +62,7 @@ class Task(Protocol):
         """What ``stats`` says of the logits of a step; ``None``: :func:`~lightning_tta.metrics.collapse_measures`."""
 
     def rows(self, x: Tensor) -> Tensor | None:
-        """Which of the predictions of a batch count (B, ...), bool; ``None``: one each sample, and all do."""
+        """Which of the predictions of a batch count (B, ...), bool; ``None``: all."""
 
     def usable(self, x: Tensor) -> Tensor:
         """Refuse what is no input; which samples (B,) can be adapted on and predicted, bool, on the host."""
@@ -71,9 +80,21 @@ class Images:
     kind = "images"
     in_chunks = False
     additions = frozenset({"statistics", "reservoir", "prior", "refine", "window", "gate"})
+    source_batch = "dicts with 'image' (B, C, H, W) in [0, 1]"
 
     def __init__(self) -> None:
         self._warned = False
+
+    def take_in_source(self, batch: Any, device: torch.device) -> Tensor:
+        """Its ``image``.
+
+        Raises:
+            DataError: If there is none.
+        """
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
+            raise DataError(f"Source batches must be {self.source_batch}; got {found_in(batch)}.")
+        image: Tensor = batch["image"]
+        return image.to(device)
 
     def take_in(self, x: Any) -> Any:
         """What was given; :meth:`usable` looks at it."""
@@ -129,6 +150,11 @@ class Images:
     def logits(self, output: object) -> Tensor:
         """Logits (B, K)."""
         return as_logits(output)
+
+
+def found_in(batch: object) -> str:
+    """What a batch is that is not what it should be, in words."""
+    return f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
 
 
 def check_shape(images: object) -> None:

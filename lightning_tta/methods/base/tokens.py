@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_tta.backbones.language import ATTENTION, COUNTS, IDS, TokenModel
-from lightning_tta.errors import ConfigError, InputError, check_range
+from lightning_tta.errors import ConfigError, DataError, InputError, check_range
+from lightning_tta.methods.base.task import found_in
 from lightning_tta.metrics import row_measures
 
 _ADVICE = (
@@ -45,6 +46,7 @@ class Tokens:
     kind = "tokens"
     in_chunks = True
     additions: frozenset[str] = frozenset()
+    source_batch = "dicts with 'input_ids' and 'attention_mask' (B, T)"
 
     def __init__(self, model: TokenModel, loss_on: str = "auto", chunk: int = 64) -> None:
         check_range("chunk", chunk, 1, integer=True)
@@ -91,6 +93,19 @@ class Tokens:
             )
         generated = _mask(x, "generated", ids, torch.zeros_like(ids)).bool()
         return torch.stack([ids, attention, self._counts(attention.bool(), generated, given).long()], 1)
+
+    def take_in_source(self, batch: Any, device: torch.device) -> Tensor:
+        """A packed batch of texts; ``answer_mask`` of training batches says what the net is to write: ``generated``.
+
+        Raises:
+            DataError: If it is no batch of tokens.
+        """
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+            raise DataError(f"Source batches must be {self.source_batch}; got {found_in(batch)}.")
+        names = {"input_ids": "input_ids", "attention_mask": "attention_mask", "answer_mask": "generated"}
+        names |= {"generated": "generated"}
+        given = {new: batch[name] for name, new in names.items() if isinstance(batch.get(name), Tensor)}
+        return self.take_in({name: value.to(device) for name, value in given.items()})
 
     def _counts(self, attention: Tensor, generated: Tensor, given: bool) -> Tensor:
         """Which positions count (B, T)."""

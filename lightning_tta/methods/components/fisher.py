@@ -20,11 +20,13 @@ from lightning_tta.methods.components.source_images import see_source_images
 def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     """Mean over batches of the squared gradient of the cross-entropy with the net's own arg-max, at the source.
 
-    The gradient is that of a batch's mean, as in EATA (arXiv 2204.02610): larger batches give smaller values.
+    The gradient is that of a batch's mean, as in EATA (arXiv 2204.02610): larger batches give smaller values. Of
+    several predictions a sample, pixels or tokens, the mean is over all of a batch that count.
 
     Args:
-        method: Gradients are by what its optimizers hold, of its ``infer``.
-        batches: Dicts with ``image`` (B, C, H, W) in [0, 1]; labels are not used.
+        method: Gradients are by what its optimizers hold.
+        batches: Dicts with ``image`` (B, C, H, W) in [0, 1], or, over tokens, with ``input_ids`` and
+            ``attention_mask`` (B, T); labels are not used.
 
     Raises:
         DataError: If there is no image, a batch is no such dict, or a gradient is not finite.
@@ -37,10 +39,11 @@ def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Te
 
     def see(images: Tensor) -> None:
         nonlocal count
+        rows = method.task.rows(images)
+        if rows is not None and not bool(rows.any()):
+            return
         with with_gradients(images, images.dtype) as images:
-            logits = at_least_float32(method.infer(images))
-            loss = cross_entropy(logits, logits.argmax(-1))
-            gradients = method.differentiate(loss)
+            gradients = method.differentiate(_loss(method, images, rows))
         pairs = [(t, g) for t, g in zip(sums, gradients, strict=True) if g is not None]
         totals, present = [t for t, _ in pairs], [g for _, g in pairs]
         torch._foreach_add_(totals, torch._foreach_mul(present, present))
@@ -49,12 +52,32 @@ def fisher_information(method: GradientMethod, batches: Iterable[Mapping[str, Te
     with method.at_source():
         see_source_images(method, batches, see, running=method.normalizing)
     if not count or not bool(torch.cat([total.flatten() for total in sums]).isfinite().all()):
-        problem = f"gradients that are not finite, in {count} batches" if count else "no image"
+        what = "token whose prediction counts" if method.task.kind == "tokens" else "image"
+        problem = f"gradients that are not finite, in {count} batches" if count else f"no {what}"
         raise DataError(
-            f"{type(method).__name__}'s Fisher information needs finite gradients of source images; found {problem}. "
-            "Give batches {'image': (B, C, H, W) in [0, 1]} of the training set, or use method 'eta', which needs none."
+            f"{type(method).__name__}'s Fisher information needs finite gradients of source data; found {problem}. "
+            f"Give {method.task.source_batch} of the training set, or use method 'eta', which needs none."
         )
     return list(torch._foreach_div(sums, count))
+
+
+def _loss(method: GradientMethod, x: Tensor, rows: Tensor | None) -> Tensor:
+    """Mean cross-entropy of a batch with the arg-max, of all predictions that count."""
+    if rows is None:
+        logits = at_least_float32(method.infer(x)).flatten(0, -2)
+        return cross_entropy(logits, logits.argmax(-1))
+    method.rows = rows
+    try:
+        _, losses = method.judged(x, _surprise)
+    finally:
+        method.rows = None
+    return losses.sum() / rows.sum()
+
+
+def _surprise(logits: Tensor) -> Tensor:
+    """Cross-entropy (N,) of logits (N, K) with their arg-max."""
+    logits = at_least_float32(logits)
+    return cross_entropy(logits, logits.argmax(-1), reduction="none")
 
 
 def quantile_bound(values: Sequence[Tensor], share: float) -> Tensor:

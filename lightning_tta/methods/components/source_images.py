@@ -30,8 +30,10 @@ def see_source_images(
 
     Args:
         method: Of it the net, its device and its dtype are taken.
-        batches: Dicts with ``image`` (B, C, H, W) in [0, 1], and ``label`` (B,) where ``classes`` is given.
+        batches: Dicts with ``image`` (B, C, H, W) in [0, 1], and ``label`` (B,) where ``classes`` is given. Over tokens
+            with ``input_ids`` and ``attention_mask`` (B, T).
         see: Gets images (B, C, H, W), finite, where the net is and of its dtype; and their labels (B,), int64, there.
+            Over tokens a packed batch.
         most: After so many images no batch more is asked for; ``None``: all.
         classes: Labels are needed, and must be integers below this; ``None``: labels are not used.
         running: How the net runs meanwhile; ``None``: as the method runs it.
@@ -42,7 +44,7 @@ def see_source_images(
     """
     if isinstance(batches, Mapping) or not any(hasattr(batches, name) for name in ("__iter__", "__getitem__")):
         raise DataError(
-            f"Source batches must be several, a list or a DataLoader of dicts with 'image' (B, C, H, W) in [0, 1]; got "
+            f"Source batches must be several, a list or a DataLoader of {method.task.source_batch}; got "
             f"{type(batches).__name__}."
         )
     device = next((p.device for p in method.model.parameters()), torch.device("cpu"))
@@ -55,10 +57,7 @@ def see_source_images(
         method.passes(),
     ):
         for batch in batches:
-            if not isinstance(batch, Mapping) or not isinstance(batch.get("image"), Tensor):
-                kind = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-                raise DataError(f"Source batches must be dicts with 'image' (B, C, H, W) in [0, 1]; got {kind}.")
-            images = batch["image"].to(device)
+            images = method.task.take_in_source(batch, device)
             usable = method.task.usable(images)
             rows = () if classes is None else (_labels(method, batch, len(images), classes).to(device),)
             columns = [images, *rows] if bool(usable.all()) else [each[usable.to(device)] for each in (images, *rows)]
@@ -66,7 +65,7 @@ def see_source_images(
             number += len(images)
             if len(images):
                 with explained(method.model, images, has_run=method.has_run):
-                    see(images.to(float_dtype(method.model)), *labels)
+                    see(method.task.cast(images, float_dtype(method.model)), *labels)
             if number == most:
                 return
 
