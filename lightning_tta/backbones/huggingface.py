@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_tta.backbones.adapter_folders import base_of, has_adapter, merge
 from lightning_tta.errors import ConfigError, WeightsError, did_you_mean, in_one_line
 
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -80,13 +81,14 @@ def load_causal_model(name: str, dtype: str = "auto", download: bool = False) ->
     """A causal language model with its weights, in safetensors. No code of a folder or the hub is run.
 
     Args:
-        name: A folder that ``save_pretrained`` wrote; with ``download`` also a name on the hub.
+        name: A folder that ``save_pretrained`` wrote; with ``download`` also a name on the hub. One that holds an
+            adapter of peft stands for its net with the adapter added to the weights.
         dtype: ``auto``, as the weights are saved; or the name of one of torch, such as ``bfloat16``.
         download: Whether files may be fetched.
 
     Raises:
-        ConfigError: If transformers is not installed.
-        WeightsError: If there is none.
+        ConfigError: If transformers is not installed, or peft for an adapter.
+        WeightsError: If there is none, or the adapter cannot be added.
     """
     if not Path(name).is_dir() and not download:
         raise WeightsError(
@@ -100,11 +102,12 @@ def load_causal_model(name: str, dtype: str = "auto", download: bool = False) ->
             f'net={name!r} needs the library transformers: pip install "lightning-tta[language]".'
         ) from None
     transformers.utils.logging.disable_progress_bar()
+    folder = base_of(name, download) if has_adapter(name) else name
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="transformers")
         try:
             net, found = transformers.AutoModelForCausalLM.from_pretrained(
-                name,
+                folder,
                 dtype=dtype,
                 local_files_only=not download,
                 trust_remote_code=False,
@@ -113,12 +116,12 @@ def load_causal_model(name: str, dtype: str = "auto", download: bool = False) ->
             )
         except Exception as error:  # damaged files provoke any
             raise WeightsError(
-                f"net={name!r} has no causal language model of transformers with weights in safetensors: "
+                f"net={folder!r} has no causal language model of transformers with weights in safetensors: "
                 f"{in_one_line(error)[:300]}"
             ) from error
     if missing := sorted(found["missing_keys"]):
-        raise WeightsError(f"net={name!r} has no weights for {', '.join(missing[:4])}. Give a causal language model.")
-    return net.eval()
+        raise WeightsError(f"net={folder!r} has no weights for {', '.join(missing[:4])}. Give a causal language model.")
+    return (net if folder == name else merge(net, name)).eval()
 
 
 def _read_weights(auto: Any, name: str, config: Any) -> Any:

@@ -20,6 +20,7 @@ class NetConfig:
         backbone: Name of the net that ``source_ckpt`` is for.
         num_classes: Number of its classes.
         pretrained: Use the library's pretrained weights.
+        net: Over prompts, instead of ``fit``: a folder of a causal language model of transformers, or of an adapter.
         backbone_options: Further arguments of the backbone.
     """
 
@@ -30,6 +31,7 @@ class NetConfig:
     backbone: str | None = None
     num_classes: int | None = None
     pretrained: bool = False
+    net: str | None = None
     backbone_options: dict[str, Any] | None = None
 
 

@@ -181,13 +181,16 @@ class Benchmark:
                     raise ConfigError(f"{who}: {error}") from error
 
     def _check_net(self, label: str, net: NetConfig) -> None:
-        if (net.fit is None) == (net.source_ckpt is None and not net.pretrained):
-            raise ConfigError(f"Net '{label}' needs either fit=CONFIG, or weights (source_ckpt or pretrained).")
+        if (net.fit is None) == (net.source_ckpt is None and not net.pretrained and net.net is None):
+            raise ConfigError(
+                f"Net '{label}' needs either fit=CONFIG, or weights (source_ckpt or pretrained; over prompts also net, "
+                "a folder)."
+            )
         if net.start is not None and (net.fit is None or net.start not in self.nets or net.start == label):
             raise ConfigError(f"Net '{label}': start={net.start!r} must name another net, for a fit to start from.")
         if net.start is not None and self.nets[net.start].start is not None:
             raise ConfigError(f"Net '{label}' starts from '{net.start}', which must not start from another itself.")
-        for path in (net.fit, net.source_ckpt):
+        for path in (net.fit, net.source_ckpt, net.net):
             if path not in (None, "none") and not Path(path or "").exists():
                 raise ConfigError(
                     f"Net '{label}': {path} does not exist (seen from {Path.cwd().name}/).{how_to_copy(path or '')}"
@@ -457,7 +460,8 @@ def _check_labels(who: str, names: Iterable[str] | None, allowed: Iterable[str])
 def _check_options(label: str, method: MethodConfig) -> None:
     """Refuse wrong options and ranges by building the method on a tiny net."""
     try:
-        find(name := method.class_path.removeprefix("lightning_tta.methods."))
+        package, _, name = method.class_path.rpartition(".")
+        find(name if not package or package.startswith("lightning_tta.") else method.class_path)
     except ConfigError:
         return  # a user's own class: checked when it is parsed
     probe = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))

@@ -2,6 +2,8 @@
 
 from inspect import isabstract
 
+from lightning.pytorch import LightningDataModule
+
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.corruptions.corrupt import corrupt, corruption_names
 from lightning_tta.data.dense.angles import DigitAnglesData
@@ -9,6 +11,7 @@ from lightning_tta.data.dense.base import DenseData
 from lightning_tta.data.dense.folders import SegmentationFolderData
 from lightning_tta.data.dense.shapes import ShapesData
 from lightning_tta.data.protocol import Protocol
+from lightning_tta.data.recall import RecallData
 from lightning_tta.data.sets.arrays import ArrayData
 from lightning_tta.data.sets.cifar import CIFARData
 from lightning_tta.data.sets.digits import DigitsData
@@ -32,6 +35,7 @@ __all__ = [
     "ImageNetData",
     "PromptData",
     "Protocol",
+    "RecallData",
     "SegmentationFolderData",
     "ShapesData",
     "ShiftedDataModule",
@@ -42,10 +46,16 @@ __all__ = [
     "corruption_names",
     "data_modules",
     "default_reset",
+    "every_data_module",
 ]
 
 
-def data_modules() -> dict[str, type[ShiftedDataModule]]:
+def every_data_module() -> dict[str, type[LightningDataModule]]:
     """The data modules that a command may name, by name."""
     classes = {name: value for name, value in globals().items() if name in __all__ and isinstance(value, type)}
-    return {n: c for n, c in classes.items() if issubclass(c, ShiftedDataModule) and not isabstract(c)}
+    return {n: c for n, c in classes.items() if issubclass(c, LightningDataModule) and not isabstract(c)}
+
+
+def data_modules() -> dict[str, type[ShiftedDataModule]]:
+    """Those of images, by name."""
+    return {name: kind for name, kind in every_data_module().items() if issubclass(kind, ShiftedDataModule)}

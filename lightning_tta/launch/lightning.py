@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import pydoc
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +31,7 @@ from lightning_tta.launch.ending import (
 )
 from lightning_tta.launch.help import short_help
 from lightning_tta.launch.messages import explain, missing_package, name_option
+from lightning_tta.launch.method_names import name_in, name_in_arguments
 from lightning_tta.launch.noise import without_noise
 from lightning_tta.launch.trust import MODE, check_classes, close_parsers
 from lightning_tta.methods import available_methods, find
@@ -45,7 +44,6 @@ from lightning_tta.run.board import FitBoard
 from lightning_tta.run.options import PARTS, RunConfig, check_precisions
 from lightning_tta.run.progress import FitProgress
 
-METHOD_OPTIONS = ("--model.method", "--model.method.help", "--model.init_args.method")
 READABLE = 40
 """So many subclasses are listed in help and comments; ``torch.nn.Module`` has a thousand."""
 
@@ -328,22 +326,7 @@ def build_data(args: list[str]) -> LightningDataModule:
 
 def _name_classes(args: Any) -> Any:
     """The arguments with ``--model.method tent`` as ``--model.method lightning_tta.methods.Tent``, dicts alike."""
-    if isinstance(args, dict):
-        args = copy.deepcopy(args)
-        options = (args[args["subcommand"]].get("model") or {}).get("init_args") or {}
-        method = options.get("method")
-        if isinstance(method, dict) and isinstance(method.get("class_path"), str):
-            method["class_path"] = _class_path(method["class_path"])
-        return args
-    named: list[str] = []
-    for arg in args:
-        option, equals, value = arg.partition("=")
-        if equals and option in METHOD_OPTIONS:
-            arg = f"{option}={_class_path(value)}"
-        elif named and named[-1] in METHOD_OPTIONS:
-            arg = _class_path(arg)
-        named.append(arg)
-    return named
+    return name_in(args) if isinstance(args, dict) else name_in_arguments(args)
 
 
 def _check_additions(options: Mapping[str, Any]) -> None:
@@ -368,13 +351,3 @@ def _is_data(arguments: dict[str, Any]) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _class_path(name: str) -> str:
-    if name.lstrip().startswith("{"):  # the class with its arguments: its short name, which jsonargparse cannot find
-        short = r"""(class_path["']?\s*:\s*["']?)(\w+)(?=["']?\s*[,}])"""
-        return re.sub(short, lambda match: match[1] + _class_path(match[2]), name, count=1)
-    try:
-        return f"lightning_tta.methods.{find(name).__name__}"
-    except ConfigError:
-        return name  # a file, a user's own class, or a mistake of which the parser knows more

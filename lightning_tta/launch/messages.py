@@ -14,6 +14,8 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from jsonargparse import Namespace
+from torch import optim
+from torch.optim import lr_scheduler
 
 from lightning_tta import data, methods, modules
 from lightning_tta.errors import ConfigError, did_you_mean
@@ -102,9 +104,11 @@ def _describe(problem: _Problem, parser: argparse.ArgumentParser) -> str:
     text, option = " ".join(" ".join(problem.lines).split()), problem.option
     if cut := re.match(r"unrecognized arguments: ([^-].*[}\]])$", text):  # the shell has split '{kind: ema}'
         return f"{cut[1]!r} belongs to no option. Put quotes around a mapping or a list: --OPTION '{{name: value}}'."
-    if match := re.match(rf"{_NEITHER} (.+?) either", text):
-        classes = {"model.method": methods.names(), "data": data.data_modules(), "model": modules.__all__}
-        known: Iterable[str] = classes.get(option, ())
+    if match := re.match(rf"(?:{_NEITHER} (?=.+? either)|Expected a dot import path string: )(\S+)", text):
+        classes = {"model.method": methods.names(), "data": data.every_data_module(), "model": modules.__all__}
+        known: Iterable[str] = classes.get(option) or _of_torch(option.rpartition(".")[2])
+        if option == "model" and did_you_mean(match[1], methods.names()):  # the class in a mapping inside
+            option, known = "model.method", methods.names()
         listed = f" Known: {', '.join(known)}." if known else ""
         question = did_you_mean(match[1], known)
         return f"--{option} {match[1]!r} is neither a file nor a class.{question}{listed}{how_to_copy(match[1])}"
@@ -123,6 +127,14 @@ def _describe(problem: _Problem, parser: argparse.ArgumentParser) -> str:
         return f"Missing: {', '.join(n.upper() if n in positional else f'--{n}' for n in names)}.{hint}"
     missing = re.search(r"File does not exist: '(.*)'", text)
     return (f"--{option}: {text}" if option else text) + (f".{how_to_copy(missing[1])}" if missing else "")
+
+
+def _of_torch(option: str) -> list[str]:
+    """The classes of torch that an option may name."""
+    homes = {"optimizer": (optim, optim.Optimizer), "lr_scheduler": (lr_scheduler, lr_scheduler.LRScheduler)}
+    home, base = homes.get(option, (None, None))
+    every = vars(home).items() if home is not None else ()
+    return sorted(n for n, c in every if isinstance(c, type) and base and issubclass(c, base) and c is not base)
 
 
 def _describe_unknown(problem: _Problem, option: str, parser: argparse.ArgumentParser) -> str:

@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 
 from lightning_tta.errors import ConfigError
+from lightning_tta.launch.method_names import name_in
 
 MODE = "yaml, None is null"
 """The parser mode: jsonargparse 4.53 hands the null of a nested option on as the text ``None``."""
@@ -75,7 +76,7 @@ def _size(value: Any, sizes: dict[int, int]) -> int:
 
 
 def _load_null(text: str) -> Any:
-    value = _load(text)
+    value = name_in(_load(text))
     return None if isinstance(value, str) and value.strip() == "None" else value
 
 

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from jsonargparse import get_loader
 from torch import Tensor, nn
 
 from lightning_tta.backbones import state_digest
+from lightning_tta.backbones.gpt import create_gpt
 from lightning_tta.backbones.huggingface import load_causal_model
 from lightning_tta.backbones.tokenizer import CharTokenizer
 from lightning_tta.data.protocol import Protocol
@@ -22,6 +24,7 @@ from lightning_tta.errors import (
     ConfigError,
     DataError,
     InputError,
+    UnsupportedModelError,
     check_choice,
     check_range,
     in_one_line,
@@ -58,10 +61,11 @@ class LanguageAdaptation(AdaptationModule):
         method: Name or class of a method over tokens (``zerosiam``); a file with ``class_path`` and ``init_args``
             (``configs/methods/zerosiam.yaml``, whose rates are those of images); or that as a dict.
         options: The method's options; those that are left out are the method's defaults for tokens. They take
-            precedence over those of a file.
+            precedence over those of a file. On the command line also ``--model.method.NAME``.
         source_ckpt: Checkpoint of :class:`~lightning_tta.SourceLanguageModel`, or a directory that holds one.
-        net: In place of it a folder of a causal language model of transformers, weights in safetensors; in Python also
-            a module. Its tokenizer is the data's: ``--data.tokenizer FOLDER``.
+        net: In place of it a folder of a causal language model of transformers, with weights in safetensors, or of an
+            adapter of peft, which is added to the weights of its net; in Python also a module. Its tokenizer is the
+            data's: ``--data.tokenizer FOLDER``.
         dtype: Of the weights of such a folder: ``auto`` (as they are saved), ``float32``, ``bfloat16`` or ``float16``.
             What adapters learn stays in float32.
         download: Whether ``net`` may be a name that is fetched from the Hugging Face hub.
@@ -124,9 +128,10 @@ class LanguageAdaptation(AdaptationModule):
                 f"language model of transformers; got source_ckpt={source_ckpt!r}, net={net!r}."
             )
         name, of_method = _method_of(method)
-        find(name)  # before weights are read
+        find(name)
         self.when, self.reset, self.reset_every, self.stop = when, reset, reset_every, stop
         given = {**of_method, **(options or {})}
+        _check_options(name, given)
         self.episodic = reset == "prompt"
         self.recipe = source_recipe(source_ckpt) if net is None else None
         if net is None and self.recipe is None:
@@ -216,6 +221,11 @@ class LanguageAdaptation(AdaptationModule):
             raise ConfigError(
                 f"The tokenizer has {size} tokens, and the net's vocabulary {rows}: it is not the tokenizer of the "
                 "net. Give --data.tokenizer the folder of the net."
+            )
+        if isinstance(rows, int) and (beyond := [token for token in self.stop or () if token >= rows]):
+            raise ConfigError(
+                f"stop has {', '.join(map(str, beyond))}, and the net's tokens are 0 to {rows - 1}: no answer would "
+                "end there. Leave it out to stop at what the tokenizer and the net say ends a text."
             )
 
     def on_predict_start(self) -> None:
@@ -323,11 +333,11 @@ def _method_of(method: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name and options of a method that is named, or written as a class with its arguments, here or in a file."""
     if isinstance(method, str) and Path(method).suffix in (".yaml", ".yml"):
         try:
-            method = yaml.safe_load(Path(method).read_text(encoding="utf-8"))
+            method = get_loader("yaml")(Path(method).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"method={method!r} is a file that cannot be read: {in_one_line(error)}") from error
     if isinstance(method, str):
-        return method.rpartition(".")[2], {}
+        return _name_of(method), {}
     if not isinstance(method, Mapping) or not isinstance(method.get("class_path"), str):
         raise ConfigError(
             f"method must be a name, such as 'zerosiam', or have a class_path and init_args; got {method!r}. "
@@ -335,7 +345,24 @@ def _method_of(method: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
         )
     if unknown := set(method) - {"class_path", "init_args"}:
         raise ConfigError(f"method has {', '.join(sorted(unknown))} beside class_path and init_args. Leave them out.")
-    return str(method["class_path"]).rpartition(".")[2], dict(method.get("init_args") or {})
+    return _name_of(method["class_path"]), dict(method.get("init_args") or {})
+
+
+def _name_of(path: str) -> str:
+    """The name in the import path of a method, or the path where it is a name already."""
+    package, _, name = path.rpartition(".")
+    if package and package.partition(".")[0] != "lightning_tta":
+        raise ConfigError(
+            f"method={path!r} is no method of this package, which LanguageAdaptation takes by their names, such as "
+            "'zerosiam'. In Python, wrap the net in your class, and answer with lightning_tta.answer(method, batch)."
+        )
+    return name
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Refuse wrong options before weights are read: a tiny net gets the method."""
+    with torch.random.fork_rng(devices=[]), suppress(UnsupportedModelError):  # it says nothing of the net that comes
+        create_method(name, create_gpt("ab", layers=1, width=8, heads=1), **{**options, "task": "tokens"})
 
 
 def _ends_of(net: nn.Module) -> list[int]:

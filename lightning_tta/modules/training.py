@@ -138,7 +138,7 @@ def find_checkpoint(path: str | Path, option: str = "source_ckpt") -> Path:
         raise WeightsError(
             f"{option}={str(path)!r} {what}. Give a checkpoint or "
             "weights file, or the run directory of a source training (lightning-tta fit --config "
-            "configs/digits/source.yaml makes one)."
+            "configs/digits/source.yaml, of a language model configs/language/source.yaml, makes one)."
         )
     if later:
         at = later[0].parent if later[0].name == "checkpoints" else later[0]

@@ -103,7 +103,7 @@ def _group_sections(group: Group, looks: Looks) -> list[Section]:
         file = re.sub(r"[^\w.=()-]+", "_", group.title.replace(", ", "-")) + ".png"
         stream.galleries.append(Gallery([described], figures.curves_caption(group), wide=True, file=file))
     reliability = [
-        (f"reliability of {method}", figures.reliability_figure(bins, method, looks[method]))
+        (f"reliability of {method}", figures.reliability_figure(bins, method, looks[method], group.kind))
         for method, runs in group.methods.items()
         if (bins := tables.reliability(runs)) is not None
     ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_tta.methods import names
-from lightning_tta.report.runs import ACCURACY, ERROR, MEAN_IOU, Group, Measure, Run
+from lightning_tta.report.runs import ACCURACY, ERROR, IMAGES, MEAN_IOU, Group, Kind, Measure, Run
 from lightning_tta.report.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -138,10 +138,10 @@ def differences_figure(gains: Mapping[str, Estimate], looks: Looks, measure: Mea
     return figure
 
 
-def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look) -> Figure:
-    """Accuracy by confidence, against the diagonal, over the share of images in each bin.
+def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look, kind: Kind = IMAGES) -> Figure:
+    """Accuracy by confidence, against the diagonal, over the share of samples in each bin.
 
-    ``bins`` has three rows, with a column for each bin: images, sum of confidences, right ones.
+    ``bins`` has three rows, with a column for each bin: samples, sum of confidences, right ones.
     """
     figure = _figure(2.3, 2.7)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
@@ -155,7 +155,7 @@ def reliability_figure(bins: Sequence[Sequence[float]], title: str, look: Look) 
     axes.plot([0, 1], [0, 1], color=MUTED, lw=0.9, ls=(0, (4, 3)))
     below.bar(centers, 100 * images / images.sum(), width * 0.92, color=MUTED, lw=0)
     axes.set(title=title, xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-    below.set(xlabel="confidence", ylabel="% of\nimages")
+    below.set(xlabel="confidence", ylabel=f"% of\n{kind.samples}")
     axes.grid()
     return figure
 
@@ -243,7 +243,7 @@ def second_curve(group: Group) -> tuple[str, str, str]:
     """The lower one."""
     if group.measure is ERROR:
         return "value_spread", "spread of the values", "spread"
-    return "recent_class_share", "class share", "largest class %"
+    return "recent_class_share", f"{group.kind.choice} share", group.kind.share
 
 
 def curves_caption(group: Group) -> str:
@@ -262,8 +262,9 @@ def curves_caption(group: Group) -> str:
     if group.measure is MEAN_IOU and group.labelled:
         accuracy = f"Mean over the last {run.window} batches of the domain of each one's mean IoU"
     text = (
-        f"{accuracy}, and share of the most predicted class over the last {run.window} of all; mean and range over "
-        f"seeds. {'Grey area: the largest share among the labels. ' * group.labelled}Vertical lines: a new domain."
+        f"{accuracy}, and share of the {group.kind.largest} over the last {run.window} of all; mean and range over "
+        f"seeds. {f'Grey area: the largest share among the {group.kind.truth}. ' * group.labelled}Vertical lines: a "
+        "new domain."
     )
     if any(run.alarms for runs in shown.values() for run in runs):
         text += " Triangles: alarms of the guard; hollow ones changed nothing."
@@ -313,7 +314,9 @@ def _draw(
             axes[0].text(0.7 * left + 0.3 * right, 1.02, name, transform=axes[0].get_xaxis_transform(), **style)
     low = {} if upper[0] == "mean_value" else {"ylim": (0, 102 if upper[0] in ROLLING else None)}
     axes[0].set(ylabel=upper[2], xlim=(0, batches[-1]["images_seen"]), **low)
-    axes[1].set(ylabel=lower[2], ylim=(0, 102 if lower[0].endswith("share") else None), xlabel="images seen")
+    axes[1].set(
+        ylabel=lower[2], ylim=(0, 102 if lower[0].endswith("share") else None), xlabel=f"{group.kind.samples} seen"
+    )
     return lines
 
 
@@ -360,7 +363,7 @@ def estimates_figure(group: Group, looks: Looks) -> Figure | None:
         _mark_alarms(axes, run, looks[method].color, 0.95)
         axes.set(ylabel="accuracy %", ylim=(0, 102), xlim=(0, seen[-1]), title=method)
         axes.grid(axis="y")
-    all_axes[-1, 0].set_xlabel("images seen")
+    all_axes[-1, 0].set_xlabel(f"{group.kind.samples} seen")
     words = [name if name == "accuracy" else f"estimate of {name}" for name in handles]
     columns = legend_columns(words, WIDTH)
     figure.legend(list(handles.values()), words, loc="outside lower center", ncols=columns)
@@ -379,7 +382,7 @@ def estimates_caption(group: Group) -> str:
 
 
 def _curve(runs: Sequence[Run], name: str) -> NDArray[np.float64]:
-    """Rows: images seen, mean, lowest and highest over seeds, thinned to some hundred points; empty without values."""
+    """Rows: samples seen, mean, lowest and highest over seeds, thinned to some hundred points; empty without values."""
     curves: list[Any] = [
         rolling_mean(run.batches, run.window, name) if name in ROLLING else [b.get(name) for b in run.batches]
         for run in runs
@@ -394,7 +397,7 @@ def _curve(runs: Sequence[Run], name: str) -> NDArray[np.float64]:
 
 
 def rolling_mean(batches: Sequence[Mapping[str, Any]], window: int, name: str = "accuracy") -> list[float | None]:
-    """A share in percent over the last ``window`` batches of the same domain, each labelled batch by its images."""
+    """A share in percent over the last ``window`` batches of the same domain, each labelled batch by its samples."""
     known = [b.get("labelled_images", b["images"]) if b.get(name) is not None else 0 for b in batches]
     counts = [(b[name] * count if count else 0, count) for b, count in zip(batches, known, strict=True)]
     right, images = np.cumsum([(0, 0), *counts], axis=0).T

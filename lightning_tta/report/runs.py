@@ -88,6 +88,62 @@ MEAN_IOU = Measure("mean_iou", "mean IoU %", "points of mean IoU")
 ERROR = Measure("mean_absolute_error", "mean absolute error", "units of the value", 1.0, False)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What runs of a task are about: by what they are judged, and what its things are called.
+
+    Attributes:
+        measure: By what they are judged.
+        sample: What the stream is made of, one of it.
+        voter: What the share of the most predicted class counts, one of it.
+        choice: What is predicted of each.
+        largest: That which most get.
+        share: The share of the most predicted class, as the header of a column.
+        truth: What says which predictions are right, several.
+        shift: What shifts a domain.
+        uncounted: Which passes are in no count, after a comma; empty where all are counted.
+    """
+
+    measure: Measure = ACCURACY
+    sample: str = "image"
+    voter: str = "image"
+    choice: str = "class"
+    largest: str = "most predicted class"
+    share: str = "largest class %"
+    truth: str = "labels"
+    shift: str = "corruption"
+    uncounted: str = ""
+
+    @property
+    def samples(self) -> str:
+        """What the stream is made of."""
+        return f"{self.sample}s"
+
+    @property
+    def paired(self) -> bool:
+        """Whether a sample is right or wrong, so that two runs can be compared sample by sample."""
+        return self.measure is ACCURACY
+
+    def entry(self, name: str) -> str:
+        """What an entry of a protocol is called; reports of all kinds have the names of images."""
+        return name.replace("_", " ").replace("image", self.sample).replace("corruption", self.shift)
+
+
+IMAGES = Kind()
+PROMPTS = Kind(
+    sample="prompt",
+    voter="prompt",
+    choice="answer",
+    largest="most frequent answer",
+    share="most frequent answer %",
+    truth="right answers",
+    shift="dialect",
+    uncounted=", without generation",
+)
+PIXELS = Kind(MEAN_IOU, voter="pixel", truth="masks")
+VALUES = Kind(ERROR, choice="value", truth="targets")
+
+
 @dataclass(eq=False)
 class Run:
     """One run: its label, what tells it from the method's other runs, and its files."""
@@ -132,14 +188,16 @@ class Run:
         return _digest(self.compared) if self.as_one else self.hash
 
     @property
-    def measure(self) -> Measure:
-        """By what it is judged: of pixels mean IoU, of values the mean absolute error, else accuracy."""
-        return next((each for each in (MEAN_IOU, ERROR) if each.key in self.report), ACCURACY)
+    def kind(self) -> Kind:
+        """What it is about: prompts, pixels and values by what the report has of them, else images."""
+        if "prompts" in self.report:
+            return PROMPTS
+        return next((each for each in (PIXELS, VALUES) if each.measure.key in self.report), IMAGES)
 
     @property
-    def of_prompts(self) -> bool:
-        """Whether it answered prompts of a language model."""
-        return "prompts" in self.report
+    def measure(self) -> Measure:
+        """By what it is judged: of pixels mean IoU, of values the mean absolute error, else accuracy."""
+        return self.kind.measure
 
     @property
     def is_source(self) -> bool:
@@ -220,13 +278,13 @@ class Run:
             elif monitors[name].get("values", {}).get("labels_told") == 0:
                 why = "no label became known"
             else:
-                why = "since the method began to answer, or the last reset, it has seen too few images"
+                why = f"since the method began to answer, or the last reset, it has seen too few {self.kind.samples}"
             sentences.append(f"No estimate of '{name}': {why}.")
         return sorted(sentences)
 
     @cached_property
     def _predictions(self) -> tuple[Predictions, str]:
-        if self.measure is not ACCURACY:  # an image is neither right nor wrong
+        if not self.kind.paired:
             return {}, ""
         return read_predictions(self.directory, self.report)
 
@@ -292,19 +350,19 @@ class Group:
         return next((label for label, runs in self.methods.items() if runs[0].is_source), None)
 
     @property
-    def of_prompts(self) -> bool:
-        """Whether these are answers of a language model."""
-        return all(run.of_prompts for run in self.runs)
-
-    @property
     def labelled(self) -> bool:
         """Whether any accuracy, or what else runs are judged by, is known."""
         return any(run.score() is not None for run in self.runs)
 
     @property
+    def kind(self) -> Kind:
+        """What these runs are about."""
+        return self.runs[0].kind
+
+    @property
     def measure(self) -> Measure:
         """By what these runs are judged."""
-        return self.runs[0].measure
+        return self.kind.measure
 
     @property
     def domains(self) -> list[str]:
@@ -598,18 +656,20 @@ def _warnings(group: Group) -> list[str]:
         problems.setdefault(protocol_problem(run), []).append(run.method)
         if run.predictions_problem:
             warnings.append(
-                f"{run.method}, seed {run.seed}: {run.predictions_problem}. Its images are not used; run it once more."
+                f"{run.method}, seed {run.seed}: {run.predictions_problem}. Its {run.kind.samples} are not used; "
+                "run it once more."
             )
     warnings += [f"{', '.join(dict.fromkeys(who))}: {what}." for what, who in problems.items() if what]
     warnings += dict.fromkeys(filter(None, (repeat_problem(run.report) for run in group.runs)))
     if any(str(run.protocol.get("weights", "")).endswith("random") for run in group.runs):
         warnings.append("The net is randomly initialised: these numbers say nothing of a trained one.")
     if group.labelled and len(group.seeds) == 1:
-        tested = "are tested over the images of this one run"
-        if group.measure is not ACCURACY:
-            tested = "are not tested"
-        elif group.recurs:
-            tested = "are tested over the images of one visit, and not over all visits, which show the same images"
+        samples = group.kind.samples
+        tested = f"are tested over the {samples} of this one run" if group.kind.paired else "are not tested"
+        if group.kind.paired and group.recurs:
+            tested = (
+                f"are tested over the {samples} of one visit, and not over all visits, which show the same {samples}"
+            )
         warnings.append(
             "One seed: there is no spread over seeds, so accuracies have no interval. Differences to the source "
             f"{tested}."

@@ -19,7 +19,7 @@ UPPER = 0.975
 MIN_SEEDS = 3
 """Fewer values get no interval: of two, Student's t would make 12.7 standard errors to each side."""
 FEW = 25
-"""So many images must differ before the normal distribution gives their p-value."""
+"""So many samples must differ before the normal distribution gives their p-value."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Estimate:
     count: int
     half: float | None = None  # half width of the 95 % interval; None where the values are too few for one
     p: float | None = None  # of differences, two-sided, for "no difference"; None where nothing was tested
-    over: str = "seeds"  # what the values belong to: seeds or images
+    over: str = "seeds"  # what the values belong to: seeds or samples
 
     @property
     def clear(self) -> bool:
@@ -60,11 +60,11 @@ def over_seeds(differences: Sequence[float]) -> Estimate | None:
     return replace(estimate, p=2 * float(stdtr(estimate.count - 1, -abs(estimate.mean) / error)))
 
 
-def over_images(differences: Sequence[int] | NDArray[np.int64]) -> Estimate | None:
-    """The mean of per-image differences in {-1, 0, 1} with its standard error, by the normal distribution.
+def over_samples(differences: Sequence[int] | NDArray[np.int64]) -> Estimate | None:
+    """The mean of differences by sample in {-1, 0, 1} with its standard error, by the normal distribution.
 
-    It takes images as independent draws, and speaks of this net and this order of the stream only. Where fewer than
-    ``FEW`` images differ, p is that of the exact sign test (McNemar's).
+    It takes samples as independent draws, and speaks of this net and this order of the stream only. Where fewer than
+    ``FEW`` samples differ, p is that of the exact sign test (McNemar's).
     """
     values = np.asarray(differences)
     n, better, worse = len(values), int((values > 0).sum()), int((values < 0).sum())
@@ -75,7 +75,7 @@ def over_images(differences: Sequence[int] | NDArray[np.int64]) -> Estimate | No
     p = 2 * float(ndtr(-abs(mean) / error)) if error else None
     if p is not None and better + worse < FEW:
         p = min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
-    return Estimate(mean, int(values.min()), int(values.max()), n, float(ndtri(UPPER)) * error, p, "images")
+    return Estimate(mean, int(values.min()), int(values.max()), n, float(ndtri(UPPER)) * error, p, "samples")
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

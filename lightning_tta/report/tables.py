@@ -15,18 +15,26 @@ import numpy as np
 from lightning_tta.report.files import Report
 from lightning_tta.report.runs import (
     ERROR,
+    IMAGES,
     MEAN_IOU,
+    PIXELS,
+    PROMPTS,
     VISIT,
     Group,
+    Kind,
     Measure,
     Results,
     Run,
     settings,
     short,
 )
-from lightning_tta.report.statistics import MIN_SEEDS, Estimate, holm, interval, over_images, over_seeds
+from lightning_tta.report.statistics import MIN_SEEDS, Estimate, holm, interval, over_samples, over_seeds
 
-COSTS = {"ms / image": "ms per image", "passes": "forward + 2 x backward per batch", "peak MB": "peak memory, MB"}
+COSTS = {
+    "ms / sample": "ms per {sample}",
+    "passes": "forward + 2 x backward per batch{uncounted}",
+    "peak MB": "peak memory, MB",
+}
 
 
 @dataclass(frozen=True)
@@ -98,13 +106,13 @@ def score_cell(measure: Measure, estimate: Estimate | None, sign: str = "") -> s
 def difference(group: Group, method: str, domain: str | None = None, base: str | None = None) -> Estimate | None:
     """Accuracy (or what runs are judged by) minus that of ``base`` (by default the source) under the same protocol.
 
-    Over seeds if there are several, else over images, but where an image comes several times.
+    Over seeds if there are several, else over samples, but where one comes several times.
     """
     pairs = [pair for pair in group.pairs(method, base) if None not in [run.score(domain) for run in pair]]
     if len(pairs) == 1 and (not group.recurs or domain in (pairs[0][0].report.get("visits") or {})):
         hits, others = (run.hits_in(domain) for run in pairs[0])
         if hits and hits.keys() == others.keys() and all(np.array_equal(hits[n][0], others[n][0]) for n in hits):
-            over = over_images(np.concatenate([hits[name][1] - others[name][1] for name in hits]))
+            over = over_samples(np.concatenate([hits[name][1] - others[name][1] for name in hits]))
             if over is not None:
                 return over
     return over_seeds([(run.score(domain) or 0) - (source.score(domain) or 0) for run, source in pairs])
@@ -115,7 +123,7 @@ def differences(group: Group) -> dict[str, Estimate]:
     return {method: gain for method in group.methods if (gain := difference(group, method)) is not None}
 
 
-def pairing_note(gains: Iterable[Estimate]) -> str:
+def pairing_note(gains: Iterable[Estimate], kind: Kind = IMAGES) -> str:
     """In words, how the differences were paired and tested."""
     kinds: dict[tuple[str, bool], set[int]] = {}
     for gain in gains:
@@ -124,10 +132,10 @@ def pairing_note(gains: Iterable[Estimate]) -> str:
     if ("seeds", True) in kinds:
         counts = " or ".join(map(str, sorted(kinds["seeds", True])))
         words.append(f"Differences to the source are paired by seed ({counts} pairs), p by Student's t.")
-    if ("images", True) in kinds:
+    if ("samples", True) in kinds:
         words.append(
-            "With one seed, differences to the source are paired by image; ± and p take images as independent, and "
-            "say nothing of other seeds."
+            f"With one seed, differences to the source are paired by {kind.sample}; ± and p take {kind.samples} as "
+            "independent, and say nothing of other seeds."
         )
     if ("seeds", False) in kinds:
         words.append("Differences of one or two pairs are not tested.")
@@ -151,7 +159,7 @@ def ranked(group: Group) -> list[str]:
 
 
 def agreement(group: Group, method: str) -> Estimate | None:
-    """Share of images on which a method predicts what the source predicts."""
+    """Share of samples on which a method predicts what the source predicts."""
     shares = []
     for run, source in group.pairs(method):
         equal = images = 0
@@ -183,29 +191,20 @@ def mean_entropy(run: Run, domain: str | None = None) -> float | None:
     return sum(part["entropy"] * (part.get("images") or 0) for part in parts) / images if images else None
 
 
-SHARE_NOTE = (
-    "Largest class: share of the most predicted class in the worst domain, mean over seeds; near 100 after a collapse."
-)
-
-
-def largest(of_prompts: bool) -> str:
-    """The header of the share by which a collapse shows."""
-    return "most frequent answer %" if of_prompts else "largest class %"
-
-
-def share_note(group: Group) -> str:
-    """What that share is."""
-    if not group.of_prompts:
-        return SHARE_NOTE
-    return (
-        "Most frequent answer: its share of the answers in the worst domain, mean over seeds; near 100 where the "
-        "outputs have become one string."
-    )
+def share_note(kind: Kind) -> str:
+    """What the share is by which a collapse shows."""
+    if kind is PROMPTS:
+        return (
+            "Most frequent answer: its share of the answers in the worst domain, mean over seeds; near 100 where the "
+            "outputs have become one string."
+        )
+    of = f"share of the {kind.largest}{' among the pixels' * (kind is PIXELS)}"
+    return f"Largest class: {of} in the worst domain, mean over seeds; near 100 after a collapse."
 
 
 def language(group: Group) -> Table | None:
     """Of answers of a language model: interval, entropy of tokens, norm of logits, length, cost of a token."""
-    if not group.of_prompts:
+    if group.kind is not PROMPTS:
         return None
     cells = {}
     for method, runs in group.methods.items():
@@ -230,7 +229,7 @@ def language(group: Group) -> Table | None:
         "independent, which it takes them for. Entropy: of the tokens, mean over answers, in nats. Most frequent "
         "answer: share in the whole stream. Tokens of an answer; ms of a token with its share of the adaptation."
     )
-    header = ["accuracy % between", "entropy", largest(True), "logit norm", "tokens", "ms / token"]
+    header = ["accuracy % between", "entropy", PROMPTS.share, "logit norm", "tokens", "ms / token"]
     return _by_method("Answers", header, cells, note)
 
 
@@ -277,10 +276,10 @@ def overview(group: Group, best: str | None = None) -> Table:
         measure = group.measure
         means = [score_cell(measure, accuracy_of(runs)), score_cell(measure, gain, sign="+")]
         cells[method] = [str(len(runs)), *means, *p_values, *([shown] if measure is not ERROR else [])]
-    note = f"{spread_note(group)} {pairing_note(gains.values())} "
-    note += "Mean absolute error: lower is better." if group.measure is ERROR else share_note(group)
+    note = f"{spread_note(group)} {pairing_note(gains.values(), group.kind)} "
+    note += "Mean absolute error: lower is better." if group.measure is ERROR else share_note(group.kind)
     header = ["n", group.measure.words, "vs source", "p", "p (Holm)"]
-    header += [] if group.measure is ERROR else [largest(group.of_prompts)]
+    header += [] if group.measure is ERROR else [group.kind.share]
     return _by_method(group.title, header, cells, note, best)
 
 
@@ -292,9 +291,10 @@ def _unlabelled(group: Group) -> Table:
         cells[method] = [str(len(runs)), cell(entropy, 1, 3), alike, number(None if share is None else 100 * share)]
     note = (
         f"{spread_note(group)} Entropy of the predictions in nats; it falls with adaptation, for right and wrong "
-        f"predictions alike. Like source: share of images that get the source's prediction. {share_note(group)}"
+        f"predictions alike. Like source: share of {group.kind.samples} that get the source's prediction. "
+        f"{share_note(group.kind)}"
     )
-    return _by_method(group.title, ["n", "entropy", "like source %", largest(group.of_prompts)], cells, note)
+    return _by_method(group.title, ["n", "entropy", "like source %", group.kind.share], cells, note)
 
 
 def all_groups(results: Results) -> Table | None:
@@ -364,9 +364,8 @@ def one_run(report: Report) -> Table:
         rows.append([name or "all", str(part.get("images", "-")), *measures])
     stream, reset = run.protocol.get("stream"), run.protocol.get("reset")
     title = f"{run.method}, {stream} stream, reset {reset}, protocol {run.hash}"
-    what, share_of = "prompts" if run.of_prompts else "images", largest(run.of_prompts)
     header = [how.words if labelled else "entropy"] + ["pixel accuracy %"] * (how is MEAN_IOU and labelled)
-    return Table(title, ["domain", what, *header, "R2" if how is ERROR else share_of], rows)
+    return Table(title, ["domain", run.kind.samples, *header, "R2" if how is ERROR else run.kind.share], rows)
 
 
 def calibration(group: Group) -> Table | None:
@@ -390,7 +389,7 @@ def reliability(runs: Sequence[Run]) -> list[list[float]] | None:
 
 
 def costs(runs: Sequence[Run]) -> dict[str, float]:
-    """Means over runs of what the reports know: passes a batch, ms a batch and an image, peak memory in MB."""
+    """Means over runs of what the reports know: passes a batch, ms a batch and a sample, peak memory in MB."""
     each = []
     for run in runs:
         get = run.report.get
@@ -400,7 +399,7 @@ def costs(runs: Sequence[Run]) -> dict[str, float]:
                 "forward": _ratio(get("forwards"), get("batches")),
                 "backward": _ratio(get("backwards"), get("batches")),
                 "ms / batch": _ratio(get("seconds_per_batch"), 0.001),
-                "ms / image": _ratio(get("seconds"), images / 1000),
+                "ms / sample": _ratio(get("seconds"), images / 1000),
                 "peak MB": get("peak_memory_mb"),
             }
         )
@@ -424,7 +423,7 @@ def cost(group: Group) -> Table:
         "backward": ".3g",
         "ms / batch": ".1f",
         "x source": ".2f",
-        "ms / image": ".2f",
+        "ms / sample": ".2f",
         "peak MB": ",.0f",
     }
     cells = {}
@@ -433,20 +432,25 @@ def cost(group: Group) -> Table:
         cells[method] = [number(values.get(name), form) for name, form in forms.items()]
     kinds = sorted({str(run.report["peak_memory"]) for run in group.runs if run.report.get("peak_memory")})
     how = f" ({', '.join(kinds)})" if kinds else ""
-    note = f"Forward and backward passes a batch, time by the clock, peak memory{how}."
+    passes = f"Forward and backward passes a batch{group.kind.uncounted}"
+    note = f"{passes}; time by the clock, of all; peak memory{how}."
     if any(kind.startswith("resident") for kind in kinds):
         note += " Resident memory holds libraries, data and what earlier runs of the same process left."
-    return _by_method("Cost", list(forms), cells, f"{note} Means over seeds.")
+    header = [name.replace("sample", group.kind.sample) for name in forms]
+    return _by_method("Cost", header, cells, f"{note} Means over seeds.")
 
 
 def cost_points(group: Group) -> dict[str, dict[str, tuple[float, float]]]:
     """Cost and accuracy in percent of every method, by kind of cost, where two methods or more have both."""
-    points: dict[str, dict[str, tuple[float, float]]] = {label: {} for label in COSTS.values()}
+    labels = {
+        key: label.format(sample=group.kind.sample, uncounted=group.kind.uncounted) for key, label in COSTS.items()
+    }
+    points: dict[str, dict[str, tuple[float, float]]] = {label: {} for label in labels.values()}
     for method, runs in group.methods.items():
         accuracy, means = accuracy_of(runs) if group.measure is not ERROR else None, costs(runs)
         for key in COSTS if accuracy is not None else ():
             if accuracy is not None and key in means:
-                points[COSTS[key]][method] = (means[key], 100 * accuracy.mean)
+                points[labels[key]][method] = (means[key], 100 * accuracy.mean)
     return {label: methods for label, methods in points.items() if len(methods) > 1}
 
 
@@ -500,9 +504,9 @@ def estimates(group: Group) -> Table | None:
     ]
     windows = ", ".join(dict.fromkeys(str(run.window) for run in group.runs if run.estimates))
     note = (
-        "Means over the images of the batches that the method answered and the monitor had an estimate for; the "
-        f"monitors see no labels, but for 'labels'. Error: mean distance, in points, to the accuracy over the last "
-        f"{windows} batches."
+        f"Means over the {group.kind.samples} of the batches that the method answered and the monitor had an estimate "
+        "for; the monitors see no labels, but for 'labels'. Error: mean distance, in points, to the accuracy over the "
+        f"last {windows} batches."
     )
     header = ["method", "seed", "monitor", "estimate %", "accuracy %", "error"]
     return Table("Estimated accuracy", header, rows, note, left=3, methods=True) if rows else None
@@ -538,7 +542,7 @@ def choice_text(choice: Report) -> str:
 def protocol(group: Group) -> Table:
     """What must be equal before results are compared, hashes, net and precision."""
     protocols = [_without_visits(run.protocol) for run in group.runs if run.protocol]
-    values = {key.replace("_", " "): value for key, value in _merge(protocols).items()}
+    values = {group.kind.entry(key): value for key, value in _merge(protocols).items()}
     for seed in group.seeds:
         values[f"hash, seed {seed}"] = ", ".join(dict.fromkeys(run.hash for run in group.runs if run.seed == seed))
     rows = [[key, value] for key, value in values.items() if value != "-"]

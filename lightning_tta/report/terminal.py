@@ -15,7 +15,7 @@ from rich.text import Text
 from lightning_tta.files import write_json
 from lightning_tta.report import figures, tables, write_report
 from lightning_tta.report.document import markdown, sections
-from lightning_tta.report.runs import Group, Results, Run, protocol_problem, read, repeat_problem
+from lightning_tta.report.runs import PROMPTS, Group, Results, Run, protocol_problem, read, repeat_problem
 from lightning_tta.report.tables import Table
 from lightning_tta.report.verdict import verdict
 
@@ -52,28 +52,29 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
         if name not in ("domains", "hash") and value is not None
     }
     count = {name: report.get(name) or 0 for name in (*COUNTS, "seconds_per_batch")}  # older reports lack some
-    ending = f"{count['nonfinite_images']} non-finite images"
-    if run.of_prompts:
+    kind = run.kind
+    ending = f"{count['nonfinite_images']} non-finite {kind.samples}"
+    if kind is PROMPTS:
         ending = f"{report.get('generated_tokens')} tokens generated"
     lines = [
         f"{count['forwards']} forward and {count['backwards']} backward passes, "
         f"{1000 * count['seconds_per_batch']:.1f} ms per batch, {count['resets']} resets, "
         f"{count['skipped_steps']} steps skipped, {ending}",
         f"options: {tables.options_of(run)}",
-        "protocol: " + ", ".join(f"{name} {value}" for name, value in settings.items()),
+        "protocol: " + ", ".join(f"{kind.entry(name)} {value}" for name, value in settings.items()),
     ]
-    what = "prompts with an answer" if run.of_prompts else "images with a label"
+    what = "prompts with an answer" if kind is PROMPTS else f"images with {kind.truth}"
     if 0 < (known := report.get("labelled_images", 0)) < report["images"]:
         lines.insert(0, f"accuracy: of the {known} {what}, among {report['images']}")
-    if run.of_prompts:
+    if kind is PROMPTS:
         lines.insert(0, _of_answers(report))
     if polluting := report.get("polluting_images"):
         share = 100 * polluting / report["images"]
         lines.insert(0, f"polluting images: {polluting} of {report['images']} ({share:.0f} %), in no measure")
     if count["skipped_batches"]:
-        lines.append(f"skipped: {count['skipped_batches']} bad batches with {count['skipped_images']} images")
+        lines.append(f"skipped: {count['skipped_batches']} bad batches with {count['skipped_images']} {kind.samples}")
     elif count["skipped_images"]:
-        lines.append(f"skipped: {count['skipped_images']} images that could not be used")
+        lines.append(f"skipped: {count['skipped_images']} {kind.samples} that could not be used")
     if guard := report.get("guard"):
         events = guard.get("events", [])
         action, stopped = (guard.get("settings") or {}).get("action"), ", stopped" * bool(guard.get("stopped"))

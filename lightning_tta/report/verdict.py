@@ -115,8 +115,8 @@ def _shown(group: Group, value: float, sign: str = "") -> str:
 
 
 def _how_sure(group: Group, gain: Estimate) -> str:
-    if gain.over == "images":
-        return f"(one seed; ± over {gain.count:,} images, and not over seeds)"
+    if gain.over == "samples":
+        return f"(one seed; ± over {gain.count:,} {group.kind.samples}, and not over seeds)"
     if gain.half is not None:
         return f"({gain.count} seeds)"
     if gain.count == 2:
@@ -129,19 +129,21 @@ def _cost(group: Group, method: str) -> str:
     """Passes are exact. Times are of runs that may have been made on other days and beside other work."""
     own, base = costs(group.methods[method]), costs(group.methods[group.source or method])
     if own.get("passes") and base.get("passes"):
-        return f", at {own['passes'] / base['passes']:.1f} times the passes of the source"
+        return f", at {own['passes'] / base['passes']:.1f} times the passes of the source{group.kind.uncounted}"
     if own.get("ms / batch") and base.get("ms / batch"):
         return f", at {own['ms / batch'] / base['ms / batch']:.1f} times the time of the source"
     return ""
 
 
 def _without_labels(group: Group, where: str) -> str:
-    text = f"No labels {where}: accuracy is not known, and no method is called best."
+    kind, words = group.kind, group.measure.words.removesuffix(" %")
+    text = f"No {kind.truth} {where}: {words} is not known, and no method is called best."
     source = class_share(group.methods[group.source]) if group.source is not None else None
     shares = {method: class_share(runs) for method, runs in group.methods.items()}
     for method, share in shares.items():
         if share is not None and share > (COLLAPSE if source is None else source) + COLLAPSE:
             usual = "" if source is None else f" (source: {100 * source:.0f} %)"
-            text += f" {method} gives {100 * share:.0f} % of a domain's images one class{usual}: it may have collapsed."
+            to = f"{100 * share:.0f} % of a domain's {kind.voter}s one {kind.choice}"
+            text += f" {method} gives {to}{usual}: it may have collapsed."
     skipped = interval(known(run.report.get("skipped_images") for run in group.runs))
-    return text + (" Some images were skipped." if skipped and skipped.high else "")
+    return text + (f" Some {kind.samples} were skipped." if skipped and skipped.high else "")

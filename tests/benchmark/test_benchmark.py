@@ -278,3 +278,13 @@ def test_workers_end_with_a_killed_benchmark(tmp_path):
             return
         time.sleep(0.1)
     pytest.fail("the worker is still there")
+
+
+def test_a_net_over_prompts_may_be_a_folder(tmp_path):
+    stream, methods = {"iid": StreamConfig()}, {"tent": {"class_path": "tent", "init_args": {"lr": 0.1}}}
+    made = Benchmark(str(tmp_path), {"class_path": "PromptData"}, {"a": NetConfig(net=str(tmp_path))}, stream, methods)
+    model = made._config(made.cells[0], None)["predict"]["model"]
+    assert (model["class_path"], model["init_args"]["net"]) == ("lightning_tta.LanguageAdaptation", str(tmp_path))
+    assert model["init_args"]["source_ckpt"] is None
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        Benchmark(str(tmp_path), {"class_path": "PromptData"}, {"a": NetConfig(net="nowhere")}, stream, methods)

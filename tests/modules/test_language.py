@@ -286,6 +286,12 @@ def test_another_tokenizer_than_the_nets_is_refused(tmp_path):
         run(tmp_path, data_of(tmp_path), net=create_gpt("abc", layers=1, width=8, heads=1))
 
 
+def test_ends_that_no_token_is_are_refused(tmp_path):
+    size = len(small_net().tokenizer)
+    with pytest.raises(ConfigError, match=rf"stop has {size}, 999, and the net's tokens are 0 to {size - 1}"):
+        run(tmp_path, data_of(tmp_path), stop=[2, size, 999])
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """A tiny random Llama of transformers, and a tokenizer of words that knows a chat, saved to a folder."""

@@ -109,7 +109,7 @@ def test_a_damaged_cell_of_a_benchmark(tmp_path):
 
 def test_a_changed_digit_among_the_predictions(tmp_path):
     source, tent = pair(tmp_path)
-    assert next(iter(differences(read([source, tent]).groups[0]).values())).over == "images"
+    assert next(iter(differences(read([source, tent]).groups[0]).values())).over == "samples"
     path = tent / "predictions.csv"
     lines = path.read_text().splitlines()
     first = next(n for n, line in enumerate(lines) if ",1,0," in line)
@@ -171,7 +171,7 @@ def test_replicas_compare_with_one_process(tmp_path):
     tent = write_run(tmp_path / "tent", "tent", hits(1, 0.8), protocol_changes=REPLICAS)
     report([source, tent], output=tmp_path)
     (group,) = read([source, tent]).groups
-    assert differences(group)["tent"].over == "images"
+    assert differences(group)["tent"].over == "samples"
     assert group.runs[0].hash != group.runs[1].hash  # the protocols say what was run
     assert "single; replicas" in (tmp_path / "report.html").read_text()
     other = write_run(tmp_path / "other", "norm", hits(2, 0.8), protocol_changes={**REPLICAS, "batch_size": 3})
@@ -195,7 +195,7 @@ def test_two_runs_of_the_source_leave_it_the_source(tmp_path):
     (group,) = read([source, tent, again]).groups
     assert list(group.methods) == ["source (a/source)", "source (b/source)", "tent"]
     assert group.source == "source (a/source)"
-    assert differences(group)["tent"].over == "images"
+    assert differences(group)["tent"].over == "samples"
 
 
 def test_what_no_option_says_tells_runs_apart_too(tmp_path):
@@ -233,5 +233,5 @@ def test_names_mean_nothing_to_any_writer(tmp_path, capsys, name):
     tables = [block.splitlines() for block in markdown.split("\n\n") if block.startswith("|")]
     assert all(len({line.replace("\\|", "").count("|") for line in block}) == 1 for block in tables)
     assert not re.search(r"(?<!\\)\]\(http", markdown)  # no link
-    assert differences(read(runs).groups[0])[name].over == "images"
+    assert differences(read(runs).groups[0])[name].over == "samples"
     report(runs[:1], output=tmp_path)

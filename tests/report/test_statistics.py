@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lightning_tta.report.statistics import holm, interval, over_images, over_seeds
+from lightning_tta.report.statistics import holm, interval, over_samples, over_seeds
 
 
 @pytest.mark.parametrize(("count", "quantile"), [(3, 4.303), (5, 2.776), (10, 2.262), (31, 2.042), (121, 1.980)])
@@ -45,25 +45,25 @@ def test_paired_differences_against_scipy():
 
 def test_differences_of_images_by_hand():
     # 50 better, 30 worse, 20 equal: mean 0.2, variance (80 - 100 * 0.04) / 99, z = 0.2 / sqrt(76 / 9900) = 2.2827
-    found = over_images([1] * 50 + [-1] * 30 + [0] * 20)
+    found = over_samples([1] * 50 + [-1] * 30 + [0] * 20)
     assert found.mean == pytest.approx(0.2)
     assert found.half == pytest.approx(1.959964 * math.sqrt(76 / 9900), rel=1e-6)
     assert found.p == pytest.approx(0.0224505, rel=1e-5)
     assert found.clear
-    assert over_images([1] * 10).p is None  # no spread
-    assert over_images([1]) is None
+    assert over_samples([1] * 10).p is None  # no spread
+    assert over_samples([1]) is None
 
 
 def test_few_images_that_differ_are_tested_exactly():
-    four = over_images([1] * 4 + [0] * 76)  # all in one direction: 2 / 2**4; by the normal distribution 0.043
+    four = over_samples([1] * 4 + [0] * 76)  # all in one direction: 2 / 2**4; by the normal distribution 0.043
     assert four.p == 0.125
     assert not four.clear
-    six = over_images([1] * 6 + [0] * 74)
+    six = over_samples([1] * 6 + [0] * 74)
     assert six.p == 2 / 2**6
     assert six.clear
-    mixed = over_images([1] * 9 + [-1] * 1 + [0] * 70)
+    mixed = over_samples([1] * 9 + [-1] * 1 + [0] * 70)
     assert mixed.p == pytest.approx(scipy.stats.binomtest(1, 10).pvalue)
-    assert over_images([1] * 12 + [-1] * 12 + [0] * 70).p == 1.0
+    assert over_samples([1] * 12 + [-1] * 12 + [0] * 70).p == 1.0
 
 
 def test_holm_by_hand():
