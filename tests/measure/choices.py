@@ -12,6 +12,7 @@ in FOLDER, one file a stream; a second call goes on, and replays.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tta import ArrayData, DigitsData, FolderData, ShiftedDataModule, create_backbone
+from lightning_tta import ArrayData, DigitsData, FolderData, ShiftedDataModule, choose, create_backbone
 from lightning_tta.choosing.candidates import SOURCE, read_candidates
 from lightning_tta.choosing.rule import decide, gains
 from lightning_tta.choosing.scores import score
@@ -34,6 +35,7 @@ STREAMS = ["iid", "continual", "correlated", "mixed", IMBALANCED]
 CIFAR = ["clean", "speckle_noise", "gaussian_blur", "spatter", "saturate"]
 DIGITS = ["clean", "speckle_noise", "gaussian_blur", "shear", "occlusion"]
 NO_LABELS = "no label"
+TRIAL: int = inspect.signature(choose).parameters["batches"].default
 FRONTIER = (0.5, 0.6, 0.7, 0.8, 0.85, 0.95)
 """Probabilities of a gain from which a candidate might be taken, beside the rule's own."""
 SURE = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
@@ -59,13 +61,12 @@ class Case(NamedTuple):
 
 
 def cases(options: Any) -> Iterator[Case]:
-    """All of the grid: first the half in which settings and streams go by turns; then the other."""
-    for half in (0, 1) if options.half < 0 else (options.half,):
-        for setting in range(options.settings):
-            for data in options.data:
-                for number, stream in enumerate(options.streams):
-                    if (number + setting) % 2 == half:
-                        yield from (Case(data, net, stream, setting) for net in options.nets)
+    """All of the grid, or a half of it, by turns: the first so many have as many of each stream, setting and net."""
+    for turn in range(options.settings):
+        for number, stream in enumerate(options.streams):
+            setting = (number + turn) % options.settings
+            if options.half < 0 or (number + setting) % 2 == options.half:
+                yield from (Case(data, net, stream, setting) for data in options.data for net in options.nets)
 
 
 def make_data(case: Case, options: Any) -> ShiftedDataModule:
@@ -99,7 +100,8 @@ def make_data(case: Case, options: Any) -> ShiftedDataModule:
 def make_net(case: Case, options: Any) -> nn.Module:
     """The source net: of a file, or trained here on clean images and kept."""
     if case.data == "cifar":
-        return create_backbone(CIFAR_NETS[case.net], 10, weights=getattr(options, case.net)).eval()
+        net = create_backbone(CIFAR_NETS[case.net], 10, weights=getattr(options, case.net)).eval()
+        return net.to(memory_format=torch.channels_last) if case.net == "bn" else net  # a fourth less time on a CPU
     path = Path(options.keep) / f"{case.data}-{case.net}.pt"
     torch.manual_seed(0)
     net = create_backbone(SMALL_NETS[case.net], 10)
@@ -376,7 +378,7 @@ def main(args: list[str] | None = None) -> Results:
         settings=5,
         images=(400, "of a stream of one domain; of four domains 5/16 of it each"),
         batch=50,
-        trial=(4, "batches that the chooser sees"),
+        trial=(TRIAL, "batches that the chooser sees"),
         longer=([""], "more such numbers, to be replayed"),
         domains=([""], "five, in place of the held-out ones"),
         order=(0, "added to the seed of each order"),

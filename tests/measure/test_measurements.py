@@ -284,7 +284,7 @@ def test_protected(capsys, places):
 
 def test_choices_on_digits(capsys, tmp_path):
     small = ["--settings=1", "--streams", "iid", "--nets", "gn", "--images=60", "--batch=10", "--epochs=1"]
-    small += [f"--keep={tmp_path}", "--labels", "5", "--draws=2", "--longer", "5"]
+    small += [f"--keep={tmp_path}", "--labels", "5", "--draws=2", "--trial=4", "--longer", "5"]
     (found,) = choices.main(small).values()
     assert found["always source"]["worse"] == 0
     assert found["always source"]["source"] == 100
