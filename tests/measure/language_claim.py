@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from lightning_tta import PromptData, adapt
@@ -156,6 +157,7 @@ def draw(results: Sequence[dict[str, Any]], rates: Sequence[str], path: str) -> 
 
     figure, axes = plt.subplots(len(rates), 4, figsize=(12, 2.5 * len(rates)), layout="constrained", squeeze=False)
     titles = ("accuracy", "entropy of tokens, nats", "share of most frequent answer", "norm of logits")
+    colors = {label: f"C{n}" for n, label in enumerate(dict.fromkeys(each["method"] for each in results))}
     for row_of, rate in zip(axes, rates, strict=True):
         shown = [each for each in results if float(each["rate"]) in (0.0, float(rate))]
         for panel, name, title in zip(row_of, NAMES, titles, strict=True):
@@ -163,15 +165,21 @@ def draw(results: Sequence[dict[str, Any]], rates: Sequence[str], path: str) -> 
                 several = [each["curves"] for each in shown if each["method"] == label]
                 values = torch.tensor([each[name] for each in several], dtype=torch.float64)
                 mean, spread = values.mean(0), values.std(0, correction=min(1, len(values) - 1))
-                panel.plot(several[0]["prompts"], mean, label=label, lw=1.3)
-                panel.fill_between(several[0]["prompts"], mean - spread, mean + spread, alpha=0.15, lw=0)
-            panel.set_title(f"{title}, rate {rate}", fontsize=9)
+                panel.plot(several[0]["prompts"], mean, label=label, color=colors[label], lw=1.3)
+                panel.fill_between(
+                    several[0]["prompts"], mean - spread, mean + spread, color=colors[label], alpha=0.15, lw=0
+                )
+            panel.set_title(title, fontsize=9)
             panel.tick_params(labelsize=8)
             panel.set_ylim(bottom=0, top=1.02 if name in ("accuracy", "share") else None)
+        row_of[0].set_ylabel(f"rate {rate}", fontsize=8)
     for panel in axes[-1]:
         panel.set_xlabel("prompts", fontsize=8)
-    axes[0][2].legend(fontsize=7)
-    figure.savefig(path, dpi=66, pil_kwargs={"optimize": True})
+    lines = {line.get_label(): line for row_of in axes for line in row_of[0].get_lines()}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=90)
+    if Path(path).suffix == ".png":  # a third of the size
+        Image.open(path).convert("RGB").quantize(96).save(path, optimize=True)
 
 
 def cell(each: Sequence[dict[str, float]], nets: Sequence[int], key: str, scale: float, digits: int) -> str:
