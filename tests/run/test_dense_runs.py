@@ -256,7 +256,7 @@ def test_without_masks_there_are_no_figures(tmp_path):
     assert [report[name] for name in ("mean_iou", "class_iou", "accuracy", "labelled_images")] == [None, None, None, 0]
     assert len(list(directory.rglob("*.png"))) == 12
     write_report([directory], tmp_path / "page")
-    assert "accuracy is not known" in (tmp_path / "page/report.md").read_text()
+    assert "mean IoU is not known" in (tmp_path / "page/report.md").read_text()
 
 
 def test_a_loader_of_ones_own(tmp_path):
