@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +41,17 @@ class DenseModel(nn.Module, ABC):
     @abstractmethod
     def examples(self, number: int) -> list[Tensor]:
         """Inputs of so many samples each, any of which will do to see what runs in the net."""
+
+
+def describe_output(output: object) -> str:
+    """What a net has returned, in words, for an error."""
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} with keys {', '.join(map(repr, output)) or 'none'}"
+    if isinstance(output, (list, tuple)):
+        return f"a {type(output).__name__} of {', '.join(map(describe_output, output)) or 'nothing'}"
+    return f"a {type(output).__name__}"
 
 
 def image_examples(model: nn.Module, number: int, sizes: Sequence[int] = TRIED) -> Iterator[Tensor]:

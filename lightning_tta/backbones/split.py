@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tta.backbones.copying import copy_net
-from lightning_tta.backbones.dense import TRIED, DenseModel, image_examples
+from lightning_tta.backbones.dense import TRIED, DenseModel, describe_output, image_examples
 from lightning_tta.backbones.graphs import GraphHead
 from lightning_tta.backbones.passes import outside_inference_mode, safe_checkpoints
 from lightning_tta.backbones.quantized import dequantized, is_packed, is_quantized
@@ -37,23 +37,13 @@ def as_logits(output: object) -> Tensor:
         )
     if (isinstance(output, Tensor) and output.ndim == 4) or (isinstance(output, Mapping) and "out" in output):
         raise UnsupportedModelError(
-            f"The net must return logits (B, K), one class an image; got {_described(output)}. If it gives a class for "
-            "each pixel, say so: task='pixels'."
+            f"The net must return logits (B, K), one class an image; got {describe_output(output)}. If it gives a "
+            "class for each pixel, say so: task='pixels'."
         )
     raise UnsupportedModelError(
-        f"The net must return logits (B, K), as a tensor or as an attribute 'logits'; got {_described(output)}. Wrap "
-        "it in a module whose forward returns the logits."
+        f"The net must return logits (B, K), as a tensor or as an attribute 'logits'; got {describe_output(output)}. "
+        "Wrap it in a module whose forward returns the logits."
     )
-
-
-def _described(output: object) -> str:
-    if isinstance(output, Tensor):
-        return f"a tensor of shape {tuple(output.shape)}"
-    if isinstance(output, Mapping):
-        return f"a {type(output).__name__} with keys {', '.join(map(repr, output)) or 'none'}"
-    if isinstance(output, (list, tuple)):
-        return f"a {type(output).__name__} of {', '.join(map(_described, output)) or 'nothing'}"
-    return f"a {type(output).__name__}"
 
 
 def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear]:
@@ -88,7 +78,8 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
     if not linear:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no linear layer to split features from logits at. Allowed: classifiers that "
-            "end in one torch.nn.Linear. Use a method that needs no features ('norm', 'tent') for this net."
+            "end in one torch.nn.Linear. Use a method that needs no features ('norm', 'tent') for this net; if it "
+            "gives a class for each pixel, say so: task='pixels'."
         )
     names = ("get_output_embeddings", "get_classifier") if isinstance(model, DenseModel) else ("get_classifier",)
     getters = (getattr(module, name, None) for name in names for module in model.modules())
@@ -110,9 +101,14 @@ def _find_pixel_head(model: PixelModel, head: str | None) -> tuple[str, nn.Modul
         raise UnsupportedModelError(
             f"{given}{type(model.net).__name__} does not end in such a convolution whose output is that of the net, "
             "resized bilinearly or not, so features cannot be split from logits. Use a method that needs none ('tent', "
-            f"'eata', 'cotta'). Convolutions over single pixels: {', '.join(found) or 'none'}."
+            f"'eata', 'cotta'). Convolutions over single pixels: {_last(list(found))}."
         )
     return right[-1], found[right[-1]]
+
+
+def _last(names: Sequence[str], most: int = 6) -> str:
+    """The last ones of a list of names, where the head would be."""
+    return f"{'..., ' * (len(names) > most)}{', '.join(names[-most:])}" if names else "none"
 
 
 def plain_head(head: Any) -> nn.Linear:

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
-from lightning_tta.backbones.dense import DenseModel, image_examples
+from lightning_tta.backbones.dense import DenseModel, describe_output, image_examples
 from lightning_tta.errors import UnsupportedModelError
+
+ENTRIES = ("out", "logits")
+"""Of a dict, what are the logits."""
 
 
 class PixelModel(DenseModel):
     """A segmentation net that returns logits with the classes last.
 
-    The net is any module whose ``forward(images)`` returns logits (B, K, H, W): a tensor, the entry ``out`` of a dict
-    (torchvision's), or the attribute ``logits``.
+    The net is any module whose ``forward(images)`` returns logits (B, K, H, W): a tensor, the entry ``out``
+    (torchvision's) or ``logits`` of a dict, or the attribute ``logits``.
 
     Args:
         net: The segmentation net.
@@ -27,14 +30,22 @@ class PixelModel(DenseModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, H, W, K) of images (B, C, H, W)."""
-        output: Any = self.net(x)
-        output = output["out"] if isinstance(output, Mapping) and "out" in output else getattr(output, "logits", output)
-        if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[1] < 2:
-            what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        returned: Any = self.net(x)
+        entry = next((name for name in ENTRIES if isinstance(returned, Mapping) and name in returned), None)
+        output = getattr(returned, "logits", returned) if entry is None else returned[entry]
+        what = describe_output(returned) if entry is None else f"{describe_output(output)} as {entry!r}"
+        if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[1] < 2 or len(output) != len(x):
             raise UnsupportedModelError(
                 f"A segmentation net must return logits (B, K, H, W) of K >= 2 classes, as a tensor, as the entry "
-                f"'out' or as the attribute 'logits'; {type(self.net).__name__} returned {what}. Wrap it in a module "
-                "that does; of one class against the background return two logits, (0, u)."
+                f"'out' or 'logits' of a dict, or as the attribute 'logits'; {type(self.net).__name__} returned {what} "
+                f"for images {tuple(x.shape)}. Wrap it in a module that does; of one class against the background "
+                "return two logits, (0, u)."
+            )
+        if output.shape[1:3] == x.shape[2:] != output.shape[2:]:
+            raise UnsupportedModelError(
+                f"{type(self.net).__name__} returned {what} for images {tuple(x.shape)}: are the classes last? A "
+                "segmentation net must return logits (B, K, H, W), the classes second. Wrap it in a module that "
+                "returns logits.movedim(-1, 1)."
             )
         return output.movedim(1, -1)
 
@@ -56,10 +67,9 @@ class ValueModel(DenseModel):
         """Values (B, D) of images (B, C, H, W)."""
         output = self.net(x)
         if not isinstance(output, Tensor) or output.ndim not in (1, 2) or len(output) != len(x):
-            what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UnsupportedModelError(
                 f"A net for regression must return values (B, D) or (B,), as a tensor; {type(self.net).__name__} "
-                f"returned {what}. Wrap it in a module that does."
+                f"returned {describe_output(output)} for images {tuple(x.shape)}. Wrap it in a module that does."
             )
         return output.view(len(x), -1)
 

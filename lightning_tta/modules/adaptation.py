@@ -327,7 +327,8 @@ class TestTimeAdaptation(AdaptationModule):
             device = trainer.strategy.root_device
             data.set_blind_spots(source_errors(self.method.model.to(device), data, self.classes, device))
         if self.classes is None:
-            check_class_counts(class_names_of(trainer), self._logits, self.class_names)
+            pixels = self.task == "pixels"
+            check_class_counts(class_names_of(trainer), self._logits, self.class_names, of_pixels=pixels)
             if data is not None and self._logits:
                 check_labels(torch.cat([images.labels for _, images in data.stream_images]), self._logits)
         policy = self._policy(kind, data is not None and data.spans_domains)

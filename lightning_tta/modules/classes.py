@@ -31,7 +31,12 @@ def count_logits(net: nn.Module) -> int | None:
 
 
 def check_class_counts(
-    names: Sequence[str], logits: int | None, net_names: Sequence[str] | None = None, option: str = ""
+    names: Sequence[str],
+    logits: int | None,
+    net_names: Sequence[str] | None = None,
+    option: str = "",
+    *,
+    of_pixels: bool = False,
 ) -> None:
     """Compare the classes ``names`` of the data with those of a net; nothing where either is not known.
 
@@ -42,6 +47,7 @@ def check_class_counts(
         logits: Number of logits K of the net.
         net_names: Names of the net's classes, in the order of the logits.
         option: The option that sets K, for the message.
+        of_pixels: Whether they are classes of pixels, from which a net cannot be cut.
 
     Raises:
         ConfigError: If the data has more classes than the net has logits.
@@ -66,9 +72,11 @@ def check_class_counts(
         )
     elif len(names) < logits:
         unused = _some(net_names[len(names) :]) if net_names else f"{logits - len(names)}"
+        remedy = "Name all classes of the net" if of_pixels else "Cut the net to the classes it needs: --model.classes"
+        remedy += f": --data.classes {logits}." if of_pixels else " [0, 1, ...]."
         warnings.warn(
             f"{count}: logits without a class in the data ({unused}) count as wrong where they are the largest. "
-            f"Classes: {_some(names)}. Cut the net to the classes it needs: --model.classes [0, 1, ...].",
+            f"Classes: {_some(names)}. {remedy}",
             stacklevel=3,
         )
 

@@ -237,8 +237,15 @@ def show_source(method: TTAMethod, data: Any, count: int, device: torch.device) 
             )
     if held_out is not None and method.needs_held_out:
         source = held_out
-    else:  # EATA's Fisher depends on the size
-        source = _OnDevice(data.source_batches(count, batch_size=64), device)
+    else:
+        try:
+            source = _OnDevice(data.source_batches(count, batch_size=64), device)  # EATA's Fisher depends on the size
+        except (DataError, ConfigError) as error:
+            who = type(method if watch is None else watch.method).__name__
+            raise NotPreparedError(
+                f"{who} must see training images before the stream, and the data has none: {error} Or take a method, "
+                "or options, that need none ('eta' in the place of 'eata')."
+            ) from error
     more = (held_out,) if for_monitors and held_out is not None else ()
     with torch.inference_mode(False), torch.enable_grad():
         method.prepare(source, *more)

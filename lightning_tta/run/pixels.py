@@ -264,7 +264,9 @@ class Pixels(Outcome):
             got = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
             raise DataError(
                 f"batch['target'] must be masks of whole numbers {shape} (B, H, W), as large as the net's logits "
-                f"{tuple(output.shape)}; got {got}. Resize the masks, or the net's output."
+                f"{tuple(output.shape)}; got {got}. If the net's logits are smaller than its images, wrap it in a "
+                "module that resizes: torch.nn.functional.interpolate(logits, images.shape[-2:], mode='bilinear'); "
+                "else resize the masks (image_size)."
             )
         target = target.cpu().long()
         if target.numel() and int(target.max()) >= k:

@@ -336,6 +336,64 @@ def test_values_are_aligned_without_classes():
         assert (after == before) if name == "source" else (after < 0.7 * before), name
 
 
+class Returns(nn.Module):
+    """A segmenter whose output a function has changed."""
+
+    def __init__(self, change):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv, self.norm, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+        self.change = change
+
+    def forward(self, images):
+        return self.change(self.head(self.norm(self.conv(images)).relu()))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda z: {"seg": z, "aux": z}, r"a dict with keys 'seg', 'aux' for images \(3, 3, 8, 12\)"),
+        (lambda z: {"out": None}, "a NoneType as 'out'"),
+        (lambda z: {"out": z.argmax(1)}, r"a tensor of shape \(3, 8, 12\) as 'out'"),
+        (lambda z: (z, z), r"a tuple of a tensor of shape \(3, 4, 8, 12\), a tensor"),
+        (lambda z: z[:, :1], r"\(3, 1, 8, 12\) for images .* return two logits"),
+        (lambda z: z[:2], r"\(2, 4, 8, 12\) for images \(3, 3"),
+        (lambda z: z.movedim(1, -1), r"are the classes last\? .*logits.movedim\(-1, 1\)"),
+        (lambda z: {"out": z.movedim(1, -1)}, r"as 'out' for images .*: are the classes last"),
+    ],
+)
+def test_what_is_no_logits_of_pixels_is_described(change, says):
+    with pytest.raises(UnsupportedModelError, match=says):
+        adapt(Returns(change), "tent", task="pixels")(pictures(dtype=torch.float32))
+
+
+def test_logits_of_pixels_in_a_dict_and_of_less_than_the_images_resolution():
+    images = pictures(dtype=torch.float32)
+    plain = adapt(Returns(lambda z: z), "tent", task="pixels")(images)
+    assert torch.equal(adapt(Returns(lambda z: {"logits": z}), "tent", task="pixels")(images), plain)
+    assert adapt(Returns(lambda z: z[..., ::4, ::4]), "tent", task="pixels")(images).shape == (3, 4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(lambda z: z.softmax(1), "probabilities already"), (lambda z: z.log_softmax(1), "log-probabilities"),
+     (lambda z: (9 * z).sigmoid(), "lie in [0, 1]"), (lambda z: z, None)],
+)  # fmt: skip
+def test_pixels_of_a_net_with_a_softmax_at_its_end_are_warned_of(change, says):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapt(Returns(change), "tent", task="pixels")(pictures(dtype=torch.float32))
+    texts = [str(each.message) for each in caught]
+    assert [says in text for text in texts] == [True] * (says is not None)
+
+
+def test_a_segmenter_without_a_task_is_told_of_it():
+    for name in ("zerosiam", "neo", "tent"):
+        with pytest.raises(UnsupportedModelError, match="task='pixels'"):
+            adapt(TinySegmenter(), name)(pictures(dtype=torch.float32))
+
+
 def test_what_has_no_classes_is_refused_with_the_reason():
     with pytest.raises(UnsupportedModelError, match=r"no classes, of which it could take entropies.*'actmad'"):
         build("tent", TinyRegression(), task="regression")

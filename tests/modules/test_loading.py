@@ -75,6 +75,8 @@ def test_classes_and_logits(recwarn):
         check_class_counts([str(n) for n in range(12)], 5)
     with pytest.warns(UserWarning, match=r"2 classes, 4 logits: .* \(c, d\)"):
         check_class_counts(["a", "b"], 4, list("abcd"))
+    with pytest.warns(UserWarning, match=r"2 classes, 4 logits: .* all classes of the net: --data.classes 4\.$"):
+        check_class_counts(["a", "b"], 4, of_pixels=True)
     with pytest.warns(UserWarning, match="label 0 is 'b' in the data and 'a' in the net, so the accuracy is wrong"):
         check_class_counts(["b", "c"], 3, list("abc"))
 

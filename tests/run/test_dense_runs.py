@@ -21,6 +21,7 @@ from lightning_tta import (
     DigitsData,
     FinishedError,
     Guard,
+    NotPreparedError,
     SegmentationFolderData,
     SourceRegressor,
     SourceSegmenter,
@@ -268,7 +269,7 @@ def test_a_loader_of_ones_own(tmp_path):
         prediction = net().eval()(images.flatten(0, 1)).argmax(1)
     assert report_of(directory)["mean_iou"] == pytest.approx(by_hand(prediction, masks.flatten(0, 1))[1])
     for target, says in (
-        (masks[0][:, :8], r"must be masks of whole numbers \(2, 16, 16\)"),
+        (masks[0][:, :8], r"must be masks of whole numbers \(2, 16, 16\).*interpolate"),
         (masks[0].float(), "whole numbers"),
         (masks[0] + 10, r"class 1\d, but the net has 4 logits"),
     ):
@@ -278,6 +279,9 @@ def test_a_loader_of_ones_own(tmp_path):
 
 def test_what_does_not_go_with_masks_is_refused(tmp_path):
     data = scenes(folder(tmp_path / "data"))
+    for name in ("eata", "neo"):
+        with pytest.raises(NotPreparedError, match=r"must see training images.*train.* does not exist.*'eta'"):
+            run(tmp_path / name, data, name)
     with pytest.raises(ConfigError, match="DigitsData is for task='images', and the net's task is 'pixels'"):
         run(tmp_path, DigitsData(num_images=4, domains=["clean"]))
     with pytest.raises(ConfigError, match=r"task='pixels', and the net's task is 'images'.*--model.task pixels"):

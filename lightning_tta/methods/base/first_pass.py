@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_tta.backbones.norms import is_norm_layer
 from lightning_tta.backbones.split import is_idle
+from lightning_tta.backbones.values import PixelModel
 from lightning_tta.errors import UnsupportedModelError
 from lightning_tta.losses import at_least_float32
 
@@ -232,7 +233,9 @@ def _look_at_statistics(model: nn.Module, called: set[str]) -> None:
 
 
 def _look_at_logits(model: nn.Module, logits: object) -> None:
-    """Warn of what is no logits, as far as values and structure tell."""
+    """Warn of what is no logits, as far as values and structure tell; over pixels of each pixel's."""
+    if isinstance(model, PixelModel) and isinstance(logits, Tensor) and logits.ndim == 4:
+        logits = logits.flatten(0, 2)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
         return
     u = at_least_float32(logits.detach())

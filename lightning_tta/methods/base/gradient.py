@@ -224,7 +224,8 @@ class GradientMethod(TTAMethod):
             warnings.warn(
                 f"No gradient reaches {len(missing)} of the {len(values)} tensors that {type(self).__name__} is to "
                 f"learn, so they stay as they are: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. "
-                "Their layers run, but a detach, no_grad or a quantised layer cuts them off.",
+                "Their layers run, but the net's output does not depend on them: it is that of another head (an "
+                "auxiliary one has no part in it), or a detach, no_grad or a quantised layer cuts them off.",
                 stacklevel=2,
             )
 
