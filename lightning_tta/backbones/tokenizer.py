@@ -82,8 +82,12 @@ class CharTokenizer:
         return "".join(symbols[int(number)] for number in ids)
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer of transformers, from a folder or a name on the hub.
+def load_tokenizer(name: str, download: bool = False) -> Tokenizer:
+    """A tokenizer of transformers. No code of a folder or the hub is run.
+
+    Args:
+        name: A folder that ``save_pretrained`` wrote, or a name on the hub whose files are in the cache.
+        download: Whether files may be fetched.
 
     Raises:
         ConfigError: If transformers is not installed, or finds no tokenizer there.
@@ -96,10 +100,12 @@ def load_tokenizer(name: str) -> Tokenizer:
             "characters are tokens."
         ) from error
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name)  # type: ignore[assignment]
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(  # type: ignore[assignment]
+            name, local_files_only=not download, trust_remote_code=False
+        )
+    except Exception as error:  # damaged files provoke any
         raise ConfigError(
-            f"tokenizer={name!r}: transformers finds no tokenizer there ({in_one_line(error)}). Give a folder that "
-            "save_pretrained wrote, or a name on the hub."
+            f"tokenizer={name!r}: transformers finds no tokenizer there ({in_one_line(error)[:300]}). Give a folder "
+            "that save_pretrained wrote; or allow the name to be fetched from the hub: --data.download true."
         ) from error
     return tokenizer

@@ -50,7 +50,9 @@ def print_stream(data: Any) -> None:
         ConfigError: If the data module is not one of this package, whose streams alone are known before they run.
     """
     if not isinstance(data, ShiftedDataModule):
-        raise ConfigError(f"{type(data).__name__} has no stream to list. Give a data module of lightning_tta.data.")
+        raise ConfigError(
+            f"{type(data).__name__} has no stream to list. Give a data module of images, such as DigitsData."
+        )
     rows, description = list_stream(data), data.describe()
     print(f"{data.name}: {description['stream']} stream, {description['images']:,} images, {len(rows):,} batches")
     settings = {key: value for key, value in description.items() if key != "domains" and value is not None}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_tta import ConfigError, DataError, PromptData
+from lightning_tta.backbones.tokenizer import load_tokenizer
 from lightning_tta.data import Protocol
 from lightning_tta.data.text import dialects, python_text
 from lightning_tta.data.text.arithmetic import Arithmetic
@@ -332,6 +333,18 @@ def test_a_tokenizer_of_transformers(tmp_path, words):
     assert data.encoder.prompt_ids("one") == [1, 0, 4, 6]  # <s> user one =: begun once
     with pytest.raises(ConfigError, match=r"transformers finds no tokenizer there"):
         PromptData(tokenizer=str(tmp_path / "none"))
+    (tmp_path / "words/tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"transformers finds no tokenizer there"):
+        PromptData(tokenizer=str(tmp_path / "words"))
+
+
+def test_a_tokenizer_is_fetched_only_where_that_is_allowed(monkeypatch):
+    asked = []
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **how: asked.append(how))
+    for download in (False, True):
+        load_tokenizer("somebody/net", download)
+    assert [(how["local_files_only"], how["trust_remote_code"]) for how in asked] == [(True, False), (False, False)]
 
 
 # --- the protocol

@@ -61,6 +61,7 @@ class PromptData(LightningDataModule):
         files: Test prompts of ``files``, in the order of the stream's domains.
         train_files: Training prompts of ``files``, of which a tenth is for validation.
         tokenizer: Folder or name of a tokenizer of transformers; in Python also a tokenizer. By default characters.
+        download: Whether a name may be fetched from the Hugging Face hub.
         template: What the net reads, with ``{prompt}`` in it.
         chat: Whether the tokenizer's chat template goes around that.
         checker: That of prompts in ``files`` which name none: ``exact``, ``number`` or ``multiple_choice``.
@@ -101,6 +102,7 @@ class PromptData(LightningDataModule):
         train_files: list[str] | None = None,
         *,
         tokenizer: Any = None,
+        download: bool = False,
         template: str = "{prompt}",
         chat: bool = False,
         checker: Literal["exact", "number", "multiple_choice"] = "exact",
@@ -158,7 +160,9 @@ class PromptData(LightningDataModule):
         if tokenizer is None:
             tokenizer = CharTokenizer()
         self.tokenizer_name = tokenizer if isinstance(tokenizer, str) else type(tokenizer).__name__
-        self.encoder = Encoder(load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, template, chat)
+        self.encoder = Encoder(
+            load_tokenizer(tokenizer, download) if isinstance(tokenizer, str) else tokenizer, template, chat
+        )
         self._domains = domains if task == "files" else self._expand("domains", domains, None)
         self.train_domain_names = self._expand("train_domains", train_domains, [SOURCE])
         self.val_domain_names = self._expand("val_domains", val_domains, [SOURCE])
