@@ -93,15 +93,17 @@ def main(args: list[str] | None = None) -> dict[str, tuple[float, int | None]]:
         "zerosiam": (healthy, None),
         **{f"zerosiam, {name}": (healthy, guard) for name, guard in GUARDS.items() if name.startswith("stop")},
     }
+    monitors = [{"kind": "collapse", "earlier_windows": options.earlier_windows}]
     digits = {"domains": ["reported"], "num_images": options.images or None, "batch_size": 16}
     folder = {"domains": SIX, "num_images": options.images or 1000, "batch_size": 50}
     net = {"source_ckpt": options.source_ckpt, "backbone": options.net or None, "num_classes": 10}
     results: dict[str, tuple[float, int | None]] = {}
     if options.healthy:
-        return watch_healthy(options, healthy, digits, folder, net)
+        return watch_healthy(options, healthy, monitors, digits, folder, net)
     for name, (method, guard) in runs.items():
         data = digits_or_folder(options.root, digits, folder, stream="label_shift")
-        report = predict(method, data, *([] if guard is None else [Guard(**guard)]), **net)
+        callbacks = [] if guard is None else [Guard(**guard, monitors=monitors)]
+        report = predict(method, data, *callbacks, **net)
         events = None if guard is None else report["guard"]["events"]
         results[name] = (100 * report["accuracy"], None if events is None else len(events))
         shown = "" if events is None else f"{len(events)} alarms, at batches {[event['batch'] for event in events]}"
@@ -110,11 +112,10 @@ def main(args: list[str] | None = None) -> dict[str, tuple[float, int | None]]:
 
 
 def watch_healthy(
-    options: Any, method: Any, digits: dict[str, Any], folder: dict[str, Any], net: dict[str, Any]
+    options: Any, method: Any, monitors: Any, digits: dict[str, Any], folder: dict[str, Any], net: dict[str, Any]
 ) -> dict[str, tuple[float, int | None]]:
     """Run other orders of the stream; print accuracy, alarms, and what each alarm is worth."""
     results: dict[str, tuple[float, int | None]] = {}
-    monitors = [{"kind": "collapse", "earlier_windows": options.earlier_windows}]
     for seed in range(options.healthy):
         data = digits_or_folder(options.root, digits, folder, stream="label_shift", order_seed=seed)
         guard = JudgedGuard(by_domain(data), monitors=monitors, gather=options.gather)
@@ -131,7 +132,7 @@ def watch_healthy(
         for event, (mine, its) in zip(events, guard.judged, strict=True):
             print(
                 f"    batch {event['batch']}: {event['reason']}, on the domain {mine:.1f}, source {its:.1f}; "
-                f"{event['values']}, usual {event['reference']}, earlier {event['earlier']}"
+                f"{event['values']}, usual {event['reference']}, earlier {event.get('earlier')}"
             )
     return results
 
