@@ -89,12 +89,13 @@ def main(args: Sequence[str] | None = None) -> str:
     parser.add_argument("--images", type=Path, default=DOCS / "images/studies")
     options = parser.parse_args(args)
     studies = read_studies(options.folders)
+    figures = {name: thumbnail(result) for name, result in studies.items()}  # all, before the old ones go
+    text = page(studies, options.hardware)
     options.images.mkdir(parents=True, exist_ok=True)
     for old in options.images.glob("*.png"):
         old.unlink()
-    for name, result in studies.items():
-        (options.images / f"{name}.png").write_bytes(thumbnail(result))
-    text = page(studies, options.hardware)
+    for name, figure in figures.items():
+        (options.images / f"{name}.png").write_bytes(figure)
     options.out.write_text(text)
     return text
 
