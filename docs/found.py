@@ -23,6 +23,7 @@ import yaml
 from PIL import Image
 from scipy.special import stdtr, stdtrit
 
+from lightning_tta.data.streams import RESET_BY_DOMAIN
 from lightning_tta.errors import DataError
 from lightning_tta.files import read_json
 from lightning_tta.report.figures import drawing
@@ -31,6 +32,8 @@ from lightning_tta.report.studies import SPREAD, sentence, study_figure, study_t
 
 DOCS = Path(__file__).parent
 CONFIGS = DOCS.parent / "configs/studies"
+FEW = 10
+"""So many batches between two resets are few."""
 LIMIT = 60_000
 """Bytes of a figure."""
 GROUPS = {"zerosiam": "ZeroSiam", "cr_memo": "CR-MEMO", "meta_ttt": "Meta-TTT", "all": "All methods"}
@@ -86,12 +89,13 @@ def main(args: Sequence[str] | None = None) -> str:
     parser.add_argument("--images", type=Path, default=DOCS / "images/studies")
     options = parser.parse_args(args)
     studies = read_studies(options.folders)
+    figures = {name: thumbnail(result) for name, result in studies.items()}  # all, before the old ones go
+    text = page(studies, options.hardware)
     options.images.mkdir(parents=True, exist_ok=True)
     for old in options.images.glob("*.png"):
         old.unlink()
-    for name, result in studies.items():
-        (options.images / f"{name}.png").write_bytes(thumbnail(result))
-    text = page(studies, options.hardware)
+    for name, figure in figures.items():
+        (options.images / f"{name}.png").write_bytes(figure)
     options.out.write_text(text)
     return text
 
@@ -291,7 +295,7 @@ def section(name: str, result: Mapping[str, Any]) -> str:
     )
     return f"""### {_heading(name, result)}
 
-{result["claim"]} {result["paper"]}
+{result["claim"]} {result["paper"]}{few_batches(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))}
 
 {chr(10).join([*claimed, *asked])}
 
@@ -306,6 +310,25 @@ def section(name: str, result: Mapping[str, Any]) -> str:
 {command_of(result["command"])}
 ```
 """
+
+
+def few_batches(config: Mapping[str, Any]) -> str:
+    """A warning where a stream has few batches between resets; empty where it has enough, or their number is open."""
+    images = config["data"]["init_args"].get("num_images")
+    vary = config["study"].get("vary", {})
+    varied = vary.get("values", []) if vary.get("option") == "streams.data.batch_size" else []
+    batches = [
+        -(-images // size)
+        for stream in config["streams"].values()
+        if images and stream.get("kind", "iid") in RESET_BY_DOMAIN and stream.get("reset", "auto") in ("auto", "domain")
+        for size in (varied or [stream.get("data", {}).get("batch_size", 64)])
+    ]
+    if not batches or min(batches) >= FEW:
+        return ""
+    return (
+        f"\n\n**Short streams**: down to {min(batches)} batches between two resets. A method that predicts before its\n"
+        "step, or whose statistics move slowly, has hardly moved by then."
+    )
 
 
 def _protocols(hashes: Sequence[str]) -> str:

@@ -34,7 +34,8 @@ DATA = {"class_path": "lightning_tta.DigitsData", "init_args": {"root": "x", "se
 
 def write_config(folder, name, data=DATA, **changes):
     section = {**SECTION, "vary": VARY, "asks": ASKS, **changes}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"study": section, "data": data}))
+    content = {"study": section, "data": data, "streams": {"iid": {"kind": "iid"}}}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
 
 
 def write_study(folder, skipped=()):
@@ -130,6 +131,21 @@ def test_all_tests_are_corrected_together(tmp_path, configs):
     assert "when all 3 tests are corrected together (Holm)" in text
 
 
+def test_short_streams_are_said():
+    def said(images, stream, **study):
+        data = {"init_args": {"num_images": images} if images else {}}
+        return script.few_batches({"study": study, "data": data, "streams": {"s": stream}})
+
+    short = {"kind": "iid", "data": {"batch_size": 64}}
+    assert "down to 3 batches between" in said(150, short)
+    assert said(150, {**short, "data": {"batch_size": 15}}) == ""
+    assert said(150, {**short, "reset": "never"}) == ""
+    assert said(150, {"kind": "continual", "data": {"batch_size": 64}}) == ""
+    assert said(None, short) == ""
+    vary = {"option": "streams.data.batch_size", "values": [1, 128]}
+    assert "down to 2 batches" in said(150, {"kind": "label_shift"}, vary=vary)
+
+
 def test_data_in_words():
     options = {"domains": ["gaussian_noise", "haze"], "function_set": "imagenet_c", "severity": 1, "num_images": 1500}
     words = "gaussian noise, haze at severity 1, function set imagenet_c, 1,500 images a domain"
@@ -140,6 +156,7 @@ def test_data_in_words():
 def test_a_statement_where_no_claim_failed(configs):
     result = {"title": "T", "answers": [], "missing": [], "series": [], "values": [], "axis": "", "seeds": 3}
     more = {"claim": "", "paper": "", "data": "", "date": "", "environment": {}, "protocols": [], "command": "c"}
+    write_config(configs, "all_x")
     text = script.page({"all_x": {**result, **more, "against": ""}}, "beads")
     assert "None of the 0 does; 0 are unclear." in text
     assert "Everything in `configs/studies` was run" in text
