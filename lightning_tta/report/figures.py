@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ TOGETHER, COLUMNS = 6, 2
 """Up to so many methods share one figure; more get a panel each, so many side by side, with the source behind."""
 ROLLING = ("accuracy", "mean_iou")
 """Curves of means over some batches."""
+LETTERS = 15
+"""So many letters of a label fit beside a panel."""
 POINTS, BOUNDARIES = 400, 60
 """Points of a curve; more changes of domain than so many are no boundaries to draw."""
 
@@ -313,9 +316,11 @@ def _draw(
             style = {"rotation": 35, "fontsize": 7.5, "rotation_mode": "anchor"}
             axes[0].text(0.7 * left + 0.3 * right, 1.02, name, transform=axes[0].get_xaxis_transform(), **style)
     low = {} if upper[0] == "mean_value" else {"ylim": (0, 102 if upper[0] in ROLLING else None)}
-    axes[0].set(ylabel=upper[2], xlim=(0, batches[-1]["images_seen"]), **low)
+    axes[0].set(ylabel=textwrap.fill(upper[2], LETTERS), xlim=(0, batches[-1]["images_seen"]), **low)
     axes[1].set(
-        ylabel=lower[2], ylim=(0, 102 if lower[0].endswith("share") else None), xlabel=f"{group.kind.samples} seen"
+        ylabel=textwrap.fill(lower[2], LETTERS),
+        ylim=(0, 102 if lower[0].endswith("share") else None),
+        xlabel=f"{group.kind.samples} seen",
     )
     return lines
 

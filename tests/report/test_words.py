@@ -8,6 +8,7 @@ import re
 import pytest
 
 from lightning_tta.report import write_report
+from lightning_tta.report.figures import TOGETHER, curves_figure, looks
 from lightning_tta.report.runs import IMAGES, PIXELS, PROMPTS, VALUES, read
 from lightning_tta.report.terminal import print_report, report
 from lightning_tta.report.verdict import verdict
@@ -83,3 +84,14 @@ def test_a_collapse_without_labels_is_said_in_the_tasks_words(tmp_path, name, mi
     assert collapsed in text
     assert f"Some {group.kind.samples} were skipped." in text
     assert group.kind is KINDS[name]
+
+
+def test_labels_of_small_panels_do_not_overlap(tmp_path):
+    """With more methods than fit into one figure each has two low panels, one over the other."""
+    methods = ["source", *(f"tent{n}" for n in range(TOGETHER))]
+    write_benchmark(tmp_path, {(m, 0): hits(0, 0.5) for m in methods}, **{m: OF["prompts"] for m in methods})
+    (group,) = read([tmp_path]).groups
+    drawn = curves_figure(group, looks(methods))
+    drawn.draw_without_rendering()
+    upper, lower = (axes.yaxis.label.get_window_extent() for axes in drawn.axes[:2])
+    assert not upper.overlaps(lower)
