@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,7 +199,8 @@ def _draw_lines(panel: Any, series: Sequence[Mapping[str, Any]], style: Any, res
         panel.set_xscale("log" if result["scale"] == "log" else "linear")
         panel.xaxis.set_major_formatter("{x:g}")
         return
-    panel.set_xlabel(result["axis"])
+    narrow = panel.get_subplotspec().get_gridspec().ncols > 1
+    panel.set_xlabel(textwrap.fill(result["axis"], 46 if narrow else 100))
     if not numeric:
         panel.set_xticks(range(len(result["values"])), [str(value).replace(" ", "\n") for value in result["values"]])
         panel.set_xlim(-0.5, len(result["values"]) - 0.5)
