@@ -54,7 +54,7 @@ def each_file():
         yield pytest.param(path, id=str(path.relative_to(CONFIGS)), marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize("path", each_file())
+@pytest.mark.parametrize("path", list(each_file()))
 def test_every_config_parses(parse, path, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = path.read_text()
@@ -64,10 +64,13 @@ def test_every_config_parses(parse, path, monkeypatch):
         parse(["fit", f"--config={CONFIGS / 'digits/source.yaml'}", f"--config={path}"])
     elif "methods:" in text:
         parsed, is_study = [], path.parent.name == "studies"  # of a study one cell is parsed: they are many
-        monkeypatch.setattr(
-            "lightning_tta.benchmark.runner.run_lightning",
-            lambda args, parse_only: parsed.append(parse(args) if not (parsed and is_study) else args),
-        )
+
+        def check(configurations):
+            for args in configurations:
+                parsed.append(args if parsed and is_study else parse(args))
+                yield
+
+        monkeypatch.setattr("lightning_tta.benchmark.runner.check_configurations", check)
         weights = yaml.safe_load(text)["nets"].items()  # the user's own: not in the repository
         given = [f"--nets.{label}.source_ckpt=none" for label, net in weights if "source_ckpt" in net]
         assert call("benchmark", [f"--config={path}", *given]).cells
