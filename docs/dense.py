@@ -305,7 +305,9 @@ def findings(study: Study) -> list[str]:
             (name, study.mean(SHIFTED, "norm", name), study.mean(SHIFTED, "source", name)) for name in study.domains
         ]
         worse = [n for n, a, b in means if a is not None and b is not None and (a - b) * study.measure.sign < 0]
-        sentences.append(f"`norm` is below the source, in the mean over seeds, under: {', '.join(worse) or 'none'}.")
+        sentences.append(
+            f"`norm` is worse than the source, in the mean over seeds, under: {', '.join(worse) or 'none'}."
+        )
     return [*sentences, *_never_predicted(study), *_about_neo(study)]
 
 
@@ -314,7 +316,7 @@ def _never_predicted(study: Study) -> list[str]:
     named = []
     for (stream, label, seed), report in sorted(study.runs.items()):
         if (stream, label) == (CLEAN, "source"):
-            pairs = zip(report["class_names"], report.get("class_iou") or (), strict=False)
+            pairs = zip(report.get("class_names") or (), report.get("class_iou") or (), strict=False)
             named += [f"`{name}` (seed {seed})" for name, iou in pairs if iou is not None and iou < UNKNOWN]
     if not named:
         return []
@@ -335,9 +337,9 @@ def _about_neo(study: Study) -> list[str]:
     return [
         f"NEO's raw form presumes classes of about equal size. Here {share:.0f} % of the pixels are background, so the "
         "mean feature that it takes out is nearly that of the background: on clean scenes, where there is no shift to "
-        f"correct, the IoU of the background falls in every seed ({background}), and pixels go to the other classes "
-        "(also to one that a source net never predicts, which is why its mean IoU can rise). So this is the method, "
-        "and no fault of the code, which a test compares with a float64 reference. `neo` over pixels moves the mean to "
+        f"correct, the IoU of the background falls in every seed ({background}), and pixels go to the other classes. "
+        "So this is the method, and no fault of the code, which a test compares with a float64 reference. `neo` over "
+        "pixels moves the mean to "
         f"that of the source instead: clean scenes then change by {_largest_change(study):.1f} points at most."
     ]
 

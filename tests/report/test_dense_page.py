@@ -107,3 +107,24 @@ def test_what_the_page_cannot_be_made_of(tmp_path):
     other.rename(other.parent / "mine")
     with pytest.raises(DataError, match="no cell of configs/shapes"):
         script.read_runs([tmp_path / "d"])
+
+
+def test_a_regression_has_errors_and_no_classes(tmp_path):
+    for seed in range(2):
+        for method, error in (("source", 13.0 + seed), ("norm", 15.0 + seed)):
+            for stream in ("iid", "clean"):
+                directory = tmp_path / "angles/benchmark/cells/resnet" / stream / f"{method}-seed{seed}-aaaaaaaa"
+                directory.mkdir(parents=True)
+                protocol = {"hash": f"{stream}{seed}", "severity": 3, "images_per_domain": [54], "batch_size": 64}
+                report = {
+                    "method": method,
+                    "protocol": protocol,
+                    "environment": {"torch": "2.0"},
+                    "domains": {"noise": {"mean_absolute_error": error}},
+                    "mean_absolute_error": error,
+                    "r2": 0.5,
+                }
+                (directory / "report.json").write_text(json.dumps(report))
+    text = script.main([str(tmp_path), "--hardware", "an abacus", "--out", str(tmp_path / "page.md")])
+    assert "| `source` | 13.50 ± 0.71 |" in text
+    assert "`norm` is worse than the source, in the mean over seeds, under: noise." in text
