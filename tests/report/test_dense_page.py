@@ -68,7 +68,7 @@ def test_each_number_is_that_of_the_reports(tmp_path):
     assert rows["`norm`"][3] == f"{50 + mean / 2:.1f} ± {spread / 2:.1f}"
     assert rows["`norm`"][4] == "90.0 ± 0.0"
     assert rows["noise"] == ["40.0", "70.0", "50.0", "30.0"]  # in the order of the configuration
-    assert "`norm` is below the source, in the mean over seeds, under: none." in text
+    assert "`norm` is worse than the source, in the mean over seeds, under: none." in text
     assert "(90.0 to 70.0; 90.0 to 80.0; 90.0 to 90.0)" not in text  # it does not fall in every seed
     for words in ("an abacus", "torch 2.0", "severity 3", "3 seeds.", "40 scenes of each domain in batches of 8"):
         assert words in text
