@@ -140,7 +140,7 @@ def test_random_weights_are_said_aloud(tmp_path, capsys):
         main([*PREDICT, "--model.method=Source", *net, *small, *place])
     text = capsys.readouterr().out
     assert "randomly initialised" in text
-    assert "batch_size" in text  # the protocol
+    assert "batch size" in text  # the protocol
 
 
 WRITTEN = {  # a method by its short name, with options, as people and benchmarks write it

@@ -147,4 +147,4 @@ def test_accuracy_over_some_images_says_so(photos, tmp_path, capsys):
     assert (report["labelled_images"], report["images"]) == (2, 6)
     assert report["accuracy"] == sum(right) / 2
     print_report(report, tmp_path)
-    assert "accuracy: of the 2 images with a label, among 6" in capsys.readouterr().out
+    assert "accuracy: of the 2 images with labels, among 6" in capsys.readouterr().out
