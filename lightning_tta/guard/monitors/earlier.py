@@ -13,7 +13,7 @@ from lightning_tta.errors import check_range
 from lightning_tta.metrics import class_counts
 
 PER_BATCH = 2
-"""Images of each batch that are kept: the first, and the one in its middle."""
+"""So many images of each batch are kept, its first and the one in its middle."""
 LEAST = 8
 """Earlier images that the source gives to other classes: of fewer nothing is said."""
 
