@@ -307,11 +307,8 @@ class Benchmark:
         if config.options:
             text += json.dumps(config.options, sort_keys=True)
         if config.start is not None:
-            text += (
-                Path(self._start(config.start, seed)).name
-                if self.nets[config.start].fit
-                else self._start(config.start, seed)
-            )
+            start = self._start(config.start, seed)
+            text += Path(start).name if self.nets[config.start].fit else start
         return self.output / "sources" / f"{net}-seed{seed}-{digest(text)}"
 
     def _start(self, net: str, seed: int) -> str:
