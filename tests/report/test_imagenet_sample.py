@@ -20,9 +20,9 @@ spec.loader.exec_module(script)
 STREAM = {"images_per_domain": (20, 20), "images": 40, "severity": 3, "batch_size": 10}
 
 
-def write(root, method, right, name="", **changes):
+def write(root, method, right, name="", data=(), **changes):
     directory = write_run(root / f"{method}{name}", method, right, protocol_changes={**STREAM, **changes})
-    settings = {"already_cut": True, "num_source": 200}
+    settings = {"already_cut": True, "num_source": 200, "num_images": 20, **dict(data)}
     (directory / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": settings}}))
     return directory
 
@@ -33,6 +33,8 @@ def test_each_number_is_that_of_the_images(tmp_path):
     write(tmp_path, "source", source)
     write(tmp_path, "tent", tent)
     write(tmp_path, "tent", mixed, "-mixed", stream="mixed", reset="never")
+    whole = {"num_source": 0, "num_images": None, "already_cut": False}
+    write(tmp_path, "source", source, "-whole", whole, domains=("clean",), batch_size=64)
     (tmp_path / "benchmark.json").write_text(
         '{"rows": []}'
     )  # of a benchmark that has ended: its cells count all the same
@@ -47,7 +49,11 @@ def test_each_number_is_that_of_the_images(tmp_path):
         mean = sum(values) / 20
         return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / 19 / 20)
 
-    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| `")}
+    rows = {
+        line.split(" | ")[0]: line.split(" | ")[1:]
+        for line in text.partition("## Clean")[0].splitlines()
+        if line.startswith("| `")
+    }
     assert rows["| `source`"] == ["1 / 0.5", "{:.1f} ± {:.1f}".format(*expected(source)), "", "-", "- |"]
     change, error = expected(tent, source)
     assert abs(change) > 2 * error  # so that it is bold
@@ -56,7 +62,14 @@ def test_each_number_is_that_of_the_images(tmp_path):
     assert "- A, B: fewer than 10 batches between resets" in text  # of each 4
     for words in ("an abacus", "probably training images", "see 200 others", "20 images", "--data.num_images 20 "):
         assert words in text
-    assert '--streams "{iid: {kind: iid}, mixed: {kind: mixed}}"' in text
+    domains = '--data.domains "[fog, noise]"'
+    commands = [each.split() for each in text.replace("\\\n", "").split("lightning-tta benchmark ")[1:]]
+    iid, mixed, bigger = (" ".join(each) for each in commands)
+    both, ten = f"--data.num_images 20 {domains}", "data: {batch_size: 10}"
+    assert f'{both} --only "[source, tent]" --streams "{{iid_batch_10: {{kind: iid, {ten}}}}}"' in iid
+    assert f'{both} --only "[tent]" --streams "{{mixed_batch_10: {{kind: mixed, {ten}}}}}"' in mixed
+    at = "clean: {kind: iid, data: {domains: [clean]}}"
+    assert f'--data.num_source 0 --data.already_cut false --only "[source]" --streams "{{{at}}}"' in bigger
     assert "- `norm`, `eata`, `sar`," in text.partition("## Not in the tables")[2]
     assert "mixed, never reset; 20 images, as they are; fog, noise at severity 3; batches of 10; protocol `" in text
 
