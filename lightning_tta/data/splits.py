@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_tta.data.images import Images, SelectedImages
 from lightning_tta.data.streams import permutation
+from lightning_tta.errors import ConfigError
 
 _SUBSET_SEED = 20190101  # fixed, so that smaller subsets lie inside larger ones
 
@@ -30,6 +31,21 @@ def validation_share(labels: Tensor, share: float, *key: int) -> Tensor:
     for members in shuffled_classes(labels, *key):
         mask[members[: min(len(members) - 1, max(1, round(share * len(members))))]] = True
     return mask
+
+
+def validation_size(size: int, wanted: int | None, usual: int) -> int:
+    """How many of ``size`` training images to hold back; ``None``: ``usual``, at most a tenth, at least one.
+
+    Raises:
+        ConfigError: If ``wanted`` leaves none to train on.
+    """
+    if wanted is None:
+        return max(1, min(usual, size // 10))
+    if wanted >= size:
+        raise ConfigError(
+            f"num_val={wanted} holds back all of the {size} training images. Give at most {size - 1}, or leave it out."
+        )
+    return wanted
 
 
 def validation_count(size: int, count: int) -> Tensor:

@@ -23,6 +23,8 @@ from lightning_tta.run import own_loader
 from lightning_tta.run.stream_run import RunCallback, StreamRun
 from lightning_tta.run.summary import BatchRecord
 
+FEW_SOURCE_IMAGES = 32
+
 
 class StreamInput(RunCallback):
     """How batches come to the method. On the command line ``--input.on_bad_batch skip`` and so on.
@@ -246,6 +248,12 @@ def show_source(method: TTAMethod, data: Any, count: int, device: torch.device) 
                 f"{who} must see training images before the stream, and the data has none: {error} Or take a method, "
                 "or options, that need none ('eta' in the place of 'eata')."
             ) from error
+    if source.images < min(count, FEW_SOURCE_IMAGES):
+        warnings.warn(
+            f"The source has only {source.images} images to show, of the {count} that were asked for: what a method "
+            "estimates from them (Fisher information, moments, prototypes) is mostly noise. Give more training images.",
+            stacklevel=2,
+        )
     more = (held_out,) if for_monitors and held_out is not None else ()
     with torch.inference_mode(False), torch.enable_grad():
         method.prepare(source, *more)
@@ -279,6 +287,12 @@ class _OnDevice(Iterable[Batch]):
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    @property
+    def images(self) -> int:
+        """How many."""
+        assert self.batches.batch_sampler is not None
+        return sum(len(batch) for batch in self.batches.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
         numbers = with_progress(len(self), f"Looking at source {self.what}")

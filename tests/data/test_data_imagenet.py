@@ -249,6 +249,10 @@ def test_some_images_of_a_sample_stand_for_the_source(sample, tmp_path):
     assert len({whole.digest(), data.digest(), ImageNetData(**options, num_source=2).digest()}) == 3
     image, label = (torch.cat([batch[key] for batch in data.predict_dataloader()]) for key in ("image", "label"))
     assert torch.equal(labels_in_pixels(image[:3]), label[:3].int())
+    usual = ImageNetData(**{**options, "num_val": None}, num_source=5)
+    assert [len(usual.clean(split)) for split in ("train", "val", "test")] == [4, 1, 1]
+    with pytest.raises(ConfigError, match="num_val=1 holds back all of the 1 training images"):
+        ImageNetData(**options, num_source=1).clean("val")
     with pytest.raises(DataError, match="has 6 images: num_source=6 leaves none"):
         ImageNetData(**options, num_source=6).clean("test")
     with pytest.raises(DataError, match=r"train does not exist.*set num_source"):

@@ -189,6 +189,16 @@ def test_what_needs_held_out_images_sees_validation_images():
         assert not torch.equal(expected["image"], other["image"])
 
 
+def test_a_source_of_a_few_images_is_said(monkeypatch, recwarn):
+    method = adapt(make_net("gn", 10), "eata")
+    method.prepare = list
+    show_source(method, make_data(), 40, torch.device("cpu"))
+    assert not recwarn.list
+    monkeypatch.setattr("lightning_tta.run.batches.FEW_SOURCE_IMAGES", 100_000)
+    with pytest.warns(UserWarning, match=r"has only \d+ images to show, of the 100000 that were asked for"):
+        show_source(method, make_data(), 100_000, torch.device("cpu"))
+
+
 def test_images_that_are_done_are_not_read(tmp_path, monkeypatch):
     run(tmp_path, crash=5)
     read = []

@@ -23,6 +23,7 @@ from lightning_tta.errors import DataError, check_choice, check_range
 Dataset = Literal["cifar10", "cifar100"]
 
 ROWS = 10_000  # of one severity
+USUAL_NUM_VAL = 5000
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 VERSIONS = {"cifar10_1_v4": 2021, "cifar10_1_v6": 2000}  # CIFAR-10.1, and its number of images
 
@@ -41,7 +42,8 @@ class CIFARData(ShiftedDataModule):
         dataset: ``cifar10`` or ``cifar100``.
         download: Fetch what is missing: CIFAR (0.2 GB), CIFAR-C (2.9 GB). CIFAR-10.1 has no published checksum and
             must be fetched by hand.
-        num_val: Training images that are held back to validate on, at least 1.
+        num_val: Training images that are held back to validate on, 1 to 40,000. By default 5,000, at most a tenth of
+            them.
         domains: The stream's domains; by default the reported corruptions.
         **kwargs: Stream, domains, batch sizes: the arguments of :class:`ShiftedDataModule`.
 
@@ -57,12 +59,13 @@ class CIFARData(ShiftedDataModule):
         root: str = "data",
         dataset: Dataset = "cifar10",
         download: bool = False,
-        num_val: int = 5000,
+        num_val: int | None = None,
         domains: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         check_choice("dataset", dataset, ("cifar10", "cifar100"))
-        check_range("num_val", num_val, 1, 40_000, integer=True)
+        if num_val is not None:
+            check_range("num_val", num_val, 1, 40_000, integer=True)
         self.root, self.dataset, self.download, self.num_val = Path(root).expanduser(), dataset, download, num_val
         super().__init__(domains=domains or ["reported"], **kwargs)
         title = dataset.upper().replace("R1", "R-1") + "-C"
@@ -119,7 +122,8 @@ class CIFARData(ShiftedDataModule):
         """The images of a split; ``num_val`` of the training images are the validation images, fixed."""
         if split == "test":
             return self._test
-        validation = splits.validation_count(len(self._train), self.num_val)
+        held_back = splits.validation_size(len(self._train), self.num_val, USUAL_NUM_VAL)
+        validation = splits.validation_count(len(self._train), held_back)
         return splits.select(self._train, validation == (split == "val"))
 
     def _labels(self, path: Path, count: int) -> Tensor:

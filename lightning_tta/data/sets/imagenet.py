@@ -17,6 +17,8 @@ from lightning_tta.data.storage.paths import check_file, check_folder
 from lightning_tta.errors import ConfigError, DataError, check_choice, check_range
 from lightning_tta.imagenet_classes import imagenet_synsets
 
+USUAL_NUM_VAL = 10_000
+
 
 def list_imagenet(folder: Path) -> Listing:
     """Image files under ``<folder>/<class>/``; labels are read from the names, never from the order of the folders."""
@@ -43,9 +45,10 @@ class ImageNetData(FileData):
         interpolation: ``bilinear`` or ``bicubic``. By default the same, else ``bilinear``.
         already_cut: Whether the images are such middle squares already: then they are resized to ``image_size`` where
             they have another size, and nothing is cut off.
-        num_val: Training images held back to validate on, at least 1.
+        num_val: Training images held back to validate on, at least 1. By default 10,000, at most a tenth of them.
         num_source: For a ``source`` without ``train``: so many images of ``val``, a fixed random choice, take the place
-            of the training images, for methods that look at the source first. They are no test images then.
+            of the training images (``num_val`` included), for methods that look at the source first. They are no test
+            images then.
         download: Fetch the archives of ImageNet-C, -A, -R and -V2 that are missing (see
             :mod:`lightning_tta.data.storage.download`).
         **kwargs: Channels, stream, domains, batch sizes: the arguments of :class:`FileData`.
@@ -65,7 +68,7 @@ class ImageNetData(FileData):
         image_list: str | None = None,
         resize: int | None = None,
         image_size: int | None = None,
-        num_val: int = 10_000,
+        num_val: int | None = None,
         download: bool = False,
         interpolation: Literal["bilinear", "bicubic"] | None = None,
         already_cut: bool = False,
@@ -77,7 +80,8 @@ class ImageNetData(FileData):
         if resize is not None:
             check_range("resize", resize, image_size or 32, integer=True)
         check_choice("interpolation", interpolation, (None, "bilinear", "bicubic"))
-        check_range("num_val", num_val, 1, integer=True)
+        if num_val is not None:
+            check_range("num_val", num_val, 1, integer=True)
         check_range("num_source", num_source, 0, integer=True)
         if already_cut and resize is not None:
             raise ConfigError(f"already_cut=True: nothing is cut off, so leave resize={resize} out.")
@@ -207,7 +211,8 @@ class ImageNetData(FileData):
             )
         else:
             images = self._images(list_imagenet(self.source / "train"), self.source / "train")
-        return splits.select(images, splits.validation_count(len(images), self.num_val) == (split == "val"))
+        held_back = splits.validation_size(len(images), self.num_val, USUAL_NUM_VAL)
+        return splits.select(images, splits.validation_count(len(images), held_back) == (split == "val"))
 
     def natural_names(self) -> list[str]:
         """Names of the folders."""
