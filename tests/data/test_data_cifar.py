@@ -168,7 +168,7 @@ def test_torchvisions_files(pickles, dataset):
     assert batch["image"].shape[1:] == (3, 32, 32)
     usual, all_of_them = (CIFARData(str(pickles), dataset=dataset, domains=["clean"], num_val=n) for n in (None, 60))
     assert [len(usual.clean(split)) for split in ("train", "val")] == [54, 6]  # a tenth, where 5,000 are not there
-    with pytest.raises(ConfigError, match="num_val=60 holds back all of the 60 training images. Give at most 59"):
+    with pytest.raises(ConfigError, match=r"num_val=60 holds back all of the 60 training images. Give at most 59"):
         all_of_them.clean("train")
 
 
