@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import logging
@@ -279,7 +280,10 @@ class Benchmark:
         """A ``map`` in this process, or over ``jobs`` processes that share its threads."""
         if self.jobs == 1:
             with _quiet():
-                yield map
+                try:
+                    yield map
+                finally:
+                    gc.unfreeze()
             return
         threads = max(1, torch.get_num_threads() // self.jobs)
         context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
@@ -352,6 +356,9 @@ class Benchmark:
             return None, f"unsupported: {error}"
         except Exception as error:  # the table says what is missing
             return None, f"failed: {type(error).__name__}: {error}"
+        finally:
+            gc.collect()  # a run's parts know each other: their tensors, gigabytes of large nets, would stay for long
+            gc.freeze()  # what is left is there for good, and need not be looked at after the next cell
 
     def _config(self, cell: Cell, source_ckpt: str | None) -> dict[str, Any]:
         """What ``lightning-tta predict`` would be given for this cell."""

@@ -1,10 +1,12 @@
 """The benchmark end to end on two domains, and the numbers of its tables by hand."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from lightning_tta import ConfigError, DataError, TestTimeAdaptation
 from lightning_tta.benchmark.config import NetConfig, StreamConfig
 from lightning_tta.benchmark.runner import Benchmark
 from lightning_tta.errors import LightningTTAError
+from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.report.terminal import report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,8 +50,26 @@ def test_each_seed_may_take_images_of_its_own(tmp_path):
         Benchmark("x", {"class_path": "DigitsData"}, made.nets, {"iid": StreamConfig()}, made_of, images_by_seed=True)
 
 
-def test_rows_files_and_no_second_run(tmp_path, capsys):
+@pytest.fixture
+def methods_before(monkeypatch):
+    """How many methods were alive when each was made; no garbage is collected by chance."""
+    alive, before, init = weakref.WeakSet(), [], TTAMethod.__init__
+
+    def count(self, *args, **options):
+        before.append(len(alive))
+        init(self, *args, **options)
+        alive.add(self)
+
+    monkeypatch.setattr(TTAMethod, "__init__", count)
+    gc.disable()
+    yield before
+    gc.enable()
+
+
+def test_rows_files_and_no_second_run(tmp_path, capsys, methods_before):
     result = benchmark(tmp_path, seeds=[0, 1]).run()
+    assert set(methods_before) == {0}  # those of finished cells are gone, with their nets
+    assert not gc.get_freeze_count()
     rows = result["rows"]
     assert all(KEYS <= set(row) for row in rows)
     found = [(row["net"], row["method"], row["seed"]) for row in rows]
