@@ -13,15 +13,15 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import yaml
 
+from lightning_tta import DigitAnglesData, ShapesData
 from lightning_tta.errors import DataError
-from lightning_tta.report.files import read_result
+from lightning_tta.report.files import days_of, read_result
 from lightning_tta.report.runs import ERROR, MEAN_IOU, Measure
 from lightning_tta.report.statistics import over_seeds
 
@@ -136,9 +136,9 @@ class Study:
         """The reports of a method on a stream."""
         return [report for key, report in self.runs.items() if key[:2] == (stream, method)]
 
-    def differences(self, method: str, base: str, stream: str = SHIFTED) -> list[float]:
+    def differences(self, method: str, base: str, stream: str = SHIFTED, domain: str | None = None) -> list[float]:
         """From another method, of each seed that both have."""
-        ours, theirs = self.values(stream, method), self.values(stream, base)
+        ours, theirs = self.values(stream, method, domain), self.values(stream, base, domain)
         return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
     def is_better(self, method: str, base: str, stream: str = SHIFTED) -> bool | None:
@@ -206,7 +206,7 @@ def page(found: Sequence[Study], hardware: str) -> str:
     return PAGE.format(
         severity=_only(report["protocol"].get("severity") for report in reports if report["protocol"].get("severity")),
         hardware=hardware,
-        date=_dates(found),
+        date=days_of([file for study in found for file in study.files]),
         torch=_only(report["environment"]["torch"] for report in reports),
         sections="\n".join(section(study, abouts[study.name]) for study in found),
         missing=f"No result yet: {', '.join(missing)}.\n" if missing else "",
@@ -250,11 +250,12 @@ def about_shapes(study: Study) -> str:
 def about_angles(study: Study) -> str:
     """The same of the regression."""
     source, protocol = yaml.safe_load((CONFIGS / "angles/source.yaml").read_text()), _protocol(study)
+    largest = study.config["data"]["init_args"].get("max_angle", DigitAnglesData().max_angle)
     return (
         f"A small ResNet with BatchNorm, trained for {source['trainer']['max_epochs']} epochs to predict by how many "
-        "degrees a clean digit was turned. Angles are uniform within 45 either way, so that the mean angle alone would "
-        f"be wrong by 22.5. {protocol['images_per_domain'][0]} digits of each domain in batches of "
-        f"{protocol['batch_size']}. Lower is better; of R2 higher."
+        f"degrees a clean digit was turned. Angles are uniform within {largest:g} either way, so that the mean angle "
+        f"alone would be wrong by {largest / 2:g}. {protocol['images_per_domain'][0]} digits of each domain in batches "
+        f"of {protocol['batch_size']}. Lower is better; of R2 higher."
     )
 
 
@@ -301,10 +302,8 @@ def findings(study: Study) -> list[str]:
     if "norm" in study.methods:
         gains = [f"`{x}`" for x in others if x != "norm" and study.is_better(x, "norm")]
         sentences.append(f"Clearly better than statistics of the batch alone (`norm`): {', '.join(gains) or 'none'}.")
-        means = [
-            (name, study.mean(SHIFTED, "norm", name), study.mean(SHIFTED, "source", name)) for name in study.domains
-        ]
-        worse = [n for n, a, b in means if a is not None and b is not None and (a - b) * study.measure.sign < 0]
+        differences = {name: study.differences("norm", "source", domain=name) for name in study.domains}
+        worse = [name for name, each in differences.items() if each and fmean(each) * study.measure.sign < 0]
         sentences.append(
             f"`norm` is worse than the source, in the mean over seeds, under: {', '.join(worse) or 'none'}."
         )
@@ -334,23 +333,18 @@ def _about_neo(study: Study) -> list[str]:
         return []
     background = "; ".join(f"{100 * a['class_iou'][0]:.1f} to {100 * b['class_iou'][0]:.1f}" for a, b in both)
     share = 100 * _background_share()
+    changes = study.differences("neo", "source", CLEAN)
+    mended = f": clean scenes then change by {max(map(abs, changes)):.1f} points at most" if changes else ""
     return [
         f"NEO's raw form presumes classes of about equal size. Here {share:.0f} % of the pixels are background, so the "
         "mean feature that it takes out is nearly that of the background: on clean scenes, where there is no shift to "
         f"correct, the IoU of the background falls in every seed ({background}), and pixels go to the other classes. "
         "So this is the method, and no fault of the code, which a test compares with a float64 reference. `neo` over "
-        "pixels moves the mean to "
-        f"that of the source instead: clean scenes then change by {_largest_change(study):.1f} points at most."
+        f"pixels moves the mean to that of the source instead{mended}."
     ]
 
 
-def _largest_change(study: Study) -> float:
-    return max(abs(value) for value in study.differences("neo", "source", CLEAN))
-
-
 def _background_share() -> float:
-    from lightning_tta import ShapesData
-
     return float((ShapesData().clean("test").values == 0).float().mean())
 
 
@@ -390,13 +384,6 @@ def _protocol(study: Study) -> dict[str, Any]:
 
 def _only(values: Any) -> str:
     return ", ".join(map(str, dict.fromkeys(values)))
-
-
-def _dates(found: Sequence[Study]) -> str:
-    """When the reports were written."""
-    days = sorted(datetime.fromtimestamp(file.stat().st_mtime, UTC) for study in found for file in study.files)
-    first, last = (f"{day.day} {day:%B %Y}" for day in (days[0], days[-1]))
-    return first if first == last else f"{first} to {last}"
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def page(studies: Mapping[str, Mapping[str, Any]], hardware: str) -> str:
     """The text of the page."""
     claimed = [a for result in studies.values() for a in result["answers"] if a["claimed"]]
     asked = [a for result in studies.values() for a in result["answers"] if not a["claimed"]]
-    counts = ", ".join(f"{_count(claimed, verdict)} {words}" for verdict, words in WORDS.items())
+    counts = ", ".join(f"{_count(claimed, kind)} {words}" for kind, words in WORDS.items())
     missing = [f"- `{name}`: no result yet." for name in names() if name not in studies]
     missing += [f"- `{name}`, {entry}" for name, result in studies.items() for entry in result["missing"]]
     return PAGE.format(
@@ -208,13 +208,13 @@ def page(studies: Mapping[str, Mapping[str, Any]], hardware: str) -> str:
     )
 
 
-def _listed(studies: Mapping[str, Mapping[str, Any]], verdict: str) -> str:
+def _listed(studies: Mapping[str, Mapping[str, Any]], kind: str) -> str:
     """The claims with a verdict, a line each."""
     return "\n".join(
         f"- {sentence(answer)} [{_heading(name, result)}]({_anchor(name, result)})"
         for name, result in studies.items()
         for answer in result["answers"]
-        if answer["claimed"] and answer["verdict"] == verdict
+        if answer["claimed"] and answer["verdict"] == kind
     )
 
 
@@ -241,8 +241,8 @@ def p_value(answer: Mapping[str, Any]) -> float:
     return float(2 * stdtr(freedom, -abs(answer["mean"] - answer["margin"]) / error))
 
 
-def _count(answers: Sequence[Mapping[str, Any]], verdict: str) -> int:
-    return sum(answer["verdict"] == verdict for answer in answers)
+def _count(answers: Sequence[Mapping[str, Any]], kind: str) -> int:
+    return sum(answer["verdict"] == kind for answer in answers)
 
 
 def _data_of(name: str) -> str:
@@ -263,7 +263,7 @@ def _overview(studies: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["| study | data | holds | does not | unclear |", "|---|---|---:|---:|---:|"]
     for name, result in studies.items():
         claimed = [answer for answer in result["answers"] if answer["claimed"]]
-        cells = " | ".join(str(_count(claimed, verdict)) for verdict in WORDS)
+        cells = " | ".join(str(_count(claimed, kind)) for kind in WORDS)
         lines.append(f"| [{result['title']}]({_anchor(name, result)}) | {_data_of(name)} | {cells} |")
     return "\n".join(lines)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Collection, Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import nn
 
 from lightning_tta.errors import DataError, UnsupportedModelError
 from lightning_tta.methods import create_method, find, names
-from lightning_tta.report.files import read_result
+from lightning_tta.report.files import days_of, read_result
 from lightning_tta.report.runs import Run
 
 DOCS = Path(__file__).parent
@@ -156,7 +155,7 @@ def page(runs: Sequence[Run], hardware: str) -> str:
         net=shifted[0][0].net.rpartition("/")[2],
         num_source=_settings(shifted[0][0])["num_source"],
         hardware=hardware,
-        date=_dates(runs),
+        date=days_of([run.directory / "report.json" for run in runs]),
         parts="\n".join(parts),
         missing=missing({run.method for run in runs}),
         commands="\n".join(_commands(shifted + clean)),
@@ -296,17 +295,6 @@ def _settings(run: Run) -> dict[str, object]:
     """The arguments of the data in the configuration that the run has saved."""
     settings: dict[str, object] = yaml.safe_load((run.directory / "config.yaml").read_text())["data"]["init_args"]
     return settings
-
-
-def _dates(runs: Sequence[Run]) -> str:
-    """When the reports were written."""
-
-    def days() -> Iterator[datetime]:
-        for run in runs:
-            yield datetime.fromtimestamp((run.directory / "report.json").stat().st_mtime, UTC)
-
-    first, last = (f"{day.day} {day:%B %Y}" for day in (min(days()), max(days())))
-    return first if first == last else f"{first} to {last}"
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ method's docstring, which is its page on the site; `lightning-tta methods tent` 
   trained for them: [source phase](source-phase.md).
 - **Formula from**: the authors' code, their paper, or both where they agree. *Reconstruction*: neither code nor a
   whole formula was published, so what is built here is a reading of it, and no published number may be expected.
+  *Own work*: of this project, without a paper.
 - **Over**: what the net takes and gives, the option `task`: [pixels and values](dense.md),
   [language models](language.md).
 - **Tested against**: a plain float64 reference in `tests/methods/`, written out from the formula: loss, parameters

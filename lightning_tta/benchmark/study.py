@@ -228,18 +228,22 @@ class Study:
         return result
 
     def _answer(self, ask: AskConfig, found: Mapping[tuple[str, str, str], Points]) -> dict[str, Any]:
-        """The differences of a question, one a seed."""
-        by_seed: dict[int, list[float]] = {}
+        """The differences of a question, one a seed: means over the same nets and streams in each."""
+        by_pair: list[dict[int, float]] = []
         than_at = ask.at if ask.than_at is None else ask.than_at
         for (net, stream, method), first in found.items():
             if method != ask.better or ask.net not in (None, net) or ask.stream not in (None, stream):
                 continue
             second = found.get((ask.than_net or net, ask.than_stream or stream, ask.than), {})
-            for seed in sorted({seed for at in first.values() for seed in at}):
+            by_seed: dict[int, float] = {}
+            for seed in {seed for at in first.values() for seed in at}:
                 one, two = self._value(first, ask.at, seed), self._value(second, than_at, seed)
                 if one is not None and two is not None:
-                    by_seed.setdefault(seed, []).append(one - two)
-        differences = [fmean(values) for _, values in sorted(by_seed.items())]
+                    by_seed[seed] = one - two
+            if by_seed:
+                by_pair.append(by_seed)
+        seeds = sorted(set.intersection(*map(set, by_pair))) if by_pair else []
+        differences = [fmean(pair[seed] for pair in by_pair) for seed in seeds]
         verdict, estimate = ruling(differences, ask.margin)
         return {
             **asdict(ask),

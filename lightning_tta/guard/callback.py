@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_tta.errors import ConfigError, DataError, check_range
+from lightning_tta.guard.monitors.base import TakesLabels
 from lightning_tta.guard.watch import Action, Watch, WatchSettings, check_names_of_settings
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.run import own_loader
@@ -88,7 +89,7 @@ class Guard(RunCallback):
         self._begin()
         if self.labels_every:
             self.watch.tell([], [])  # refuses if nobody listens
-        elif silent := [name for name, monitor in self.watch.monitors.items() if hasattr(monitor, "tell")]:
+        elif silent := [name for name, monitor in self.watch.monitors.items() if isinstance(monitor, TakesLabels)]:
             warnings.warn(
                 f"Monitor {', '.join(map(repr, silent))} gets no label from this run, and so estimates nothing: set "
                 "labels_every, as labels_every=20, or call watch.tell(index, labels) yourself.",

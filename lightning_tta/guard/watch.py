@@ -26,7 +26,7 @@ from lightning_tta.errors import (
 )
 from lightning_tta.evidence.labels import read_names
 from lightning_tta.guard.gathering import GATHER, Gathering
-from lightning_tta.guard.monitors.base import Monitor
+from lightning_tta.guard.monitors.base import Monitor, TakesLabels
 from lightning_tta.guard.monitors.collapse import Compare
 from lightning_tta.guard.monitors.kinds import make_monitors
 from lightning_tta.guard.seeing import HeadCall, Sight
@@ -437,7 +437,7 @@ class Watch:
             ConfigError: If there is no such monitor.
             InputError: If these are no names or no classes, or there are not as many labels as names.
         """
-        takers = [tell for monitor in self.monitors.values() if callable(tell := getattr(monitor, "tell", None))]
+        takers = [monitor for monitor in self.monitors.values() if isinstance(monitor, TakesLabels)]
         if not takers:
             raise ConfigError(
                 f"None of the monitors ({', '.join(self.monitors) or 'none'}) takes labels. Make the watch with "
@@ -453,8 +453,8 @@ class Watch:
         if classes.shape != (len(names),):
             raise InputError(f"Give one label for each image; got {tuple(classes.shape)} for {len(names)} images.")
         with self.method.hold():
-            for tell in takers:
-                tell(names, classes)
+            for taker in takers:
+                taker.tell(names, classes)
 
     @property
     def forwards(self) -> int:

@@ -76,8 +76,8 @@ class Auto(TTAMethod):
         needs="what they need",
         holds="a net for each candidate",
         suits="unknown, or changing",
-        formula="code",
-        paper="none: own work",
+        formula="own work",
+        paper="none",
     )
 
     step_on_host = "it compares methods and moves to another one"

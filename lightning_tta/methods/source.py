@@ -25,7 +25,7 @@ class Source(TTAMethod):
         needs="-",
         holds="-",
         suits="any, to compare with",
-        formula="code",
+        formula="-",
         paper="a baseline",
     )
 

@@ -8,7 +8,8 @@ import io
 import json
 import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,13 @@ def read_result(file: Path) -> dict[str, Any]:
     if problem := _problem(content):
         raise DataError(f"{file} is no report of a run or benchmark: {problem}. Give a finished run's directory.")
     return dict(content)
+
+
+def days_of(files: Sequence[Path]) -> str:
+    """The day, UTC, on which files were written, or the first and the last: ``1 May 2026 to 3 May 2026``."""
+    times = [datetime.fromtimestamp(file.stat().st_mtime, UTC) for file in files]
+    first, last = (f"{day.day} {day:%B %Y}" for day in (min(times), max(times)))
+    return first if first == last else f"{first} to {last}"
 
 
 def read_choice(directory: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Estimate:
 
     @property
     def clear(self) -> bool:
-        """Whether a tested difference's interval leaves out zero; differences without any spread are no evidence."""
+        """Whether a tested difference's interval leaves out zero; seeds without any spread are no evidence."""
         return self.half is not None and self.p is not None and abs(self.mean) > self.half and self.p < 2 * (1 - UPPER)
 
 
@@ -64,7 +64,7 @@ def over_samples(differences: Sequence[int] | NDArray[np.int64]) -> Estimate | N
     """The mean of differences by sample in {-1, 0, 1} with its standard error, by the normal distribution.
 
     It takes samples as independent draws, and speaks of this net and this order of the stream only. Where fewer than
-    ``FEW`` samples differ, p is that of the exact sign test (McNemar's).
+    ``FEW`` samples differ, or all in one direction, p is that of the exact sign test (McNemar's).
     """
     values = np.asarray(differences)
     n, better, worse = len(values), int((values > 0).sum()), int((values < 0).sum())
@@ -72,9 +72,12 @@ def over_samples(differences: Sequence[int] | NDArray[np.int64]) -> Estimate | N
         return None
     mean = (better - worse) / n
     error = math.sqrt(max(0.0, better + worse - n * mean**2) / (n - 1) / n)
-    p = 2 * float(ndtr(-abs(mean) / error)) if error else None
-    if p is not None and better + worse < FEW:
+    if not better + worse:
+        p = None
+    elif better + worse < FEW or not error:
         p = min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
+    else:
+        p = 2 * float(ndtr(-abs(mean) / error))
     return Estimate(mean, int(values.min()), int(values.max()), n, float(ndtri(UPPER)) * error, p, "samples")
 
 

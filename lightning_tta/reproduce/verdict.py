@@ -64,33 +64,32 @@ def measure(rows: Sequence[Row], kind: str, domains: Sequence[str]) -> Measured 
     """Ours from the cells of one method: all seeds of one or several nets and streams.
 
     The mean of each cell is over ``domains``, each counting the same, as tables in the field have it. With at least
-    three seeds the interval is that of Student's t over seeds; else it is the normal one over images, which are taken
-    for independent draws. ``None``: a cell lacks one of the domains.
+    three seeds, which all nets and streams have, the interval is that of Student's t over the means of each seed; else
+    it is the normal one over images, which are taken for independent draws: too narrow where the same images come in
+    several domains. ``None``: a cell lacks one of the domains.
 
     Args:
         rows: Rows of a benchmark.
         kind: ``error`` or ``accuracy``.
         domains: Names of domains.
     """
-    cells: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    cells: dict[tuple[str, str], dict[int | None, tuple[float, float]]] = {}  # by seed: value and variance
     for row in rows:
         parts = [row["domains"].get(name) for name in domains]
         if not parts or any(part is None or part.get("accuracy") is None for part in parts):
             return None
         variance = sum(p["accuracy"] * (1 - p["accuracy"]) / max(1, p["images"]) for p in parts) / len(parts) ** 2
         value = fmean(p["accuracy"] for p in parts)
-        cells.setdefault((row["net"], row["stream"]), []).append((value, variance))
+        cells.setdefault((row["net"], row["stream"]), {})[row.get("seed")] = value, variance
     if not cells:
         return None
-    means = [fmean(value for value, _ in seeds) for seeds in cells.values()]
-    estimates = [interval([value for value, _ in seeds]) for seeds in cells.values()]
-    known = [estimate.half for estimate in estimates if estimate is not None and estimate.half is not None]
-    if len(known) == len(cells):
-        half, over = math.sqrt(sum(each**2 for each in known)) / len(cells), "seeds"
+    seeds, share = [*map(set, cells.values())], fmean(fmean(value for value, _ in by.values()) for by in cells.values())
+    estimate = interval([fmean(by[seed][0] for by in cells.values()) for seed in set.intersection(*seeds)])
+    if estimate is not None and estimate.half is not None and all(each == seeds[0] for each in seeds):
+        half, over = estimate.half, "seeds"
     else:
-        variances = [fmean(variance for _, variance in seeds) for seeds in cells.values()]
+        variances = [fmean(variance for _, variance in by.values()) for by in cells.values()]
         half, over = float(ndtri(UPPER)) * math.sqrt(sum(variances)) / len(cells), "images"
-    share = fmean(means)
     return Measured(100 * (1 - share if kind == "error" else share), 100 * half, over)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +40,13 @@ class Counts:
     answers: int = 0
     answers_right: int = 0
 
+    def better(self, alpha: float) -> Better:
+        """Which of the two the labels show to be better, at level ``alpha`` in (0, 0.5]; empty: neither."""
+        bound = -math.log(alpha)
+        if log_wealth(self.only_method, self.only_source) >= bound:
+            return "method"
+        return "source" if log_wealth(self.only_source, self.only_method) >= bound else ""
+
 
 def log_wealth(wins: int, losses: int) -> float:
     """Log of what bets on one of two have become: the mean over bets b of (1 + b)^wins (1 - b)^losses, from 1.
@@ -60,12 +68,12 @@ class PairedLabels:
 
     Args:
         keep: Answers that wait for their label, at most; the oldest go first.
-        alpha: Chance, at most, in (0, 1), that the method is ever called better while it is not; so of the source.
+        alpha: Chance, at most, in (0, 0.5], that the method is ever called better while it is not; so of the source.
     """
 
     def __init__(self, keep: int = 10_000, alpha: float = 0.05) -> None:
         check_range("keep_answers", keep, 1, integer=True)
-        check_range("alpha", alpha, 0, 1, low_open=True)
+        check_range("alpha", alpha, 0, 0.5, low_open=True)
         self.keep, self.alpha = keep, alpha
         self.counts = Counts()
         self.classes = 0  # of the answers; 0: not known yet
@@ -147,12 +155,15 @@ class PairedLabels:
         self.counts.only_source += source and not method
         self.counts.only_method += method and not source
 
+    def known(self) -> Counts:
+        """The counts of this moment, as a copy."""
+        with self._lock:
+            return copy.copy(self.counts)
+
     @property
     def better(self) -> Better:
         """Which of the two the labels show to be better, at level ``alpha``; empty: neither."""
-        wins, losses = self.counts.only_method, self.counts.only_source
-        bound = -math.log(self.alpha)
-        return "method" if log_wealth(wins, losses) >= bound else "source" if log_wealth(losses, wins) >= bound else ""
+        return self.known().better(self.alpha)
 
     def forget(self) -> None:
         """The method is another from here on: its earlier predictions say nothing of it."""
@@ -165,14 +176,12 @@ class PairedLabels:
         """All of it, in plain values and tensors."""
         with self._lock:
             predictions = torch.tensor(list(self._waiting.values()), dtype=torch.int32).reshape(-1, 3)
-            early = dict(self._early)
-            counts, classes = asdict(self.counts), self.classes
             return {
-                "counts": counts,
+                "counts": asdict(self.counts),
                 "ids": list(self._waiting),
                 "waiting": predictions,
-                "early": early,
-                "classes": classes,
+                "early": dict(self._early),
+                "classes": self.classes,
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -80,6 +80,10 @@ class Policy(ABC):
         """Counterpart of :meth:`state_dict`."""
 
 
+MOST_RETURNS = 3
+"""Returns to the source that count: patience is at most doubled as often."""
+
+
 class Patience(Policy):
     """The method answers after ``patience`` micro-batches in a row with evidence for it, until there is an alarm.
 
@@ -132,7 +136,7 @@ class Patience(Policy):
         self.estimates = None if estimates is None else tuple(estimates)
         self.on_alarm, self.ignore = on_alarm, tuple(ignore or ())
         self._begin()
-        self.returns = 0
+        self.returns = 0  # as many doublings of the patience
 
     def _begin(self) -> None:
         self.batches = self.images = 0  # in a row, with evidence against who answers
@@ -163,7 +167,7 @@ class Patience(Policy):
             self._begin()
             return Decision("method", reason=f"labels: {_said(evidence.counts)}")
         ahead = evidence.better != "source" and bool(differences) and min(differences.values()) >= self.margin
-        if not self._in_a_row(ahead, evidence, self.patience * 2 ** min(self.returns, 3)):
+        if not self._in_a_row(ahead, evidence, self.patience * 2**self.returns):
             return Decision("source")
         self._begin()
         return Decision("method", reason=_compared(min(differences, key=differences.__getitem__), evidence))
@@ -180,7 +184,7 @@ class Patience(Policy):
 
     def _go_back(self, restore: Restore, reason: str) -> Decision:
         self._begin()
-        self.returns += 1
+        self.returns = min(self.returns + 1, MOST_RETURNS)
         return Decision("source", restore, reason)
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,6 +195,7 @@ class Patience(Policy):
         """Counterpart of :meth:`state_dict`."""
         for name in self.state_dict():
             setattr(self, name, int(state[name]))
+        self.returns = min(self.returns, MOST_RETURNS)  # earlier versions counted on
 
 
 def _compared(name: str, evidence: Evidence) -> str:

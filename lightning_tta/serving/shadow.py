@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from lightning_tta.errors import (
     in_one_line,
 )
 from lightning_tta.guard.gathering import GATHER, Gathering
-from lightning_tta.guard.monitors.base import Monitor
+from lightning_tta.guard.monitors.base import Monitor, TakesLabels
 from lightning_tta.guard.monitors.kinds import make_monitors
 from lightning_tta.guard.seeing import HeadCall, Sight
 from lightning_tta.methods import adapt
@@ -54,14 +55,6 @@ FAILURES = 3
 _ENDED = "The thread that answers has ended; its log says why. Make a new shadow."
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-
-@runtime_checkable
-class TakesLabels(Protocol):
-    """A monitor that takes labels that come late, such as ``labels``."""
-
-    def tell(self, index: Sequence[int | str], labels: Sequence[int]) -> object:
-        """Take labels of samples that it has seen."""
 
 
 @dataclass(frozen=True)
@@ -209,8 +202,7 @@ class Shadow:
         self._gathering, self._source_gathering = (Gathering(s, gather) for s in (self._sight, self._source_sight))
         self._prepared = not any(monitor.needs_source for monitor in self.monitors)
         self._labels = PairedLabels(keep_answers)
-        # for monitors, by the thread that works
-        self._told: deque[tuple[list[str], list[int]]] = deque(maxlen=keep_answers)
+        self._told: deque[tuple[str, int]] = deque(maxlen=keep_answers)  # labels for monitors, by the answers' ids
         like = next(self._source.parameters(), torch.zeros(()))
         self._device, self._dtype, self._task = like.device, float_dtype(self._source.model), Images()
 
@@ -232,7 +224,7 @@ class Shadow:
         self._snapshots: Snapshots | None = None
         try:
             if path is not None:
-                self._snapshots = Snapshots(path, keep_snapshots, self._note_written, self._note_unwritten)
+                self._snapshots = Snapshots(path, keep_snapshots, self._note_written, self._note_failure)
             self._log = EventLog(None if path is None else path / "shadow.jsonl")
             self._identity = {"method": self.method.name, "net": state_digest(self._source.model)}
             saved = None if self._snapshots is None else self._snapshots.read()
@@ -335,7 +327,7 @@ class Shadow:
         numbers = self._labels.checked(ids, labels)
         known = self._labels.tell(ids, numbers)
         if known:
-            self._told.append((list(ids), numbers))
+            self._told.extend(zip(ids, numbers, strict=True))
         self._metrics.add("labels_total", known)
         return known
 
@@ -592,6 +584,7 @@ class Shadow:
         """Let both predict what one has answered, look at it, decide; in all failures the source goes on."""
         if self.stopped:
             return
+        before = self.batches
         try:
             if batch.source is None:
                 self._ask_source(batch)
@@ -613,7 +606,7 @@ class Shadow:
             self._leave_out(batch, error)
         except Exception as error:
             self._recover(error)
-        if self.batches % self.snapshot_every == 0:
+        if self.batches > before and self.batches % self.snapshot_every == 0:
             self._snapshot()
 
     def _look(self, batch: _Batch) -> Evidence:
@@ -638,11 +631,8 @@ class Shadow:
             self._source_gathering.show(
                 batch.images, source, batch.source_calls, batch.ids, source=source, same_source=source
             )
-        while self._told:
-            ids, labels = self._told.popleft()
-            for monitor in (*self.monitors, *self._twins):
-                if isinstance(monitor, TakesLabels):
-                    monitor.tell(ids, labels)
+        self._tell_monitors()
+        counts = self._labels.known()
         return Evidence(
             self.batches,
             len(logits),
@@ -650,9 +640,19 @@ class Shadow:
             _estimates(self._twins),
             _estimates(self.monitors),
             alarms,
-            copy.copy(self._labels.counts),
-            self._labels.better,
+            counts,
+            counts.better(self._labels.alpha),
         )
+
+    def _tell_monitors(self) -> None:
+        """Give the labels that came to monitors; those of answers that these have still to look at wait for it."""
+        unseen = {id for batch in self._lagging for id in batch.ids}
+        told = [self._told.popleft() for _ in range(len(self._told))]
+        self._told.extend(pair for pair in told if pair[0] in unseen)
+        known = [pair for pair in told if pair[0] not in unseen]
+        for monitor in (*self.monitors, *self._twins) if known else ():
+            if isinstance(monitor, TakesLabels):
+                monitor.tell([id for id, _ in known], [label for _, label in known])
 
     def _note(self, evidence: Evidence) -> None:
         """For the log and Prometheus."""
@@ -766,6 +766,7 @@ class Shadow:
         if self._snapshots is None:
             return
         try:
+            self._tell_monitors()
             self._snapshots.write(self.batches, self._state())
         except Exception as error:  # of a monitor or policy whose state cannot be had
             self._snapshots.error = error
@@ -798,12 +799,9 @@ class Shadow:
         """Whether a tensor of the method's state is one of the net's that it never changes."""
         return name.startswith("model.") and name not in self.method.adaptable and name in self._net_names
 
-    @property
+    @cached_property
     def _net_names(self) -> set[str]:
-        if "_names" not in self.__dict__:
-            self.__dict__["_names"] = {f"model.{name}" for name in self._source.model.state_dict()}
-        names: set[str] = self.__dict__["_names"]
-        return names
+        return {f"model.{name}" for name in self._source.model.state_dict()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         """Counterpart of :meth:`_snapshot`."""
@@ -836,9 +834,6 @@ class Shadow:
     def _note_written(self, number: int) -> None:
         self._metrics.add("snapshots_total")
         self._metrics.set("last_snapshot_seconds", time.time())
-
-    def _note_unwritten(self, error: Exception) -> None:
-        self._note_failure(error)
 
     def _note_failure(self, error: BaseException, **values: Any) -> None:
         self._metrics.add("failures_total")

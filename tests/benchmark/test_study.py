@@ -120,6 +120,19 @@ def test_other_nets_and_streams_are_compared_by_seed():
     assert (streams["seeds"], streams["mean"]) == (2, pytest.approx(fmean([10, 0])))
 
 
+def test_a_seed_that_lacks_one_of_the_nets_is_left_out():
+    """Else its difference would be the mean over other nets than those of the other seeds."""
+    made, _ = study(None, [AskConfig("both nets", "tent", "source")], axis="")
+    gains = {"bn": (0.1, 0.2, 0.3, 0.4), "gn": (0.5, 0.5, 0.5)}
+    cells = [row("source", "iid", seed, 0.2, net) for net in gains for seed in range(4)]
+    cells += [
+        row("tent", "iid", seed, 0.2 + gain, net) for net, each in gains.items() for seed, gain in enumerate(each)
+    ]
+    (answer,) = made.result(cells)["answers"]
+    assert (answer["seeds"], answer["mean"]) == (3, pytest.approx(fmean([30, 35, 40])))
+    assert answer["half"] == pytest.approx(4.302653 * 5 / math.sqrt(3), rel=1e-5)
+
+
 def test_the_area_is_that_under_the_curve_as_it_is_drawn(tmp_path):
     """On a logarithmic axis 1, 10, 1000 the first step is half as long as the second."""
     vary = AxisConfig("methods.init_args.lr", [1, 10, 1000], of=["tent"])

@@ -235,7 +235,8 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
                     rows = record(net, method, batches, sources, data, stream)
                     save(rows, path)
                 right = [float((each["logits"].argmax(1) == each["label"]).double().mean()) for each in rows]
-                windows = [mean(right[i : i + options.window]) for i in range(0, len(right), options.window)]
+                whole = range(options.window, len(right) + 1, options.window)  # windows, as of the estimators
+                windows = [mean(right[end - options.window : end]) for end in whole]
                 run = kind, stream, method
                 found, alarms[run] = differences(rows, monitors, options.window, points)
                 found["constant"] = mean(100 * abs(constant - accuracy) for accuracy in windows)

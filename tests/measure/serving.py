@@ -261,8 +261,8 @@ def who_answers(
     logits["method alone"] = torch.cat([alone(part) for part in x.split(together)])
     torch.manual_seed(0)
     answers = []
-    with Shadow(net, name, policy=policy, max_batch=together, max_wait_ms=1000, timeout=None, **kwargs) as shadow:
-        shadow.when_behind, shadow.max_lag = "wait", 1
+    queue = {"max_batch": together, "max_wait_ms": 1000, "when_behind": "wait", "max_lag": 1}
+    with Shadow(net, name, policy=policy, timeout=None, **queue, **kwargs) as shadow:
         for part in x.split(together):
             asked = [shadow.submit(image[None]) for image in part]
             if len(asked) < together:  # else they wait for others

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -88,6 +89,27 @@ def test_why_neo_loses_is_said_where_it_is_so(tmp_path):
     assert "(90.0 to 70.0; 90.0 to 80.0; 90.0 to 85.0)" in text
     assert "change by 0.2 points at most" in text
     assert "had not found them: `disk` (seed 1)" in text
+
+
+def test_a_page_of_runs_that_are_not_finished(tmp_path):
+    """NEO's raw form was run and `neo` not yet; of `norm` under noise a seed that its source lacks says nothing."""
+    make(tmp_path)
+    for folder in [*tmp_path.rglob("neo-seed*"), *tmp_path.rglob("iid/source-seed2*")]:
+        shutil.rmtree(folder)
+    for report in [*tmp_path.rglob("clean/neo_raw-seed*/report.json")]:
+        report.write_text(json.dumps({**json.loads(report.read_text()), "class_iou": [0.5, 0.0]}))
+    (norm,) = tmp_path.rglob("iid/norm-seed2*/report.json")
+    content = json.loads(norm.read_text())
+    norm.write_text(json.dumps({**content, "domains": {"noise": {"mean_iou": 0.0}, "fog": {"mean_iou": 0.99}}}))
+    for seed in range(2):
+        (report,) = tmp_path.rglob(f"iid/norm-seed{seed}*/report.json")
+        content = json.loads(report.read_text())
+        content["domains"]["fog"]["mean_iou"] = 0.45
+        report.write_text(json.dumps(content))
+    text = script.page(script.read_runs([tmp_path]), "none")
+    assert "(90.0 to 50.0; 90.0 to 50.0; 90.0 to 50.0)" in text
+    assert "points at most" not in text
+    assert "in the mean over seeds, under: fog." in text
 
 
 def test_what_the_page_cannot_be_made_of(tmp_path):

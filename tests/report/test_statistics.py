@@ -50,7 +50,7 @@ def test_differences_of_images_by_hand():
     assert found.half == pytest.approx(1.959964 * math.sqrt(76 / 9900), rel=1e-6)
     assert found.p == pytest.approx(0.0224505, rel=1e-5)
     assert found.clear
-    assert over_samples([1] * 10).p is None  # no spread
+    assert over_samples([0] * 10).p is None  # none differs: nothing is tested
     assert over_samples([1]) is None
 
 
@@ -61,6 +61,11 @@ def test_few_images_that_differ_are_tested_exactly():
     six = over_samples([1] * 6 + [0] * 74)
     assert six.p == 2 / 2**6
     assert six.clear
+    alike = over_samples([-1] * 10)  # all of them: no spread, and yet ten tosses of a coin
+    assert alike.p == 2 / 2**10
+    assert alike.clear
+    assert not over_samples([1] * 3).clear
+    assert over_samples([1] * 40).p == pytest.approx(2 / 2**40)
     mixed = over_samples([1] * 9 + [-1] * 1 + [0] * 70)
     assert mixed.p == pytest.approx(scipy.stats.binomtest(1, 10).pvalue)
     assert over_samples([1] * 12 + [-1] * 12 + [0] * 70).p == 1.0

@@ -44,6 +44,22 @@ def test_a_mean_over_nets_counts_each_once():
     assert ours.half == pytest.approx(100 * stats.norm.ppf(0.975) * np.sqrt(variance) / 2)
 
 
+def test_streams_that_share_their_seeds_are_no_further_draws():
+    """Twice the same stream says no more than once; and of two that differ the means of each seed count."""
+    values = np.array([[0.50, 0.56, 0.53], [0.40, 0.47, 0.39]])
+
+    def measured(first, second):
+        streams = zip("st", (first, second), strict=True)
+        rows = [row({"fog": x}, stream=name, seed=n) for name, each in streams for n, x in enumerate(each)]
+        return measure(rows, "accuracy", ["fog"])
+
+    once = measure([row({"fog": x}, seed=n) for n, x in enumerate(values[0])], "accuracy", ["fog"])
+    assert measured(values[0], values[0]) == once
+    ours, means = measured(*values), values.mean(0)
+    assert (ours.value, ours.over) == (pytest.approx(100 * means.mean()), "seeds")
+    assert ours.half == pytest.approx(100 * stats.t.ppf(0.975, 2) * means.std(ddof=1) / np.sqrt(3))
+
+
 def test_a_domain_that_is_not_there_has_no_mean():
     assert measure([row({"fog": 0.2})], "accuracy", ["fog", "snow"]) is None
     assert measure([], "accuracy", ["fog"]) is None

@@ -1,12 +1,14 @@
 """Late labels: counts against plain ones, and the guarantee of the bets by simulation."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
 
-from lightning_tta import InputError
-from lightning_tta.serving.labels import PairedLabels, log_wealth
+from lightning_tta import ConfigError, InputError
+from lightning_tta.serving.labels import Counts, PairedLabels, log_wealth
 
 
 def test_wealth_is_the_mean_over_bets_played_one_by_one():
@@ -93,6 +95,34 @@ def test_another_method_begins_anew_but_what_went_out_counts():
 def test_memory_is_bounded():
     labels, _ = filled(40, keep=10)
     assert labels.tell(["29", "30"], [0, 0]) == 1
+
+
+def test_counts_are_those_of_one_moment():
+    """Another thread is in the middle of counting a label."""
+    counting, go_on = threading.Event(), threading.Event()
+
+    class Slow(Counts):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "labels" and value:
+                counting.set()
+                go_on.wait(10)
+
+    labels, ids = filled(2)
+    labels.counts = Slow()
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(labels.tell, ids[:1], [0])
+        assert counting.wait(10)
+        read = threads.submit(labels.known)
+        wait([read], 0.05)  # in which it would be read half written
+        go_on.set()
+        assert (read.result(10).labels, read.result(10).source_right) == (1, 1)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.6, 1])
+def test_wrong_levels(alpha):
+    with pytest.raises(ConfigError, match="alpha"):
+        PairedLabels(alpha=alpha)
 
 
 @pytest.mark.parametrize(("ids", "told"), [(["0"], [1, 2]), (["0"], [1.5]), (["0"], [True]), ("0", [1])])

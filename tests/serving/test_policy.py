@@ -80,9 +80,12 @@ def test_hysteresis():
     for times in (12, 24, 24, 24):
         feed(policy, 1, answering="method", alarms=["no_entropy"])
         assert switches_after(policy) == times
-    returns = policy.returns
+    feed(policy, 24, answering="method")
+    feed(policy, 1, answering="method", alarms=["no_entropy"])
+    assert switches_after(policy) == 24  # halved once, doubled once
     feed(policy, 2 * 24, answering="method")
-    assert policy.returns == returns - 2
+    assert policy.returns == 1
+    assert feed(policy, 100, source=0.0, method=0.5)[5].answering == "method"
 
 
 def test_labels_come_before_estimates():

@@ -225,6 +225,41 @@ def test_monitors_get_late_labels_too():
     assert shadow.monitors[0].told == shadow._twins[0].told == expected
 
 
+class Named(Counting):
+    """Knows which answers it has seen; the labels of others are none to it, as to the monitor ``labels``."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.told, self.unknown = [], [], []
+
+    def see(self, seen):
+        super().see(seen)
+        self.names += seen.index
+
+    def tell(self, index, labels):
+        for name, label in zip(index, labels, strict=True):
+            (self.told if name in self.names else self.unknown).append((name, label))
+
+
+def test_labels_of_answers_that_monitors_have_still_to_look_at_wait_for_that():
+    """Both were answered, and their labels came, before the method adapts on the first."""
+    with made(monitors=[Named()], max_lag=4, when_behind="wait", max_batch=1) as shadow:
+        with shadow._lock:  # until both are there
+            first, second = (shadow.submit(make_images(1, seed=number)) for number in range(2))
+            second.add_done_callback(lambda done: shadow.tell([*done.result().ids, *first.result().ids], [1, 0]))
+        settled(shadow, 2)
+    for monitor in (shadow.monitors[0], shadow._twins[0]):
+        assert monitor.told == [(*first.result().ids, 0), (*second.result().ids, 1)]
+        assert monitor.unknown == []
+
+
+def test_labels_that_come_last_reach_monitors_before_the_last_snapshot(tmp_path):
+    with made(monitors=[Named()], directory=tmp_path) as shadow:
+        (answer,) = serve(shadow, 1)
+        shadow.tell(answer.ids, [0, 1, 2, 3])
+    assert shadow.monitors[0].told == list(zip(answer.ids, range(4), strict=True))
+
+
 @pytest.mark.parametrize("answering", ["source", "method"])
 def test_every_request_of_many_threads_gets_its_own_answer(answering):
     """Requests of one to three images from 16 threads; the method is the source again, so that answers are known."""
@@ -455,7 +490,7 @@ def test_a_snapshot_that_cannot_be_written_is_tried_again(error, tmp_path, monke
             shadow._snapshots.close()  # its thread has tried
             assert shadow._metrics.value("failures_total") == 1
             assert str(error) in shadow.events[-1]["error"]
-        shadow._snapshots = snapshots.Snapshots(tmp_path, 3, shadow._note_written, shadow._note_unwritten)
+        shadow._snapshots = snapshots.Snapshots(tmp_path, 3, shadow._note_written, shadow._note_failure)
     assert (tmp_path / "snapshot-000000001.pt").exists()
     monkeypatch.setattr(snapshots, "write_whole", full)
     with pytest.warns(UserWarning, match="last snapshot could not be written"):
@@ -570,6 +605,18 @@ def test_images_that_the_method_alone_refuses_leave_it_as_it_is(answering):
                 assert all(torch.equal(before[name], tensor) for name, tensor in alone.adaptable.items())
             alone(make_images(4, seed=number))
         assert all(torch.equal(shadow.method.adaptable[n], tensor) for n, tensor in alone.adaptable.items())
+
+
+def test_images_that_the_method_refuses_make_no_further_snapshot(tmp_path, monkeypatch):
+    with made(window=4, directory=tmp_path, snapshot_every=3) as shadow, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        written = []
+        monkeypatch.setattr(shadow._snapshots, "write", lambda number, state: written.append(number))
+        serve(shadow, 3)
+        for _ in range(2):
+            shadow.predict(torch.rand(2, 3, 20, 20))
+        shadow.predict(make_images(4, seed=3))
+    assert written == [3, 4]  # the latter as it is closed
 
 
 def test_metrics_after_a_restart_have_the_number_of_before(tmp_path):

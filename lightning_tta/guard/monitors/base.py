@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -109,3 +109,11 @@ class Monitor(ABC):
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Counterpart of :meth:`state_dict`."""
+
+
+@runtime_checkable
+class TakesLabels(Protocol):
+    """A monitor that takes labels that come late, such as ``labels``."""
+
+    def tell(self, index: Sequence[int | str] | Tensor, labels: Sequence[int] | Tensor) -> object:
+        """Take labels (B,) of samples that it has seen, by what the stream calls each."""

@@ -25,7 +25,8 @@ class About:
         needs: Of the net and of source data; ``-``: nothing.
         holds: What it keeps beside the net and its optimizer; ``-``: nothing.
         suits: Streams that it is made for.
-        formula: Where its formula is from. ``reconstruction``: neither code nor a whole formula was published.
+        formula: Where its formula is from. ``reconstruction``: neither code nor a whole formula was published;
+            ``own work``: of this project, without a paper; ``-``: there is none.
         paper: Venue, year and number.
     """
 
@@ -35,7 +36,7 @@ class About:
     needs: str
     holds: str
     suits: str
-    formula: Literal["code", "paper", "code and paper", "reconstruction"]
+    formula: Literal["code", "paper", "code and paper", "reconstruction", "own work", "-"]
     paper: str
 
 
