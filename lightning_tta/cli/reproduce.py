@@ -11,13 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from lightning_tta.errors import ConfigError, Interrupted, LightningTTAError
+from lightning_tta.files import read_json
 from lightning_tta.launch.help import columns
-from lightning_tta.report.tables import Table
 from lightning_tta.report.terminal import print_table
 from lightning_tta.reproduce import page
 from lightning_tta.reproduce.claims import load, names
 from lightning_tta.reproduce.planning import Settings
-from lightning_tta.reproduce.rerun import Reproduction
+from lightning_tta.reproduce.rerun import JSON, Reproduction
 
 
 def reproduce(
@@ -82,20 +83,35 @@ def reproduce(
         jobs=jobs,
     )
     reproduction = Reproduction(load(name), settings)
-    console.print(Text(page.describe(reproduction.claim, reproduction.plans)), soft_wrap=True)
+    width = min(120, console.width) if console.is_terminal else None
+    console.print(Text(page.describe(reproduction.claim, reproduction.plans, width)), soft_wrap=True)
     if check:
         return
-    result = reproduction.run(_command(given))
+    failure = None
+    try:
+        result = reproduction.run(_command(given))
+    except (ConfigError, Interrupted):
+        raise
+    except LightningTTAError as error:  # some cells failed; the others are shown first
+        failure, result = error, read_json(reproduction.output / JSON) or {}
     for label, part in result["parts"].items():
         if not part["cells"]:
             console.print(Text(page.nothing_ran(label, part)), soft_wrap=True)
             continue
-        print_table(console, Table(f"{label}: {part['title']}", page.HEADER, page.table(part), left=3))
+        console.print(Text(f"{label}: {part['title']}", style="bold"))
+        for table in page.narrow_tables(part):
+            print_table(console, table)
+        for line in page.left_out(part):
+            console.print(Text(line), soft_wrap=True)
         for rank in part["rankings"]:
             console.print(Text(page.ranking(rank)), soft_wrap=True)
     if text := page.warning(result):
         console.print(Text(text, style="bold red"), soft_wrap=True)
-    console.print(Text(f"{page.summary(result)}\nwritten: {reproduction.output}/reproduce.json and reproduce.md"))
+    console.print(
+        Text(f"{page.summary(result)}\nwritten: {reproduction.output}/reproduce.json and reproduce.md"), soft_wrap=True
+    )
+    if failure is not None:
+        raise failure
 
 
 def overview() -> str:

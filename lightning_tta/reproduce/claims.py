@@ -8,7 +8,7 @@ figures that were published for it. In its values, ``$PLACE`` stands for the pla
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,11 @@ from typing import Any
 
 import yaml
 
+from lightning_tta.benchmark.config import StreamConfig
+from lightning_tta.data import data_modules
 from lightning_tta.errors import ConfigError, check_choice, did_you_mean
+from lightning_tta.reproduce.needs import PLACES, SETS, nets
+from lightning_tta.shipped import configurations
 
 FOLDER = Path(__file__).parent / "claims"
 KINDS = {
@@ -161,15 +165,21 @@ def load(name: str) -> Claim:
     if not path.is_file():
         known = names()
         raise ConfigError(f"There is no claim {name!r}.{did_you_mean(name, known)} Claims: {', '.join(known)}.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    content = {key: value for key, value in content.items() if not key.startswith("x-")}  # what anchors refer to
-    parts = {label: _part(f"{path.name}: {label}", entry) for label, entry in content.pop("parts", {}).items()}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    content = _mapping(path.name, content)
+    content = {key: value for key, value in content.items() if not str(key).startswith("x-")}  # what anchors refer to
+    entries = _mapping(f"{path.name}: parts", content.pop("parts", None))
+    parts = {str(label): _part(f"{path.name}: {label}", _mapping(label, entry)) for label, entry in entries.items()}
     return _make(Claim, path.name, {"name": path.stem, "parts": parts, **content})  # type: ignore[no-any-return]
 
 
 def _part(where: str, entry: dict[str, Any]) -> Part:
     published = [_published(where, figures) for figures in entry.get("published", [])]
     part: Part = _make(Part, where, {**entry, "published": published})
+    _check(where, part)
     domains = (part.data.get("init_args") or {}).get("domains")
     for figures in part.published:
         for net, method in {(n, m) for n, ms in (*figures.figures.items(), *figures.domains.items()) for m in ms}:
@@ -185,6 +195,48 @@ def _part(where: str, entry: dict[str, Any]) -> Part:
     return part
 
 
+def _mapping(where: Any, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"{where} must be a mapping with entries; got {content!r}. See the claims of the package.")
+    return content
+
+
+def _check(where: str, part: Part) -> None:
+    """Refuse a part that names data sets, nets, places, data modules or methods that there are not."""
+    for name in ("data", "nets", "streams", "methods"):
+        _mapping(f"{where}: {name}", getattr(part, name))
+    for need in part.needs or [""]:
+        check_choice(f"{where}: needs", need, tuple(SETS))
+    check_choice(f"{where}: data.class_path", part.data.get("class_path"), tuple(data_modules()))
+    for label, entry in part.nets.items():
+        if not isinstance(entry, dict):
+            check_choice(f"{where}: nets.{label}", entry, tuple(nets()))
+        elif not (configurations() / str(entry.get("fit"))).is_file():
+            raise ConfigError(
+                f"{where}: nets.{label} must name a net, or have fit, a file below configs/; got {entry}. Nets: "
+                f"{', '.join(nets())}."
+            )
+    for label, entry in part.streams.items():
+        allowed = [each.name for each in fields(StreamConfig)]
+        if unknown := sorted(set(_mapping(f"{where}: streams.{label}", entry)) - set(allowed)):
+            hint = did_you_mean(unknown[0], allowed)
+            raise ConfigError(f"{where}: streams.{label}: unknown {', '.join(unknown)}.{hint}")
+    for label, entry in part.methods.items():
+        if not isinstance(_mapping(f"{where}: methods.{label}", entry).get("class_path"), str):
+            raise ConfigError(f"{where}: methods.{label} needs a class_path, such as Tent; got {entry}.")
+    for place in _places([part.data, part.nets, part.streams]):
+        check_choice(f"{where}: ${place}", place, tuple(PLACES))
+
+
+def _places(value: Any) -> Iterator[str]:
+    """The places that values name: ``$cifar`` names ``cifar``."""
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _places(item)
+    elif isinstance(value, str) and value.startswith("$"):
+        yield value[1:]
+
+
 def _published(where: str, entry: dict[str, Any]) -> Published:
     figures: Published = _make(Published, f"{where}: published", entry)
     check_choice(f"{where}: kind", figures.kind, tuple(KINDS))
@@ -196,10 +248,10 @@ def _make(kind: Any, where: str, content: dict[str, Any]) -> Any:
     allowed = [entry.name for entry in fields(kind)]
     if unknown := sorted(set(content) - set(allowed)):
         raise ConfigError(f"{where}: unknown {', '.join(unknown)}.{did_you_mean(unknown[0], allowed)}")
-    try:
-        return kind(**content)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}. It has: {', '.join(allowed)}.") from error
+    needed = [each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING]
+    if lacking := [name for name in needed if name not in content]:
+        raise ConfigError(f"{where} lacks {', '.join(lacking)}. It may have: {', '.join(allowed)}.")
+    return kind(**content)
 
 
 def matches(patterns: list[str] | None, part: str, net: str, method: str) -> bool:

@@ -7,7 +7,16 @@ from typing import Any
 
 from lightning_tta.reproduce.claims import AT, EVERY, Published, figures_of
 from lightning_tta.reproduce.planning import PartPlan
-from lightning_tta.reproduce.verdict import Comparison, Row, judge, measure, reversed_pairs
+from lightning_tta.reproduce.verdict import (
+    CHANGED,
+    INCOMPLETE,
+    NOT_RUN,
+    Comparison,
+    Row,
+    judge,
+    measure,
+    reversed_pairs,
+)
 
 
 def compare(
@@ -42,7 +51,7 @@ def compare(
             if ours is None and not why:
                 reasons = [text for cell, text in skipped.items() if _is_of(cell, net, method)]
                 why = reasons[0] if reasons else ""
-            tolerance = published.tolerance_of(method)
+            tolerance, unlike = published.tolerance_of(method), plan.why_unjudged(of_domains)
             value = ours.value if ours else None
             comparisons.append(
                 Comparison(
@@ -58,12 +67,12 @@ def compare(
                     over=ours.over if ours else None,
                     difference=None if value is None or theirs is None else value - theirs,
                     tolerance=tolerance,
-                    verdict=judge(theirs, value, tolerance, changed=changed, why=why),
+                    verdict=judge(theirs, value, tolerance, changed=changed, why=why, incomplete=unlike),
                     reason=why,
                 )
             )
         if published.ranking:
-            rankings += _rank(label, published, comparisons, changed)
+            rankings += _rank(label, published, comparisons, changed, bool(plan.incomplete))
     return comparisons, rankings
 
 
@@ -85,7 +94,9 @@ def _unknown_figures(published: Published) -> list[tuple[str, str, int | None, A
     ]
 
 
-def _rank(label: str, published: Published, comparisons: Sequence[Comparison], changed: bool) -> list[dict[str, Any]]:
+def _rank(
+    label: str, published: Published, comparisons: Sequence[Comparison], changed: bool, incomplete: bool
+) -> list[dict[str, Any]]:
     """Whether the order of the methods is theirs, on each net."""
     found = []
     for net, methods in published.figures.items():
@@ -95,10 +106,12 @@ def _rank(label: str, published: Published, comparisons: Sequence[Comparison], c
         tolerance = max(published.tolerance_of(method) for method in methods)
         wrong, pairs = reversed_pairs(theirs, ours, tolerance)
         text = (
-            "no reproduction"
+            CHANGED
             if changed and pairs
-            else "not run"
+            else NOT_RUN
             if not pairs
+            else INCOMPLETE
+            if incomplete
             else "as theirs"
             if not wrong
             else "other"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -41,6 +41,7 @@ class DataSet:
     layout: str
     files: Callable[[list[str], int], list[str]]  # domains, severity -> paths of which each must be there
     archives: Mapping[str, Remote] = field(default_factory=dict)  # by domain; "": of all
+    images: Mapping[str, int] = field(default_factory=dict)  # of a domain as published; "": of each
     fetched: bool = False  # whether the data module fetches it on request
 
     def missing(self, place: Path, domains: list[str], severity: int) -> list[str]:
@@ -66,13 +67,14 @@ def _is_there(place: Path, name: str) -> bool:
     if (place / name).exists():
         return True
 
-    def plain(text: str) -> str:
-        return "".join(letter for letter in text.lower() if letter.isalnum())
-
     folders = [place, place / "kfold"]
     return "/" not in name and any(
-        plain(entry.name) == plain(name) for folder in folders if folder.is_dir() for entry in folder.iterdir()
+        _plain(entry.name) == _plain(name) for folder in folders if folder.is_dir() for entry in folder.iterdir()
     )
+
+
+def _plain(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum())
 
 
 def _nothing(domains: list[str], severity: int) -> list[str]:
@@ -118,6 +120,7 @@ SETS = {
         "ROOT/imagenet-c/<corruption>/<severity>/<synset>/*.JPEG",
         lambda domains, severity: [f"{name}/{severity}" for name in domains],
         IMAGENET_C,
+        images={"": 50_000},
         fetched=True,
     ),
     "imagenet_list": DataSet(
@@ -126,6 +129,7 @@ SETS = {
         "The file robustbench/data/imagenet_test_image_ids.txt of github.com/RobustBench/robustbench.",
         "ROOT/imagenet_test_image_ids.txt with lines <synset>/<file name>",
         _nothing,
+        images={"": 5_000},
     ),
     "imagenet_a": DataSet(
         "ImageNet-A",
@@ -134,6 +138,7 @@ SETS = {
         "ROOT/imagenet-a/<synset>/*",
         _nothing,
         {"": IMAGENET["imagenet_a"]},
+        images={"": 7_500},
         fetched=True,
     ),
     "imagenet_v2": DataSet(
@@ -143,6 +148,7 @@ SETS = {
         "ROOT/imagenetv2-matched-frequency-format-val/<number>/*",
         _nothing,
         {"": IMAGENET["imagenet_v2"]},
+        images={"": 10_000},
         fetched=True,
     ),
     "pacs": DataSet(
@@ -151,6 +157,7 @@ SETS = {
         "Published by Li et al. (ICCV 2017); 9,991 images; no address with a checksum is known here.",
         "ROOT/pacs/<domain>/<class>/*, or below ROOT/pacs/kfold",
         lambda domains, severity: list(PACS),
+        images=dict(zip(PACS, (2048, 2344, 1670, 3929), strict=True)),
     ),
     "office_home": DataSet(
         "Office-Home",
@@ -158,9 +165,20 @@ SETS = {
         "Published at hemanthdv.org/officeHomeDataset.html; no checksum is known here.",
         "ROOT/office_home/<domain>/<class>/*",
         lambda domains, severity: list(OFFICE_HOME),
+        images=dict(zip(OFFICE_HOME, (2427, 4365, 4439, 4357), strict=True)),
     ),
 }
 """Data sets by name."""
+
+
+def published_images(needs: Iterable[str], domain: str) -> int | None:
+    """How many images of a domain the published figures are of; ``None``: files of another number are refused anyway.
+
+    Where a list of images is among the needs, the list's.
+    """
+    known = [{_plain(name): count for name, count in SETS[need].images.items()} for need in needs]
+    counts = [images.get(_plain(domain), images.get("")) for images in known]
+    return min((count for count in counts if count is not None), default=None)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_tta import data as data_modules
 from lightning_tta.benchmark.config import NetConfig
+from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.domain_names import split_severity
 from lightning_tta.data.streams import RESET_BY_DOMAIN
-from lightning_tta.errors import ConfigError, check_range, did_you_mean
+from lightning_tta.errors import ConfigError, DataError, check_range, did_you_mean
 from lightning_tta.reproduce.claims import EVERY, Part, matches
-from lightning_tta.reproduce.needs import SETS, Net, check_places, nets, place_of
+from lightning_tta.reproduce.needs import SETS, Net, check_places, nets, place_of, published_images
 from lightning_tta.shipped import configurations
+
+NOT_THERE = "not there"
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,11 @@ class PartPlan:
     Attributes:
         part: The part.
         rows: Net and method of each row that is wanted.
-        missing: Data without which nothing runs: title -> how to get it.
-        absent: Domains that are not there: name -> what is missing. The others can run without them.
+        missing: Data without which nothing runs: title -> what is missing or damaged.
+        absent: Domains that are not there, or damaged: name -> what is wrong. The others can run without them.
+        incomplete: Domains of which there are not as many images as were published: name -> how many there are. They
+            run, and get no verdict.
+        ways: How to get what is missing: title of the data set -> text.
         weights: Nets without weights: label -> how to get them.
         nets: The nets that can run.
     """
@@ -86,6 +94,8 @@ class PartPlan:
     rows: list[tuple[str, str]]
     missing: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    incomplete: dict[str, str] = field(default_factory=dict)
+    ways: dict[str, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     nets: dict[str, NetConfig] = field(default_factory=dict)
 
@@ -97,12 +107,23 @@ class PartPlan:
     def why_not(self, net: str, domains: Sequence[str] | None) -> str:
         """Why a figure cannot be compared; empty: it can, or what failed says it."""
         if self.missing:
-            return f"{', '.join(self.missing)} missing"
+            return f"{', '.join(self.missing)} {_state(self.missing.values())}"
         lacking = [label for label in (self.weights if net == EVERY else [net]) if label in self.weights]
         if lacking:
             return f"weights of {', '.join(lacking)} missing"
         absent = [name for name in self.absent if domains is None or name in domains]
-        return f"{', '.join(absent[:3])}{' and others' * (len(absent) > 3)} missing" if absent else ""
+        if not absent:
+            return ""
+        return f"{', '.join(absent[:3])}{' and others' * (len(absent) > 3)} {_state(map(self.absent.get, absent))}"
+
+    def why_unjudged(self, domains: Sequence[str] | None) -> str:
+        """Why a figure must not be compared with what these files give; empty: it can."""
+        short = [f"{name}: {text}" for name, text in self.incomplete.items() if domains is None or name in domains]
+        return f"{short[0]}{' and others' * (len(short) > 1)}" if short else ""
+
+
+def _state(problems: Iterable[str | None]) -> str:
+    return "missing" if all(NOT_THERE in str(problem) for problem in problems) else "damaged"
 
 
 def plan_part(label: str, part: Part, settings: Settings) -> PartPlan:
@@ -131,19 +152,77 @@ def _look_for_data(plan: PartPlan, settings: Settings) -> None:
             continue
         place = place_of(data.place, settings.root, settings.paths)
         if missing := data.missing(place, [], severity):
-            plan.missing[data.title] = f"{', '.join(missing)} {_is_not_there(missing)}. {data.how(bare)}"
+            plan.missing[data.title] = _are_not_there(missing)
+            plan.ways[data.title] = data.how(bare)
             continue
         absent = {}
         for domain in listed:
             name, own = split_severity(domain)
             if missing := data.missing(place, [name], own or severity):
-                absent[domain] = f"{', '.join(missing)} {_is_not_there(missing)}. {data.how([name])}"
-        if absent and (not one_by_one or len(absent) == len(listed)):
-            plan.missing[f"{data.title} ({', '.join(list(absent)[:3])}{', ...' * (len(absent) > 3)})"] = next(
-                iter(absent.values())
-            )
+                absent[domain] = _are_not_there(missing)
+        if absent:
+            plan.ways[data.title] = data.how([split_severity(name)[0] for name in absent])
+        _set_aside(plan, data.title, absent, one_by_one)
+    if not plan.missing and not settings.download:
+        _look_into_data(plan, settings, one_by_one)
+
+
+def _set_aside(plan: PartPlan, title: str, absent: Mapping[str, str], one_by_one: bool) -> None:
+    """Leave domains out, or all of the part where the others mean nothing without them."""
+    listed = (plan.part.data.get("init_args") or {}).get("domains") or []
+    if absent and (not one_by_one or len({*absent, *plan.absent} & {*listed}) == len(listed)):
+        names = f"{', '.join(list(absent)[:3])}{', ...' * (len(absent) > 3)}"
+        plan.missing[f"{title} ({names})"] = next(iter(absent.values()))
+    else:
+        plan.absent |= absent
+
+
+def _look_into_data(plan: PartPlan, settings: Settings, one_by_one: bool) -> None:
+    """Open what is there, as the runs will: damaged files are found before hours of runs, and images are counted."""
+    part, title = plan.part, SETS[plan.part.needs[0]].title
+    kind = getattr(data_modules, part.data["class_path"])
+    options = fill(part.data.get("init_args") or {}, settings)
+    known = {*inspect.signature(kind).parameters, "domains", "severity"}
+    looks: dict[str, dict[str, Any]] = {}  # streams that differ in their order alone have the same images
+    for stream in part.streams.values():
+        changed = {name: value for name, value in fill(stream.get("data") or {}, settings).items() if name in known}
+        looks[str(changed)] = {**options, **changed}
+    for each in looks.values():
+        domains = [name for name in each.get("domains") or [""] if name not in plan.absent]
+        damaged: dict[str, str] = {}
+        for domain in domains:
+            try:
+                data = kind(**{**each, "domains": [domain]} if domain else each)
+                counts = {name: _count(data, name) for name in data.domain_names}
+            except DataError as error:
+                damaged[domain] = str(error)
+                continue
+            for name, count in counts.items():
+                published = published_images(part.needs, name)
+                if count is not None and published is not None and count != published:
+                    plan.incomplete[name] = f"{count:,} images; the figures are of {published:,}"
+        if "" in damaged:
+            plan.missing[title] = damaged[""]
         else:
-            plan.absent |= absent
+            _set_aside(plan, title, damaged, one_by_one)
+
+
+def _count(data: ShiftedDataModule, domain: str) -> int | None:
+    """How many images a domain has, the first of which is read; ``None``: it is made here.
+
+    Raises:
+        DataError: If its files are damaged, or not in their layout.
+    """
+    if domain in data.natural_names():
+        images = data.natural_domain(domain)
+    elif domain in data.published_names:
+        name, severity = split_severity(domain)
+        images = data.published(name, severity or data.severity)
+    else:
+        return None
+    if len(images):
+        images[0]
+    return len(images)
 
 
 def _look_for_net(plan: PartPlan, label: str, settings: Settings) -> None:
@@ -195,5 +274,5 @@ def fill(value: Any, settings: Settings) -> Any:
     return value
 
 
-def _is_not_there(missing: Sequence[str]) -> str:
-    return "is not there" if len(missing) == 1 else "are not there"
+def _are_not_there(missing: Sequence[str]) -> str:
+    return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} {NOT_THERE}."

@@ -13,7 +13,7 @@ from lightning_tta.benchmark.runner import Benchmark
 from lightning_tta.errors import ConfigError, LightningTTAError, did_you_mean
 from lightning_tta.files import environment, read_json, write_json, write_whole
 from lightning_tta.reproduce import page
-from lightning_tta.reproduce.claims import AT, Claim, Part
+from lightning_tta.reproduce.claims import AT, Claim, Part, matches
 from lightning_tta.reproduce.comparing import compare
 from lightning_tta.reproduce.needs import SETS
 from lightning_tta.reproduce.planning import Settings, fill, plan_part
@@ -30,7 +30,7 @@ class Reproduction:
         settings: How.
 
     Raises:
-        ConfigError: If ``only`` or ``rows`` name what the claim does not have.
+        ConfigError: If an option names what the claim, or what of it was asked for, does not have.
     """
 
     def __init__(self, claim: Claim, settings: Settings) -> None:
@@ -39,18 +39,20 @@ class Reproduction:
             if label not in claim.parts:
                 hint = did_you_mean(label, claim.parts)
                 raise ConfigError(f"{claim.name} has no part {label!r}.{hint} Parts: {', '.join(claim.parts)}.")
+        parts = {label: part for label, part in claim.parts.items() if not settings.only or label in settings.only}
+        rows = [(label, net, method) for label, part in parts.items() for net, method in part.rows()]
+        for pattern in settings.rows or []:
+            if not any(matches([pattern], *row) for row in rows):
+                hint = did_you_mean(pattern, {method for _, _, method in rows})
+                raise ConfigError(
+                    f"No row of {', '.join([claim.name, *(settings.only or [])])} is like {pattern!r}.{hint} Rows: "
+                    f"{', '.join(map('/'.join, rows[:6]))}{', ...' * (len(rows) > 6)}."
+                )
+        rows = [row for row in rows if matches(settings.rows, *row)]
+        _check_use(claim, {label: parts[label] for label, _, _ in rows}, {net for _, net, _ in rows}, settings)
         self.plans = {
-            label: plan
-            for label, part in claim.parts.items()
-            if not settings.only or label in settings.only
-            if (plan := plan_part(label, part, settings)).rows
+            label: plan_part(label, parts[label], settings) for label in dict.fromkeys(row[0] for row in rows)
         }
-        if not self.plans:
-            shown = [f"{label}/{net}/{m}" for label, part in claim.parts.items() for net, m in part.rows()]
-            raise ConfigError(
-                f"No row of {claim.name} is like {settings.rows}. Rows: {', '.join(shown[:6])}"
-                f"{', ...' * (len(shown) > 6)}."
-            )
         self.output = settings.output / claim.name
 
     def benchmark(self, label: str) -> Benchmark:
@@ -108,9 +110,10 @@ class Reproduction:
             _write_text(self.output / MARKDOWN, page.to_markdown(result))
         failed = [entry for each in results.values() for entry in each["skipped"] if entry["reason"][:6] == "failed"]
         if failed:
+            ran = sum(len(each["rows"]) for each in results.values())
             raise LightningTTAError(
-                f"{len(failed)} cells failed; the others are in {self.output}. The first: {failed[0]['cell']}: "
-                f"{failed[0]['reason']}"
+                f"{len(failed)} of {len(failed) + ran} cells failed{f'; the others are in {self.output}' * bool(ran)}. "
+                f"The first: {failed[0]['cell']}: {failed[0]['reason']}"
             )
         return result
 
@@ -142,6 +145,8 @@ class Reproduction:
                 "comparisons": [comparison.to_dict() for comparison in comparisons],
                 "rankings": rankings,
                 "missing": {**plan.missing, **plan.weights, **plan.absent},
+                "ways": plan.ways,
+                "incomplete": plan.incomplete,
                 "seeds": plan.part.seeds[: self.settings.seeds],
                 "unknown": plan.part.unknown,
                 "differs": plan.part.differs,
@@ -171,6 +176,31 @@ class Reproduction:
             "date": datetime.now(UTC).date().isoformat(),
             "environment": environment(),
         }
+
+
+def _check_use(claim: Claim, parts: Mapping[str, Part], used: set[str], settings: Settings) -> None:
+    """Refuse what would have no effect on the rows that are asked for: somebody expects one of it."""
+    most = max(len(part.seeds) for part in parts.values())
+    if settings.seeds is not None and settings.seeds > most:
+        raise ConfigError(f"seeds={settings.seeds}: {claim.name} has {most} here. Give fewer, or leave the option out.")
+    entries = {label: entry for part in parts.values() for label, entry in part.nets.items() if label in used}
+    trained = [label for label, entry in entries.items() if isinstance(entry, Mapping)]
+    named = list(dict.fromkeys(entry for label, entry in entries.items() if label not in trained))
+    places = list(dict.fromkeys(SETS[need].place for part in parts.values() for need in part.needs))
+    for option, given, allowed, what in (
+        ("weights", settings.weights, named, "nets with weights"),
+        ("paths", settings.paths, places, "data sets"),
+    ):
+        for label in given:
+            if label not in allowed:
+                raise ConfigError(
+                    f"{option}.{label} is not used by what is to run of {claim.name}. Its {what}: "
+                    f"{', '.join(allowed) or 'none'}. Leave the option out, or change --only or --rows."
+                )
+    if settings.training and not trained:
+        raise ConfigError(f"training: no net is trained for what is to run of {claim.name}. Leave the option out.")
+    if settings.net is not None and settings.weights:
+        raise ConfigError("net and weights exclude each other: the other net has no trained weights. Leave one out.")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -14,6 +14,8 @@ from scipy.special import ndtri
 from lightning_tta.report.statistics import UPPER, interval
 
 WITHIN, OUTSIDE, NOT_RUN, NO_FIGURE = "within tolerance", "outside", "not run", "no figure"
+INCOMPLETE = "not judged"
+"""Verdict of a run on other images than the published figure is of: some are missing, or there are more."""
 CHANGED = "no reproduction"
 """Verdict of a run with another net or fewer images than the claim's: the numbers are shown, and judged not at all."""
 
@@ -93,7 +95,15 @@ def measure(rows: Sequence[Row], kind: str, domains: Sequence[str]) -> Measured 
     return Measured(100 * (1 - share if kind == "error" else share), 100 * half, over)
 
 
-def judge(theirs: float | None, ours: float | None, tolerance: float, *, changed: bool = False, why: str = "") -> str:
+def judge(
+    theirs: float | None,
+    ours: float | None,
+    tolerance: float,
+    *,
+    changed: bool = False,
+    why: str = "",
+    incomplete: str = "",
+) -> str:
     """The verdict on a figure.
 
     Args:
@@ -102,6 +112,7 @@ def judge(theirs: float | None, ours: float | None, tolerance: float, *, changed
         tolerance: In points, 0 or more. Differences up to it are within, but for rounding.
         changed: Whether the run differs from the claim.
         why: Why there is none of ours.
+        incomplete: How our images are not theirs, such as ``fog: 8 images; the figures are of 50,000``.
     """
     if ours is None:
         return f"{NOT_RUN}: {why}" if why else NOT_RUN
@@ -109,6 +120,8 @@ def judge(theirs: float | None, ours: float | None, tolerance: float, *, changed
         return CHANGED
     if theirs is None:
         return NO_FIGURE
+    if incomplete:
+        return f"{INCOMPLETE}: {incomplete}"
     return WITHIN if abs(ours - theirs) <= tolerance + 1e-9 else OUTSIDE
 
 

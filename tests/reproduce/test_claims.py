@@ -167,7 +167,7 @@ def test_rows_are_found_by_patterns():
         load("zerosima")
     with pytest.raises(ConfigError, match=r"has no part 'cifar'.*Parts: cifar10_c"):
         Reproduction(load("tent"), Settings(only=["cifar"]))
-    with pytest.raises(ConfigError, match=r"No row of tent is like \['eata'\]. Rows: cifar10_c/wrn_28_10/source"):
+    with pytest.raises(ConfigError, match=r"No row of tent is like 'eata'. Rows: cifar10_c/wrn_28_10/source"):
         Reproduction(load("tent"), Settings(rows=["eata"]))
     with pytest.raises(ConfigError, match=r"paths.imagenet-c: there is no such place. Places: .*imagenet_c"):
         Settings(paths={"imagenet-c": "x"})

@@ -97,12 +97,23 @@ def test_a_run_that_changes_nothing_is_judged(tmp_path, monkeypatch, capsys):
     assert comparison["over"] == "images"
 
 
+def test_a_folder_that_is_no_class_is_found_before_anything_runs(tmp_path, capsys):
+    published.imagenet_a(tmp_path / "data")
+    next((tmp_path / "data/imagenet-a").iterdir()).rename(tmp_path / "data/imagenet-a/n99999999")
+    run("cr_memo", tmp_path, *SMALL, "--only=imagenet_a")
+    text = capsys.readouterr().out
+    assert "damaged: ImageNet-A: " in text
+    assert "n99999999" in text
+    assert "nothing ran: ImageNet-A damaged" in text
+
+
 def test_a_cell_that_fails_is_named_and_the_others_stay(tmp_path, capsys):
     published.imagenet_a(tmp_path / "data")
-    (broken,) = sorted((tmp_path / "data/imagenet-a").rglob("*.JPEG"))[:1]
-    broken.parent.rename(broken.parent.with_name("n99999999"))  # no synset
+    *_, broken = sorted((tmp_path / "data/imagenet-a").rglob("*.JPEG"))
+    broken.write_bytes(b"no image")  # the first would be found before anything runs
     with pytest.raises(SystemExit):
         run("cr_memo", tmp_path, *SMALL, "--only=imagenet_a", "--rows=*/resnet50/baseline")
     assert "failed" in (text := capsys.readouterr().err)
-    assert "n99999999" in text
+    assert broken.name in text
+    assert "1 of 1 cells failed. The first" in text
     assert "Cells that did not run" in (tmp_path / "runs/cr_memo/reproduce.md").read_text()
