@@ -23,6 +23,8 @@ import yaml
 from PIL import Image
 from scipy.special import stdtr, stdtrit
 
+from lightning_tta.benchmark.config import NetConfig, StreamConfig
+from lightning_tta.benchmark.study import section_digests
 from lightning_tta.data.streams import RESET_BY_DOMAIN
 from lightning_tta.errors import DataError
 from lightning_tta.files import read_json
@@ -139,6 +141,16 @@ def difference(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     options = {name: value for name, value in data["init_args"].items() if name != "root"}
     if result["data"] != f"{data['class_path'].rpartition('.')[2]} {json.dumps(options)}":
         return "data"
+    of_file = section_digests(
+        {label: NetConfig(**entry) for label, entry in config.get("nets", {}).items()},
+        {label: StreamConfig(**entry) for label, entry in config["streams"].items()},
+        config.get("methods", {}),
+        config.get("model"),
+        config.get("run"),
+    )
+    for name, digest in (result.get("sections") or {}).items():  # results of earlier versions have none
+        if of_file.get(name) != digest:
+            return str(name)
     for name in ("measure", "against"):
         if name in section and section[name] != result.get(name):
             return name

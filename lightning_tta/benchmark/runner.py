@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
+import inspect
 import json
 import logging
 import multiprocessing
 import os
+import pydoc
 import shlex
 import shutil
 import signal
@@ -29,8 +31,11 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
+from lightning_tta import data as data_modules
 from lightning_tta.benchmark.config import Cell, MethodConfig, NetConfig, StreamConfig
-from lightning_tta.benchmark.study import Study, StudyConfig
+from lightning_tta.benchmark.study import Study, StudyConfig, section_digests
+from lightning_tta.data.base import ShiftedDataModule
+from lightning_tta.data.storage.contents import content_hashes
 from lightning_tta.errors import (
     ConfigError,
     Interrupted,
@@ -56,6 +61,10 @@ ALWAYS = ("accuracy", "domains", "visits", "forwards", "backwards", "ece", "seco
 MEASURES = (*ALWAYS, "mean_iou", "class_iou", "mean_absolute_error", "r2")
 """What a row of ``benchmark.json`` has of a cell's report; reports of earlier versions lack the calibration error."""
 
+OF_THE_STREAM = set(inspect.signature(ShiftedDataModule).parameters) - set(
+    "domains severity function_set corruption_seed num_images cache_dir".split()
+)
+"""Options of data that say nothing of their test images."""
 Source = tuple[str, int]  # a net that is trained: label, seed
 
 
@@ -112,6 +121,7 @@ class Benchmark:
     ) -> None:
         self.study: Study | None = None
         if study is not None:
+            self._sections = section_digests(nets, streams, methods, model, run)
             plain = {"nets": _plain(nets), "streams": _plain(streams), "methods": copy.deepcopy(methods)}
             self.study = Study(study, plain)
             nets = {label: NetConfig(**entry) for label, entry in plain["nets"].items()}
@@ -126,6 +136,7 @@ class Benchmark:
         self.methods = {label: MethodConfig.from_dict(label, entry) for label, entry in methods.items()}
         self.trainer, self.model, self.run_options = trainer or {}, model or {}, run or {}
         self.jobs, self.save_every, self.images_by_seed = jobs, save_every, images_by_seed
+        self._digests: dict[str, str | None] = {}
         self._check(only)
         self.cells = [
             Cell(method, net, stream, seed)
@@ -263,6 +274,7 @@ class Benchmark:
         data = {name: value for name, value in self.data_options.items() if name != "root"}
         found = {
             **study.result(result["rows"], result["skipped"]),
+            "sections": self._sections,
             "data": f"{str(self.data).rpartition('.')[2]} {json.dumps(data)}" if data else str(self.data),
             "command": shlex.join(["lightning-tta", *sys.argv[1:]])
             if "benchmark" in sys.argv[1:]
@@ -404,11 +416,34 @@ class Benchmark:
         report = read_json(directory / REPORT)
         return report if report is not None and _is_whole(report, directory) else None
 
+    def _inputs(self, config: dict[str, Any]) -> dict[str, str | None]:
+        """Hashes of the weights file and of the test images: files may change while the configuration does not.
+
+        ``None`` where there is none: nets without a file, data that are not there any more.
+        """
+        weights = Path(str(config["predict"]["model"]["init_args"]["source_ckpt"]))
+        data = config["predict"]["data"]
+        options = {name: value for name, value in data["init_args"].items() if name not in OF_THE_STREAM}
+        images = json.dumps([data["class_path"], options], sort_keys=True)
+        if images not in self._digests:
+            self._digests[images] = _data_digest(data["class_path"], options)
+        file = f"{weights} {weights.stat().st_mtime_ns}" if weights.is_file() else ""
+        if file and file not in self._digests:
+            self._digests[file] = content_hashes([weights], weights.parent, None)[0]
+        return {"weights": self._digests.get(file), "data": self._digests[images]}
+
     def _run(self, cell: Cell) -> dict[str, Any]:
         directory, config = self._place(cell)
-        report = self._finished(cell)
+        note, inputs = directory.with_name(f"{directory.name}.inputs.json"), self._inputs(config)
+        before = read_json(note) or {}  # results of earlier versions have none
+        changed = any(before.get(name) not in (None, value) for name, value in inputs.items() if value is not None)
+        report = None if changed else self._finished(cell)
         if report is None:
-            (directory / REPORT).unlink(missing_ok=True)  # a damaged one
+            (directory / REPORT).unlink(missing_ok=True)  # a damaged one, or of other files
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, inputs)
+            if changed:
+                config["predict"].setdefault("state", {})["resume"] = "restart"
             config["predict"]["trainer"]["logger"] = {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                 "init_args": {"save_dir": str(directory.parent), "name": directory.name, "version": ""},
@@ -424,6 +459,16 @@ class Benchmark:
             "device": (report.get("environment") or {}).get("device"),
             "directory": str(directory.relative_to(self.output)),
         }
+
+
+def _data_digest(class_path: str, options: dict[str, Any]) -> str | None:
+    """The digest of the test images; ``None`` where the data have none, or are not there: a run would say so."""
+    name = class_path.rpartition(".")[2]
+    kind: Any = pydoc.locate(class_path) if "." in class_path else getattr(data_modules, name, None)
+    try:
+        return str(kind(**options).digest())
+    except Exception:
+        return None
 
 
 def _per_image(report: dict[str, Any]) -> float | None:

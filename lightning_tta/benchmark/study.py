@@ -10,7 +10,9 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any, Literal
 
+from lightning_tta.benchmark.config import MethodConfig, NetConfig, StreamConfig
 from lightning_tta.errors import ConfigError, check_choice
+from lightning_tta.files import json_digest
 from lightning_tta.report.studies import axis_place, is_number, ruling
 
 Points = dict[Any, dict[int, float]]
@@ -276,6 +278,41 @@ class Study:
             return dict.fromkeys(self.values, 1 / len(self.values))
         ends = {"first": self.values[0], "last": self.values[-1]}
         return {ends[at] if isinstance(at, str) and at in ends else at: 1.0}
+
+
+def section_digests(
+    nets: Mapping[str, NetConfig],
+    streams: Mapping[str, StreamConfig],
+    methods: Mapping[str, Mapping[str, Any]],
+    model: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """What tells whether a study's result was made of a file: a digest of each section, whatever the places of weights.
+
+    Of ``data``, the result has the options themselves.
+    """
+    contents = {
+        "nets": {label: {**asdict(net), "source_ckpt": net.source_ckpt is not None} for label, net in nets.items()},
+        "streams": {label: asdict(stream) for label, stream in streams.items()},
+        "methods": {label: asdict(MethodConfig.from_dict(label, dict(entry))) for label, entry in methods.items()},
+        "model": dict(model or {}),
+        "run": dict(run or {}),
+    }
+    return {name: json_digest({"": _numbers(content)}) for name, content in contents.items()}
+
+
+def _numbers(value: Any) -> Any:
+    """The value with each number as a float, also where a reader of YAML has taken ``1e-3`` for text."""
+    if isinstance(value, Mapping):
+        return {str(key): _numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_numbers(item) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value)
 
 
 def _spread(values: Iterable[float]) -> dict[str, float]:

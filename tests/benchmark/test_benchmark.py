@@ -10,10 +10,12 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 
-from lightning_tta import ConfigError, DataError, TestTimeAdaptation
+import published
+from lightning_tta import ConfigError, DataError, TestTimeAdaptation, create_backbone
 from lightning_tta.benchmark.config import NetConfig, StreamConfig
 from lightning_tta.benchmark.runner import Benchmark
 from lightning_tta.errors import LightningTTAError
@@ -148,6 +150,40 @@ def test_damaged_cells_are_run_again(tmp_path):
         assert row() == expected
         assert json.loads(path.read_bytes())["domains"] == json.loads(whole)["domains"]
         assert predictions.read_bytes() == lines
+
+
+def change_weights(folder):
+    state = torch.load(folder / "net.pt")
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, folder / "net.pt")
+
+
+def add_an_image(folder):
+    published.photos(folder / "photos", ["a"], 1, 32, stem="another")
+
+
+@pytest.mark.parametrize("change", [change_weights, add_an_image])
+def test_a_cell_whose_files_have_changed_is_run_again(change, tmp_path):
+    """The configuration is the same, so its directory is too: the old result must not stand for the new files."""
+    published.photos(tmp_path / "photos", ["a", "b"], 2, 32)
+    torch.save(create_backbone("timm/test_resnet", 2).net.state_dict(), tmp_path / "net.pt")
+    made = Benchmark(
+        output=str(tmp_path / "runs"),
+        data={"class_path": "FolderData", "init_args": {"root": str(tmp_path / "photos"), "image_size": 32}},
+        nets={"net": NetConfig(source_ckpt=str(tmp_path / "net.pt"), backbone="timm/test_resnet", num_classes=2)},
+        streams={"iid": StreamConfig()},
+        methods={"source": {"class_path": "Source"}},
+        trainer={"accelerator": "cpu"},
+    )
+    (first,) = made.run()["rows"]
+    report = tmp_path / "runs" / first["directory"] / "report.json"
+    written = report.stat().st_mtime_ns
+    assert made.run()["rows"] == [first]
+    assert report.stat().st_mtime_ns == written
+    change(tmp_path)
+    made._digests.clear()  # as in a new process
+    (second,) = made.run()["rows"]
+    assert second["directory"] == first["directory"]
+    assert second["protocol_hash"] != first["protocol_hash"]
 
 
 def test_two_benchmarks_do_not_share_a_directory(tmp_path):

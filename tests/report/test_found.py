@@ -213,3 +213,33 @@ def test_the_page_names_every_study():
             assert study["claim"] in text
             assert all(ask["say"] in text for ask in study["asks"])
             assert (DOCS / f"images/studies/{name}.png").stat().st_size < script.LIMIT
+
+
+NET = {"source_ckpt": "a.pt", "backbone": "timm/test_resnet"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "differs"),
+    [
+        ({}, ""),
+        ({"methods": {"tent": {"class_path": "Tent", "init_args": {"lr": "1e-3"}}}}, ""),  # as YAML reads 1e-3
+        ({"nets": {"bn": {**NET, "source_ckpt": "elsewhere/b.pt"}}}, ""),
+        ({"nets": {"bn": {**NET, "backbone": "timm/test_vit"}}}, "nets"),
+        ({"streams": {"iid": {"kind": "iid", "reset": "never"}}}, "streams"),
+        ({"methods": {"tent": {"class_path": "Tent", "init_args": {"lr": 0.01}}}}, "methods"),
+        ({"model": {"reset_every": 10}}, "model"),
+    ],
+)
+def test_a_result_of_other_nets_streams_or_methods_is_an_old_one(sections, differs, tmp_path, configs):
+    write_config(configs, "zerosiam_batches")
+    write_study(tmp_path / "runs/zerosiam_batches")
+    made_of = {"nets": {"bn": NET}, "streams": {"iid": {"kind": "iid"}}}
+    made_of["methods"] = {"tent": {"class_path": "Tent", "init_args": {"lr": 0.001}}}
+    nets = {label: script.NetConfig(**entry) for label, entry in made_of["nets"].items()}
+    streams = {label: script.StreamConfig(**entry) for label, entry in made_of["streams"].items()}
+    path = tmp_path / "runs/zerosiam_batches/study.json"
+    result = json.loads(path.read_text())
+    result["sections"] = script.section_digests(nets, streams, made_of["methods"])
+    config = yaml.safe_load((configs / "zerosiam_batches.yaml").read_text())
+    assert script.difference({**config, **made_of, **sections}, result) == differs
+    assert script.difference({**config, **made_of, **sections}, {**result, "sections": {}}) == ""  # an earlier version
