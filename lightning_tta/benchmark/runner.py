@@ -42,6 +42,7 @@ from lightning_tta.errors import (
     LightningTTAError,
     UnsupportedModelError,
     WeightsError,
+    check_choice,
     check_range,
 )
 from lightning_tta.files import environment, is_whole_archive, read_json, write_json
@@ -61,6 +62,8 @@ ALWAYS = ("accuracy", "domains", "visits", "forwards", "backwards", "ece", "seco
 MEASURES = (*ALWAYS, "mean_iou", "class_iou", "mean_absolute_error", "r2")
 """What a row of ``benchmark.json`` has of a cell's report; reports of earlier versions lack the calibration error."""
 
+PER_IMAGE = "milliseconds_per_image"
+"""What a row has beside."""
 OF_THE_STREAM = set(inspect.signature(ShiftedDataModule).parameters) - set(
     "domains severity function_set corruption_seed num_images cache_dir".split()
 )
@@ -121,6 +124,9 @@ class Benchmark:
     ) -> None:
         self.study: Study | None = None
         if study is not None:
+            for name in ("measure", "against"):  # a wrong one would show when all cells are finished
+                first = getattr(study, name).partition(".")[0]
+                check_choice(f"study.{name}", first, (*MEASURES, PER_IMAGE, *([""] if name == "against" else [])))
             self._sections = section_digests(nets, streams, methods, model, run)
             plain = {"nets": _plain(nets), "streams": _plain(streams), "methods": copy.deepcopy(methods)}
             self.study = Study(study, plain)
@@ -233,6 +239,8 @@ class Benchmark:
                 raise Interrupted(stop.number, kept) from None
 
     def _run_all(self) -> dict[str, Any]:
+        if any(self._finished(cell) is None for cell in self.cells):
+            self._check_data()
         start = time.perf_counter()
         rows: list[dict[str, Any]] = []
         skipped: list[dict[str, str]] = []
@@ -269,6 +277,21 @@ class Benchmark:
         if any(entry["reason"].startswith("failed") for entry in skipped):
             raise LightningTTAError(f"Some cells failed; the others are in {self.output}. Reasons: benchmark.md.")
         return result
+
+    def _check_data(self) -> None:
+        """Refuse data that no stream can have, as a folder that does not exist, before nets are trained."""
+        kind, problem = _data_class(str(self.data)), None
+        for stream in self.streams.values():
+            try:
+                kind(**{**self.data_options, "stream": stream.kind, **stream.data})
+            except LightningTTAError as error:
+                problem = problem or error
+            except Exception:
+                return  # the cells say it
+            else:
+                return
+        if problem is not None:
+            raise problem
 
     def _write_study(self, study: Study, result: dict[str, Any], console: Console) -> None:
         data = {name: value for name, value in self.data_options.items() if name != "root"}
@@ -454,7 +477,7 @@ class Benchmark:
         return {
             **asdict(cell),
             **{name: report.get(name) for name in MEASURES if name in report or name in ALWAYS},
-            "milliseconds_per_image": _per_image(report),
+            PER_IMAGE: _per_image(report),
             "protocol_hash": report["protocol"]["hash"],
             "device": (report.get("environment") or {}).get("device"),
             "directory": str(directory.relative_to(self.output)),
@@ -463,12 +486,14 @@ class Benchmark:
 
 def _data_digest(class_path: str, options: dict[str, Any]) -> str | None:
     """The digest of the test images; ``None`` where the data have none, or are not there: a run would say so."""
-    name = class_path.rpartition(".")[2]
-    kind: Any = pydoc.locate(class_path) if "." in class_path else getattr(data_modules, name, None)
     try:
-        return str(kind(**options).digest())
+        return str(_data_class(class_path)(**options).digest())
     except Exception:
         return None
+
+
+def _data_class(class_path: str) -> Any:
+    return pydoc.locate(class_path) if "." in class_path else getattr(data_modules, class_path, None)
 
 
 def _per_image(report: dict[str, Any]) -> float | None:

@@ -253,7 +253,11 @@ class Study:
             "mean": None if estimate is None else estimate.mean,
             "half": None if estimate is None else estimate.half,
             "seeds": len(differences),
-            "missing": "" if differences else f"no cells of both '{ask.better}' and '{ask.than}' at {ask.at}",
+            "missing": ""
+            if differences
+            else f"no cells of both '{ask.better}' and '{ask.than}' at {ask.at}"
+            if found
+            else f"no cell has the measure '{self.config.measure}'",
         }
 
     def _value(self, points: Points, at: Any, seed: int) -> float | None:

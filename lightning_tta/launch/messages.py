@@ -116,9 +116,13 @@ def _describe(problem: _Problem, parser: argparse.ArgumentParser) -> str:
     if len(types) == len(problem.lines):
         allowed = [f"one of {t['choices']}" if t["choices"] else _TYPES.get(t["type"], t["type"]) for t in types]
         value = next((match["value"] for match in types if match["value"]), problem.value)
-        return f"--{option} must be {' or '.join(allowed)}; got {value!r}."
+        how = f" Name an entry: --{option}.NAME {value}." if allowed[0] == "a mapping" and value else ""
+        return f"--{option} must be {' or '.join(allowed)}; got {value!r}.{how}"
     if match := re.match(r"(?:Option '|.* does not accept option '|unrecognized arguments: --)([^'\s=+]+)", text):
         return _describe_unknown(problem, match[1], parser)
+    if match := re.match(r"argument (?:\S+/)?(--\S+): expected one argument", text):
+        value = "true" if _is_switch(match[1].removeprefix("--"), parser) else "VALUE"
+        return f"{match[1]} needs a value: {match[1]} {value}."
     if match := re.match(r"the following arguments are required: (.*)", text):
         subcommand = parser.prog.split()[-1] + "."
         names = [_join([option, name.removeprefix(subcommand)]) for name in match[1].split(", ")]
@@ -201,6 +205,10 @@ def missing_package(error: ModuleNotFoundError) -> ConfigError:
 
 def _join(keys: Iterable[str]) -> str:
     return ".".join(filter(None, keys))
+
+
+def _is_switch(option: str, parser: argparse.ArgumentParser) -> bool:
+    return any(action.dest == option and str(action.metavar) == "{true,false}" for action in parser._actions)
 
 
 def _names(parser: argparse.ArgumentParser) -> set[str]:

@@ -153,7 +153,7 @@ def _together(absent: Mapping[str, str]) -> dict[str, str]:
     rest = {name: text for name, text in absent.items() if NOT_THERE not in text}
     if not simple:
         return rest
-    more = f" So it is with the other {len(simple) - 1}." if len(simple) > 1 else ""
+    more = f" Nor are files of the other {len(simple) - 1}." if len(simple) > 1 else ""
     return {", ".join(simple): absent[simple[0]] + more, **rest}
 
 

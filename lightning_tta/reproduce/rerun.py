@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_tta.benchmark.config import StreamConfig
 from lightning_tta.benchmark.runner import Benchmark
-from lightning_tta.errors import ConfigError, LightningTTAError, did_you_mean
+from lightning_tta.errors import ConfigError, DataError, LightningTTAError, did_you_mean
 from lightning_tta.files import environment, read_json, write_json, write_whole
 from lightning_tta.reproduce import page
 from lightning_tta.reproduce.claims import AT, Claim, Part, matches
@@ -121,7 +121,7 @@ class Reproduction:
         benchmark = self.benchmark(label)
         try:
             return benchmark.run()
-        except ConfigError:  # its folder is in use
+        except (ConfigError, DataError):  # its folder is in use; data that no cell can have
             raise
         except LightningTTAError:  # cells failed; which, its file says
             return read_json(benchmark.output / "benchmark.json") or {"rows": [], "skipped": []}

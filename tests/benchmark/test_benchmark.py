@@ -186,6 +186,21 @@ def test_a_cell_whose_files_have_changed_is_run_again(change, tmp_path):
     assert second["protocol_hash"] != first["protocol_hash"]
 
 
+@pytest.mark.parametrize(("data", "functions"), [("lightning_tta.FolderData", "builtin"), ("CIFARData", "published")])
+def test_data_that_are_not_there_are_said_before_a_net_is_trained(data, functions, tmp_path):
+    made = Benchmark(
+        output=str(tmp_path / "runs"),
+        data={"class_path": data, "init_args": {"root": str(tmp_path / "nowhere"), "function_set": functions}},
+        nets={"net": NetConfig(fit="configs/digits/source.yaml")},
+        streams={"iid": StreamConfig(), "sorted": StreamConfig(kind="label_shift")},
+        methods={"source": {"class_path": "Source"}},
+        jobs=2,
+    )
+    with pytest.raises(DataError, match="nowhere"):
+        made.run()
+    assert not list((tmp_path / "runs").glob("sources/*"))
+
+
 def test_two_benchmarks_do_not_share_a_directory(tmp_path):
     tmp_path.joinpath("sources").mkdir()
     with FileLock(tmp_path / "benchmark.lock"), pytest.raises(ConfigError, match="in use by another benchmark"):

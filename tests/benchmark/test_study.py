@@ -252,3 +252,29 @@ def test_a_study_from_file_to_figure(tmp_path, capsys):
     assert len(times) == 4
     made().run()  # goes on: nothing is run again
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("report.json")} == times
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"measure": "acuracy"}, "study.measure must be one of 'accuracy', .*got 'acuracy'"),
+        ({"against": "seconds"}, "study.against must be one of .*milliseconds_per_image"),
+    ],
+)
+def test_a_measure_that_no_cell_has_is_refused_before_anything_runs(options, words):
+    with pytest.raises(ConfigError, match=words):
+        Benchmark(
+            "x",
+            {"class_path": "DigitsData"},
+            {"bn": NetConfig(source_ckpt="none", backbone="timm/test_resnet")},
+            {"iid": StreamConfig()},
+            {"source": {"class_path": "Source"}},
+            study=StudyConfig("Title", "A claim.", **options),
+        )
+
+
+def test_a_domain_that_no_cell_has_is_said():
+    made, _ = study(asks=[AskConfig("Tent gains", "tent")], axis="", measure="domains.clear.accuracy")
+    row = {"net": "bn", "stream": "iid", "method": "tent", "seed": 0, "domains": {"clean": {"accuracy": 0.5}}}
+    (answer,) = made.result([row])["answers"]
+    assert answer["missing"] == "no cell has the measure 'domains.clear.accuracy'"

@@ -196,6 +196,20 @@ def test_resuming_from_a_text_file(capsys, scratch):
     assert "text.ckpt is not a readable checkpoint" in message_of(capsys, [*RUN, "--ckpt_path=text.ckpt"])
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["reproduce", "tent", "--check"], "--check needs a value: --check true."),
+        (["reproduce", "tent", "--root"], "--root needs a value: --root VALUE."),
+        (["report", "x", "--allow_different"], "--allow_different needs a value: --allow_different true."),
+        (["reproduce", "tent", "--weights", "net.pt"], "got 'net.pt'. Name an entry: --weights.NAME net.pt."),
+        (["reproduce", "tent", "--paths=data"], "got 'data'. Name an entry: --paths.NAME data."),
+    ],
+)
+def test_an_option_without_its_value_or_name_shows_how_it_is_written(capsys, scratch, args, words):
+    assert words in message_of(capsys, args)
+
+
 @pytest.mark.parametrize(("text", "words"), [("{", "cannot be read"), ("[1]", "no report"), ("{}", "no report")])
 def test_a_report_that_is_none(capsys, scratch, text, words):
     (scratch / "report.json").write_text(text)
