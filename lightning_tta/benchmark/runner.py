@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -323,10 +322,15 @@ class Benchmark:
         threads = max(1, torch.get_num_threads() // self.jobs)
         context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
         with ProcessPoolExecutor(self.jobs, context, _start_worker, (threads,)) as pool:
+
+            def run_all(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
+                futures = [pool.submit(_in_worker, work, item) for item in items]
+                return (future.result() for future in futures)  # map cancels its own: a broken pool cannot take that
+
             try:
-                yield lambda work, items: pool.map(partial(_in_worker, work), items)
+                yield run_all
             except Interrupted:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(wait=False)
                 for worker in multiprocessing.active_children():
                     if worker not in others:
                         worker.terminate()  # it saves the state of its cell first
