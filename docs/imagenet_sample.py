@@ -49,9 +49,9 @@ with trained weights from a package of the Python index (`lightning-tta weights 
   methods with each other.
 - Each method has its published ImageNet setting where it has one, else its defaults. Nothing was tuned. One order of
   the stream. Methods that look at source images first see {num_source} others of the sample.
-- **One image a class**: the source images are of other classes than those that are tested. What learns classes from them
-  cannot work here (`adanpc` knows no other class than theirs, `label_shift_adapter` is fitted on them), and `cafa` needs
-  two images of a class at least.
+- **One image a class**: the source images are of other classes than those that are tested. What learns classes from
+  them cannot work here (`adanpc` knows no other class than theirs, `label_shift_adapter` is fitted on them), and `cafa`
+  needs two images of a class at least. `poem` sees the tenth of them that is held out, which is few.
 - ±: of the mean over images, which are the independent draws: each comes under every corruption. The difference from
   the source is that of the same images, so its standard error is smaller. Bold: more than two standard errors from
   zero, of each alone; among many one is so by chance.
