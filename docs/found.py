@@ -239,7 +239,7 @@ def _corrected(studies: Mapping[str, Mapping[str, Any]]) -> str:
     tested = [(of, each) for of, each in answers if each["half"] is not None and each["half"] >= SPREAD]
     clear = [each for _, each in tested if each["verdict"] != "unclear"]
     remaining = [
-        f"{each['say']} ({of.replace(' (', ', ').removesuffix(')')})"
+        f"{of}: {each['say']}"
         for (of, each), p in zip(tested, holm([p_value(each) for _, each in tested]), strict=True)
         if p is not None and p < 0.05
     ]

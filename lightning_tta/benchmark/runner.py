@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from lightning_tta import data as data_modules
 from lightning_tta.benchmark.config import Cell, MethodConfig, NetConfig, StreamConfig
 from lightning_tta.benchmark.study import Study, StudyConfig, section_digests
 from lightning_tta.data.base import ShiftedDataModule
@@ -193,9 +192,10 @@ class Benchmark:
             checks = check_configurations(self._config(cell, "none") for cell in cells.values())
             for who in cells:
                 try:
-                    next(checks)
+                    parsed = next(checks)
                 except ConfigError as error:
                     raise ConfigError(f"{who}: {error}") from error
+        self._data_kind: Any = pydoc.locate(parsed["data"]["class_path"])  # one that a configuration may name
 
     def _check_net(self, label: str, net: NetConfig) -> None:
         if (net.fit is None) == (net.source_ckpt is None and not net.pretrained and net.net is None):
@@ -279,10 +279,10 @@ class Benchmark:
 
     def _check_data(self) -> None:
         """Refuse data that no stream can have, as a folder that does not exist, before nets are trained."""
-        kind, problem = _data_class(str(self.data)), None
+        problem = None
         for stream in self.streams.values():
             try:
-                kind(**{**self.data_options, "stream": stream.kind, **stream.data})
+                self._data_kind(**{**self.data_options, "stream": stream.kind, **stream.data})
             except LightningTTAError as error:
                 problem = problem or error
             except Exception:
@@ -449,15 +449,22 @@ class Benchmark:
         ``None`` where there is none: nets without a file, data that are not there any more.
         """
         weights = Path(str(config["predict"]["model"]["init_args"]["source_ckpt"]))
-        data = config["predict"]["data"]
-        options = {name: value for name, value in data["init_args"].items() if name not in OF_THE_STREAM}
-        images = json.dumps([data["class_path"], options], sort_keys=True)
+        given = config["predict"]["data"]["init_args"]
+        options = {name: value for name, value in given.items() if name not in OF_THE_STREAM}
+        images = json.dumps(options, sort_keys=True)
         if images not in self._digests:
-            self._digests[images] = _data_digest(data["class_path"], options)
+            self._digests[images] = self._data_digest(options)
         file = f"{weights} {weights.stat().st_mtime_ns}" if weights.is_file() else ""
         if file and file not in self._digests:
             self._digests[file] = content_hashes([weights], weights.parent, None)[0]
         return {"weights": self._digests.get(file), "data": self._digests[images]}
+
+    def _data_digest(self, options: dict[str, Any]) -> str | None:
+        """The digest of the test images; ``None`` where the data have none, or are not there: a run would say so."""
+        try:
+            return str(self._data_kind(**options).digest())
+        except Exception:
+            return None
 
     def _run(self, cell: Cell) -> dict[str, Any]:
         directory, config = self._place(cell)
@@ -486,18 +493,6 @@ class Benchmark:
             "device": (report.get("environment") or {}).get("device"),
             "directory": str(directory.relative_to(self.output)),
         }
-
-
-def _data_digest(class_path: str, options: dict[str, Any]) -> str | None:
-    """The digest of the test images; ``None`` where the data have none, or are not there: a run would say so."""
-    try:
-        return str(_data_class(class_path)(**options).digest())
-    except Exception:
-        return None
-
-
-def _data_class(class_path: str) -> Any:
-    return pydoc.locate(class_path) if "." in class_path else getattr(data_modules, class_path, None)
 
 
 def _per_image(report: dict[str, Any]) -> float | None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_tta import data as data_modules
 from lightning_tta.benchmark.config import NetConfig
+from lightning_tta.data import data_modules
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.domain_names import split_severity
 from lightning_tta.data.streams import RESET_BY_DOMAIN
@@ -180,7 +180,7 @@ def _set_aside(plan: PartPlan, title: str, absent: Mapping[str, str], one_by_one
 def _look_into_data(plan: PartPlan, settings: Settings, one_by_one: bool) -> None:
     """Open what is there, as the runs will: damaged files are found before hours of runs, and images are counted."""
     part, title = plan.part, SETS[plan.part.needs[0]].title
-    kind = getattr(data_modules, part.data["class_path"])
+    kind = data_modules()[part.data["class_path"]]
     options = fill(part.data.get("init_args") or {}, settings)
     known = {*inspect.signature(kind).parameters, "domains", "severity"}
     looks: dict[str, dict[str, Any]] = {}  # streams that differ in their order alone have the same images

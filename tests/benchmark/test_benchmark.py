@@ -2,9 +2,12 @@
 
 import gc
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -18,9 +21,10 @@ import published
 from lightning_tta import ConfigError, DataError, TestTimeAdaptation, create_backbone
 from lightning_tta.benchmark.config import NetConfig, StreamConfig
 from lightning_tta.benchmark.runner import Benchmark
-from lightning_tta.errors import LightningTTAError
+from lightning_tta.errors import Interrupted, LightningTTAError
 from lightning_tta.methods.base.method import TTAMethod
 from lightning_tta.report.terminal import report
+from processes import NEEDS_FORK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = {"method", "net", "stream", "seed", "accuracy", "domains", "protocol_hash", "forwards", "backwards"}
@@ -360,3 +364,23 @@ def test_a_net_over_prompts_may_be_a_folder(tmp_path):
     assert model["init_args"]["source_ckpt"] is None
     with pytest.raises(ConfigError, match="nowhere does not exist"):
         Benchmark(str(tmp_path), {"class_path": "PromptData"}, {"a": NetConfig(net="nowhere")}, stream, methods)
+
+
+@NEEDS_FORK
+def test_work_that_has_not_begun_leaves_no_traceback_when_a_benchmark_is_stopped(tmp_path, monkeypatch):
+    made, failures, threads = benchmark(tmp_path, jobs=2), [], set(threading.enumerate())
+    forked = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: forked)
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+
+    def stop_after_the_first():
+        with made._workers() as run_all:
+            for _ in run_all(time.sleep, [0.0, *[60.0] * 8]):
+                raise Interrupted(signal.SIGTERM, "stopped")
+
+    with pytest.raises(Interrupted):
+        stop_after_the_first()
+    for worker in (*multiprocessing.active_children(), *(set(threading.enumerate()) - threads)):
+        worker.join(20)
+    assert not multiprocessing.active_children()
+    assert not [failure.exc_value for failure in failures]
