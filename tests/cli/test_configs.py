@@ -67,8 +67,8 @@ def test_every_config_parses(parse, path, monkeypatch):
 
         def check(configurations):
             for args in configurations:
-                parsed.append(args if parsed and is_study else parse(args))
-                yield
+                parsed.append(parsed[0] if parsed and is_study else parse(args))
+                yield parsed[-1]
 
         monkeypatch.setattr("lightning_tta.benchmark.runner.check_configurations", check)
         weights = yaml.safe_load(text)["nets"].items()  # the user's own: not in the repository
