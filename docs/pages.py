@@ -9,6 +9,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -262,8 +263,14 @@ def literal_include(path: Path) -> str:
 
 def is_of(kind: type, path: Path) -> bool:
     """Whether a configuration file is that of this class."""
+    return class_in(path).rpartition(".")[2] == kind.__name__
+
+
+@cache
+def class_in(path: Path) -> str:
+    """The class that a configuration file names at its top, or nothing; kept, for each method asks it of all files."""
     content = yaml.safe_load(path.read_text())
-    return isinstance(content, dict) and str(content.get("class_path", "")).rpartition(".")[2] == kind.__name__
+    return str(content.get("class_path", "")) if isinstance(content, dict) else ""
 
 
 def index(name: str, about: str, rows: Iterable[tuple[str, str]]) -> str:

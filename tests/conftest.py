@@ -107,6 +107,20 @@ def digits_source(tmp_path_factory, _own_cache):
     return folder / "source"
 
 
+@pytest.fixture(scope="session")
+def parse():
+    """Parses arguments of fit, validate, test or predict as the command would, without building a parser each time."""
+    from lightning_tta.launch.lightning import run_lightning
+
+    cli = run_lightning(["predict", "--data=DigitsData", "--model.method=source"], parse_only=True)
+
+    def parse(args):
+        cli.parse_arguments(cli.parser, args)
+        return cli.config[cli.config["subcommand"]]
+
+    return parse
+
+
 @pytest.fixture
 def one_thread():
     """For modules of many tiny passes: handing them to several threads costs more than it saves."""

@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import importlib.util
 import inspect
 import json
@@ -34,6 +35,7 @@ EXAMPLES = r"foo|info_max|docs/_build"  # methods that the reader writes, and th
 FILES = r"(?:lightning_tta|configs|tests|docs|notebooks)/[\w./-]+"
 
 
+@functools.cache
 def load(name):
     """A module of ``docs/``."""
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import glob
 import importlib
+import itertools
 import re
 import runpy
 import shlex
@@ -24,7 +25,6 @@ from PIL import Image
 from lightning_tta.cli import choose
 from lightning_tta.cli.commands import COMMANDS, call, make_parser
 from lightning_tta.cli.main import main
-from lightning_tta.launch.lightning import run_lightning
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -78,7 +78,7 @@ class Parsed(Exception):
     """Raised in place of what a script would do after its arguments."""
 
 
-def check(words, monkeypatch):
+def check(words, monkeypatch, parse):
     """Raises unless the command exists, takes these arguments, and finds its configuration files."""
     if words[0] == "python":
         module = importlib.import_module(Path(words[1]).stem)
@@ -95,18 +95,18 @@ def check(words, monkeypatch):
         return
     name, *args = words[1:]
     if name in LIGHTNING:
-        run_lightning([name, *args], parse_only=True)
+        parse([name, *args])
     elif name == "stream":
-        run_lightning(["predict", "--model.method=source", *args], parse_only=True)
+        parse(["predict", "--model.method=source", *args])
     elif name == "choose" and args:
         _, rest = choose.make_parser().parse_known_args(args)
-        run_lightning(["predict", "--model.method=source", *rest], parse_only=True)
+        parse(["predict", "--model.method=source", *rest])
     elif name == "doctor" and args:
         _, rest = argparse_of_doctor().parse_known_args(args)
-        run_lightning(["predict", "--model.method=source", *rest], parse_only=True)
+        parse(["predict", "--model.method=source", *rest])
     elif name == "benchmark":
-        # what each cell would be given is parsed in test_configs.py
-        monkeypatch.setattr("lightning_tta.benchmark.runner.run_lightning", lambda *args, **options: None)
+        checks = "lightning_tta.benchmark.runner.check_configurations"  # of cells: test_configs.py has them all
+        monkeypatch.setattr(checks, lambda cells: itertools.repeat(parse(next(iter(cells)))))
         call("benchmark", args)
     elif name in ("report", "export", "init", "reproduce", "weights") and (args or name != "weights"):
         make_parser(name)[1].parse_args(args)
@@ -142,15 +142,15 @@ def test_there_are_some():
 
 
 @pytest.mark.parametrize("words", ALL, ids=lambda words: " ".join(words[1:])[:80])
-def test_it_parses(words, monkeypatch, capsys):
+def test_it_parses(words, monkeypatch, capsys, parse):
     monkeypatch.chdir(ROOT)
     if asks(words):
         with pytest.raises(SystemExit) as caught:
-            check(words, monkeypatch)
+            check(words, monkeypatch, parse)
         assert not caught.value.code
         assert len(capsys.readouterr().out) > 200
     else:
-        check(words, monkeypatch)
+        check(words, monkeypatch, parse)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +173,11 @@ def test_it_parses(words, monkeypatch, capsys):
         "python tests/measure/memo_cifar.py",
     ],
 )
-def test_what_is_wrong_is_found(rotten, monkeypatch):
+def test_what_is_wrong_is_found(rotten, monkeypatch, parse):
     monkeypatch.chdir(ROOT)
     (words,) = commands_of(f"```bash\n{rotten}\n```\n")
     with pytest.raises((Exception, SystemExit)) as caught:
-        check(words, monkeypatch)
+        check(words, monkeypatch, parse)
     assert not isinstance(caught.value, SystemExit) or caught.value.code
 
 

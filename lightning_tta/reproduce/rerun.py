@@ -131,7 +131,10 @@ class Reproduction:
         claim, parts = self.claim, {}
         for label, plan in self.plans.items():
             known = label in results
-            rows = [{**row, "method": row["method"].partition(AT)[0]} for row in results.get(label, {}).get("rows", [])]
+            rows = [
+                {**row, "method": row["method"].partition(AT)[0], "folder": self.output / label / row["directory"]}
+                for row in results.get(label, {}).get("rows", [])
+            ]
             skipped = {entry["cell"]: entry["reason"] for entry in results.get(label, {}).get("skipped", [])}
             comparisons, rankings = compare(label, plan, rows, bool(self.settings.changed), skipped)
             if not known:  # the file is written after each part

@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import combinations
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from lightning_tta.files import read_json
+from lightning_tta.report.files import read_predictions
 from lightning_tta.report.statistics import UPPER, interval
+from lightning_tta.run.directory import REPORT
+from lightning_tta.run.outputs import PREDICTIONS
 
 WITHIN, OUTSIDE, NOT_RUN, NO_FIGURE = "within tolerance", "outside", "not run", "no figure"
 INCOMPLETE = "not judged"
@@ -67,13 +75,15 @@ def measure(rows: Sequence[Row], kind: str, domains: Sequence[str]) -> Measured 
 
     The mean of each cell is over ``domains``, each counting the same, as tables in the field have it. With at least
     three seeds, which all nets and streams have, the interval is that of Student's t over the means of each seed; else
-    it is the normal one over images, which are taken for independent draws: too narrow where the same images come in
-    several domains. ``None``: a cell lacks one of the domains.
+    it is the normal one over images. There an image counts once: what it gives in all domains, nets, streams and seeds
+    is one draw, known by its index in a domain. Where the predictions of a cell are gone, each prediction is taken for
+    a draw of its own, which is too narrow where the same images come in several domains.
+    ``None``: a cell lacks one of the domains.
 
     Args:
-        rows: Rows of a benchmark.
+        rows: Rows of a benchmark; ``folder`` is the directory of the run, where there is one.
         kind: ``error`` or ``accuracy``.
-        domains: Names of domains.
+        domains: Names of domains; ``all``: all of the run, taken together.
     """
     cells: dict[tuple[str, str], dict[int | None, tuple[float, float]]] = {}  # by seed: value and variance
     for row in rows:
@@ -90,9 +100,48 @@ def measure(rows: Sequence[Row], kind: str, domains: Sequence[str]) -> Measured 
     if estimate is not None and estimate.half is not None and all(each == seeds[0] for each in seeds):
         half, over = estimate.half, "seeds"
     else:
-        variances = [fmean(variance for _, variance in by.values()) for by in cells.values()]
-        half, over = float(ndtri(UPPER)) * math.sqrt(sum(variances)) / len(cells), "images"
+        variance_of_all = _clustered(rows, domains, {cell: len(by) for cell, by in cells.items()})
+        if variance_of_all is None:
+            variances = [fmean(variance for _, variance in by.values()) for by in cells.values()]
+            variance_of_all = sum(variances) / len(cells) ** 2
+        half, over = float(ndtri(UPPER)) * math.sqrt(variance_of_all), "images"
     return Measured(100 * (1 - share if kind == "error" else share), 100 * half, over)
+
+
+def _clustered(rows: Sequence[Row], domains: Sequence[str], seeds: Mapping[tuple[str, str], int]) -> float | None:
+    """The variance of the mean, with an image's predictions in all domains and cells as one draw."""
+    total: NDArray[np.float64] = np.zeros(0)
+    for row in rows:
+        if row.get("folder") is None:
+            return None
+        file = Path(row["folder"]) / PREDICTIONS
+        by_image = _parts_of_images(file, tuple(domains), file.stat().st_mtime_ns) if file.is_file() else None
+        if by_image is None:
+            return None
+        total = np.pad(total, (0, max(0, len(by_image) - len(total))))
+        total[: len(by_image)] += by_image / (seeds[row["net"], row["stream"]] * len(seeds))
+    return float((total**2).sum())
+
+
+@lru_cache(maxsize=1024)
+def _parts_of_images(file: Path, domains: tuple[str, ...], written: int) -> NDArray[np.float64] | None:
+    """By the index of an image: how far it moves the mean accuracy over domains from what it is."""
+    images = _predictions(file, written)
+    if domains == ("all",) and "all" not in images:
+        images = {"all": np.concatenate([*images.values()])} if images else {}
+    if any(name not in images for name in domains):
+        return None
+    moved = np.zeros(1 + max(int(images[name][:, 0].max(initial=-1)) for name in domains))
+    for name in domains:
+        index, label, guess = images[name][images[name][:, 1] >= 0].T
+        right = (label == guess).astype(float)
+        np.add.at(moved, index, (right - right.mean()) / max(1, len(right)) / len(domains))
+    return moved
+
+
+@lru_cache(maxsize=2)
+def _predictions(file: Path, written: int) -> Mapping[str, NDArray[np.int64]]:
+    return read_predictions(file.parent, read_json(file.with_name(REPORT)) or {})[0]
 
 
 def judge(

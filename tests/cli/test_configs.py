@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lightning_tta.cli.commands import call
-from lightning_tta.launch.lightning import check_configurations, run_lightning
+from lightning_tta.launch.lightning import check_configurations
 from lightning_tta.methods import find, names
 
 ROOT = Path(__file__).parents[2]
@@ -19,18 +19,6 @@ NAMED = [path for path in ALL if path.parent.name != "methods"]  # those of meth
 DIGITS = ["predict", "--data", "DigitsData"]
 NET = ["--model.source_ckpt=none", "--model.backbone=cifar/resnet20"]
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
-
-
-@pytest.fixture(scope="module")
-def parse():
-    """Parses arguments of fit, validate, test or predict as the command would, without building a parser each time."""
-    cli = run_lightning([*DIGITS, "--model.method=source"], parse_only=True)
-
-    def parse(args):
-        cli.parse_arguments(cli.parser, args)
-        return cli.config[cli.config["subcommand"]]
-
-    return parse
 
 
 def commands_of(path):

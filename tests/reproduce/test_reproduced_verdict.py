@@ -60,6 +60,51 @@ def test_streams_that_share_their_seeds_are_no_further_draws():
     assert ours.half == pytest.approx(100 * stats.t.ppf(0.975, 2) * means.std(ddof=1) / np.sqrt(3))
 
 
+def write_cell(folder, right):
+    """A run's files: whether each image was right, by domain, its index in the domain being its place."""
+    folder.mkdir()
+    lines = [
+        f"{name},{index},1,{int(value)}\n"
+        for name, each in right.items()
+        for index, value in reversed([*enumerate(each)])
+    ]
+    (folder / "predictions.csv").write_text("domain,index,label,prediction\n" + "".join(lines))
+    (folder / "report.json").write_text("{}")
+    return {name: float(np.mean(each)) for name, each in right.items()}
+
+
+def test_an_image_in_several_domains_nets_and_seeds_is_one_draw(tmp_path):
+    """As by hand: each image's mean over all it comes in, weighed as the figure weighs it, and the spread of these."""
+    generator = np.random.default_rng(0)
+    easy = generator.random(50)  # images differ, so that an image is right in both domains, or in none
+    made, parts = [], []
+    for net, seed, weight in (("a", 0, 1.0), ("b", 0, 0.5), ("b", 1, 0.5)):
+        right = {name: generator.random(50) < easy for name in ("fog", "snow")}
+        accuracies = write_cell(tmp_path / f"{net}{seed}", right)
+        made.append(row(accuracies, 50, net=net, seed=seed, folder=tmp_path / f"{net}{seed}"))
+        parts.append(weight / 2 * (right["fog"].astype(float) + right["snow"]) / 2)
+    by_image = np.sum(parts, 0)
+    ours = measure(made, "accuracy", ["fog", "snow"])
+    assert ours.value == pytest.approx(100 * by_image.mean())
+    assert ours.half == pytest.approx(100 * stats.norm.ppf(0.975) * by_image.std() / np.sqrt(50))
+    apart = measure([{**each, "folder": None} for each in made], "accuracy", ["fog", "snow"])
+    assert ours.value == apart.value
+    assert ours.half > 1.2 * apart.half  # taken for draws of their own they were too narrow
+    one = measure(made[:1], "accuracy", ["fog"])  # here each prediction is a draw of its own
+    assert one.half == pytest.approx(measure([{**made[0], "folder": None}], "accuracy", ["fog"]).half)
+    whole = row({"all": made[0]["accuracy"]}, 100, net="a", seed=0, folder=made[0]["folder"])
+    assert measure([whole], "accuracy", ["all"]).half == pytest.approx(
+        measure(made[:1], "accuracy", ["fog", "snow"]).half
+    )
+
+
+def test_predictions_that_are_damaged_are_not_used(tmp_path):
+    accuracies = write_cell(tmp_path / "a", {"fog": np.array([True, False])})
+    (tmp_path / "a/report.json").write_text('{"predictions_digest": "0"}')
+    made = row(accuracies, 2, folder=tmp_path / "a")
+    assert measure([made], "accuracy", ["fog"]) == measure([{**made, "folder": None}], "accuracy", ["fog"])
+
+
 def test_a_domain_that_is_not_there_has_no_mean():
     assert measure([row({"fog": 0.2})], "accuracy", ["fog", "snow"]) is None
     assert measure([], "accuracy", ["fog"]) is None
@@ -145,3 +190,22 @@ def test_a_result_between_two_parts_says_what_is_to_come(tmp_path):
     first, second = (result["parts"][label]["comparisons"] for label in ("cifar10_c", "imagenet_c"))
     assert {each["verdict"] for each in first if each["method"] == "tent"} == {"within tolerance"}
     assert {each["verdict"] for each in second} == {"not run: not reached yet"}
+
+
+def test_the_interval_of_a_result_is_over_the_images_that_its_cells_have_written(tmp_path):
+    reproduction = Reproduction(load("tent"), Settings(root=tmp_path, only=["cifar10_c"], output=tmp_path))
+    plan = reproduction.plans["cifar10_c"]
+    plan.missing.clear()
+    plan.weights.clear()
+    made = rows_like(plan.part, "tent")
+    (tmp_path / "tent/cifar10_c").mkdir(parents=True)
+    right = np.arange(100) % 10 > 2
+    accuracies = write_cell(tmp_path / "tent/cifar10_c/cells", dict.fromkeys(made["domains"], right))
+    made = {**made, **row(accuracies), **{name: made[name] for name in ("net", "stream", "method")}}
+    result = reproduction.result({"cifar10_c": {"rows": [made], "skipped": []}})
+    (mean,) = (
+        each
+        for each in result["parts"]["cifar10_c"]["comparisons"]
+        if (each["method"], each["domain"]) == ("tent", None)
+    )
+    assert mean["half"] == pytest.approx(100 * stats.norm.ppf(0.975) * right.std() / 10)  # fifteen times the same
