@@ -55,9 +55,10 @@ Claims of papers, and questions of our own, each rerun by one command: [how a st
 - Each claim has its own interval: of twenty true differences of zero one would look like a finding.
   {corrected}
 - Studies have five seeds; three of Meta-TTT (inner steps, parts, ZeroSiam's objective), which train many nets, have
-  three. Most were given five after three had been looked at, whatever these had shown; robustness to a wrong rate on
-  digits got smaller batches too. Five from the start: six of ZeroSiam on digits (all but the rate), and on CIFAR-10 the
-  views, all methods' batch sizes and rates.
+  three, and its others five by `--seeds`, for with three they stay within five minutes. Most were given five after
+  three had been looked at, whatever these had shown; robustness to a wrong rate on digits got smaller batches too. Five
+  from the start: six of ZeroSiam on digits (all but the rate), and on CIFAR-10 the views, all methods' batch sizes and
+  rates.
 - In the figures bands and whiskers reach from the lowest to the highest seed. Nets of different seeds differ much, and
   a difference is taken within a seed: the intervals below the curves are what the verdicts come from.
 - *Digits* are the 1,797 images of scikit-learn, with small nets that the study trains itself, one a seed: everything
