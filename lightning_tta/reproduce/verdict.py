@@ -76,8 +76,8 @@ def measure(rows: Sequence[Row], kind: str, domains: Sequence[str]) -> Measured 
     The mean of each cell is over ``domains``, each counting the same, as tables in the field have it. With at least
     three seeds, which all nets and streams have, the interval is that of Student's t over the means of each seed; else
     it is the normal one over images. There an image counts once: what it gives in all domains, nets, streams and seeds
-    is one draw, known by its index in a domain. Where the predictions of a cell are gone, each prediction is taken for
-    a draw of its own, which is too narrow where the same images come in several domains.
+    is one draw, known by its place among the images of a domain. Where the predictions of a cell are gone, each
+    prediction is taken for a draw of its own, which is too narrow where the same images come in several domains.
     ``None``: a cell lacks one of the domains.
 
     Args:
@@ -125,7 +125,7 @@ def _clustered(rows: Sequence[Row], domains: Sequence[str], seeds: Mapping[tuple
 
 @lru_cache(maxsize=1024)
 def _parts_of_images(file: Path, domains: tuple[str, ...], written: int) -> NDArray[np.float64] | None:
-    """By the index of an image: how far it moves the mean accuracy over domains from what it is."""
+    """By the place of an image in a domain: how far it moves the mean accuracy over domains from what it is."""
     images = _predictions(file, written)
     if domains == ("all",) and "all" not in images:
         images = {"all": np.concatenate([*images.values()])} if images else {}
@@ -141,7 +141,18 @@ def _parts_of_images(file: Path, domains: tuple[str, ...], written: int) -> NDAr
 
 @lru_cache(maxsize=2)
 def _predictions(file: Path, written: int) -> Mapping[str, NDArray[np.int64]]:
-    return read_predictions(file.parent, read_json(file.with_name(REPORT)) or {})[0]
+    """By domain place, label and prediction of each image; empty where they are not those of the report."""
+    report = read_json(file.with_name(REPORT)) or {}
+    images, _ = read_predictions(file.parent, report)
+    protocol = report.get("protocol") or {}
+    found, first = dict[str, NDArray[np.int64]](), 0
+    for name, count in zip(protocol.get("domains") or [], protocol.get("images_per_domain") or [], strict=False):
+        if name in images:  # the images of a run are numbered through, one domain after the other
+            found[name] = images[name] - np.array([first, 0, 0])
+            if not ((0 <= found[name][:, 0]) & (found[name][:, 0] < count)).all():
+                return {}
+        first += count
+    return found
 
 
 def judge(

@@ -1,5 +1,7 @@
 """Ours beside theirs, by hand: means, intervals, verdicts, orders."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -61,15 +63,17 @@ def test_streams_that_share_their_seeds_are_no_further_draws():
 
 
 def write_cell(folder, right):
-    """A run's files: whether each image was right, by domain, its index in the domain being its place."""
+    """A run's files: whether each image was right, by domain; images are numbered through, as a run does."""
     folder.mkdir()
+    sizes = [len(each) for each in right.values()]
     lines = [
-        f"{name},{index},1,{int(value)}\n"
-        for name, each in right.items()
-        for index, value in reversed([*enumerate(each)])
+        f"{first + place},{name},1,{int(value)}\n"
+        for first, (name, each) in zip(np.cumsum([0, *sizes]), right.items(), strict=False)
+        for place, value in reversed([*enumerate(each)])
     ]
-    (folder / "predictions.csv").write_text("domain,index,label,prediction\n" + "".join(lines))
-    (folder / "report.json").write_text("{}")
+    (folder / "predictions.csv").write_text("index,domain,label,prediction\n" + "".join(lines))
+    protocol = {"domains": [*right], "images_per_domain": sizes}
+    (folder / "report.json").write_text(json.dumps({"protocol": protocol}))
     return {name: float(np.mean(each)) for name, each in right.items()}
 
 
@@ -98,11 +102,26 @@ def test_an_image_in_several_domains_nets_and_seeds_is_one_draw(tmp_path):
     )
 
 
-def test_predictions_that_are_damaged_are_not_used(tmp_path):
-    accuracies = write_cell(tmp_path / "a", {"fog": np.array([True, False])})
-    (tmp_path / "a/report.json").write_text('{"predictions_digest": "0"}')
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"predictions_digest": "0"},  # changed since
+        {"protocol": {"domains": ["fog", "snow"], "images_per_domain": [1, 3]}},  # numbered otherwise
+        {},
+    ],
+)
+def test_predictions_that_are_not_known_are_not_used(tmp_path, report):
+    accuracies = write_cell(tmp_path / "a", {"fog": np.array([True, False]), "snow": np.array([True, False])})
     made = row(accuracies, 2, folder=tmp_path / "a")
-    assert measure([made], "accuracy", ["fog"]) == measure([{**made, "folder": None}], "accuracy", ["fog"])
+    assert (
+        measure([made], "accuracy", [*accuracies]).half
+        > measure([{**made, "folder": None}], "accuracy", [*accuracies]).half
+    )
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/predictions.csv").write_bytes((tmp_path / "a/predictions.csv").read_bytes())
+    (tmp_path / "b/report.json").write_text(json.dumps(report))
+    other = {**made, "folder": tmp_path / "b"}
+    assert measure([other], "accuracy", [*accuracies]) == measure([{**made, "folder": None}], "accuracy", [*accuracies])
 
 
 def test_a_domain_that_is_not_there_has_no_mean():
