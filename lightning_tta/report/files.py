@@ -212,6 +212,20 @@ def read_predictions(directory: Path, report: Report) -> tuple[Predictions, str]
     return images, ""
 
 
+def places(report: Report, domain: str, index: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """The places of images among those of their domain: the same image under another corruption has the same.
+
+    A run numbers images through, one domain after the other. ``None`` where these are not numbered so.
+    """
+    protocol, first = report.get("protocol") or {}, 0
+    for name, count in zip(protocol.get("domains") or [], protocol.get("images_per_domain") or [], strict=False):
+        if name == domain:
+            place = index - first
+            return place if ((0 <= place) & (place < count)).all() else None
+        first += count
+    return None
+
+
 def predictions_digest(content: bytes) -> str:
     """The checksum of a ``predictions.csv``."""
     return hashlib.sha256(content).hexdigest()[:16]

@@ -60,18 +60,30 @@ def over_seeds(differences: Sequence[float]) -> Estimate | None:
     return replace(estimate, p=2 * float(stdtr(estimate.count - 1, -abs(estimate.mean) / error)))
 
 
-def over_samples(differences: Sequence[int] | NDArray[np.int64]) -> Estimate | None:
+def over_samples(
+    differences: Sequence[int] | NDArray[np.int64], draws: NDArray[np.int64] | None = None
+) -> Estimate | None:
     """The mean of differences by sample in {-1, 0, 1} with its standard error, by the normal distribution.
 
-    It takes samples as independent draws, and speaks of this net and this order of the stream only. Where fewer than
-    ``FEW`` samples differ, or all in one direction, p is that of the exact sign test (McNemar's).
+    It takes draws as independent, and speaks of this net and this order of the stream only. Where fewer than ``FEW``
+    draws differ, or all in one direction, p is that of the exact sign test (McNemar's).
+
+    Args:
+        differences: (N,).
+        draws: (N,) what each sample is of: one image under several corruptions is one draw, whose samples need not be
+            independent. ``None``: each is a draw of its own.
     """
     values = np.asarray(differences)
-    n, better, worse = len(values), int((values > 0).sum()), int((values < 0).sum())
+    if draws is None:
+        draws = np.arange(len(values))
+    _, place, sizes = np.unique(draws, return_inverse=True, return_counts=True)
+    n, sums = len(sizes), np.bincount(place, values, len(sizes))
     if n < MIN_SEEDS:
         return None
-    mean = (better - worse) / n
-    error = math.sqrt(max(0.0, better + worse - n * mean**2) / (n - 1) / n)
+    mean, better, worse = float(values.mean()), int((sums > 0).sum()), int((sums < 0).sum())
+    error = math.sqrt(n / (n - 1) * float(((sums - mean * sizes) ** 2).sum())) / len(values)
+    if error < 1e-12:  # all alike but for rounding
+        error = 0.0
     if not better + worse:
         p = None
     elif better + worse < FEW or not error:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tta.report.files import Report
+from lightning_tta.report.files import Report, places
 from lightning_tta.report.runs import (
     ERROR,
     IMAGES,
@@ -106,13 +106,19 @@ def score_cell(measure: Measure, estimate: Estimate | None, sign: str = "") -> s
 def difference(group: Group, method: str, domain: str | None = None, base: str | None = None) -> Estimate | None:
     """Accuracy (or what runs are judged by) minus that of ``base`` (by default the source) under the same protocol.
 
-    Over seeds if there are several, else over samples, but where one comes several times.
+    Over seeds if there are several, else over samples, but where one comes several times. What a sample gives in
+    several domains is one draw.
     """
     pairs = [pair for pair in group.pairs(method, base) if None not in [run.score(domain) for run in pair]]
     if len(pairs) == 1 and (not group.recurs or domain in (pairs[0][0].report.get("visits") or {})):
         hits, others = (run.hits_in(domain) for run in pairs[0])
         if hits and hits.keys() == others.keys() and all(np.array_equal(hits[n][0], others[n][0]) for n in hits):
-            over = over_samples(np.concatenate([hits[name][1] - others[name][1] for name in hits]))
+            found = [places(pairs[0][0].report, name, hits[name][0]) for name in hits]
+            draws = [each for each in found if each is not None]
+            over = over_samples(
+                np.concatenate([hits[name][1] - others[name][1] for name in hits]),
+                np.concatenate(draws) if len(draws) == len(hits) else None,
+            )
             if over is not None:
                 return over
     return over_seeds([(run.score(domain) or 0) - (source.score(domain) or 0) for run, source in pairs])
@@ -135,7 +141,7 @@ def pairing_note(gains: Iterable[Estimate], kind: Kind = IMAGES) -> str:
     if ("samples", True) in kinds:
         words.append(
             f"With one seed, differences to the source are paired by {kind.sample}; ± and p take {kind.samples} as "
-            "independent, and say nothing of other seeds."
+            "independent, each with all its domains, and say nothing of other seeds."
         )
     if ("seeds", False) in kinds:
         words.append("Differences of one or two pairs are not tested.")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from lightning_tta.files import read_json
-from lightning_tta.report.files import read_predictions
+from lightning_tta.report.files import places, read_predictions
 from lightning_tta.report.statistics import UPPER, interval
 from lightning_tta.run.directory import REPORT
 from lightning_tta.run.outputs import PREDICTIONS
@@ -141,17 +141,12 @@ def _parts_of_images(file: Path, domains: tuple[str, ...], written: int) -> NDAr
 
 @lru_cache(maxsize=2)
 def _predictions(file: Path, written: int) -> Mapping[str, NDArray[np.int64]]:
-    """By domain place, label and prediction of each image; empty where they are not those of the report."""
+    """By domain place, label and prediction of each image; without what is not that of the report."""
     report = read_json(file.with_name(REPORT)) or {}
-    images, _ = read_predictions(file.parent, report)
-    protocol = report.get("protocol") or {}
-    found, first = dict[str, NDArray[np.int64]](), 0
-    for name, count in zip(protocol.get("domains") or [], protocol.get("images_per_domain") or [], strict=False):
-        if name in images:  # the images of a run are numbered through, one domain after the other
-            found[name] = images[name] - np.array([first, 0, 0])
-            if not ((0 <= found[name][:, 0]) & (found[name][:, 0] < count)).all():
-                return {}
-        first += count
+    found = dict[str, NDArray[np.int64]]()
+    for name, images in read_predictions(file.parent, report)[0].items():
+        if (place := places(report, name, images[:, 0])) is not None:
+            found[name] = np.column_stack([place, images[:, 1:]])
     return found
 
 

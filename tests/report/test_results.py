@@ -107,6 +107,17 @@ def test_a_damaged_cell_of_a_benchmark(tmp_path):
     write_report([root])
 
 
+def test_with_one_seed_an_image_counts_once_whatever_it_gives_in_two_domains(tmp_path):
+    changes = {"protocol_changes": {"images": 80, "images_per_domain": (40, 40)}}
+    gain = difference(read(pair(tmp_path, **changes)).groups[0], "tent")
+    means = (hits(1, 0.5).astype(float) - hits(0, 0.5)).reshape(2, 40).mean(0)
+    assert gain.mean == pytest.approx(means.mean())
+    assert gain.half == pytest.approx(1.959964 * means.std(ddof=1) / 40**0.5, rel=1e-6)
+    unlike = {"protocol_changes": {"images": 80, "images_per_domain": (30, 50)}}  # not how they are numbered
+    other = difference(read(pair(tmp_path / "unlike", **unlike)).groups[0], "tent")
+    assert (gain.count, other.count) == (40, 80)
+
+
 def test_a_changed_digit_among_the_predictions(tmp_path):
     source, tent = pair(tmp_path)
     assert next(iter(differences(read([source, tent]).groups[0]).values())).over == "samples"

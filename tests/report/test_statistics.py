@@ -1,5 +1,6 @@
 """Intervals and tests of the report: printed tables, closed forms, and SciPy's own tests."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -52,6 +53,25 @@ def test_differences_of_images_by_hand():
     assert found.clear
     assert over_samples([0] * 10).p is None  # none differs: nothing is tested
     assert over_samples([1]) is None
+
+
+def test_an_image_under_several_corruptions_is_one_draw():
+    """As by hand from the means of each image; and the same whatever is said three times."""
+    generator = np.random.default_rng(0)
+    by_image = generator.integers(-1, 2, 60)[:, None] * (generator.random((60, 3)) < 0.8)
+    draws = np.arange(60)[:, None] + np.zeros((1, 3), dtype=int)
+    order = generator.permutation(180)
+    found = over_samples(by_image.ravel()[order], draws.ravel()[order])
+    means = by_image.mean(1)
+    assert (found.mean, found.count) == (pytest.approx(means.mean()), 60)
+    error = means.std(ddof=1) / math.sqrt(60)
+    assert found.half == pytest.approx(scipy.stats.norm.ppf(0.975) * error)
+    assert found.p == pytest.approx(2 * scipy.stats.norm.sf(abs(means.mean()) / error))
+    assert found.half > 1.3 * over_samples(by_image.ravel()).half  # taken for draws of their own they were too narrow
+    once = [1] * 7 + [-1] * 2 + [0] * 30
+    thrice, found = over_samples(once * 3, np.tile(np.arange(39), 3)), over_samples(once)
+    assert thrice.half == pytest.approx(found.half)
+    assert dataclasses.replace(thrice, half=found.half) == found
 
 
 def test_few_images_that_differ_are_tested_exactly():

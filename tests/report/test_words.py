@@ -48,7 +48,7 @@ def test_a_report_of_prompts_speaks_of_prompts(tmp_path, seeds, capsys):
     if seeds == 1:
         assert "tested over the prompts of this one run" in text
         assert "paired by prompt; ± and p take prompts as independent" in text
-        assert "± over 80 prompts" in text
+        assert "± over 40 prompts" in text  # each in two dialects
     print_report(json.loads(next(tmp_path.rglob("report.json")).read_text()), tmp_path / "x")
     assert "image" not in capsys.readouterr().out
 
