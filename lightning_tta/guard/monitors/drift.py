@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable
+from typing import ClassVar, Literal
 
 import torch
 
 from lightning_tta.errors import DataError, NotPreparedError, check_choice, check_range
 from lightning_tta.evidence.drift import LabelDriftTest
-from lightning_tta.guard.monitors.base import Monitor, Seen, Want
+from lightning_tta.guard.monitors.base import Seen, Want
+from lightning_tta.guard.monitors.betting import BettingMonitor
 from lightning_tta.metrics import LogitMeasures
 
 
-class Drift(Monitor):
+class Drift(BettingMonitor[LabelDriftTest]):
     """Alarms, as ``label_drift``, when predicted labels are no longer distributed as on held-out source images.
 
     :class:`~lightning_tta.evidence.drift.LabelDriftTest` has the test. With the source's predictions, the default, the
@@ -36,7 +37,8 @@ class Drift(Monitor):
     """
 
     name: ClassVar[str] = "drift"
-    needs_source: ClassVar[bool] = True
+    kind = LabelDriftTest
+    reason = "label_drift"
 
     def __init__(self, of: Literal["source", "answers"] = "source", alpha: float = 0.05, seed: int = 0) -> None:
         check_choice("of", of, ("source", "answers"))
@@ -44,9 +46,7 @@ class Drift(Monitor):
         check_range("seed", seed, 0, 2**62, integer=True)
         self.of, self.alpha, self.seed = of, alpha, seed
         self.wants: frozenset[Want] = frozenset({"source"} if of == "source" else ())  # type: ignore[misc]
-        self.test: LabelDriftTest | None = None
-        self.alarms = 0
-        self._is_new = False
+        super().__init__()
 
     def prepare(self, batches: Iterable[Seen]) -> None:
         """Count the source's predictions on held-out source images.
@@ -75,29 +75,8 @@ class Drift(Monitor):
                 "The monitor 'drift' compares with held-out source images: call prepare(...) with the source's logits "
                 "of 1,000 of them before the stream, and the source's logits of each batch. Or use of='answers'."
             )
-        self.test.see(LogitMeasures(logits).prediction)
-        self._is_new = self.test.alarmed and not self.alarms
-        self.alarms += self._is_new
-
-    def alarm(self) -> str:
-        """``label_drift`` with the batch at which the wealth reached 1 / alpha."""
-        return "label_drift" if self._is_new else ""
+        self.bet(self.test, LogitMeasures(logits).prediction)
 
     def values(self) -> dict[str, float]:
         """``drift_log_wealth``."""
         return {} if self.test is None else {"drift_log_wealth": self.test.log_wealth}
-
-    def begin(self) -> None:
-        """A new stream: a wealth of 1."""
-        if self.test is not None:
-            self.test.restart()
-        self.alarms, self._is_new = 0, False
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that it knows."""
-        return {"test": None if self.test is None else self.test.state_dict(), "alarms": self.alarms}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Counterpart of :meth:`state_dict`."""
-        self.test = None if state["test"] is None else LabelDriftTest.from_state(state["test"])
-        self.alarms, self._is_new = int(state["alarms"]), False

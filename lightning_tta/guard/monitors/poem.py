@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 
 from lightning_tta.errors import NotPreparedError
 from lightning_tta.evidence.betting import Bets, Ranks, ShiftTest, check_settings
-from lightning_tta.guard.monitors.base import Monitor, Seen, Want
+from lightning_tta.guard.monitors.base import Seen, Want
+from lightning_tta.guard.monitors.betting import BettingMonitor
 from lightning_tta.losses import entropy
 
 
-class Poem(Monitor):
+class Poem(BettingMonitor[ShiftTest]):
     """Alarms, as ``shift``, when the entropies of the source net are no longer those on held-out source images.
 
     It tests the stream and not the method: :class:`~lightning_tta.evidence.betting.ShiftTest` has the test and its
@@ -38,14 +39,13 @@ class Poem(Monitor):
 
     name: ClassVar[str] = "poem"
     wants: ClassVar[frozenset[Want]] = frozenset({"source"})
-    needs_source: ClassVar[bool] = True
+    kind = ShiftTest
+    reason = "shift"
 
     def __init__(self, alpha: float = 0.05, ranks: Ranks = "conformal", bets: Bets = "mixture", seed: int = 0) -> None:
         check_settings(alpha, ranks, bets, seed)
         self.settings = (alpha, ranks, bets, seed)
-        self.test: ShiftTest | None = None
-        self.alarms = 0
-        self._is_new = False
+        super().__init__()
 
     def prepare(self, batches: Iterable[Seen]) -> None:
         """Take the entropies of held-out source images.
@@ -68,31 +68,10 @@ class Poem(Monitor):
                 "The monitor 'poem' compares with held-out source images: call prepare(...) with the source's logits "
                 "of 1,000 of them before the stream, and give it the source's logits of each batch."
             )
-        self.test.see(entropy(seen.source.double()))
-        self._is_new = self.test.alarmed and not self.alarms
-        self.alarms += self._is_new
-
-    def alarm(self) -> str:
-        """``shift`` with the batch at which the wealth reached its threshold."""
-        return "shift" if self._is_new else ""
+        self.bet(self.test, entropy(seen.source.double()))
 
     def values(self) -> dict[str, float]:
         """``poem_log_wealth``, and ``poem_epsilon``: above 0 where the entropies are larger than the source's."""
         if self.test is None:
             return {}
         return {"poem_log_wealth": self.test.log_wealth, "poem_epsilon": self.test.bettor.epsilon}
-
-    def begin(self) -> None:
-        """A new stream: a wealth of 1."""
-        if self.test is not None:
-            self.test.restart()
-        self.alarms, self._is_new = 0, False
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that it knows."""
-        return {"test": None if self.test is None else self.test.state_dict(), "alarms": self.alarms}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Counterpart of :meth:`state_dict`."""
-        self.test = None if state["test"] is None else ShiftTest.from_state(state["test"])
-        self.alarms, self._is_new = int(state["alarms"]), False
