@@ -212,18 +212,32 @@ def read_predictions(directory: Path, report: Report) -> tuple[Predictions, str]
     return images, ""
 
 
-def places(report: Report, domain: str, index: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """The places of images among those of their domain: the same image under another corruption has the same.
+def places(report: Report, images: Predictions) -> dict[str, NDArray[np.int64]]:
+    """By domain the place (N,) of each image among those of the domain, where the same place is the same image.
 
-    A run numbers images through, one domain after the other. ``None`` where these are not numbered so.
+    So it is under corruptions: a run numbers images through, one domain after the other. Empty where they are not
+    numbered so, or domains have other numbers of images or other labels: then no image is known to come twice. Folders
+    of different images that agree in both cannot be told from corruptions; they only make an interval wider.
+
+    Args:
+        report: The run's report.
+        images: As :func:`read_predictions` gives them; domains that the protocol does not name are left out.
     """
-    protocol, first = report.get("protocol") or {}, 0
-    for name, count in zip(protocol.get("domains") or [], protocol.get("images_per_domain") or [], strict=False):
-        if name == domain:
-            place = index - first
-            return place if ((0 <= place) & (place < count)).all() else None
+    protocol = report.get("protocol") or {}
+    names, counts = protocol.get("domains") or [], protocol.get("images_per_domain") or []
+    found: dict[str, NDArray[np.int64]] = {}
+    first, labels = 0, np.full(max(counts, default=0), -1)
+    for name, count in zip(names, counts, strict=False):
+        if name in images:
+            place, label = images[name][:, 0] - first, images[name][:, 1]
+            if count != len(labels) or not ((0 <= place) & (place < count)).all():
+                return {}
+            if ((labels[place] >= 0) & (label >= 0) & (labels[place] != label)).any():
+                return {}
+            labels[place] = np.maximum(label, labels[place])
+            found[name] = place
         first += count
-    return None
+    return found
 
 
 def predictions_digest(content: bytes) -> str:

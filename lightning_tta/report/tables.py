@@ -113,8 +113,9 @@ def difference(group: Group, method: str, domain: str | None = None, base: str |
     if len(pairs) == 1 and (not group.recurs or domain in (pairs[0][0].report.get("visits") or {})):
         hits, others = (run.hits_in(domain) for run in pairs[0])
         if hits and hits.keys() == others.keys() and all(np.array_equal(hits[n][0], others[n][0]) for n in hits):
-            found = [places(pairs[0][0].report, name, hits[name][0]) for name in hits]
-            draws = [each for each in found if each is not None]
+            run = pairs[0][0]
+            found = places(run.report, run.predictions)
+            draws = [found[n][np.isin(run.predictions[n][:, 0], hits[n][0])] for n in hits if n in found]
             over = over_samples(
                 np.concatenate([hits[name][1] - others[name][1] for name in hits]),
                 np.concatenate(draws) if len(draws) == len(hits) else None,

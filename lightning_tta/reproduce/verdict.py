@@ -76,8 +76,8 @@ def measure(rows: Sequence[Row], kind: str, domains: Sequence[str]) -> Measured 
     The mean of each cell is over ``domains``, each counting the same, as tables in the field have it. With at least
     three seeds, which all nets and streams have, the interval is that of Student's t over the means of each seed; else
     it is the normal one over images. There an image counts once: what it gives in all domains, nets, streams and seeds
-    is one draw, known by its place among the images of a domain. Where the predictions of a cell are gone, each
-    prediction is taken for a draw of its own, which is too narrow where the same images come in several domains.
+    is one draw, known by its place in a domain (:func:`~lightning_tta.report.files.places`). Where that is not known,
+    each prediction is taken for a draw of its own, which is too narrow where the same images come in several domains.
     ``None``: a cell lacks one of the domains.
 
     Args:
@@ -143,11 +143,8 @@ def _parts_of_images(file: Path, domains: tuple[str, ...], written: int) -> NDAr
 def _predictions(file: Path, written: int) -> Mapping[str, NDArray[np.int64]]:
     """By domain place, label and prediction of each image; without what is not that of the report."""
     report = read_json(file.with_name(REPORT)) or {}
-    found = dict[str, NDArray[np.int64]]()
-    for name, images in read_predictions(file.parent, report)[0].items():
-        if (place := places(report, name, images[:, 0])) is not None:
-            found[name] = np.column_stack([place, images[:, 1:]])
-    return found
+    images, _ = read_predictions(file.parent, report)
+    return {name: np.column_stack([place, images[name][:, 1:]]) for name, place in places(report, images).items()}
 
 
 def judge(

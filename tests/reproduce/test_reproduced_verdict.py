@@ -107,6 +107,7 @@ def test_an_image_in_several_domains_nets_and_seeds_is_one_draw(tmp_path):
     [
         {"predictions_digest": "0"},  # changed since
         {"protocol": {"domains": ["fog", "snow"], "images_per_domain": [1, 3]}},  # numbered otherwise
+        {"protocol": {"domains": ["fog", "snow"], "images_per_domain": [2, 3]}},  # not the same images
         {},
     ],
 )
@@ -122,6 +123,15 @@ def test_predictions_that_are_not_known_are_not_used(tmp_path, report):
     (tmp_path / "b/report.json").write_text(json.dumps(report))
     other = {**made, "folder": tmp_path / "b"}
     assert measure([other], "accuracy", [*accuracies]) == measure([{**made, "folder": None}], "accuracy", [*accuracies])
+
+
+def test_images_with_other_labels_at_the_same_place_are_others(tmp_path):
+    """As where one image of a folder is missing, and all that come after it move up."""
+    accuracies = write_cell(tmp_path / "a", {"fog": np.array([True, False]), "snow": np.array([True, False])})
+    path = tmp_path / "a/predictions.csv"
+    path.write_text(path.read_text().replace("3,snow,1,0", "3,snow,5,0"))
+    made = row(accuracies, 2, folder=tmp_path / "a")
+    assert measure([made], "accuracy", [*accuracies]) == measure([{**made, "folder": None}], "accuracy", [*accuracies])
 
 
 def test_a_domain_that_is_not_there_has_no_mean():
