@@ -45,6 +45,10 @@ class AnswerTimeoutError(LightningTTAError, TimeoutError):
     """A server did not answer in time."""
 
 
+class CellsFailedError(LightningTTAError):
+    """Some cells of a benchmark failed; its files have the others, and the reasons."""
+
+
 class FinishedError(LightningTTAError):
     """A run that was to be continued is finished: there is nothing to do. The command line ends with success."""
 

@@ -35,6 +35,7 @@ from lightning_tta.benchmark.study import Study, StudyConfig, section_digests
 from lightning_tta.data.base import ShiftedDataModule
 from lightning_tta.data.storage.contents import content_hashes
 from lightning_tta.errors import (
+    CellsFailedError,
     ConfigError,
     Interrupted,
     LightningTTAError,
@@ -218,7 +219,8 @@ class Benchmark:
 
         Raises:
             ConfigError: If another benchmark writes to the same directory.
-            LightningTTAError: At the end, if a cell failed.
+            CellsFailedError: At the end, if a cell failed.
+            LightningTTAError: If a net could not be trained.
             Interrupted: After Ctrl-C or SIGTERM, once the workers have saved what they are at.
         """
         self.output.mkdir(parents=True, exist_ok=True)
@@ -274,7 +276,7 @@ class Benchmark:
             self._write_study(self.study, result, console)
         console.print(f"page: {shlex.join(['lightning-tta', 'report', str(self.output)])}", soft_wrap=True)
         if any(entry["reason"].startswith("failed") for entry in skipped):
-            raise LightningTTAError(f"Some cells failed; the others are in {self.output}. Reasons: benchmark.md.")
+            raise CellsFailedError(f"Some cells failed; the others are in {self.output}. Reasons: benchmark.md.")
         return result
 
     def _check_data(self) -> None:

@@ -26,7 +26,12 @@ def shuffled_classes(labels: Tensor, *key: int) -> list[Tensor]:
 
 
 def validation_share(labels: Tensor, share: float, *key: int) -> Tensor:
-    """Which images are for validation, bool (N,): a share of each class, at least one image, never all."""
+    """Which images are for validation, bool (N,): a share of each class, at least one image, never all.
+
+    Where each class has one image, a share of all images: a training without any would have no best epoch.
+    """
+    if len(torch.unique(labels)) == len(labels):
+        return validation_count(len(labels), max(1, round(share * len(labels))), *key)
     mask = torch.zeros(len(labels), dtype=torch.bool)
     for members in shuffled_classes(labels, *key):
         mask[members[: min(len(members) - 1, max(1, round(share * len(members))))]] = True
@@ -48,10 +53,10 @@ def validation_size(size: int, wanted: int | None, usual: int) -> int:
     return wanted
 
 
-def validation_count(size: int, count: int) -> Tensor:
-    """Which images are for validation, bool (N,): ``count`` of all, never all."""
+def validation_count(size: int, count: int, *key: int) -> Tensor:
+    """Which images are for validation, bool (N,): ``count`` of all, never all; ``key`` decides which."""
     mask = torch.zeros(size, dtype=torch.bool)
-    mask[torch.from_numpy(permutation(size, 0)[: min(count, size - 1)])] = True
+    mask[torch.from_numpy(permutation(size, *(key or (0,)))[: max(0, min(count, size - 1))])] = True
     return mask
 
 

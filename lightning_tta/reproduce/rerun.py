@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_tta.benchmark.config import StreamConfig
 from lightning_tta.benchmark.runner import Benchmark
-from lightning_tta.errors import ConfigError, DataError, LightningTTAError, did_you_mean
+from lightning_tta.errors import CellsFailedError, ConfigError, DataError, LightningTTAError, did_you_mean
 from lightning_tta.files import environment, read_json, write_json, write_whole
 from lightning_tta.reproduce import page
 from lightning_tta.reproduce.claims import AT, Claim, Part, matches
@@ -123,8 +123,11 @@ class Reproduction:
             return benchmark.run()
         except (ConfigError, DataError):  # its folder is in use; data that no cell can have
             raise
-        except LightningTTAError:  # cells failed; which, its file says
+        except CellsFailedError:  # which, its file says
             return read_json(benchmark.output / "benchmark.json") or {"rows": [], "skipped": []}
+        except LightningTTAError as error:  # a training; the other parts still run
+            reason = f"failed: {type(error).__name__}: {error}"
+            return {"rows": [], "skipped": [{"cell": str(cell), "reason": reason} for cell in benchmark.cells]}
 
     def result(self, results: Mapping[str, Mapping[str, Any]], command: str = "") -> dict[str, Any]:
         """The content of ``reproduce.json``, from the benchmarks of some parts."""

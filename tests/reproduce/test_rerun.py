@@ -7,7 +7,9 @@ import torch
 
 import published
 from lightning_tta import create_backbone
+from lightning_tta.benchmark.runner import Benchmark
 from lightning_tta.cli.main import main
+from lightning_tta.errors import WeightsError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--net=timm/test_resnet", "--images=8", "--workers=0", "--trainer={accelerator: cpu}"]
@@ -117,3 +119,18 @@ def test_a_cell_that_fails_is_named_and_the_others_stay(tmp_path, capsys):
     assert broken.name in text
     assert "1 of 1 cells failed. The first" in text
     assert "Cells that did not run" in (tmp_path / "runs/cr_memo/reproduce.md").read_text()
+
+
+def test_a_training_that_fails_is_said_and_the_other_parts_run(tmp_path, capsys, monkeypatch):
+    def fails(self, source):
+        raise WeightsError(f"no checkpoint of {source[0]}")
+
+    monkeypatch.setattr(Benchmark, "_train", fails)
+    published.pacs(tmp_path / "data")
+    published.office_home(tmp_path / "data")
+    with pytest.raises(SystemExit):
+        run("meta_ttt", tmp_path, *SMALL, "--only=[pacs, office_home]", "--rows=*art*/source")
+    said = capsys.readouterr()
+    assert "failed: WeightsError: no checkpoint of source_art" in said.err
+    result = json.loads((tmp_path / "runs/meta_ttt/reproduce.json").read_text())
+    assert all(part["run"] and "no checkpoint" in part["skipped"][0]["reason"] for part in result["parts"].values())
