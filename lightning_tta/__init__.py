@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_tta._version import __version__
 from lightning_tta.errors import (
     AnswerTimeoutError,
+    CellsFailedError,
     ClosedError,
     ConfigError,
     DataError,
@@ -75,6 +76,7 @@ __all__ = [
     "ArrayData",
     "Backbone",
     "CIFARData",
+    "CellsFailedError",
     "Choice",
     "ClosedError",
     "ConfigError",
