@@ -1,5 +1,7 @@
 """Which images are for training, validation and testing: the same ones on every machine."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,14 @@ def shuffled_classes(labels: Tensor, *key: int) -> list[Tensor]:
 def validation_share(labels: Tensor, share: float, *key: int) -> Tensor:
     """Which images are for validation, bool (N,): a share of each class, at least one image, never all.
 
-    Where each class has one image, a share of all images: a training without any would have no best epoch.
+    Where each class has one image, a share of all images, with a warning: a training without any has no best epoch.
     """
-    if len(torch.unique(labels)) == len(labels):
+    if 1 < len(torch.unique(labels)) == len(labels):
+        warnings.warn(
+            f"Each of the {len(labels)} classes has one training image, so those that are held back for validation are "
+            "of classes that a training does not see. Give two images or more of each class.",
+            stacklevel=2,
+        )
         return validation_count(len(labels), max(1, round(share * len(labels))), *key)
     mask = torch.zeros(len(labels), dtype=torch.bool)
     for members in shuffled_classes(labels, *key):
@@ -56,7 +63,7 @@ def validation_size(size: int, wanted: int | None, usual: int) -> int:
 def validation_count(size: int, count: int, *key: int) -> Tensor:
     """Which images are for validation, bool (N,): ``count`` of all, never all; ``key`` decides which."""
     mask = torch.zeros(size, dtype=torch.bool)
-    mask[torch.from_numpy(permutation(size, *(key or (0,)))[: max(0, min(count, size - 1))])] = True
+    mask[torch.from_numpy(permutation(size, *(key or (0,)))[: min(count, size - 1)])] = True
     return mask
 
 

@@ -212,8 +212,8 @@ def read_predictions(directory: Path, report: Report) -> tuple[Predictions, str]
     return images, ""
 
 
-def places(report: Report, images: Predictions) -> dict[str, NDArray[np.int64]]:
-    """By domain the place (N,) of each image among those of the domain, where the same place is the same image.
+def first_indices(report: Report, images: Predictions) -> dict[str, int]:
+    """By domain the index of its first image; so far after it the same image comes in every domain.
 
     So it is under corruptions: a run numbers images through, one domain after the other. Empty where they are not
     numbered so, or domains have other numbers of images or other labels: then no image is known to come twice. Folders
@@ -225,7 +225,7 @@ def places(report: Report, images: Predictions) -> dict[str, NDArray[np.int64]]:
     """
     protocol = report.get("protocol") or {}
     names, counts = protocol.get("domains") or [], protocol.get("images_per_domain") or []
-    found: dict[str, NDArray[np.int64]] = {}
+    found: dict[str, int] = {}
     first, labels = 0, np.full(max(counts, default=0), -1)
     for name, count in zip(names, counts, strict=False):
         if name in images:
@@ -235,7 +235,7 @@ def places(report: Report, images: Predictions) -> dict[str, NDArray[np.int64]]:
             if ((labels[place] >= 0) & (label >= 0) & (labels[place] != label)).any():
                 return {}
             labels[place] = np.maximum(label, labels[place])
-            found[name] = place
+            found[name] = first
         first += count
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tta.report.files import Report, places
+from lightning_tta.report.files import Report, first_indices
 from lightning_tta.report.runs import (
     ERROR,
     IMAGES,
@@ -113,9 +113,8 @@ def difference(group: Group, method: str, domain: str | None = None, base: str |
     if len(pairs) == 1 and (not group.recurs or domain in (pairs[0][0].report.get("visits") or {})):
         hits, others = (run.hits_in(domain) for run in pairs[0])
         if hits and hits.keys() == others.keys() and all(np.array_equal(hits[n][0], others[n][0]) for n in hits):
-            run = pairs[0][0]
-            found = places(run.report, run.predictions)
-            draws = [found[n][np.isin(run.predictions[n][:, 0], hits[n][0])] for n in hits if n in found]
+            first = first_indices(pairs[0][0].report, pairs[0][0].predictions)
+            draws = [hits[name][0] - first[name] for name in hits if name in first]
             over = over_samples(
                 np.concatenate([hits[name][1] - others[name][1] for name in hits]),
                 np.concatenate(draws) if len(draws) == len(hits) else None,

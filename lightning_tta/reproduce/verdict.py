@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from lightning_tta.files import read_json
-from lightning_tta.report.files import places, read_predictions
+from lightning_tta.report.files import first_indices, read_predictions
 from lightning_tta.report.statistics import UPPER, interval
 from lightning_tta.run.directory import REPORT
 from lightning_tta.run.outputs import PREDICTIONS
@@ -76,8 +76,9 @@ def measure(rows: Sequence[Row], kind: str, domains: Sequence[str]) -> Measured 
     The mean of each cell is over ``domains``, each counting the same, as tables in the field have it. With at least
     three seeds, which all nets and streams have, the interval is that of Student's t over the means of each seed; else
     it is the normal one over images. There an image counts once: what it gives in all domains, nets, streams and seeds
-    is one draw, known by its place in a domain (:func:`~lightning_tta.report.files.places`). Where that is not known,
-    each prediction is taken for a draw of its own, which is too narrow where the same images come in several domains.
+    is one draw, known by its place in a domain (:func:`~lightning_tta.report.files.first_indices`). Where that is not
+    known, each prediction is taken for a draw of its own, which is too narrow where the same images come in several
+    domains.
     ``None``: a cell lacks one of the domains.
 
     Args:
@@ -123,7 +124,7 @@ def _clustered(rows: Sequence[Row], domains: Sequence[str], seeds: Mapping[tuple
     return float((total**2).sum())
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)  # of 50,000 images each 50 MB
 def _parts_of_images(file: Path, domains: tuple[str, ...], written: int) -> NDArray[np.float64] | None:
     """By the place of an image in a domain: how far it moves the mean accuracy over domains from what it is."""
     images = _predictions(file, written)
@@ -144,7 +145,7 @@ def _predictions(file: Path, written: int) -> Mapping[str, NDArray[np.int64]]:
     """By domain place, label and prediction of each image; without what is not that of the report."""
     report = read_json(file.with_name(REPORT)) or {}
     images, _ = read_predictions(file.parent, report)
-    return {name: np.column_stack([place, images[name][:, 1:]]) for name, place in places(report, images).items()}
+    return {name: images[name] - np.array([first, 0, 0]) for name, first in first_indices(report, images).items()}
 
 
 def judge(

@@ -131,8 +131,10 @@ def test_split_rules_are_pinned():
     assert validation_share(labels, 0.3, 7).nonzero()[:, 0].tolist() == PINNED[1]
     assert validation_count(19, 5).nonzero()[:, 0].tolist() == PINNED[2]
     assert validation_count(3, 5).tolist().count(False) == 1  # one is left to train on
-    assert validation_share(torch.arange(4), 0.9).sum() == 3  # one image a class: a share of all
-    assert validation_share(torch.arange(40), 0.1, 7).sum() == 4
+    with pytest.warns(UserWarning, match="Each of the 4 classes has one training image"):
+        assert validation_share(torch.arange(4), 0.9).sum() == 3  # a share of all
+    with pytest.warns(UserWarning, match="Give two images or more"):
+        assert validation_share(torch.arange(40), 0.1, 7).sum() == 4
     assert not validation_share(torch.arange(1), 0.9).any()
     classes = shuffled_classes(labels)
     assert [sorted(members.tolist()) for members in classes] == [
